@@ -1,0 +1,80 @@
+# make demo      what the package buys, on a real model: plots, tables, a fine-tuned adapter (under 15 minutes on 2 cores)
+# make test      every test this machine can run
+# make gpu       the one entry for a GPU host: correctness, then benchmarks
+# make sanitize  the CPU kernel under AddressSanitizer and UBSan
+# make bench     attention and model benchmarks on this machine
+# make lint      ruff and clang-format, checking only      make format   the same, rewriting
+#
+# Where PYTHON (default python3) already has a torch that sees a GPU, that Python is used as it is and the package is built
+# in place: no network is needed. Everywhere else a pinned .venv is made first.
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+# The older Transformers release the integration is also tested on.
+OLDER_TRANSFORMERS := 5.17.0
+
+HAS_GPU := $(shell $(PYTHON) -c "import torch; print(int(torch.cuda.is_available()))" 2>/dev/null)
+VENV := .venv
+ifeq ($(HAS_GPU),1)
+  RUN := PYTHONPATH=$(CURDIR) $(PYTHON)
+  READY := build/in-place.stamp
+else
+  RUN := $(VENV)/bin/python
+  READY := $(VENV)/package.stamp
+endif
+SOURCES := $(shell find csrc -type f) setup.py pyproject.toml
+CXX_FILES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inc')
+
+.PHONY: demo test test-older-transformers gpu sanitize bench lint format clean
+demo: $(READY)
+	$(RUN) scripts/demo.py
+
+test: $(READY)
+	$(RUN) -m pytest tests
+
+test-older-transformers: $(READY) build/transformers-$(OLDER_TRANSFORMERS).stamp
+	PYTHONPATH=$(CURDIR)/build/transformers-$(OLDER_TRANSFORMERS) $(RUN) -m pytest tests/test_hf_*.py
+
+gpu: $(READY)
+	$(RUN) -m flashmla_hf doctor
+	$(RUN) -m pytest tests/test_gpu.py
+	$(RUN) benchmarks/bench_attention.py --device cuda
+
+bench: $(READY)
+	$(RUN) benchmarks/bench_attention.py
+	$(RUN) benchmarks/bench_model.py
+
+sanitize: build/sanitize
+	./build/sanitize
+
+lint: $(VENV)/requirements.stamp
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/clang-format --dry-run --Werror $(CXX_FILES)
+
+format: $(VENV)/requirements.stamp
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+	$(VENV)/bin/clang-format -i $(CXX_FILES)
+
+clean:
+	rm -rf build dist *.egg-info flashmla_hf/*.so flashmla_hf/_build.json
+
+$(VENV)/requirements.stamp: requirements.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	  { echo "flashmla_hf: Python 3.10 or newer is needed; name one: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip install -q '$(TORCH)'
+	$(VENV)/bin/pip install -q -r requirements.txt
+	touch $@
+
+$(VENV)/package.stamp: $(VENV)/requirements.stamp $(SOURCES)
+	$(VENV)/bin/pip install -q --no-build-isolation --no-deps -e .
+	touch $@
+
+build/in-place.stamp: $(SOURCES)
+	$(PYTHON) setup.py -q build_ext --inplace
+	mkdir -p build && touch $@
+
+build/transformers-%.stamp: $(VENV)/requirements.stamp
+	$(VENV)/bin/pip install -q --no-deps --target build/transformers-$* transformers==$*
+	touch $@

@@ -1,0 +1,299 @@
+// Forward: O = softmax(S) V and lse, one pass over K and V.
+//
+// For a tile of query rows and the keys in blocks of kForwardBlockKV (online normaliser, arXiv 1805.02867, as tiled by
+// FlashAttention-2, arXiv 2307.08691, algorithm 1):
+//   S = Q K^T                                    fp32
+//   m' = max(m, scale * rowmax(S))               row_max
+//   P = exp(scale * S - m'),  a = exp(m - m')    P in the operand dtype
+//   l' = a l + rowsum(P)                         row_sum, of P before it is rounded
+//   O' = a O + P V                               fp32
+// and at the end O / l and lse = m + log l. A sink is one more key with score sinks[h] and no value.
+//
+// Schedule: a task is a kv head and up to `rows_per_task` of its query rows (see rows.h). It packs Q once, then walks the
+// key blocks; each block of K and V is packed once and used by every tile of the task. Only the columns of a block that
+// some row of the tile sees are computed; only vectors that the mask cuts are masked. A row's result depends on neither the
+// task it falls into nor the number of threads: key blocks start at fixed positions and columns outside the mask add 0.
+#pragma once
+
+#include "gemm_f32.h"
+#include "kernel.h"
+#include "rows.h"
+
+namespace flashmla {
+namespace cpu {
+namespace {
+
+template <typename G>
+struct Forward {
+  using Input = typename G::Input;
+  using Element = typename G::Element;
+  static constexpr int64_t kBlockQ = G::kForwardBlockQ, kBlockKV = G::kForwardBlockKV;
+
+  struct Plan {
+    int64_t group, d_ld, dv_ld;  // leading dimensions of packed Q and of O
+    int64_t rows_per_task, tasks_per_head, num_tasks;
+  };
+
+  // One worker's scratch.
+  struct Scratch {
+    Element* q;          // [rows_per_task, d_ld]
+    Element* k;          // B operand [d, kBlockKV]
+    Element* v;          // B operand [kBlockKV, dv]
+    float* s;            // [kBlockQ, kBlockKV]
+    Element* p;          // [kBlockQ, kBlockKV]; the memory of s where the operands are fp32
+    float* o;            // [rows_per_task, dv_ld]
+    float* row_max;      // [rows_per_task]
+    float* row_sum;      // [rows_per_task, kLanes], added up at the end
+    Interval* keys;            // [rows_per_task]
+    const Input** rows;        // [kBlockKV] row pointers for packing
+  };
+
+  static Plan make_plan(const ForwardParams& params, int64_t num_workers) {
+    const Problem& p = params.problem;
+    Plan plan;
+    plan.group = p.heads_q / p.heads_kv;
+    plan.d_ld = round_up(p.head_dim_qk, G::kAlignK);
+    plan.dv_ld = round_up(p.head_dim_v, G::kAlignN);
+    // Long tasks reuse a packed block of K and V more often; O and Q of a task should stay within half of an L2 cache of 2
+    // MiB, and 8 tasks per worker balance the triangle of a causal mask.
+    const int64_t row_bytes = plan.dv_ld * 4 + plan.d_ld * static_cast<int64_t>(sizeof(Element));
+    const int64_t fitting = (int64_t{1} << 20) / row_bytes;
+    const int64_t balanced = p.total_q * p.heads_q / (8 * num_workers);
+    const int64_t longest = p.seqlen_q * plan.group;
+    plan.rows_per_task = min64(min64(fitting, balanced), longest);
+    plan.rows_per_task = max64(kBlockQ, round_up(plan.rows_per_task, kBlockQ));
+    plan.tasks_per_head = (longest + plan.rows_per_task - 1) / plan.rows_per_task;
+    plan.num_tasks = plan.tasks_per_head * p.batch * p.heads_kv;
+    return plan;
+  }
+
+  static Scratch make_scratch(const ForwardParams& params, const Plan& plan, Arena& arena) {
+    const Problem& p = params.problem;
+    const int64_t rows = plan.rows_per_task;
+    Scratch s;
+    s.q = arena.take<Element>(rows * plan.d_ld);
+    s.k = arena.take<Element>(G::size_b(kBlockKV, plan.d_ld));
+    s.v = arena.take<Element>(G::size_b(p.head_dim_v, kBlockKV));
+    s.s = arena.take<float>(kBlockQ * kBlockKV);
+    if constexpr (sizeof(Element) == sizeof(float)) {
+      s.p = s.s;
+    } else {
+      s.p = arena.take<Element>(kBlockQ * kBlockKV);
+    }
+    s.o = arena.take<float>(rows * plan.dv_ld);
+    s.row_max = arena.take<float>(rows);
+    s.row_sum = arena.take<float>(rows * kLanes);
+    s.keys = arena.take<Interval>(rows);
+    s.rows = arena.take<const Input*>(kBlockKV);
+    return s;
+  }
+
+  static int64_t workspace(const ForwardParams& params, int64_t num_workers) {
+    Arena arena(nullptr);
+    make_scratch(params, make_plan(params, num_workers), arena);
+    return arena.used * num_workers;
+  }
+
+  struct Context {
+    const ForwardParams* params;
+    Plan plan;
+    char* workspace;
+    int64_t bytes_per_worker;
+    TaskCounter counter;
+  };
+
+  static void run(const ForwardParams& params, void* workspace_data, const Parallel& parallel) {
+    Context context;
+    context.params = &params;
+    context.plan = make_plan(params, parallel.num_workers);
+    context.workspace = static_cast<char*>(workspace_data);
+    context.bytes_per_worker = workspace(params, parallel.num_workers) / parallel.num_workers;
+    parallel.run(parallel.num_workers, worker, &context);
+  }
+
+  static void worker(void* context_, int64_t index) {
+    Context& context = *static_cast<Context*>(context_);
+    const ForwardParams& params = *context.params;
+    const Problem& p = params.problem;
+    const Plan& plan = context.plan;
+    Arena arena(context.workspace + index * context.bytes_per_worker);
+    const Scratch scratch = make_scratch(params, plan, arena);
+    G::begin();
+    for (int64_t task; (task = context.counter.take()) < plan.num_tasks;) {
+      // The last rows first: under a causal mask they are the longest tasks.
+      const int64_t heads = p.batch * p.heads_kv;
+      const int64_t row = (plan.tasks_per_head - 1 - task / heads) * plan.rows_per_task;
+      const Sequence sequence = sequence_of(p, task % heads / p.heads_kv);
+      const int64_t num_rows = sequence.seqlen_q * plan.group;
+      if (row < num_rows)
+        attend(params, plan, scratch, sequence, task % heads % p.heads_kv, row, min64(plan.rows_per_task, num_rows - row));
+    }
+    G::end();
+  }
+
+  static void attend(const ForwardParams& params, const Plan& plan, const Scratch& w, const Sequence& sequence,
+                     int64_t head_kv, int64_t first_row, int64_t num_rows) {
+    const Problem& p = params.problem;
+    const int64_t head_q = head_kv * plan.group;
+    const Input* q = sequence_base<const Input>(params.q, sequence.b, sequence.q_offset, head_q);
+    const Input* k = sequence_base<const Input>(params.k, sequence.b, sequence.kv_offset, head_kv);
+    const Input* v = sequence_base<const Input>(params.v, sequence.b, sequence.kv_offset, head_kv);
+
+    RowCursor cursor(plan.group, first_row);
+    for (int64_t r = 0; r < num_rows; ++r, cursor.next()) {
+      G::pack_row(w.q + r * plan.d_ld, q + cursor.offset(params.q), p.head_dim_qk, plan.d_ld);
+      w.keys[r] = keys_of_query(p, sequence, cursor.query);
+      w.row_max[r] = -kInf;
+      store(w.row_sum + r * kLanes, VecF{});
+    }
+    for (int64_t r = num_rows; r < round_up(num_rows, G::kAlignM); ++r)
+      __builtin_memset(w.q + r * plan.d_ld, 0, plan.d_ld * sizeof(Element));
+    __builtin_memset(w.o, 0, round_up(num_rows, G::kAlignM) * plan.dv_ld * sizeof(float));
+
+    // Intervals of consecutive rows only move right, so the first row has the least begin and the last the greatest end.
+    const int64_t kv_begin = w.keys[0].begin, kv_end = w.keys[num_rows - 1].end;
+    for (int64_t kv = round_down(kv_begin, kBlockKV); kv < kv_end; kv += kBlockKV) {
+      const int64_t num_keys = min64(kBlockKV, kv_end - kv);
+      const int64_t padded = round_up(num_keys, G::kTrimEnd);
+      for (int64_t j = 0; j < num_keys; ++j) w.rows[j] = k + (kv + j) * params.k.stride_seqlen;
+      G::pack_b_transposed(w.k, w.rows, num_keys, padded, p.head_dim_qk, plan.d_ld);
+      for (int64_t j = 0; j < num_keys; ++j) w.rows[j] = v + (kv + j) * params.v.stride_seqlen;
+      G::pack_b(w.v, w.rows, num_keys, padded, p.head_dim_v);
+      for (int64_t r = 0; r < num_rows; r += kBlockQ)
+        attend_tile(params, plan, w, r, min64(kBlockQ, num_rows - r), kv, num_keys, padded);
+    }
+    write(params, plan, w, sequence, head_q, first_row, num_rows);
+  }
+
+  // Rows [r, r + m) of the task and keys [kv, kv + num_keys).
+  static void attend_tile(const ForwardParams& params, const Plan& plan, const Scratch& w, int64_t r, int64_t m, int64_t kv,
+                          int64_t num_keys, int64_t padded) {
+    const Problem& p = params.problem;
+    const int64_t first = max64(0, w.keys[r].begin - kv), last = min64(num_keys, w.keys[r + m - 1].end - kv);
+    if (first >= last) return;
+    const int64_t c0 = round_down(first, G::kTrimBegin), c1 = round_up(last, G::kTrimEnd);  // columns computed
+    const int64_t m_padded = round_up(m, G::kAlignM);
+
+    const OperandB<Element> b_k = G::operand_b(w.k, padded, plan.d_ld);
+    G::gemm(m_padded, c1 - c0, plan.d_ld, {w.q + r * plan.d_ld, plan.d_ld, 1},
+            {b_k.data + c0 / G::kPanel * b_k.stride_panel, b_k.stride_k, b_k.stride_panel}, w.s + c0, kBlockKV, false);
+
+    float scale = p.scale;
+    if (needs_transform(p)) {
+      for (int64_t i = 0; i < m; ++i) transform_scores(p, w.s + i * kBlockKV + c0, c1 - c0);
+      scale = 1.0f;
+    }
+    for (int64_t i = 0; i < m; ++i) {
+      float* s_row = w.s + i * kBlockKV;
+      Element* p_row = w.p + i * kBlockKV;
+      const int64_t begin = max64(0, w.keys[r + i].begin - kv), end = min64(num_keys, w.keys[r + i].end - kv);
+      float alpha = 1.0f;
+      if (begin < end) {
+        alpha = softmax_row(s_row, p_row, c0, c1, begin, end, scale, w.row_max[r + i],
+                            w.row_sum + (r + i) * kLanes);
+      } else {
+        __builtin_memset(p_row + c0, 0, (c1 - c0) * sizeof(Element));
+      }
+      if (alpha != 1.0f) {
+        float* o = w.o + (r + i) * plan.dv_ld;
+        for (int64_t j = 0; j < plan.dv_ld; j += kLanes) store(o + j, load(o + j) * alpha);
+      }
+    }
+    for (int64_t i = m; i < m_padded; ++i) __builtin_memset(w.p + i * kBlockKV + c0, 0, (c1 - c0) * sizeof(Element));
+
+    const OperandB<Element> b_v = G::operand_b(w.v, p.head_dim_v, padded);
+    G::gemm(m_padded, plan.dv_ld, c1 - c0, {w.p + c0, kBlockKV, 1},
+            {b_v.data + c0 * b_v.stride_k, b_v.stride_k, b_v.stride_panel}, w.o + r * plan.dv_ld, plan.dv_ld, true);
+  }
+
+  // A positive scale is applied by the multiply-add in front of exp; anything else (softcap, a scale that is negative or so
+  // small that the -inf of a masked score would not survive it) takes a pass of its own.
+  static bool needs_transform(const Problem& p) { return p.softcap > 0.0f || !(p.scale > 1e-20f); }
+
+  static void transform_scores(const Problem& p, float* s, int64_t n) {
+    for (int64_t j = 0; j < n; j += kLanes) {
+      VecF x = load(s + j) * p.scale;
+      if (p.softcap > 0.0f) x = tanh(x / p.softcap) * p.softcap;
+      store(s + j, x);
+    }
+  }
+
+  // Columns [c0, c1) of one row, of which [begin, end) are visible: writes P, updates row_max and row_sum, returns alpha.
+  static float softmax_row(float* s, Element* p, int64_t c0, int64_t c1, int64_t begin, int64_t end, float scale,
+                           float& row_max, float* row_sum) {
+    const int64_t v0 = round_down(begin, G::kVectorStep), v1 = round_up(end, G::kVectorStep);  // vectors with a visible key
+    if (v0 < begin)
+      for (int64_t j = v0; j < begin; j += kLanes)
+        store(s + j, keep_lanes(load(s + j), begin - j, kLanes, set1(-kInf)));
+    if (end < v1)
+      for (int64_t j = round_down(end, kLanes); j < v1; j += kLanes)
+        store(s + j, keep_lanes(load(s + j), 0, end - j, set1(-kInf)));
+    VecF max0 = load(s + v0), max1 = max0;
+    int64_t j = v0;
+    for (; j + 2 * kLanes <= v1; j += 2 * kLanes) {
+      max0 = max(max0, load(s + j));
+      max1 = max(max1, load(s + j + kLanes));
+    }
+    if (j < v1) max0 = max(max0, load(s + j));
+    const float block_max = horizontal_max(max(max0, max1)) * scale;
+
+    float alpha = 1.0f;
+    if (block_max > row_max) {
+      alpha = exp1(row_max - block_max);  // 0 for the first block, where row_max is -inf
+      row_max = block_max;
+    }
+    const float shift = row_max == -kInf ? 0.0f : row_max;  // every visible score is -inf: P = 0, not exp(-inf + inf)
+
+    for (j = c0; j < v0; j += G::kVectorStep) __builtin_memset(p + j, 0, G::kVectorStep * sizeof(Element));
+    VecF sum0 = {}, sum1 = {};
+    if constexpr (sizeof(Element) == sizeof(float)) {
+      for (j = v0; j < v1; j += kLanes) {
+        const VecF x = exp<G::kExpDegree>(fma(load(s + j), set1(scale), set1(-shift)));
+        sum0 += x;
+        store(p + j, x);
+      }
+    } else {
+      for (j = v0; j < v1; j += 2 * kLanes) {
+        const VecF x0 = exp<G::kExpDegree>(fma(load(s + j), set1(scale), set1(-shift)));
+        const VecF x1 = exp<G::kExpDegree>(fma(load(s + j + kLanes), set1(scale), set1(-shift)));
+        sum0 += x0;
+        sum1 += x1;
+        G::store_pair(p + j, x0, x1);
+      }
+    }
+    for (j = v1; j < c1; j += G::kVectorStep) __builtin_memset(p + j, 0, G::kVectorStep * sizeof(Element));
+    store(row_sum, fma(load(row_sum), set1(alpha), sum0 + sum1));
+    return alpha;
+  }
+
+  static void write(const ForwardParams& params, const Plan& plan, const Scratch& w, const Sequence& sequence,
+                    int64_t head_q, int64_t first_row, int64_t num_rows) {
+    const Problem& p = params.problem;
+    Input* out = sequence_base<Input>(params.out, sequence.b, sequence.q_offset, head_q);
+    float* lse = sequence_base(params.lse, sequence.b, sequence.q_offset, head_q);
+    RowCursor cursor(plan.group, first_row);
+    for (int64_t r = 0; r < num_rows; ++r, cursor.next()) {
+      // In double: one logarithm per row, and a sink far above or below the scores must neither overflow nor vanish.
+      double m = w.row_max[r], l = horizontal_sum(load(w.row_sum + r * kLanes)), o_scale = 1.0;
+      if (p.sinks != nullptr) {
+        const double sink = p.sinks[head_q + cursor.member];
+        const double shifted = sink > m ? sink : m;
+        if (shifted > -__builtin_inf()) {
+          o_scale = __builtin_exp(m - shifted);
+          l = l * o_scale + __builtin_exp(sink - shifted);
+          m = shifted;
+        }
+      }
+      const bool is_dead = l == 0.0;  // sees no key and there is no sink
+      const float inverse = is_dead ? 0.0f : static_cast<float>(o_scale / l);
+      lse[cursor.offset(params.lse)] = is_dead ? -kInf : static_cast<float>(m + __builtin_log(l));
+      const float* o = w.o + r * plan.dv_ld;
+      Input* row = out + cursor.offset(params.out);
+      for (int64_t j = 0; j < p.head_dim_v; j += kLanes) store_from_f32(row + j, load(o + j) * inverse, p.head_dim_v - j);
+    }
+  }
+};
+
+}  // namespace
+}  // namespace cpu
+}  // namespace flashmla

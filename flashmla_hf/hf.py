@@ -1,0 +1,487 @@
+"""The integration layer: ``attn_implementation="flashmla"`` in Hugging Face Transformers.
+
+:func:`register` tells Transformers about two names:
+
+``flashmla``
+    The name to use. It contains "flash" on purpose: Transformers then hands vision towers, continuous batching and static
+    caches what a flash kernel wants (packed boundaries, 2-D masks) instead of what SDPA wants.
+``fmla``
+    The same function under a name without "flash", for the few models that refuse or redirect flash names: Llama 4 beyond
+    one attention chunk, HRM-Text's prefix masks, ESM-C's sequence ids.
+
+:func:`attention_forward` is what the attention layers of a model call. It turns Transformers' calling convention (masks in
+four forms, window conventions, packed rows, caches, autocast) into one call of :func:`flashmla_hf.attention`.
+Beside it: :mod:`hf_masks` makes the masks, :mod:`hf_layout` turns them into what the kernel takes, :mod:`hf_check` tells
+which layers of a model use the kernel. Checked against Transformers 5.17 and 5.23.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import sys
+import warnings
+
+import torch
+from transformers import modeling_flash_attention_utils, modeling_utils
+from transformers.masking_utils import AttentionMaskInterface
+
+from flashmla_hf import hf_check, hf_layout, hf_masks, reference
+from flashmla_hf.attention import attention, flash_attn_func, flash_attn_varlen_func
+
+NAME = "flashmla"
+ALIAS = "fmla"
+# Transformers 5.17 switches to this key for continuous batching; 5.23 strips the prefix.
+PAGED_NAME = f"paged|{NAME}"
+PAGED_ALIAS = f"paged|{ALIAS}"
+
+# Keyword arguments that Transformers passes down to every attention layer and that say nothing about attention.
+IGNORED_KWARGS = frozenset(
+    {
+        "use_cache", "past_key_values", "cache_position", "encoder_hidden_states", "encoder_attention_mask",
+        "output_hidden_states", "output_router_logits", "return_dict", "num_items_in_batch", "logits_to_keep", "labels",
+        "shift_labels", "seq_idx", "input_ids", "inputs_embeds", "token_type_ids", "mm_token_type_ids",
+        "position_embeddings", "layer_idx", "debug_io", "debug_io_dir", "return_loss", "image_sizes", "pixel_values",
+        "pixel_values_videos", "image_grid_thw", "video_grid_thw", "second_per_grid_ts", "vision_feature_layer",
+        "vision_feature_select_strategy", "interpolate_pos_encoding",
+        # continuous batching: what the model runner reads, and the numbers of its buffers
+        "logits_indices", "logits_processor_args", "past_lens", "num_logits_to_keep",
+    }
+)  # fmt: skip
+
+_warned: set[str] = set()
+
+
+def _warn_once(message: str) -> None:
+    if message not in _warned and not torch.compiler.is_compiling():
+        _warned.add(message)
+        warnings.warn(message, stacklevel=3)
+
+
+def attention_forward(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None = None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    *,
+    is_causal: bool | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
+    position_bias: torch.Tensor | None = None,
+    position_ids: torch.Tensor | None = None,
+    cu_seq_lens_q: torch.Tensor | None = None,
+    cu_seq_lens_k: torch.Tensor | None = None,
+    max_length_q: int | torch.Tensor | None = None,
+    max_length_k: int | torch.Tensor | None = None,
+    output_attentions: bool | None = False,
+    deterministic: bool | None = None,
+    **kwargs,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Attention for one layer of a Transformers model, by Transformers' calling convention.
+
+    Args:
+        module: the layer; read for ``is_causal``, ``config`` and ``layer_idx``.
+        query: [batch, heads_q, seqlen_q, head_dim_qk], any strides; float32, float16, bfloat16, or a mixture over the
+            three as autocast leaves it.
+        key, value: [batch, heads_kv, seqlen_kv, head_dim_qk or head_dim_v]; heads not repeated. A static cache hands over
+            all its rows.
+        attention_mask: one of the forms of :mod:`hf_masks`, or a user's 4-D mask [batch, 1 or heads_q, seqlen_q,
+            seqlen_kv], boolean (true keeps) or additive. A 4-D mask is all there is to say: no causal mask or window is
+            put on top.
+        dropout: probability of dropping a weight; exact, outside the fused kernel, with one warning.
+        scaling: factor on the scores, ``None`` is ``head_dim_qk ** -0.5``.
+        is_causal: ``None`` is ``module.is_causal``, and causal where there is no such attribute.
+        sliding_window: a causal query sees this many keys, itself included.
+        softcap: as in :func:`flashmla_hf.attention`. s_aux: [heads_q] sinks, with gradient.
+        position_bias: [1 or batch, heads_q, seqlen_q, at least seqlen_kv], added to the scores (T5); exact, outside the
+            fused kernel, with one warning.
+        position_ids: [1 or batch, seqlen_q]; read to find packed rows where the mask says nothing.
+        cu_seq_lens_q, cu_seq_lens_k: [num_sequences + 1] boundaries of packed sequences over the flattened tokens; they
+            say more than a 2-D mask and are taken instead of it.
+        max_length_q, max_length_k: the longest packed sequences, or tensors of them.
+        output_attentions: also return the weights, computed exactly outside the kernel, with one warning.
+        deterministic: as in :func:`flashmla_hf.attention`; ``None`` and ``False`` leave it to torch's switches.
+        **kwargs: ``cache`` and its indices (continuous batching), and the arguments of ``IGNORED_KWARGS``.
+
+    Returns:
+        ``(out, weights)``: out [batch, seqlen_q, heads_q, head_dim_v]; weights [batch, heads_q, seqlen_q, seqlen_kv] in
+        out's dtype if asked for, else ``None``. Padding queries are 0.
+
+    Raises:
+        ValueError: an argument that is not known here (sparse models pass the indices of the keys they selected: to
+        ignore them would be silently wrong). NotImplementedError: active context parallelism, or DTensor inputs.
+        Everything :func:`flashmla_hf.attention` raises.
+    """
+    cache = kwargs.pop("cache", None)
+    if cache is not None:
+        paged = _update_paged_cache(module, key, value, cache, cu_seq_lens_k, max_length_k, kwargs)
+        key, value, cu_seq_lens_k, max_length_k, max_length_q_5_17 = paged
+        max_length_q = max_length_q if max_length_q is not None else max_length_q_5_17
+        attention_mask = None  # the boundaries say everything
+    _refuse_unknown(module, kwargs)
+    _refuse_parallel(module, query)
+
+    query, key, value = _one_dtype(query, key, value)
+    if query.shape[0] != key.shape[0]:  # learned queries of batch 1 (SDPA broadcasts them)
+        batch = max(query.shape[0], key.shape[0])
+        query, key, value = (x.expand(batch, -1, -1, -1) for x in (query, key, value))
+    if isinstance(scaling, torch.Tensor):  # a learned scale: let autograd see it
+        query, scaling = query * scaling.to(query.dtype), 1.0
+    if is_causal is None:
+        is_causal = getattr(module, "is_causal", True)
+    options = {
+        "scale": scaling,
+        "is_causal": bool(is_causal),
+        "window": _window(module, bool(is_causal), sliding_window),
+        "softcap": float(softcap or 0.0),
+        "sinks": s_aux,
+        "deterministic": True if deterministic else None,
+    }
+    # Layout of the kernel: [batch, seqlen, heads, dim]. These are views.
+    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+    q, k, v = (x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous() for x in (q, k, v))
+
+    if cu_seq_lens_q is not None and cu_seq_lens_k is not None and (attention_mask is None or attention_mask.dim() == 2):
+        boundaries = (cu_seq_lens_q.to(torch.int32).contiguous(), cu_seq_lens_k.to(torch.int32).contiguous())
+        if output_attentions or position_bias is not None:
+            attention_mask = _dense_from_boundaries(module, q, k, *boundaries)
+        else:
+            longest = (_as_int(max_length_q), _as_int(max_length_k))
+            return _packed(q, k, v, boundaries, longest, dropout_p=dropout, **options), None
+    elif attention_mask is None:
+        if q.shape[1] == k.shape[1] and position_ids is not None:
+            # With a cache (the default outside Trainer) Transformers' mask layer does not look for packed rows.
+            attention_mask = hf_layout.segments_from_positions(position_ids, q.shape[0], q.shape[1], options["is_causal"])
+    else:
+        attention_mask = _recognised(module, attention_mask, k.shape[1])
+
+    needs_dense = bool(output_attentions) or position_bias is not None or dropout > 0.0
+    if not needs_dense:
+        out = _fused(q, k, v, attention_mask, options)
+        if out is not None:
+            return out, None
+    return _dense(module, q, k, v, attention_mask, position_bias, dropout, bool(output_attentions), options)
+
+
+def _fused(q, k, v, mask, options) -> torch.Tensor | None:
+    """The kernel's answer for q, k, v [batch, seqlen, heads, dim] under ``mask``; ``None`` if it needs a dense mask."""
+    if mask is None:
+        return attention(q, k, v, **options)
+    seqlen_q = q.shape[1]
+    if mask.dtype == torch.int32:
+        boundaries = hf_layout.segment_boundaries(mask)
+        return _packed(q, k, v, (boundaries, boundaries), (None, None), **options)
+
+    if mask.dim() == 4:
+        if mask.dtype != torch.bool or mask.shape[1] != 1 or mask.shape[2] != 1:
+            return None
+        # The keys that every query sees: causal and window do not count any more.
+        options = options | {"is_causal": False, "window": None}
+        mask = hf_layout.view_with_memo(mask, mask[:, 0, 0, :].expand(q.shape[0], -1))
+    k, v = k[:, : mask.shape[1]], v[:, : mask.shape[1]]
+    seqlen_kv = k.shape[1]
+    ranges = hf_layout.key_ranges(mask)
+    if ranges.has_holes:
+        return None
+    queries_are_keys = options["is_causal"] or options["window"] is not None
+    if queries_are_keys and seqlen_q > seqlen_kv:
+        return None
+    if ranges.uniform is not None:
+        # All rows alike, as in an unpadded batch under a static cache: a slice, and no copy of the cache below.
+        start, end = ranges.uniform
+        if not queries_are_keys or (end == seqlen_kv and start <= seqlen_kv - seqlen_q):
+            return attention(q, k[:, start:end], v[:, start:end], **options)
+    boundaries = hf_layout.range_boundaries(ranges, seqlen_q, seqlen_kv, queries_are_keys)
+    return _packed(q, k, v, boundaries, (seqlen_q, seqlen_kv), **options)
+
+
+def _packed(q, k, v, boundaries, longest, **options) -> torch.Tensor:
+    """Attention over flattened tokens. q [batch, seqlen_q, heads_q, dim] -> [batch, seqlen_q, heads_q, head_dim_v].
+
+    Training and prefill without a cache keep tokens dense in memory, and a batch of one always does: flattening is a
+    view. A cache [batch, heads, seqlen, dim] of a padded batch is copied, once per layer and step; so does flash-attn.
+    """
+    batch, seqlen_q = q.shape[:2]
+    packed = [x.squeeze(0) if x.shape[0] == 1 else x.flatten(0, 1) for x in (q, k, v)]
+    out = attention(
+        *packed,
+        cu_seqlens_q=boundaries[0],
+        cu_seqlens_kv=boundaries[1],
+        max_seqlen_q=longest[0],
+        max_seqlen_kv=longest[1],
+        **options,
+    )
+    return out.unflatten(0, (batch, seqlen_q))
+
+
+def _dense(module, q, k, v, mask, position_bias, dropout, wants_weights, options):
+    """Exact attention with a materialised mask: what no fused kernel computes. Shapes as in :func:`_fused`."""
+    num_keys = k.shape[1]
+    if mask is not None and mask.dtype == torch.int32:
+        mask = mask[:, None, :, None] == mask[:, None, None, :]  # packed: causal and window stay on
+    elif mask is not None and mask.dim() == 2:
+        k, v = k[:, : mask.shape[1]], v[:, : mask.shape[1]]
+        mask = mask[:, None, None, :]
+    elif mask is not None:
+        options = options | {"is_causal": False, "window": None}
+    if position_bias is not None:
+        _warn_once(
+            f"flashmla: {type(module).__name__} adds a position_bias to its scores. This is computed exactly, but not by "
+            "the fused kernel: memory grows with seqlen_q * seqlen_kv."
+        )
+        bias = position_bias[..., : k.shape[1]].to(q.dtype)
+        if mask is None:
+            mask = bias
+        elif mask.dtype == torch.bool:
+            mask = bias.masked_fill(~mask, float("-inf"))
+        else:
+            mask = bias + mask.to(q.dtype)
+    if not wants_weights:
+        return attention(q, k, v, attn_mask=mask, dropout_p=dropout, **options), None
+
+    _warn_once(
+        "flashmla: output_attentions=True is answered exactly, but not by the fused kernel, which never holds the weights: "
+        "memory grows with seqlen_q * seqlen_kv."
+    )
+    window = options["window"] or (-1, -1)
+    out, _, weights = reference.attention(
+        q,
+        k,
+        v,
+        sinks=options["sinks"],
+        attn_mask=mask,
+        scale=q.shape[-1] ** -0.5 if options["scale"] is None else options["scale"],
+        window_left=-1 if window[0] is None else window[0],
+        window_right=0 if options["is_causal"] else (-1 if window[1] is None else window[1]),
+        softcap=options["softcap"],
+        dropout_p=dropout,
+        return_weights=True,
+    )
+    # A static cache's unused rows have weight 0.
+    weights = torch.nn.functional.pad(weights.to(q.dtype), (0, num_keys - k.shape[1]))
+    return out, weights
+
+
+def _dense_from_boundaries(module, q, k, cu_seqlens_q, cu_seqlens_kv) -> torch.Tensor:
+    if q.shape[0] != 1 or q.shape[1] != k.shape[1]:
+        raise ValueError(
+            f"flashmla in {type(module).__name__}: output_attentions and position_bias with cu_seq_lens: expected one packed "
+            f"row of equal query and key lengths, got query {[*q.shape]} and key {[*k.shape]} [batch, seqlen, heads, dim]"
+        )
+    return hf_layout.segments_from_boundaries(cu_seqlens_q, q.shape[1])
+
+
+def _recognised(module, mask, seqlen_kv: int) -> torch.Tensor:
+    """``mask`` in one of the forms of :mod:`hf_masks`, cut to at most ``seqlen_kv`` keys."""
+    if not isinstance(mask, torch.Tensor) or mask.dim() not in (2, 4):
+        what = f"{mask.dim()} dimensions" if isinstance(mask, torch.Tensor) else type(mask).__name__
+        raise ValueError(
+            f"flashmla in {type(module).__name__}: attention_mask: expected None or a tensor with 2 or 4 dimensions, got {what}"
+        )
+    if mask.dtype not in (torch.bool, torch.int32) and mask.dim() == 2:
+        # Models that go around the mask layer pass the tokenizer's int64 mask of ones and zeros.
+        kept = hf_layout.memo(mask)
+        if "as bool" not in kept:
+            kept["as bool"] = hf_layout.adopt(mask != 0)
+        mask = kept["as bool"]
+    if mask.shape[-1] <= seqlen_kv:
+        return mask
+    # Of a 2-D mask a sliding cache holds the last keys. A 4-D mask may be made for the rows of a whole static cache.
+    cut = mask[:, -seqlen_kv:] if mask.dim() == 2 else mask[..., :seqlen_kv]
+    if mask.dim() == 4 and mask.shape[2] > 1:
+        return cut
+    kept, key = hf_layout.memo(mask), ("cut", seqlen_kv)
+    if key not in kept:
+        kept[key] = hf_layout.adopt(cut.clone())
+    return kept[key]
+
+
+def _window(module, is_causal: bool, sliding_window: int | None) -> tuple[int, int] | None:
+    """``sliding_window`` as (left, right), both ends included; ``None`` if there is none."""
+    if sliding_window is None:
+        return None
+    if is_causal:
+        return (sliding_window - 1, 0)
+    # Bidirectional: flash-attn's convention is |i - j| < sliding_window, and ModernBERT passes config.sliding_window + 1.
+    # The mask that eager follows is |i - j| <= config.sliding_window. Layers that pass the config's value as it is (the
+    # encoder of T5Gemma; causal models switched to is_causal=False) are off by one under Transformers' flash path.
+    is_config_value = sliding_window == getattr(getattr(module, "config", None), "sliding_window", None)
+    reach = sliding_window if is_config_value else sliding_window - 1
+    return (reach, reach)
+
+
+def _one_dtype(query, key, value):
+    """The three in one dtype. Autocast leaves mixtures: rotary embeddings and norms give fp32, projections bf16.
+
+    Under autocast that is autocast's dtype (as for any matrix product), elsewhere the dtype of ``value``, which no norm or
+    rotation has touched.
+    """
+    device_type = query.device.type
+    if device_type != "meta" and torch.is_autocast_enabled(device_type) and query.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device_type)
+    else:
+        dtype = value.dtype
+    return query.to(dtype), key.to(dtype), value.to(dtype)
+
+
+def _as_int(length: int | torch.Tensor | None) -> int | None:
+    """A length Python knows, or ``None`` (then the packed length is the bound): never a synchronisation."""
+    if isinstance(length, torch.Tensor):
+        return int(length) if length.device.type == "cpu" and hf_layout.values_are_readable(length) else None
+    return length
+
+
+def _update_paged_cache(module, key, value, cache, cu_seq_lens_k, max_length_k, kwargs):
+    """Continuous batching: writes key and value [1, heads_kv, new tokens, dim] to the cache and returns all the keys of the
+    batch [1, heads_kv, total_kv, dim], their boundaries and longest sequences."""
+    if kwargs.get("block_table") is not None:
+        raise ValueError(
+            f"flashmla in {type(module).__name__}: block_table: expected none; this attention reads gathered keys. Leave "
+            "use_cuda_graph and the block-table decode path of continuous batching off"
+        )
+    read_index, write_index = kwargs.pop("read_index", None), kwargs.pop("write_index", None)
+    kwargs.pop("block_table", None)
+    longest_q, longest_k = kwargs.pop("max_seqlen_q", None), kwargs.pop("max_seqlen_k", None)  # names of 5.17
+    if "kwargs" in inspect.signature(cache.update).parameters:
+        updated = {
+            "cu_seq_lens_k": cu_seq_lens_k, "max_length_k": max_length_k, "read_index": read_index,
+            "write_index": write_index,
+        }  # fmt: skip
+        key, value = cache.update(key_states=key, value_states=value, layer_idx=module.layer_idx, kwargs=updated)
+        return key, value, updated["cu_seq_lens_k"], updated["max_length_k"], longest_q
+    key, value = cache.update(
+        key_states=key, value_states=value, layer_idx=module.layer_idx, read_index=read_index, write_index=write_index
+    )
+    kind = "sliding_attention" if getattr(module, "sliding_window", None) else "full_attention"
+    if isinstance(cu_seq_lens_k, dict):
+        cu_seq_lens_k = cu_seq_lens_k[kind]
+    longest_k = max_length_k if longest_k is None else longest_k
+    if isinstance(longest_k, dict):
+        longest_k = longest_k[kind]
+    # [total_kv, heads_kv, dim] -> [1, heads_kv, total_kv, dim]
+    key, value = (x.transpose(0, 1)[None] for x in (key, value))
+    return key, value, cu_seq_lens_k, longest_k, longest_q
+
+
+def _refuse_unknown(module, kwargs: dict) -> None:
+    for name, given in kwargs.items():
+        if given is not None and name not in IGNORED_KWARGS:
+            model = getattr(getattr(module, "config", None), "model_type", "unknown")
+            raise ValueError(
+                f"flashmla: {type(module).__name__} of model type {model!r} passes the argument {name!r}, which this attention "
+                "does not know; ignoring it could be silently wrong (sparse models pass the keys they selected this way). "
+                'Use attn_implementation="eager" or "sdpa" for this model, or leave the argument out of the call'
+            )
+
+
+def _refuse_parallel(module, query) -> None:
+    if type(query).__name__ == "DTensor":
+        raise NotImplementedError(
+            f"flashmla in {type(module).__name__}: DTensor inputs. Expected local tensors: use tp_plan='auto' or FSDP, which "
+            'hand over local tensors, or attn_implementation="sdpa"'
+        )
+    if _context_parallel_is_active():
+        raise NotImplementedError(
+            f"flashmla in {type(module).__name__}: torch context parallelism is active. It shards the sequence and replaces "
+            "torch's SDPA only, so this attention would silently see one shard of the keys. Use "
+            'attn_implementation="sdpa" inside context_parallel, or leave context parallelism off'
+        )
+
+
+@torch.compiler.assume_constant_result
+def _context_parallel_is_active() -> bool:
+    """Whether ``torch.distributed.tensor.experimental.context_parallel`` has replaced SDPA right now.
+
+    There is no public question to ask: its module keeps the functions it put in place (monkey-patch mode), or swaps the
+    handlers of DTensor's dispatcher (wrapper mode).
+    """
+    experimental = "torch.distributed.tensor.experimental"
+    for name in (f"{experimental}._context_parallel._attention", f"{experimental}._attention"):
+        state = sys.modules.get(name)
+        if state is None:
+            continue
+        if torch.nn.functional.scaled_dot_product_attention in getattr(state, "_replaced_functions", {}):
+            return True
+        handlers = getattr(state, "existing_custom_ops", None)
+        if handlers is not None and state.DTensor._op_dispatcher._custom_op_handlers is not handlers:
+            return True
+    return False
+
+
+def _wrap_lazy_imports(original):
+    """Transformers preloads a flash library for every name that contains "flash", from the hub if it does not know the
+    name, and model init then fails. For our names this gives our functions; they also serve models that call
+    Transformers' own flash path (Falcon, remote code)."""
+
+    @functools.wraps(original)
+    def lazy_imports(implementation, *args, **kwargs):
+        if implementation in (NAME, PAGED_NAME):
+            pad, unpad = modeling_flash_attention_utils._pad_input, modeling_flash_attention_utils._unpad_input
+            return flash_attn_func, flash_attn_varlen_func, None, pad, unpad
+        return original(implementation, *args, **kwargs)
+
+    lazy_imports._flashmla_wraps = original
+    return lazy_imports
+
+
+def _wrap_check_and_adjust(original):
+    """Every route to an attention implementation ends in this method of the model."""
+
+    @functools.wraps(original)
+    def check_and_adjust(self, attn_implementation, *args, **kwargs):
+        if attn_implementation in (NAME, ALIAS, PAGED_NAME, PAGED_ALIAS):
+            _declare_compatible(type(self))
+            _provide_flash_path(type(self))
+            warning = hf_check.class_warning(type(self), NAME)
+            if warning is not None:
+                _warn_once(warning)
+        return original(self, attn_implementation, *args, **kwargs)
+
+    check_and_adjust._flashmla_wraps = original
+    return check_and_adjust
+
+
+def _declare_compatible(model_class: type) -> None:
+    """Adds our name to ``_compatible_flash_implementations``: GPT-OSS and its kin list the kernels that know sinks and
+    replace every other flash name by one from the hub. On first use, so that classes imported later are covered."""
+    for cls in model_class.__mro__:
+        names = cls.__dict__.get("_compatible_flash_implementations")
+        if names is not None and NAME not in names:
+            cls._compatible_flash_implementations = [*names, NAME]
+
+
+def _provide_flash_path(model_class: type) -> None:
+    """Falcon, GPT-J and GPT-Neo import Transformers' flash path only where flash-attn is installed, use it unasked, and in
+    5.17 choose their attention class from a dictionary that knows no registered names."""
+    if not hf_check.uses_flash_path(model_class):
+        return
+    contents = vars(sys.modules[model_class.__module__])
+    contents.setdefault("_flash_attention_forward", modeling_flash_attention_utils._flash_attention_forward)
+    for name, classes in contents.items():
+        if name.endswith("_ATTENTION_CLASSES") and "flash_attention_2" in classes:
+            for ours in (NAME, ALIAS):
+                classes.setdefault(ours, classes["flash_attention_2"])
+
+
+def register() -> None:
+    """Makes ``attn_implementation="flashmla"`` (and ``"fmla"``) known to Transformers. Calling it again changes nothing."""
+    for name in (NAME, ALIAS, PAGED_NAME, PAGED_ALIAS):
+        modeling_utils.AttentionInterface.register(name, attention_forward)
+    # The paged names get no mask function, as in Transformers: continuous batching then builds no mask at all.
+    for name in (NAME, ALIAS):
+        AttentionMaskInterface.register(name, hf_masks.flashmla_mask)
+    for owner, name, wrap in (
+        (modeling_flash_attention_utils, "_lazy_imports", _wrap_lazy_imports),
+        (modeling_utils.PreTrainedModel, "_check_and_adjust_attn_implementation", _wrap_check_and_adjust),
+    ):
+        current = getattr(owner, name)
+        if not hasattr(current, "_flashmla_wraps"):
+            setattr(owner, name, wrap(current))
+
+
+# Whoever imports this module wants that; the import hook of autoload.py relies on it.
+register()

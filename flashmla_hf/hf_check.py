@@ -1,0 +1,156 @@
+"""Which attention layers of a model use the kernel, and why others do not.
+
+Transformers accepts any registered attention implementation for any model, also for those whose layers never ask for
+it (Bloom, MPT, DeBERTa, ...): they go on computing attention by themselves, silently. The code of a layer's class says
+whether it asks: it mentions ``ALL_ATTENTION_FUNCTIONS``, or Transformers' flash path ``_flash_attention_forward``.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from types import CodeType
+
+import torch
+
+_INTERFACE = "ALL_ATTENTION_FUNCTIONS"
+_FLASH_PATH = "_flash_attention_forward"
+# Arguments by which sparse models tell an attention function which keys to read; see hf._refuse_unknown.
+_SPARSE_KWARGS = {"indices", "block_indices", "sinks"}
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One attention layer: its name in the model, its class, whether it uses the kernel, and why (not)."""
+
+    name: str
+    class_name: str
+    uses_kernel: bool
+    reason: str
+
+
+@dataclass(frozen=True)
+class Report:
+    """What :func:`check` found. ``print(report)`` is meant to be read; ``bool(report)`` is whether every layer uses the
+    kernel."""
+
+    model: str
+    layers: tuple[Layer, ...]
+
+    def __bool__(self) -> bool:
+        return bool(self.layers) and all(layer.uses_kernel for layer in self.layers)
+
+    def __str__(self) -> str:
+        using = sum(layer.uses_kernel for layer in self.layers)
+        lines = [f"{self.model}: {using} of {len(self.layers)} attention layers use the flashmla kernel"]
+        groups: dict[tuple, list[str]] = {}
+        for layer in self.layers:
+            groups.setdefault((layer.uses_kernel, layer.class_name, layer.reason), []).append(layer.name)
+        for (uses_kernel, class_name, reason), names in groups.items():
+            where = names[0] if len(names) == 1 else f"{names[0]} ... {names[-1]}"
+            lines.append(f"  [{'yes' if uses_kernel else 'no '}] {len(names)} x {class_name} ({where}): {reason}")
+        return "\n".join(lines)
+
+
+def check(model: torch.nn.Module) -> Report:
+    """A :class:`Report` on every attention layer of ``model``, a Transformers model (or a module that contains one)."""
+    layers = []
+    for name, module in model.named_modules():
+        if not _is_attention(type(module)) or _contains_attention(module):
+            continue
+        layers.append(Layer(name, type(module).__name__, *_verdict(module)))
+    return Report(type(model).__name__, tuple(layers))
+
+
+def class_warning(model_class: type, name: str) -> str | None:
+    """A warning for a model class whose attention layers would silently never call us; ``None`` for every other."""
+    own_classes = _attention_classes(model_class.__module__)
+    if not own_classes or any(_names_used(cls) & {_INTERFACE, _FLASH_PATH} for cls in own_classes):
+        return None
+    return (
+        f"flashmla: the attention layers of {model_class.__name__} compute attention by themselves and never ask for an "
+        f"attn_implementation: {name!r} has no effect on them. flashmla_hf.check(model) lists the layers."
+    )
+
+
+def uses_flash_path(model_class: type) -> bool:
+    """Whether attention classes beside ``model_class`` call Transformers' flash path instead of the interface."""
+    return any(_FLASH_PATH in _names_used(cls) for cls in _attention_classes(model_class.__module__))
+
+
+def _verdict(module: torch.nn.Module) -> tuple[bool, str]:
+    names = _names_used(type(module))
+    if not names & {_INTERFACE, _FLASH_PATH}:
+        return False, "its class computes attention by itself and never asks for an attn_implementation"
+    config = getattr(module, "config", None)
+    implementation = getattr(config, "_attn_implementation", None)
+    if implementation is None or implementation.removeprefix("paged|") not in ("flashmla", "fmla"):
+        return False, f'its attn_implementation is {implementation!r}; set_attn_implementation("flashmla") changes it'
+    if sparse := sorted(_SPARSE_KWARGS & _keywords_passed(type(module))):
+        return False, f"it selects keys by {', '.join(sparse)}, which is refused with an error"
+    if "position_bias" in _keywords_passed(type(module)):
+        return False, "it adds a position_bias to the scores: exact, but computed outside the fused kernel"
+    notes = []
+    if names & {_FLASH_PATH} and _INTERFACE not in names:
+        notes.append("through Transformers' flash path")
+    dropout = next((p for p in (getattr(module, n, 0.0) for n in ("attention_dropout", "dropout")) if isinstance(p, float)), 0.0)
+    if dropout > 0.0:
+        notes.append(f"in training its dropout of {dropout} is exact, but computed outside the fused kernel")
+    return True, "; ".join(["it calls the kernel", *notes])
+
+
+def _is_attention(cls: type) -> bool:
+    return "Attention" in cls.__name__ or "Attn" in cls.__name__ or _INTERFACE in _names_used(cls)
+
+
+def _contains_attention(module: torch.nn.Module) -> bool:
+    """Whether ``module`` is only the wrapper of the layer that computes (``BertAttention`` around ``BertSelfAttention``)."""
+    if _names_used(type(module)) & {_INTERFACE, _FLASH_PATH}:
+        return False
+    return any(_is_attention(type(child)) for child in module.modules() if child is not module)
+
+
+def _attention_classes(module_name: str) -> list[type]:
+    module = sys.modules.get(module_name)
+    members = vars(module).values() if module is not None else ()
+    return [
+        cls
+        for cls in members
+        if inspect.isclass(cls) and issubclass(cls, torch.nn.Module) and "Attention" in cls.__name__
+        and cls.__module__ == module_name
+    ]  # fmt: skip
+
+
+@functools.cache
+def _names_used(cls: type) -> frozenset[str]:
+    """Global names and attributes mentioned in the code of ``cls`` and its bases (the libraries' base classes left out)."""
+    return frozenset(name for code in _codes(cls) for name in code.co_names)
+
+
+@functools.cache
+def _keywords_passed(cls: type) -> frozenset[str]:
+    """Names of keyword arguments in calls made by ``cls.forward``: Python keeps them as constant tuples of strings."""
+    code = getattr(inspect.unwrap(cls.forward), "__code__", None)
+    constants = code.co_consts if code is not None else ()
+    return frozenset(
+        name for constant in constants if isinstance(constant, tuple) for name in constant if isinstance(name, str)
+    )
+
+
+def _codes(cls: type) -> Iterator[CodeType]:
+    for base in cls.__mro__:
+        # PreTrainedModel mentions the interface too, to look up names.
+        is_library = base.__module__.startswith("transformers.") and not base.__module__.startswith("transformers.models.")
+        if is_library or base.__module__.startswith("torch.") or base is object:
+            continue
+        for member in vars(base).values():
+            function = inspect.unwrap(member) if callable(member) else None
+            code = getattr(function, "__code__", None)
+            pending = [code] if code is not None else []
+            while pending:
+                code = pending.pop()
+                yield code
+                pending.extend(constant for constant in code.co_consts if isinstance(constant, CodeType))

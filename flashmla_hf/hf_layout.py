@@ -1,0 +1,228 @@
+"""From Transformers' masks to what the kernel takes: boundaries (``cu_seqlens``) over flattened tokens.
+
+The kernel knows causal, window and boundaries, nothing else. Padding and packing become boundaries without moving a token: the
+tensors [batch, seqlen, heads, dim] are read as [batch * seqlen, heads, dim], and what must not be seen becomes a
+sequence of its own. One row with valid keys ``start ... end`` is at most five sequences, some of them empty:
+
+==================  =============  ==============  =======================================================
+sequence            its queries    its keys        effect
+==================  =============  ==============  =======================================================
+queries before      0 ... a        none            a query that sees no key gives exactly 0
+keys before         none           0 ... start     a key that no query sees
+the valid part      a ... b        start ... end   attention
+queries after       b ... Q        none            0
+keys after          none           end ... K       not seen
+==================  =============  ==============  =======================================================
+
+The number of sequences depends on shapes alone, so nothing is read back from the GPU and ``torch.compile`` sees one static
+graph. FlashAttention's unpadding instead gathers the valid tokens: two copies and a synchronisation in every layer.
+
+All layers of a model share one mask tensor, so what is derived from it is kept with it (:func:`memo`): a forward pass
+synchronises at most once per mask. Synchronising is needed in eager mode only, to see holes (valid keys that are not one
+range, which boundaries cannot express) and the number of packed sequences.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch.utils.weak import WeakTensorKeyDictionary
+
+# Under torch.compile the number of packed sequences is data, the shape of cu_seqlens is not: room is made for this many
+# sequences, the unused ones empty. Running out raises (see segment_boundaries), it is never silently wrong.
+MIN_COMPILED_SEGMENTS = 256
+MIN_COMPILED_TOKENS_PER_SEGMENT = 16
+
+
+def values_are_readable(x: torch.Tensor) -> bool:
+    """Whether Python may look at the values of ``x`` now: not while compiling, tracing or capturing, nor on meta."""
+    if torch.compiler.is_compiling() or x.is_meta or torch.jit.is_tracing():
+        return False
+    if isinstance(x, torch._subclasses.FakeTensor):
+        return False
+    return not (x.is_cuda and torch.cuda.is_current_stream_capturing())
+
+
+# Beside the tensor, not on it: an attribute would be pickled with a tensor that the user saves. What is kept must not be a view
+# of its tensor, or the two would keep each other alive.
+_memos = WeakTensorKeyDictionary()
+
+
+def memo(x: torch.Tensor) -> dict:
+    """A dictionary that lives as long as the tensor ``x`` and is dropped when ``x`` is changed in place.
+
+    Nothing is kept while compiling, nor for a user's inference-mode tensor, which does not count its changes. What was
+    derived in inference mode is dropped outside of it, since autograd may not save such tensors.
+    """
+    if torch.compiler.is_compiling():
+        return {}
+    state, kept = _memos.get(x, (None, None))
+    if x.is_inference():
+        return {} if kept is None else kept
+    now = (x._version, torch.is_inference_mode_enabled())
+    if state != now:
+        kept = {}
+        _memos[x] = (now, kept)
+    return kept
+
+
+def adopt(mask: torch.Tensor) -> torch.Tensor:
+    """``mask``, just made by this package and changed by nobody: what is derived from it may be kept in inference mode."""
+    if not torch.compiler.is_compiling() and mask.is_inference():
+        _memos[mask] = (None, {})
+    return mask
+
+
+def view_with_memo(mask: torch.Tensor, view: torch.Tensor) -> torch.Tensor:
+    """``view``, a reshaping of ``mask`` that says the same, sharing what is derived from it."""
+    if not torch.compiler.is_compiling():
+        state = None if view.is_inference() else (view._version, torch.is_inference_mode_enabled())
+        _memos[view] = (state, memo(mask))
+    return view
+
+
+@dataclass(frozen=True)
+class KeyRanges:
+    """Which keys of each row are valid, as one range per row.
+
+    start, end: int32 [batch]. ``uniform``: the one (start, end) of all rows, or ``None`` where they differ or cannot be
+    read. ``has_holes``: the valid keys of some row are not one range, so start and end mean nothing (eager mode only; a
+    compiled graph asserts instead).
+    """
+
+    start: torch.Tensor
+    end: torch.Tensor
+    uniform: tuple[int, int] | None
+    has_holes: bool
+    boundaries: dict = field(default_factory=dict)
+
+
+def key_ranges(valid: torch.Tensor) -> KeyRanges:
+    """The ranges of ``valid``, boolean [batch, seqlen_kv], true where a key may be seen. A row may have none.
+
+    Raises: RuntimeError from the running graph (on a GPU a device assertion) if compiled code meets a mask with holes.
+    """
+    kept, key = memo(valid), ("ranges", valid.shape)
+    if key in kept:
+        return kept[key]
+    seqlen = valid.shape[1]
+    position = torch.arange(seqlen, device=valid.device, dtype=torch.int32)
+    start = torch.where(valid, position, seqlen).amin(dim=1).to(torch.int32)
+    end = torch.where(valid, position + 1, 0).amax(dim=1).to(torch.int32)
+    start = torch.minimum(start, end)  # a row without valid keys: 0 ... 0
+    is_contiguous = (valid.sum(dim=1) == end - start).all()
+    uniform, has_holes = None, False
+    if values_are_readable(valid):
+        # The one synchronisation of this mask.
+        extremes = torch.stack([start.amin(), start.amax(), end.amin(), end.amax(), is_contiguous.to(torch.int32)])
+        first_start, last_start, first_end, last_end, contiguous = extremes.tolist()
+        has_holes = not contiguous
+        if not has_holes and first_start == last_start and first_end == last_end:
+            uniform = (first_start, first_end)
+    elif not valid.is_meta:
+        torch._assert_async(
+            is_contiguous,
+            "flashmla: a compiled model met a key mask whose valid keys are not one range per row; run this model without "
+            "torch.compile, or give the mask as 4-D",
+        )
+    kept[key] = KeyRanges(start, end, uniform, has_holes)
+    return kept[key]
+
+
+def range_boundaries(
+    ranges: KeyRanges, seqlen_q: int, seqlen_kv: int, queries_are_keys: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """cu_seqlens_q, cu_seqlens_kv, int32 [5 * batch + 1], of the table above.
+
+    ``queries_are_keys``: self-attention, where query i stands at key position ``i + seqlen_kv - seqlen_q`` and is
+    padding where that key is. Otherwise (cross-attention, or an encoder without window) every query sees the valid keys.
+    """
+    key = (seqlen_q, seqlen_kv, queries_are_keys)
+    if key not in ranges.boundaries:
+        start, end = ranges.start, ranges.end
+        if queries_are_keys:
+            shift = seqlen_kv - seqlen_q
+            first = (start - shift).clamp(min=0)
+            last = torch.maximum((end - shift).clamp(min=0), first)
+        else:
+            first = torch.zeros_like(start)
+            last = torch.full_like(end, seqlen_q)
+        none_q, all_q = torch.zeros_like(start), torch.full_like(start, seqlen_q)
+        none_kv, all_kv = torch.zeros_like(start), torch.full_like(start, seqlen_kv)
+        # Where each of a row's five sequences ends.
+        ends_q = torch.stack([first, first, last, all_q, all_q], dim=1)
+        ends_kv = torch.stack([none_kv, start, end, end, all_kv], dim=1)
+        row = torch.arange(start.shape[0], device=start.device, dtype=torch.int32)[:, None]
+        ranges.boundaries[key] = tuple(
+            torch.cat([none_q[:1], (ends + row * seqlen).flatten()])
+            for ends, seqlen in ((ends_q, seqlen_q), (ends_kv, seqlen_kv))
+        )
+    return ranges.boundaries[key]
+
+
+def segment_boundaries(segments: torch.Tensor) -> torch.Tensor:
+    """cu_seqlens, int32 [num_segments + 1], of ``segments``, int32 [batch, seqlen]: a packed sequence ends where the
+    number changes and at the end of a row.
+
+    Under torch.compile the tensor has a fixed size and repeats its last boundary (empty sequences). Raises: RuntimeError
+    from the running graph if there are more sequences than room was made for.
+    """
+    kept = memo(segments)
+    if "boundaries" not in kept:
+        total = segments.numel()
+        is_first = torch.ones_like(segments, dtype=torch.bool)
+        is_first[:, 1:] = segments[:, 1:] != segments[:, :-1]
+        number = is_first.flatten().cumsum(0, dtype=torch.int32)  # 1, 1, 1, 2, 2, 3, ...
+        if values_are_readable(segments):
+            capacity = int(number[-1])  # the one synchronisation of this mask
+        else:
+            capacity = min(total, max(MIN_COMPILED_SEGMENTS, total // MIN_COMPILED_TOKENS_PER_SEGMENT))
+            if not segments.is_meta:
+                torch._assert_async(
+                    number[-1] <= capacity,
+                    "flashmla: more packed sequences than a compiled graph has room for; pass cu_seq_lens_q/k "
+                    "(DataCollatorWithFlattening(return_flash_attn_kwargs=True)) or run without torch.compile",
+                )
+        wanted = torch.arange(1, capacity + 2, device=segments.device, dtype=torch.int32)
+        # Where number first reaches 1, 2, 3, ...; past the last one that is total.
+        kept["boundaries"] = torch.searchsorted(number, wanted, out_int32=True)
+    return kept["boundaries"]
+
+
+def segments_from_positions(position_ids: torch.Tensor, batch: int, seqlen: int, is_causal: bool) -> torch.Tensor | None:
+    """Segment numbers, int32 [batch, seqlen], where position_ids say that rows are packed; ``None`` where they do not.
+
+    position_ids [batch or 1, seqlen]. In a causal model a sequence begins wherever the position is not the one before
+    plus one, which is how Transformers' mask layer reads them; that layer does not look at all when there is a cache,
+    and eager attention then mixes the sequences. Elsewhere positions may jump inside a sequence (patches of an image), and
+    a sequence begins at each return to the lowest position, which is how Transformers' flash path reads them.
+    """
+    if seqlen == 1 or position_ids is None or position_ids.is_floating_point():
+        return None
+    is_patch_grid = position_ids.dim() == 2 and batch == 1 and tuple(position_ids.shape) == (seqlen, 2) and seqlen != 2
+    if not is_patch_grid and (position_ids.dim() != 2 or position_ids.shape[0] not in (1, batch) or position_ids.shape[1] != seqlen):
+        return None  # three-dimensional rotary positions and the like say nothing about packing
+    kept, key = memo(position_ids), ("segments", batch, is_causal)
+    if key not in kept:
+        if is_patch_grid:
+            # Pixtral in Transformers 5.17: (row, column) of each patch, each image beginning at (0, 0).
+            is_first = (position_ids == 0).all(dim=-1)[None]
+        elif is_causal:
+            step = position_ids.diff(dim=-1, prepend=position_ids[:, :1] - 1)
+            is_first = step != 1
+        else:
+            is_first = position_ids == position_ids.amin(dim=-1, keepdim=True)
+        is_first = is_first.clone()
+        is_first[:, 0] = True
+        if values_are_readable(position_ids) and not bool(is_first[:, 1:].any()):
+            kept[key] = None
+        else:
+            kept[key] = is_first.cumsum(-1, dtype=torch.int32).expand(batch, -1)
+    return kept[key]
+
+
+def segments_from_boundaries(cu_seqlens: torch.Tensor, total: int) -> torch.Tensor:
+    """Segment numbers, int32 [1, total], of the packed sequences that ``cu_seqlens`` [num_sequences + 1] separates."""
+    position = torch.arange(total, device=cu_seqlens.device, dtype=cu_seqlens.dtype)
+    return torch.searchsorted(cu_seqlens, position, right=True, out_int32=True)[None]

@@ -1,0 +1,130 @@
+"""The operator layer: schemas, fake kernels and autograd of ``torch.ops.flashmla``.
+
+Two operators, defined here and implemented by the compiled libraries (one per backend, see :data:`LIBRARIES`):
+
+``flash_attn_forward(q, k, v, ...) -> (out, lse)``
+``flash_attn_backward(dout, dlse, q, k, v, out, lse, ...) -> (dq, dk, dv, dsinks)``
+
+Their names contain ``flash_attn`` on purpose: TRL's selective activation checkpointing keeps the outputs of operators so
+named instead of recomputing them.
+
+The operators are strict and carry no policy. Arguments are already resolved (a scale, not ``None``; a causal mask is
+``window_right=0``), tensors are checked for memory safety by the C++ host code, and anything a backend cannot do is an error.
+Choosing a backend, defaults and friendly messages are :mod:`flashmla_hf.attention`'s job.
+
+Shapes (dense layout; the packed layout drops ``batch`` and reads ``total`` for ``seqlen``):
+
+=========  ==========================================  =====================
+q          [batch, seqlen_q, heads_q, head_dim_qk]     fp32, fp16, bf16
+k          [batch, seqlen_kv, heads_kv, head_dim_qk]   dtype of q
+v          [batch, seqlen_kv, heads_kv, head_dim_v]    dtype of q
+sinks      [heads_q]                                   fp32
+cu_seqlens [num_sequences + 1]                         int32, device of q
+out        [batch, seqlen_q, heads_q, head_dim_v]      dtype of q, contiguous
+lse        [batch, heads_q, seqlen_q] or [heads_q, total_q]   fp32, natural log
+=========  ==========================================  =====================
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+FORWARD_SCHEMA = (
+    "(Tensor q, Tensor k, Tensor v, Tensor? sinks, Tensor? cu_seqlens_q, Tensor? cu_seqlens_kv, "
+    "SymInt max_seqlen_q, SymInt max_seqlen_kv, float scale, SymInt window_left, SymInt window_right, "
+    "float softcap, bool deterministic) -> (Tensor out, Tensor lse)"
+)
+BACKWARD_SCHEMA = (
+    "(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? sinks, "
+    "Tensor? cu_seqlens_q, Tensor? cu_seqlens_kv, SymInt max_seqlen_q, SymInt max_seqlen_kv, float scale, "
+    "SymInt window_left, SymInt window_right, float softcap, bool deterministic, "
+    "bool needs_dq, bool needs_dk, bool needs_dv, bool needs_dsinks) "
+    "-> (Tensor dq, Tensor dk, Tensor dv, Tensor dsinks)"
+)
+
+# Dispatch key -> (implementation name, shared library beside this file). The libraries hold no Python symbols and use
+# torch's stable ABI, so one file serves every torch >= 2.10 and every Python.
+LIBRARIES = {"CPU": ("cpu", "libflashmla_cpu.so"), "CUDA": ("sm90", "libflashmla_sm90.so")}
+
+# Why an implementation's library is not loaded; no entry means it is loaded and registered.
+unavailable: dict[str, str] = {}
+
+for _name, _schema in (("flash_attn_forward", FORWARD_SCHEMA), ("flash_attn_backward", BACKWARD_SCHEMA)):
+    torch.library.define(f"flashmla::{_name}", _schema, tags=(torch.Tag.pt2_compliant_tag,))
+
+
+def _load_libraries() -> None:
+    for impl, filename in LIBRARIES.values():
+        path = Path(__file__).with_name(filename)
+        if not path.exists():
+            unavailable[impl] = f"{filename} was not built"
+            continue
+        try:
+            torch.ops.load_library(path)
+        except OSError as error:
+            unavailable[impl] = f"{filename} does not load into torch {torch.__version__}: {error}"
+
+
+_load_libraries()
+
+
+def _lse_shape(q: torch.Tensor, cu_seqlens_q: torch.Tensor | None) -> tuple:
+    if cu_seqlens_q is None:
+        batch, seqlen_q, heads_q, _ = q.shape
+        return (batch, heads_q, seqlen_q)
+    total_q, heads_q, _ = q.shape
+    return (heads_q, total_q)
+
+
+@torch.library.register_fake("flashmla::flash_attn_forward")
+def _forward_fake(q, k, v, sinks, cu_seqlens_q, *_args):
+    out = q.new_empty((*q.shape[:-1], v.shape[-1]))
+    return out, q.new_empty(_lse_shape(q, cu_seqlens_q), dtype=torch.float32)
+
+
+@torch.library.register_fake("flashmla::flash_attn_backward")
+def _backward_fake(dout, dlse, q, k, v, out, lse, sinks, *args):
+    needs = args[-4:]
+    grads = [x.new_empty(x.shape if need else (0,)) for x, need in zip((q, k, v), needs[:3], strict=True)]
+    heads_q = q.shape[-2]
+    return (*grads, q.new_empty((heads_q if needs[3] else 0,), dtype=torch.float32))
+
+
+def _setup_context(ctx, inputs, output):
+    q, k, v, sinks, cu_seqlens_q, cu_seqlens_kv, *ctx.options = inputs
+    out, lse = output
+    ctx.save_for_backward(q, k, v, out, lse, sinks, cu_seqlens_q, cu_seqlens_kv)
+    # An unused lse (or out) arrives in backward as None instead of a tensor of zeros.
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, dout, dlse):
+    q, k, v, out, lse, sinks, cu_seqlens_q, cu_seqlens_kv = ctx.saved_tensors
+    unneeded = (None,) * (len(ctx.options) + 2)
+    needs = ctx.needs_input_grad[:4]
+    if (dout is None and dlse is None) or not any(needs):
+        return (None, None, None, None, *unneeded)
+    if dout is None:
+        dout = torch.zeros_like(out)
+    if dout.stride(-1) != 1:
+        dout = dout.contiguous()
+    grads = torch.ops.flashmla.flash_attn_backward(
+        dout, dlse, q, k, v, out, lse, sinks, cu_seqlens_q, cu_seqlens_kv, *ctx.options, *needs
+    )
+    return (*(grad if need else None for grad, need in zip(grads, needs, strict=True)), *unneeded)
+
+
+torch.library.register_autograd("flashmla::flash_attn_forward", _backward, setup_context=_setup_context)
+
+
+def _refuse_second_derivative(ctx, *grads):
+    raise RuntimeError(
+        "flash_attn_backward: has no derivative: expected a first-order loss (a gradient of a gradient, as in gradient "
+        "penalties, needs impl='reference')"
+    )
+
+
+# Without a formula autograd would pass zeros on, with a warning.
+torch.library.register_autograd("flashmla::flash_attn_backward", _refuse_second_derivative)

@@ -1,0 +1,144 @@
+"""Where a number was measured: device, clocks, versions, commit. Every JSON file of scripts and benchmarks has it."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import os
+import platform
+import re
+import subprocess
+import time
+from pathlib import Path
+
+import torch
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+PACKAGES = ("torch", "transformers", "accelerate", "peft", "flashmla_hf", "flash-attn-4")
+
+
+def describe(device: str) -> dict:
+    """The record for results measured on ``device`` ("cpu" or "cuda"): plain strings and numbers, ready for JSON."""
+    record = {
+        "device": device_name(device),
+        "device_type": device,
+        "clocks": clocks(device),
+        "memory_gib": round(memory_limit(device) / 2**30, 1),
+        "threads": torch.get_num_threads() if device == "cpu" else None,
+        "python": platform.python_version(),
+        "versions": {name: version for name in PACKAGES if (version := _version(name))},
+        "commit": commit(),
+        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+    }
+    if device == "cuda":
+        record["cuda"] = torch.version.cuda
+        record["cudnn"] = torch.backends.cudnn.version()
+    return record
+
+
+def sentence(record: dict) -> str:
+    """One line of Markdown for a table's caption."""
+    versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
+    threads = f", {record['threads']} threads" if record.get("threads") else ""
+    cuda = f", CUDA {record['cuda']}, cuDNN {record['cudnn']}" if record.get("cuda") else ""
+    clock = f", {record['clocks']}" if record["clocks"] else ""
+    return (
+        f"{record['device']}{threads}, {record['memory_gib']} GiB{clock}; Python {record['python']}, {versions}{cuda}; "
+        f"commit {record['commit']}; {record['date']}"
+    )
+
+
+def default_device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def device_name(device: str) -> str:
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    try:
+        cpuinfo = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return platform.processor() or platform.machine()
+    model = re.search(r"model name\s*:\s*(.+)", cpuinfo)
+    # What decides the speed of matrix products is the instruction set more than the marketing name.
+    features = [flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if re.search(rf"\b{flag}\b", cpuinfo)]
+    return f"{model.group(1).strip() if model else platform.machine()} ({', '.join(features) or 'no AVX2'})"
+
+
+def clocks(device: str) -> str:
+    """Clocks now, as the driver states them; empty where nothing states them."""
+    if device == "cuda":
+        query = "clocks.sm,clocks.max.sm,clocks.mem,power.limit"
+        command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader,nounits", "-i", "0"]
+        try:
+            answer = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout
+            sm, sm_max, memory, power = (field.strip() for field in answer.splitlines()[0].split(","))
+        except (OSError, subprocess.SubprocessError, ValueError, IndexError):
+            return ""
+        return f"SM {sm} of {sm_max} MHz, memory {memory} MHz, power limit {power} W"
+    try:
+        rates = re.findall(r"cpu MHz\s*:\s*([\d.]+)", Path("/proc/cpuinfo").read_text())
+    except OSError:
+        return ""
+    return f"{max(map(float, rates)):.0f} MHz" if rates else ""
+
+
+def memory_limit(device: str) -> int:
+    """Bytes usable on an idle device: the GPU's memory, or the machine's, cut by the container's limit."""
+    if device == "cuda":
+        return torch.cuda.get_device_properties(0).total_memory
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    try:
+        return min(total, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    except (OSError, ValueError):  # no cgroup v2, or "max"
+        return total
+
+
+def memory_available(device: str) -> int:
+    """Bytes free right now."""
+    if device == "cuda":
+        return torch.cuda.mem_get_info()[0]
+    available = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
+    free = int(available.group(1)) * 1024 if available else memory_limit(device)
+    try:
+        group = Path("/sys/fs/cgroup")
+        # The group's page cache can be given back, so it counts as free.
+        cache = int(re.search(r"^file (\d+)", (group / "memory.stat").read_text(), re.M).group(1))
+        used = int((group / "memory.current").read_text()) - cache
+        return min(free, int((group / "memory.max").read_text()) - used)
+    except (OSError, ValueError, AttributeError):
+        return free
+
+
+def commit() -> str:
+    """Short hash of the checked-out commit, with "+" where files differ from it; "unknown" outside a repository."""
+    git = ["git", "-C", str(REPOSITORY)]
+    try:
+        head = subprocess.run([*git, "rev-parse", "--short=10", "HEAD"], capture_output=True, text=True, timeout=20)
+        status = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+    if head.returncode != 0:
+        return "unknown"
+    return head.stdout.strip() + ("+" if status.stdout.strip() else "")
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def fastest_dtype(device: str) -> str:
+    """bfloat16 where matrix products in it are faster than in float32 (GPUs, CPUs with AMX), else float32."""
+    if device == "cuda":
+        return "bfloat16"
+    seconds = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        a = torch.randn(768, 768).to(dtype)
+        for _ in range(3):  # the first calls choose and build a routine; the best of the rest is the routine's
+            started = time.perf_counter()
+            a @ a
+            seconds[dtype] = min(seconds.get(dtype, 1e9), time.perf_counter() - started)
+    return "bfloat16" if seconds[torch.bfloat16] < seconds[torch.float32] else "float32"

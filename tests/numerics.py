@@ -1,0 +1,195 @@
+"""How the tests decide: run a call with its gradients, and compare the errors against float64 with those of eager.
+
+The rule, for the output, the lse and every gradient: the largest error is at most twice that of eager attention in the
+same dtype, plus a floor (:func:`tolerance_floor`); infinities and NaNs stand in the same places.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from cases import Case, Inputs
+
+from flashmla_hf.attention import attention
+from flashmla_hf.reference import visible_keys
+
+
+@dataclass(frozen=True)
+class Result:
+    """out, lse and the gradients by name ("q", "k", "v", "sinks"); shapes as in :func:`flashmla_hf.attention`."""
+
+    out: torch.Tensor
+    lse: torch.Tensor
+    grads: dict[str, torch.Tensor]
+
+    @property
+    def tensors(self) -> dict[str, torch.Tensor]:
+        return {"out": self.out, "lse": self.lse, **{f"d{name}": grad for name, grad in self.grads.items()}}
+
+
+def eager(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    scale: float | None = None,
+    is_causal: bool = False,
+    window: tuple[int | None, int | None] | None = None,
+    softcap: float = 0.0,
+    sinks: torch.Tensor | None = None,
+    cu_seqlens_q: torch.Tensor | None = None,
+    cu_seqlens_kv: torch.Tensor | None = None,
+    return_lse: bool = True,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention as Transformers' eager functions compute it: matrix products in the input dtype, softmax in float32.
+
+    Arguments and results as :func:`flashmla_hf.attention`. The yardstick: nobody can ask for less error than twice its.
+    """
+    if cu_seqlens_q is not None:
+        outs, lses = [], []
+        bounds_q, bounds_kv = cu_seqlens_q.tolist(), cu_seqlens_kv.tolist()
+        for n in range(len(bounds_q) - 1):
+            rows_q, rows_kv = slice(bounds_q[n], bounds_q[n + 1]), slice(bounds_kv[n], bounds_kv[n + 1])
+            out, lse = eager(
+                q[None, rows_q], k[None, rows_kv], v[None, rows_kv],
+                scale=scale, is_causal=is_causal, window=window, softcap=softcap, sinks=sinks,
+            )  # fmt: skip
+            outs.append(out[0])
+            lses.append(lse[0])
+        rest = q.shape[0] - bounds_q[-1]
+        outs.append(q.new_zeros(rest, q.shape[1], v.shape[2]))
+        lses.append(q.new_full((q.shape[1], rest), -math.inf, dtype=torch.promote_types(torch.float32, q.dtype)))
+        return torch.cat(outs), torch.cat(lses, dim=1)
+
+    left, right = (-1 if bound is None else bound for bound in window or (None, None))
+    query = q.transpose(1, 2)
+    key, value = (x.transpose(1, 2).repeat_interleave(q.shape[2] // k.shape[2], dim=1) for x in (k, v))
+    scores = torch.matmul(query, key.transpose(2, 3)) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    if softcap > 0.0:
+        scores = torch.tanh(scores / softcap) * softcap
+    visible = visible_keys(q.shape[1], k.shape[1], left, 0 if is_causal else right, q.device)
+    if visible is not None:
+        scores = scores.masked_fill(~visible, -math.inf)
+    statistics = scores.to(torch.promote_types(torch.float32, q.dtype))
+    if sinks is not None:
+        statistics = torch.cat([statistics, sinks[None, :, None, None].expand(*scores.shape[:3], 1)], dim=-1)
+    lse = torch.logsumexp(statistics, dim=-1)
+    weights = torch.exp(statistics - lse.masked_fill(lse == -math.inf, 0.0)[..., None])
+    if sinks is not None:
+        weights = weights[..., :-1]
+    return torch.matmul(weights.to(q.dtype), value).transpose(1, 2), lse
+
+
+def run(
+    impl: str | Callable,
+    case: Case,
+    inputs: Inputs,
+    *,
+    wants: tuple[str, ...] = ("q", "k", "v", "sinks"),
+    has_dout: bool = True,
+    has_dlse: bool = True,
+) -> Result:
+    """One forward and backward of ``case``. ``impl`` is the name of an implementation, ``"eager"``, or a function with
+    the arguments of :func:`flashmla_hf.attention` that returns ``(out, lse)``. ``wants`` names the wanted gradients."""
+    leaves = {
+        name: x.detach().requires_grad_(name in wants)
+        for name in ("q", "k", "v", "sinks")
+        if (x := getattr(inputs, name)) is not None
+    }
+    extra = {}
+    if impl == "eager":
+        function = eager
+    elif callable(impl):
+        function = impl
+    else:
+        function, extra = attention, {"impl": impl}
+    out, lse = function(
+        **leaves,
+        cu_seqlens_q=inputs.cu_seqlens_q,
+        cu_seqlens_kv=inputs.cu_seqlens_kv,
+        return_lse=True,
+        **case.options,
+        **extra,
+    )
+    wanted = {name: x for name, x in leaves.items() if x.requires_grad}
+    loss = []
+    if has_dout:
+        loss.append((out * inputs.dout).sum())
+    if has_dlse:
+        # A row that sees nothing has lse -inf: its gradient is zero, and 0 * -inf would poison the sum.
+        loss.append((lse.masked_fill(lse == -math.inf, 0.0) * inputs.dlse).sum())
+    grads = {}
+    if wanted and loss and sum(loss).requires_grad:
+        found = torch.autograd.grad(sum(loss), list(wanted.values()), allow_unused=True)
+        grads = {
+            name: torch.zeros_like(x) if grad is None else grad
+            for (name, x), grad in zip(wanted.items(), found, strict=True)
+        }
+    else:
+        grads = {name: torch.zeros_like(x) for name, x in wanted.items()}
+    return Result(out.detach(), lse.detach(), grads)
+
+
+def reference64(case: Case, inputs: Inputs, **options) -> Result:
+    """The truth: the oracle on the float64 twins of ``inputs``."""
+    return run("reference", case, inputs.to(torch.float64), **options)
+
+
+def tolerance_floor(dtype: torch.dtype, ref: torch.Tensor) -> float:
+    """Half a unit in the last place of ``dtype`` at the largest of ``ref`` (nobody rounds the result better), plus
+    32 float32 units: the order of float32 summation, where eager happens to be exact (one visible key, for example)."""
+    finite = ref[ref.isfinite()]
+    largest = finite.abs().max().item() if finite.numel() else 0.0
+    fp32 = torch.finfo(torch.float32).eps
+    if dtype == torch.float64:
+        return 64 * torch.finfo(dtype).eps * max(1.0, largest)
+    return 0.5 * torch.finfo(dtype).eps * largest + 32 * fp32 * max(1.0, largest)
+
+
+def assert_close_to_reference(
+    name: str,
+    got: torch.Tensor,
+    eager: torch.Tensor,
+    ref: torch.Tensor,
+    *,
+    factor: float = 2.0,
+    precision: torch.dtype | None = None,
+) -> None:
+    """``max|got - ref| <= factor * max|eager - ref| + floor``; ref is float64, got and eager share a dtype.
+
+    ``precision`` is the dtype whose rounding the floor allows, where that is not the result's own.
+    """
+    assert got.shape == ref.shape, f"{name}: shape {[*got.shape]}, expected {[*ref.shape]}"
+    assert got.dtype == eager.dtype, f"{name}: dtype {got.dtype}, expected {eager.dtype}"
+    got64, eager64 = got.double(), eager.double()
+    same_special = torch.where(ref.isfinite(), got64.isfinite(), (got64 == ref) | (got64.isnan() & ref.isnan()))
+    assert same_special.all(), f"{name}: infinities or NaNs at other places: {(~same_special).sum().item()} elements"
+    is_finite = ref.isfinite() & eager64.isfinite()
+    if not is_finite.any():
+        return
+    error = (got64 - ref)[is_finite].abs().max().item()
+    allowed = factor * (eager64 - ref)[is_finite].abs().max().item() + tolerance_floor(precision or got.dtype, ref)
+    assert error <= allowed, f"{name}: error {error:.3e} against float64, allowed {allowed:.3e}"
+
+
+def check(
+    impl: str | Callable, case: Case, dtype: torch.dtype, device: torch.device | str = "cpu", seed: int = 0,
+    *, factor: float = 2.0, **options,
+) -> Result:  # fmt: skip
+    """Run ``case`` and hold its output, lse and gradients to the rule; ``options`` as in :func:`run`."""
+    inputs = case.inputs(dtype, device, seed)
+    got = run(impl, case, inputs, **options)
+    yardstick = run("eager", case, inputs, **options)
+    truth = reference64(case, inputs, **options)
+    assert got.grads.keys() == truth.grads.keys()
+    for name, ref in truth.tensors.items():
+        # The fp32 gradient of the sinks is made from out and dout, which are rounded to the dtype of the call.
+        precision = dtype if name == "dsinks" else None
+        assert_close_to_reference(
+            f"{case.name or case} {name}", got.tensors[name], yardstick.tensors[name], ref,
+            factor=factor, precision=precision,
+        )  # fmt: skip
+    return got

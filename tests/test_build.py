@@ -1,0 +1,128 @@
+"""Building and installing as a user does: pip's build isolation, what the wheel holds, and the sentences of failure."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def copy_of_the_sources(directory):
+    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "CHANGELOG.md"):
+        shutil.copy(ROOT / name, directory)
+    for name in ("flashmla_hf", "csrc"):
+        shutil.copytree(ROOT / name, directory / name, ignore=shutil.ignore_patterns("*.so", "_build.json", "__pycache__"))
+    return directory
+
+
+def pip(*arguments, **environment):
+    return subprocess.run(
+        [sys.executable, "-m", "pip", *arguments], capture_output=True, text=True, env={**os.environ, **environment}
+    )
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    """Built under pip's build isolation: torch is not importable there, and is not downloaded either."""
+    directory = tmp_path_factory.mktemp("wheel")
+    result = pip("wheel", "-v", "--no-deps", "-w", str(directory), str(copy_of_the_sources(tmp_path_factory.mktemp("src"))))
+    if result.returncode != 0 and re.search(r"NewConnectionError|No matching distribution found for setuptools", result.stdout + result.stderr):
+        pytest.skip("no package registry: the build backend cannot be fetched")
+    assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-4000:]
+    assert "torch-" not in result.stdout  # no torch archive was collected
+    (path,) = directory.glob("*.whl")
+    return path
+
+
+@pytest.mark.slow
+def test_the_wheel_serves_every_python_and_holds_the_library(wheel):
+    assert re.fullmatch(r"flashmla_hf-[\d.]+-py3-none-linux_\w+\.whl", wheel.name), wheel.name
+    names = zipfile.ZipFile(wheel).namelist()
+    assert "flashmla_hf/libflashmla_cpu.so" in names
+    assert "flashmla_hf/_build.json" in names
+    assert not any(name.startswith(("tests/", "csrc/")) for name in names)
+    entry_points = next(name for name in names if name.endswith("entry_points.txt"))
+    assert "flashmla_hf.autoload:install" in zipfile.ZipFile(wheel).read(entry_points).decode()
+
+
+@pytest.mark.slow
+def test_the_installed_wheel_computes_outside_the_checkout(wheel, tmp_path):
+    zipfile.ZipFile(wheel).extractall(tmp_path / "site")
+    program = (
+        "import torch, flashmla_hf\n"
+        "q = torch.randn(1, 9, 2, 8)\n"
+        "torch.testing.assert_close(flashmla_hf.attention(q, q, q), flashmla_hf.attention(q, q, q, impl='reference'))\n"
+        "print(flashmla_hf.__file__)\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "site")}
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=tmp_path, env=environment)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith(str(tmp_path / "site"))
+
+
+def test_the_library_binds_to_no_python_and_to_the_oldest_supported_torch():
+    """Undefined symbols: torch's stable C functions only, no CPython, no c10 or at C++ symbols."""
+    library = ROOT / "flashmla_hf" / "libflashmla_cpu.so"
+    symbols = subprocess.run(["nm", "-D", "--undefined-only", library], capture_output=True, text=True, check=True).stdout
+    names = [line.split()[-1] for line in symbols.splitlines()]
+    assert not [name for name in names if name.startswith("Py") or "_ZN2at" in name or "_ZN3c10" in name]
+    torch_names = [name for name in names if name.startswith(("aoti_torch", "torch_"))]
+    assert torch_names
+    header = Path(torch.__file__).parent / "include/torch/csrc/stable/c/shim.h"
+    text = header.read_text()
+    newer = text[text.index("TORCH_VERSION_2_11_0") :] if "TORCH_VERSION_2_11_0" in text else ""
+    assert not [name for name in torch_names if re.search(rf"\b{name}\(", newer)]
+
+
+def setup(directory, **environment):
+    return subprocess.run(
+        [sys.executable, "setup.py", "build_ext", "--build-lib", str(directory / "lib"), "--build-temp", str(directory / "tmp")],
+        cwd=ROOT, capture_output=True, text=True, env={**os.environ, **environment},
+    )  # fmt: skip
+
+
+def test_a_missing_compiler_ends_with_one_sentence(tmp_path):
+    result = setup(tmp_path, PATH=str(tmp_path), CXX="")
+    assert result.returncode == 1
+    assert result.stderr.strip().splitlines()[-1] == (
+        "flashmla_hf: no C++ compiler was found: install g++ (>= 9) or clang++ (>= 10), or name one in CXX."
+    )
+
+
+def test_a_missing_torch_ends_with_one_sentence(tmp_path):
+    program = (
+        "import runpy, site, sys, sysconfig\n"
+        f"site.getsitepackages = lambda: []; site.getusersitepackages = lambda: {str(tmp_path)!r}\n"
+        "paths = sysconfig.get_path\n"
+        f"sysconfig.get_path = lambda name, *a, **k: {str(tmp_path)!r} if name in ('purelib', 'platlib') else paths(name, *a, **k)\n"
+        "import setuptools\n"
+        f"sys.argv = ['setup.py', 'build_ext', '--build-lib', {str(tmp_path / 'lib')!r}, '--build-temp', {str(tmp_path / 'tmp')!r}]\n"
+        "sys.path[:] = [p for p in sys.path if 'site-packages' not in p]\n"
+        "runpy.run_path('setup.py', run_name='__main__')\n"
+    )
+    environment = {key: value for key, value in os.environ.items() if key not in ("VIRTUAL_ENV", "PYTHONPATH")}
+    result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, env=environment)
+    assert result.returncode == 1, result.stdout
+    assert "flashmla_hf: torch was not found in this environment: install it first (pip install torch)" in result.stderr
+
+
+def test_an_old_torch_ends_with_one_sentence(tmp_path):
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch" / "version.py").write_text("__version__ = '2.9.1+cpu'\n")
+    result = setup(tmp_path, FLASHMLA_TORCH_DIR=str(tmp_path / "torch"))
+    assert result.returncode == 1
+    assert "flashmla_hf: torch 2.9.1+cpu is too old: install torch >= 2.10 first." in result.stderr
+
+
+@pytest.mark.parametrize(("mode", "message"), [("gpu", "expected auto, cpu or cuda, got 'gpu'"), ("cuda", "no CUDA library")])
+def test_build_modes_that_cannot_be_had_end_with_one_sentence(tmp_path, mode, message):
+    result = setup(tmp_path, FLASHMLA_BUILD=mode)
+    assert result.returncode == 1
+    assert message in result.stderr

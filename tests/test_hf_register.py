@@ -1,0 +1,285 @@
+"""Every way to ask for the attention, what is refused, what is reported, and registration without an import."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import textwrap
+import warnings
+from pathlib import Path
+
+import families
+import hf_support
+import pytest
+import torch
+from families import FAMILIES, TEXT
+from hf_support import DEVICE, close, counted_calls, kernel_calls
+
+import flashmla_hf
+
+transformers = pytest.importorskip("transformers")
+transformers.logging.set_verbosity_error()
+needs_kernel = pytest.mark.skipif(not hf_support.is_built(), reason="the kernel of this device is not built")
+FAMILY = {family.name: family for family in FAMILIES}
+ROOT = Path(__file__).parent.parent
+
+
+def tiny_llama(attn_implementation="flashmla"):
+    return families.build(FAMILY["Llama"], attn_implementation, DEVICE)
+
+
+def uses_kernel(model, **batch) -> bool:
+    batch = batch or {"input_ids": torch.arange(3, 15, device=DEVICE)[None]}
+    with counted_calls() as calls, torch.no_grad():
+        model(**batch)
+    return kernel_calls(calls) > 0 and kernel_calls(calls) == sum(calls.values())
+
+
+@needs_kernel
+def test_every_route_to_the_implementation_reaches_the_kernel(tmp_path):
+    model = tiny_llama("eager")
+    assert not uses_kernel(model)
+    model.save_pretrained(tmp_path)
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    assert uses_kernel(load(tmp_path, attn_implementation="flashmla").to(DEVICE))
+    assert uses_kernel(load(tmp_path, attn_implementation="fmla").to(DEVICE))
+    assert uses_kernel(load(tmp_path, attn_implementation={"": "flashmla"}).to(DEVICE))
+    assert not uses_kernel(load(tmp_path).to(DEVICE)), "the implementation is not saved with the model"
+    config = transformers.AutoConfig.from_pretrained(tmp_path)
+    assert uses_kernel(transformers.AutoModelForCausalLM.from_config(config, attn_implementation="flashmla").to(DEVICE))
+    config = transformers.AutoConfig.from_pretrained(tmp_path, attn_implementation="flashmla")
+    assert uses_kernel(transformers.AutoModelForCausalLM.from_config(config).to(DEVICE))
+    model.set_attn_implementation("flashmla")
+    assert uses_kernel(model)
+    model.set_attn_implementation("eager")
+    assert not uses_kernel(model)
+
+
+@needs_kernel
+def test_a_submodel_can_be_chosen_by_a_dictionary():
+    family = FAMILY["Qwen2-VL"]
+    model = families.build(family, "eager", DEVICE)
+    batch = families.inputs(family, "none", DEVICE)
+    want = model(**batch).logits
+    for chosen in ({"text_config": "flashmla"}, {"vision_config": "flashmla", "text_config": "eager"}):
+        model.set_attn_implementation(chosen)
+        with counted_calls() as calls, torch.no_grad():
+            got = model(**batch).logits
+        assert kernel_calls(calls) == 2
+        assert close(got, want)
+
+
+def test_register_twice_changes_nothing():
+    from transformers import modeling_flash_attention_utils, modeling_utils
+
+    before = modeling_flash_attention_utils._lazy_imports, modeling_utils.PreTrainedModel._check_and_adjust_attn_implementation
+    flashmla_hf.register()
+    after = modeling_flash_attention_utils._lazy_imports, modeling_utils.PreTrainedModel._check_and_adjust_attn_implementation
+    assert before == after
+    assert not hasattr(before[0]._flashmla_wraps, "_flashmla_wraps")
+
+
+def test_other_flash_names_still_go_to_transformers():
+    with pytest.raises((ImportError, ValueError)):
+        tiny_llama("flash_attention_3")
+    with pytest.raises(ValueError, match="not supported"):
+        tiny_llama("flashmla2")
+
+
+def test_an_unknown_argument_raises_with_the_models_and_the_arguments_name():
+    model = tiny_llama()
+    ids = torch.arange(3, 15, device=DEVICE)[None]
+    with pytest.raises(ValueError, match=r"LlamaAttention of model type 'llama' passes the argument 'indices'"):
+        model(ids, indices=torch.zeros(1, device=DEVICE))
+    with pytest.raises(ValueError, match="block_indices"):
+        model(ids, block_indices=torch.zeros(1, device=DEVICE))
+
+
+def test_a_mask_of_three_dimensions_raises():
+    from flashmla_hf import hf
+
+    x = torch.randn(1, 2, 4, 8, device=DEVICE)
+    with pytest.raises(ValueError, match="attention_mask: expected None or a tensor with 2 or 4 dimensions, got 3"):
+        hf.attention_forward(torch.nn.Module(), x, x, x, torch.ones(1, 4, 4, device=DEVICE))
+
+
+def test_lists_of_compatible_kernels_get_our_name_also_for_classes_defined_later():
+    GptOss = transformers.GptOssForCausalLM
+
+    class DefinedLater(GptOss):
+        _compatible_flash_implementations = ["somebody/kernel"]
+
+    model = DefinedLater._from_config(FAMILY["GPT-OSS"].config(), attn_implementation="flashmla")
+    assert model.config._attn_implementation == "flashmla"
+    assert DefinedLater._compatible_flash_implementations == ["somebody/kernel", "flashmla"]
+
+
+def bloom(attn_implementation="flashmla"):
+    config = transformers.BloomConfig(vocab_size=64, hidden_size=32, n_layer=2, n_head=4)
+    return transformers.BloomForCausalLM._from_config(config, attn_implementation=attn_implementation)
+
+
+def test_a_model_that_never_asks_for_an_implementation_warns_at_load(monkeypatch):
+    from flashmla_hf import hf
+
+    monkeypatch.setattr(hf, "_warned", set())
+    with pytest.warns(UserWarning, match="BloomForCausalLM compute attention by themselves"):
+        bloom()
+    monkeypatch.setattr(hf, "_warned", set())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        tiny_llama()
+        bloom("eager")
+
+
+def test_check_tells_which_layers_use_the_kernel_and_why_not():
+    report = flashmla_hf.check(tiny_llama())
+    assert report
+    assert [layer.name for layer in report.layers] == ["model.layers.0.self_attn", "model.layers.1.self_attn"]
+    assert "2 of 2 attention layers use the flashmla kernel" in str(report)
+
+    report = flashmla_hf.check(tiny_llama("sdpa"))
+    assert not report
+    assert "its attn_implementation is 'sdpa'" in str(report)
+
+    report = flashmla_hf.check(bloom())
+    assert not report
+    assert "0 of 2" in str(report)
+    assert "2 x BloomAttention" in str(report)
+    assert "computes attention by itself" in str(report)
+
+    report = flashmla_hf.check(families.build(FAMILY["T5"], "flashmla", DEVICE))
+    assert not report
+    assert "position_bias" in str(report)
+
+    for name, layers in (("BERT", 2), ("BART", 6), ("Qwen2-VL", 4), ("Falcon", 2), ("GPT-2", 2), ("DeepSeek-V3", 2)):
+        report = flashmla_hf.check(families.build(FAMILY[name], "flashmla", DEVICE))
+        assert report, str(report)
+        assert len(report.layers) == layers, str(report)
+
+
+def test_active_context_parallelism_raises(tmp_path):
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import DTensor, Replicate
+    from torch.distributed.tensor.experimental import context_parallel
+
+    from flashmla_hf import hf
+
+    if not dist.is_available():
+        pytest.skip("torch without distributed")
+    model, ids = tiny_llama().cpu(), torch.arange(3, 15)[None]
+    if DEVICE.type != "cpu":
+        pytest.skip("needs a process group on the CPU")
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        with context_parallel(mesh, buffers=[ids], buffer_seq_dims=[1]), pytest.raises(NotImplementedError, match="sdpa"):
+            model(ids)
+        with torch.no_grad():
+            if hf_support.is_built():
+                model(ids)  # and not afterwards
+        x = DTensor.from_local(torch.randn(1, 2, 4, 8), mesh, [Replicate()])
+        with pytest.raises(NotImplementedError, match="DTensor"):
+            hf.attention_forward(torch.nn.Module(), x, x, x)
+    finally:
+        dist.destroy_process_group()
+
+
+def _run(script: str, tmp_path, **environment) -> str:
+    """Runs a script that never imports this package, with its entry point installed (as a .dist-info of its own)."""
+    site = tmp_path / "site"
+    info = site / "flashmla_hf_entry-0.dist-info"
+    info.mkdir(parents=True, exist_ok=True)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: flashmla-hf-entry\nVersion: 0\n")
+    (info / "entry_points.txt").write_text("[torch.backends]\nflashmla_hf_entry = flashmla_hf.autoload:install\n")
+    path = os.pathsep.join([str(site), str(ROOT), os.environ.get("PYTHONPATH", "")])
+    env = {k: v for k, v in os.environ.items() if k != "TORCH_DEVICE_BACKEND_AUTOLOAD"}
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script)], env={**env, "PYTHONPATH": path, **environment}, cwd=tmp_path,
+        capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+LOAD = """
+    import torch, sys, warnings
+    warnings.simplefilter("error")
+    from transformers import AutoModelForCausalLM, LlamaConfig
+    config = LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4)
+    try:
+        AutoModelForCausalLM.from_config(config, attn_implementation="flashmla")
+        print("loaded")
+    except ValueError as error:
+        print("unknown" if "is not supported" in str(error) else error)
+"""
+
+
+def test_a_script_that_never_imports_us_can_name_us(tmp_path):
+    assert "loaded" in _run(LOAD, tmp_path)
+
+
+def test_autoload_can_be_turned_off_and_an_import_still_registers(tmp_path):
+    assert "unknown" in _run(LOAD, tmp_path, FLASHMLA_AUTOLOAD="0")
+    assert "loaded" in _run("import torch, flashmla_hf\n" + textwrap.dedent(LOAD), tmp_path, FLASHMLA_AUTOLOAD="0")
+    late = "import torch, transformers.modeling_utils, flashmla_hf\n" + textwrap.dedent(LOAD)
+    assert "loaded" in _run(late, tmp_path, FLASHMLA_AUTOLOAD="0")
+
+
+def test_import_torch_loads_nothing_of_us_but_the_hook(tmp_path):
+    out = _run(
+        """
+        import sys, torch
+        print(sorted(name for name in sys.modules if name.startswith(("flashmla_hf", "transformers"))))
+        print(any("flashmla_hf" in type(finder).__module__ for finder in sys.meta_path))
+        """,
+        tmp_path,
+    )
+    assert out.splitlines() == ["['flashmla_hf', 'flashmla_hf.autoload']", "True"]
+
+
+def test_the_hook_is_gone_after_transformers_is_imported(tmp_path):
+    out = _run(
+        """
+        import sys, torch, transformers.modeling_utils
+        print(any("flashmla_hf" in type(finder).__module__ for finder in sys.meta_path))
+        print("flashmla" in transformers.modeling_utils.ALL_ATTENTION_FUNCTIONS.valid_keys())
+        """,
+        tmp_path,
+    )
+    assert out.split() == ["False", "True"]
+
+
+def test_a_failure_to_register_does_not_break_transformers(tmp_path):
+    out = _run(
+        """
+        import sys, torch
+        sys.modules["flashmla_hf.hf"] = None  # any import of it fails
+        import warnings
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            import transformers.modeling_utils
+        print([w for w in caught if "did not register" in str(w.message)] != [])
+        """,
+        tmp_path,
+    )
+    assert "True" in out
+
+
+def test_without_transformers_the_import_does_nothing(tmp_path):
+    out = _run(
+        """
+        import sys
+        sys.modules["transformers"] = None  # as if it were not installed
+        import flashmla_hf, torch
+        q = torch.randn(1, 4, 2, 8)
+        print(flashmla_hf.attention(q, q, q, impl="reference").shape)
+        from flashmla_hf import attention, flash_attn_func, flash_attn_varlen_func, __version__
+        import flashmla_hf.attention
+        print(callable(flashmla_hf.attention))
+        """,
+        tmp_path,
+    )
+    assert "True" in out

@@ -1,0 +1,82 @@
+"""The import arrows: five layers, pointing down only; Transformers is known to the integration layer alone."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# Top to bottom. A module may import modules of its own layer and of those below.
+LAYERS = [
+    {"__init__", "__main__", "doctor", "hf", "autoload"},
+    {"attention", "reference", "flex"},
+    {"ops"},
+]
+MAY_IMPORT_TRANSFORMERS = {"hf"}
+
+
+def modules():
+    return {path.relative_to(ROOT / "flashmla_hf"): path for path in sorted((ROOT / "flashmla_hf").rglob("*.py"))}
+
+
+def layer(name):
+    for number, names in enumerate(LAYERS):
+        if name.split(".")[0] in names:
+            return number
+    raise AssertionError(f"flashmla_hf/{name}.py stands in no layer: add it to LAYERS, or to another file")
+
+
+def imported_modules(path):
+    """(module, names) of every import statement in the file, at any depth."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, ()) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            yield node.module, tuple(alias.name for alias in node.names)
+
+
+@pytest.mark.parametrize("module", modules(), ids=str)
+def test_imports_point_down_only(module):
+    name = ".".join(module.with_suffix("").parts)
+    own = layer(name)
+    for imported, names in imported_modules(modules()[module]):
+        if imported == "flashmla_hf":
+            targets = names
+        elif imported.startswith("flashmla_hf."):
+            targets = [imported.removeprefix("flashmla_hf.")]
+        else:
+            continue
+        for target in targets:
+            if (ROOT / "flashmla_hf" / f"{target.split('.')[0]}.py").exists() or "." in target:
+                assert own <= layer(target), f"{name} imports {target}, which stands above it"
+
+
+@pytest.mark.parametrize("module", modules(), ids=str)
+def test_only_the_integration_layer_imports_transformers(module):
+    imports = {imported.split(".")[0] for imported, _ in imported_modules(modules()[module])}
+    assert "transformers" not in imports or module.stem in MAY_IMPORT_TRANSFORMERS
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "csrc" / "cpu").glob("*")), ids=lambda path: path.name)
+def test_kernels_include_no_torch_headers(path):
+    if path.suffix in {".h", ".inc", ".cpp"}:
+        assert not re.findall(r"#include\s*[<\"](?:torch|ATen|c10)/", path.read_text())
+
+
+@pytest.mark.parametrize("directory", ["scripts", "benchmarks"])
+def test_scripts_use_public_names_only(directory):
+    for path in sorted((ROOT / directory).glob("*.py")):
+        for imported, names in imported_modules(path):
+            if imported.split(".")[0] == "flashmla_hf":
+                assert imported == "flashmla_hf", f"{path.name} reaches into {imported}"
+                assert not any(name.startswith("_") and not name.startswith("__") for name in names)
+
+
+def test_no_module_is_named_after_nothing():
+    forbidden = {"utils", "util", "common", "helpers", "misc"}
+    for directory in ("flashmla_hf", "csrc", "scripts", "benchmarks", "tests"):
+        for path in (ROOT / directory).rglob("*"):
+            assert path.stem not in forbidden, path
