@@ -12,8 +12,8 @@ median and interquartile range. fwd is without gradients (inference), bwd the gr
 No number without a right answer: output, dQ, dK and dV of every timed implementation are compared on a slice (one kv
 head and its query heads; first, middle and last rows) with attention in float64. A wrong one is named and not timed.
 
-FLOPs, full mask: fwd ``2·B·Hq·Sq·Sk·(Dqk+Dv)``, bwd ``2·B·Hq·Sq·Sk·(3·Dqk+2·Dv)`` (scores are computed again); causal is
-half of that, and a window counts its visible pairs. The ceiling is a large matrix product of the same dtype, same run.
+FLOPs, full mask: fwd ``2·B·Hq·Sq·Sk·(Dqk+Dv)``, bwd ``2·B·Hq·Sq·Sk·(3·Dqk+2·Dv)`` (scores again); causal is half of
+that, and a window counts its visible pairs. The ceiling is a large matrix product of the same dtype, same run.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch._functorch.config
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
@@ -192,8 +193,8 @@ def _sdpa(backend: str | None) -> Callable[[Shape, str], Attention]:
         if backend == "math" and shape.scores_bytes * 6 > 0.8 * environment.memory_available(device):
             raise Unsupported("the scores do not fit in memory")
         mask = _visible(shape, device)
-        chosen = None if backend is None else getattr(SDPBackend, {"flash": "FLASH_ATTENTION", "cudnn": "CUDNN_ATTENTION",
-                                                                   "math": "MATH"}[backend])  # fmt: skip
+        names = {"flash": "FLASH_ATTENTION", "cudnn": "CUDNN_ATTENTION", "math": "MATH"}
+        chosen = None if backend is None else getattr(SDPBackend, names[backend])
 
         def run(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
             with contextlib.nullcontext() if chosen is None else sdpa_kernel(chosen):
@@ -389,12 +390,12 @@ def verdict(shape: Shape, run: Attention, inputs: Inputs, truth: Expected) -> tu
     tolerance_out, tolerance_grad = TOLERANCES[shape.dtype]
     with torch.no_grad():  # what "fwd" times
         out, gradients = run(inputs.q, inputs.k, inputs.v), None
+    if out.shape != inputs.dout.shape:
+        return f"the output has shape {tuple(out.shape)}, expected {tuple(inputs.dout.shape)}", {}
     if truth.dq is not None:
         training_out = run(inputs.q, inputs.k, inputs.v)
         gradients = torch.autograd.grad(training_out, (inputs.q, inputs.k, inputs.v), inputs.dout)
         training_out = training_out.detach()
-    if out.shape != inputs.dout.shape:
-        return f"the output has shape {tuple(out.shape)}, expected {tuple(inputs.dout.shape)}", {}
     errors, problem = {}, None
 
     def compare(name: str, got: torch.Tensor, want: list[torch.Tensor], blocks: list[slice], tolerance: float) -> None:
@@ -536,7 +537,7 @@ def measure_shape(
         except torch.OutOfMemoryError:
             refuse(peer, "out_of_memory", "the GPU's memory does not suffice")
         except Exception as error:  # a peer's refusal can be any exception; it is recorded, and the others go on
-            refuse(peer, "unsupported", (str(error).strip() or type(error).__name__).splitlines()[0][:200])
+            refuse(peer, "unsupported", _first_line(error))
         else:
             if problem is not None:
                 refuse(peer, "wrong", problem)
@@ -555,6 +556,9 @@ def measure_shape(
                 refuse(peer, "out_of_memory", f"{mode}: the GPU's memory does not suffice")
                 calls.pop(peer, None)
                 del runs[peer]
+            except Exception as error:  # as above: the others go on
+                refuse(peer, "unsupported", f"{mode}: {_first_line(error)}")
+                calls.pop(peer, None)
             _free(device)
         for peer, times in interleaved(calls, device, repeats, slice_seconds).items():
             seconds = statistics.median(times)
@@ -574,6 +578,10 @@ def measure_shape(
         calls.clear()
         _free(device)
     return records
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 
 def _free(device: str) -> None:
@@ -623,6 +631,8 @@ def main(argv: list[str] | None = None) -> None:
         shapes += SUITES[suite]
     peers = args.peers or list(DEFAULT_PEERS[args.device])
     modes = args.modes or (["fwd", "bwd"] if args.device == "cuda" else ["fwd", "fwd+bwd"])
+    # "bwd" repeats the backward of one kept forward, which compiled graphs that give their buffers away refuse.
+    torch._functorch.config.donated_buffer = False
     slice_seconds = args.slice or (0.02 if args.device == "cuda" else 0.1)
 
     started = time.monotonic()

@@ -2,8 +2,8 @@
 //
 // Every failure throws std::runtime_error with one sentence of the form
 //   flash_attn_forward: k: expected dtype bfloat16 (that of q), got float16
-// so that Python sees the operator, the argument, what was expected and what came. Nothing here depends on a device; the values
-// inside cu_seqlens are checked by check_cu_seqlens, on a host copy.
+// so that Python sees the operator, the argument, what was expected and what came. Nothing here depends on a device;
+// the values inside cu_seqlens are checked by check_cu_seqlens, on a host copy.
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -35,14 +35,22 @@ template <typename Expected, typename Got>
 
 inline std::string dtype_name(ScalarType dtype) {
   switch (dtype) {
-    case ScalarType::Float: return "float32";
-    case ScalarType::Half: return "float16";
-    case ScalarType::BFloat16: return "bfloat16";
-    case ScalarType::Double: return "float64";
-    case ScalarType::Int: return "int32";
-    case ScalarType::Long: return "int64";
-    case ScalarType::Bool: return "bool";
-    default: return torch::headeronly::toString(dtype);
+    case ScalarType::Float:
+      return "float32";
+    case ScalarType::Half:
+      return "float16";
+    case ScalarType::BFloat16:
+      return "bfloat16";
+    case ScalarType::Double:
+      return "float64";
+    case ScalarType::Int:
+      return "int32";
+    case ScalarType::Long:
+      return "int64";
+    case ScalarType::Bool:
+      return "bool";
+    default:
+      return torch::headeronly::toString(dtype);
   }
 }
 
@@ -89,7 +97,8 @@ inline void check_dtype(const char* op, const char* name, const Tensor& t, Scala
 inline void check_shape(const char* op, const char* name, const Tensor& t, const std::vector<int64_t>& expected,
                         const char* meaning) {
   const std::vector<int64_t> shape = shape_of(t);
-  if (shape != expected) fail(op, name, "shape " + shape_name(expected) + " (" + meaning + ")", shape_name(shape));
+  if (shape != expected)
+    fail(op, name, "shape " + shape_name(expected) + " (" + meaning + ")", "shape " + shape_name(shape));
 }
 
 inline void check_last_stride(const char* op, const char* name, const Tensor& t) {
@@ -102,14 +111,16 @@ inline void check_flag_number(const char* op, const char* name, int64_t value, i
   if (value < least) fail(op, name, "at least " + std::to_string(least), value);
 }
 
-// The numbers of every call: scale, windows, softcap. Windows that reach every key become -1 (unbounded), which also keeps later
-// arithmetic on them far from overflow.
-inline void check_scalars(const char* op, double scale, int64_t window_left, int64_t window_right, double softcap, Problem& p) {
+// The numbers of every call: scale, windows, softcap. Windows that reach every key become -1 (unbounded), which also
+// keeps later arithmetic on them far from overflow.
+inline void check_scalars(const char* op, double scale, int64_t window_left, int64_t window_right, double softcap,
+                          Problem& p) {
   if (!std::isfinite(scale) || !std::isfinite(static_cast<float>(scale))) fail(op, "scale", "a finite number", scale);
   check_flag_number(op, "window_left", window_left, -1);
   check_flag_number(op, "window_right", window_right, -1);
   const float softcap_f32 = static_cast<float>(softcap);
-  if (!std::isfinite(softcap_f32) || softcap < 0.0 || (softcap > 0.0 && softcap_f32 < std::numeric_limits<float>::min()))
+  if (!std::isfinite(softcap_f32) || softcap < 0.0 ||
+      (softcap > 0.0 && softcap_f32 < std::numeric_limits<float>::min()))
     fail(op, "softcap", "0 (none) or a finite positive number", softcap);
   p.scale = static_cast<float>(scale);
   p.softcap = softcap_f32;
@@ -124,10 +135,17 @@ inline Problem check_inputs(const char* op, const Tensor& q, const Tensor& k, co
                             const std::optional<Tensor>& cu_seqlens_kv) {
   Problem p;
   switch (q.scalar_type()) {
-    case ScalarType::Float: p.dtype = DType::kFloat32; break;
-    case ScalarType::Half: p.dtype = DType::kFloat16; break;
-    case ScalarType::BFloat16: p.dtype = DType::kBFloat16; break;
-    default: fail(op, "q", "dtype float32, float16 or bfloat16", dtype_name(q.scalar_type()));
+    case ScalarType::Float:
+      p.dtype = DType::kFloat32;
+      break;
+    case ScalarType::Half:
+      p.dtype = DType::kFloat16;
+      break;
+    case ScalarType::BFloat16:
+      p.dtype = DType::kBFloat16;
+      break;
+    default:
+      fail(op, "q", "dtype float32, float16 or bfloat16", dtype_name(q.scalar_type()));
   }
   check_same_device(op, "k", k, q);
   check_same_device(op, "v", v, q);
@@ -135,7 +153,8 @@ inline Problem check_inputs(const char* op, const Tensor& q, const Tensor& k, co
   check_dtype(op, "v", v, q.scalar_type(), " (that of q)");
 
   if (cu_seqlens_q.has_value() != cu_seqlens_kv.has_value())
-    fail(op, cu_seqlens_q.has_value() ? "cu_seqlens_kv" : "cu_seqlens_q", "a tensor, since the other cu_seqlens is one", "None");
+    fail(op, cu_seqlens_q.has_value() ? "cu_seqlens_kv" : "cu_seqlens_q", "a tensor, since the other cu_seqlens is one",
+         "None");
   const bool is_packed = cu_seqlens_q.has_value();
   const int64_t rank = is_packed ? 3 : 4;
   const char* layout = is_packed ? "3 dimensions, [total, heads, dim], with cu_seqlens"
@@ -144,7 +163,8 @@ inline Problem check_inputs(const char* op, const Tensor& q, const Tensor& k, co
   for (const auto& [name, t] : inputs) {
     if (t->dim() != rank) fail(op, name, layout, "shape " + shape_name(shape_of(*t)));
     for (const int64_t size : shape_of(*t))
-      if (size > std::numeric_limits<int32_t>::max()) fail(op, name, "sizes below 2^31", "shape " + shape_name(shape_of(*t)));
+      if (size > std::numeric_limits<int32_t>::max())
+        fail(op, name, "sizes below 2^31", "shape " + shape_name(shape_of(*t)));
     if (t->size(rank - 1) < 1) fail(op, name, "a head dimension of at least 1", 0);
     if (t->size(rank - 2) < 1) fail(op, name, "at least 1 head", 0);
     check_last_stride(op, name, *t);
@@ -163,7 +183,8 @@ inline Problem check_inputs(const char* op, const Tensor& q, const Tensor& k, co
   v_shape[rank - 1] = p.head_dim_v;
   check_shape(op, "v", v, v_shape, "that of k but for the head dimension");
   if (p.heads_q % p.heads_kv != 0)
-    fail(op, "q", "a multiple of the " + std::to_string(p.heads_kv) + " kv heads", std::to_string(p.heads_q) + " heads");
+    fail(op, "q", "a multiple of the " + std::to_string(p.heads_kv) + " kv heads",
+         std::to_string(p.heads_q) + " heads");
 
   if (is_packed) {
     p.total_q = q.size(0);
@@ -175,7 +196,8 @@ inline Problem check_inputs(const char* op, const Tensor& q, const Tensor& k, co
       check_dtype(op, name, *t, ScalarType::Int, "");
       if (t->dim() != 1 || t->size(0) < 1)
         fail(op, name, "1 dimension, [num_sequences + 1]", "shape " + shape_name(shape_of(*t)));
-      if (t->size(0) > 1 && t->stride(0) != 1) fail(op, name, "a contiguous tensor", "stride " + std::to_string(t->stride(0)));
+      if (t->size(0) > 1 && t->stride(0) != 1)
+        fail(op, name, "a contiguous tensor", "stride " + std::to_string(t->stride(0)));
       check_storage(op, name, *t);
     }
     check_shape(op, "cu_seqlens_kv", *cu_seqlens_kv, shape_of(*cu_seqlens_q), "that of cu_seqlens_q");
@@ -202,8 +224,8 @@ inline Problem check_inputs(const char* op, const Tensor& q, const Tensor& k, co
 }
 
 // The values of one cu_seqlens (`values` is host memory): returns the longest sequence.
-inline int64_t check_cu_seqlens(const char* op, const char* name, const char* max_name, const int32_t* values, int64_t batch,
-                                int64_t total, int64_t max_seqlen) {
+inline int64_t check_cu_seqlens(const char* op, const char* name, const char* max_name, const int32_t* values,
+                                int64_t batch, int64_t total, int64_t max_seqlen) {
   if (values[0] != 0) fail(op, name, "to start at 0", values[0]);
   int64_t longest = 0;
   for (int64_t i = 0; i < batch; ++i) {
@@ -213,7 +235,8 @@ inline int64_t check_cu_seqlens(const char* op, const char* name, const char* ma
            std::to_string(values[i]) + " then " + std::to_string(values[i + 1]) + " at " + std::to_string(i + 1));
     longest = length > longest ? length : longest;
   }
-  if (values[batch] > total) fail(op, name, "to end within the " + std::to_string(total) + " packed rows", values[batch]);
+  if (values[batch] > total)
+    fail(op, name, "to end within the " + std::to_string(total) + " packed rows", values[batch]);
   if (max_seqlen < longest) fail(op, max_name, "at least the longest sequence, " + std::to_string(longest), max_seqlen);
   return longest;
 }
@@ -223,8 +246,8 @@ inline void check_saved(const char* op, const Problem& p, const Tensor& q, const
                         const std::optional<Tensor>& dlse, const Tensor& out, const Tensor& lse) {
   std::vector<int64_t> out_shape = shape_of(q);
   out_shape.back() = p.head_dim_v;
-  const std::vector<int64_t> lse_shape =
-      p.cu_seqlens_q ? std::vector<int64_t>{p.heads_q, p.total_q} : std::vector<int64_t>{p.batch, p.heads_q, p.seqlen_q};
+  const std::vector<int64_t> lse_shape = p.cu_seqlens_q ? std::vector<int64_t>{p.heads_q, p.total_q}
+                                                        : std::vector<int64_t>{p.batch, p.heads_q, p.seqlen_q};
   const std::pair<const char*, const Tensor*> outs[] = {{"dout", &dout}, {"out", &out}};
   for (const auto& [name, t] : outs) {
     check_same_device(op, name, *t, q);
@@ -233,7 +256,8 @@ inline void check_saved(const char* op, const Problem& p, const Tensor& q, const
     check_last_stride(op, name, *t);
     check_storage(op, name, *t);
   }
-  const std::pair<const char*, const Tensor*> statistics[] = {{"lse", &lse}, {"dlse", dlse.has_value() ? &*dlse : nullptr}};
+  const std::pair<const char*, const Tensor*> statistics[] = {{"lse", &lse},
+                                                              {"dlse", dlse.has_value() ? &*dlse : nullptr}};
   for (const auto& [name, t] : statistics) {
     if (t == nullptr) continue;
     check_same_device(op, name, *t, q);

@@ -1,8 +1,9 @@
 // The CPU backend's host side: checks, allocates, fills params and calls the kernel of this machine's instruction set.
 //
-// Registers flash_attn_forward and flash_attn_backward (defined in flashmla_hf/ops.py) for the CPU, through torch's stable ABI,
-// and defines `flashmla::cpu_isa() -> str`: the instruction set in use, one of baseline, avx2, avx512, avx512_bf16, amx. The
-// environment variable FLASHMLA_CPU_ISA, read once when this library is loaded, lowers it for tests.
+// Registers flash_attn_forward and flash_attn_backward (defined in flashmla_hf/ops.py) for the CPU, through torch's
+// stable ABI, and defines `flashmla::cpu_isa() -> str`: the instruction set in use, one of baseline, avx2, avx512,
+// avx512_bf16, amx. The environment variable FLASHMLA_CPU_ISA, read once when this library is loaded, lowers it for
+// tests.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -16,15 +17,15 @@
 namespace flashmla {
 namespace {
 
-const cpu::Entry& entry_for(const char* op, DType dtype) {
+const cpu::Kernels& checked_kernels(const char* op) {
   if (cpu::isa_override_error() != nullptr)
-    throw std::runtime_error(std::string(op) + ": the environment variable FLASHMLA_CPU_ISA " + cpu::isa_override_error());
-  return cpu::active_kernels().by_dtype[static_cast<int>(dtype)];
+    throw std::runtime_error(std::string(op) + ": the environment variable FLASHMLA_CPU_ISA " +
+                             cpu::isa_override_error());
+  return cpu::active_kernels();
 }
 
 std::string cpu_isa() {
-  entry_for("cpu_isa", DType::kFloat32);
-  return cpu::kIsaNames[static_cast<int>(cpu::active_kernels().isa)];
+  return cpu::kIsaNames[static_cast<int>(checked_kernels("cpu_isa").isa)];
 }
 
 // torch's own thread pool.
@@ -73,16 +74,17 @@ Tensor rows_contiguous(const Tensor& t) {
   return t.size(last) > 1 && t.stride(last) != 1 ? torch::stable::contiguous(t) : t;
 }
 
-Problem check_problem(const char* op, const Tensor& q, const Tensor& k, const Tensor& v, const std::optional<Tensor>& sinks,
-                      const std::optional<Tensor>& cu_seqlens_q, const std::optional<Tensor>& cu_seqlens_kv,
-                      int64_t max_seqlen_q, int64_t max_seqlen_kv, double scale, int64_t window_left, int64_t window_right,
-                      double softcap, bool deterministic) {
+Problem check_problem(const char* op, const Tensor& q, const Tensor& k, const Tensor& v,
+                      const std::optional<Tensor>& sinks, const std::optional<Tensor>& cu_seqlens_q,
+                      const std::optional<Tensor>& cu_seqlens_kv, int64_t max_seqlen_q, int64_t max_seqlen_kv,
+                      double scale, int64_t window_left, int64_t window_right, double softcap, bool deterministic) {
   if (!q.is_cpu()) fail(op, "q", "a tensor on the CPU", "one on another device");
   Problem p = check_inputs(op, q, k, v, sinks, cu_seqlens_q, cu_seqlens_kv);
   if (p.cu_seqlens_q != nullptr) {
     // The kernel takes the true longest sequences: a caller's generous bound costs nothing.
     p.seqlen_q = check_cu_seqlens(op, "cu_seqlens_q", "max_seqlen_q", p.cu_seqlens_q, p.batch, p.total_q, max_seqlen_q);
-    p.seqlen_kv = check_cu_seqlens(op, "cu_seqlens_kv", "max_seqlen_kv", p.cu_seqlens_kv, p.batch, p.total_kv, max_seqlen_kv);
+    p.seqlen_kv =
+        check_cu_seqlens(op, "cu_seqlens_kv", "max_seqlen_kv", p.cu_seqlens_kv, p.batch, p.total_kv, max_seqlen_kv);
   }
   check_scalars(op, scale, window_left, window_right, softcap, p);
   p.deterministic = deterministic;  // this kernel always is
@@ -91,8 +93,9 @@ Problem check_problem(const char* op, const Tensor& q, const Tensor& k, const Te
 
 std::tuple<Tensor, Tensor> flash_attn_forward(Tensor q, Tensor k, Tensor v, std::optional<Tensor> sinks,
                                               std::optional<Tensor> cu_seqlens_q, std::optional<Tensor> cu_seqlens_kv,
-                                              int64_t max_seqlen_q, int64_t max_seqlen_kv, double scale, int64_t window_left,
-                                              int64_t window_right, double softcap, bool deterministic) {
+                                              int64_t max_seqlen_q, int64_t max_seqlen_kv, double scale,
+                                              int64_t window_left, int64_t window_right, double softcap,
+                                              bool deterministic) {
   const char* op = "flash_attn_forward";
   ForwardParams params;
   Problem& p = params.problem;
@@ -103,16 +106,16 @@ std::tuple<Tensor, Tensor> flash_attn_forward(Tensor q, Tensor k, Tensor v, std:
   std::vector<int64_t> out_shape = shape_of(q);
   out_shape.back() = p.head_dim_v;
   Tensor out = make_tensor(q, out_shape, q.scalar_type());
-  Tensor lse = make_tensor(q, is_packed ? std::vector<int64_t>{p.heads_q, p.total_q}
-                                        : std::vector<int64_t>{p.batch, p.heads_q, p.seqlen_q},
-                           ScalarType::Float);
+  Tensor lse = make_tensor(
+      q, is_packed ? std::vector<int64_t>{p.heads_q, p.total_q} : std::vector<int64_t>{p.batch, p.heads_q, p.seqlen_q},
+      ScalarType::Float);
   params.q = view_of(q, is_packed);
   params.k = view_of(k, is_packed);
   params.v = view_of(v, is_packed);
   params.out = output_view(out, is_packed);
   params.lse = row_view_of(lse, is_packed);
 
-  const cpu::Entry& entry = entry_for(op, p.dtype);
+  const cpu::Entry& entry = cpu::entry_for(checked_kernels(op), p);
   const cpu::Parallel parallel = make_parallel();
   if (out.numel() > 0) {
     const Workspace workspace = make_workspace(q, entry.forward_workspace(params, parallel.num_workers));
@@ -129,10 +132,10 @@ std::tuple<Tensor, Tensor> flash_attn_forward(Tensor q, Tensor k, Tensor v, std:
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> flash_attn_backward(
-    Tensor dout, std::optional<Tensor> dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, std::optional<Tensor> sinks,
-    std::optional<Tensor> cu_seqlens_q, std::optional<Tensor> cu_seqlens_kv, int64_t max_seqlen_q, int64_t max_seqlen_kv,
-    double scale, int64_t window_left, int64_t window_right, double softcap, bool deterministic, bool needs_dq, bool needs_dk,
-    bool needs_dv, bool needs_dsinks) {
+    Tensor dout, std::optional<Tensor> dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse,
+    std::optional<Tensor> sinks, std::optional<Tensor> cu_seqlens_q, std::optional<Tensor> cu_seqlens_kv,
+    int64_t max_seqlen_q, int64_t max_seqlen_kv, double scale, int64_t window_left, int64_t window_right,
+    double softcap, bool deterministic, bool needs_dq, bool needs_dk, bool needs_dv, bool needs_dsinks) {
   const char* op = "flash_attn_backward";
   BackwardParams params;
   Problem& p = params.problem;
@@ -166,7 +169,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> flash_attn_backward(
     std::memset(params.dsinks, 0, sizeof(float) * p.heads_q);
   }
 
-  const cpu::Entry& entry = entry_for(op, p.dtype);
+  const cpu::Entry& entry = cpu::entry_for(checked_kernels(op), p);
   if (needs_dq || needs_dk || needs_dv || needs_dsinks) {
     const cpu::Parallel parallel = make_parallel();
     const Workspace workspace = make_workspace(q, entry.backward_workspace(params, parallel.num_workers));
@@ -183,9 +186,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> flash_attn_backward(
 }  // namespace
 }  // namespace flashmla
 
-STABLE_TORCH_LIBRARY_FRAGMENT(flashmla, m) { m.def("cpu_isa() -> str"); }
+STABLE_TORCH_LIBRARY_FRAGMENT(flashmla, m) {
+  m.def("cpu_isa() -> str");
+}
 
-STABLE_TORCH_LIBRARY_IMPL(flashmla, CompositeExplicitAutograd, m) { m.impl("cpu_isa", TORCH_BOX(&flashmla::cpu_isa)); }
+STABLE_TORCH_LIBRARY_IMPL(flashmla, CompositeExplicitAutograd, m) {
+  m.impl("cpu_isa", TORCH_BOX(&flashmla::cpu_isa));
+}
 
 STABLE_TORCH_LIBRARY_IMPL(flashmla, CPU, m) {
   m.impl("flash_attn_forward", TORCH_BOX(&flashmla::flash_attn_forward));

@@ -24,8 +24,8 @@ __all__ = ["__version__", "attention", *_PUBLIC]
 
 
 class _Package(types.ModuleType):
-    """This package as a module whose attribute ``attention`` is the function, also after the import system has bound the
-    submodule of the same name to it."""
+    """This package as a module whose attribute ``attention`` is the function, also after the import system has bound
+    the submodule of the same name to it."""
 
     @property
     def attention(self):

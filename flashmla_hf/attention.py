@@ -98,8 +98,9 @@ def _sm90_refusal(call: Call) -> str | None:
         return f"{ops.unavailable['sm90']}; it is built where nvcc is present (FLASHMLA_BUILD=cuda)"
     if call.q.device.type != "cuda":
         return f"the tensors are on {call.q.device}: expected a Hopper GPU"
-    if torch.cuda.get_device_capability(call.q.device) != (9, 0):
-        return f"{torch.cuda.get_device_name(call.q.device)} is not a Hopper GPU (compute capability 9.0)"
+    properties = torch.cuda.get_device_properties(call.q.device)  # a constant to torch.compile
+    if (properties.major, properties.minor) != (9, 0):
+        return f"{properties.name} is not a Hopper GPU (compute capability 9.0)"
     if call.q.dtype not in (torch.float16, torch.bfloat16):
         return f"dtype {_name(call.q.dtype)}: expected float16 or bfloat16"
     return _kernel_refusal(call)
@@ -108,8 +109,6 @@ def _sm90_refusal(call: Call) -> str | None:
 def _flex_refusal(call: Call) -> str | None:
     if call.q.device.type != "cuda":
         return f"the tensors are on {call.q.device}: expected a GPU"
-    if call.deterministic and any(x.requires_grad for x in (call.q, call.k, call.v)) and call.sinks is not None:
-        return "deterministic=True with sinks: expected deterministic=False (the sink gradient is an atomic sum)"
     return _kernel_refusal(call) or flex.refusal(call.q, call.k, call.v)
 
 

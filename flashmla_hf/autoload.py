@@ -1,8 +1,8 @@
 """Registers with Transformers whenever that is imported, in processes that never import this package.
 
-``import torch`` loads and calls every entry point of the group ``torch.backends``; ours is :func:`install`. At that moment
-torch is only partially imported, every Python process that uses torch is paying, and an exception would break ``import
-torch``. So this module imports the standard library alone, and ``install`` only puts one finder in front of
+``import torch`` loads and calls every entry point of the group ``torch.backends``; ours is :func:`install`. At that
+moment torch is only partially imported, every Python process that uses torch is paying, and an exception would break
+``import torch``. So this module imports the standard library alone, and ``install`` only puts one finder in front of
 ``sys.meta_path`` which waits for ``transformers.modeling_utils``, registers after that module has run, and is gone.
 
 Off with ``FLASHMLA_AUTOLOAD=0`` (or ``TORCH_DEVICE_BACKEND_AUTOLOAD=0``, which turns off the whole group).
@@ -43,6 +43,7 @@ class _Hook(importlib.abc.MetaPathFinder):
 
 
 _hook = _Hook()
+_is_imported_by_torch = False
 
 
 def install() -> None:
@@ -50,10 +51,10 @@ def install() -> None:
     if os.environ.get("FLASHMLA_AUTOLOAD", "1") != "0":
         _add()
         return
-    # Loading this entry point has imported the package. Forget that, or a later ``import flashmla_hf`` would find it
-    # imported and not register.
-    for name in [name for name in sys.modules if name.split(".")[0] == "flashmla_hf"]:
-        del sys.modules[name]
+    if _is_imported_by_torch:
+        # Loading this entry point has imported the package. Forget that, or a later ``import flashmla_hf`` would find
+        # it imported and not register.
+        del sys.modules["flashmla_hf"], sys.modules["flashmla_hf.autoload"]
 
 
 def watch_unless_torch_is_loading() -> None:
@@ -61,7 +62,9 @@ def watch_unless_torch_is_loading() -> None:
 
     While ``import torch`` itself is loading the entry point, :func:`install` decides.
     """
-    if _is_loading("torch"):
+    global _is_imported_by_torch
+    _is_imported_by_torch = _is_loading("torch")
+    if _is_imported_by_torch:
         return
     if _TRIGGER in sys.modules and not _is_loading(_TRIGGER):
         _register()

@@ -49,8 +49,8 @@ _MAX_BLOCKS = 512
 _MAX_CACHED_MASKS = 16
 _MAX_CACHED_SCALARS = 64
 
-# GPUs with at least 160 KiB of shared memory for a block; torch's own tile sizes assume that much at head dim 256.
-_LARGE_SHARED_MEMORY = ((8, 0), (8, 7), (9, 0), (10, 0), (10, 3), (11, 0))
+# Shared memory of a thread block that torch's own tile sizes assume at head dim 256 (A100 has 163 KiB, H100 227 KiB).
+_LARGE_SHARED_MEMORY = 160 * 1024
 
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 
@@ -170,9 +170,11 @@ def _mask(q, k, cu_seqlens_q, cu_seqlens_kv, window_left: int, window_right: int
     window_right = -1 if window_right >= longest else window_right
     arguments = (seqlen_q, seqlen_kv, cu_seqlens_q, cu_seqlens_kv, window_left, window_right, q.device, block)
 
-    if torch.compiler.is_compiling() or (q.is_cuda and torch.cuda.is_current_stream_capturing()):
-        # Under a trace the mask is part of the graph. Under capture its memory belongs to the CUDA graph: it must not
-        # be handed to others, who would read it between replays; and nothing the cache may free can be in a graph.
+    if torch.compiler.is_compiling():
+        return _Mask(*torch.ops.flashmla.flex_mask(*arguments)), block
+    if q.is_cuda and torch.cuda.is_current_stream_capturing():
+        # The mask's memory belongs to the CUDA graph: it must not be handed to others, who would read it between
+        # replays; and nothing the cache may free can be in a graph.
         return _build_mask(*arguments), block
 
     # A mask is built asynchronously: another stream must not read what this one has yet to write.
@@ -209,6 +211,27 @@ def _build_mask(
 ) -> _Mask:
     begin, end = _visible_range(seqlen_q, seqlen_kv, cu_seqlens_q, cu_seqlens_kv, window_left, window_right, device)
     return _block_structure(begin, end, seqlen_kv, block)
+
+
+@torch.library.custom_op("flashmla::flex_mask", mutates_args=())
+def _mask_operator(
+    seqlen_q: int,
+    seqlen_kv: int,
+    cu_seqlens_q: torch.Tensor | None,
+    cu_seqlens_kv: torch.Tensor | None,
+    window_left: int,
+    window_right: int,
+    device: torch.device,
+    block: int,
+) -> list[torch.Tensor]:
+    """:func:`_build_mask` as one node of a caller's graph. Traced through instead, begin and end would be inlined into
+    the mask_mod, which torch 2.11 cannot lower (``'int' object has no attribute 'free_symbols'``)."""
+    return list(_build_mask(seqlen_q, seqlen_kv, cu_seqlens_q, cu_seqlens_kv, window_left, window_right, device, block))
+
+
+@_mask_operator.register_fake
+def _(*arguments) -> list[torch.Tensor]:
+    return list(_build_mask(*arguments))
 
 
 def _visible_range(seqlen_q, seqlen_kv, cu_seqlens_q, cu_seqlens_kv, window_left, window_right, device):
@@ -404,16 +427,28 @@ def _kernel_options(dtype: torch.dtype, head_dim_qk: int, head_dim_v: int, block
     largest = max(head_dim_qk, head_dim_v)
     if largest > 256:
         tile = (16, 16) if dtype == torch.float32 else (32, 32)
-    elif largest > 128 and (is_small_gpu or (dtype == torch.float32 and not head_dim_qk == head_dim_v == 256)):
-        tile = (32, 16) if dtype == torch.float32 and is_small_gpu else (32, 32)
+    elif is_small_gpu and largest > (64 if dtype == torch.float32 else 128):
+        tile = (32, 16) if dtype == torch.float32 else (32, 32)
+    elif dtype == torch.float32 and largest > 128 and not head_dim_qk == head_dim_v == 256:
+        tile = (32, 32)
+    elif 128 < head_dim_qk < 256 and head_dim_v > 128:
+        tile = (64, 32)  # torch's (64, 64) takes 224 KiB on a Hopper GPU, and more than an A100 has
     else:
         return options
     options.update(fwd_BLOCK_M=tile[0], fwd_BLOCK_N=tile[1], fwd_num_stages=2, fwd_num_warps=4)
+    if is_small_gpu and largest <= 256 and dtype != torch.float32:
+        options.update(
+            bwd_BLOCK_M1=32, bwd_BLOCK_N1=32, bwd_BLOCK_M2=32, bwd_BLOCK_N2=32, bwd_num_stages=1, bwd_num_warps=4
+        )  # fmt: skip
     return options
 
 
 def _is_small_gpu(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) not in _LARGE_SHARED_MEMORY
+    if device.type != "cuda":
+        return False
+    # Unlike get_device_capability, a constant to dynamo. AMD GPUs do not have the attribute, and 64 KiB.
+    properties = torch.cuda.get_device_properties(device)
+    return getattr(properties, "shared_memory_per_block_optin", 0) < _LARGE_SHARED_MEMORY
 
 
 _kernels: dict[tuple, Callable] = {}

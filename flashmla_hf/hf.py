@@ -3,16 +3,16 @@
 :func:`register` tells Transformers about two names:
 
 ``flashmla``
-    The name to use. It contains "flash" on purpose: Transformers then hands vision towers, continuous batching and static
-    caches what a flash kernel wants (packed boundaries, 2-D masks) instead of what SDPA wants.
+    The name to use. It contains "flash" on purpose: Transformers then hands vision towers, continuous batching and
+    static caches what a flash kernel wants (packed boundaries, 2-D masks) instead of what SDPA wants.
 ``fmla``
-    The same function under a name without "flash", for the few models that refuse or redirect flash names: Llama 4 beyond
-    one attention chunk, HRM-Text's prefix masks, ESM-C's sequence ids.
+    The same function under a name without "flash", for the few models that refuse or redirect flash names: Llama 4
+    beyond one attention chunk, HRM-Text's prefix masks, ESM-C's sequence ids.
 
-:func:`attention_forward` is what the attention layers of a model call. It turns Transformers' calling convention (masks in
-four forms, window conventions, packed rows, caches, autocast) into one call of :func:`flashmla_hf.attention`.
-Beside it: :mod:`hf_masks` makes the masks, :mod:`hf_layout` turns them into what the kernel takes, :mod:`hf_check` tells
-which layers of a model use the kernel. Checked against Transformers 5.17 and 5.23.
+:func:`attention_forward` is what the attention layers of a model call. It turns Transformers' calling convention
+(masks in four forms, window conventions, packed rows, caches, autocast) into one call of :func:`flashmla_hf.attention`.
+Beside it: :mod:`hf_masks` makes the masks, :mod:`hf_layout` turns them into what the kernel takes, :mod:`hf_check`
+tells which layers of a model use the kernel. Checked against Transformers 5.17 and 5.23.
 """
 
 from __future__ import annotations
@@ -87,8 +87,8 @@ def attention_forward(
         module: the layer; read for ``is_causal``, ``config`` and ``layer_idx``.
         query: [batch, heads_q, seqlen_q, head_dim_qk], any strides; float32, float16, bfloat16, or a mixture over the
             three as autocast leaves it.
-        key, value: [batch, heads_kv, seqlen_kv, head_dim_qk or head_dim_v]; heads not repeated. A static cache hands over
-            all its rows.
+        key, value: [batch, heads_kv, seqlen_kv, head_dim_qk or head_dim_v]; heads not repeated. A static cache hands
+            over all its rows.
         attention_mask: one of the forms of :mod:`hf_masks`, or a user's 4-D mask [batch, 1 or heads_q, seqlen_q,
             seqlen_kv], boolean (true keeps) or additive. A 4-D mask is all there is to say: no causal mask or window is
             put on top.
@@ -145,8 +145,12 @@ def attention_forward(
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
     q, k, v = (x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous() for x in (q, k, v))
 
-    if cu_seq_lens_q is not None and cu_seq_lens_k is not None and (attention_mask is None or attention_mask.dim() == 2):
-        boundaries = (cu_seq_lens_q.to(torch.int32).contiguous(), cu_seq_lens_k.to(torch.int32).contiguous())
+    if (
+        cu_seq_lens_q is not None
+        and cu_seq_lens_k is not None
+        and (attention_mask is None or attention_mask.dim() == 2)
+    ):
+        boundaries = (hf_layout.as_boundaries(cu_seq_lens_q), hf_layout.as_boundaries(cu_seq_lens_k))
         if output_attentions or position_bias is not None:
             attention_mask = _dense_from_boundaries(module, q, k, *boundaries)
         else:
@@ -155,9 +159,11 @@ def attention_forward(
     elif attention_mask is None:
         if q.shape[1] == k.shape[1] and position_ids is not None:
             # With a cache (the default outside Trainer) Transformers' mask layer does not look for packed rows.
-            attention_mask = hf_layout.segments_from_positions(position_ids, q.shape[0], q.shape[1], options["is_causal"])
+            attention_mask = hf_layout.segments_from_positions(
+                position_ids, q.shape[0], q.shape[1], options["is_causal"]
+            )
     else:
-        attention_mask = _recognised(module, attention_mask, k.shape[1])
+        attention_mask = _recognised(module, attention_mask, q, k.shape[1])
 
     needs_dense = bool(output_attentions) or position_bias is not None or dropout > 0.0
     if not needs_dense:
@@ -230,8 +236,8 @@ def _dense(module, q, k, v, mask, position_bias, dropout, wants_weights, options
         options = options | {"is_causal": False, "window": None}
     if position_bias is not None:
         _warn_once(
-            f"flashmla: {type(module).__name__} adds a position_bias to its scores. This is computed exactly, but not by "
-            "the fused kernel: memory grows with seqlen_q * seqlen_kv."
+            f"flashmla: {type(module).__name__} adds a position_bias to its scores. This is computed exactly, but "
+            "not by the fused kernel: memory grows with seqlen_q * seqlen_kv."
         )
         bias = position_bias[..., : k.shape[1]].to(q.dtype)
         if mask is None:
@@ -244,8 +250,8 @@ def _dense(module, q, k, v, mask, position_bias, dropout, wants_weights, options
         return attention(q, k, v, attn_mask=mask, dropout_p=dropout, **options), None
 
     _warn_once(
-        "flashmla: output_attentions=True is answered exactly, but not by the fused kernel, which never holds the weights: "
-        "memory grows with seqlen_q * seqlen_kv."
+        "flashmla: output_attentions=True is answered exactly, but not by the fused kernel, which never holds the "
+        "weights: memory grows with seqlen_q * seqlen_kv."
     )
     window = options["window"] or (-1, -1)
     out, _, weights = reference.attention(
@@ -269,20 +275,29 @@ def _dense(module, q, k, v, mask, position_bias, dropout, wants_weights, options
 def _dense_from_boundaries(module, q, k, cu_seqlens_q, cu_seqlens_kv) -> torch.Tensor:
     if q.shape[0] != 1 or q.shape[1] != k.shape[1]:
         raise ValueError(
-            f"flashmla in {type(module).__name__}: output_attentions and position_bias with cu_seq_lens: expected one packed "
-            f"row of equal query and key lengths, got query {[*q.shape]} and key {[*k.shape]} [batch, seqlen, heads, dim]"
+            f"flashmla in {type(module).__name__}: output_attentions and position_bias with cu_seq_lens: expected "
+            f"one packed row of equal query and key lengths, got query {[*q.shape]} and key {[*k.shape]} "
+            "[batch, seqlen, heads, dim]"
         )
     return hf_layout.segments_from_boundaries(cu_seqlens_q, q.shape[1])
 
 
-def _recognised(module, mask, seqlen_kv: int) -> torch.Tensor:
-    """``mask`` in one of the forms of :mod:`hf_masks`, cut to at most ``seqlen_kv`` keys."""
+def _recognised(module, mask, q: torch.Tensor, seqlen_kv: int) -> torch.Tensor:
+    """``mask`` in one of the forms of :mod:`hf_masks`, for q [batch, seqlen_q, ...] and at most ``seqlen_kv`` keys."""
     if not isinstance(mask, torch.Tensor) or mask.dim() not in (2, 4):
         what = f"{mask.dim()} dimensions" if isinstance(mask, torch.Tensor) else type(mask).__name__
         raise ValueError(
-            f"flashmla in {type(module).__name__}: attention_mask: expected None or a tensor with 2 or 4 dimensions, got {what}"
+            f"flashmla in {type(module).__name__}: attention_mask: expected None or 2 or 4 dimensions, got {what}"
         )
-    if mask.dtype not in (torch.bool, torch.int32) and mask.dim() == 2:
+    if mask.dim() == 4 and mask.dtype != torch.bool and not mask.is_floating_point():
+        raise ValueError(
+            f"flashmla in {type(module).__name__}: attention_mask: expected bool (true keeps) or a floating dtype "
+            f"(added) for a 4-D mask, got {mask.dtype}"
+        )
+    if mask.dim() == 2 and mask.shape[0] != q.shape[0]:
+        mask = mask.expand(q.shape[0], -1)
+    is_segments = mask.dtype == torch.int32 and mask.shape[1] == q.shape[1] == seqlen_kv
+    if mask.dim() == 2 and mask.dtype != torch.bool and not is_segments:
         # Models that go around the mask layer pass the tokenizer's int64 mask of ones and zeros.
         kept = hf_layout.memo(mask)
         if "as bool" not in kept:
@@ -306,9 +321,10 @@ def _window(module, is_causal: bool, sliding_window: int | None) -> tuple[int, i
         return None
     if is_causal:
         return (sliding_window - 1, 0)
-    # Bidirectional: flash-attn's convention is |i - j| < sliding_window, and ModernBERT passes config.sliding_window + 1.
-    # The mask that eager follows is |i - j| <= config.sliding_window. Layers that pass the config's value as it is (the
-    # encoder of T5Gemma; causal models switched to is_causal=False) are off by one under Transformers' flash path.
+    # Bidirectional: flash-attn's convention is |i - j| < sliding_window, and ModernBERT passes config.sliding_window
+    # + 1. The mask that eager follows is |i - j| <= config.sliding_window. Layers that pass the config's value as it
+    # is (the encoder of T5Gemma; causal models switched to is_causal=False) are off by one under Transformers' flash
+    # path.
     is_config_value = sliding_window == getattr(getattr(module, "config", None), "sliding_window", None)
     reach = sliding_window if is_config_value else sliding_window - 1
     return (reach, reach)
@@ -317,8 +333,8 @@ def _window(module, is_causal: bool, sliding_window: int | None) -> tuple[int, i
 def _one_dtype(query, key, value):
     """The three in one dtype. Autocast leaves mixtures: rotary embeddings and norms give fp32, projections bf16.
 
-    Under autocast that is autocast's dtype (as for any matrix product), elsewhere the dtype of ``value``, which no norm or
-    rotation has touched.
+    Under autocast that is autocast's dtype (as for any matrix product), elsewhere the dtype of ``value``, which no
+    norm or rotation has touched.
     """
     device_type = query.device.type
     if device_type != "meta" and torch.is_autocast_enabled(device_type) and query.dtype != torch.float64:
@@ -336,12 +352,12 @@ def _as_int(length: int | torch.Tensor | None) -> int | None:
 
 
 def _update_paged_cache(module, key, value, cache, cu_seq_lens_k, max_length_k, kwargs):
-    """Continuous batching: writes key and value [1, heads_kv, new tokens, dim] to the cache and returns all the keys of the
-    batch [1, heads_kv, total_kv, dim], their boundaries and longest sequences."""
+    """Continuous batching: writes key and value [1, heads_kv, new tokens, dim] to the cache and returns all the keys
+    of the batch [1, heads_kv, total_kv, dim], their boundaries and longest sequences."""
     if kwargs.get("block_table") is not None:
         raise ValueError(
-            f"flashmla in {type(module).__name__}: block_table: expected none; this attention reads gathered keys. Leave "
-            "use_cuda_graph and the block-table decode path of continuous batching off"
+            f"flashmla in {type(module).__name__}: block_table: expected none; this attention reads gathered keys. "
+            "Leave use_cuda_graph and the block-table decode path of continuous batching off"
         )
     read_index, write_index = kwargs.pop("read_index", None), kwargs.pop("write_index", None)
     kwargs.pop("block_table", None)
@@ -372,22 +388,22 @@ def _refuse_unknown(module, kwargs: dict) -> None:
         if given is not None and name not in IGNORED_KWARGS:
             model = getattr(getattr(module, "config", None), "model_type", "unknown")
             raise ValueError(
-                f"flashmla: {type(module).__name__} of model type {model!r} passes the argument {name!r}, which this attention "
-                "does not know; ignoring it could be silently wrong (sparse models pass the keys they selected this way). "
-                'Use attn_implementation="eager" or "sdpa" for this model, or leave the argument out of the call'
+                f"flashmla: {type(module).__name__} of model type {model!r} passes the argument {name!r}, which this "
+                "attention does not know; ignoring it could be silently wrong (sparse models pass their selected keys "
+                'this way). Use attn_implementation="eager" or "sdpa" for this model, or leave it out of the call'
             )
 
 
 def _refuse_parallel(module, query) -> None:
     if type(query).__name__ == "DTensor":
         raise NotImplementedError(
-            f"flashmla in {type(module).__name__}: DTensor inputs. Expected local tensors: use tp_plan='auto' or FSDP, which "
-            'hand over local tensors, or attn_implementation="sdpa"'
+            f"flashmla in {type(module).__name__}: DTensor inputs. Expected local tensors: use "
+            'tp_plan="auto" or FSDP, which hand over local tensors, or attn_implementation="sdpa"'
         )
     if _context_parallel_is_active():
         raise NotImplementedError(
-            f"flashmla in {type(module).__name__}: torch context parallelism is active. It shards the sequence and replaces "
-            "torch's SDPA only, so this attention would silently see one shard of the keys. Use "
+            f"flashmla in {type(module).__name__}: torch context parallelism is active. It shards the sequence and "
+            "replaces torch's SDPA only, so this attention would silently see one shard of the keys. Use "
             'attn_implementation="sdpa" inside context_parallel, or leave context parallelism off'
         )
 
@@ -397,7 +413,8 @@ def _context_parallel_is_active() -> bool:
     """Whether ``torch.distributed.tensor.experimental.context_parallel`` has replaced SDPA right now.
 
     There is no public question to ask: its module keeps the functions it put in place (monkey-patch mode), or swaps the
-    handlers of DTensor's dispatcher (wrapper mode).
+    handlers of DTensor's dispatcher (wrapper mode). A graph compiled outside of the region keeps its answer: compile
+    inside of it.
     """
     experimental = "torch.distributed.tensor.experimental"
     for name in (f"{experimental}._context_parallel._attention", f"{experimental}._attention"):
@@ -434,11 +451,15 @@ def _wrap_check_and_adjust(original):
     @functools.wraps(original)
     def check_and_adjust(self, attn_implementation, *args, **kwargs):
         if attn_implementation in (NAME, ALIAS, PAGED_NAME, PAGED_ALIAS):
+            reason = hf_check.reason_for_eager(type(self))
+            if reason is not None:
+                _warn_once(
+                    f"flashmla: {reason}. attn_implementation={attn_implementation!r} has no effect there: "
+                    '"eager" is used. flashmla_hf.check(model) lists the layers.'
+                )
+                return original(self, "eager", *args, **kwargs)
             _declare_compatible(type(self))
             _provide_flash_path(type(self))
-            warning = hf_check.class_warning(type(self), NAME)
-            if warning is not None:
-                _warn_once(warning)
         return original(self, attn_implementation, *args, **kwargs)
 
     check_and_adjust._flashmla_wraps = original
@@ -455,8 +476,8 @@ def _declare_compatible(model_class: type) -> None:
 
 
 def _provide_flash_path(model_class: type) -> None:
-    """Falcon, GPT-J and GPT-Neo import Transformers' flash path only where flash-attn is installed, use it unasked, and in
-    5.17 choose their attention class from a dictionary that knows no registered names."""
+    """Falcon, GPT-J and Bark import Transformers' flash path only where flash-attn is installed, use it unasked,
+    and in 5.17 choose their attention class from a dictionary that knows no registered names."""
     if not hf_check.uses_flash_path(model_class):
         return
     contents = vars(sys.modules[model_class.__module__])
@@ -468,7 +489,8 @@ def _provide_flash_path(model_class: type) -> None:
 
 
 def register() -> None:
-    """Makes ``attn_implementation="flashmla"`` (and ``"fmla"``) known to Transformers. Calling it again changes nothing."""
+    """Makes ``attn_implementation="flashmla"`` (and ``"fmla"``) known to Transformers. Calling it again changes
+    nothing."""
     for name in (NAME, ALIAS, PAGED_NAME, PAGED_ALIAS):
         modeling_utils.AttentionInterface.register(name, attention_forward)
     # The paged names get no mask function, as in Transformers: continuous batching then builds no mask at all.

@@ -1,8 +1,9 @@
 """Which attention layers of a model use the kernel, and why others do not.
 
 Transformers accepts any registered attention implementation for any model, also for those whose layers never ask for
-it (Bloom, MPT, DeBERTa, ...): they go on computing attention by themselves, silently. The code of a layer's class says
-whether it asks: it mentions ``ALL_ATTENTION_FUNCTIONS``, or Transformers' flash path ``_flash_attention_forward``.
+it (Bloom, MPT, DeBERTa, ...) and go on computing attention by themselves. Those run with "eager" and a warning
+(:func:`reason_for_eager`). The code of a layer's class says whether it asks: it mentions ``ALL_ATTENTION_FUNCTIONS``,
+or Transformers' flash path ``_flash_attention_forward``.
 """
 
 from __future__ import annotations
@@ -65,15 +66,27 @@ def check(model: torch.nn.Module) -> Report:
     return Report(type(model).__name__, tuple(layers))
 
 
-def class_warning(model_class: type, name: str) -> str | None:
-    """A warning for a model class whose attention layers would silently never call us; ``None`` for every other."""
-    own_classes = _attention_classes(model_class.__module__)
-    if not own_classes or any(_names_used(cls) & {_INTERFACE, _FLASH_PATH} for cls in own_classes):
-        return None
-    return (
-        f"flashmla: the attention layers of {model_class.__name__} compute attention by themselves and never ask for an "
-        f"attn_implementation: {name!r} has no effect on them. flashmla_hf.check(model) lists the layers."
+def reason_for_eager(model_class: type) -> str | None:
+    """Why a model class must run with ``"eager"`` when our name is asked for; ``None`` for every other class.
+
+    Transformers checks no flag for registered names. But an attention class of its own that never calls us still reads
+    the masks of Transformers' mask layer, which are made for the name: no mask at all for a plain causal row, and
+    boolean ones which it would add to its scores. Bloom with our masks is silently not causal.
+    """
+    classes = _attention_classes(model_class.__module__)
+    own = [cls for cls in classes if not _names_used(cls) & {_INTERFACE, _FLASH_PATH}]
+    if classes and len(own) == len(classes):
+        return f"the attention layers of {model_class.__name__} compute attention by themselves and never call others"
+    if model_class.__module__.endswith(".modeling_gpt_neo"):
+        return f"the flash path of {model_class.__name__} in Transformers leaves out its local windows"
+    declares_masks = getattr(model_class, "_supports_sdpa", False) or getattr(
+        model_class, "_supports_flash_attn", False
     )
+    if not declares_masks and any("softmax" in _names_used(cls) for cls in own):
+        return (
+            f"some attention layers of {model_class.__name__} compute attention by themselves, with eager's masks only"
+        )
+    return None
 
 
 def uses_flash_path(model_class: type) -> bool:
@@ -87,6 +100,8 @@ def _verdict(module: torch.nn.Module) -> tuple[bool, str]:
         return False, "its class computes attention by itself and never asks for an attn_implementation"
     config = getattr(module, "config", None)
     implementation = getattr(config, "_attn_implementation", None)
+    if implementation == "eager" and (reason := _module_reason(type(module).__module__)) is not None:
+        return False, f"{reason}; 'eager' is used"
     if implementation is None or implementation.removeprefix("paged|") not in ("flashmla", "fmla"):
         return False, f'its attn_implementation is {implementation!r}; set_attn_implementation("flashmla") changes it'
     if sparse := sorted(_SPARSE_KWARGS & _keywords_passed(type(module))):
@@ -96,10 +111,21 @@ def _verdict(module: torch.nn.Module) -> tuple[bool, str]:
     notes = []
     if names & {_FLASH_PATH} and _INTERFACE not in names:
         notes.append("through Transformers' flash path")
-    dropout = next((p for p in (getattr(module, n, 0.0) for n in ("attention_dropout", "dropout")) if isinstance(p, float)), 0.0)
+    dropout = next(
+        (p for p in (getattr(module, n, 0.0) for n in ("attention_dropout", "dropout")) if isinstance(p, float)), 0.0
+    )
     if dropout > 0.0:
         notes.append(f"in training its dropout of {dropout} is exact, but computed outside the fused kernel")
     return True, "; ".join(["it calls the kernel", *notes])
+
+
+def _module_reason(module_name: str) -> str | None:
+    models = [
+        cls
+        for cls in vars(sys.modules[module_name]).values()
+        if inspect.isclass(cls) and cls.__module__ == module_name and hasattr(cls, "_supports_sdpa")
+    ]
+    return next((reason for cls in models if (reason := reason_for_eager(cls)) is not None), None)
 
 
 def _is_attention(cls: type) -> bool:
@@ -107,7 +133,8 @@ def _is_attention(cls: type) -> bool:
 
 
 def _contains_attention(module: torch.nn.Module) -> bool:
-    """Whether ``module`` is only the wrapper of the layer that computes (``BertAttention`` around ``BertSelfAttention``)."""
+    """Whether ``module`` is only the wrapper of the layer that computes (``BertAttention`` around
+    ``BertSelfAttention``)."""
     if _names_used(type(module)) & {_INTERFACE, _FLASH_PATH}:
         return False
     return any(_is_attention(type(child)) for child in module.modules() if child is not module)
@@ -126,7 +153,8 @@ def _attention_classes(module_name: str) -> list[type]:
 
 @functools.cache
 def _names_used(cls: type) -> frozenset[str]:
-    """Global names and attributes mentioned in the code of ``cls`` and its bases (the libraries' base classes left out)."""
+    """Global names and attributes mentioned in the code of ``cls`` and its bases (the libraries' base classes left
+    out)."""
     return frozenset(name for code in _codes(cls) for name in code.co_names)
 
 
@@ -143,7 +171,9 @@ def _keywords_passed(cls: type) -> frozenset[str]:
 def _codes(cls: type) -> Iterator[CodeType]:
     for base in cls.__mro__:
         # PreTrainedModel mentions the interface too, to look up names.
-        is_library = base.__module__.startswith("transformers.") and not base.__module__.startswith("transformers.models.")
+        is_library = base.__module__.startswith("transformers.") and not base.__module__.startswith(
+            "transformers.models."
+        )
         if is_library or base.__module__.startswith("torch.") or base is object:
             continue
         for member in vars(base).values():

@@ -1,8 +1,8 @@
 """From Transformers' masks to what the kernel takes: boundaries (``cu_seqlens``) over flattened tokens.
 
-The kernel knows causal, window and boundaries, nothing else. Padding and packing become boundaries without moving a token: the
-tensors [batch, seqlen, heads, dim] are read as [batch * seqlen, heads, dim], and what must not be seen becomes a
-sequence of its own. One row with valid keys ``start ... end`` is at most five sequences, some of them empty:
+The kernel knows causal, window and boundaries, nothing else. Padding and packing become boundaries without moving a
+token: the tensors [batch, seqlen, heads, dim] are read as [batch * seqlen, heads, dim], and what must not be seen
+becomes a sequence of its own. One row with valid keys ``start ... end`` is at most five sequences, some of them empty:
 
 ==================  =============  ==============  =======================================================
 sequence            its queries    its keys        effect
@@ -14,12 +14,13 @@ queries after       b ... Q        none            0
 keys after          none           end ... K       not seen
 ==================  =============  ==============  =======================================================
 
-The number of sequences depends on shapes alone, so nothing is read back from the GPU and ``torch.compile`` sees one static
-graph. FlashAttention's unpadding instead gathers the valid tokens: two copies and a synchronisation in every layer.
+The number of sequences depends on shapes alone, so nothing is read back from the GPU and ``torch.compile`` sees one
+static graph. FlashAttention's unpadding instead gathers the valid tokens: two copies and a synchronisation in every
+layer.
 
 All layers of a model share one mask tensor, so what is derived from it is kept with it (:func:`memo`): a forward pass
-synchronises at most once per mask. Synchronising is needed in eager mode only, to see holes (valid keys that are not one
-range, which boundaries cannot express) and the number of packed sequences.
+synchronises at most once per mask. Synchronising is needed in eager mode only, to see holes (valid keys that are not
+one range, which boundaries cannot express) and the number of packed sequences.
 """
 
 from __future__ import annotations
@@ -44,8 +45,8 @@ def values_are_readable(x: torch.Tensor) -> bool:
     return not (x.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
-# Beside the tensor, not on it: an attribute would be pickled with a tensor that the user saves. What is kept must not be a view
-# of its tensor, or the two would keep each other alive.
+# Beside the tensor, not on it: an attribute would be pickled with a tensor that the user saves. What is kept must not
+# be a view of its tensor, or the two would keep each other alive.
 _memos = WeakTensorKeyDictionary()
 
 
@@ -68,7 +69,8 @@ def memo(x: torch.Tensor) -> dict:
 
 
 def adopt(mask: torch.Tensor) -> torch.Tensor:
-    """``mask``, just made by this package and changed by nobody: what is derived from it may be kept in inference mode."""
+    """``mask``, just made by this package and changed by nobody: what is derived from it may be kept in inference
+    mode."""
     if not torch.compiler.is_compiling() and mask.is_inference():
         _memos[mask] = (None, {})
     return mask
@@ -123,8 +125,8 @@ def key_ranges(valid: torch.Tensor) -> KeyRanges:
     elif not valid.is_meta:
         torch._assert_async(
             is_contiguous,
-            "flashmla: a compiled model met a key mask whose valid keys are not one range per row; run this model without "
-            "torch.compile, or give the mask as 4-D",
+            "flashmla: a compiled model met a key mask whose valid keys are not one range per row; run this model "
+            "without torch.compile, or give the mask as 4-D",
         )
     kept[key] = KeyRanges(start, end, uniform, has_holes)
     return kept[key]
@@ -136,7 +138,8 @@ def range_boundaries(
     """cu_seqlens_q, cu_seqlens_kv, int32 [5 * batch + 1], of the table above.
 
     ``queries_are_keys``: self-attention, where query i stands at key position ``i + seqlen_kv - seqlen_q`` and is
-    padding where that key is. Otherwise (cross-attention, or an encoder without window) every query sees the valid keys.
+    padding where that key is. Otherwise (cross-attention, or an encoder without window) every query sees the valid
+    keys.
     """
     key = (seqlen_q, seqlen_kv, queries_are_keys)
     if key not in ranges.boundaries:
@@ -165,8 +168,8 @@ def segment_boundaries(segments: torch.Tensor) -> torch.Tensor:
     """cu_seqlens, int32 [num_segments + 1], of ``segments``, int32 [batch, seqlen]: a packed sequence ends where the
     number changes and at the end of a row.
 
-    Under torch.compile the tensor has a fixed size and repeats its last boundary (empty sequences). Raises: RuntimeError
-    from the running graph if there are more sequences than room was made for.
+    Under torch.compile the tensor has a fixed size and repeats its last boundary (empty sequences). Raises:
+    RuntimeError from the running graph if there are more sequences than room was made for.
     """
     kept = memo(segments)
     if "boundaries" not in kept:
@@ -190,18 +193,34 @@ def segment_boundaries(segments: torch.Tensor) -> torch.Tensor:
     return kept["boundaries"]
 
 
-def segments_from_positions(position_ids: torch.Tensor, batch: int, seqlen: int, is_causal: bool) -> torch.Tensor | None:
+def as_boundaries(cu_seqlens: torch.Tensor) -> torch.Tensor:
+    """``cu_seqlens`` [num_sequences + 1] as the contiguous int32 that the kernel reads: the same tensor in every layer,
+    so that what an implementation derives from it is derived once."""
+    if cu_seqlens.dtype == torch.int32 and cu_seqlens.is_contiguous():
+        return cu_seqlens
+    kept = memo(cu_seqlens)
+    if "boundaries" not in kept:
+        kept["boundaries"] = cu_seqlens.to(torch.int32, memory_format=torch.contiguous_format, copy=True)
+    return kept["boundaries"]
+
+
+def segments_from_positions(
+    position_ids: torch.Tensor, batch: int, seqlen: int, is_causal: bool
+) -> torch.Tensor | None:
     """Segment numbers, int32 [batch, seqlen], where position_ids say that rows are packed; ``None`` where they do not.
 
     position_ids [batch or 1, seqlen]. In a causal model a sequence begins wherever the position is not the one before
     plus one, which is how Transformers' mask layer reads them; that layer does not look at all when there is a cache,
-    and eager attention then mixes the sequences. Elsewhere positions may jump inside a sequence (patches of an image), and
-    a sequence begins at each return to the lowest position, which is how Transformers' flash path reads them.
+    and eager attention then mixes the sequences. Elsewhere positions may jump inside a sequence (patches of an
+    image), and a sequence begins at each return to the lowest position, which is how Transformers' flash path reads
+    them.
     """
     if seqlen == 1 or position_ids is None or position_ids.is_floating_point():
         return None
     is_patch_grid = position_ids.dim() == 2 and batch == 1 and tuple(position_ids.shape) == (seqlen, 2) and seqlen != 2
-    if not is_patch_grid and (position_ids.dim() != 2 or position_ids.shape[0] not in (1, batch) or position_ids.shape[1] != seqlen):
+    if not is_patch_grid and (
+        position_ids.dim() != 2 or position_ids.shape[0] not in (1, batch) or position_ids.shape[1] != seqlen
+    ):
         return None  # three-dimensional rotary positions and the like say nothing about packing
     kept, key = memo(position_ids), ("segments", batch, is_causal)
     if key not in kept:

@@ -3,7 +3,8 @@
 Transformers builds one mask per forward pass and kind of layer, by calling the function registered for the attention
 implementation with a *mask function* (who sees whom, as a closure over batch, head, query and key indices) and the
 2-D padding mask. Its own function for flash implementations ignores the closure, which is silently wrong for images in
-Gemma 3, PaliGemma's prefix, packed rows and static caches. This one answers exactly, with the cheapest form that says it:
+Gemma 3, PaliGemma's prefix, packed rows and static caches. This one answers exactly, with the cheapest form that says
+it:
 
 ===============================  =======================================================================================
 form                             meaning for the attention layer
@@ -16,7 +17,8 @@ bool [batch, 1, 1, seqlen_kv]    the keys that every query of the row sees: noth
 bool [batch, 1, seqlen_q, ...]   who sees whom, dense: nothing else counts
 ===============================  =======================================================================================
 
-The last one costs seqlen_q * seqlen_kv bytes and leaves the fused kernel; it is for patterns that nothing else expresses.
+The last one costs seqlen_q * seqlen_kv bytes and leaves the fused kernel; it is for patterns that nothing else
+expresses.
 """
 
 from __future__ import annotations
@@ -45,9 +47,9 @@ _KNOWN = {
 }
 _AND = "and_masks.<locals>.and_mask"
 
-# Their attention classes call Transformers' flash path instead of the interface, which unpads by a 2-D mask itself. (The
-# last three are Bark's.)
-LEGACY_FLASH_MODEL_TYPES = frozenset({"falcon", "gptj", "gpt_neo", "semantic", "coarse_acoustics", "fine_acoustics"})
+# Their attention classes call Transformers' flash path instead of the interface, which unpads by a 2-D mask itself.
+# (The last three are Bark's.)
+LEGACY_FLASH_MODEL_TYPES = frozenset({"falcon", "gptj", "semantic", "coarse_acoustics", "fine_acoustics"})
 
 
 def _names(mask_function: Callable) -> set[str]:
@@ -64,15 +66,16 @@ def _names(mask_function: Callable) -> set[str]:
 
 
 def _names_while_compiling(mask_function: Callable, local_size: int | None, config, is_bidirectional: bool) -> set[str]:
-    """As :func:`_names`, from what dynamo can see: a closure's cells are not readable under torch.compile, its name is."""
+    """As :func:`_names`, from what dynamo can see: a closure's cells are not readable under torch.compile, its name
+    is."""
     if mask_function is masking_utils.causal_mask_function:
         return {_CAUSAL}
     if mask_function is masking_utils.bidirectional_mask_function:
         return {_BIDIRECTIONAL}
     if mask_function.__qualname__ != _AND:
         return {"unknown"}
-    # Conjunctions reach us from the create_* functions alone (custom ones set use_vmap): a window or chunks if local_size
-    # is given, packed sequences, or both.
+    # Conjunctions reach us from the create_* functions alone (custom ones set use_vmap): a window or chunks if
+    # local_size is given, packed sequences, or both.
     if is_bidirectional:
         return {_BIDIRECTIONAL} if local_size is not None else {"unknown"}
     if local_size is None:
@@ -101,8 +104,8 @@ def flashmla_mask(
 ) -> torch.Tensor | None:
     """A mask in one of the forms of this module's table; the signature is that of ``AttentionMaskInterface``.
 
-    attention_mask: bool [batch, tokens seen so far], true where a token is real, or ``None``. Queries stand at positions
-    ``q_offset ...`` (a tensor under a static cache), keys at ``kv_offset ...``.
+    attention_mask: bool [batch, tokens seen so far], true where a token is real, or ``None``. Queries stand at
+    positions ``q_offset ...`` (a tensor under a static cache), keys at ``kv_offset ...``.
     """
     if device is None:
         device = attention_mask.device if attention_mask is not None else "cpu"
@@ -133,26 +136,30 @@ def flashmla_mask(
 
 
 def _dense(arguments: dict) -> torch.Tensor:
-    """Bool [batch, 1, q_length, kv_length]. With one query this is O(seqlen) and read as a range of keys, not as dense."""
+    """Bool [batch, 1, q_length, kv_length]. With one query this is O(seqlen) and read as a range of keys, not as
+    dense."""
     mask = masking_utils.sdpa_mask(**arguments, allow_is_causal_skip=False, allow_is_bidirectional_skip=False)
     return hf_layout.adopt(mask)
 
 
 def _padding(attention_mask: torch.Tensor, kv_offset: int, kv_length: int) -> torch.Tensor:
-    """Bool [batch, kv_length]: the part of the padding mask that the keys of this layer are; beyond its end is padding."""
+    """Bool [batch, kv_length]: the part of the padding mask that the keys of this layer are; beyond its end is
+    padding."""
     padding = masking_utils.prepare_padding_mask(attention_mask, kv_length, kv_offset)
     return hf_layout.adopt(padding[:, kv_offset : kv_offset + kv_length])
 
 
-def _bidirectional(batch_size, q_length, kv_length, kv_offset, attention_mask, local_size, dense) -> torch.Tensor | None:
+def _bidirectional(
+    batch_size, q_length, kv_length, kv_offset, attention_mask, local_size, dense
+) -> torch.Tensor | None:
     if attention_mask is None:
         return None
     padding = _padding(attention_mask, kv_offset, kv_length)
     if hf_layout.values_are_readable(padding) and hf_layout.key_ranges(padding).uniform == (0, kv_length):
         return None
     if local_size is None or q_length == 1:
-        # Four dimensions say by themselves that no causal mask belongs on top: T5's cross-attention modules, for one, do
-        # not say so.
+        # Four dimensions say by themselves that no causal mask belongs on top: T5's cross-attention modules, for one,
+        # do not say so.
         return hf_layout.view_with_memo(padding, padding[:, None, None, :])
     if hf_layout.values_are_readable(padding) and hf_layout.key_ranges(padding).has_holes:
         return _dense(dense)

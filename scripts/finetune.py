@@ -33,8 +33,13 @@ import re
 import shutil
 import sys
 import time
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
+
+# Waiting threads sleep instead of spinning: beside other work on the machine, spinning makes steps on a CPU ten times
+# slower. OpenMP reads it when torch is imported.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import numpy as np
 import torch
@@ -215,8 +220,10 @@ def read_documents(path: str, text_field: str) -> list[str]:
 
 def _read_file(file: Path, text_field: str) -> list[str]:
     if file.suffix == ".parquet":
-        import pyarrow.parquet
-
+        try:
+            import pyarrow.parquet
+        except ImportError:
+            raise UserError(f"{file}: reading parquet needs the package pyarrow: pip install pyarrow") from None
         try:
             table = pyarrow.parquet.read_table(file)
         except (OSError, pyarrow.ArrowException) as error:
@@ -293,9 +300,8 @@ def _load_dataset(data_args: DataArguments) -> tuple[list[str], list[str]]:
             raise UserError(_no_column(data_args.dataset_name, data_args.dataset_text_field, rows.column_names))
         return list(rows[data_args.dataset_text_field])
 
-    return split(data_args.dataset_train_split), split(
-        data_args.dataset_test_split
-    ) if data_args.dataset_test_split else []
+    held_out = split(data_args.dataset_test_split) if data_args.dataset_test_split else []
+    return split(data_args.dataset_train_split), held_out
 
 
 def tokenize(documents: list[str], tokenizer: PreTrainedTokenizerBase) -> list[np.ndarray]:
@@ -371,6 +377,8 @@ def load_model(model_args: ModelArguments, args: TrainingArguments, checkpoint: 
         raise UserError(
             f"{type(model).__name__} does not take num_items_in_batch, so its loss could not be normalised over tokens"
         )
+    # peft and Transformers between themselves; nothing a caller could change.
+    warnings.filterwarnings("ignore", message=".*is_activation_checkpointing|.*activation_checkpointing_enable")
     # A cache is of no use here, and with one Transformers would not see where packed documents begin.
     model.config.use_cache = False
     if args.gradient_checkpointing:

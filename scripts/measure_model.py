@@ -20,7 +20,6 @@ import os
 import re
 import resource
 import signal
-import statistics
 import subprocess
 import sys
 import time
@@ -47,7 +46,7 @@ class Point:
     device: str = "cpu"
     use_peft: bool = True  # LoRA r=16 on every linear layer; otherwise all weights have gradients
     gradient_checkpointing: bool = False
-    repeats: int = 1  # timed steps after the first, which is timed only if there is no other
+    repeats: int = 1  # timed steps after the first, which is measured for memory
     memory_limit: int | None = None  # bytes for the whole process, on a CPU
 
     @property
@@ -64,7 +63,7 @@ class Measurement:
     reason: str = ""
     peak_bytes: int | None = None  # above the loaded model
     model_bytes: int | None = None  # the loaded model: allocated on a GPU, resident on a CPU
-    seconds: float | None = None  # median step, or median time per decoded token
+    seconds: float | None = None  # the fastest step, or time per decoded token
     all_seconds: list[float] | None = None
     tokens_per_second: float | None = None
 
@@ -77,9 +76,8 @@ class Measurement:
 
 def in_subprocess(point: Point, timeout: float) -> Measurement:
     """Measures ``point`` in a fresh Python process; never raises for what happens in there."""
-    # Large blocks straight from and back to the system, so that resident size is live memory; in huge pages, where the
-    # system offers them, so that this costs little time.
-    env = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(2**20), "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
+    # Waiting threads sleep instead of spinning: beside other work, spinning makes a step ten times slower.
+    env = {"OMP_WAIT_POLICY": "PASSIVE"} | os.environ
     command = [sys.executable, str(Path(__file__).resolve()), json.dumps(dataclasses.asdict(point))]
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env, start_new_session=True
@@ -123,12 +121,13 @@ def _measure(point: Point) -> Measurement:
     run(ids[:, :32])
     gc.collect()
     before = _reset_peak(point.device)
-    times = []
-    for _ in range(1 + point.repeats):
-        times.append(run(ids))
+    times = [run(ids)]
     peak = _peak(point.device)
+    _give_blocks_back(False)
+    times += [run(ids) for _ in range(point.repeats)]
     timed = times[1:] or times
-    seconds = statistics.median(timed)
+    # The fastest: whatever else the machine does can only add to a step.
+    seconds = min(timed)
     tokens = point.batch_size * (point.context if point.mode == "train" else 1)
     return Measurement(
         point,
@@ -202,11 +201,20 @@ def _reset_peak(device: str) -> int:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         return torch.cuda.memory_allocated()
-    with contextlib.suppress(OSError, AttributeError):  # not glibc
-        ctypes.CDLL(None).malloc_trim(0)
+    _give_blocks_back(True)
     with contextlib.suppress(OSError):  # not permitted: the peak then includes loading, which a large step exceeds
         Path("/proc/self/clear_refs").write_text("5")
     return _status_bytes("VmRSS")
+
+
+def _give_blocks_back(at_once: bool) -> None:
+    """Whether memory that is freed leaves the process at once, so that resident size is live memory. It takes time (every
+    new block is faulted in again): on for the step that is measured for memory, off for those that are timed."""
+    with contextlib.suppress(OSError, AttributeError):  # not glibc: the peak then includes what the allocator keeps
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-3, 2**20 if at_once else 2**25)  # M_MMAP_THRESHOLD; 2**25 is the most glibc takes
+        libc.mallopt(-1, 2**20 if at_once else 2**30)  # M_TRIM_THRESHOLD
+        libc.malloc_trim(0)
 
 
 def _peak(device: str) -> int:

@@ -122,6 +122,24 @@ def smollm2_folder() -> Path:
     return folder
 
 
+def random_folder(texts: list[str]) -> Path:
+    """A folder like ``smollm2_folder()`` with random weights of the same shape and a tokenizer trained on ``texts``."""
+    from tokenizers import ByteLevelBPETokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    folder = CACHE / "smollm2-135m-random"
+    if (folder / "tokenizer_config.json").exists():
+        return folder
+    bpe = ByteLevelBPETokenizer()
+    bpe.train_from_iterator(texts, vocab_size=8192, special_tokens=["<|im_end|>"], show_progress=False)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, eos_token="<|im_end|>", pad_token="<|im_end|>")
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(SHAPES["smollm2-135m"], dtype=torch.bfloat16)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
 def load(name: str, attn_implementation: str, dtype: torch.dtype, device: str) -> PreTrainedModel:
     """The model ``name``: a key of SHAPES (random weights, seed 0), "smollm2" (real), or a folder or hub name.
 

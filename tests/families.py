@@ -13,8 +13,10 @@ import torch
 
 VOCAB, HIDDEN, SEQLEN, BATCH = 64, 32, 20, 2
 TEXT = {
-    "vocab_size": VOCAB, "hidden_size": HIDDEN, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "max_position_embeddings": 128, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None,
+    "vocab_size": VOCAB, "hidden_size": HIDDEN, "intermediate_size": 48, "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 128, "pad_token_id": 0, "bos_token_id": 1,
+    "eos_token_id": None,
 }  # fmt: skip
 HEADS_8 = {**TEXT, "head_dim": 8}
 SLIDING = ["sliding_attention", "full_attention"]
@@ -30,8 +32,9 @@ VISION = {
 
 @dataclass(frozen=True)
 class Family:
-    """``layers``: attention calls of one forward pass. ``impl``: the name to load it under. ``wrong``: the negative controls
-    that apply (each must fail the comparison). ``dense_only``: exact, but no call reaches the kernel (position bias)."""
+    """``layers``: attention calls of one forward pass. ``impl``: the name to load it under. ``wrong``: the negative
+    controls that apply (each must fail the comparison). ``dense_only``: exact, but no call reaches the kernel
+    (position bias)."""
 
     name: str
     model: str
@@ -41,11 +44,15 @@ class Family:
     paddings: tuple[str, ...] = ("none", "left", "right")
     generates: bool = True
     static: bool = True
-    packs: bool = False
+    packs: bool | None = None
     wrong: tuple[str, ...] = ("zeros", "half scale", "mask ignored", "causal flipped")
     impl: str = "flashmla"
     dense_only: bool = False
     note: str = ""
+
+    def __post_init__(self):
+        if self.packs is None:  # position_ids of restarting sequences reach the attention of every text decoder
+            object.__setattr__(self, "packs", self.inputs == "text" and self.generates)
 
     def __str__(self) -> str:
         return self.name
@@ -91,7 +98,7 @@ def _paligemma():
     )
 
 
-def _qwen2_vl():
+def _qwen2_vl(version="2"):
     import transformers
 
     rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}
@@ -100,7 +107,13 @@ def _qwen2_vl():
         "depth": 2, "embed_dim": HIDDEN, "hidden_size": HIDDEN, "num_heads": 4, "mlp_ratio": 2, "patch_size": 4,
         "spatial_merge_size": 2, "temporal_patch_size": 2, "in_channels": 3,
     }  # fmt: skip
-    return transformers.Qwen2VLConfig(
+    cls = transformers.Qwen2VLConfig
+    if version == "2.5":
+        cls = transformers.Qwen2_5_VLConfig
+        vision = {k: v for k, v in vision.items() if k not in ("embed_dim", "mlp_ratio")} | {
+            "intermediate_size": 48, "out_hidden_size": HIDDEN, "window_size": 16, "fullatt_block_indexes": [1],
+        }  # fmt: skip
+    return cls(
         text_config=text, vision_config=vision, image_token_id=60, vision_start_token_id=61, vision_end_token_id=62,
         video_token_id=63,
     )  # fmt: skip
@@ -132,12 +145,14 @@ def _siglip():
 
 
 GPT2 = {
-    "vocab_size": VOCAB, "n_positions": 128, "n_embd": HIDDEN, "n_layer": 2, "n_head": 4, "resid_pdrop": 0.0, "embd_pdrop": 0.0,
+    "vocab_size": VOCAB, "n_positions": 128, "n_embd": HIDDEN, "n_layer": 2, "n_head": 4, "resid_pdrop": 0.0,
+    "embd_pdrop": 0.0,
     "attn_pdrop": 0.0, "bos_token_id": 1, "eos_token_id": None, "pad_token_id": 0,
 }  # fmt: skip
 BART = {
     "vocab_size": VOCAB, "d_model": HIDDEN, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4,
-    "decoder_attention_heads": 4, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "max_position_embeddings": 128, "dropout": 0.0,
+    "decoder_attention_heads": 4, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "max_position_embeddings": 128,
+    "dropout": 0.0,
     "attention_dropout": 0.0, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1,
     "forced_eos_token_id": None,
 }  # fmt: skip
@@ -146,36 +161,37 @@ WHISPER = BART | {
     "begin_suppress_tokens": None,
 }  # fmt: skip
 T5 = {
-    "vocab_size": VOCAB, "d_model": HIDDEN, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_decoder_layers": 2, "num_heads": 4,
+    "vocab_size": VOCAB, "d_model": HIDDEN, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_decoder_layers": 2,
+    "num_heads": 4,
     "relative_attention_num_buckets": 8, "relative_attention_max_distance": 16, "dropout_rate": 0.0, "pad_token_id": 0,
     "eos_token_id": 2, "decoder_start_token_id": 1,
 }  # fmt: skip
 
 FAMILIES = (
-    Family("Llama", "LlamaForCausalLM", _config("LlamaConfig"), packs=True),
-    Family("Mistral", "MistralForCausalLM", _config("MistralConfig", sliding_window=6), packs=True, wrong=WINDOWED,
+    Family("Llama", "LlamaForCausalLM", _config("LlamaConfig")),
+    Family("Mistral", "MistralForCausalLM", _config("MistralConfig", sliding_window=6), wrong=WINDOWED,
            note="sliding window"),
     Family("Mixtral", "MixtralForCausalLM", _config("MixtralConfig", num_local_experts=4, sliding_window=None)),
     Family("Qwen2", "Qwen2ForCausalLM",
-           _config("Qwen2Config", use_sliding_window=True, sliding_window=6, layer_types=SLIDING), packs=True, wrong=WINDOWED,
+           _config("Qwen2Config", use_sliding_window=True, sliding_window=6, layer_types=SLIDING), wrong=WINDOWED,
            note="sliding and full layers"),
     Family("Qwen2-MoE", "Qwen2MoeForCausalLM",
            _config("Qwen2MoeConfig", num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24,
                    shared_expert_intermediate_size=24)),
-    Family("Qwen3", "Qwen3ForCausalLM", _config("Qwen3Config", HEADS_8), packs=True, note="query and key norms"),
+    Family("Qwen3", "Qwen3ForCausalLM", _config("Qwen3Config", HEADS_8), note="query and key norms"),
     Family("Qwen3-MoE", "Qwen3MoeForCausalLM",
            _config("Qwen3MoeConfig", HEADS_8, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24)),
     Family("Gemma", "GemmaForCausalLM", _config("GemmaConfig", HEADS_8)),
     Family("Gemma2", "Gemma2ForCausalLM",
            _config("Gemma2Config", HEADS_8, sliding_window=6, layer_types=SLIDING, query_pre_attn_scalar=8,
                    attn_logit_softcapping=5.0),
-           packs=True, wrong=(*WINDOWED, "softcap ignored"), note="softcap, sliding window"),
+           wrong=(*WINDOWED, "softcap ignored"), note="softcap, sliding window"),
     Family("Gemma3 text", "Gemma3ForCausalLM",
-           _config("Gemma3TextConfig", HEADS_8, sliding_window=6, layer_types=SLIDING, query_pre_attn_scalar=8), wrong=WINDOWED,
-           note="sliding window"),
-    Family("Gemma3 images", "Gemma3ForConditionalGeneration", _gemma3_multimodal, inputs="gemma3", layers=4, static=False,
+           _config("Gemma3TextConfig", HEADS_8, sliding_window=6, layer_types=SLIDING, query_pre_attn_scalar=8),
+           wrong=WINDOWED, note="sliding window"),
+    Family("Gemma3 images", "Gemma3ForConditionalGeneration", _gemma3_multimodal, inputs="gemma3", layers=4,
            wrong=("zeros", "half scale", "mask ignored"),
-           note="images see themselves in both directions: dense mask in the language layers, kernel in the vision tower"),
+           note="images see themselves both ways: dense mask in the language layers, kernel in the vision tower"),
     Family("Phi", "PhiForCausalLM", _config("PhiConfig", partial_rotary_factor=0.5)),
     Family("Phi3", "Phi3ForCausalLM", _config("Phi3Config", sliding_window=6), wrong=WINDOWED, note="fused qkv"),
     Family("Granite", "GraniteForCausalLM", _config("GraniteConfig", attention_multiplier=0.25)),
@@ -183,8 +199,8 @@ FAMILIES = (
     Family("StarCoder2", "Starcoder2ForCausalLM", _config("Starcoder2Config", sliding_window=6), wrong=WINDOWED),
     Family("StableLM", "StableLmForCausalLM", _config("StableLmConfig", partial_rotary_factor=0.5)),
     Family("Cohere", "CohereForCausalLM", _config("CohereConfig", logit_scale=1.0)),
-    Family("Cohere2", "Cohere2ForCausalLM", _config("Cohere2Config", logit_scale=1.0, sliding_window=6, layer_types=SLIDING),
-           wrong=WINDOWED),
+    Family("Cohere2", "Cohere2ForCausalLM", _config("Cohere2Config", logit_scale=1.0, sliding_window=6,
+           layer_types=SLIDING), wrong=WINDOWED),
     Family("SmolLM3", "SmolLM3ForCausalLM", _config("SmolLM3Config", no_rope_layers=[1, 0])),
     Family("GLM4", "Glm4ForCausalLM", _config("Glm4Config", HEADS_8)),
     Family("DeepSeek-V2", "DeepseekV2ForCausalLM",
@@ -193,47 +209,63 @@ FAMILIES = (
     Family("DeepSeek-V3", "DeepseekV3ForCausalLM", _config("DeepseekV3Config", **DEEPSEEK),
            note="head dims 24 (query, key) and 16 (value): no padding"),
     Family("GPT-OSS", "GptOssForCausalLM",
-           _config("GptOssConfig", HEADS_8, num_local_experts=4, num_experts_per_tok=2, sliding_window=6, layer_types=SLIDING,
+           _config("GptOssConfig", HEADS_8, num_local_experts=4, num_experts_per_tok=2, sliding_window=6,
+           layer_types=SLIDING,
                    **ROPE_32),
-           packs=True, wrong=(*WINDOWED, "sinks ignored"), note="attention sinks, with their gradient"),
+           wrong=(*WINDOWED, "sinks ignored"), note="attention sinks, with their gradient"),
+    Family("Granite-SWA", "GraniteSWAForCausalLM",
+           _config("GraniteSWAConfig", sliding_window=6, layer_types=SLIDING, attention_multiplier=0.35),
+           wrong=(*WINDOWED, "sinks ignored"), note="attention sinks"),
+    Family("MiMo-V2-Flash", "MiMoV2FlashForCausalLM",
+           _config("MiMoV2FlashConfig", head_dim=16, v_head_dim=8, sliding_window=6, layer_types=SLIDING,
+                   n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=24),
+           wrong=(*WINDOWED, "sinks ignored"), note="attention sinks; head dims 16 (query, key) and 8 (value)"),
     Family("GPT-NeoX", "GPTNeoXForCausalLM", _config("GPTNeoXConfig")),
     Family("GPT-2", "GPT2LMHeadModel", _config("GPT2Config", GPT2)),
     Family("OPT", "OPTForCausalLM",
-           _config("OPTConfig", ffn_dim=48, word_embed_proj_dim=HIDDEN, dropout=0.0, activation_function="gelu")),
+           _config("OPTConfig", ffn_dim=48, word_embed_proj_dim=HIDDEN, dropout=0.0, activation_function="gelu"),
+           packs=False),
     Family("BERT", "BertForMaskedLM", _config("BertConfig", ENCODER), generates=False),
     Family("RoBERTa", "RobertaForMaskedLM", _config("RobertaConfig", ENCODER), generates=False),
     Family("ModernBERT", "ModernBertForMaskedLM",
            _config("ModernBertConfig", ENCODER, local_attention=6, layer_types=SLIDING, cls_token_id=1, sep_token_id=2),
            generates=False, wrong=WINDOWED, note="bidirectional window"),
-    Family("ViT", "ViTForImageClassification", _config("ViTConfig", VISION, num_labels=4), inputs="pixels", paddings=("none",),
-           generates=False, wrong=("zeros", "half scale", "causal flipped")),
+    Family("ViT", "ViTForImageClassification", _config("ViTConfig", VISION, num_labels=4), inputs="pixels",
+           paddings=("none",), generates=False, wrong=("zeros", "half scale", "causal flipped")),
     Family("CLIP", "CLIPModel", _clip, inputs="clip", layers=4, paddings=("none", "right"), generates=False,
            wrong=("zeros", "half scale", "causal flipped")),
     Family("SigLIP", "SiglipModel", _siglip, inputs="clip", layers=4, paddings=("none",), generates=False,
            wrong=("zeros", "half scale", "causal flipped"), note="its pooling head uses torch's own attention"),
-    Family("Pixtral (Llava)", "LlavaForConditionalGeneration", _pixtral, inputs="pixtral", layers=4, paddings=("none", "left"),
-           static=False, note="packed images in the vision tower"),
-    Family("Qwen2-VL", "Qwen2VLForConditionalGeneration", _qwen2_vl, inputs="qwen2_vl", layers=4, paddings=("none", "left"),
-           static=False, note="packed images in the vision tower"),
-    Family("PaliGemma", "PaliGemmaForConditionalGeneration", _paligemma, inputs="paligemma", layers=4, static=False,
+    Family("Pixtral (Llava)", "LlavaForConditionalGeneration", _pixtral, inputs="pixtral", layers=4, paddings=("none",
+           "left"), note="packed images in the vision tower"),
+    Family("Qwen2-VL", "Qwen2VLForConditionalGeneration", _qwen2_vl, inputs="qwen2_vl", layers=4, paddings=("none",
+           "left"), note="packed images in the vision tower"),
+    Family("Qwen2.5-VL", "Qwen2_5_VLForConditionalGeneration", lambda: _qwen2_vl("2.5"), inputs="qwen2_vl", layers=4,
+           paddings=("none", "left"), note="packed images and windows in the vision tower"),
+    Family("PaliGemma", "PaliGemmaForConditionalGeneration", _paligemma, inputs="paligemma", layers=4,
            wrong=("zeros", "half scale", "mask ignored"), paddings=("none", "left"),
            note="prefix seen in both directions: dense mask in training, kernel in the vision tower"),
     Family("Whisper", "WhisperForConditionalGeneration", _config("WhisperConfig", WHISPER), inputs="whisper", layers=6,
-           paddings=("none",), wrong=("zeros", "half scale", "causal flipped"), note="encoder, decoder, cross-attention"),
+           paddings=("none",), wrong=("zeros", "half scale", "causal flipped"),
+           note="encoder, decoder, cross-attention"),
     Family("BART", "BartForConditionalGeneration", _config("BartConfig", BART), inputs="seq2seq", layers=6,
            paddings=("none", "right"), note="encoder, decoder, cross-attention"),
-    Family("T5", "T5ForConditionalGeneration", _config("T5Config", T5), inputs="seq2seq", layers=6, paddings=("none", "right"),
-           wrong=(), dense_only=True, note="position bias: exact, outside the kernel"),
+    Family("T5", "T5ForConditionalGeneration", _config("T5Config", T5), inputs="seq2seq", layers=6, paddings=("none",
+           "right"), wrong=(), dense_only=True, note="position bias: exact, outside the kernel"),
     Family("Falcon", "FalconForCausalLM",
-           _config("FalconConfig", TEXT, num_kv_heads=2, new_decoder_architecture=True, hidden_dropout=0.0, attention_dropout=0.0,
-                   alibi=False),
-           static=False, wrong=("zeros", "half scale", "causal flipped"), note="through Transformers' own flash path"),
+           _config("FalconConfig", TEXT, num_kv_heads=2, new_decoder_architecture=True, hidden_dropout=0.0,
+                   attention_dropout=0.0, alibi=False),
+           packs=False, wrong=("zeros", "half scale", "causal flipped"), note="through Transformers' own flash path"),
+    Family("GPT-J", "GPTJForCausalLM",
+           _config("GPTJConfig", {**GPT2, "rotary_dim": 4}), packs=False,
+           wrong=("zeros", "half scale", "causal flipped"),
+           note="through Transformers' own flash path"),
     Family("Llama 4 text", "Llama4ForCausalLM",
            _config("Llama4TextConfig", HEADS_8, num_local_experts=2, attention_chunk_size=8, intermediate_size_mlp=48,
                    layer_types=["chunked_attention", "full_attention"], no_rope_layers=[1, 0], moe_layers=[0]),
-           impl="fmla", static=False, note='attn_implementation="fmla" beyond one attention chunk'),
+           impl="fmla", packs=False, static=False, note='attn_implementation="fmla" beyond one attention chunk'),
     Family("T5Gemma", "T5GemmaForConditionalGeneration",
-           lambda: _t5gemma(), inputs="seq2seq", layers=6, paddings=("none", "right"), static=False,
+           lambda: _t5gemma(), inputs="seq2seq", layers=6, paddings=("none", "right"),
            note="bidirectional window, cross-attention"),
 )  # fmt: skip
 
@@ -248,7 +280,8 @@ def _t5gemma():
 
 
 def build(family: Family, attn_implementation: str, device, state: dict | None = None, seed: int = 0):
-    """The family's tiny model, in evaluation mode, fp32, with weights large enough that attention decides its outputs."""
+    """The family's tiny model, in evaluation mode, fp32, with weights large enough that attention decides its
+    outputs."""
     import transformers
 
     torch.manual_seed(seed)

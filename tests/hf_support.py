@@ -1,4 +1,5 @@
-"""What the Transformers tests share: the device, a count of kernel calls, and comparisons that wrong attention fails."""
+"""What the Transformers tests share: the device, a count of kernel calls, and comparisons that wrong attention
+fails."""
 
 from __future__ import annotations
 
@@ -71,7 +72,9 @@ def close(got: torch.Tensor, expected: torch.Tensor, tolerance: float = TOLERANC
     got, expected = got.detach().float(), expected.detach().float()
     if not (torch.isfinite(got).all() and torch.isfinite(expected).all()):
         return False
-    return bool((got - expected).abs().max() <= tolerance * max(1.0, float(expected.abs().max()))) if got.numel() else True
+    return (
+        bool((got - expected).abs().max() <= tolerance * max(1.0, float(expected.abs().max()))) if got.numel() else True
+    )
 
 
 def is_oracle_in_place() -> bool:

@@ -102,7 +102,7 @@ def test_a_missing_torch_ends_with_one_sentence(tmp_path):
         f"site.getsitepackages = lambda: []; site.getusersitepackages = lambda: {str(tmp_path)!r}\n"
         "paths = sysconfig.get_path\n"
         f"sysconfig.get_path = lambda name, *a, **k: {str(tmp_path)!r} if name in ('purelib', 'platlib') else paths(name, *a, **k)\n"
-        "import setuptools\n"
+        "import setuptools.command.bdist_wheel\n"
         f"sys.argv = ['setup.py', 'build_ext', '--build-lib', {str(tmp_path / 'lib')!r}, '--build-temp', {str(tmp_path / 'tmp')!r}]\n"
         "sys.path[:] = [p for p in sys.path if 'site-packages' not in p]\n"
         "runpy.run_path('setup.py', run_name='__main__')\n"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import warnings
+from dataclasses import replace
 
 import families
 import hf_support
@@ -18,6 +19,8 @@ transformers.logging.set_verbosity_error()
 
 from flashmla_hf import hf  # noqa: E402
 
+# On a GPU the attention is FlexAttention, which exists compiled by inductor only.
+BACKEND = "aot_eager" if DEVICE.type == "cpu" else "inductor"
 FAMILY = {family.name: family for family in FAMILIES}
 
 
@@ -109,9 +112,7 @@ def test_trainer_with_flattening_collator_equals_unpacked(tmp_path, flash_kwargs
             logging_steps=1, save_strategy="no", use_cpu=DEVICE.type == "cpu", disable_tqdm=True, seed=0,
             remove_unused_columns=False, optim="sgd", max_grad_norm=0.0,
         )  # fmt: skip
-        collator = (
-            transformers.DataCollatorWithFlattening(return_flash_attn_kwargs=flash_kwargs) if flatten else _pad
-        )
+        collator = transformers.DataCollatorWithFlattening(return_flash_attn_kwargs=flash_kwargs) if flatten else _pad
         trainer = transformers.Trainer(model=model, args=arguments, train_dataset=data, data_collator=collator)
         with counted_calls() as calls:
             trainer.train()
@@ -146,31 +147,38 @@ def test_gradient_checkpointing(use_reentrant):
 
 
 def test_selective_checkpointing_keeps_the_operator_s_output():
+    """TRL's rule: keep what is named flash_attn, recompute the rest of the layer."""
+    from torch.utils._python_dispatch import TorchDispatchMode
     from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
     if DEVICE.type != "cpu":
         pytest.skip("flex is no operator of ours")
-    runs = []
 
-    def policy(ctx, op, *args, **kwargs):
-        runs.append((str(op), ctx.is_recompute))
-        # TRL's rule: keep what is named flash_attn, recompute the rest.
-        return CheckpointPolicy.MUST_SAVE if "flash_attn" in str(op) else CheckpointPolicy.PREFER_RECOMPUTE
+    class Count(TorchDispatchMode):
+        """Outside of the checkpoint, so it sees what really runs."""
+
+        forwards = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.forwards += "flash_attn_forward" in str(func)
+            return func(*args, **(kwargs or {}))
+
+    def policy(keep, ctx, op, *args, **kwargs):
+        is_kept = keep and "flash_attn" in str(op)
+        return CheckpointPolicy.MUST_SAVE if is_kept else CheckpointPolicy.PREFER_RECOMPUTE
 
     _, ours = pair()
-    x = ids(1, 12)
-    want = step(ours, input_ids=x, labels=x, use_cache=False)
+    batch = {"input_ids": ids(1, 12), "labels": ids(1, 12), "use_cache": False}
+    want = step(ours, **batch)
     layer = ours.model.layers[0]
     forward = layer.forward
-    contexts = functools.partial(create_selective_checkpoint_contexts, policy)
-    layer.forward = lambda *args, **kwargs: checkpoint(
-        forward, *args, use_reentrant=False, context_fn=contexts, **kwargs
-    )
-    with counted_calls():
-        got = step(ours, input_ids=x, labels=x, use_cache=False)
-    assert_same(got, want)
-    assert any("flash_attn_forward" in name for name, _ in runs)
-    assert any(is_recompute for _, is_recompute in runs)
+    for keep, forwards in ((True, 2), (False, 3)):
+        contexts = functools.partial(create_selective_checkpoint_contexts, functools.partial(policy, keep))
+        layer.forward = functools.partial(checkpoint, forward, use_reentrant=False, context_fn=contexts)
+        with Count() as count:
+            got = step(ours, **batch)
+        assert_same(got, want)
+        assert count.forwards == forwards
 
 
 @pytest.mark.parametrize("targets", [["q_proj", "v_proj"], ["q_proj"], ["k_proj", "o_proj"], "all-linear"])
@@ -207,17 +215,15 @@ def test_autocast_with_its_mixed_dtypes(name, use_cache):
     _, ours = pair(name)
     batch = families.inputs(FAMILY[name], "left", DEVICE)
     dtypes = []
-    saved = dict(dispatch.IMPLEMENTATIONS)
-    with torch.autocast(DEVICE.type, dtype=torch.bfloat16):
-        with counted_calls() as calls:
-            names = {k: v for k, v in dispatch.IMPLEMENTATIONS.items()}
-            from dataclasses import replace
 
-            for key, item in names.items():
-                run = functools.partial(lambda call, run: dtypes.append(call.q.dtype) or run(call), run=item.run)
-                dispatch.IMPLEMENTATIONS[key] = replace(item, run=run)
-            out = ours(**batch, use_cache=use_cache)
-    dispatch.IMPLEMENTATIONS.update(saved)
+    def noting(call, run):
+        dtypes.append(call.q.dtype)
+        return run(call)
+
+    with counted_calls() as calls, torch.autocast(DEVICE.type, dtype=torch.bfloat16):
+        for key, item in list(dispatch.IMPLEMENTATIONS.items()):
+            dispatch.IMPLEMENTATIONS[key] = replace(item, run=functools.partial(noting, run=item.run))
+        out = ours(**batch, use_cache=use_cache)
     out.loss.backward()
     assert kernel_calls(calls) == 2
     assert set(dtypes) == {torch.bfloat16}
@@ -247,7 +253,9 @@ def test_dropout_is_computed_and_random():
 # ---- weights ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["Llama", "Mistral", "Gemma2", "GPT-OSS", "BERT", "BART", "Whisper", "ModernBERT", "T5", "Qwen2-VL"])
+@pytest.mark.parametrize(
+    "name", ["Llama", "Mistral", "Gemma2", "GPT-OSS", "BERT", "BART", "Whisper", "ModernBERT", "T5", "Qwen2-VL"]
+)
 def test_attention_weights_are_those_of_eager(name, monkeypatch):
     eager, ours = pair(name)
     padding = next(p for p in ("right", "left", "none") if p in FAMILY[name].paddings)
@@ -257,7 +265,11 @@ def test_attention_weights_are_those_of_eager(name, monkeypatch):
         got = ours(**batch, output_attentions=True)
     with torch.no_grad():
         want = eager(**batch, output_attentions=True)
-    fields = [field for field in ("attentions", "decoder_attentions", "cross_attentions", "encoder_attentions") if want.get(field)]
+    fields = [
+        field
+        for field in ("attentions", "decoder_attentions", "cross_attentions", "encoder_attentions")
+        if want.get(field)
+    ]
     assert fields
     # Rows of padding queries differ (0 here, a mean in eager) and count for nobody.
     queries = batch.get("attention_mask", torch.ones(1, device=DEVICE)).bool()
@@ -268,6 +280,21 @@ def test_attention_weights_are_those_of_eager(name, monkeypatch):
                 a, b = a * queries[:, None, :, None], b * queries[:, None, :, None]
             assert close(a, b, 1e-4), field
     assert close(got.loss, want.loss)
+
+
+@pytest.mark.parametrize("padding", ["none", "right"])
+@pytest.mark.parametrize("name", ["Llama", "Mistral", "Gemma3 text"])
+def test_a_decoder_can_be_made_bidirectional(name, padding):
+    """Also under a window, where Transformers' flash path sees one key less on each side than eager."""
+    eager, ours = pair(name)
+    batch = families.inputs(FAMILY[name], padding, DEVICE)
+    with torch.no_grad(), counted_calls() as calls:
+        want, got = (model(**batch, is_causal=False).logits for model in (eager, ours))
+        causal = eager(**batch).logits
+    mask = batch["attention_mask"][..., None]
+    assert kernel_calls(calls) == 2
+    assert close(got * mask, want * mask)
+    assert not close(causal * mask, want * mask)
 
 
 # ---- generation ---------------------------------------------------------------------------------------------------
@@ -321,7 +348,10 @@ def test_other_ways_to_generate(options):
 def test_continuous_batching_equals_generate(name):
     eager, ours = pair(name)
     prompts = [ids(1, n, seed=n)[0].tolist() for n in (5, 9, 3)]
-    want = [eager.generate(torch.tensor([p], device=DEVICE), max_new_tokens=6, do_sample=False)[0, len(p) :].tolist() for p in prompts]
+    want = [
+        eager.generate(torch.tensor([p], device=DEVICE), max_new_tokens=6, do_sample=False)[0, len(p) :].tolist()
+        for p in prompts
+    ]
     config = transformers.GenerationConfig(max_new_tokens=6, do_sample=False, eos_token_id=None, pad_token_id=0)
     options = {}
     if hasattr(transformers, "ContinuousBatchingConfig"):
@@ -347,7 +377,7 @@ def test_compiled_training_without_graph_breaks(name, padding):
     batch = families.inputs(FAMILY[name], padding, DEVICE)
     batch |= {"use_cache": False} if name != "BERT" else {}
     want = step(ours, **batch)
-    compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(ours, fullgraph=True, backend=BACKEND)
     ours.zero_grad()
     out = compiled(**batch)
     out.loss.backward()
@@ -359,7 +389,7 @@ def test_compiled_packed_rows_are_separate():
     torch._dynamo.reset()
     eager, ours = pair()
     x, labels, positions, _ = packed_batch()
-    compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(ours, fullgraph=True, backend=BACKEND)
     for use_cache in (False, True):
         out = compiled(input_ids=x, labels=labels, position_ids=positions, use_cache=use_cache)
         assert close(out.loss, unpacked_step(eager)[0].loss)
@@ -372,7 +402,7 @@ def test_compiled_model_refuses_a_mask_with_holes():
     _, ours = pair()
     mask = torch.ones(1, 12, dtype=torch.long)
     mask[0, 5] = 0
-    compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(ours, fullgraph=True, backend=BACKEND)
     with pytest.raises(RuntimeError, match="not one range per row"):
         compiled(input_ids=ids(1, 12), attention_mask=mask, use_cache=False)
 
@@ -386,7 +416,7 @@ def test_generate_compiles_its_static_decoding(impl):
     x = ids(2, 7)
     mask = torch.ones_like(x)
     mask[0, :3] = 0
-    compile_config = transformers.CompileConfig(mode=None, backend="aot_eager", fullgraph=False)
+    compile_config = transformers.CompileConfig(mode=None, backend=BACKEND, fullgraph=False)
     compile_config._compile_all_devices = True
     options = {"attention_mask": mask, "max_new_tokens": 5, "do_sample": False}
     want = eager.generate(x, **options)
@@ -402,7 +432,7 @@ def test_compiled_static_decoding_equals_eager():
     x = ids(2, 7)
     want = eager.generate(x, max_new_tokens=6, do_sample=False)
     cache = transformers.StaticCache(config=ours.config, max_cache_len=16)
-    forward = torch.compile(ours.forward, backend="aot_eager")
+    forward = torch.compile(ours.forward, backend=BACKEND)
     tokens = x
     with torch.no_grad():
         logits = ours(x, past_key_values=cache).logits

@@ -1,4 +1,5 @@
-"""The mask function and its forms: exact against Transformers' own dense masks, without copies, syncs or n x n memory."""
+"""The mask function and its forms: exact against Transformers' own dense masks, without copies, syncs or n x n
+memory."""
 
 from __future__ import annotations
 
@@ -64,8 +65,11 @@ def padding_mask(name, length, hole=False):
 
 
 def patterns(batch, length):
-    """Every mask function of Transformers: name -> (function, arguments of the interface, the layer's own arguments)."""
-    segments = torch.tensor([[0] * 5 + [1] * (length - 5), [0] * length, [0, 1, 2] + [3] * (length - 3)], device=DEVICE)[:batch]
+    """Every mask function of Transformers: name -> (function, arguments of the interface, the layer's own
+    arguments)."""
+    segments = torch.tensor(
+        [[0] * 5 + [1] * (length - 5), [0] * length, [0, 1, 2] + [3] * (length - 3)], device=DEVICE
+    )[:batch]
     positions = torch.stack([torch.cat([torch.arange(int(n)) for n in row.unique_consecutive(return_counts=True)[1]])
                              for row in segments.cpu()]).to(DEVICE)  # fmt: skip
     window = mu.sliding_window_causal_mask_function(4)
@@ -78,6 +82,7 @@ def patterns(batch, length):
     both_ways = {"allow_is_bidirectional_skip": True, "allow_is_causal_skip": False}
     images = torch.full((batch, length), -1, device=DEVICE)
     images[:, 3:7] = 0
+    insist = {"allow_is_causal_skip": False}
     zeros = torch.zeros(batch, dtype=torch.long, device=DEVICE)
     return {
         "causal": (mu.causal_mask_function, {}, {}),
@@ -87,7 +92,7 @@ def patterns(batch, length):
         "packed window": (packed(window), {"local_size": 4, "allow_is_causal_skip": False}, {"sliding_window": 4}),
         "chunked": (mu.chunked_causal_mask_function(5, zeros), {"local_size": 5}, {}),
         "one chunk": (mu.chunked_causal_mask_function(50, zeros), {"local_size": 50}, {}),
-        "image": (mu.or_masks(mu.causal_mask_function, mu.blockwise_overlay(images)), {"allow_is_causal_skip": False}, {}),
+        "image": (mu.or_masks(mu.causal_mask_function, mu.blockwise_overlay(images)), insist, {}),
         "custom": (
             mu.or_masks(mu.causal_mask_function, lambda b, h, q, k: (q < 6) & (k < 6)),
             {"allow_is_causal_skip": False, "use_vmap": True},
@@ -149,8 +154,10 @@ def test_decoding_and_chunked_prefill_are_exact(cache, queries, padding, layout)
     offset = torch.tensor(seen - queries, device=DEVICE) if "tensor" in cache else seen - queries
     for name, options in (("causal", {}), ("window", {"local_size": 4})):
         function = patterns(3, seen)[name][0]
-        arguments = {"batch_size": 3, "q_length": queries, "kv_length": size, "q_offset": offset, "mask_function": function,
-                     "attention_mask": mask, "device": DEVICE}  # fmt: skip
+        arguments = {
+            "batch_size": 3, "q_length": queries, "kv_length": size, "q_offset": offset, "mask_function": function,
+            "attention_mask": mask, "device": DEVICE,
+        }  # fmt: skip
         form = hf_masks.flashmla_mask(**arguments, **options)
         allowed = mu.sdpa_mask(**arguments, allow_is_causal_skip=False)
         with counted_calls() as calls:
@@ -189,6 +196,42 @@ def test_a_users_four_dimensional_mask_is_all_there_is_to_say():
     for mask in (kept, bias, keys, torch.where(kept, 0.0, torch.finfo(torch.float32).min)):
         got, _ = hf.attention_forward(Layer(), q, k, v, mask, sliding_window=2)
         assert close(got, oracle(q, k, v, mask.expand(2, 4 if mask is bias else 1, 10, 10)), 1e-5)
+
+
+@needs_kernel
+@pytest.mark.parametrize("shape", [(3, 1, 1, 12), (1, 1, 1, 12), (3, 1, 12, 12), (3, 12)])
+def test_a_mask_that_shows_nothing_gives_zero(shape):
+    q, k, v = (x.requires_grad_() for x in qkv(3, 12, 12))
+    out, _ = hf.attention_forward(Layer(), q, k, v, torch.zeros(shape, dtype=torch.bool, device=DEVICE))
+    assert (out == 0).all()
+    out.sum().backward()
+    assert all((x.grad == 0).all() for x in (q, k, v))
+
+
+def test_a_four_dimensional_mask_of_integers_raises():
+    q, k, v = qkv(3, 12, 12)
+    for dtype in (torch.int32, torch.int64):
+        with pytest.raises(ValueError, match="expected bool"):
+            hf.attention_forward(Layer(), q, k, v, torch.ones(3, 1, 12, 12, dtype=dtype, device=DEVICE))
+
+
+@needs_kernel
+def test_a_tokenizers_integer_mask_is_key_padding():
+    """Layers of models that go around the mask layer hand it over as it is."""
+    q, k, v = qkv(3, 12, 12)
+    mask = padding_mask("both", 12)
+    want, _ = hf.attention_forward(Layer(), q, k, v, mask)
+    for dtype in (torch.int64, torch.uint8, torch.float32):
+        got, _ = hf.attention_forward(Layer(), q, k, v, mask.to(dtype))
+        assert torch.equal(got, want)
+    one_row = mask[:1].expand(3, -1)
+    want_alike, _ = hf.attention_forward(Layer(), q, k, v, one_row)
+    assert torch.equal(hf.attention_forward(Layer(), q, k, v, mask[:1].long())[0], want_alike)
+    last = q[:, :, -2:]  # fewer queries than keys: int32 is no form of packed rows then
+    decoded = [hf.attention_forward(Layer(), last, k, v, mask.to(dtype))[0] for dtype in (torch.bool, torch.int32)]
+    assert torch.equal(*decoded)
+    longer = torch.cat([torch.ones(3, 4, dtype=torch.long, device=DEVICE), mask.long()], dim=1)  # a sliding cache
+    assert torch.equal(hf.attention_forward(Layer(), q, k, v, longer)[0], want)
 
 
 @needs_kernel

@@ -1,33 +1,36 @@
-// Backward: dQ, dK, dV and dsinks from dO (and dlse), recomputing P from lse (FlashAttention-2, arXiv 2307.08691, algorithm 2).
+// Backward: dQ, dK, dV and dsinks from dO (and dlse), recomputing P from lse (FlashAttention-2, arXiv 2307.08691,
+// algorithm 2).
 //
 //   delta = rowsum(dO∘O) - dlse                              one number per query row
 //   P  = exp(S - lse)                  dV = P^T dO
 //   dP = dO V^T                        dS = P∘(dP - delta) [∘ (1 - (S / softcap)^2)]
 //   dQ = scale * dS K                  dK = scale * dS^T Q
 //   dsinks[h] = -sum_rows exp(sinks[h] - lse) (rowsum(P∘dP) - dlse)
-// rowsum(P∘dP) equals rowsum(dO∘O); for dsinks it is summed anew, in fp32 along the way, since the rounding of a 16-bit O would be
-// all that is left of a sum over many rows.
+// rowsum(P∘dP) equals rowsum(dO∘O); for dsinks it is summed anew, in fp32 along the way, since the rounding of a 16-bit
+// O would be all that is left of a sum over many rows.
 //
-// Schedule: a task is one chunk of keys of one kv head. It keeps K, V (packed) and dK, dV (fp32) of the chunk close and walks
-// the query tiles of the whole group once, so nothing is computed twice (five products). All tiles are transposed, keys down
-// and queries along the vectors: lse and delta are vectors, P^T and dS^T come out as the left operands of dV and dK, and
+// Schedule: a task is one chunk of keys of one kv head. It keeps K, V (packed) and dK, dV (fp32) of the chunk close and
+// walks the query tiles of the whole group once, so nothing is computed twice (five products). All tiles are
+// transposed, keys down and queries along the vectors: lse and delta are vectors, P^T and dS^T come out as the left
+// operands of dV and dK, and
 //   dQ^T[d, q] = K^T[d, kv] dS^T[kv, q]
 // is summed over the whole chunk before it is added to memory.
 //
-// Determinism: several chunks add to one dQ tile. A chunk adds only when all earlier chunks that see the tile have, counted
-// per tile in `turn`; tasks are handed out in order, so the chunk waited for is always already running and no deadlock is
-// possible. Chunks walk the query tiles from the last to the first: under causal and window masks a chunk then meets a tile
-// shared with an earlier chunk only after that chunk has passed it. The cut into chunks depends on the shape alone, so the
-// result is bitwise the same for every number of threads.
+// Determinism: several chunks add to one dQ tile. A chunk adds only when all earlier chunks that see the tile have,
+// counted per tile in `turn`; tasks are handed out in order, so the chunk waited for is always already running and no
+// deadlock is possible. Chunks walk the query tiles from the last to the first: under causal and window masks a chunk
+// then meets a tile shared with an earlier chunk only after that chunk has passed it. The cut into chunks depends on
+// the shape alone, so the result is bitwise the same for every number of threads.
 //
-// A gradient that is not wanted costs nothing: its product is skipped, and dP, dS and delta too where only dV is wanted.
+// A gradient that is not wanted costs nothing: its product is skipped, and dP, dS and delta too where only dV is
+// wanted.
 #pragma once
+
+#include <sched.h>
 
 #include "gemm_f32.h"
 #include "kernel.h"
 #include "rows.h"
-
-#include <sched.h>
 
 namespace flashmla {
 namespace cpu {
@@ -38,44 +41,45 @@ struct Backward {
   using Input = typename G::Input;
   using Element = typename G::Element;
   static constexpr int64_t kBlockQ = G::kBackwardBlockQ;
-  static constexpr int64_t kSubKV = G::kBackwardSubKV, kSubQ = G::kBackwardSubQ;  // S and dP exist in blocks of this size only
+  static constexpr int64_t kSubKV = G::kBackwardSubKV,
+                           kSubQ = G::kBackwardSubQ;  // S and dP exist in blocks of this size only
   static constexpr bool kIsF32 = sizeof(Element) == sizeof(float);
 
   struct Plan {
-    int64_t group, d_k, dv_k;      // head dims as the inner dimension of a product (rounded to kAlignK)
-    int64_t d_ld, dv_ld;           // leading dimensions of dK, dV
-    int64_t chunk, num_chunks;     // keys per task
-    int64_t tiles_per_head;        // query tiles of a kv head
+    int64_t group, d_k, dv_k;   // head dims as the inner dimension of a product (rounded to kAlignK)
+    int64_t d_ld, dv_ld;        // leading dimensions of dK, dV
+    int64_t chunk, num_chunks;  // keys per task
+    int64_t tiles_per_head;     // query tiles of a kv head
     int64_t num_tasks;
-    bool needs_ds;                 // dP and dS are wanted (any gradient but dV)
-    bool needs_sinks;              // rowsum(P∘dP) is
+    bool needs_ds;     // dP and dS are wanted (any gradient but dV)
+    bool needs_sinks;  // rowsum(P∘dP) is
   };
 
   // Shared by all workers.
   struct Shared {
-    float* delta;           // [batch, heads_q, seqlen_q] or [heads_q, total_q]
-    float* dq;              // [total_q, heads_q, head_dim_qk]; null where dq itself is fp32
-    int32_t* turn;          // [batch * heads_kv, tiles_per_head] chunks that have added to a dQ tile
-    double* sink_sums;      // [num_tasks, group] sum over rows and the task's keys of exp(sink - lse) P dP
+    float* delta;       // [batch, heads_q, seqlen_q] or [heads_q, total_q]
+    float* dq;          // [total_q, heads_q, head_dim_qk]; null where dq itself is fp32
+    int32_t* turn;      // [batch * heads_kv, tiles_per_head] chunks that have added to a dQ tile
+    double* sink_sums;  // [num_tasks, group] sum over rows and the task's keys of exp(sink - lse) P dP
     int64_t bytes;
   };
 
   // One worker's scratch.
   struct Scratch {
-    Element *k, *v;          // A operands [chunk, d_k], [chunk, dv_k]
-    Element* k_transposed;   // A operand [d, chunk]; the memory of k where A may be read transposed
-    float *dk, *dv;          // [chunk, d_ld], [chunk, dv_ld]
-    Element *q, *dout;                          // B operands [kBlockQ, d], [kBlockQ, dv]
-    Element *q_transposed, *dout_transposed;    // B operands [d, kBlockQ], [dv, kBlockQ]
-    float *lse, *delta;      // [kBlockQ]
-    float* sink_weight;      // [kBlockQ] exp(sink - lse)
-    float* p_dp;             // [kBlockQ] rowsum(P∘dP) over the chunk
-    double* sink_sums;       // [group] of the task at hand, in Shared
-    float *s, *dp;           // [kSubKV, kSubQ]; fp32 operands: S and dP are written where P^T and dS^T belong
-    Element *p, *ds;         // A operands P^T, dS^T [kSubKV, kBlockQ]
-    Element* ds_b;           // B operand dS^T [chunk, kBlockQ]; fp32 operands: ds is a slice of it
-    float* dq;               // dQ^T [head_dim_qk, kBlockQ]
-    const Input** rows;      // [max(chunk, kBlockQ)]
+    Element *k, *v;                           // A operands [chunk, d_k], [chunk, dv_k]
+    Element* k_transposed;                    // A operand [d, chunk]; the memory of k where A may be read transposed
+    float *dk, *dv;                           // [chunk, d_ld], [chunk, dv_ld]
+    Element *q, *dout;                        // B operands [kBlockQ, d], [kBlockQ, dv]
+    Element *q_transposed, *dout_transposed;  // B operands [d, kBlockQ], [dv, kBlockQ]
+    float *lse, *delta;                       // [kBlockQ]
+    float* sink_weight;                       // [kBlockQ] exp(sink - lse)
+    float* p_dp;                              // [kBlockQ] rowsum(P∘dP) over the chunk
+    double* sink_sums;                        // [group] of the task at hand, in Shared
+    float *s, *dp;       // [kSubKV, kSubQ]; fp32 operands: S and dP are written where P^T and dS^T belong
+    Element *p, *ds;     // A operands P^T, dS^T [kSubKV, kBlockQ]
+    Element* ds_b;       // B operand dS^T [chunk, kBlockQ]; fp32 operands: ds is a slice of it
+    float* dq;           // dQ^T [head_dim_qk, kBlockQ]
+    const Input** rows;  // [max(chunk, kBlockQ)]
   };
 
   static Plan make_plan(const BackwardParams& params) {
@@ -86,8 +90,8 @@ struct Backward {
     plan.dv_k = round_up(p.head_dim_v, G::kAlignK);
     plan.d_ld = round_up(p.head_dim_qk, G::kAlignN);
     plan.dv_ld = round_up(p.head_dim_v, G::kAlignN);
-    // A query tile is packed once per chunk, so chunks should be long; what a chunk keeps (K, V, dK, dV, dS) should fit a 2 MiB
-    // L2 cache, and there should be some 16 tasks. A function of the shape only: see determinism above.
+    // A query tile is packed once per chunk, so chunks should be long; what a chunk keeps (K, V, dK, dV, dS) should fit
+    // a 2 MiB L2 cache, and there should be some 16 tasks. A function of the shape only: see determinism above.
     plan.chunk = 512;
     while (plan.chunk > 128 && plan.chunk * (plan.d_k + plan.dv_k) > 512 * 256) plan.chunk /= 2;
     const int64_t heads = p.batch * p.heads_kv;
@@ -153,7 +157,7 @@ struct Backward {
     Shared shared;
     char* scratch;
     int64_t bytes_per_worker;
-    TensorView dq;   // where dQ is summed, fp32
+    TensorView dq;  // where dQ is summed, fp32
     RowView delta;
     TaskCounter prepare_counter, counter, finish_counter;
   };
@@ -196,7 +200,8 @@ struct Backward {
       const int64_t begin = task % runs * kPrepareRows, end = min64(begin + kPrepareRows, s.seqlen_q);
       for (int64_t i = begin; i < end; ++i) {
         if (c.dq.data != nullptr)
-          __builtin_memset(sequence_base<float>(c.dq, s.b, s.q_offset + i, 0), 0, p.heads_q * p.head_dim_qk * sizeof(float));
+          __builtin_memset(sequence_base<float>(c.dq, s.b, s.q_offset + i, 0), 0,
+                           p.heads_q * p.head_dim_qk * sizeof(float));
         if (!c.plan.needs_ds) continue;
         for (int64_t h = 0; h < p.heads_q; ++h) {
           const float lse = *sequence_base(params.lse, s.b, s.q_offset + i, h);
@@ -212,10 +217,23 @@ struct Backward {
     }
   }
 
+  // In the order in which the fp32 product sums dP: where a query sees one key only (the first row under a causal
+  // mask), O is that key's V, and dP - rowsum(dO∘O) is exactly 0, as it should be.
   static float dot(const Input* x, const Input* y, int64_t n) {
-    VecF sum = {};
-    for (int64_t j = 0; j < n; j += kLanes) sum = fma(load_as_f32(x + j, n - j), load_as_f32(y + j, n - j), sum);
-    return horizontal_sum(sum);
+    if constexpr (!kIsF32) {
+      VecF sum = {};
+      for (int64_t j = 0; j < n; j += kLanes) sum = fma(load_as_f32(x + j, n - j), load_as_f32(y + j, n - j), sum);
+      return horizontal_sum(sum);
+    } else {
+      float sum = 0.0f;
+      for (int64_t j = 0; j < n; j += kLanes) {
+        float a[kLanes], b[kLanes];
+        store(a, load_as_f32(x + j, n - j));
+        store(b, load_as_f32(y + j, n - j));
+        for (int64_t l = 0; l < min64(kLanes, n - j); ++l) sum = a[l] * b[l] + sum;
+      }
+      return sum;
+    }
   }
 
   // After: the sums of all tasks and the part of dlse, in double and in a fixed order.
@@ -275,7 +293,8 @@ struct Backward {
   }
 
   // Everything that keys [kv, kv + num_keys) of one kv head take part in.
-  static void chunk(Context& c, const Scratch& w, const Sequence& sequence, int64_t head_kv, int64_t kv, int64_t num_keys) {
+  static void chunk(Context& c, const Scratch& w, const Sequence& sequence, int64_t head_kv, int64_t kv,
+                    int64_t num_keys) {
     const BackwardParams& params = *c.params;
     const Problem& p = params.problem;
     const Plan& plan = c.plan;
@@ -298,7 +317,8 @@ struct Backward {
     __builtin_memset(w.dv, 0, padded_keys * plan.dv_ld * sizeof(float));
 
     // The queries that see the chunk, as rows of the kv head.
-    const Interval queries = {queries_of_key(p, sequence, kv).begin, queries_of_key(p, sequence, kv + num_keys - 1).end};
+    const Interval queries = {queries_of_key(p, sequence, kv).begin,
+                              queries_of_key(p, sequence, kv + num_keys - 1).end};
     const Interval rows = {queries.begin * plan.group, queries.end * plan.group};
     if (!rows.empty())
       for (int64_t r = round_down(rows.end - 1, kBlockQ); r > rows.begin - kBlockQ && r >= 0; r -= kBlockQ)
@@ -318,8 +338,8 @@ struct Backward {
   }
 
   // Query rows [r, r + kBlockQ) of the kv head against the chunk.
-  static void tile(Context& c, const Scratch& w, const Sequence& sequence, int64_t head_kv, int64_t kv, int64_t num_keys,
-                   int64_t r) {
+  static void tile(Context& c, const Scratch& w, const Sequence& sequence, int64_t head_kv, int64_t kv,
+                   int64_t num_keys, int64_t r) {
     const BackwardParams& params = *c.params;
     const Problem& p = params.problem;
     const Plan& plan = c.plan;
@@ -339,7 +359,8 @@ struct Backward {
       const int64_t first = queries_of_key(p, sequence, kv + j).begin * plan.group - r;
       const int64_t last = queries_of_key(p, sequence, kv + j + m - 1).end * plan.group - r;
       if (max64(first, 0) >= min64(last, num_rows)) continue;
-      const int64_t n0 = round_down(max64(first, 0), kSubQ), n1 = min64(round_up(min64(last, num_rows), kSubQ), padded_rows);
+      const int64_t n0 = round_down(max64(first, 0), kSubQ),
+                    n1 = min64(round_up(min64(last, num_rows), kSubQ), padded_rows);
       Element* ds = kIsF32 ? w.ds_b + j * kBlockQ : w.ds;
       for (int64_t n = n0; n < n1; n += kSubQ) {
         const int64_t width = min64(kSubQ, n1 - n);
@@ -356,7 +377,8 @@ struct Backward {
           G::gemm(m_padded, width, plan.dv_k, {w.v + j * plan.dv_k, plan.dv_k, 1},
                   {b_dot.data + n / G::kPanel * b_dot.stride_panel, b_dot.stride_k, b_dot.stride_panel}, dp, ld, false);
         const Block block = {s, dp, ld, m, m_padded, n, width, w.p + n, ds + n, w.ds_b, j};
-        if (p.softcap == 0.0f && m == m_padded && is_visible(p, sequence, plan, kv + j, m, r + n, min64(width, num_rows - n))) {
+        if (p.softcap == 0.0f && m == m_padded &&
+            is_visible(p, sequence, plan, kv + j, m, r + n, min64(width, num_rows - n))) {
           if (!plan.needs_ds) {
             probabilities<false, false>(p, w, plan, block);
           } else if (!plan.needs_sinks) {
@@ -370,7 +392,8 @@ struct Backward {
       }
       if (params.dv.data != nullptr)
         G::gemm(m_padded, plan.dv_ld, n1 - n0, {w.p + n0, kBlockQ, 1},
-                {b_do.data + n0 * b_do.stride_k, b_do.stride_k, b_do.stride_panel}, w.dv + j * plan.dv_ld, plan.dv_ld, true);
+                {b_do.data + n0 * b_do.stride_k, b_do.stride_k, b_do.stride_panel}, w.dv + j * plan.dv_ld, plan.dv_ld,
+                true);
       if (params.dk.data != nullptr)
         G::gemm(m_padded, plan.d_ld, n1 - n0, {ds + n0, kBlockQ, 1},
                 {b_q.data + n0 * b_q.stride_k, b_q.stride_k, b_q.stride_panel}, w.dk + j * plan.d_ld, plan.d_ld, true);
@@ -433,23 +456,24 @@ struct Backward {
     if (params.dk.data != nullptr) G::pack_b(w.q, w.rows, num_rows, padded_rows, p.head_dim_qk);
     cursor = RowCursor(c.plan.group, r);
     for (int64_t i = 0; i < num_rows; ++i, cursor.next()) w.rows[i] = dout + cursor.offset(params.dout);
-    if (c.plan.needs_ds) G::pack_b_transposed(w.dout_transposed, w.rows, num_rows, padded_rows, p.head_dim_v, c.plan.dv_k);
+    if (c.plan.needs_ds)
+      G::pack_b_transposed(w.dout_transposed, w.rows, num_rows, padded_rows, p.head_dim_v, c.plan.dv_k);
     if (params.dv.data != nullptr) G::pack_b(w.dout, w.rows, num_rows, padded_rows, p.head_dim_v);
   }
 
   // A block of S and dP, keys down and queries along, and where its P and dS go.
   struct Block {
-    float *s, *dp;               // [m_padded, width], rows `ld` apart
+    float *s, *dp;  // [m_padded, width], rows `ld` apart
     int64_t ld, m, m_padded;
-    int64_t lane, width;         // first query within the tile
-    Element *p, *ds;             // A operands, rows kBlockQ apart (fp32: s and dp)
-    Element* ds_b;               // B operand of the whole tile (fp32: unused)
-    int64_t key;                 // first key within the chunk
+    int64_t lane, width;  // first query within the tile
+    Element *p, *ds;      // A operands, rows kBlockQ apart (fp32: s and dp)
+    Element* ds_b;        // B operand of the whole tile (fp32: unused)
+    int64_t key;          // first key within the chunk
   };
 
   // Do all `width` rows from `row` on see all `m` keys from `key` on?
-  static bool is_visible(const Problem& p, const Sequence& sequence, const Plan& plan, int64_t key, int64_t m, int64_t row,
-                         int64_t width) {
+  static bool is_visible(const Problem& p, const Sequence& sequence, const Plan& plan, int64_t key, int64_t m,
+                         int64_t row, int64_t width) {
     const Interval first = keys_of_query(p, sequence, row / plan.group);
     const Interval last = keys_of_query(p, sequence, (row + width - 1) / plan.group);
     return last.begin <= key && key + m <= first.end;
@@ -547,7 +571,8 @@ struct Backward {
           if (plan.needs_ds)
             for (int v = 0; v < 2; ++v) ds[i][v] = load(dp + v * kLanes);
         }
-        if (plan.needs_ds) G::store_ds(block.ds + j * kBlockQ, kBlockQ, block.ds_b, block.key + j, block.lane, plan.chunk, ds);
+        if (plan.needs_ds)
+          G::store_ds(block.ds + j * kBlockQ, kBlockQ, block.ds_b, block.key + j, block.lane, plan.chunk, ds);
       }
     }
   }

@@ -61,7 +61,9 @@ Isa detect_isa() {
   return has_amx_bf16() ? Isa::kAmx : Isa::kAvx512Bf16;
 }
 #else
-Isa detect_isa() { return Isa::kBaseline; }
+Isa detect_isa() {
+  return Isa::kBaseline;
+}
 #endif
 
 Kernels kernels_for(Isa isa) {
@@ -92,7 +94,8 @@ struct Active {
       error = "is not one of baseline, avx2, avx512, avx512_bf16, amx";
       for (int i = 0; i < kNumIsas; ++i) {
         if (std::strcmp(name, kIsaNames[i]) != 0) continue;
-        error = i > static_cast<int>(best) ? "names an instruction set that this CPU or operating system does not offer" : nullptr;
+        error = i > static_cast<int>(best) ? "names an instruction set that this CPU or operating system does not offer"
+                                           : nullptr;
         if (error == nullptr) isa = static_cast<Isa>(i);
       }
     }
@@ -104,8 +107,12 @@ const Active active;  // before main() or during dlopen(): the environment is ne
 
 }  // namespace
 
-const Kernels& active_kernels() { return active.kernels; }
-const char* isa_override_error() { return active.error; }
+const Kernels& active_kernels() {
+  return active.kernels;
+}
+const char* isa_override_error() {
+  return active.error;
+}
 
 }  // namespace cpu
 }  // namespace flashmla

@@ -9,12 +9,17 @@
 //   O' = a O + P V                               fp32
 // and at the end O / l and lse = m + log l. A sink is one more key with score sinks[h] and no value.
 //
-// Schedule: a task is a kv head and up to `rows_per_task` of its query rows (see rows.h). It packs Q once, then walks the
-// key blocks; each block of K and V is packed once and used by every tile of the task. Only the columns of a block that
-// some row of the tile sees are computed; only vectors that the mask cuts are masked. A row's result depends on neither the
-// task it falls into nor the number of threads: key blocks start at fixed positions and columns outside the mask add 0.
+// Schedule: a task is a kv head and up to `rows_per_task` of its query rows (see rows.h). It packs Q once, then walks
+// the key blocks; each block of K and V is packed once and used by every tile of the task. Only the columns of a block
+// that some row of the tile sees are computed; only vectors that the mask cuts are masked. Where products have a unit of
+// their own (AMX), S of the next tile is computed between the rows of this tile's softmax. Up to four rows (decoding) go
+// another way, without packing: decode.h.
+//
+// A row's result depends on neither the task it falls into nor the number of threads: key blocks start at fixed
+// positions and columns outside the mask add 0.
 #pragma once
 
+#include "decode.h"
 #include "gemm_f32.h"
 #include "kernel.h"
 #include "rows.h"
@@ -39,13 +44,14 @@ struct Forward {
     Element* q;          // [rows_per_task, d_ld]
     Element* k;          // B operand [d, kBlockKV]
     Element* v;          // B operand [kBlockKV, dv]
-    float* s;            // [kBlockQ, kBlockKV]
+    float* s;            // [kBlockQ, kBlockKV], twice where products and softmax overlap
     Element* p;          // [kBlockQ, kBlockKV]; the memory of s where the operands are fp32
     float* o;            // [rows_per_task, dv_ld]
+    float* q_f32;        // [Decode::kMaxRows, head_dim_qk rounded to vectors]
     float* row_max;      // [rows_per_task]
     float* row_sum;      // [rows_per_task, kLanes], added up at the end
-    Interval* keys;            // [rows_per_task]
-    const Input** rows;        // [kBlockKV] row pointers for packing
+    Interval* keys;      // [rows_per_task]
+    const Input** rows;  // [kBlockKV] row pointers for packing
   };
 
   static Plan make_plan(const ForwardParams& params, int64_t num_workers) {
@@ -54,8 +60,8 @@ struct Forward {
     plan.group = p.heads_q / p.heads_kv;
     plan.d_ld = round_up(p.head_dim_qk, G::kAlignK);
     plan.dv_ld = round_up(p.head_dim_v, G::kAlignN);
-    // Long tasks reuse a packed block of K and V more often; O and Q of a task should stay within half of an L2 cache of 2
-    // MiB, and 8 tasks per worker balance the triangle of a causal mask.
+    // Long tasks reuse a packed block of K and V more often; O and Q of a task should stay within half of an L2 cache
+    // of 2 MiB, and 8 tasks per worker balance the triangle of a causal mask.
     const int64_t row_bytes = plan.dv_ld * 4 + plan.d_ld * static_cast<int64_t>(sizeof(Element));
     const int64_t fitting = (int64_t{1} << 20) / row_bytes;
     const int64_t balanced = p.total_q * p.heads_q / (8 * num_workers);
@@ -74,13 +80,14 @@ struct Forward {
     s.q = arena.take<Element>(rows * plan.d_ld);
     s.k = arena.take<Element>(G::size_b(kBlockKV, plan.d_ld));
     s.v = arena.take<Element>(G::size_b(p.head_dim_v, kBlockKV));
-    s.s = arena.take<float>(kBlockQ * kBlockKV);
+    s.s = arena.take<float>((G::kOverlap ? 2 : 1) * kBlockQ * kBlockKV);
     if constexpr (sizeof(Element) == sizeof(float)) {
       s.p = s.s;
     } else {
       s.p = arena.take<Element>(kBlockQ * kBlockKV);
     }
     s.o = arena.take<float>(rows * plan.dv_ld);
+    s.q_f32 = arena.take<float>(Decode<Input>::kMaxRows * round_up(p.head_dim_qk, kLanes));
     s.row_max = arena.take<float>(rows);
     s.row_sum = arena.take<float>(rows * kLanes);
     s.keys = arena.take<Interval>(rows);
@@ -126,7 +133,8 @@ struct Forward {
       const Sequence sequence = sequence_of(p, task % heads / p.heads_kv);
       const int64_t num_rows = sequence.seqlen_q * plan.group;
       if (row < num_rows)
-        attend(params, plan, scratch, sequence, task % heads % p.heads_kv, row, min64(plan.rows_per_task, num_rows - row));
+        attend(params, plan, scratch, sequence, task % heads % p.heads_kv, row,
+               min64(plan.rows_per_task, num_rows - row));
     }
     G::end();
   }
@@ -150,8 +158,15 @@ struct Forward {
       __builtin_memset(w.q + r * plan.d_ld, 0, plan.d_ld * sizeof(Element));
     __builtin_memset(w.o, 0, round_up(num_rows, G::kAlignM) * plan.dv_ld * sizeof(float));
 
-    // Intervals of consecutive rows only move right, so the first row has the least begin and the last the greatest end.
+    // Intervals of consecutive rows only move right, so the first row has the least begin and the last the greatest
+    // end.
     const int64_t kv_begin = w.keys[0].begin, kv_end = w.keys[num_rows - 1].end;
+    // A property of the sequence, not of the task: how rows fall into tasks depends on the number of threads.
+    if (sequence.seqlen_q * plan.group <= Decode<Input>::kMaxRows) {
+      attend_directly(params, plan, w, q, k, v, num_rows, {kv_begin, kv_end});
+      write(params, plan, w, sequence, head_q, first_row, num_rows);
+      return;
+    }
     for (int64_t kv = round_down(kv_begin, kBlockKV); kv < kv_end; kv += kBlockKV) {
       const int64_t num_keys = min64(kBlockKV, kv_end - kv);
       const int64_t padded = round_up(num_keys, G::kTrimEnd);
@@ -159,55 +174,132 @@ struct Forward {
       G::pack_b_transposed(w.k, w.rows, num_keys, padded, p.head_dim_qk, plan.d_ld);
       for (int64_t j = 0; j < num_keys; ++j) w.rows[j] = v + (kv + j) * params.v.stride_seqlen;
       G::pack_b(w.v, w.rows, num_keys, padded, p.head_dim_v);
-      for (int64_t r = 0; r < num_rows; r += kBlockQ)
-        attend_tile(params, plan, w, r, min64(kBlockQ, num_rows - r), kv, num_keys, padded);
+      const KeyBlock block = {kv, num_keys, G::operand_b(w.k, padded, plan.d_ld),
+                              G::operand_b(w.v, p.head_dim_v, padded)};
+      Tile next = make_tile(w, block, 0, num_rows);
+      scores(plan, w, block, next, next.c0, next.c1);
+      for (int64_t r = 0; r < num_rows; r += kBlockQ) {
+        const Tile tile = next;
+        next = make_tile(w, block, r + kBlockQ, num_rows);
+        attend_tile(params, plan, w, block, tile, next);
+      }
     }
     write(params, plan, w, sequence, head_q, first_row, num_rows);
   }
 
-  // Rows [r, r + m) of the task and keys [kv, kv + num_keys).
-  static void attend_tile(const ForwardParams& params, const Plan& plan, const Scratch& w, int64_t r, int64_t m, int64_t kv,
-                          int64_t num_keys, int64_t padded) {
+  // The same for a handful of rows, without packing K and V (see decode.h).
+  static void attend_directly(const ForwardParams& params, const Plan& plan, const Scratch& w, const Input* q,
+                              const Input* k, const Input* v, int64_t num_rows, Interval keys) {
     const Problem& p = params.problem;
-    const int64_t first = max64(0, w.keys[r].begin - kv), last = min64(num_keys, w.keys[r + m - 1].end - kv);
-    if (first >= last) return;
-    const int64_t c0 = round_down(first, G::kTrimBegin), c1 = round_up(last, G::kTrimEnd);  // columns computed
-    const int64_t m_padded = round_up(m, G::kAlignM);
-
-    const OperandB<Element> b_k = G::operand_b(w.k, padded, plan.d_ld);
-    G::gemm(m_padded, c1 - c0, plan.d_ld, {w.q + r * plan.d_ld, plan.d_ld, 1},
-            {b_k.data + c0 / G::kPanel * b_k.stride_panel, b_k.stride_k, b_k.stride_panel}, w.s + c0, kBlockKV, false);
-
-    float scale = p.scale;
-    if (needs_transform(p)) {
-      for (int64_t i = 0; i < m; ++i) transform_scores(p, w.s + i * kBlockKV + c0, c1 - c0);
-      scale = 1.0f;
-    }
-    for (int64_t i = 0; i < m; ++i) {
-      float* s_row = w.s + i * kBlockKV;
-      Element* p_row = w.p + i * kBlockKV;
-      const int64_t begin = max64(0, w.keys[r + i].begin - kv), end = min64(num_keys, w.keys[r + i].end - kv);
-      float alpha = 1.0f;
-      if (begin < end) {
-        alpha = softmax_row(s_row, p_row, c0, c1, begin, end, scale, w.row_max[r + i],
-                            w.row_sum + (r + i) * kLanes);
-      } else {
-        __builtin_memset(p_row + c0, 0, (c1 - c0) * sizeof(Element));
+    const int64_t ld = round_up(p.head_dim_qk, kLanes);
+    RowCursor cursor(plan.group, 0);
+    for (int64_t r = 0; r < num_rows; ++r, cursor.next())
+      for (int64_t c = 0; c < p.head_dim_qk; c += kLanes)
+        store(w.q_f32 + r * ld + c, load_as_f32(q + cursor.offset(params.q) + c, p.head_dim_qk - c));
+    for (int64_t kv = round_down(keys.begin, kBlockKV); kv < keys.end; kv += kBlockKV) {
+      const int64_t first = max64(kv, round_down(keys.begin, G::kTrimBegin));  // a window leaves out part of a block
+      const int64_t num_keys = min64(kv + kBlockKV, keys.end) - first, c1 = round_up(num_keys, G::kVectorStep);
+      Decode<Input>::scores(num_rows, num_keys, p.head_dim_qk, w.q_f32, ld, k + first * params.k.stride_seqlen,
+                            params.k.stride_seqlen, w.s, kBlockKV);
+      for (int64_t r = 0; r < num_rows; ++r) {
+        float* s = w.s + r * kBlockKV;
+        if (needs_transform(p)) transform_scores(p, s, num_keys);
+        const int64_t begin = max64(0, w.keys[r].begin - first), end = min64(num_keys, w.keys[r].end - first);
+        if (begin >= end) {
+          __builtin_memset(s, 0, c1 * sizeof(float));
+          continue;
+        }
+        const float alpha = softmax_row(s, s, 0, c1, begin, end, needs_transform(p) ? 1.0f : p.scale, w.row_max[r],
+                                        w.row_sum + r * kLanes);
+        float* o = w.o + r * plan.dv_ld;
+        if (alpha != 1.0f)
+          for (int64_t c = 0; c < plan.dv_ld; c += kLanes) store(o + c, load(o + c) * alpha);
       }
-      if (alpha != 1.0f) {
-        float* o = w.o + (r + i) * plan.dv_ld;
-        for (int64_t j = 0; j < plan.dv_ld; j += kLanes) store(o + j, load(o + j) * alpha);
-      }
+      Decode<Input>::accumulate(num_rows, num_keys, p.head_dim_v, w.s, kBlockKV, v + first * params.v.stride_seqlen,
+                                params.v.stride_seqlen, w.o, plan.dv_ld);
     }
-    for (int64_t i = m; i < m_padded; ++i) __builtin_memset(w.p + i * kBlockKV + c0, 0, (c1 - c0) * sizeof(Element));
-
-    const OperandB<Element> b_v = G::operand_b(w.v, p.head_dim_v, padded);
-    G::gemm(m_padded, plan.dv_ld, c1 - c0, {w.p + c0, kBlockKV, 1},
-            {b_v.data + c0 * b_v.stride_k, b_v.stride_k, b_v.stride_panel}, w.o + r * plan.dv_ld, plan.dv_ld, true);
   }
 
-  // A positive scale is applied by the multiply-add in front of exp; anything else (softcap, a scale that is negative or so
-  // small that the -inf of a masked score would not survive it) takes a pass of its own.
+  // Keys [kv, kv + num_keys), packed.
+  struct KeyBlock {
+    int64_t kv, num_keys;
+    OperandB<Element> k, v;
+  };
+
+  // Rows [r, r + m) of the task and the columns [c0, c1) of a key block that some of them see.
+  struct Tile {
+    int64_t r, m, c0, c1;
+    float* s;  // [kBlockQ, kBlockKV]
+  };
+
+  static Tile make_tile(const Scratch& w, const KeyBlock& block, int64_t r, int64_t num_rows) {
+    // Two tiles are in flight where products and softmax overlap.
+    Tile tile = {r, min64(kBlockQ, num_rows - r), 0, 0, w.s + (G::kOverlap ? r / kBlockQ % 2 : 0) * kBlockQ * kBlockKV};
+    if (tile.m <= 0) return tile;
+    const int64_t first = max64(0, w.keys[r].begin - block.kv);
+    const int64_t last = min64(block.num_keys, w.keys[r + tile.m - 1].end - block.kv);
+    if (first < last) {
+      tile.c0 = round_down(first, G::kTrimBegin);
+      tile.c1 = round_up(last, G::kTrimEnd);
+    }
+    return tile;
+  }
+
+  // Columns [begin, end) of S = Q K^T.
+  static void scores(const Plan& plan, const Scratch& w, const KeyBlock& block, const Tile& tile, int64_t begin,
+                     int64_t end) {
+    if (begin >= end) return;
+    G::gemm(round_up(tile.m, G::kAlignM), end - begin, plan.d_ld, {w.q + tile.r * plan.d_ld, plan.d_ld, 1},
+            {block.k.data + begin / G::kPanel * block.k.stride_panel, block.k.stride_k, block.k.stride_panel},
+            tile.s + begin, kBlockKV, false);
+  }
+
+  // One tile whose S is there; computes the S of the next.
+  static void attend_tile(const ForwardParams& params, const Plan& plan, const Scratch& w, const KeyBlock& block,
+                          const Tile& tile, const Tile& next) {
+    const Problem& p = params.problem;
+    const int64_t c0 = tile.c0, c1 = tile.c1, m_padded = round_up(tile.m, G::kAlignM);
+    int64_t next_column = next.c0;
+    if (c0 < c1) {
+      float scale = p.scale;
+      if (needs_transform(p)) {
+        for (int64_t i = 0; i < tile.m; ++i) transform_scores(p, tile.s + i * kBlockKV + c0, c1 - c0);
+        scale = 1.0f;
+      }
+      for (int64_t i = 0; i < tile.m; ++i) {
+        const int64_t row = tile.r + i;
+        Element* p_row = w.p + i * kBlockKV;
+        const int64_t begin = max64(0, w.keys[row].begin - block.kv);
+        const int64_t end = min64(block.num_keys, w.keys[row].end - block.kv);
+        float alpha = 1.0f;
+        if (begin < end) {
+          alpha = softmax_row(tile.s + i * kBlockKV, p_row, c0, c1, begin, end, scale, w.row_max[row],
+                              w.row_sum + row * kLanes);
+        } else {
+          __builtin_memset(p_row + c0, 0, (c1 - c0) * sizeof(Element));
+        }
+        if (alpha != 1.0f) {
+          float* o = w.o + row * plan.dv_ld;
+          for (int64_t j = 0; j < plan.dv_ld; j += kLanes) store(o + j, load(o + j) * alpha);
+        }
+        // The matrix unit works on the next tile while the vector units work on this one: close enough in the
+        // instruction stream for the core to run them side by side.
+        if (G::kOverlap && i % 4 == 3 && next_column < next.c1) {
+          scores(plan, w, block, next, next_column, min64(next_column + 32, next.c1));
+          next_column += 32;
+        }
+      }
+      for (int64_t i = tile.m; i < m_padded; ++i)
+        __builtin_memset(w.p + i * kBlockKV + c0, 0, (c1 - c0) * sizeof(Element));
+      G::gemm(m_padded, plan.dv_ld, c1 - c0, {w.p + c0, kBlockKV, 1},
+              {block.v.data + c0 * block.v.stride_k, block.v.stride_k, block.v.stride_panel}, w.o + tile.r * plan.dv_ld,
+              plan.dv_ld, true);
+    }
+    scores(plan, w, block, next, next_column, next.c1);
+  }
+
+  // A positive scale is applied by the multiply-add in front of exp; anything else (softcap, a scale that is negative
+  // or so small that the -inf of a masked score would not survive it) takes a pass of its own.
   static bool needs_transform(const Problem& p) { return p.softcap > 0.0f || !(p.scale > 1e-20f); }
 
   static void transform_scores(const Problem& p, float* s, int64_t n) {
@@ -218,10 +310,13 @@ struct Forward {
     }
   }
 
-  // Columns [c0, c1) of one row, of which [begin, end) are visible: writes P, updates row_max and row_sum, returns alpha.
-  static float softmax_row(float* s, Element* p, int64_t c0, int64_t c1, int64_t begin, int64_t end, float scale,
+  // Columns [c0, c1) of one row, of which [begin, end) are visible: writes P, updates row_max and row_sum, returns
+  // alpha.
+  template <typename P>
+  static float softmax_row(float* s, P* p, int64_t c0, int64_t c1, int64_t begin, int64_t end, float scale,
                            float& row_max, float* row_sum) {
-    const int64_t v0 = round_down(begin, G::kVectorStep), v1 = round_up(end, G::kVectorStep);  // vectors with a visible key
+    const int64_t v0 = round_down(begin, G::kVectorStep),
+                  v1 = round_up(end, G::kVectorStep);  // vectors with a visible key
     if (v0 < begin)
       for (int64_t j = v0; j < begin; j += kLanes)
         store(s + j, keep_lanes(load(s + j), begin - j, kLanes, set1(-kInf)));
@@ -244,9 +339,9 @@ struct Forward {
     }
     const float shift = row_max == -kInf ? 0.0f : row_max;  // every visible score is -inf: P = 0, not exp(-inf + inf)
 
-    for (j = c0; j < v0; j += G::kVectorStep) __builtin_memset(p + j, 0, G::kVectorStep * sizeof(Element));
+    for (j = c0; j < v0; j += G::kVectorStep) __builtin_memset(p + j, 0, G::kVectorStep * sizeof(P));
     VecF sum0 = {}, sum1 = {};
-    if constexpr (sizeof(Element) == sizeof(float)) {
+    if constexpr (sizeof(P) == sizeof(float)) {
       for (j = v0; j < v1; j += kLanes) {
         const VecF x = exp<G::kExpDegree>(fma(load(s + j), set1(scale), set1(-shift)));
         sum0 += x;
@@ -261,7 +356,7 @@ struct Forward {
         G::store_pair(p + j, x0, x1);
       }
     }
-    for (j = v1; j < c1; j += G::kVectorStep) __builtin_memset(p + j, 0, G::kVectorStep * sizeof(Element));
+    for (j = v1; j < c1; j += G::kVectorStep) __builtin_memset(p + j, 0, G::kVectorStep * sizeof(P));
     store(row_sum, fma(load(row_sum), set1(alpha), sum0 + sum1));
     return alpha;
   }
@@ -289,7 +384,8 @@ struct Forward {
       lse[cursor.offset(params.lse)] = is_dead ? -kInf : static_cast<float>(m + __builtin_log(l));
       const float* o = w.o + r * plan.dv_ld;
       Input* row = out + cursor.offset(params.out);
-      for (int64_t j = 0; j < p.head_dim_v; j += kLanes) store_from_f32(row + j, load(o + j) * inverse, p.head_dim_v - j);
+      for (int64_t j = 0; j < p.head_dim_v; j += kLanes)
+        store_from_f32(row + j, load(o + j) * inverse, p.head_dim_v - j);
     }
   }
 };

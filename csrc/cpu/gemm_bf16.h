@@ -1,9 +1,11 @@
 // C[m, n] (+)= sum_k A[m, k] B[k, n] with bf16 operands and fp32 sums, and how the operands are packed.
 //
-// A is row-major. B is in panels of 16 columns; inside a panel, rows k and k + 1 are interleaved ("VNNI"): a panel row of 64 bytes
-// holds B[k, n], B[k + 1, n] for 16 n, the format both units below want:
-//   AMX         TDPBF16PS: a 16 x 32 tile of A times a 32 x 16 tile of B. A block of C is 2 x 2 tiles: every tile loaded is used
-//               twice, and 4 independent sums cover the latency of the unit (52 cycles; a tile product issues every 16).
+// A is row-major. B is in panels of 16 columns; inside a panel, rows k and k + 1 are interleaved ("VNNI"): a panel row
+// of 64 bytes holds B[k, n], B[k + 1, n] for 16 n, the format both units below want:
+//   AMX         TDPBF16PS: a 16 x 32 tile of A times a 32 x 16 tile of B. A block of C is 2 x 2 tiles: every tile
+//   loaded is used
+//               twice, and 4 independent sums cover the latency of the unit (52 cycles; a tile product issues every
+//               16).
 //   AVX512-BF16 VDPBF16PS: a pair of A broadcast times a panel row. A block of C is 8 rows x 2 panels.
 // Everything is padded with zeros: m and k to 32, n to 16.
 #pragma once
@@ -16,6 +18,8 @@ namespace {
 
 #if defined(__AMX_BF16__)
 struct AmxUnit {
+  static constexpr bool kOverlap = true;  // the matrix unit can work while the vector units do something else
+
   // All eight tiles are 16 rows of 64 bytes. Tile state belongs to the thread: configure before, release after.
   static void begin() {
     struct alignas(64) {
@@ -86,8 +90,8 @@ struct AmxUnit {
     _tile_stored(2, c_low, c_bytes);
   }
 
-  static void gemm(int64_t m, int64_t n, int64_t k, const uint16_t* a, int64_t lda, const uint16_t* b, int64_t stride_panel,
-                   float* c, int64_t ldc, bool accumulate) {
+  static void gemm(int64_t m, int64_t n, int64_t k, const uint16_t* a, int64_t lda, const uint16_t* b,
+                   int64_t stride_panel, float* c, int64_t ldc, bool accumulate) {
     fence();
     for (int64_t i = 0; i < m; i += 32) {
       int64_t j = 0;
@@ -102,12 +106,14 @@ struct AmxUnit {
 
 #if defined(__AVX512BF16__)
 struct DotUnit {
+  static constexpr bool kOverlap = false;
+
   static void begin() {}
   static void end() {}
 
   template <int kPanels>
-  static void block(int64_t k, const uint16_t* a, int64_t lda, const uint16_t* b, int64_t stride_panel, float* c, int64_t ldc,
-                    bool accumulate) {
+  static void block(int64_t k, const uint16_t* a, int64_t lda, const uint16_t* b, int64_t stride_panel, float* c,
+                    int64_t ldc, bool accumulate) {
     __m512 acc[8][kPanels];
 #pragma GCC unroll 8
     for (int i = 0; i < 8; ++i)
@@ -132,8 +138,8 @@ struct DotUnit {
       for (int p = 0; p < kPanels; ++p) store(c + i * ldc + p * 16, acc[i][p]);
   }
 
-  static void gemm(int64_t m, int64_t n, int64_t k, const uint16_t* a, int64_t lda, const uint16_t* b, int64_t stride_panel,
-                   float* c, int64_t ldc, bool accumulate) {
+  static void gemm(int64_t m, int64_t n, int64_t k, const uint16_t* a, int64_t lda, const uint16_t* b,
+                   int64_t stride_panel, float* c, int64_t ldc, bool accumulate) {
     for (int64_t j = 0; j < n; j += 32) {
       const uint16_t* panel = b + j / 16 * stride_panel;
       for (int64_t i = 0; i < m; i += 8) {
@@ -157,15 +163,19 @@ struct GemmBF16 {
   static constexpr int64_t kAlignM = 32, kAlignK = 32, kAlignN = 16;
   static constexpr int64_t kTrimBegin = 32, kTrimEnd = 32, kVectorStep = 32;
   // Forward: S is 32 x 256 fp32 = 32 KiB, which fits L1 beside P.
+  static constexpr bool kOverlap = Unit::kOverlap;
   static constexpr int64_t kForwardBlockQ = 32, kForwardBlockKV = 256;
-  // Backward: S and dP of 32 x 32 are consumed while in L1; 128 queries give the sums dV and dK 4 tile products per load of C.
+  // Backward: S and dP of 32 x 32 are consumed while in L1; 128 queries give the sums dV and dK 4 tile products per
+  // load of C.
   static constexpr int64_t kBackwardBlockQ = 128, kBackwardSubKV = 32, kBackwardSubQ = 32;
 
   static void begin() { Unit::begin(); }
   static void end() { Unit::end(); }
 
   static int64_t size_b(int64_t n, int64_t k) { return round_up(n, 32) * round_up(k, 32); }
-  static OperandB<uint16_t> operand_b(const uint16_t* data, int64_t /*n*/, int64_t k) { return {data, kPanel, kPanel * k}; }
+  static OperandB<uint16_t> operand_b(const uint16_t* data, int64_t /*n*/, int64_t k) {
+    return {data, kPanel, kPanel * k};
+  }
   static OperandB<uint16_t> operand_ds(const uint16_t* data, int64_t n, int64_t k) { return operand_b(data, n, k); }
 
   static void gemm(int64_t m, int64_t n, int64_t k, OperandA<uint16_t> a, OperandB<uint16_t> b, float* c, int64_t ldc,
@@ -179,13 +189,13 @@ struct GemmBF16 {
     return _mm512_maskz_loadu_epi16(mask, p);
   }
   static __m512i interleave_low(__m512i even, __m512i odd) {  // elements 0-15 of both rows as 16 pairs
-    const __m512i index = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37, 5, 36,
-                                           4, 35, 3, 34, 2, 33, 1, 32, 0);
+    const __m512i index = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6,
+                                           37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
     return _mm512_permutex2var_epi16(even, index, odd);
   }
   static __m512i interleave_high(__m512i even, __m512i odd) {  // elements 16-31
-    const __m512i index = _mm512_set_epi16(63, 31, 62, 30, 61, 29, 60, 28, 59, 27, 58, 26, 57, 25, 56, 24, 55, 23, 54, 22, 53,
-                                           21, 52, 20, 51, 19, 50, 18, 49, 17, 48, 16);
+    const __m512i index = _mm512_set_epi16(63, 31, 62, 30, 61, 29, 60, 28, 59, 27, 58, 26, 57, 25, 56, 24, 55, 23, 54,
+                                           22, 53, 21, 52, 20, 51, 19, 50, 18, 49, 17, 48, 16);
     return _mm512_permutex2var_epi16(even, index, odd);
   }
 
@@ -213,7 +223,8 @@ struct GemmBF16 {
         VecF x[16];
         for (int l = 0; l < 16; ++l) x[l] = j + l < num_rows ? (VecF)load32(rows[j + l] + i, k - i) : VecF{};
         transpose(x);
-        for (int l = 0; l < 16; ++l) _mm512_storeu_ps(reinterpret_cast<float*>(dst + j * k_padded + (i + 2 * l) * 16), x[l]);
+        for (int l = 0; l < 16; ++l)
+          _mm512_storeu_ps(reinterpret_cast<float*>(dst + j * k_padded + (i + 2 * l) * 16), x[l]);
       }
   }
 
@@ -238,8 +249,8 @@ struct GemmBF16 {
     _mm512_storeu_si512(p, (__m512i)_mm512_cvtne2ps_pbh(high, low));
   }
 
-  // dS^T of keys `key`, `key` + 1 (even) and 32 queries from `query` on: as two rows of an A operand at `dst`, and into the B
-  // operand `b` of `num_keys` keys.
+  // dS^T of keys `key`, `key` + 1 (even) and 32 queries from `query` on: as two rows of an A operand at `dst`, and into
+  // the B operand `b` of `num_keys` keys.
   static void store_ds(uint16_t* dst, int64_t ld, uint16_t* b, int64_t key, int64_t query, int64_t num_keys,
                        const VecF (&ds)[2][2]) {
     const __m512i even = (__m512i)_mm512_cvtne2ps_pbh(ds[0][1], ds[0][0]);

@@ -1,9 +1,10 @@
 // C[m, n] (+)= sum_k A[m, k] B[k, n] in fp32, and how its operands are packed from rows of any input dtype.
 //
-// A is read one number at a time (broadcast), so it may be transposed freely: any strides. B is read in vectors along n, in
-// panels of kPanel columns, k-major inside a panel. A block of kBlockM x kPanel of C stays in registers for the whole of k:
-// 6 x 64 with AVX-512 (24 accumulators, 4 vectors of B and one broadcast of 32 registers), 6 x 16 with AVX2 (12 + 2 + 1 of
-// 16), 6 x 8 at the baseline. Each block does 6 * 4 multiply-adds per 4 loads and 6 broadcasts, within the load ports' rate.
+// A is read one number at a time (broadcast), so it may be transposed freely: any strides. B is read in vectors along
+// n, in panels of kPanel columns, k-major inside a panel. A block of kBlockM x kPanel of C stays in registers for the
+// whole of k: 6 x 64 with AVX-512 (24 accumulators, 4 vectors of B and one broadcast of 32 registers), 6 x 16 with AVX2
+// (12 + 2 + 1 of 16), 6 x 8 at the baseline. Each block does 6 * 4 multiply-adds per 4 loads and 6 broadcasts, within
+// the load ports' rate.
 #pragma once
 
 #include "vec.h"
@@ -37,10 +38,12 @@ struct GemmF32 {
   static constexpr int64_t kTrimBegin = kPanel, kTrimEnd = kLanes;
   static constexpr int64_t kVectorStep = kLanes;  // softmax works on this many columns at a time
   // Tiles. Forward: S is 96 x 128 fp32 = 48 KiB; 96 = 16 register blocks of 6 rows.
+  static constexpr bool kOverlap = false;  // products and softmax use the same units
   static constexpr int64_t kForwardBlockQ = 96, kForwardBlockKV = 128;
   // Backward: lanes are queries; one panel of 64 at AVX-512. 48 keys = 8 register blocks.
   static constexpr int64_t kBackwardBlockQ = 64, kBackwardSubKV = 48, kBackwardSubQ = 64;
-  static constexpr bool kSeparateTransposes = false;  // A may be read transposed: one copy of K and of dS serves both ways
+  static constexpr bool kSeparateTransposes =
+      false;  // A may be read transposed: one copy of K and of dS serves both ways
 
   static void begin() {}
   static void end() {}
@@ -65,16 +68,19 @@ struct GemmF32 {
   static void pack_b_row(float* dst, int64_t k, int64_t num_k, const Input* src, int64_t n) {
     for (int64_t panel = 0; panel < n; panel += kPanel) {
       float* out = dst + panel * num_k + k * kPanel;
-      for (int64_t i = panel; i < min64(n, panel + kPanel); i += kLanes) store(out + (i - panel), load_as_f32(src + i, n - i));
+      for (int64_t i = panel; i < min64(n, panel + kPanel); i += kLanes)
+        store(out + (i - panel), load_as_f32(src + i, n - i));
     }
   }
   static void pack_b(float* dst, const Input* const* rows, int64_t num_rows, int64_t num_k, int64_t n) {
     for (int64_t k = 0; k < num_rows; ++k) pack_b_row(dst, k, num_k, rows[k], n);
     for (int64_t k = num_rows; k < num_k; ++k)
-      for (int64_t i = 0; i < n; i += kLanes) store(dst + round_down(i, kPanel) * num_k + k * kPanel + i % kPanel, VecF{});
+      for (int64_t i = 0; i < n; i += kLanes)
+        store(dst + round_down(i, kPanel) * num_k + k * kPanel + i % kPanel, VecF{});
   }
   // B[k, n] = src[n][k]: rows of the source are n; missing rows are zero.
-  static void pack_b_transposed(float* dst, const Input* const* rows, int64_t num_rows, int64_t n, int64_t k, int64_t /*k_padded*/) {
+  static void pack_b_transposed(float* dst, const Input* const* rows, int64_t num_rows, int64_t n, int64_t k,
+                                int64_t /*k_padded*/) {
     for (int64_t j = 0; j < n; j += kLanes) {
       float* panel = dst + round_down(j, kPanel) * k + j % kPanel;
       for (int64_t i = 0; i < k; i += kLanes) {
@@ -87,8 +93,8 @@ struct GemmF32 {
   }
 
   template <int kRows, int kVectors>
-  static void block(const float* a, int64_t sm, int64_t sk, const float* b, int64_t sb, int64_t k, float* c, int64_t ldc,
-                    bool accumulate) {
+  static void block(const float* a, int64_t sm, int64_t sk, const float* b, int64_t sb, int64_t k, float* c,
+                    int64_t ldc, bool accumulate) {
     VecF acc[kRows][kVectors];
 #pragma GCC unroll 8
     for (int i = 0; i < kRows; ++i)
@@ -124,12 +130,18 @@ struct GemmF32 {
     const float* ai = a.data + i * a.stride_m;
     float* ci = c + i * ldc;
     switch (m - i) {
-      case 5: return block<5, kVectors>(ai, a.stride_m, a.stride_k, b, sb, k, ci, ldc, accumulate);
-      case 4: return block<4, kVectors>(ai, a.stride_m, a.stride_k, b, sb, k, ci, ldc, accumulate);
-      case 3: return block<3, kVectors>(ai, a.stride_m, a.stride_k, b, sb, k, ci, ldc, accumulate);
-      case 2: return block<2, kVectors>(ai, a.stride_m, a.stride_k, b, sb, k, ci, ldc, accumulate);
-      case 1: return block<1, kVectors>(ai, a.stride_m, a.stride_k, b, sb, k, ci, ldc, accumulate);
-      default: return;
+      case 5:
+        return block<5, kVectors>(ai, a.stride_m, a.stride_k, b, sb, k, ci, ldc, accumulate);
+      case 4:
+        return block<4, kVectors>(ai, a.stride_m, a.stride_k, b, sb, k, ci, ldc, accumulate);
+      case 3:
+        return block<3, kVectors>(ai, a.stride_m, a.stride_k, b, sb, k, ci, ldc, accumulate);
+      case 2:
+        return block<2, kVectors>(ai, a.stride_m, a.stride_k, b, sb, k, ci, ldc, accumulate);
+      case 1:
+        return block<1, kVectors>(ai, a.stride_m, a.stride_k, b, sb, k, ci, ldc, accumulate);
+      default:
+        return;
     }
   }
 
@@ -139,8 +151,12 @@ struct GemmF32 {
     for (int64_t j = 0; j < n; j += kPanel) {
       const float* panel = b.data + j / kPanel * b.stride_panel;
       switch ((min64(kPanel, n - j) + kLanes - 1) / kLanes) {
-        case 1: rows_of_blocks<1>(m, k, a, panel, b.stride_k, c + j, ldc, accumulate); break;
-        case 2: rows_of_blocks<2>(m, k, a, panel, b.stride_k, c + j, ldc, accumulate); break;
+        case 1:
+          rows_of_blocks<1>(m, k, a, panel, b.stride_k, c + j, ldc, accumulate);
+          break;
+        case 2:
+          rows_of_blocks<2>(m, k, a, panel, b.stride_k, c + j, ldc, accumulate);
+          break;
         case 3:
           if constexpr (kVectorsPerPanel >= 3) rows_of_blocks<3>(m, k, a, panel, b.stride_k, c + j, ldc, accumulate);
           break;

@@ -5,7 +5,9 @@
 namespace flashmla {
 namespace cpu {
 
-Kernels kernels_avx2() { return make_kernels<GemmF32>(Isa::kAvx2); }
+Kernels kernels_avx2() {
+  return make_kernels<GemmF32>(Isa::kAvx2);
+}
 
 }  // namespace cpu
 }  // namespace flashmla

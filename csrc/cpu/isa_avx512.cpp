@@ -5,7 +5,9 @@
 namespace flashmla {
 namespace cpu {
 
-Kernels kernels_avx512() { return make_kernels<GemmF32>(Isa::kAvx512); }
+Kernels kernels_avx512() {
+  return make_kernels<GemmF32>(Isa::kAvx512);
+}
 
 }  // namespace cpu
 }  // namespace flashmla

@@ -5,7 +5,9 @@
 namespace flashmla {
 namespace cpu {
 
-Kernels kernels_baseline() { return make_kernels<GemmF32>(Isa::kBaseline); }
+Kernels kernels_baseline() {
+  return make_kernels<GemmF32>(Isa::kBaseline);
+}
 
 }  // namespace cpu
 }  // namespace flashmla

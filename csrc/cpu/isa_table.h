@@ -16,7 +16,8 @@ inline Entry make_entry() {
 
 template <template <typename> class G>
 inline Kernels make_kernels(Isa isa) {
-  return {isa, {make_entry<G<float>>(), make_entry<G<Float16>>(), make_entry<G<BFloat16>>()}};
+  return {
+      isa, {make_entry<G<float>>(), make_entry<G<Float16>>(), make_entry<G<BFloat16>>()}, make_entry<G<BFloat16>>()};
 }
 
 }  // namespace

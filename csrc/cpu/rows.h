@@ -1,13 +1,13 @@
 // Which rows belong together: sequences, the query rows that share a kv head, and which keys each of them sees.
 //
-// The query heads of one kv head (its group) are handled as rows of the same tiles: row r of a kv head is query r / group of
-// head h_kv * group + r % group. K and V are read once for the group, decoding (seqlen_q = 1) still fills a tile, and since
-// queries stay in order, the keys seen by a range of rows, and the rows that see a range of keys, are intervals.
+// The query heads of one kv head (its group) are handled as rows of the same tiles: row r of a kv head is query r /
+// group of head h_kv * group + r % group. K and V are read once for the group, decoding (seqlen_q = 1) still fills a
+// tile, and since queries stay in order, the keys seen by a range of rows, and the rows that see a range of keys, are
+// intervals.
 #pragma once
 
-#include "vec.h"
-
 #include "../params.h"
+#include "vec.h"
 
 namespace flashmla {
 namespace cpu {
@@ -19,8 +19,8 @@ struct Interval {
 };
 
 struct Sequence {
-  int64_t b;                     // index into the batch dimension
-  int64_t q_offset, kv_offset;   // first row (packed layout), 0 in the dense layout
+  int64_t b;                    // index into the batch dimension
+  int64_t q_offset, kv_offset;  // first row (packed layout), 0 in the dense layout
   int64_t seqlen_q, seqlen_kv;
 };
 
@@ -84,7 +84,8 @@ struct Arena {
   template <typename T>
   T* take(int64_t count) {
     const int64_t at = used;
-    // One line more than asked for: neighbouring arrays whose sizes are powers of two then start in different cache sets.
+    // One line more than asked for: neighbouring arrays whose sizes are powers of two then start in different cache
+    // sets.
     used += round_up(count * static_cast<int64_t>(sizeof(T)), 64) + 64;
     return base == nullptr ? nullptr : reinterpret_cast<T*>(base + at);
   }

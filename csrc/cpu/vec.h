@@ -1,9 +1,9 @@
-// Vectors of fp32 for one instruction set: the compiler's vector extensions for arithmetic, intrinsics only where they say
-// what the compiler cannot (max, conversions, transposes), and exp and tanh.
+// Vectors of fp32 for one instruction set: the compiler's vector extensions for arithmetic, intrinsics only where they
+// say what the compiler cannot (max, conversions, transposes), and exp and tanh.
 //
-// Everything in csrc/cpu/*.h is compiled once per instruction set, with that set's flags, inside an anonymous namespace:
-// no symbol is shared between the copies, so the linker can never pick an AVX-512 copy for a CPU without it. For the same
-// reason these headers use nothing of the C++ library but fixed-width integers.
+// Everything in csrc/cpu/*.h is compiled once per instruction set, with that set's flags, inside an anonymous
+// namespace: no symbol is shared between the copies, so the linker can never pick an AVX-512 copy for a CPU without it.
+// For the same reason these headers use nothing of the C++ library but fixed-width integers.
 #pragma once
 
 #include <cstdint>
@@ -43,11 +43,17 @@ inline VecF load(const float* p) {
   __builtin_memcpy(&x, p, sizeof x);
   return x;
 }
-inline void store(float* p, VecF x) { __builtin_memcpy(p, &x, sizeof x); }
-inline VecF set1(float x) { return x - VecF{}; }  // x - 0 keeps -0.0 and NaN
+inline void store(float* p, VecF x) {
+  __builtin_memcpy(p, &x, sizeof x);
+}
+inline VecF set1(float x) {
+  return x - VecF{};
+}  // x - 0 keeps -0.0 and NaN
 
 // a * b + c; one rounding where the instruction set has FMA (these files are compiled with -ffp-contract=fast).
-inline VecF fma(VecF a, VecF b, VecF c) { return a * b + c; }
+inline VecF fma(VecF a, VecF b, VecF c) {
+  return a * b + c;
+}
 
 // NaN in b is kept, NaN in a is not: fold data into b.
 inline VecF max(VecF a, VecF b) {
@@ -94,10 +100,12 @@ inline VecF keep_lanes(VecF x, int64_t begin, int64_t end, VecF other) {
 }
 
 // exp(x) for x <= 88; 0 below -87.3 (where the result would be subnormal); NaN stays NaN. About 1 ulp (kDegree = 6) or
-// 1.5 ulp (5): x = (n + f) ln 2 with |f| <= 1/2, 2^f by a minimax polynomial with constant term 1, 2^n into the exponent bits.
+// 1.5 ulp (5): x = (n + f) ln 2 with |f| <= 1/2, 2^f by a minimax polynomial with constant term 1, 2^n into the
+// exponent bits.
 template <int kDegree>
 inline VecF exp(VecF x) {
-  const VecF kRound = set1(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer and leaves that in the low mantissa bits
+  const VecF kRound =
+      set1(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer and leaves that in the low mantissa bits
   const VecF t = fma(x, set1(kLog2E), kRound);
   const VecF n = t - kRound;
   const VecF f = fma(x, set1(kLog2E), -n);
@@ -126,7 +134,9 @@ inline VecF exp(VecF x) {
 }
 
 // exp of one number, the same function as above.
-inline float exp1(float x) { return exp<6>(set1(x))[0]; }
+inline float exp1(float x) {
+  return exp<6>(set1(x))[0];
+}
 
 // tanh(x): an odd polynomial below 0.625 (Cephes tanhf), 1 - 2 / (exp(2x) + 1) above.
 inline VecF tanh(VecF x) {
@@ -144,7 +154,9 @@ inline VecF tanh(VecF x) {
 }
 
 // Conversions. fp32 -> bf16 rounds to nearest even and keeps subnormals and NaN.
-inline VecF bf16_to_f32(VecH x) { return (VecF)(__builtin_convertvector(x, VecU) << 16); }
+inline VecF bf16_to_f32(VecH x) {
+  return (VecF)(__builtin_convertvector(x, VecU) << 16);
+}
 inline VecH f32_to_bf16(VecF x) {
   const VecU u = (VecU)x;
   const VecU rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
@@ -153,11 +165,19 @@ inline VecH f32_to_bf16(VecF x) {
 }
 
 #if defined(__AVX512F__)
-inline VecF f16_to_f32(VecH x) { return _mm512_cvtph_ps((__m256i)x); }
-inline VecH f32_to_f16(VecF x) { return (VecH)_mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT); }
+inline VecF f16_to_f32(VecH x) {
+  return _mm512_cvtph_ps((__m256i)x);
+}
+inline VecH f32_to_f16(VecF x) {
+  return (VecH)_mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT);
+}
 #elif defined(__F16C__)
-inline VecF f16_to_f32(VecH x) { return _mm256_cvtph_ps((__m128i)x); }
-inline VecH f32_to_f16(VecF x) { return (VecH)_mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT); }
+inline VecF f16_to_f32(VecH x) {
+  return _mm256_cvtph_ps((__m128i)x);
+}
+inline VecH f32_to_f16(VecF x) {
+  return (VecH)_mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT);
+}
 #else
 // Without F16C: let the floating-point unit do the (de)normalising by multiplying with powers of two.
 inline VecF f16_to_f32(VecH x) {
@@ -165,7 +185,7 @@ inline VecF f16_to_f32(VecH x) {
   const VecU sign = (h & 0x8000u) << 16;
   const VecU magnitude = (h & 0x7fffu) << 13;
   const VecF finite = (VecF)magnitude * set1(5.192296858534828e33f);  // 2^112: rebias the exponent, 127 - 15
-  const VecU special = magnitude | 0x7f800000u;                      // inf and NaN
+  const VecU special = magnitude | 0x7f800000u;                       // inf and NaN
   const VecI is_special = (VecI)(h & 0x7c00u) == 0x7c00;
   return (VecF)((is_special ? special : (VecU)finite) | sign);
 }
@@ -184,7 +204,9 @@ inline VecH f32_to_f16(VecF x) {
 #endif
 
 // kLanes elements of any input dtype as fp32.
-inline VecF load_as_f32(const float* p) { return load(p); }
+inline VecF load_as_f32(const float* p) {
+  return load(p);
+}
 inline VecF load_as_f32(const BFloat16* p) {
   VecH x;
   __builtin_memcpy(&x, p, sizeof x);
@@ -195,7 +217,9 @@ inline VecF load_as_f32(const Float16* p) {
   __builtin_memcpy(&x, p, sizeof x);
   return f16_to_f32(x);
 }
-inline void store_from_f32(float* p, VecF x) { store(p, x); }
+inline void store_from_f32(float* p, VecF x) {
+  store(p, x);
+}
 inline void store_from_f32(BFloat16* p, VecF x) {
   const VecH y = f32_to_bf16(x);
   __builtin_memcpy(p, &y, sizeof y);
@@ -255,10 +279,18 @@ inline void transpose(VecF (&x)[kLanes]) {
 #endif
 }
 
-inline int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
-inline int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
-inline int64_t round_down(int64_t x, int64_t multiple) { return x - x % multiple; }
-inline int64_t round_up(int64_t x, int64_t multiple) { return (x + multiple - 1) / multiple * multiple; }
+inline int64_t min64(int64_t a, int64_t b) {
+  return a < b ? a : b;
+}
+inline int64_t max64(int64_t a, int64_t b) {
+  return a > b ? a : b;
+}
+inline int64_t round_down(int64_t x, int64_t multiple) {
+  return x - x % multiple;
+}
+inline int64_t round_up(int64_t x, int64_t multiple) {
+  return (x + multiple - 1) / multiple * multiple;
+}
 
 }  // namespace
 }  // namespace cpu

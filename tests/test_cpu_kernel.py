@@ -1,0 +1,454 @@
+"""The compiled CPU kernel at operator level: instruction sets, determinism, memory, skipped gradients, layouts, errors.
+
+What the public API promises is tested elsewhere for every implementation; here is what only this kernel can get wrong.
+Checks that need their own process (another instruction set, peak memory) are functions called by ``in_subprocess``.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from numerics import tolerance_floor
+
+import flashmla_hf.ops as ops
+
+pytestmark = pytest.mark.skipif("cpu" in ops.unavailable, reason=f"cpu: {ops.unavailable.get('cpu')}")
+
+ISAS = ("baseline", "avx2", "avx512", "avx512_bf16", "amx")
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+TESTS = Path(__file__).parent
+
+
+def in_subprocess(call: str, **environment: str) -> str:
+    """Run ``test_cpu_kernel.<call>`` in a fresh Python; its standard output. Fails with its standard error."""
+    result = subprocess.run(
+        [sys.executable, "-c", f"import test_cpu_kernel as t; t.{call}"],
+        env=os.environ | {"PYTHONPATH": f"{TESTS}{os.pathsep}{TESTS.parent}"} | environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert result.returncode == 0, result.stderr[-4000:]
+    return result.stdout.strip()
+
+
+def make_inputs(batch, seqlen_q, seqlen_kv, heads_q, heads_kv, head_dim_qk, head_dim_v, dtype, gain=1.0, seed=0):
+    """q, k, v, dout, dlse, sinks; ``gain`` scales q, and so the scores."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(shape, generator=generator)
+
+    q = (normal(batch, seqlen_q, heads_q, head_dim_qk) * gain).to(dtype)
+    k = normal(batch, seqlen_kv, heads_kv, head_dim_qk).to(dtype)
+    v = normal(batch, seqlen_kv, heads_kv, head_dim_v).to(dtype)
+    dout = normal(batch, seqlen_q, heads_q, head_dim_v).to(dtype)
+    return q, k, v, dout, normal(batch, heads_q, seqlen_q), normal(heads_q)
+
+
+def kernel(q, k, v, dout=None, dlse=None, sinks=None, *, window=(-1, -1), softcap=0.0, scale=None, cu=None, needs=None):
+    """out, lse and, where dout is given, dq, dk, dv, dsinks."""
+    cu_q, cu_kv = cu or (None, None)
+    longest = [0, 0] if cu is None else [int(x.diff().max()) for x in cu]
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    options = (cu_q, cu_kv, *longest, scale, *window, softcap, False)
+    out, lse = torch.ops.flashmla.flash_attn_forward(q, k, v, sinks, *options)
+    if dout is None:
+        return out, lse
+    needs = needs or (True, True, True, sinks is not None)
+    return out, lse, *torch.ops.flashmla.flash_attn_backward(dout, dlse, q, k, v, out, lse, sinks, *options, *needs)
+
+
+def eager(q, k, v, dout, dlse, sinks, window, softcap, dtype):
+    """The formulas of csrc/params.h in plain PyTorch: matrix products in ``dtype``, softmax at least in float32."""
+    q, k, v = (x.to(dtype).requires_grad_() for x in (q, k, v))
+    statistics = torch.promote_types(dtype, torch.float32)
+    sinks = None if sinks is None else sinks.to(statistics).requires_grad_()
+    group = q.shape[2] // k.shape[2]
+    keys, values = (x.transpose(1, 2).repeat_interleave(group, 1) for x in (k, v))
+    scores = (q.transpose(1, 2) @ keys.transpose(-1, -2)).to(statistics) * q.shape[-1] ** -0.5
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
+    seqlen_q, seqlen_kv = scores.shape[-2:]
+    position = torch.arange(seqlen_q)[:, None] + seqlen_kv - seqlen_q
+    key = torch.arange(seqlen_kv)
+    hidden = torch.zeros(seqlen_q, seqlen_kv, dtype=torch.bool)
+    if window[0] >= 0:
+        hidden |= key < position - window[0]
+    if window[1] >= 0:
+        hidden |= key > position + window[1]
+    scores = scores.masked_fill(hidden, -math.inf)
+    if sinks is not None:
+        scores = torch.cat([scores, sinks[None, :, None, None].expand(*scores.shape[:3], 1)], -1)
+    lse = torch.logsumexp(scores, -1)
+    dead = lse == -math.inf
+    probabilities = torch.exp(scores - lse.masked_fill(dead, 0.0)[..., None])[..., :seqlen_kv]
+    out = (probabilities.to(dtype) @ values).transpose(1, 2)
+    loss = (out * dout.to(dtype)).sum() + (lse.masked_fill(dead, 0.0) * dlse).sum()
+    wanted = (q, k, v) if sinks is None else (q, k, v, sinks)
+    return [out.detach(), lse.detach(), *torch.autograd.grad(loss, wanted)]
+
+
+def assert_as_exact_as_eager(q, k, v, dout, dlse, sinks, window=(-1, -1), softcap=0.0):
+    got = kernel(q, k, v, dout, dlse, sinks, window=window, softcap=softcap)
+    exact = eager(q, k, v, dout, dlse, sinks, window, softcap, torch.float64)
+    usual = eager(q, k, v, dout, dlse, sinks, window, softcap, q.dtype)
+    for name, x, y, z in zip(("out", "lse", "dq", "dk", "dv", "dsinks"), got, exact, usual, strict=False):
+        dead = y == -math.inf
+        assert torch.equal(x == -math.inf, dead), name
+        error = (x.double() - y).masked_fill(dead, 0.0).abs().max().item()
+        allowed = 2 * (z.double() - y).masked_fill(dead, 0.0).abs().max().item()
+        floor = tolerance_floor(q.dtype, y)
+        assert error <= allowed + floor, f"{name} {q.dtype}: error {error:.2e}, allowed {allowed:.2e} + {floor:.1e}"
+
+
+# batch, seqlen_q, seqlen_kv, heads_q, heads_kv, head_dim_qk, head_dim_v, window
+SHAPES = (
+    (2, 100, 100, 4, 2, 64, 64, (-1, -1)),
+    (1, 257, 257, 2, 1, 128, 128, (-1, 0)),  # ragged against every tile size
+    (1, 37, 300, 6, 2, 80, 48, (-1, 0)),  # fewer queries than keys: bottom-right aligned
+    (1, 300, 37, 3, 3, 40, 24, (-1, 0)),  # more: the first rows see nothing
+    (1, 130, 500, 2, 2, 32, 32, (100, 20)),
+    (1, 300, 300, 1, 1, 64, 64, (0, 0)),  # every query sees its own key only
+    (1, 1, 1000, 8, 1, 64, 64, (-1, 0)),  # decoding
+    (2, 2, 333, 4, 2, 72, 40, (-1, 0)),  # four rows: K and V are not packed
+    (1, 70, 70, 2, 1, 576, 512, (-1, 0)),
+    (2, 33, 33, 2, 2, 3, 5, (-1, -1)),
+    (1, 600, 600, 1, 1, 16, 16, (-1, 0)),  # several chunks of keys add to one dq
+)
+
+
+def check_against_float64():
+    for index, (*shape, window) in enumerate(SHAPES):
+        for turn, dtype in enumerate(DTYPES, start=index):  # sinks and softcap take turns
+            q, k, v, dout, dlse, sinks = make_inputs(*shape, dtype, seed=index)
+            assert_as_exact_as_eager(
+                q, k, v, dout, dlse, (sinks, None)[turn % 2], window, softcap=(0.0, 0.0, 2.0)[turn % 3]
+            )
+    print(torch.ops.flashmla.cpu_isa())
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_every_instruction_set_is_as_exact_as_eager(isa):
+    best = torch.ops.flashmla.cpu_isa()
+    if "FLASHMLA_CPU_ISA" not in os.environ and ISAS.index(isa) > ISAS.index(best):
+        pytest.skip(f"this machine offers {best}")
+    assert in_subprocess("check_against_float64()", FLASHMLA_CPU_ISA=isa) == isa
+
+
+def test_an_unknown_instruction_set_is_an_error_at_the_first_call():
+    call = "torch.ops.flashmla.cpu_isa()"
+    with pytest.raises(AssertionError, match="FLASHMLA_CPU_ISA is not one of baseline, avx2, avx512, avx512_bf16, amx"):
+        in_subprocess(call, FLASHMLA_CPU_ISA="sse9")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("gain", [100.0, 1000.0])  # float16 eager overflows beyond
+def test_scores_of_ten_thousand_neither_overflow_nor_lose_precision(dtype, gain):
+    q, k, v, dout, dlse, sinks = make_inputs(1, 150, 290, 2, 1, 64, 64, dtype, gain=gain)
+    assert_as_exact_as_eager(q, k, v, dout, dlse, None, (-1, 0))
+    out, lse, *grads = kernel(q, k, v, dout, dlse, sinks * 100, window=(-1, 0))
+    assert all(x.isfinite().all() for x in (out, lse, *grads))
+
+
+def test_rows_whose_scores_are_all_minus_infinity_give_zero_and_minus_infinity():
+    q, k, v, dout, dlse, _ = make_inputs(1, 40, 40, 1, 1, 64, 64, torch.float32)
+    q[:, 7] = 0.0
+    q[:, 7, :, 0] = math.inf
+    k[..., 0] = -1.0
+    out, lse, dq, *_ = kernel(q, k, v, dout, dlse)
+    assert (out[:, 7] == 0).all()
+    assert (lse[..., 7] == -math.inf).all()
+    other = torch.arange(40) != 7
+    assert out[:, other].isfinite().all()
+    assert dq[:, other].isfinite().all()
+
+
+def test_nan_reaches_the_rows_that_see_it_and_no_other():
+    for dtype in DTYPES:
+        q, k, v, *_ = make_inputs(1, 200, 200, 1, 1, 64, 64, dtype)
+        k[0, 120, 0, 3] = math.nan
+        out, lse = kernel(q, k, v, window=(-1, 0))
+        assert out[:, 120:].isnan().all()
+        assert lse[..., 120:].isnan().all()
+        assert out[:, :120].isfinite().all()
+
+
+def run_on_threads(num_threads, dtype, **options):
+    q, k, v, dout, dlse, sinks = make_inputs(2, 333, 777, 4, 2, 64, 48, dtype)
+    before = torch.get_num_threads()
+    torch.set_num_threads(num_threads)
+    try:
+        return kernel(q, k, v, dout, dlse, sinks, **options)
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("window", [(-1, -1), (-1, 0), (200, 0)])
+def test_results_are_bitwise_the_same_for_every_number_of_threads(dtype, window):
+    expected = run_on_threads(1, dtype, window=window)
+    for num_threads in (1, 2, 2, 3, 7):
+        for x, y in zip(run_on_threads(num_threads, dtype, window=window), expected, strict=True):
+            assert torch.equal(x, y)
+
+
+def test_a_row_does_not_depend_on_the_rows_beside_it():
+    for dtype in DTYPES:
+        q, k, v, *_ = make_inputs(1, 300, 300, 2, 1, 64, 64, dtype)
+        out, lse = kernel(q, k, v)
+        part, part_lse = kernel(q[:, 96:200], k, v)
+        assert torch.equal(out[:, 96:200], part)
+        assert torch.equal(lse[..., 96:200], part_lse)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("needs", [(n & 1 > 0, n & 2 > 0, n & 4 > 0, n & 8 > 0) for n in range(16)])
+def test_gradients_nobody_needs_are_empty_and_change_nothing(dtype, needs):
+    q, k, v, dout, dlse, sinks = make_inputs(1, 90, 160, 2, 1, 40, 24, dtype)
+    expected = kernel(q, k, v, dout, dlse, sinks, window=(-1, 0))[2:]
+    got = kernel(q, k, v, dout, dlse, sinks, window=(-1, 0), needs=needs)[2:]
+    for need, x, y in zip(needs, got, expected, strict=True):
+        assert torch.equal(x, y) if need else x.shape == (0,)
+
+
+def test_gradients_nobody_needs_cost_nothing():
+    q, k, v, dout, *_ = make_inputs(1, 1024, 1024, 2, 2, 64, 64, torch.float32)
+
+    def seconds(*needs):
+        before = torch.get_num_threads()
+        torch.set_num_threads(1)  # thread time: other processes do not count
+        try:
+            times = []
+            for _ in range(5):
+                start = time.thread_time()
+                kernel(q, k, v, dout, needs=needs)
+                times.append(time.thread_time() - start)
+            return min(times)
+        finally:
+            torch.set_num_threads(before)
+
+    forward = seconds(False, False, False, False)
+    everything = seconds(True, True, True, False) - forward
+    # 2 products of 5 for dv alone, 4 of 5 without dv.
+    assert seconds(False, False, True, False) - forward < 0.65 * everything
+    assert seconds(True, False, False, False) - forward < 0.85 * everything
+
+
+def test_dlse_of_an_unused_out_and_an_expanded_dlse():
+    q, k, v, dout, dlse, _ = make_inputs(2, 50, 60, 2, 1, 32, 32, torch.float32)
+    ones = torch.ones(()).expand_as(dlse)
+    expected = kernel(q, k, v, torch.zeros_like(dout), torch.ones_like(dlse))
+    for x, y in zip(kernel(q, k, v, torch.zeros_like(dout), ones), expected, strict=True):
+        assert torch.equal(x, y)
+    assert expected[2].abs().max() > 0
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_any_strides_with_a_contiguous_last_dimension(dtype):
+    q, k, v, dout, dlse, _ = make_inputs(2, 70, 90, 4, 2, 40, 24, dtype)
+    expected = kernel(q, k, v, dout, dlse, window=(-1, 0))
+
+    def transposed(x):  # [batch, heads, seqlen, dim] in memory
+        return x.transpose(1, 2).contiguous().transpose(1, 2)
+
+    def sliced(x):  # inside a larger tensor full of NaN, as a fused qkv projection is
+        wide = torch.full((*x.shape[:-1], x.shape[-1] + 7), math.nan, dtype=dtype)
+        wide[..., 3:-4] = x
+        return wide[..., 3:-4]
+
+    for change in (transposed, sliced):
+        for x, y in zip(kernel(*map(change, (q, k, v, dout)), dlse, window=(-1, 0)), expected, strict=True):
+            assert torch.equal(x, y)
+            assert x.is_contiguous()
+
+
+def test_expanded_inputs():
+    q, k, v, dout, dlse, _ = make_inputs(1, 40, 50, 1, 1, 32, 32, torch.float32)
+    sizes = ((3, 40, 4, 32), (3, 50, 2, 32), (3, 50, 2, 32), (3, 40, 4, 32))
+    expanded = [x.expand(size) for x, size in zip((q, k, v, dout), sizes, strict=True)]
+    dlse = dlse.expand(3, 4, 40)
+    expected = kernel(*[x.contiguous() for x in expanded], dlse.contiguous())
+    for x, y in zip(kernel(*expanded, dlse), expected, strict=True):
+        assert torch.equal(x, y)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_packed_sequences_equal_separate_calls_bit_for_bit(dtype):
+    lengths_q, lengths_kv = (17, 0, 130, 1, 64), (40, 9, 0, 129, 64)
+    total_q, total_kv = sum(lengths_q) + 5, sum(lengths_kv) + 3
+    *dense, _, sinks = make_inputs(1, total_q, total_kv, 4, 2, 48, 40, dtype)
+    q, k, v, dout = (x[0] for x in dense)
+    cu = [torch.tensor([0, *lengths]).cumsum(0).int() for lengths in (lengths_q, lengths_kv)]
+    out, lse, dq, dk, dv, dsinks = kernel(q, k, v, dout, None, sinks, window=(-1, 0), cu=cu)
+    total = torch.zeros(4)
+    for i in range(len(lengths_q)):
+        rows_q, rows_kv = (slice(int(x[i]), int(x[i + 1])) for x in cu)
+        part = kernel(
+            q[None, rows_q], k[None, rows_kv], v[None, rows_kv], dout[None, rows_q], None, sinks, window=(-1, 0)
+        )
+        assert torch.equal(part[0][0], out[rows_q])
+        assert torch.equal(part[1][0], lse[:, rows_q])
+        for x, y in zip(part[2:5], (dq[rows_q], dk[rows_kv], dv[rows_kv]), strict=True):
+            assert torch.equal(x[0], y)
+        total += part[5]
+    torch.testing.assert_close(dsinks, total, rtol=1e-5, atol=1e-5)
+    for x in (out[-5:], dq[-5:], dk[-3:], dv[-3:]):
+        assert (x == 0).all()
+    assert (lse[:, -5:] == -math.inf).all()
+
+
+@pytest.mark.parametrize(("batch", "seqlen_q", "seqlen_kv"), [(0, 4, 4), (2, 0, 4), (2, 4, 0), (0, 0, 0), (2, 0, 0)])
+def test_empty_dimensions(batch, seqlen_q, seqlen_kv):
+    for dtype in DTYPES:
+        q, k, v, dout, dlse, sinks = make_inputs(batch, seqlen_q, seqlen_kv, 2, 1, 16, 24, dtype)
+        out, lse, dq, dk, dv, dsinks = kernel(q, k, v, dout, dlse, sinks)
+        assert [x.shape for x in (out, lse, dq, dk, dv)] == [x.shape for x in (dout, dlse, q, k, v)]
+        assert all((x == 0).all() for x in (out, dq, dk, dv))
+        if seqlen_kv == 0:  # the sink is all there is: lse = sink
+            assert torch.equal(lse, sinks[None, :, None].expand_as(lse))
+            torch.testing.assert_close(dsinks, dlse.sum((0, 2)))
+            assert (kernel(q, k, v)[1] == -math.inf).all()
+
+
+def measure_peak_of_64k_tokens(dtype_name, head_dim):
+    """Prints the peak of resident memory during forward + backward, less what was before and less the results: MiB."""
+    n = 65536
+    q, k, v, dout = make_inputs(1, n, n, 1, 1, head_dim, head_dim, getattr(torch, dtype_name))[:4]
+    small = [x[:, :64].contiguous() for x in (q, k, v, dout)]
+    kernel(*small)  # threads, code and torch's lazy parts are there before the measurement
+
+    def status(key):
+        line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
+        return int(line.split()[1]) / 1024
+
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
+    before = status("VmRSS")
+    # The window spares the time, not the memory: workspaces depend on the lengths.
+    results = kernel(q, k, v, dout, window=(512, 0))
+    print(status("VmHWM") - before - sum(x.nbytes for x in results) / 2**20)
+
+
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="needs Linux's /proc/self/clear_refs")
+@pytest.mark.parametrize(("dtype_name", "head_dim"), [("float32", 128), ("bfloat16", 128)])
+def test_temporaries_of_64k_tokens_stay_under_200_mib(dtype_name, head_dim):
+    temporaries = float(in_subprocess(f"measure_peak_of_64k_tokens({dtype_name!r}, {head_dim})"))
+    assert temporaries < 200
+    if dtype_name == "bfloat16":
+        assert temporaries > 20  # dq in fp32 takes 32: the measurement sees something
+
+
+def call_with(**changes):
+    q, k, v, dout, _dlse, _sinks = make_inputs(2, 8, 8, 4, 2, 16, 16, torch.float32)
+    arguments = {
+        "q": q,
+        "k": k,
+        "v": v,
+        "sinks": None,
+        "cu_seqlens_q": None,
+        "cu_seqlens_kv": None,
+        "max_seqlen_q": 8,
+        "max_seqlen_kv": 8,
+        "scale": 0.25,
+        "window_left": -1,
+        "window_right": -1,
+        "softcap": 0.0,
+        "deterministic": False,
+    }
+    backward = {"dout": dout, "dlse": None, "out": torch.zeros_like(dout), "lse": torch.zeros(2, 4, 8)}
+    needs = {"needs_dq": True, "needs_dk": True, "needs_dv": True, "needs_dsinks": False}
+    if changes.keys() & (backward.keys() | needs.keys()):
+        return torch.ops.flashmla.flash_attn_backward(**(arguments | backward | needs | changes))
+    return torch.ops.flashmla.flash_attn_forward(**(arguments | changes))
+
+
+def cu(*values, dtype=torch.int32):
+    return torch.tensor(values, dtype=dtype)
+
+
+def packed(**changes):
+    q, k = torch.zeros(8, 4, 16), torch.zeros(8, 2, 16)
+    return {"q": q, "k": k, "v": k, "cu_seqlens_q": cu(0, 3, 8), "cu_seqlens_kv": cu(0, 3, 8)} | changes
+
+
+def without_storage():
+    x = torch.zeros(2, 8, 2, 16)
+    x.untyped_storage().resize_(64)
+    return x
+
+
+ERRORS = {
+    "q: expected dtype float32, float16 or bfloat16, got float64": lambda: {"q": torch.zeros(2, 8, 4, 16).double()},
+    "k: expected dtype float32 (that of q), got bfloat16": lambda: {"k": torch.zeros(2, 8, 2, 16).bfloat16()},
+    "q: expected 4 dimensions, [batch, seqlen, heads, dim], without cu_seqlens, got shape [8, 4, 16]": lambda: {
+        "q": torch.zeros(8, 4, 16)
+    },
+    "k: expected a contiguous last dimension (stride 1), got stride 2": lambda: {
+        "k": torch.zeros(2, 8, 2, 32)[..., ::2]
+    },
+    "k: expected shape [2, 8, 2, 16] (batch and head dimension of q), got shape [3, 8, 2, 16]": lambda: {
+        "k": torch.zeros(3, 8, 2, 16)
+    },
+    "k: expected shape [2, 8, 2, 16] (batch and head dimension of q), got shape [2, 8, 2, 12]": lambda: {
+        "k": torch.zeros(2, 8, 2, 12)
+    },
+    "v: expected shape [2, 8, 2, 16] (that of k but for the head dimension), got shape [2, 9, 2, 16]": lambda: {
+        "v": torch.zeros(2, 9, 2, 16)
+    },
+    "q: expected a multiple of the 3 kv heads, got 4 heads": lambda: {
+        "k": torch.zeros(2, 8, 3, 16),
+        "v": torch.zeros(2, 8, 3, 16),
+    },
+    "k: expected at least 1 head, got 0": lambda: {"k": torch.zeros(2, 8, 0, 16)},
+    "v: expected a head dimension of at least 1, got 0": lambda: {"v": torch.zeros(2, 8, 2, 0)},
+    "v: expected a storage that holds all of [2, 8, 2, 16], got a storage of 64 bytes": lambda: {
+        "v": without_storage()
+    },
+    "sinks: expected dtype float32, got float16": lambda: {"sinks": torch.zeros(4).half()},
+    "sinks: expected shape [4] (heads of q), got shape [2]": lambda: {"sinks": torch.zeros(2)},
+    "sinks: expected a contiguous tensor, got stride 2": lambda: {"sinks": torch.zeros(8)[::2]},
+    "scale: expected a finite number, got nan": lambda: {"scale": math.nan},
+    "scale: expected a finite number, got 1e+300": lambda: {"scale": 1e300},
+    "softcap: expected 0 (none) or a finite positive number, got -1": lambda: {"softcap": -1.0},
+    "softcap: expected 0 (none) or a finite positive number, got inf": lambda: {"softcap": math.inf},
+    "window_left: expected at least -1, got -2": lambda: {"window_left": -2},
+    "window_right: expected at least -1, got -9223372036854775808": lambda: {"window_right": -(2**63)},
+    "cu_seqlens_kv: expected a tensor, since the other cu_seqlens is one, got None": lambda: packed(cu_seqlens_kv=None),
+    "cu_seqlens_q: expected dtype int32, got int64": lambda: packed(cu_seqlens_q=cu(0, 3, 8, dtype=torch.int64)),
+    "cu_seqlens_q: expected 1 dimension, [num_sequences + 1], got shape [0]": lambda: packed(cu_seqlens_q=cu()),
+    "cu_seqlens_q: expected a contiguous tensor, got stride 2": lambda: packed(cu_seqlens_q=cu(0, 0, 3, 3, 8, 8)[::2]),
+    "cu_seqlens_kv: expected shape [3] (that of cu_seqlens_q), got shape [2]": lambda: packed(cu_seqlens_kv=cu(0, 8)),
+    "cu_seqlens_q: expected to start at 0, got 1": lambda: packed(cu_seqlens_q=cu(1, 3, 8)),
+    "cu_seqlens_q: expected non-decreasing values, got 5 then 3 at 2": lambda: packed(cu_seqlens_q=cu(0, 5, 3)),
+    "cu_seqlens_kv: expected to end within the 8 packed rows, got 9": lambda: packed(cu_seqlens_kv=cu(0, 3, 9)),
+    "max_seqlen_q: expected at least the longest sequence, 5, got 4": lambda: packed(max_seqlen_q=4),
+    "q: expected 3 dimensions, [total, heads, dim], with cu_seqlens, got shape [1, 8, 4, 16]": lambda: packed(
+        q=torch.zeros(1, 8, 4, 16)
+    ),
+    "dout: expected shape [2, 8, 4, 16] (that of the forward's out), got shape [2, 8, 4, 8]": lambda: {
+        "dout": torch.zeros(2, 8, 4, 8)
+    },
+    "dout: expected dtype float32 (that of q), got float16": lambda: {"dout": torch.zeros(2, 8, 4, 16).half()},
+    "lse: expected shape [2, 4, 8] (that of the forward's lse), got shape [2, 8, 4]": lambda: {
+        "lse": torch.zeros(2, 8, 4)
+    },
+    "dlse: expected dtype float32, got bfloat16": lambda: {"dlse": torch.zeros(2, 4, 8).bfloat16()},
+    "needs_dsinks: expected False, since sinks is None, got True": lambda: {"needs_dsinks": True},
+}
+
+
+@pytest.mark.parametrize("message", ERRORS)
+def test_bad_input_is_named_and_never_crashes(message):
+    changes = ERRORS[message]()
+    is_backward = changes.keys() & {"dout", "dlse", "lse", "needs_dsinks"}
+    operator = "flash_attn_backward" if is_backward else "flash_attn_forward"
+    with pytest.raises(RuntimeError) as error:
+        call_with(**changes)
+    assert str(error.value).splitlines()[0] == f"{operator}: {message}"

@@ -1,0 +1,163 @@
+"""``python -m flashmla_hf doctor``: what it reports, that it fails where something is wrong, and its exit code."""
+
+import builtins
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from flashmla_hf import __main__, doctor, ops
+from flashmla_hf.attention import IMPLEMENTATIONS, Implementation
+
+needs_cpu_library = pytest.mark.skipif("cpu" in ops.unavailable, reason=str(ops.unavailable.get("cpu")))
+
+
+@pytest.fixture(scope="module")
+def report():
+    return doctor.examine()
+
+
+def test_the_report_is_plain_data(report):
+    assert json.loads(json.dumps(report)) == report
+
+
+@needs_cpu_library
+def test_a_sound_machine_passes(report):
+    assert report["problems"] == []
+    assert report["passed"]
+    assert report["versions"]["torch"] == torch.__version__
+    cpu = report["implementations"]["cpu"]
+    assert cpu["available"]
+    assert [test["dtype"] for test in cpu["self-tests"]] == ["float32", "bfloat16"]
+    for test in cpu["self-tests"]:
+        assert set(test["errors"]) == {"out", "dq", "dk", "dv"}
+        assert all(0 < x["error"] <= x["allowed"] for x in test["errors"].values())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_what_is_not_available_says_why(report):
+    for name in ("sm90", "flex"):
+        entry = report["implementations"][name]
+        assert entry == {"available": False, "reason": "no GPU that torch can use", "self-tests": []}
+    assert report["gpus"] == []
+
+
+def test_registration_is_reported(report):
+    pytest.importorskip("transformers")
+    assert report["transformers"]["registered names"] == ["flashmla", "fmla"]
+
+
+def test_an_unregistered_name_is_a_problem(monkeypatch):
+    pytest.importorskip("transformers")
+    from flashmla_hf import hf
+
+    monkeypatch.setattr(hf.modeling_utils, "ALL_ATTENTION_FUNCTIONS", {"fmla": None})
+    problems = []
+    doctor._examine_transformers(problems)
+    assert problems == ["attn_implementation ['flashmla'] is not registered with Transformers"]
+
+
+def test_switched_off_autoload_is_named(monkeypatch):
+    monkeypatch.setenv("FLASHMLA_AUTOLOAD", "0")
+    assert "switched off by FLASHMLA_AUTOLOAD=0" in doctor._examine_transformers([])["autoload"]
+
+
+def replaced(monkeypatch, name, run):
+    monkeypatch.setitem(IMPLEMENTATIONS, name, Implementation(lambda call: None, run))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "failure"),
+    [
+        (lambda out: out * 1.01, "out: error"),
+        (lambda out: out * float("nan"), "out: error nan"),
+        (lambda out: out + (out - out.detach()), "dq: error"),  # right, with gradients twice as large
+        (lambda out: 1 / 0, "ZeroDivisionError: division by zero"),
+    ],
+)
+def test_a_wrong_implementation_fails_its_self_test(wrong, failure, monkeypatch):
+    reference = IMPLEMENTATIONS["reference"].run
+
+    def run(call):
+        out, lse = reference(call)
+        return wrong(out), lse
+
+    replaced(monkeypatch, "cpu", run)
+    monkeypatch.delitem(ops.unavailable, "cpu", raising=False)
+    problems = []
+    entry = doctor._examine_implementation("cpu", problems)
+    assert failure in entry["self-tests"][0]["failure"]
+    assert problems[0].startswith("cpu fails its self-test in float32: ")
+
+
+def test_a_library_that_does_not_load_is_a_problem(monkeypatch, tmp_path):
+    monkeypatch.setattr(doctor, "__file__", str(tmp_path / "doctor.py"))
+    monkeypatch.setitem(ops.unavailable, "cpu", "libflashmla_cpu.so does not load into torch 9: missing symbol")
+    monkeypatch.setitem(ops.unavailable, "sm90", "libflashmla_sm90.so was not built")
+    (tmp_path / "libflashmla_cpu.so").touch()
+    (tmp_path / "_build.json").write_text("{")
+    problems = []
+    built = doctor._built(problems)
+    assert built["manifest"] is None
+    assert built["libraries"]["libflashmla_sm90.so"] == "libflashmla_sm90.so was not built"
+    assert "_build.json is not JSON" in problems[0]
+    assert "missing symbol; reinstall flashmla_hf" in problems[1]
+
+
+def test_the_manifest_of_the_build_is_shown(monkeypatch, tmp_path, capsys, report):
+    monkeypatch.setattr(doctor, "__file__", str(tmp_path / "doctor.py"))
+    (tmp_path / "_build.json").write_text(json.dumps({"compiler": "g++ 99", "archs": ["sm_90a"]}))
+    built = doctor._built([])
+    doctor.show({**report, "built": built})
+    assert "g++ 99" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("has_rich", [True, False])
+@pytest.mark.parametrize("problems", [[], ["the [bold]sky[/] falls"]])
+def test_the_text_names_everything(has_rich, problems, report, monkeypatch, capsys):
+    if has_rich:
+        pytest.importorskip("rich")
+        monkeypatch.setenv("COLUMNS", "200")
+    else:
+        real_import = builtins.__import__
+
+        def without_rich(name, *arguments, **options):
+            if name.split(".")[0] == "rich":
+                raise ImportError(name)
+            return real_import(name, *arguments, **options)
+
+        monkeypatch.setattr(builtins, "__import__", without_rich)
+    doctor.show({**report, "problems": problems, "passed": not problems})
+    text = capsys.readouterr().out
+    for expected in ("torch", torch.__version__, "libflashmla_cpu.so", "sm90", "flex", "autoload"):
+        assert expected in text
+    assert ("All is well." in text) == (not problems)
+    assert all(problem in text for problem in problems)
+
+
+def test_the_exit_code_says_pass_or_fail(report, monkeypatch, capsys):
+    for passed, code in ((True, 0), (False, 1)):
+        monkeypatch.setattr(doctor, "examine", lambda passed=passed: {**report, "passed": passed})
+        assert __main__.main(["doctor", "--json"]) == code
+        assert json.loads(capsys.readouterr().out)["passed"] is passed
+
+
+def test_without_a_command_the_help_is_printed(capsys):
+    assert __main__.main([]) == 0
+    assert "doctor" in capsys.readouterr().out
+
+
+def test_an_unknown_command_is_refused(capsys):
+    with pytest.raises(SystemExit) as stop:
+        __main__.main(["nurse"])
+    assert stop.value.code == 2
+    assert "nurse" in capsys.readouterr().err
+
+
+@needs_cpu_library
+def test_the_command_runs_as_a_module():
+    result = subprocess.run([sys.executable, "-m", "flashmla_hf", "doctor", "--json"], capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert json.loads(result.stdout)["passed"]
