@@ -171,13 +171,10 @@ def draw(report: dict, results: list, path: Path, title: str) -> None:
     axes = list(axes[0])
     if "finetune" in report:
         axis, log = axes.pop(0), report["finetune"]["log"]
-        train = [(e["step"], e["loss"]) for e in log if "loss" in e]
         held_out = [(e["step"], e["eval_loss"]) for e in log if "eval_loss" in e]
-        axis.plot(*zip(*train, strict=True), color="0.7", label="training batches")
-        axis.plot(*zip(*held_out, strict=True), color="#009E73", marker="o", linewidth=2, label="held-out documents")
-        axis.set(xlabel="step", ylabel="loss, nats per token")
+        axis.plot(*zip(*held_out, strict=True), color="#009E73", marker="o", linewidth=2)
+        axis.set(xlabel="LoRA fine-tuning, steps", ylabel="loss of held-out documents, nats per token")
         axis.grid(alpha=0.3)
-        axis.legend()
     if results:
         memory_report.draw(axes, results)
     figure.suptitle(title)

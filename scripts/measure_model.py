@@ -208,8 +208,11 @@ def _reset_peak(device: str) -> int:
 
 
 def _give_blocks_back(at_once: bool) -> None:
-    """Whether memory that is freed leaves the process at once, so that resident size is live memory. It takes time (every
-    new block is faulted in again): on for the step that is measured for memory, off for those that are timed."""
+    """Whether freed memory leaves the process at once, so that resident size is live memory.
+
+    It takes time, since every new block is faulted in again: on for the step that is measured for memory, off for those
+    that are timed.
+    """
     with contextlib.suppress(OSError, AttributeError):  # not glibc: the peak then includes what the allocator keeps
         libc = ctypes.CDLL(None)
         libc.mallopt(-3, 2**20 if at_once else 2**25)  # M_MMAP_THRESHOLD; 2**25 is the most glibc takes

@@ -135,10 +135,12 @@ def draw(axes: Sequence[plt.Axes], results: list[Measurement]) -> None:
                 continue
             x, y = [r.point.context for r in ok], [value(r) for r in ok]
             axis.plot(x, y, color=color, marker=marker, label=backend, linewidth=2)
-            if x[-1] < contexts[-1]:
-                axis.annotate(
-                    "stops here", (x[-1], y[-1]), (0, 8), textcoords="offset points", color=color, ha="center"
-                )
+            # Only memory is named in the plot: what stopped for want of time says nothing about the backend.
+            others = [r for r in results if r.point.attn_implementation == backend and r.status != "ok"]
+            if any(r.status == "out_of_memory" or "GiB" in r.reason for r in others):
+                place = {"xytext": (8, -3), "textcoords": "offset points"}
+                axis.annotate("longer: out of memory", (x[-1], y[-1]), color=color, **place)
+        axis.margins(y=0.1)
         axis.set(xscale="log", yscale="log", xlabel="context, tokens", ylabel=label)
         axis.set_xticks(contexts, [f"{c:,}" for c in contexts])
         axis.minorticks_off()

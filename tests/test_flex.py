@@ -68,8 +68,10 @@ def check_block_lists(block_mask, seqlen_q, seqlen_kv):
     exists = (row < seqlen_q) & (key < seqlen_kv)
     assert not (is_full & ~exists).any(), "the kernel applies no mask in a full block, not even the bounds"
     is_visible = block_mask.mask_mod(0, 0, row, key)
-    # Nothing computed in vain but the rest of blocks that are needed, and blocks around rows that see nothing.
-    needed = (is_visible & exists).view(rows, block, columns, block).any(dim=3).any(dim=1)
+    # Nothing computed in vain but the rest of blocks that are needed, blocks between such (the keys of a sequence without
+    # queries), and blocks around rows that see nothing.
+    needed = (is_visible & exists).view(rows, block, columns, block).any(dim=3).any(dim=1).int()
+    needed = (needed.cummax(dim=1).values & needed.flip(1).cummax(dim=1).values.flip(1)).bool()
     sees_nothing = ~(is_visible & exists).any(dim=1).view(rows, block)
     assert not ((partial + full).bool() & ~needed & ~sees_nothing.any(dim=1)[:, None]).any()
     return (is_full | (is_partial & is_visible))[:seqlen_q, :seqlen_kv]

@@ -11,9 +11,9 @@
 //
 // Schedule: a task is a kv head and up to `rows_per_task` of its query rows (see rows.h). It packs Q once, then walks
 // the key blocks; each block of K and V is packed once and used by every tile of the task. Only the columns of a block
-// that some row of the tile sees are computed; only vectors that the mask cuts are masked. Where products have a unit of
-// their own (AMX), S of the next tile is computed between the rows of this tile's softmax. Up to four rows (decoding) go
-// another way, without packing: decode.h.
+// that some row of the tile sees are computed; only vectors that the mask cuts are masked. Where products have a unit
+// of their own (AMX), S of the next tile is computed between the rows of this tile's softmax. Up to four rows
+// (decoding) go another way, without packing: decode.h.
 //
 // A row's result depends on neither the task it falls into nor the number of threads: key blocks start at fixed
 // positions and columns outside the mask add 0.
