@@ -6,8 +6,6 @@ Transformers nothing happens. Everything public is imported on first use (PEP 56
 """
 
 import importlib
-import sys
-import types
 
 from flashmla_hf import autoload
 
@@ -15,28 +13,13 @@ __version__ = "0.1.0"
 
 # Public name -> the module that defines it.
 _PUBLIC = {
-    "flash_attn_func": "flashmla_hf.attention",
-    "flash_attn_varlen_func": "flashmla_hf.attention",
+    "attention": "flashmla_hf.dispatch",
+    "flash_attn_func": "flashmla_hf.dispatch",
+    "flash_attn_varlen_func": "flashmla_hf.dispatch",
     "register": "flashmla_hf.hf",
     "check": "flashmla_hf.hf_check",
 }
-__all__ = ["__version__", "attention", *_PUBLIC]
-
-
-class _Package(types.ModuleType):
-    """This package as a module whose attribute ``attention`` is the function, also after the import system has bound
-    the submodule of the same name to it."""
-
-    @property
-    def attention(self):
-        return importlib.import_module("flashmla_hf.attention").attention
-
-    @attention.setter
-    def attention(self, submodule):
-        pass
-
-
-sys.modules[__name__].__class__ = _Package
+__all__ = ["__version__", *_PUBLIC]
 
 
 def __getattr__(name: str):
@@ -46,7 +29,7 @@ def __getattr__(name: str):
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), "attention", *_PUBLIC])
+    return sorted([*globals(), *_PUBLIC])
 
 
 autoload.watch_unless_torch_is_loading()

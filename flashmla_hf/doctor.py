@@ -23,7 +23,7 @@ import torch
 
 import flashmla_hf
 from flashmla_hf import ops, reference
-from flashmla_hf.attention import IMPLEMENTATIONS, Call
+from flashmla_hf.dispatch import IMPLEMENTATIONS, Call
 
 PACKAGES = ("flashmla_hf", "torch", "triton", "transformers", "accelerate", "peft", "trl")
 

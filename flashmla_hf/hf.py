@@ -27,7 +27,7 @@ from transformers import modeling_flash_attention_utils, modeling_utils
 from transformers.masking_utils import AttentionMaskInterface
 
 from flashmla_hf import hf_check, hf_layout, hf_masks, reference
-from flashmla_hf.attention import attention, flash_attn_func, flash_attn_varlen_func
+from flashmla_hf.dispatch import attention, flash_attn_func, flash_attn_varlen_func
 
 NAME = "flashmla"
 ALIAS = "fmla"

@@ -10,7 +10,7 @@ named instead of recomputing them.
 
 The operators are strict and carry no policy. Arguments are already resolved (a scale, not ``None``; a causal mask is
 ``window_right=0``), tensors are checked for memory safety by the C++ host code, and anything a backend cannot do is an error.
-Choosing a backend, defaults and friendly messages are :mod:`flashmla_hf.attention`'s job.
+Choosing a backend, defaults and friendly messages are :mod:`flashmla_hf.dispatch`'s job.
 
 Shapes (dense layout; the packed layout drops ``batch`` and reads ``total`` for ``seqlen``):
 

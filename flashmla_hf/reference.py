@@ -8,6 +8,7 @@ silently. :func:`streaming_attention` is the teaching version of what the compil
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import torch
 
@@ -115,12 +116,12 @@ def attention(
 
 def _sequence_bounds(cu_seqlens: torch.Tensor, packed: torch.Tensor, name: str) -> list[tuple[int, int]]:
     bounds = cu_seqlens.tolist()
-    if bounds[0] != 0 or bounds[-1] > packed.shape[0] or any(a > b for a, b in zip(bounds, bounds[1:], strict=False)):
+    if bounds[0] != 0 or bounds[-1] > packed.shape[0] or any(a > b for a, b in pairwise(bounds)):
         raise ValueError(
             f"flashmla attention: cu_seqlens_{name}: expected boundaries that begin at 0, never fall and end at most at "
             f"{packed.shape[0]} (the packed length), got {bounds[:8]}{'...' if len(bounds) > 8 else ''}"
         )
-    return list(zip(bounds[:-1], bounds[1:], strict=True))
+    return list(pairwise(bounds))
 
 
 def streaming_attention(

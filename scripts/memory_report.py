@@ -139,7 +139,7 @@ def draw(axes: Sequence[plt.Axes], results: list[Measurement]) -> None:
             others = [r for r in results if r.point.attn_implementation == backend and r.status != "ok"]
             if any(r.status == "out_of_memory" or "GiB" in r.reason for r in others):
                 place = {"xytext": (8, -3), "textcoords": "offset points"}
-                axis.annotate("longer: out of memory", (x[-1], y[-1]), color=color, **place)
+                axis.annotate("then out of memory", (x[-1], y[-1]), color=color, size=8, **place)
         axis.margins(y=0.1)
         axis.set(xscale="log", yscale="log", xlabel="context, tokens", ylabel=label)
         axis.set_xticks(contexts, [f"{c:,}" for c in contexts])

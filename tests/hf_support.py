@@ -4,7 +4,6 @@ fails."""
 from __future__ import annotations
 
 import contextlib
-import importlib
 import os
 import sys
 from collections import Counter
@@ -16,9 +15,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 
 import flashmla_hf
-from flashmla_hf import ops
-
-dispatch = importlib.import_module("flashmla_hf.attention")
+from flashmla_hf import dispatch, ops
 
 torch.set_num_threads(2)
 DEVICE = torch.device(os.environ.get("FLASHMLA_TEST_DEVICE", "cpu"))

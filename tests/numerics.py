@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from cases import Case, Inputs
 
-from flashmla_hf.attention import attention
+from flashmla_hf.dispatch import attention
 from flashmla_hf.reference import visible_keys
 
 

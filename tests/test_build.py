@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
+import flashmla_hf
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -18,7 +20,9 @@ def copy_of_the_sources(directory):
     for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "CHANGELOG.md"):
         shutil.copy(ROOT / name, directory)
     for name in ("flashmla_hf", "csrc"):
-        shutil.copytree(ROOT / name, directory / name, ignore=shutil.ignore_patterns("*.so", "_build.json", "__pycache__"))
+        shutil.copytree(
+            ROOT / name, directory / name, ignore=shutil.ignore_patterns("*.so", "_build.json", "__pycache__")
+        )
     return directory
 
 
@@ -32,8 +36,12 @@ def pip(*arguments, **environment):
 def wheel(tmp_path_factory):
     """Built under pip's build isolation: torch is not importable there, and is not downloaded either."""
     directory = tmp_path_factory.mktemp("wheel")
-    result = pip("wheel", "-v", "--no-deps", "-w", str(directory), str(copy_of_the_sources(tmp_path_factory.mktemp("src"))))
-    if result.returncode != 0 and re.search(r"NewConnectionError|No matching distribution found for setuptools", result.stdout + result.stderr):
+    result = pip(
+        "wheel", "-v", "--no-deps", "-w", str(directory), str(copy_of_the_sources(tmp_path_factory.mktemp("src")))
+    )
+    if result.returncode != 0 and re.search(
+        r"NewConnectionError|No matching distribution found for setuptools", result.stdout + result.stderr
+    ):
         pytest.skip("no package registry: the build backend cannot be fetched")
     assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-4000:]
     assert "torch-" not in result.stdout  # no torch archive was collected
@@ -43,7 +51,7 @@ def wheel(tmp_path_factory):
 
 @pytest.mark.slow
 def test_the_wheel_serves_every_python_and_holds_the_library(wheel):
-    assert re.fullmatch(r"flashmla_hf-[\d.]+-py3-none-linux_\w+\.whl", wheel.name), wheel.name
+    assert re.fullmatch(rf"flashmla_hf-{flashmla_hf.__version__}-py3-none-linux_\w+\.whl", wheel.name), wheel.name
     names = zipfile.ZipFile(wheel).namelist()
     assert "flashmla_hf/libflashmla_cpu.so" in names
     assert "flashmla_hf/_build.json" in names
@@ -62,7 +70,9 @@ def test_the_installed_wheel_computes_outside_the_checkout(wheel, tmp_path):
         "print(flashmla_hf.__file__)\n"
     )
     environment = {**os.environ, "PYTHONPATH": str(tmp_path / "site")}
-    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=tmp_path, env=environment)
+    result = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, cwd=tmp_path, env=environment
+    )
     assert result.returncode == 0, result.stderr
     assert result.stdout.startswith(str(tmp_path / "site"))
 
@@ -70,7 +80,9 @@ def test_the_installed_wheel_computes_outside_the_checkout(wheel, tmp_path):
 def test_the_library_binds_to_no_python_and_to_the_oldest_supported_torch():
     """Undefined symbols: torch's stable C functions only, no CPython, no c10 or at C++ symbols."""
     library = ROOT / "flashmla_hf" / "libflashmla_cpu.so"
-    symbols = subprocess.run(["nm", "-D", "--undefined-only", library], capture_output=True, text=True, check=True).stdout
+    symbols = subprocess.run(
+        ["nm", "-D", "--undefined-only", library], capture_output=True, text=True, check=True
+    ).stdout
     names = [line.split()[-1] for line in symbols.splitlines()]
     assert not [name for name in names if name.startswith("Py") or "_ZN2at" in name or "_ZN3c10" in name]
     torch_names = [name for name in names if name.startswith(("aoti_torch", "torch_"))]
@@ -121,7 +133,9 @@ def test_an_old_torch_ends_with_one_sentence(tmp_path):
     assert "flashmla_hf: torch 2.9.1+cpu is too old: install torch >= 2.10 first." in result.stderr
 
 
-@pytest.mark.parametrize(("mode", "message"), [("gpu", "expected auto, cpu or cuda, got 'gpu'"), ("cuda", "no CUDA library")])
+@pytest.mark.parametrize(
+    ("mode", "message"), [("gpu", "expected auto, cpu or cuda, got 'gpu'"), ("cuda", "no CUDA library")]
+)
 def test_build_modes_that_cannot_be_had_end_with_one_sentence(tmp_path, mode, message):
     result = setup(tmp_path, FLASHMLA_BUILD=mode)
     assert result.returncode == 1

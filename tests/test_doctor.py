@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from flashmla_hf import __main__, doctor, ops
-from flashmla_hf.attention import IMPLEMENTATIONS, Implementation
+from flashmla_hf.dispatch import IMPLEMENTATIONS, Implementation
 
 needs_cpu_library = pytest.mark.skipif("cpu" in ops.unavailable, reason=str(ops.unavailable.get("cpu")))
 

@@ -16,7 +16,7 @@ import torch
 from cases import Case
 
 from flashmla_hf import flex, ops
-from flashmla_hf.attention import IMPLEMENTATIONS, attention
+from flashmla_hf.dispatch import IMPLEMENTATIONS, attention
 from flashmla_hf.reference import visible_keys
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")

@@ -276,12 +276,12 @@ def test_a_script_that_never_imports_us_can_name_us(tmp_path):
 def test_autoload_can_be_turned_off_and_an_import_still_registers(tmp_path):
     late = textwrap.dedent(LOAD) + "import flashmla_hf\nprint(load())"
     assert _run(late, tmp_path, FLASHMLA_AUTOLOAD="0").split() == ["unknown", "False", "loaded"]
-    early = "from flashmla_hf.attention import attention\nimport torch, flashmla_hf\n" + textwrap.dedent(LOAD)
+    early = "from flashmla_hf.dispatch import attention\nimport torch, flashmla_hf\n" + textwrap.dedent(LOAD)
     assert _run(early, tmp_path, FLASHMLA_AUTOLOAD="0").split() == ["loaded", "False"]
 
 
 @pytest.mark.parametrize("switch", ["0", "1"])
-@pytest.mark.parametrize("first", ["import torch", "import flashmla_hf", "from flashmla_hf.attention import attention"])
+@pytest.mark.parametrize("first", ["import torch", "import flashmla_hf", "from flashmla_hf.dispatch import attention"])
 def test_any_order_of_imports_works(tmp_path, first, switch):
     script = f"{first}\nimport torch, flashmla_hf\nfrom flashmla_hf import attention\nprint(callable(attention))"
     assert _run(script, tmp_path, FLASHMLA_AUTOLOAD=switch).split() == ["True"]
@@ -324,8 +324,7 @@ def test_without_transformers_the_import_does_nothing(tmp_path):
         q = torch.randn(1, 4, 2, 8)
         print(flashmla_hf.attention(q, q, q, impl="reference").shape)
         from flashmla_hf import attention, flash_attn_func, flash_attn_varlen_func, __version__
-        import flashmla_hf.attention
-        print(callable(flashmla_hf.attention))
+        print(callable(attention))
         """,
         tmp_path,
     )

@@ -10,11 +10,11 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # Top to bottom. A module may import modules of its own layer and of those below.
 LAYERS = [
-    {"__init__", "__main__", "doctor", "hf", "autoload"},
-    {"attention", "reference", "flex"},
+    {"__init__", "__main__", "doctor", "autoload", "hf", "hf_check", "hf_layout", "hf_masks"},
+    {"dispatch", "reference", "flex"},
     {"ops"},
 ]
-MAY_IMPORT_TRANSFORMERS = {"hf"}
+MAY_IMPORT_TRANSFORMERS = {"hf", "hf_masks"}
 
 
 def modules():

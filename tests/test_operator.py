@@ -62,7 +62,9 @@ def test_opcheck(case):
         )
 
 
-@pytest.mark.parametrize("wants", [(), ("q",), ("k",), ("v",), ("q", "v"), ("k", "v"), ("sinks",), ("q", "k", "v", "sinks")])
+@pytest.mark.parametrize(
+    "wants", [(), ("q",), ("k",), ("v",), ("q", "v"), ("k", "v"), ("sinks",), ("q", "k", "v", "sinks")]
+)
 def test_gradients_nobody_needs_are_not_computed_and_the_others_are_right(wants):
     case = Case(batch=2, seqlen_q=40, heads_q=4, heads_kv=2, head_dim_qk=16, is_causal=True, has_sinks=True)
     seen = []
@@ -145,7 +147,11 @@ def test_selective_checkpointing_keeps_the_output_instead_of_recomputing_it(save
     expected = torch.autograd.grad(block(x, weight).square().sum(), (x, weight))
     with CountCalls() as calls:
         out = checkpoint(
-            block, x, weight, use_reentrant=False, context_fn=functools.partial(create_selective_checkpoint_contexts, policy)
+            block,
+            x,
+            weight,
+            use_reentrant=False,
+            context_fn=functools.partial(create_selective_checkpoint_contexts, policy),
         )
         grads = torch.autograd.grad(out.square().sum(), (x, weight))
     assert (calls.forward, calls.backward) == (1 if saves else 2, 1)
@@ -153,7 +159,11 @@ def test_selective_checkpointing_keeps_the_output_instead_of_recomputing_it(save
 
 
 def test_meta_tensors_give_shapes():
-    q, k, v = torch.empty(2, 7, 4, 8, device="meta"), torch.empty(2, 9, 2, 8, device="meta"), torch.empty(2, 9, 2, 6, device="meta")
+    q, k, v = (
+        torch.empty(2, 7, 4, 8, device="meta"),
+        torch.empty(2, 9, 2, 8, device="meta"),
+        torch.empty(2, 9, 2, 6, device="meta"),
+    )
     out, lse = attention(q, k, v, return_lse=True)
     assert (out.shape, lse.shape) == ((2, 7, 4, 6), (2, 4, 7))
 

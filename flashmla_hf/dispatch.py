@@ -173,9 +173,7 @@ def _run_reference(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _run_sdpa(call: Call) -> tuple[torch.Tensor, None]:
-    mask = reference.visible_keys(
-        call.q.shape[1], call.k.shape[1], call.window_left, call.window_right, call.q.device
-    )
+    mask = reference.visible_keys(call.q.shape[1], call.k.shape[1], call.window_left, call.window_right, call.q.device)
     is_dead = None  # rows that see no key: SDPA's answer there depends on the backend, ours is zero
     if mask is not None:
         is_dead = ~mask.any(dim=-1)[None, None, :, None]
@@ -324,7 +322,9 @@ def _log(call: Call, choice: str, reason: str) -> None:
     key = (tuple(call.q.shape), tuple(call.k.shape), call.v.shape[-1], call.q.dtype, choice, reason)
     if key not in _logged:
         _logged.add(key)
-        logger.warning("q%s k%s head_dim_v=%d %s -> %s (%s)", [*key[0]], [*key[1]], key[2], _name(key[3]), choice, reason)
+        logger.warning(
+            "q%s k%s head_dim_v=%d %s -> %s (%s)", [*key[0]], [*key[1]], key[2], _name(key[3]), choice, reason
+        )
 
 
 def _warn_once(message: str) -> None:
@@ -350,7 +350,9 @@ def _validate(
     for name, x in (("q", q), ("k", k), ("v", v)):
         _check_tensor(name, x)
         if x.dim() != (3 if is_packed else 4):
-            layout = "[total, heads, dim] with cu_seqlens" if is_packed else "[batch, seqlen, heads, dim] without cu_seqlens"
+            layout = (
+                "[total, heads, dim] with cu_seqlens" if is_packed else "[batch, seqlen, heads, dim] without cu_seqlens"
+            )
             _fail(ValueError, name, layout, f"{x.dim()} dimensions {[*x.shape]}")
         if x.dtype != q.dtype:
             _fail(TypeError, name, f"dtype {_name(q.dtype)} (that of q)", _name(x.dtype))
@@ -418,7 +420,9 @@ def _check_tensor(name: str, x: object) -> None:
     if not isinstance(x, torch.Tensor):
         _fail(TypeError, name, "a torch.Tensor", type(x).__name__)
     if x.layout != torch.strided or x.is_nested:
-        _fail(TypeError, name, "a dense strided tensor (pack ragged batches with cu_seqlens)", "a sparse or nested tensor")
+        _fail(
+            TypeError, name, "a dense strided tensor (pack ragged batches with cu_seqlens)", "a sparse or nested tensor"
+        )
 
 
 def _number(name: str, value: object) -> float:
@@ -453,11 +457,15 @@ def _check_cu_seqlens(cu_seqlens_q: object, cu_seqlens_kv: object, q: torch.Tens
         if x.dtype != torch.int32:
             _fail(TypeError, name, "dtype int32", _name(x.dtype))
         if x.dim() != 1 or x.shape[0] < 1 or not x.is_contiguous():
-            _fail(ValueError, name, "a contiguous tensor [num_sequences + 1]", f"shape {[*x.shape]}, stride {x.stride()}")
+            _fail(
+                ValueError, name, "a contiguous tensor [num_sequences + 1]", f"shape {[*x.shape]}, stride {x.stride()}"
+            )
         if x.device != q.device:
             _fail(ValueError, name, f"device {q.device} (that of q)", x.device)
     if cu_seqlens_q.shape != cu_seqlens_kv.shape:
-        _fail(ValueError, "cu_seqlens_kv", f"{cu_seqlens_q.shape[0]} boundaries (as cu_seqlens_q)", cu_seqlens_kv.shape[0])
+        _fail(
+            ValueError, "cu_seqlens_kv", f"{cu_seqlens_q.shape[0]} boundaries (as cu_seqlens_q)", cu_seqlens_kv.shape[0]
+        )
 
 
 def _max_seqlen(name: str, value: object, bound: int) -> int:

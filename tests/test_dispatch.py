@@ -3,7 +3,6 @@
 import logging
 import math
 import re
-import sys
 import warnings
 
 import pytest
@@ -11,11 +10,7 @@ import torch
 from cases import Case
 from numerics import assert_close_to_reference, check
 
-import flashmla_hf
-from flashmla_hf import attention, flash_attn_func, flash_attn_varlen_func, ops
-
-# The package exports the function under the module's name.
-dispatch = sys.modules["flashmla_hf.attention"]
+from flashmla_hf import attention, dispatch, flash_attn_func, flash_attn_varlen_func, ops
 
 P = "flashmla attention: "
 
@@ -127,7 +122,11 @@ def test_a_missing_library_is_refused_with_the_reason_and_the_way_out(monkeypatc
 
 @pytest.mark.parametrize(
     "arguments",
-    [{"attn_mask": torch.rand(2, 1, 5, 6) > 0.3}, {"attn_mask": torch.randn(5, 6)}, {"dropout_p": 0.0, "is_causal": True}],
+    [
+        {"attn_mask": torch.rand(2, 1, 5, 6) > 0.3},
+        {"attn_mask": torch.randn(5, 6)},
+        {"dropout_p": 0.0, "is_causal": True},
+    ],
     ids=["bool", "float", "none"],
 )
 def test_sdpa_path_equals_the_reference(arguments):
@@ -254,9 +253,3 @@ def test_the_error_rule_itself_can_fail():
     for wrong in (eager / 2, torch.zeros_like(eager), stray, infinite):
         with pytest.raises(AssertionError):
             assert_close_to_reference("wrong", wrong, eager, ref)
-
-
-def test_the_version_is_the_one_being_installed():
-    from importlib.metadata import version
-
-    assert flashmla_hf.__version__ == version("flashmla_hf")
