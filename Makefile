@@ -2,6 +2,7 @@
 # make test      every test this machine can run
 # make gpu       the one entry for a GPU host: correctness, then benchmarks
 # make sanitize  the CPU kernel under AddressSanitizer and UBSan
+# make support   the README's table of models, from the parity suite's results
 # make bench     attention and model benchmarks on this machine
 # make lint      ruff and clang-format, checking only      make format   the same, rewriting
 #
@@ -22,9 +23,9 @@ else
   READY := $(VENV)/package.stamp
 endif
 SOURCES := $(shell find csrc -type f) setup.py pyproject.toml
-CXX_FILES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inc')
+CXX_FILES := $(shell find csrc -name '*.cpp' -o -name '*.h')
 
-.PHONY: demo test test-older-transformers gpu sanitize bench lint format clean
+.PHONY: demo test test-older-transformers support gpu sanitize bench lint format clean
 demo: $(READY)
 	$(RUN) scripts/demo.py
 
@@ -34,17 +35,21 @@ test: $(READY)
 test-older-transformers: $(READY) build/transformers-$(OLDER_TRANSFORMERS).stamp
 	PYTHONPATH=$(CURDIR)/build/transformers-$(OLDER_TRANSFORMERS) $(RUN) -m pytest tests/test_hf_*.py
 
+support: $(READY)
+	FLASHMLA_SUPPORT_JSON=tests/support.json $(RUN) -m pytest tests/test_hf_parity.py
+	$(RUN) tests/support_table.py
+
 gpu: $(READY)
 	$(RUN) -m flashmla_hf doctor
 	$(RUN) -m pytest tests/test_gpu.py
-	$(RUN) benchmarks/bench_attention.py --device cuda
+	$(RUN) benchmarks/bench_attention.py --device cuda --time_budget 240
 
 bench: $(READY)
-	$(RUN) benchmarks/bench_attention.py
+	$(RUN) benchmarks/bench_attention.py --time_budget 600
 	$(RUN) benchmarks/bench_model.py
 
-sanitize: build/sanitize
-	./build/sanitize
+sanitize:
+	$(PYTHON) csrc/cpu/sanitize.py
 
 lint: $(VENV)/requirements.stamp
 	$(VENV)/bin/ruff check .
