@@ -37,9 +37,9 @@ def impl(request):
 
 def check(impl, case, dtype=torch.bfloat16, **options):
     """numerics.check on the GPU; a call that sm90 names as not its own is skipped with its words."""
-    # FlexAttention's backward keeps fewer bits where a row has one visible key, so that dP - delta cancels: 1.5 times the
-    # rule on torch 2.11. The kernels are torch's; ours get no allowance.
-    grad_factor = 3.0 if impl == "flex" else 2.0
+    # FlexAttention's backward keeps fewer bits where a row sees one key, so that dP - delta cancels: 3.3 times eager's
+    # error was seen (dQ, window (0, 0), torch 2.11, H100). The kernels are torch's; ours get no allowance.
+    grad_factor = 4.0 if impl == "flex" else 2.0
     try:
         return numerics.check(impl, case, dtype, DEVICE, grad_factor=grad_factor, **options)
     except RuntimeError as error:
