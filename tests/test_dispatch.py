@@ -253,3 +253,14 @@ def test_the_error_rule_itself_can_fail():
     for wrong in (eager / 2, torch.zeros_like(eager), stray, infinite):
         with pytest.raises(AssertionError):
             assert_close_to_reference("wrong", wrong, eager, ref)
+
+
+@pytest.mark.parametrize(
+    "change", [{"window": (6, 0)}, {"softcap": 1.9}, {"scale": 0.26}], ids=lambda change: next(iter(change))
+)
+def test_the_check_of_a_whole_call_can_fail(change):
+    """The suites decide by numerics.check: a slightly wrong window, softcap or scale must not pass it."""
+    case = Case(seqlen_q=70, head_dim_qk=16, window=(5, 0), softcap=2.0, scale=0.25)
+    check("cpu", case, torch.bfloat16)
+    with pytest.raises(AssertionError):
+        check(lambda **arguments: attention(**{**arguments, **change}), case, torch.bfloat16)
