@@ -10,8 +10,9 @@
 # in place: no network is needed. Everywhere else a pinned .venv is made first.
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
-# The older Transformers release the integration is also tested on.
+# The older Transformers release the integration is also tested on, and what it needs that differs from requirements.txt.
 OLDER_TRANSFORMERS := 5.17.0
+OLDER_PACKAGES := transformers==$(OLDER_TRANSFORMERS) huggingface_hub==1.33.0 httpx==0.28.1
 
 HAS_GPU := $(shell $(PYTHON) -c "import torch; print(int(torch.cuda.is_available()))" 2>/dev/null)
 VENV := .venv
@@ -80,6 +81,6 @@ build/in-place.stamp: $(SOURCES)
 	$(PYTHON) setup.py -q build_ext --inplace
 	mkdir -p build && touch $@
 
-build/transformers-%.stamp: $(VENV)/requirements.stamp
-	$(VENV)/bin/pip install -q --no-deps --target build/transformers-$* transformers==$*
+build/transformers-$(OLDER_TRANSFORMERS).stamp: $(VENV)/requirements.stamp
+	$(VENV)/bin/pip install -q --no-deps --target build/transformers-$(OLDER_TRANSFORMERS) $(OLDER_PACKAGES)
 	touch $@

@@ -111,15 +111,17 @@ def memory_available(device: str) -> int:
 
 
 def commit() -> str:
-    """Short hash of the checked-out commit, with "+" where files differ from it; "unknown" outside a repository."""
+    """Short hash of the checked-out commit, with "+" where files differ from it; outside a repository (a tree carried to
+    a GPU host) what FLASHMLA_COMMIT says, or "unknown"."""
+    outside = os.environ.get("FLASHMLA_COMMIT", "unknown")
     git = ["git", "-C", str(REPOSITORY)]
     try:
         head = subprocess.run([*git, "rev-parse", "--short=10", "HEAD"], capture_output=True, text=True, timeout=20)
         status = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, timeout=20)
     except (OSError, subprocess.SubprocessError):
-        return "unknown"
+        return outside
     if head.returncode != 0:
-        return "unknown"
+        return outside
     return head.stdout.strip() + ("+" if status.stdout.strip() else "")
 
 
