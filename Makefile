@@ -12,7 +12,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 # The older Transformers release the integration is also tested on, and what it needs that differs from requirements.txt.
 OLDER_TRANSFORMERS := 5.17.0
-OLDER_PACKAGES := transformers==$(OLDER_TRANSFORMERS) huggingface_hub==1.33.0 httpx==0.28.1
+OLDER_PACKAGES := transformers==$(OLDER_TRANSFORMERS) huggingface_hub==1.33.0 httpx==0.28.1 httpcore==1.0.9 h11==0.16.0
 
 HAS_GPU := $(shell $(PYTHON) -c "import torch; print(int(torch.cuda.is_available()))" 2>/dev/null)
 VENV := .venv
