@@ -134,8 +134,13 @@ class BuildLibraries(build_ext):
             "cuda": None,
             "archs": [],
         }
-        directory = Path(self.get_ext_fullpath(self.extensions[0].name)).parent
-        (directory / "_build.json").write_text(json.dumps(manifest, indent=1) + "\n")
+        library = Path(self.get_ext_fullpath(self.extensions[0].name))
+        library.with_name("_build.json").write_text(json.dumps(manifest, indent=1) + "\n")
+
+    def copy_extensions_to_source(self) -> None:
+        """In-place and editable builds: the manifest goes beside the library there too."""
+        super().copy_extensions_to_source()
+        self._write_manifest()
 
 
 class WheelForEveryPython(bdist_wheel):
