@@ -95,7 +95,7 @@ def _cpu_refusal(call: Call) -> str | None:
 
 def _sm90_refusal(call: Call) -> str | None:
     if "sm90" in ops.unavailable:
-        return f"{ops.unavailable['sm90']}; it is built where nvcc is present (FLASHMLA_BUILD=cuda)"
+        return f"{ops.unavailable['sm90']}; this version has no Hopper library: impl='flex' serves every GPU"
     if call.q.device.type != "cuda":
         return f"the tensors are on {call.q.device}: expected a Hopper GPU"
     properties = torch.cuda.get_device_properties(call.q.device)  # a constant to torch.compile
