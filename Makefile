@@ -1,13 +1,16 @@
 # make demo      what the package buys, on a real model: plots, tables, a fine-tuned adapter (under 15 minutes on 2 cores)
 # make test      every test this machine can run
-# make gpu       the one entry for a GPU host: correctness, then benchmarks
+# make gpu       the one entry for a GPU host: doctor, correctness, sanitizer, benchmark; PARTS="sm90 sweep" runs some of it
 # make sanitize  the CPU kernel under AddressSanitizer and UBSan
+# make cuda      the CUDA library, compiled on any machine that has nvcc; fails where a kernel spills registers
 # make support   the README's table of models, from the parity suite's results
 # make bench     attention and model benchmarks on this machine
 # make lint      ruff and clang-format, checking only      make format   the same, rewriting
 #
 # Where PYTHON (default python3) already has a torch that sees a GPU, that Python is used as it is and the package is built
-# in place: no network is needed. Everywhere else a pinned .venv is made first.
+# in place, with CUDA where nvcc is (FLASHMLA_BUILD=auto): no network is needed if CUTLASS's headers are there. Everywhere
+# else a pinned .venv is made first, and the package built for the CPU alone: CUDA kernels take minutes to compile and could
+# not run there. `make cuda` compiles them all the same.
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 # The older Transformers release the integration is also tested on, and what it needs that differs from requirements.txt.
@@ -18,15 +21,17 @@ HAS_GPU := $(shell $(PYTHON) -c "import torch; print(int(torch.cuda.is_available
 VENV := .venv
 ifeq ($(HAS_GPU),1)
   RUN := PYTHONPATH=$(CURDIR) $(PYTHON)
+  TORCH_READY :=
   READY := build/in-place.stamp
 else
   RUN := $(VENV)/bin/python
+  TORCH_READY := $(VENV)/requirements.stamp
   READY := $(VENV)/package.stamp
 endif
 SOURCES := $(shell find csrc -type f) setup.py pyproject.toml
-CXX_FILES := $(shell find csrc -name '*.cpp' -o -name '*.h')
+CXX_FILES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo test test-older-transformers support gpu sanitize bench lint format clean
+.PHONY: demo test test-older-transformers support gpu sanitize cuda bench lint format clean
 demo: $(READY)
 	$(RUN) scripts/demo.py
 
@@ -41,9 +46,7 @@ support: $(READY)
 	$(RUN) tests/support_table.py
 
 gpu: $(READY)
-	$(RUN) -m flashmla_hf doctor
-	$(RUN) -m pytest tests/test_gpu.py
-	$(RUN) benchmarks/bench_attention.py --device cuda --time_budget 240
+	$(RUN) tests/gpu_suite.py $(PARTS)
 
 bench: $(READY)
 	$(RUN) benchmarks/bench_attention.py --time_budget 600
@@ -51,6 +54,10 @@ bench: $(READY)
 
 sanitize:
 	$(PYTHON) csrc/cpu/sanitize.py
+
+# Leaves flashmla_hf/libflashmla_sm90.so in place: it may be carried to a GPU host that has no nvcc.
+cuda: $(TORCH_READY)
+	$(RUN) csrc/sm90/check_build.py
 
 lint: $(VENV)/requirements.stamp
 	$(VENV)/bin/ruff check .
@@ -74,7 +81,7 @@ $(VENV)/requirements.stamp: requirements.txt
 	touch $@
 
 $(VENV)/package.stamp: $(VENV)/requirements.stamp $(SOURCES)
-	$(VENV)/bin/pip install -q --no-build-isolation --no-deps -e .
+	FLASHMLA_BUILD=$(or $(FLASHMLA_BUILD),cpu) $(VENV)/bin/pip install -q --no-build-isolation --no-deps -e .
 	touch $@
 
 build/in-place.stamp: $(SOURCES)

@@ -1,12 +1,19 @@
 """Builds the compiled libraries of flashmla_hf and packages them.
 
 One shared library per backend, beside the Python sources: ``libflashmla_cpu.so`` always, ``libflashmla_sm90.so`` where nvcc
-and its sources are present. They use torch's stable ABI and no Python symbol, so one binary serves every torch >= 2.10 and
-every Python >= 3.10, and building needs torch's headers but never imports torch: ``pip install .`` works under build
-isolation and finds the torch of the environment it installs into.
+and CUTLASS's headers can be had; no GPU is needed. They use torch's stable ABI and no Python symbol, so one binary serves
+every torch >= 2.10 and every Python >= 3.10, and building needs torch's headers but never imports torch: ``pip install .``
+works under build isolation and finds the torch of the environment it installs into.
 
-Environment: FLASHMLA_BUILD=auto|cpu|cuda (auto: CUDA where possible; cuda: fail without it), MAX_JOBS, CXX, CUDA_HOME,
-FLASHMLA_TORCH_DIR (the ``torch`` package directory, where it is not found by itself).
+Environment:
+
+FLASHMLA_BUILD        auto (CUDA where possible, else one sentence says why not), cpu, or cuda (fail without it)
+MAX_JOBS              compilers at a time; all cores otherwise
+CXX                   the C++ compiler, nvcc's host compiler too
+CUDA_HOME             the CUDA toolkit, where nvcc is not on PATH
+TORCH_CUDA_ARCH_LIST  no CUDA library where it is set and does not name 9.0 (or 9.0a, or Hopper)
+FLASHMLA_CUTLASS_DIR  a CUTLASS checkout: the directory that holds include/cutlass
+FLASHMLA_TORCH_DIR    the ``torch`` package directory, where it is not found by itself
 """
 
 from __future__ import annotations
@@ -21,7 +28,10 @@ import site
 import subprocess
 import sys
 import sysconfig
+import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -33,26 +43,35 @@ CSRC = ROOT / "csrc"
 MINIMUM_TORCH = (2, 10)
 # The oldest torch whose stable ABI the libraries use (torch/csrc/stable/version.h).
 TORCH_TARGET_VERSION = "0x020a000000000000"
+# The oldest nvcc that compiles CUTLASS's Hopper kernels well.
+MINIMUM_NVCC = (12, 3)
+CPU, SM90 = "flashmla_hf.libflashmla_cpu", "flashmla_hf.libflashmla_sm90"
 
 
 def fail(sentence: str) -> None:
     raise SystemExit(f"flashmla_hf: {sentence}")
 
 
-def find_torch() -> Path:
-    """The directory of the torch package in the environment being installed into.
+class NoCuda(Exception):
+    """One sentence: why libflashmla_sm90.so cannot be built here, and the way out."""
+
+
+def site_packages() -> Iterator[Path]:
+    """The package directories of the environment being installed into.
 
     pip's build isolation hides site-packages from ``sys.path`` but runs the environment's own interpreter, so sysconfig
     still names the right directories.
     """
-    override = os.environ.get("FLASHMLA_TORCH_DIR")
-    places = [Path(override).parent] if override else []
-    places += [Path(sysconfig.get_path(key)) for key in ("purelib", "platlib")]
+    yield from (Path(sysconfig.get_path(key)) for key in ("purelib", "platlib"))
     if "VIRTUAL_ENV" in os.environ:
         version = f"python{sys.version_info.major}.{sys.version_info.minor}"
-        places.append(Path(os.environ["VIRTUAL_ENV"]) / "lib" / version / "site-packages")
-    places += [Path(p) for p in (*site.getsitepackages(), site.getusersitepackages(), *sys.path)]
-    for place in places:
+        yield Path(os.environ["VIRTUAL_ENV"]) / "lib" / version / "site-packages"
+    yield from (Path(p) for p in (*site.getsitepackages(), site.getusersitepackages(), *sys.path))
+
+
+def find_torch() -> Path:
+    override = os.environ.get("FLASHMLA_TORCH_DIR")
+    for place in [*([Path(override).parent] if override else []), *site_packages()]:
         package = place / "torch"
         if (package / "version.py").is_file():
             text = (package / "version.py").read_text()
@@ -73,6 +92,131 @@ def find_cxx() -> list[str]:
     fail("no C++ compiler was found: install g++ (>= 9) or clang++ (>= 10), or name one in CXX.")
 
 
+# ---- What CUDA needs -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Cuda:
+    nvcc: str
+    release: str
+    cutlass: Path  # the include directory
+
+
+def find_cuda(downloads: Path) -> Cuda:
+    """Everything libflashmla_sm90.so is built with, or :class:`NoCuda`."""
+    check_arch_list()
+    nvcc, release = find_nvcc()
+    return Cuda(nvcc, release, find_cutlass(downloads))
+
+
+def check_arch_list() -> None:
+    listed = re.split(r"[\s;,]+", os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip(" ;,"))
+    if listed == [""]:
+        return
+    others = [arch for arch in listed if arch.lower().removesuffix("+ptx") not in ("9.0", "9.0a", "hopper")]
+    if len(others) == len(listed):
+        raise NoCuda(
+            f"TORCH_CUDA_ARCH_LIST: expected 9.0 among the entries, got {' '.join(listed)!r}, and the library is for Hopper "
+            "GPUs alone: add 9.0, or unset it."
+        )
+    if others:
+        print(
+            f"flashmla_hf: TORCH_CUDA_ARCH_LIST: {', '.join(others)} ignored, the CUDA library is for Hopper (9.0) alone."
+        )
+
+
+def find_nvcc() -> tuple[str, str]:
+    """(program, release): of CUDA_HOME where that is set, else of PATH or of the toolkit's usual place."""
+    oldest = ".".join(map(str, MINIMUM_NVCC))
+    home = os.environ.get("CUDA_HOME")
+    if home:
+        nvcc = shutil.which("nvcc", path=str(Path(home) / "bin"))
+        if nvcc is None:
+            raise NoCuda(f"CUDA_HOME: expected the directory of a CUDA toolkit, got {home!r}, which has no bin/nvcc.")
+    else:
+        nvcc = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+        if nvcc is None:
+            raise NoCuda(
+                f"nvcc was not found: put a CUDA toolkit >= {oldest} on PATH, or name its directory in CUDA_HOME."
+            )
+    answer = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
+    match = re.search(r"release (\d+)\.(\d+)", answer)
+    if match is None:
+        raise NoCuda(
+            f"{nvcc} --version: expected a line with its release, got {answer.strip()!r}: reinstall the toolkit."
+        )
+    if tuple(map(int, match.groups())) < MINIMUM_NVCC:
+        raise NoCuda(
+            f"nvcc {'.'.join(match.groups())} is too old: expected CUDA >= {oldest}; install a newer toolkit, or name one in "
+            "CUDA_HOME."
+        )
+    return nvcc, ".".join(match.groups())
+
+
+def find_cutlass(downloads: Path) -> Path:
+    """CUTLASS's include directory: FLASHMLA_CUTLASS_DIR, else an installed nvidia-cutlass, else downloaded once.
+
+    Downloaded here and not by a build requirement (pyproject.toml, a PEP 517 hook): pip would install six packages this
+    one depends on and the compiler does not need, and without a network it would end the CPU build, too.
+    """
+    table = json.loads((CSRC / "sm90" / "sources.json").read_text())
+    override = os.environ.get("FLASHMLA_CUTLASS_DIR")
+    if override:
+        if not (Path(override) / "include" / "cutlass" / "cutlass.h").is_file():
+            raise NoCuda(
+                "FLASHMLA_CUTLASS_DIR: expected a CUTLASS checkout, which holds include/cutlass/cutlass.h, got "
+                f"{override!r}, which does not."
+            )
+        return Path(override) / "include"
+    name, version = table["cutlass"].split("==")
+    inside = Path("cutlass_library") / "source" / "include"
+    target = downloads / f"cutlass-{version}"
+    for place in (*site_packages(), target):
+        # Of another release what the kernels use may be missing or differ.
+        if cutlass_version(place / inside) == version.split(".")[:3]:
+            return (place / inside).resolve()
+
+    temporary = target.with_name(f"{target.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    requirement = temporary / "requirement.txt"
+    requirement.write_text(f"{table['cutlass']} --hash=sha256:{table['cutlass_sha256']}\n")
+    # Without PYTHONPATH: through it build isolation hides the environment's pip. An environment made by uv has no pip.
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    # Short waits: where there is no network, a build for the CPU shall not wait for minutes.
+    environment |= {"PIP_DEFAULT_TIMEOUT": "15", "UV_HTTP_TIMEOUT": "15", "PIP_RETRIES": "1", "PIP_USER": "0"}
+    programs = [[sys.executable, "-m", "pip"], *([[shutil.which("uv"), "pip"]] if shutil.which("uv") else [])]
+    for program in programs:
+        command = [*program, "install", "--quiet", "--no-deps", "--only-binary", ":all:", "--require-hashes",
+                   "--target", str(temporary), "-r", str(requirement)]  # fmt: skip
+        print(shlex.join(command), flush=True)
+        try:
+            subprocess.run(command, env=environment, timeout=120, check=True, capture_output=True, text=True)
+        except subprocess.TimeoutExpired:
+            problem = "no answer in 120 seconds"
+        except subprocess.CalledProcessError as error:
+            problem = ([line for line in error.stderr.splitlines() if line.strip()] or ["no message"])[-1]
+        else:
+            shutil.rmtree(target, ignore_errors=True)
+            temporary.rename(target)
+            return (target / inside).resolve()
+    shutil.rmtree(temporary)
+    raise NoCuda(
+        f"CUTLASS's headers could not be downloaded ({problem}): install them into this environment (pip install --no-deps "
+        f"{name}=={version}), or name a CUTLASS checkout in FLASHMLA_CUTLASS_DIR."
+    )
+
+
+def cutlass_version(include: Path) -> list[str] | None:
+    header = include / "cutlass" / "version.h"
+    if not header.is_file():
+        return None
+    return re.findall(r"#define CUTLASS_(?:MAJOR|MINOR|PATCH)\s+(\d+)", header.read_text())
+
+
+# ---- Compiling and linking -------------------------------------------------------------------------------------------
+
+
 def cpu_sources() -> list[tuple[Path, list[str]]]:
     """(source, flags) of the CPU library on this machine's architecture, from csrc/cpu/sources.json."""
     table = json.loads((CSRC / "cpu" / "sources.json").read_text())
@@ -84,58 +228,135 @@ def cpu_sources() -> list[tuple[Path, list[str]]]:
     ]
 
 
+def sm90_sources() -> list[Path]:
+    return [ROOT / row["file"] for row in json.loads((CSRC / "sm90" / "sources.json").read_text())["sources"]]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One object. ``object`` with the suffix .json is its record: the command, what the compiler said, and how long."""
+
+    source: Path
+    object: Path
+    command: list[str]
+    newest_header: float
+
+
 class BuildLibraries(build_ext):
-    """Compiles each source with its own flags (one per instruction set), in parallel, and links without Python."""
+    """Compiles each source to an object of its own, in one pool, and links without Python."""
 
     def get_ext_filename(self, fullname: str) -> str:
         return str(Path(*fullname.split("."))) + ".so"
 
-    def build_extensions(self) -> None:
+    def run(self) -> None:
         self.torch_dir = find_torch()
         self.cxx = find_cxx()
-        super().build_extensions()
+        self.cuda, self.no_cuda = self._decide_on_cuda()
+        if self.cuda is None:
+            self.extensions = [ext for ext in self.extensions if ext.name != SM90]
+            # Of an earlier build, and a wheel takes whatever lies there.
+            (Path(self.build_lib) / self.get_ext_filename(SM90)).unlink(missing_ok=True)
+        super().run()
+
+    def _decide_on_cuda(self) -> tuple[Cuda | None, str | None]:
+        """What to build the CUDA library with, or why there will be none."""
+        mode = os.environ.get("FLASHMLA_BUILD", "auto")
+        if mode not in ("auto", "cpu", "cuda"):
+            fail(f"FLASHMLA_BUILD: expected auto, cpu or cuda, got {mode!r}.")
+        if mode == "cpu":
+            return None, "FLASHMLA_BUILD=cpu asked for the CPU library alone."
+        try:
+            return find_cuda(Path(self.get_finalized_command("build").build_base)), None
+        except NoCuda as reason:
+            if mode == "cuda":
+                fail(f"FLASHMLA_BUILD=cuda: {reason}")
+            print(f"flashmla_hf: building the CPU library alone: {reason}", flush=True)
+            return None, str(reason)
+
+    def build_extensions(self) -> None:
+        jobs = {ext.name: self._jobs(ext.name) for ext in self.extensions}
+        # One pool for all, the CUDA sources first: they take longest.
+        every = sorted((job for group in jobs.values() for job in group), key=lambda job: job.source.suffix != ".cu")
+        with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", os.cpu_count() or 1))) as pool:
+            list(pool.map(compile_one, every))
+        for ext in self.extensions:
+            library = Path(self.get_ext_fullpath(ext.name))
+            library.parent.mkdir(parents=True, exist_ok=True)
+            # Linked under a temporary name: a process that has the old library mapped keeps it.
+            temporary = library.with_suffix(".tmp")
+            link = self._link_sm90 if ext.name == SM90 else self._link_cpu
+            run([*link([str(job.object) for job in jobs[ext.name]]), "-o", str(temporary)])
+            temporary.replace(library)
         self._write_manifest()
 
-    def build_extension(self, ext: Extension) -> None:
-        library = Path(self.get_ext_fullpath(ext.name))
-        library.parent.mkdir(parents=True, exist_ok=True)
-        objects_dir = Path(self.build_temp) / ext.name
-        objects_dir.mkdir(parents=True, exist_ok=True)
-        newest_header = max(path.stat().st_mtime for path in CSRC.rglob("*") if path.suffix in {".h", ".inc", ".json"})
+    def _jobs(self, name: str) -> list[Job]:
+        # -isystem: warnings in torch's headers are not ours to see.
+        common = [f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}", f"-I{CSRC}",
+                  "-isystem", str(self.torch_dir / "include")]  # fmt: skip
+        if name == SM90:
+            directory, compiler = CSRC / "sm90", [*self._nvcc(), f"-I{self.cuda.cutlass}"]
+            flags = json.loads((directory / "sources.json").read_text())["common_flags"]
+            sources = [(source, flags) for source in sm90_sources()]
+        else:
+            directory, compiler, sources = CSRC / "cpu", self.cxx, cpu_sources()
+        files = (*CSRC.glob("*"), *directory.rglob("*"))
+        newest_header = max(path.stat().st_mtime for path in files if path.suffix in {".h", ".inc", ".cuh"})
+        objects = Path(self.build_temp) / name
+        objects.mkdir(parents=True, exist_ok=True)
+        return [
+            Job(source, target, [*compiler, *flags, *common, "-c", str(source), "-o", str(target)], newest_header)
+            for source, flags in sources
+            for target in [objects / f"{source.stem}.o"]
+        ]
 
-        def compile_one(job: tuple[Path, list[str]]) -> Path:
-            source, flags = job
-            target = objects_dir / f"{source.stem}.o"
-            if target.exists() and target.stat().st_mtime > max(newest_header, source.stat().st_mtime):
-                return target
-            # -isystem: warnings in torch's headers are not ours to see.
-            command = [*self.cxx, *flags, f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}", f"-I{CSRC}",
-                       "-isystem", str(self.torch_dir / "include"), "-c", str(source), "-o", str(target)]  # fmt: skip
-            run(command)
-            return target
+    def _nvcc(self) -> list[str]:
+        table = json.loads((CSRC / "sm90" / "sources.json").read_text())
+        # CXX may hold a launcher before the compiler (ccache g++) and options after it; nvcc takes the compiler alone.
+        host = [word for word in self.cxx if not word.startswith("-")][-1:] if os.environ.get("CXX") else []
+        return [self.cuda.nvcc, "-gencode", table["gencode"], *(["-ccbin", *host] if host else [])]
 
-        with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", os.cpu_count() or 1))) as pool:
-            objects = list(pool.map(compile_one, cpu_sources()))
-        # Linked under a temporary name: a process that has the old library mapped keeps it.
-        temporary = library.with_suffix(".tmp")
-        run([*self.cxx, "-shared", "-o", str(temporary), *map(str, objects), f"-L{self.torch_dir / 'lib'}", "-ltorch_cpu",
-             "-Wl,--as-needed", "-Wl,-z,defs" if sys.platform == "linux" else "-Wl,-undefined,dynamic_lookup"])  # fmt: skip
-        temporary.replace(library)
+    def _link_cpu(self, objects: list[str]) -> list[str]:
+        return [*self.cxx, "-shared", *objects, f"-L{self.torch_dir / 'lib'}", "-ltorch_cpu",
+                "-Wl,--as-needed", "-Wl,-z,defs" if sys.platform == "linux" else "-Wl,-undefined,dynamic_lookup"]  # fmt: skip
+
+    def _link_sm90(self, objects: list[str]) -> list[str]:
+        """Against a stand-in for libtorch_cuda.so, which a torch without CUDA lacks; the real one answers at run time.
+
+        A symbol that sources.json does not name under "torch_cuda_symbols" ends the link on every machine alike.
+        """
+        symbols = json.loads((CSRC / "sm90" / "sources.json").read_text())["torch_cuda_symbols"]
+        directory = Path(self.build_temp) / "stand-in"
+        directory.mkdir(exist_ok=True)
+        source = directory / "libtorch_cuda.cpp"
+        source.write_text("".join(f'extern "C" void {name}() {{}}\n' for name in symbols))
+        run([*self.cxx, "-shared", "-fPIC", "-Wl,-soname,libtorch_cuda.so", str(source),
+             "-o", str(directory / "libtorch_cuda.so")])  # fmt: skip
+        # The CUDA runtime is inside and exports nothing: torch's own, of whatever release, stays apart from it.
+        return [*self._nvcc(), "-shared", "-cudart", "static", *objects, f"-L{directory}", f"-L{self.torch_dir / 'lib'}",
+                "-ltorch_cuda", "-ltorch_cpu", "-Xlinker", "-z", "-Xlinker", "defs",
+                "-Xlinker", "--exclude-libs=ALL"]  # fmt: skip
 
     def _write_manifest(self) -> None:
         """What was built, for ``python -m flashmla_hf doctor``."""
         compiler = subprocess.run([*self.cxx, "--version"], capture_output=True, text=True).stdout.splitlines()
+        gencode = json.loads((CSRC / "sm90" / "sources.json").read_text())["gencode"]
         manifest = {
             "version": self.distribution.get_version(),
             "torch_target": ".".join(map(str, MINIMUM_TORCH)),
             "compiler": compiler[0] if compiler else " ".join(self.cxx),
             "libraries": [Path(self.get_ext_filename(ext.name)).name for ext in self.extensions],
             "machine": platform.machine(),
-            "cuda": None,
-            "archs": [],
+            "cuda": self.cuda.release if self.cuda else None,
+            "archs": re.findall(r"sm_(\w+)", gencode) if self.cuda else [],
+            "no_cuda": self.no_cuda,
         }
-        library = Path(self.get_ext_fullpath(self.extensions[0].name))
-        library.with_name("_build.json").write_text(json.dumps(manifest, indent=1) + "\n")
+        path = Path(self.get_ext_fullpath(CPU)).with_name("_build.json")
+        # In place, a CUDA library of an earlier build stays where it is, and so does what is known of it.
+        if self.cuda is None and path.exists() and Path(self.get_ext_fullpath(SM90)).exists():
+            before = json.loads(path.read_text())
+            if before.get("cuda"):
+                manifest |= {key: before[key] for key in ("libraries", "cuda", "archs", "no_cuda")}
+        path.write_text(json.dumps(manifest, indent=1) + "\n")
 
     def copy_extensions_to_source(self) -> None:
         """In-place and editable builds: the manifest goes beside the library there too."""
@@ -150,20 +371,41 @@ class WheelForEveryPython(bdist_wheel):
         return "py3", "none", super().get_tag()[2]
 
 
-def run(command: list[str]) -> None:
+def compile_one(job: Job) -> None:
+    """Compiles unless the object is newer than all it is made of and made by the same command."""
+    record = job.object.with_suffix(".json")
+    if record.exists() and job.object.exists():
+        before = json.loads(record.read_text())
+        # The start counts: what was edited during the compilation is not in the object.
+        newest = max(job.newest_header, job.source.stat().st_mtime)
+        if before["command"] == job.command and before["started"] > newest:
+            return
+        record.unlink()
+    started = time.time()
+    output = run(job.command)
+    facts = {"command": job.command, "started": started, "seconds": round(time.time() - started, 1), "output": output}
+    record.write_text(json.dumps(facts, indent=1) + "\n")
+
+
+def run(command: list[str]) -> str:
+    """Everything the command said; printed, too, without ptxas's lines on each kernel: check_build.py makes a table of them."""
     print(shlex.join(command), flush=True)
-    result = subprocess.run(command)
+    result = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    statistics = re.compile(r"ptxas info\s+: (?!.*Performance Loss)|    \d+ bytes stack frame")
+    lines = [line for line in result.stdout.splitlines() if not statistics.match(line)]
+    if lines:
+        print("\n".join(lines), flush=True)
     if result.returncode != 0:
-        fail(f"compiling failed with exit code {result.returncode}; the compiler's message is above.")
+        way_out = "; FLASHMLA_BUILD=cpu builds without CUDA" if Path(command[0]).name == "nvcc" else ""
+        fail(f"compiling failed with exit code {result.returncode}; the compiler's message is above{way_out}.")
+    return result.stdout
 
 
-def extensions() -> list[Extension]:
-    mode = os.environ.get("FLASHMLA_BUILD", "auto")
-    if mode not in ("auto", "cpu", "cuda"):
-        fail(f"FLASHMLA_BUILD: expected auto, cpu or cuda, got {mode!r}.")
-    if mode == "cuda":
-        fail("FLASHMLA_BUILD=cuda: this version has no CUDA library; GPUs go through FlexAttention. Use auto or cpu.")
-    return [Extension("flashmla_hf.libflashmla_cpu", [str(path.relative_to(ROOT)) for path, _ in cpu_sources()])]
-
-
-setup(ext_modules=extensions(), cmdclass={"build_ext": BuildLibraries, "bdist_wheel": WheelForEveryPython})
+if __name__ == "__main__":
+    sources = {CPU: [source for source, _ in cpu_sources()], SM90: sm90_sources()}
+    setup(
+        ext_modules=[
+            Extension(name, [str(path.relative_to(ROOT)) for path in paths]) for name, paths in sources.items()
+        ],
+        cmdclass={"build_ext": BuildLibraries, "bdist_wheel": WheelForEveryPython},
+    )

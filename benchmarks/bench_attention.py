@@ -1,25 +1,34 @@
 """Exact attention beside its peers: TFLOP/s, spread, memory, and ratios to the best peer and the machine's ceiling.
 
-    python benchmarks/bench_attention.py                                   # this machine's suite, all peers it has
-    python benchmarks/bench_attention.py --device cuda --suite anchors --peers flashmla sdpa-cudnn sdpa-flash fa4
-    python benchmarks/bench_attention.py --shape "d128 B1 H32/8 S4096 causal bf16" --modes fwd bwd
+    python benchmarks/bench_attention.py                                   # this machine's suites, all peers it has
+    python benchmarks/bench_attention.py --suite anchors --directions fwd --peers flashmla sdpa-cudnn sdpa-flash fa4
+    python benchmarks/bench_attention.py --suite varlen window overhead --resume     # into the same file
+    python benchmarks/bench_attention.py --shape "d128 B1 H32/8 S4096 causal bf16" --directions fwd bwd
     python benchmarks/bench_attention.py --list                            # the shapes of each suite
 
-How it measures: random normal inputs in [batch, seqlen, heads, head_dim] memory, the layout Transformers has; peers
-take turns (A B C A B C ...), so that a clock that drifts drifts for all; CUDA events on a GPU, the wall clock on a CPU;
-median and interquartile range. fwd is without gradients (inference), bwd the gradients of q, k, v from a kept forward.
+How it measures. Random normal inputs. Peers take turns call by call (A B C D A B C D ...), so that a clock that drifts
+or a power limit that bites does so for all; a peer takes as many turns as fill --seconds, at least --repeats, and one
+that is much slower than the rest is left out of some rounds. On a GPU a turn is one call between two CUDA events,
+several where a call is shorter than 0.4 ms, so that the events weigh nothing; the next round is queued before the
+last is waited for, so that the GPU never waits for Python unless a call takes longer to launch than to run (below
+about 1k tokens: that is what a caller gets). The L2 cache is not flushed: all peers read the same inputs, one after
+the other. On a CPU a turn is 0.1 s of the wall clock. Median and interquartile range of the turns.
+
+fwd is without gradients (inference), bwd the gradients of q, k, v from a kept forward, host the time until an
+asynchronous call returns: 100 calls back to back, then a wait, so that the queue never fills.
 
 No number without a right answer: output, dQ, dK and dV of every timed implementation are compared on a slice (one kv
-head and its query heads; first, middle and last rows) with attention in float64. A wrong one is named and not timed.
+head and its query heads; first, middle and last rows; of a packed batch the first, the longest and the last document)
+with attention in float64. A wrong one is named and not timed.
 
 FLOPs, full mask: fwd ``2·B·Hq·Sq·Sk·(Dqk+Dv)``, bwd ``2·B·Hq·Sq·Sk·(3·Dqk+2·Dv)`` (scores again); causal is half of
-that, and a window counts its visible pairs. The ceiling is a large matrix product of the same dtype, same run.
+that, a window counts its visible pairs, a packed batch the sum over its documents. The ceiling is a large matrix
+product of the same dtype, same run. Memory is a call's peak beyond its inputs; for bwd that of forward and backward.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import ctypes
 import dataclasses
 import gc
@@ -28,6 +37,7 @@ import math
 import os
 import re
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -36,6 +46,8 @@ from pathlib import Path
 
 import torch
 import torch._functorch.config
+from peers import DEFAULT_PEERS, PEERS, Peer, Unsupported
+from shapes import DEFAULT_SUITES, DTYPES, MODES, SUITES, Shape
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
@@ -43,281 +55,46 @@ import environment
 import render_results
 
 RESULTS = Path(__file__).resolve().parent / "results"
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-MODES = ("fwd", "bwd", "fwd+bwd")
 # Largest relative error (Frobenius norm over 64 rows) of a right implementation: rounding of the inputs' dtype with
 # some room. One key too many or too few in a window of 512 is an error of 4e-2, in a causal mask more.
 TOLERANCES = {"fp32": (3e-5, 1e-4), "fp16": (2e-3, 6e-3), "bf16": (1e-2, 3e-2)}  # of the output, of the gradients
 CHECKED_ROWS = 64
-
-
-@dataclass(frozen=True)
-class Shape:
-    batch: int
-    heads_q: int
-    heads_kv: int
-    seqlen_q: int
-    seqlen_kv: int
-    head_dim_qk: int
-    head_dim_v: int
-    is_causal: bool = False
-    window: int | None = None  # causal, and this many keys to the left, the query's own not counted
-    dtype: str = "bf16"
-
-    def __str__(self) -> str:
-        dims = str(self.head_dim_qk) if self.head_dim_qk == self.head_dim_v else f"{self.head_dim_qk}/{self.head_dim_v}"
-        seqlen = str(self.seqlen_q) if self.seqlen_q == self.seqlen_kv else f"{self.seqlen_q}/{self.seqlen_kv}"
-        mask = f"window{self.window}" if self.window is not None else "causal" if self.is_causal else "full"
-        return f"d{dims} B{self.batch} H{self.heads_q}/{self.heads_kv} S{seqlen} {mask} {self.dtype}"
-
-    @staticmethod
-    def parse(text: str) -> Shape:
-        """The inverse of ``str``; raises ValueError with the form that is expected."""
-        match = re.fullmatch(
-            r"d(\d+)(?:/(\d+))? B(\d+) H(\d+)(?:/(\d+))? S(\d+)(?:/(\d+))? (full|causal|window(\d+))"
-            r"(?: (fp32|bf16|fp16))?",
-            " ".join(text.replace(",", " ").split()),
-        )
-        if match is None:
-            raise ValueError(f"expected a shape like 'd128 B1 H32/8 S4096 causal bf16', got {text!r}")
-        d_qk, d_v, batch, heads_q, heads_kv, seqlen_q, seqlen_kv, mask, window, dtype = match.groups()
-        shape = Shape(
-            batch=int(batch),
-            heads_q=int(heads_q),
-            heads_kv=int(heads_kv or heads_q),
-            seqlen_q=int(seqlen_q),
-            seqlen_kv=int(seqlen_kv or seqlen_q),
-            head_dim_qk=int(d_qk),
-            head_dim_v=int(d_v or d_qk),
-            is_causal=mask != "full",
-            window=int(window) if window else None,
-            dtype=dtype or "bf16",
-        )
-        if shape.heads_q % shape.heads_kv:
-            raise ValueError(f"{text!r}: {shape.heads_q} query heads are no multiple of {shape.heads_kv} kv heads")
-        return shape
-
-    def visible_pairs(self) -> int:
-        """(query, key) pairs per head and batch entry; bottom-right aligned, as everywhere in this package."""
-        if not self.is_causal:
-            return self.seqlen_q * self.seqlen_kv
-        shift = self.seqlen_kv - self.seqlen_q
-        # Row i sees keys max(0, p - window) ... p of position p = i + shift.
-        last = torch.arange(self.seqlen_q, dtype=torch.int64) + shift
-        first = (last - self.window).clamp(min=0) if self.window is not None else torch.zeros_like(last)
-        return int((last - first + 1).clamp(min=0).sum())
-
-    def flops(self, mode: str) -> int:
-        pairs = self.visible_pairs()
-        if self.is_causal and self.window is None and self.seqlen_q == self.seqlen_kv:
-            # The convention of every paper: half of the square, its diagonal not counted in full.
-            pairs = self.seqlen_q * self.seqlen_kv // 2
-        forward = 2 * self.batch * self.heads_q * pairs * (self.head_dim_qk + self.head_dim_v)
-        backward = 2 * self.batch * self.heads_q * pairs * (3 * self.head_dim_qk + 2 * self.head_dim_v)
-        return {"fwd": forward, "bwd": backward, "fwd+bwd": forward + backward}[mode]
-
-    @property
-    def mask_bytes(self) -> int:
-        return self.seqlen_q * self.seqlen_kv
-
-    @property
-    def scores_bytes(self) -> int:
-        """One copy of the scores: what eager attention holds several times."""
-        return self.batch * self.heads_q * self.seqlen_q * self.seqlen_kv * DTYPES[self.dtype].itemsize
-
-
-def _anchors() -> list[Shape]:
-    """The table of peers every Hopper result is held against."""
-    shapes = []
-    for head_dim, heads in ((64, 32), (128, 16), (256, 8)):
-        for is_causal in (False, True):
-            for batch, seqlen in ((16, 1024), (4, 4096), (1, 16384)):
-                shapes.append(Shape(batch, heads, heads, seqlen, seqlen, head_dim, head_dim, is_causal))
-    shapes += [Shape(1, 32, 8, s, s, 128, 128, True) for s in (4096, 16384, 65536)]
-    shapes += [Shape(1, 32, 32, s, s, 192, 128, True) for s in (4096, 16384)]
-    return shapes
-
-
-SUITES: dict[str, list[Shape]] = {
-    "anchors": _anchors(),
-    "short": [Shape(1, 32, 8, s, s, 128, 128, True) for s in (128, 512, 1024, 2048)],
-    "window": [Shape(1, 32, 8, 16384, 16384, 128, 128, True, window) for window in (None, 4096, 1024)],
-    "cpu": [
-        *(
-            Shape(1, 512 // d, 512 // d, s, s, d, d, is_causal, dtype=dtype)
-            for dtype in ("fp32", "bf16")
-            for d in (64, 128)
-            for s in (1024, 4096, 8192)
-            for is_causal in (True, False)
-        ),
-        *(Shape(1, 8, 2, 2048, 2048, 64, 64, True, dtype=dtype) for dtype in ("fp32", "bf16")),
-        *(Shape(1, 4, 4, 8192, 8192, 64, 64, True, 512, dtype=dtype) for dtype in ("fp32", "bf16")),
-    ],
-    "tiny": [Shape(1, 4, 2, 256, 256, 64, 64, is_causal, dtype="fp32") for is_causal in (True, False)],
-}
-DEFAULT_SUITES = {"cpu": ("cpu",), "cuda": ("anchors", "short", "window")}
-
-# ---------------------------------------------------------------- peers: (shape, device) -> function of q, k, v -> out
-
-Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]  # all [batch, seqlen, heads, head_dim]
-
-
-class Unsupported(Exception):
-    """A peer does not compute this shape; the message says why."""
-
-
-def _flashmla(impl: str | None) -> Callable[[Shape, str], Attention]:
-    def build(shape: Shape, device: str) -> Attention:
-        from flashmla_hf import attention
-
-        window = None if shape.window is None else (shape.window, 0)
-        return lambda q, k, v: attention(q, k, v, is_causal=shape.is_causal, window=window, impl=impl)
-
-    return build
-
-
-def _visible(shape: Shape, device: str) -> torch.Tensor | None:
-    """Boolean [seqlen_q, seqlen_kv] where causal alone does not say it."""
-    if shape.window is None and (not shape.is_causal or shape.seqlen_q == shape.seqlen_kv):
-        return None
-    position = torch.arange(shape.seqlen_q, device=device)[:, None] + shape.seqlen_kv - shape.seqlen_q
-    key = torch.arange(shape.seqlen_kv, device=device)[None]
-    visible = key <= position
-    return visible if shape.window is None else visible & (key >= position - shape.window)
-
-
-def _sdpa(backend: str | None) -> Callable[[Shape, str], Attention]:
-    def build(shape: Shape, device: str) -> Attention:
-        from torch.nn.attention import SDPBackend, sdpa_kernel
-
-        if backend == "math" and shape.scores_bytes * 6 > 0.8 * environment.memory_available(device):
-            raise Unsupported("the scores do not fit in memory")
-        mask = _visible(shape, device)
-        names = {"flash": "FLASH_ATTENTION", "cudnn": "CUDNN_ATTENTION", "math": "MATH"}
-        chosen = None if backend is None else getattr(SDPBackend, names[backend])
-
-        def run(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-            with contextlib.nullcontext() if chosen is None else sdpa_kernel(chosen):
-                out = torch.nn.functional.scaled_dot_product_attention(
-                    q.transpose(1, 2),
-                    k.transpose(1, 2),
-                    v.transpose(1, 2),
-                    attn_mask=mask,
-                    is_causal=shape.is_causal and mask is None,
-                    enable_gqa=shape.heads_q != shape.heads_kv,
-                )
-            return out.transpose(1, 2)
-
-        return run
-
-    return build
-
-
-def _eager(shape: Shape, device: str) -> Attention:
-    """Transformers' own eager attention, as every Llama runs it by default where nothing better is chosen."""
-    from transformers.models.llama.modeling_llama import eager_attention_forward
-
-    if shape.scores_bytes * 6 > 0.8 * environment.memory_available(device):
-        raise Unsupported("the scores do not fit in memory")
-    module = torch.nn.Module().eval()
-    module.num_key_value_groups = shape.heads_q // shape.heads_kv
-    visible = _visible(dataclasses.replace(shape, window=shape.window or shape.seqlen_kv), device)
-    mask = None
-    if shape.is_causal:
-        mask = torch.zeros(1, 1, shape.seqlen_q, shape.seqlen_kv, dtype=DTYPES[shape.dtype], device=device)
-        mask.masked_fill_(~visible, torch.finfo(mask.dtype).min)
-
-    def run(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        return eager_attention_forward(module, q, k, v, mask, scaling=shape.head_dim_qk**-0.5)[0]
-
-    return run
-
-
-def _flex(shape: Shape, device: str) -> Attention:
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-
-    if device != "cuda":
-        raise Unsupported("compiled FlexAttention is measured on GPUs")
-    # Every shape compiles anew, and past dynamo's limit of recompilations FlexAttention would run unfused in silence.
-    torch._dynamo.reset()
-    compiled = torch.compile(flex_attention, fullgraph=True, dynamic=False)
-    block_mask = None
-    if shape.is_causal:
-        shift, window = shape.seqlen_kv - shape.seqlen_q, shape.window or shape.seqlen_kv
-
-        def mask_mod(batch, head, q_index, kv_index):
-            position = q_index + shift
-            return (kv_index <= position) & (kv_index >= position - window)
-
-        block_mask = create_block_mask(mask_mod, None, None, shape.seqlen_q, shape.seqlen_kv, device=device)
-
-    def run(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        return compiled(q, k, v, block_mask=block_mask, enable_gqa=shape.heads_q != shape.heads_kv).transpose(1, 2)
-
-    return run
-
-
-def _fa4(shape: Shape, device: str) -> Attention:
-    try:
-        from flash_attn.cute import flash_attn_func
-    except ImportError as error:
-        raise Unsupported(f"flash_attn.cute: {error}") from None
-    window = (None, None) if shape.window is None else (shape.window, 0)
-
-    def run(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        out = flash_attn_func(q, k, v, causal=shape.is_causal and shape.window is None, window_size=window)
-        return out[0] if isinstance(out, tuple) else out
-
-    return run
-
-
-PEERS: dict[str, Callable[[Shape, str], Attention]] = {
-    "flashmla": _flashmla(None),
-    "flashmla-sm90": _flashmla("sm90"),
-    "flashmla-cpu": _flashmla("cpu"),
-    "flashmla-flex": _flashmla("flex"),
-    "sdpa": _sdpa(None),
-    "sdpa-flash": _sdpa("flash"),
-    "sdpa-cudnn": _sdpa("cudnn"),
-    "sdpa-math": _sdpa("math"),
-    "eager": _eager,
-    "flex": _flex,
-    "fa4": _fa4,
-}
-DEFAULT_PEERS = {
-    "cpu": ("flashmla", "sdpa", "eager"),
-    "cuda": ("flashmla", "sdpa-cudnn", "sdpa-flash", "fa4", "flex", "eager"),
-}
-
-
-def is_ours(peer: str) -> bool:
-    return peer.startswith("flashmla")
-
+TURN_SECONDS = {"cpu": 0.1, "cuda": 0.0004}
+HOST_CALLS = 100  # in a row before the GPU is waited for; its queue holds about a thousand launches
 
 # ---------------------------------------------------------------- correctness
 
 
 @dataclass
 class Inputs:
-    q: torch.Tensor  # [batch, seqlen_q, heads_q, head_dim_qk]
-    k: torch.Tensor  # [batch, seqlen_kv, heads_kv, head_dim_qk]
-    v: torch.Tensor  # [batch, seqlen_kv, heads_kv, head_dim_v]
-    dout: torch.Tensor  # [batch, seqlen_q, heads_q, head_dim_v]
+    """Dense [batch, seqlen, heads, dim] or packed [batch * seqlen, heads, dim]."""
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    dout: torch.Tensor
 
     @staticmethod
     def random(shape: Shape, device: str) -> Inputs:
         generator = torch.Generator(device).manual_seed(0)
 
-        def normal(*size: int) -> torch.Tensor:
-            return torch.randn(*size, generator=generator, device=device).to(DTYPES[shape.dtype])
+        def normal(seqlen: int, heads: int, dim: int) -> torch.Tensor:
+            rows = (shape.batch * seqlen,) if shape.is_packed else (shape.batch, seqlen)
+            return torch.randn(*rows, heads, dim, generator=generator, device=device).to(DTYPES[shape.dtype])
 
         return Inputs(
-            normal(shape.batch, shape.seqlen_q, shape.heads_q, shape.head_dim_qk).requires_grad_(),
-            normal(shape.batch, shape.seqlen_kv, shape.heads_kv, shape.head_dim_qk).requires_grad_(),
-            normal(shape.batch, shape.seqlen_kv, shape.heads_kv, shape.head_dim_v).requires_grad_(),
-            normal(shape.batch, shape.seqlen_q, shape.heads_q, shape.head_dim_v),
+            normal(shape.seqlen_q, shape.heads_q, shape.head_dim_qk).requires_grad_(),
+            normal(shape.seqlen_kv, shape.heads_kv, shape.head_dim_qk).requires_grad_(),
+            normal(shape.seqlen_kv, shape.heads_kv, shape.head_dim_v).requires_grad_(),
+            normal(shape.seqlen_q, shape.heads_q, shape.head_dim_v),
+        )
+
+    def arranged(self, peer: Peer) -> Inputs:
+        """The same memory as the peer wants to see it."""
+        if not peer.is_heads_first:
+            return self
+        return Inputs(
+            *(x.detach().transpose(1, 2).requires_grad_() for x in (self.q, self.k, self.v)), self.dout.transpose(1, 2)
         )
 
 
@@ -327,9 +104,18 @@ def _blocks(seqlen: int) -> list[slice]:
     return [slice(start, min(start + CHECKED_ROWS, seqlen)) for start in sorted(starts)]
 
 
+def _checked_documents(shape: Shape) -> list[int | slice]:
+    """Indices into the first dimension of a tensor: the last batch entry; of a pack the first, longest and last."""
+    if not shape.is_packed:
+        return [-1]
+    documents = shape.documents()
+    longest = max(range(len(documents)), key=lambda i: documents[i].stop - documents[i].start)
+    return [documents[i] for i in sorted({0, longest, len(documents) - 1})]
+
+
 @dataclass
 class Expected:
-    """float64 results of the last batch entry and last kv head: blocks of rows of O and dQ (of each query head in the
+    """float64 results of one document and the last kv head: blocks of rows of O and dQ (of each query head in the
     group), and blocks of rows of dK and dV."""
 
     out: list[torch.Tensor]  # of [group, rows, head_dim_v]
@@ -339,22 +125,26 @@ class Expected:
 
 
 @torch.no_grad()
-def expected(shape: Shape, inputs: Inputs, needs_gradients: bool) -> Expected:
-    """Attention and its gradients on the slice, by the textbook formulas, a chunk of query rows at a time."""
+def expected(shape: Shape, inputs: Inputs, needs_gradients: bool) -> list[Expected]:
+    """Attention and its gradients on the slice of each checked document."""
+    return [_expected(shape, inputs, index, needs_gradients) for index in _checked_documents(shape)]
+
+
+def _expected(shape: Shape, inputs: Inputs, index: int | slice, needs_gradients: bool) -> Expected:
+    """By the textbook formulas, a chunk of query rows at a time."""
     group = shape.heads_q // shape.heads_kv
-    q = inputs.q[-1, :, -group:].transpose(0, 1).double()  # [group, seqlen_q, head_dim_qk]
-    dout = inputs.dout[-1, :, -group:].transpose(0, 1).double()
-    k, v = inputs.k[-1, :, -1].double(), inputs.v[-1, :, -1].double()  # [seqlen_kv, head_dim]
+    q = inputs.q[index][:, -group:].transpose(0, 1).double()  # [group, seqlen_q, head_dim_qk]
+    dout = inputs.dout[index][:, -group:].transpose(0, 1).double()
+    k, v = inputs.k[index][:, -1].double(), inputs.v[index][:, -1].double()  # [seqlen_kv, head_dim]
+    seqlen_q, seqlen_kv = q.shape[1], k.shape[0]
     scale = shape.head_dim_qk**-0.5
-    key = torch.arange(shape.seqlen_kv, device=q.device)
+    key = torch.arange(seqlen_kv, device=q.device)
 
     def rows(block: slice) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """P, O and dS of some query rows: [group, rows, seqlen_kv], [group, rows, head_dim_v], as P."""
         s = scale * q[:, block] @ k.T
         if shape.is_causal:
-            position = (
-                torch.arange(block.start, block.stop, device=q.device)[:, None] + shape.seqlen_kv - shape.seqlen_q
-            )
+            position = torch.arange(block.start, block.stop, device=q.device)[:, None] + seqlen_kv - seqlen_q
             visible = key <= position
             if shape.window is not None:
                 visible &= key >= position - shape.window
@@ -365,18 +155,17 @@ def expected(shape: Shape, inputs: Inputs, needs_gradients: bool) -> Expected:
         ds = p * (dout[:, block] @ v.T - delta)  # FlashAttention-2 (arXiv 2307.08691), algorithm 2
         return p, out, ds
 
-    blocks = _blocks(shape.seqlen_q)
-    some = [rows(block) for block in blocks]
+    some = [rows(block) for block in _blocks(seqlen_q)]
     result = Expected([out for _, out, _ in some], None, None, None)
     if not needs_gradients:
         return result
     result.dq = [scale * ds @ k for _, _, ds in some]
-    kv_blocks = _blocks(shape.seqlen_kv)
+    kv_blocks = _blocks(seqlen_kv)
     result.dk = [torch.zeros_like(k[block]) for block in kv_blocks]
     result.dv = [torch.zeros_like(v[block]) for block in kv_blocks]
-    chunk = max(16, 2**25 // (group * shape.seqlen_kv))  # 256 MiB of float64 scores
-    for start in range(0, shape.seqlen_q, chunk):
-        block = slice(start, min(start + chunk, shape.seqlen_q))
+    chunk = max(16, 2**25 // (group * seqlen_kv))  # 256 MiB of float64 scores
+    for start in range(0, seqlen_q, chunk):
+        block = slice(start, min(start + chunk, seqlen_q))
         p, _, ds = rows(block)
         for i, kv_block in enumerate(kv_blocks):
             result.dk[i] += scale * torch.einsum("grk,grd->kd", ds[..., kv_block], q[:, block])
@@ -384,39 +173,39 @@ def expected(shape: Shape, inputs: Inputs, needs_gradients: bool) -> Expected:
     return result
 
 
-def verdict(shape: Shape, run: Attention, inputs: Inputs, truth: Expected) -> tuple[str | None, dict[str, float]]:
-    """What is wrong with ``run`` on these inputs, or None; and the relative errors found."""
+def verdict(
+    shape: Shape, peer: Peer, inputs: Inputs, truth: list[Expected], training: bool
+) -> tuple[str | None, dict[str, float]]:
+    """What is wrong with ``peer`` on these inputs, or None; and the relative errors found. With ``training`` the gradients
+    and the output they came with are compared, without it the output of a call that needs none."""
     group = shape.heads_q // shape.heads_kv
     tolerance_out, tolerance_grad = TOLERANCES[shape.dtype]
-    with torch.no_grad():  # what "fwd" times
-        out, gradients = run(inputs.q, inputs.k, inputs.v), None
-    if out.shape != inputs.dout.shape:
-        return f"the output has shape {tuple(out.shape)}, expected {tuple(inputs.dout.shape)}", {}
-    if truth.dq is not None:
-        training_out = run(inputs.q, inputs.k, inputs.v)
-        gradients = torch.autograd.grad(training_out, (inputs.q, inputs.k, inputs.v), inputs.dout)
-        training_out = training_out.detach()
+    mine = inputs.arranged(peer)
+    q, k, v = (x if training else x.detach() for x in (mine.q, mine.k, mine.v))
+    with peer.context():
+        out = peer.run(q, k, v)
+        if out.shape != mine.dout.shape:
+            return f"the output has shape {tuple(out.shape)}, expected {tuple(mine.dout.shape)}", {}
+        found = {"O": out.detach()}
+        if training:
+            gradients = torch.autograd.grad(out, (q, k, v), mine.dout)
+            found |= dict(zip(("dQ", "dK", "dV"), gradients, strict=True))
     errors, problem = {}, None
-
-    def compare(name: str, got: torch.Tensor, want: list[torch.Tensor], blocks: list[slice], tolerance: float) -> None:
-        nonlocal problem
-        worst = 0.0
-        for block, reference in zip(blocks, want, strict=True):
-            difference = (got[..., block, :].double() - reference).norm() / reference.norm().clamp(min=1e-30)
-            worst = max(worst, float(difference)) if torch.isfinite(difference) else math.inf
-        errors[name] = max(worst, errors.get(name, 0.0))
+    for name, tensor in found.items():
+        if peer.is_heads_first:
+            tensor = tensor.transpose(1, 2)
+        tolerance, worst = tolerance_out if name == "O" else tolerance_grad, 0.0
+        for index, right in zip(_checked_documents(shape), truth, strict=True):
+            part = tensor[index]
+            rows = part[:, -group:].transpose(0, 1) if name in ("O", "dQ") else part[:, -1]
+            want = {"O": right.out, "dQ": right.dq, "dK": right.dk, "dV": right.dv}[name]
+            for block, reference in zip(_blocks(part.shape[0]), want, strict=True):
+                error = (rows[..., block, :].double() - reference).norm() / reference.norm().clamp(min=1e-30)
+                worst = max(worst, float(error)) if torch.isfinite(error) else math.inf
+        errors[name] = worst
         if problem is None and worst > tolerance:
             problem = f"{name} is off by {worst:.1e} (relative; allowed {tolerance:.0e})"
-
-    compare("O", out[-1, :, -group:].transpose(0, 1), truth.out, _blocks(shape.seqlen_q), tolerance_out)
-    if gradients is not None:
-        dq, dk, dv = gradients
-        compare("O", training_out[-1, :, -group:].transpose(0, 1), truth.out, _blocks(shape.seqlen_q), tolerance_out)
-        compare("dQ", dq[-1, :, -group:].transpose(0, 1), truth.dq, _blocks(shape.seqlen_q), tolerance_grad)
-        compare("dK", dk[-1, :, -1], truth.dk, _blocks(shape.seqlen_kv), tolerance_grad)
-        compare("dV", dv[-1, :, -1], truth.dv, _blocks(shape.seqlen_kv), tolerance_grad)
-    # The slice cannot see everything; NaN and infinity elsewhere it need not miss.
-    for name, tensor in (("O", out), *zip(("dQ", "dK", "dV"), gradients or (), strict=False)):
+        # The slice cannot see everything; NaN and infinity elsewhere it need not miss.
         if problem is None and not torch.isfinite(tensor).all():
             problem = f"{name} is not finite everywhere"
     return problem, errors
@@ -425,46 +214,84 @@ def verdict(shape: Shape, run: Attention, inputs: Inputs, truth: Expected) -> tu
 # ---------------------------------------------------------------- timing
 
 
-def timed_call(run: Attention, inputs: Inputs, mode: str) -> Callable[[], object]:
-    """A function without arguments that does what ``mode`` times, once."""
-    q, k, v = inputs.q, inputs.k, inputs.v
-    if mode == "fwd":
+@dataclass
+class Timed:
+    """One call of one peer in one mode, ready to be repeated."""
+
+    peer: Peer
+    call: Callable[[], object]
+
+
+def timed_call(peer: Peer, inputs: Inputs, mode: str) -> Timed:
+    mine = inputs.arranged(peer)
+    q, k, v = mine.q, mine.k, mine.v
+    if mode in ("fwd", "host"):
         q, k, v = q.detach(), k.detach(), v.detach()
-        return lambda: run(q, k, v)
+    if mode in ("fwd", "host", "host+grad"):
+        return Timed(peer, lambda: peer.run(q, k, v))
     if mode == "fwd+bwd":
-        return lambda: torch.autograd.grad(run(q, k, v), (q, k, v), inputs.dout)
-    out = run(q, k, v)
-    return lambda: torch.autograd.grad(out, (q, k, v), inputs.dout, retain_graph=True)
+        return Timed(peer, lambda: torch.autograd.grad(peer.run(q, k, v), (q, k, v), mine.dout))
+    with peer.context():
+        out = peer.run(q, k, v)
+    return Timed(peer, lambda: torch.autograd.grad(out, (q, k, v), mine.dout, retain_graph=True))
 
 
-def seconds_of(call: Callable[[], object], count: int, device: str) -> float:
-    """Seconds per call of ``count`` calls in a row."""
-    if device == "cuda":
+def start_turn(timed: Timed, count: int, device: str, mode: str) -> Callable[[], float]:
+    """``count`` calls in a row; the result gives seconds per call, and on a GPU waits for them."""
+    if device == "cuda" and not mode.startswith("host"):
         start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
+        with timed.peer.context():
+            start.record()
+            for _ in range(count):
+                timed.call()
+            stop.record()
+
+        def seconds() -> float:
+            stop.synchronize()
+            return start.elapsed_time(stop) / 1e3 / count
+
+        return seconds
+    if device == "cuda":
+        torch.cuda.synchronize()
+    with timed.peer.context():
+        started = time.perf_counter()
         for _ in range(count):
-            call()
-        stop.record()
-        stop.synchronize()
-        return start.elapsed_time(stop) / 1e3 / count
-    started = time.perf_counter()
-    for _ in range(count):
-        call()
-    return (time.perf_counter() - started) / count
+            timed.call()
+        elapsed = (time.perf_counter() - started) / count
+    return lambda: elapsed
 
 
-def interleaved(calls: dict[str, Callable[[], object]], device: str, repeats: int, slice_seconds: float) -> dict:
-    """Seconds per call of each, ``repeats`` times in turn; a turn lasts about ``slice_seconds``."""
-    counts = {}
-    for name, call in calls.items():
-        seconds_of(call, 1, device)  # compiles, allocates, chooses
-        once = seconds_of(call, 1, device)
-        counts[name] = max(1, min(200, round(slice_seconds / max(once, 1e-6))))
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(repeats):
-        for name, call in calls.items():
-            times[name].append(seconds_of(call, counts[name], device))
-    return times
+def interleaved(
+    calls: dict[str, Timed], device: str, mode: str, repeats: int, seconds: float, halfway: Callable[[], None]
+) -> dict[str, list[float]]:
+    """Seconds per call of each, turn by turn."""
+    counts, turns = {}, {}
+    turn_seconds = min(TURN_SECONDS[device], seconds / repeats)
+    for name, timed in calls.items():
+        start_turn(timed, 1, device, mode)()  # compiles, allocates, chooses
+        once = start_turn(timed, 1, device, mode)()
+        # Several in a row, where they are short, hide the launch of the first.
+        once = max(1e-6, start_turn(timed, max(1, min(5, int(0.01 / max(once, 1e-6)))), device, mode)())
+        counts[name] = max(1, min(200, math.ceil(turn_seconds / once)))
+        if device == "cuda" and mode.startswith("host"):
+            counts[name] = HOST_CALLS
+        turns[name] = max(repeats, min(1000, math.ceil(seconds / (counts[name] * once))))
+    rounds = max(turns.values(), default=0)
+    started: dict[str, list[Callable[[], float]]] = {name: [] for name in calls}
+    last: list[Callable[[], float]] = []
+    for i in range(rounds):
+        queued = []
+        for name, timed in calls.items():
+            # A peer with fewer turns takes them evenly spread over the rounds.
+            if i * turns[name] // rounds != (i + 1) * turns[name] // rounds:
+                queued.append(start_turn(timed, counts[name], device, mode))
+                started[name].append(queued[-1])
+        for wait in last:  # the round before: this one is already queued behind it
+            wait()
+        last = queued
+        if i == rounds // 2:
+            halfway()
+    return {name: [turn() for turn in mine] for name, mine in started.items()}
 
 
 def peak_memory(call: Callable[[], object], device: str) -> int | None:
@@ -501,8 +328,19 @@ def matmul_ceiling(dtype: str, device: str) -> float:
     """FLOP/s of a large square matrix product: the median of several."""
     n = 8192 if device == "cuda" else 2048
     a, b = (torch.randn(n, n, device=device).to(DTYPES[dtype]) for _ in range(2))
-    times = [seconds_of(lambda: a @ b, 10 if device == "cuda" else 1, device) for _ in range(7)][2:]
-    return 2 * n**3 / statistics.median(times)
+    return 2 * n**3 / _median_seconds(lambda: a @ b, device)
+
+
+def copy_bandwidth(device: str) -> float:
+    """Bytes read and written per second by a copy within the device."""
+    source = torch.ones(2**30 if device == "cuda" else 2**26, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    return 2 * source.numel() / _median_seconds(lambda: target.copy_(source), device)
+
+
+def _median_seconds(call: Callable[[], object], device: str) -> float:
+    timed = Timed(Peer(call), call)
+    return statistics.median([start_turn(timed, 10 if device == "cuda" else 1, device, "fwd")() for _ in range(7)][2:])
 
 
 def spread(times: list[float]) -> float:
@@ -513,68 +351,89 @@ def spread(times: list[float]) -> float:
     return (high - low) / statistics.median(times)
 
 
+def gpu_state(device: str) -> dict[str, float]:
+    """SM clock and power draw now; empty where the driver's library does not say."""
+    if device != "cuda":
+        return {}
+    try:
+        return {"sm_mhz": torch.cuda.clock_rate(), "watts": torch.cuda.power_draw() / 1e3}
+    except Exception:  # no pynvml, or a driver that refuses it: the numbers stand without
+        return {}
+
+
 # ---------------------------------------------------------------- one shape
 
 
-def measure_shape(
-    shape: Shape, peers: list[str], modes: list[str], device: str, repeats: int, slice_seconds: float
-) -> list[dict]:
+@dataclass(frozen=True)
+class Job:
+    shape: Shape
+    peers: dict[str, list[str]]  # of each mode
+
+
+def measure_shape(job: Job, device: str, repeats: int, seconds: float) -> list[dict]:
     """One record per peer and mode: seconds, spread, FLOP/s, memory and errors, or why there are none."""
+    shape = job.shape
     inputs = Inputs.random(shape, device)
-    truth = expected(shape, inputs, needs_gradients=modes != ["fwd"])
+    truth = expected(shape, inputs, needs_gradients=any("bwd" in mode for mode in job.peers))
+    _free(device)  # so that a peer that asks what memory is left hears the truth
     records, runs = [], {}
 
     def refuse(peer: str, status: str, reason: str) -> None:
         records.append({"shape": str(shape), "peer": peer, "mode": None, "status": status, "reason": reason})
 
-    errors_of: dict[str, dict] = {}
-    for peer in peers:
+    for name in dict.fromkeys(name for peers in job.peers.values() for name in peers):
         try:
-            run = PEERS[peer](shape, device)
-            problem, errors_of[peer] = verdict(shape, run, inputs, truth)
+            runs[name] = PEERS[name](shape, device)
         except Unsupported as error:
-            refuse(peer, "unsupported", str(error))
-        except torch.OutOfMemoryError:
-            refuse(peer, "out_of_memory", "the GPU's memory does not suffice")
+            refuse(name, "unsupported", str(error))
         except Exception as error:  # a peer's refusal can be any exception; it is recorded, and the others go on
-            refuse(peer, "unsupported", _first_line(error))
-        else:
-            if problem is not None:
-                refuse(peer, "wrong", problem)
-            else:
-                runs[peer] = run
-        _free(device)
-    del truth
+            refuse(name, "unsupported", _first_line(error))
 
-    for mode in modes:
-        calls, memory = {}, {}
-        for peer in list(runs):
+    # What is loaded by now stays: a full collection over it, twice per peer, would take longer than the measuring.
+    gc.collect()
+    gc.freeze()
+
+    errors_of: dict[tuple[str, bool], dict] = {}
+    for mode, peers in job.peers.items():
+        calls, memory, state = {}, {}, {}
+        training = "bwd" in mode
+        for name in [name for name in peers if name in runs]:
+            peer = runs[name]
             try:
-                calls[peer] = timed_call(runs[peer], inputs, mode)
-                memory[peer] = peak_memory(calls[peer], device)
+                if (name, training) not in errors_of:
+                    problem, errors_of[name, training] = verdict(shape, peer, inputs, truth, training)
+                    if problem is not None:
+                        refuse(name, "wrong", problem)
+                        del runs[name]
+                        continue
+                if not mode.startswith("host"):
+                    step = timed_call(peer, inputs, "fwd+bwd" if training else "fwd")
+                    with peer.context():
+                        memory[name] = peak_memory(step.call, device)
+                calls[name] = timed_call(peer, inputs, mode)
             except torch.OutOfMemoryError:
-                refuse(peer, "out_of_memory", f"{mode}: the GPU's memory does not suffice")
-                calls.pop(peer, None)
-                del runs[peer]
-            except Exception as error:  # as above: the others go on
-                refuse(peer, "unsupported", f"{mode}: {_first_line(error)}")
-                calls.pop(peer, None)
+                refuse(name, "out_of_memory", f"{mode}: the GPU's memory does not suffice")
+            except Exception as error:  # as above; a peer without a backward keeps its forward
+                refuse(name, "unsupported", f"{mode}: {_first_line(error)}")
             _free(device)
-        for peer, times in interleaved(calls, device, repeats, slice_seconds).items():
-            seconds = statistics.median(times)
-            records.append(
-                {
-                    "shape": str(shape),
-                    "peer": peer,
-                    "mode": mode,
-                    "status": "ok",
-                    "seconds": seconds,
-                    "spread": spread(times),
-                    "flops_per_second": shape.flops(mode) / seconds,
-                    "peak_bytes": memory[peer],
-                    "errors": errors_of[peer],
-                }
-            )
+        halfway = lambda state=state: state.update(gpu_state(device))  # noqa: E731
+        for name, times in interleaved(calls, device, mode, repeats, seconds, halfway).items():
+            record = {
+                "shape": str(shape),
+                "peer": name,
+                "mode": mode,
+                "status": "ok",
+                "seconds": statistics.median(times),
+                "spread": spread(times),
+                "turns": len(times),
+                "errors": errors_of[name, training],
+                **state,
+            }
+            if not mode.startswith("host"):
+                record["flops_per_second"] = shape.flops(mode) / record["seconds"]
+                record["peak_bytes"] = memory[name]
+                record["output_bytes"] = shape.output_bytes(mode)
+            records.append(record)
         calls.clear()
         _free(device)
     return records
@@ -593,6 +452,48 @@ def _free(device: str) -> None:
 # ---------------------------------------------------------------- the run
 
 
+def jobs(args: argparse.Namespace, earlier: list[dict]) -> list[Job]:
+    """What the arguments ask for and ``earlier`` records do not answer; suites may share shapes, each is measured once."""
+    chosen = [(suite.shapes, suite) for suite in map(SUITES.get, args.suite or ())]
+    if args.shape:
+        chosen.append(([Shape.parse(text) for text in args.shape], None))
+    elif not args.suite:
+        chosen = [(suite.shapes, suite) for suite in map(SUITES.get, DEFAULT_SUITES[args.device])]
+    default_modes = ("fwd", "bwd") if args.device == "cuda" else ("fwd", "fwd+bwd")
+    asked: dict[Shape, dict[str, list[str]]] = {}
+    for shapes, suite in chosen:
+        peers = args.peers or (suite and suite.peers) or DEFAULT_PEERS[args.device]
+        for shape in shapes:
+            if args.dtype:
+                shape = dataclasses.replace(shape, dtype=args.dtype)
+            for mode in args.directions or (suite and suite.modes) or default_modes:
+                mine = asked.setdefault(shape, {}).setdefault(mode, [])
+                mine += [peer for peer in peers if peer not in mine]
+    result = []
+    for shape, modes in asked.items():
+        mine = [r for r in earlier if r["shape"] == str(shape)]
+        have = {(r["peer"], r["mode"]) for r in mine}
+        missing = {}
+        for mode, peers in modes.items():
+            if not all((peer, mode) in have or (peer, None) in have for peer in peers):
+                # Peers are compared within one series of turns only: those that were there before run again.
+                missing[mode] = list(dict.fromkeys([r["peer"] for r in mine if r["mode"] == mode] + peers))
+        if missing:
+            result.append(Job(shape, missing))
+    return result
+
+
+def merge(earlier: list[dict], new: list[dict]) -> list[dict]:
+    """The new records, and those earlier ones they do not replace."""
+    replaced = {(r["shape"], r["mode"]) for r in new}
+    refused = {(r["shape"], r["peer"]) for r in new}
+    return [
+        r
+        for r in earlier
+        if (r["shape"], r["mode"]) not in replaced and not (r["mode"] is None and (r["shape"], r["peer"]) in refused)
+    ] + new
+
+
 def write_json(document: dict, path: Path) -> None:
     """Whole or not at all: a run that is killed leaves the points it had."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -601,70 +502,103 @@ def write_json(document: dict, path: Path) -> None:
     os.replace(unfinished, path)
 
 
+def _driver() -> str:
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "-i", "0"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.split()[0]
+    except (OSError, subprocess.SubprocessError, IndexError):
+        return "unknown"
+
+
+def _window_tile() -> list[int]:
+    """Rows of Q and of K/V in a tile of the Hopper kernel at head dim 128, read from its table; (128, 128) without it."""
+    tiles = Path(__file__).resolve().parent.parent / "csrc" / "sm90" / "tiles.h"
+    found = tiles.exists() and re.search(r"ForwardTiles<128, 128, kMask> : ForwardTile<(\d+), (\d+)", tiles.read_text())
+    return [int(found.group(1)), int(found.group(2))] if found else [128, 128]
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default=environment.default_device())
     parser.add_argument("--suite", nargs="+", choices=list(SUITES), help="named shapes; default: the device's")
     parser.add_argument("--shape", nargs="+", metavar="SHAPE", help="own shapes, e.g. 'd64 B1 H9/3 S2048 causal fp32'")
+    parser.add_argument("--dtype", choices=list(DTYPES), help="instead of each shape's own")
     parser.add_argument("--peers", nargs="+", choices=list(PEERS), metavar="PEER", help=f"of {', '.join(PEERS)}")
-    parser.add_argument("--modes", nargs="+", choices=MODES, help="default: fwd bwd on a GPU, fwd fwd+bwd on a CPU")
-    parser.add_argument("--repeats", type=int, default=7, help="turns per peer")
     parser.add_argument(
-        "--slice", type=float, metavar="S", help="seconds per turn (default: 0.02 on a GPU, 0.1 on a CPU)"
+        "--directions",
+        nargs="+",
+        choices=MODES,
+        metavar="MODE",
+        help=f"of {', '.join(MODES)}; default: what the suite is about, else fwd bwd on a GPU, fwd fwd+bwd on a CPU",
+    )
+    parser.add_argument("--repeats", type=int, default=10, help="turns per peer at least (default: 10)")
+    parser.add_argument(
+        "--seconds",
+        type=float,
+        metavar="S",
+        help="per peer, shape and mode, about (default: 0.2 on a GPU, 1 on a CPU)",
     )
     parser.add_argument("--time_budget", type=float, metavar="S", help="begin no shape after this many seconds")
     parser.add_argument("--name", help="name of the JSON file; default: attention-DEVICE")
+    parser.add_argument("--resume", action="store_true", help="keep the file's records, measure only what it lacks")
     parser.add_argument("--output_dir", type=Path, default=RESULTS, help="default: benchmarks/results")
     parser.add_argument("--list", action="store_true", help="print the shapes of every suite and end")
     args = parser.parse_args(argv)
     if args.list:
-        for suite, shapes in SUITES.items():
-            print(suite, *(f"  {shape}" for shape in shapes), sep="\n")
+        for name, suite in SUITES.items():
+            print(name, *(f"  {shape}" for shape in suite.shapes), sep="\n")
         return
     if args.device == "cuda" and not torch.cuda.is_available():
         sys.exit("bench_attention: --device cuda: torch sees no GPU here")
+    name = args.name or f"attention-{_slug(environment.device_name(args.device))}"
+    path = args.output_dir / f"{name}.json"
+    earlier = json.loads(path.read_text())["records"] if args.resume and path.exists() else []
     try:
-        shapes = [Shape.parse(text) for text in args.shape or []]
+        todo = jobs(args, earlier)
     except ValueError as error:
         sys.exit(f"bench_attention: --shape: {error}")
-    for suite in args.suite or (() if shapes else DEFAULT_SUITES[args.device]):
-        shapes += SUITES[suite]
-    peers = args.peers or list(DEFAULT_PEERS[args.device])
-    modes = args.modes or (["fwd", "bwd"] if args.device == "cuda" else ["fwd", "fwd+bwd"])
     # "bwd" repeats the backward of one kept forward, which compiled graphs that give their buffers away refuse.
     torch._functorch.config.donated_buffer = False
-    slice_seconds = args.slice or (0.02 if args.device == "cuda" else 0.1)
+    seconds = args.seconds or (0.2 if args.device == "cuda" else 1.0)
 
     started = time.monotonic()
     record = environment.describe(args.device)
-    ceilings = {dtype: matmul_ceiling(dtype, args.device) for dtype in dict.fromkeys(s.dtype for s in shapes)}
     document = {
         "kind": "attention",
         "environment": record,
-        "matmul_flops_per_second": ceilings,
-        "records": [],
+        "driver": _driver() if args.device == "cuda" else None,
+        "matmul_flops_per_second": {
+            dtype: matmul_ceiling(dtype, args.device)
+            for dtype in dict.fromkeys([j.shape.dtype for j in todo] + [Shape.parse(r["shape"]).dtype for r in earlier])
+        },
+        "copy_bytes_per_second": copy_bandwidth(args.device),
+        "window_tile": _window_tile(),
+        "records": earlier,
         "skipped": [],
     }
-    path = args.output_dir / f"{args.name or 'attention-' + _slug(record['device'])}.json"
+    _free(args.device)
     wrong = []
-    bar = tqdm(shapes, unit="shape", desc="measuring")
-    for shape in bar:
-        bar.set_postfix_str(str(shape))
+    bar = tqdm(todo, unit="shape", desc="measuring")
+    for job in bar:
+        bar.set_postfix_str(str(job.shape))
         left = None if args.time_budget is None else args.time_budget - (time.monotonic() - started)
         if left is not None and left <= 0:
-            document["skipped"].append(str(shape))
+            document["skipped"].append(str(job.shape))
         else:
-            records = measure_shape(shape, peers, modes, args.device, args.repeats, slice_seconds)
-            document["records"] += records
+            records = measure_shape(job, args.device, args.repeats, seconds)
+            document["records"] = merge(document["records"], records)
             wrong += [r for r in records if r["status"] == "wrong"]
             for line in summary(records):
                 bar.write(line)
-        record["clocks_at_end"] = environment.clocks(args.device)
         write_json(document, path)
+    record["clocks_at_end"] = environment.clocks(args.device)
+    write_json(document, path)
     if document["skipped"]:
         print(f"not measured, --time_budget {args.time_budget:.0f} s was used up: {'; '.join(document['skipped'])}")
+    for line in render_results.verdict_lines(document):
+        print(line)
     table = render_results.write(args.output_dir)
-    print(f"written: {path} and {table}")
+    print(f"written in {time.monotonic() - started:.0f} s: {path} and {table}")
     if wrong:
         first = wrong[0]
         sys.exit(f"bench_attention: WRONG RESULTS, not timed: {first['peer']} at {first['shape']}: {first['reason']}")
@@ -676,6 +610,8 @@ def summary(records: list[dict]) -> list[str]:
         head = f"{r['shape']:<42} {r['peer']:<14}"
         if r["status"] != "ok":
             lines.append(f"{head} {r['status'].replace('_', ' ')}: {r['reason']}")
+        elif r["mode"].startswith("host"):
+            lines.append(f"{head} {r['mode']:<10}{r['seconds'] * 1e6:8.1f} µs ±{100 * r['spread']:.0f} %")
         else:
             memory = "" if r["peak_bytes"] is None else f", {r['peak_bytes'] / 2**20:,.0f} MiB"
             lines.append(

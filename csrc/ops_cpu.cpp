@@ -5,14 +5,13 @@
 // avx512_bf16, amx. The environment variable FLASHMLA_CPU_ISA, read once when this library is loaded, lowers it for
 // tests.
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
 #include <cstring>
 #include <tuple>
 
-#include "checks.h"
 #include "cpu/kernel.h"
+#include "host.h"
 
 namespace flashmla {
 namespace {
@@ -52,26 +51,12 @@ Workspace make_workspace(const Tensor& like, int64_t bytes) {
   return {storage, reinterpret_cast<void*>((address + 63) / 64 * 64)};
 }
 
-Tensor make_tensor(const Tensor& like, const std::vector<int64_t>& shape, ScalarType dtype) {
-  return torch::stable::new_empty(like, {shape.data(), shape.size()}, dtype);
-}
-
-TensorView output_view(const Tensor& t, bool is_packed) {
-  (void)t.mutable_data_ptr();
-  return view_of(t, is_packed);
-}
-
 // Rows at and after `begin` of a contiguous [total, ...] tensor belong to no sequence.
 void zero_rows_after(const Tensor& t, int64_t begin) {
   const int64_t total = t.size(0);
   if (begin >= total) return;
   const int64_t row_bytes = t.numel() / total * static_cast<int64_t>(t.element_size());
   std::memset(static_cast<char*>(t.mutable_data_ptr()) + begin * row_bytes, 0, (total - begin) * row_bytes);
-}
-
-Tensor rows_contiguous(const Tensor& t) {
-  const int64_t last = t.dim() - 1;
-  return t.size(last) > 1 && t.stride(last) != 1 ? torch::stable::contiguous(t) : t;
 }
 
 Problem check_problem(const char* op, const Tensor& q, const Tensor& k, const Tensor& v,
@@ -97,23 +82,9 @@ std::tuple<Tensor, Tensor> flash_attn_forward(Tensor q, Tensor k, Tensor v, std:
                                               int64_t window_left, int64_t window_right, double softcap,
                                               bool deterministic) {
   const char* op = "flash_attn_forward";
-  ForwardParams params;
-  Problem& p = params.problem;
-  p = check_problem(op, q, k, v, sinks, cu_seqlens_q, cu_seqlens_kv, max_seqlen_q, max_seqlen_kv, scale, window_left,
-                    window_right, softcap, deterministic);
-  const bool is_packed = p.cu_seqlens_q != nullptr;
-
-  std::vector<int64_t> out_shape = shape_of(q);
-  out_shape.back() = p.head_dim_v;
-  Tensor out = make_tensor(q, out_shape, q.scalar_type());
-  Tensor lse = make_tensor(
-      q, is_packed ? std::vector<int64_t>{p.heads_q, p.total_q} : std::vector<int64_t>{p.batch, p.heads_q, p.seqlen_q},
-      ScalarType::Float);
-  params.q = view_of(q, is_packed);
-  params.k = view_of(k, is_packed);
-  params.v = view_of(v, is_packed);
-  params.out = output_view(out, is_packed);
-  params.lse = row_view_of(lse, is_packed);
+  const Problem p = check_problem(op, q, k, v, sinks, cu_seqlens_q, cu_seqlens_kv, max_seqlen_q, max_seqlen_kv, scale,
+                                  window_left, window_right, softcap, deterministic);
+  const auto [params, out, lse] = make_forward(p, q, k, v);
 
   const cpu::Entry& entry = cpu::entry_for(checked_kernels(op), p);
   const cpu::Parallel parallel = make_parallel();
@@ -121,7 +92,7 @@ std::tuple<Tensor, Tensor> flash_attn_forward(Tensor q, Tensor k, Tensor v, std:
     const Workspace workspace = make_workspace(q, entry.forward_workspace(params, parallel.num_workers));
     entry.forward(params, workspace.data, parallel);
   }
-  if (is_packed) {
+  if (p.cu_seqlens_q != nullptr) {
     const int64_t used = p.cu_seqlens_q[p.batch];
     zero_rows_after(out, used);
     float* rows = static_cast<float*>(lse.mutable_data_ptr());
@@ -137,37 +108,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> flash_attn_backward(
     int64_t max_seqlen_q, int64_t max_seqlen_kv, double scale, int64_t window_left, int64_t window_right,
     double softcap, bool deterministic, bool needs_dq, bool needs_dk, bool needs_dv, bool needs_dsinks) {
   const char* op = "flash_attn_backward";
-  BackwardParams params;
-  Problem& p = params.problem;
-  p = check_problem(op, q, k, v, sinks, cu_seqlens_q, cu_seqlens_kv, max_seqlen_q, max_seqlen_kv, scale, window_left,
-                    window_right, softcap, deterministic);
-  check_saved(op, p, q, dout, dlse, out, lse);
-  if (needs_dsinks && !sinks.has_value()) fail(op, "needs_dsinks", "False, since sinks is None", "True");
-  const bool is_packed = p.cu_seqlens_q != nullptr;
-
-  const std::vector<int64_t> none = {0};
-  Tensor dq = make_tensor(q, needs_dq ? shape_of(q) : none, q.scalar_type());
-  Tensor dk = make_tensor(k, needs_dk ? shape_of(k) : none, q.scalar_type());
-  Tensor dv = make_tensor(v, needs_dv ? shape_of(v) : none, q.scalar_type());
-  Tensor dsinks = make_tensor(q, needs_dsinks ? std::vector<int64_t>{p.heads_q} : none, ScalarType::Float);
-  // A gradient expanded over the rows (lse.sum().backward()) is not contiguous.
-  const Tensor lse_rows = rows_contiguous(lse);
-  const Tensor dlse_rows = rows_contiguous(dlse.value_or(lse));
-
-  params.q = view_of(q, is_packed);
-  params.k = view_of(k, is_packed);
-  params.v = view_of(v, is_packed);
-  params.out = view_of(out, is_packed);
-  params.dout = view_of(dout, is_packed);
-  params.lse = row_view_of(lse_rows, is_packed);
-  if (dlse.has_value()) params.dlse = row_view_of(dlse_rows, is_packed);
-  if (needs_dq) params.dq = output_view(dq, is_packed);
-  if (needs_dk) params.dk = output_view(dk, is_packed);
-  if (needs_dv) params.dv = output_view(dv, is_packed);
-  if (needs_dsinks) {
-    params.dsinks = static_cast<float*>(dsinks.mutable_data_ptr());
-    std::memset(params.dsinks, 0, sizeof(float) * p.heads_q);
-  }
+  const Problem p = check_problem(op, q, k, v, sinks, cu_seqlens_q, cu_seqlens_kv, max_seqlen_q, max_seqlen_kv, scale,
+                                  window_left, window_right, softcap, deterministic);
+  const BackwardCall call =
+      make_backward(op, p, dout, dlse, q, k, v, out, lse, needs_dq, needs_dk, needs_dv, needs_dsinks);
+  const BackwardParams& params = call.params;
+  if (needs_dsinks) std::memset(params.dsinks, 0, sizeof(float) * p.heads_q);
 
   const cpu::Entry& entry = cpu::entry_for(checked_kernels(op), p);
   if (needs_dq || needs_dk || needs_dv || needs_dsinks) {
@@ -175,12 +121,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> flash_attn_backward(
     const Workspace workspace = make_workspace(q, entry.backward_workspace(params, parallel.num_workers));
     entry.backward(params, workspace.data, parallel);
   }
-  if (is_packed) {
-    if (needs_dq) zero_rows_after(dq, p.cu_seqlens_q[p.batch]);
-    if (needs_dk) zero_rows_after(dk, p.cu_seqlens_kv[p.batch]);
-    if (needs_dv) zero_rows_after(dv, p.cu_seqlens_kv[p.batch]);
+  if (p.cu_seqlens_q != nullptr) {
+    if (needs_dq) zero_rows_after(call.dq, p.cu_seqlens_q[p.batch]);
+    if (needs_dk) zero_rows_after(call.dk, p.cu_seqlens_kv[p.batch]);
+    if (needs_dv) zero_rows_after(call.dv, p.cu_seqlens_kv[p.batch]);
   }
-  return {dq, dk, dv, dsinks};
+  return {call.dq, call.dk, call.dv, call.dsinks};
 }
 
 }  // namespace

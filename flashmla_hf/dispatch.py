@@ -7,7 +7,8 @@ the call has                                           implementation
 =====================================================  ===========================================================
 ``attn_mask`` or ``dropout_p > 0``                     ``sdpa`` where torch's SDPA computes the case exactly, else
                                                        ``reference``; one warning, since memory grows as seqlen²
-tensors on a Hopper GPU, the sm90 library built        ``sm90``
+fp16 or bf16 tensors on a Hopper GPU, head dims of     ``sm90``, where its library is built; q, k or v whose strides
+multiples of 8 up to 256, no gradients wanted          or address TMA cannot read (not multiples of 16 bytes) is copied
 tensors on a GPU, anything else                        ``flex``
 tensors on the CPU                                     ``cpu``
 =====================================================  ===========================================================
@@ -23,7 +24,7 @@ import math
 import os
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -68,10 +69,15 @@ class Call:
 
 @dataclass(frozen=True)
 class Implementation:
-    """``refusal(call)`` says why it cannot compute the call (``None``: it can); ``run(call)`` gives ``(out, lse)``."""
+    """``refusal(call)`` says why it cannot compute the call (``None``: it can); ``run(call)`` gives ``(out, lse)``.
+
+    ``unaligned(call)`` names the tensors it cannot read where they lie: automatic dispatch copies them, an explicit ``impl``
+    refuses.
+    """
 
     refusal: Callable[[Call], str | None]
     run: Callable[[Call], tuple[torch.Tensor, torch.Tensor | None]]
+    unaligned: Callable[[Call], list[str]] = lambda call: []
 
 
 def _kernel_refusal(call: Call) -> str | None:
@@ -95,7 +101,7 @@ def _cpu_refusal(call: Call) -> str | None:
 
 def _sm90_refusal(call: Call) -> str | None:
     if "sm90" in ops.unavailable:
-        return f"{ops.unavailable['sm90']}; this version has no Hopper library: impl='flex' serves every GPU"
+        return f"{ops.unavailable['sm90']}; impl='flex' serves every GPU (python -m flashmla_hf doctor says more)"
     if call.q.device.type != "cuda":
         return f"the tensors are on {call.q.device}: expected a Hopper GPU"
     properties = torch.cuda.get_device_properties(call.q.device)  # a constant to torch.compile
@@ -103,7 +109,29 @@ def _sm90_refusal(call: Call) -> str | None:
         return f"{properties.name} is not a Hopper GPU (compute capability 9.0)"
     if call.q.dtype not in (torch.float16, torch.bfloat16):
         return f"dtype {_name(call.q.dtype)}: expected float16 or bfloat16"
+    for name, head_dim in (("q and k", call.q.shape[-1]), ("v", call.v.shape[-1])):
+        if head_dim % 8 != 0 or head_dim > 256:
+            return f"{name}: head_dim {head_dim}: expected a multiple of 8 up to 256"
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (call.q, call.k, call.v, call.sinks)):
+        return "gradients are wanted: expected none (torch.no_grad()), there is no Hopper backward yet; impl='flex' has one"
     return _kernel_refusal(call)
+
+
+def _unaligned(call: Call) -> list[str]:
+    """Which of q, k and v TMA cannot read where they lie.
+
+    Storages begin aligned, so an offset stands for an address. torch.compile traces neither; there the operator refuses an
+    address that does not fit.
+    """
+    names = []
+    for name, x in (("q", call.q), ("k", call.k), ("v", call.v)):
+        sizes_and_strides = zip(x.shape[:-1], x.stride()[:-1], strict=True)
+        is_unaligned = any(size > 1 and (stride % 8 != 0 or stride == 0) for size, stride in sizes_and_strides)
+        if not torch.compiler.is_compiling():
+            is_unaligned = is_unaligned or x.storage_offset() % 8 != 0
+        if is_unaligned and x.numel() > 0:
+            names.append(name)
+    return names
 
 
 def _flex_refusal(call: Call) -> str | None:
@@ -203,7 +231,7 @@ def _run_sdpa(call: Call) -> tuple[torch.Tensor, None]:
 
 
 IMPLEMENTATIONS = {
-    "sm90": Implementation(_sm90_refusal, _run_operator),
+    "sm90": Implementation(_sm90_refusal, _run_operator, _unaligned),
     "cpu": Implementation(_cpu_refusal, _run_operator),
     "flex": Implementation(_flex_refusal, _run_flex),
     "sdpa": Implementation(_sdpa_refusal, _run_sdpa),
@@ -274,20 +302,23 @@ def attention(
         q, k, v, scale, is_causal, window, softcap, sinks, attn_mask, dropout_p, cu_seqlens_q, cu_seqlens_kv,
         max_seqlen_q, max_seqlen_kv, return_lse, deterministic,
     )  # fmt: skip
-    out, lse = IMPLEMENTATIONS[_choose(call, impl)].run(call)
+    name, call = _choose(call, impl)
+    out, lse = IMPLEMENTATIONS[name].run(call)
     return (out, lse) if return_lse else out
 
 
-def _choose(call: Call, impl: str | None) -> str:
-    """The name of the implementation for this call, by the module's table; raises where it cannot compute it."""
+def _choose(call: Call, impl: str | None) -> tuple[str, Call]:
+    """The implementation for this call by the module's table, and the call as it takes it; raises where none can."""
     if impl is not None:
         if impl not in IMPLEMENTATIONS:
             raise ValueError(f"flashmla attention: impl: expected one of {list(IMPLEMENTATIONS)} or None, got {impl!r}")
         reason = IMPLEMENTATIONS[impl].refusal(call)
+        if reason is None and (names := IMPLEMENTATIONS[impl].unaligned(call)):
+            reason = f"{names[0]}: expected an address and strides in multiples of 16 bytes; pass a contiguous copy (.clone())"
         if reason is not None:
             raise RuntimeError(f"flashmla attention: impl={impl!r} cannot compute this call: {reason}")
         _log(call, impl, "explicit")
-        return impl
+        return impl, call
 
     if call.attn_mask is not None or call.dropout_p > 0.0:
         argument = "attn_mask" if call.attn_mask is not None else "dropout_p"
@@ -297,7 +328,7 @@ def _choose(call: Call, impl: str | None) -> str:
             f"grows with seqlen_q * seqlen_kv and speed falls. Without {argument} the fused kernel runs."
         )
         _log(call, choice, argument)
-        return choice
+        return choice, call
 
     device = call.q.device.type
     candidates = {"cuda": ("sm90", "flex"), "cpu": ("cpu",), "meta": ("cpu",)}.get(device)
@@ -310,8 +341,10 @@ def _choose(call: Call, impl: str | None) -> str:
     for name in candidates:
         reason = IMPLEMENTATIONS[name].refusal(call)
         if reason is None:
-            _log(call, name, "; ".join(reasons) or f"first choice on {device}")
-            return name
+            names = IMPLEMENTATIONS[name].unaligned(call)
+            _log(call, name, "; ".join((*reasons, *(f"copies {n}" for n in names))) or f"first choice on {device}")
+            copies = {n: getattr(call, n).clone(memory_format=torch.contiguous_format) for n in names}
+            return name, replace(call, **copies) if copies else call
         reasons.append(f"{name}: {reason}")
     raise RuntimeError("flashmla attention: no implementation computes this call. " + "; ".join(reasons))
 

@@ -64,7 +64,11 @@ def _load_libraries() -> None:
         try:
             torch.ops.load_library(path)
         except OSError as error:
-            unavailable[impl] = f"{filename} does not load into torch {torch.__version__}: {error}"
+            if impl == "sm90" and torch.version.cuda is None:
+                # The loader would say that libtorch_cuda.so is missing.
+                unavailable[impl] = f"{filename} needs a torch with CUDA: torch {torch.__version__} has none"
+            else:
+                unavailable[impl] = f"{filename} does not load into torch {torch.__version__}: {error}"
 
 
 _load_libraries()

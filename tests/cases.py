@@ -5,11 +5,16 @@ A ``Case`` is plain numbers, so it prints as its own reproduction; ``Case.inputs
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 
-LAYOUTS = ("contiguous", "transposed", "sliced")
+LAYOUTS = ("contiguous", "transposed", "sliced", "mixed")
+
+# The head dims (qk, v) the Hopper kernels are instantiated for; a call runs in the first row that is wide enough for both
+# (csrc/sm90/tiles.h).
+SM90_ROWS = ((64, 64), (96, 96), (128, 128), (192, 128), (192, 192), (256, 256))
 
 
 @dataclass(frozen=True)
@@ -61,6 +66,7 @@ class Case:
     rest_kv: int = 0
     layout: str = "contiguous"
     magnitude: float = 1.0  # standard deviation of q and k; large values make the softmax peak
+    outliers: float = 1.0  # every seventh query is this many times larger: peaked rows beside flat ones in one tile
 
     def __post_init__(self) -> None:
         for mine, like in (("seqlen_kv", "seqlen_q"), ("heads_kv", "heads_q"), ("head_dim_v", "head_dim_qk"),
@@ -73,17 +79,47 @@ class Case:
         return self.seqlens_q is not None
 
     @property
+    def sm90_row(self) -> tuple[int, int] | None:
+        """The row of :data:`SM90_ROWS` this call runs in; ``None`` where its head dims are not those of the kernels."""
+        dims = self.head_dim_qk, self.head_dim_v
+        if any(dim % 8 for dim in dims):
+            return None
+        return next((row for row in SM90_ROWS if dims[0] <= row[0] and dims[1] <= row[1]), None)
+
+    @property
+    def mask_kind(self) -> str:
+        """none, causal (a right edge alone) or window (a left edge): what the kernels are specialised by."""
+        left, right = (-1 if bound is None else bound for bound in self.window or (None, None))
+        return "window" if left >= 0 else "causal" if self.is_causal or right >= 0 else "none"
+
+    @property
+    def num_scores(self) -> int:
+        """Elements of the score matrices of all heads and sequences: what eager attention stores."""
+        pairs = (
+            zip(self.seqlens_q, self.seqlens_kv, strict=True) if self.is_packed else [(self.seqlen_q, self.seqlen_kv)]
+        )
+        return self.heads_q * (1 if self.is_packed else self.batch) * sum(q * kv for q, kv in pairs)
+
+    @property
     def options(self) -> dict:
         """The keyword arguments of :func:`flashmla_hf.attention` that are not tensors."""
         return {"scale": self.scale, "is_causal": self.is_causal, "window": self.window, "softcap": self.softcap}
 
     def inputs(self, dtype: torch.dtype, device: torch.device | str = "cpu", seed: int = 0) -> Inputs:
-        """Random normal tensors, the same values (up to rounding) in every dtype and on every device."""
-        generator = torch.Generator().manual_seed(seed)
+        """Random normal tensors, the same values (up to rounding) in every dtype; they are drawn where they live, so a
+        GPU has other values than the CPU."""
+        generator = torch.Generator(device).manual_seed(seed)
+        layouts = iter(
+            ("contiguous", "transposed", "sliced", "transposed") if self.layout == "mixed" else [self.layout] * 4
+        )
 
-        def normal(*shape: int, is_sequence: bool = True, to: torch.dtype = dtype, std: float = 1.0) -> torch.Tensor:
-            x = (torch.randn(shape, generator=generator, dtype=torch.float64) * std).to(device, to)
-            return _lay_out(x, self.layout) if is_sequence else x
+        def normal(
+            *shape: int, is_sequence: bool = True, to: torch.dtype = dtype, std: float = 1.0, outliers: float = 1.0
+        ) -> torch.Tensor:
+            x = torch.randn(shape, generator=generator, dtype=torch.float64, device=device) * std
+            if outliers != 1.0:
+                x[..., ::7, :, :] *= outliers
+            return _lay_out(x.to(to), next(layouts)) if is_sequence else x.to(to)
 
         if self.is_packed:
             rows_q, rows_kv = (sum(self.seqlens_q) + self.rest_q,), (sum(self.seqlens_kv) + self.rest_kv,)
@@ -95,7 +131,7 @@ class Case:
             cu_seqlens_q = cu_seqlens_kv = None
         statistics = torch.promote_types(torch.float32, dtype)
         return Inputs(
-            q=normal(*rows_q, self.heads_q, self.head_dim_qk, std=self.magnitude),
+            q=normal(*rows_q, self.heads_q, self.head_dim_qk, std=self.magnitude, outliers=self.outliers),
             k=normal(*rows_kv, self.heads_kv, self.head_dim_qk, std=self.magnitude),
             v=normal(*rows_kv, self.heads_kv, self.head_dim_v),
             sinks=normal(self.heads_q, is_sequence=False, to=statistics) if self.has_sinks else None,
@@ -169,39 +205,85 @@ def named(*names: str) -> list[Case]:
     return [by_name[name] for name in names]
 
 
-def calls(max_seqlen: int = 80, max_head_dim: int = 40, is_packed: bool | None = None):
-    """Hypothesis strategy for a ``Case``: small, and dense in corners (empty, one row, masked rows, odd dims)."""
-    from hypothesis import strategies as st
+def random_case(
+    integer: Callable[[int, int], int],
+    choice: Callable[[Sequence], object],
+    *,
+    max_seqlen: int = 80,
+    max_head_dim: int = 40,
+    is_packed: bool | None = None,
+    rows: Sequence[tuple[int, int]] | None = None,
+    longest: int | None = None,
+    max_scores: int | None = None,
+) -> Case:
+    """A random case, small, and dense in corners (empty, one row, masked rows, odd dims), from a source of randomness:
+    ``integer(least, most)``, both included, and ``choice(options)``.
 
-    window_bound = st.one_of(st.none(), st.just(0), st.integers(0, 2 * max_seqlen))
-    seqlen = st.one_of(st.integers(0, 3), st.integers(0, max_seqlen))
+    ``rows`` asks for what a kernel instantiated for these head dims computes: each row as often, half of the calls
+    narrower by multiples of 8; lengths beside the edges of tiles; outliers. One dense call in 25 reaches ``longest``. Cases
+    beyond ``max_scores`` lose batch and kv heads, then length.
+    """
+
+    def seqlen() -> int:
+        kind = choice(["corner", "any"] if rows is None else ["corner", "edge", "any", "any", "any", "any"])
+        if kind == "corner":
+            return integer(0, 3)
+        if kind == "edge":
+            return min(max_seqlen, choice([64, 128, 192, 256, 384, 512]) + integer(-1, 1))
+        return integer(0, max_seqlen)
+
+    def window_bound() -> int | None:
+        return choice([None, 0, integer(0, max_seqlen if rows else 2 * max_seqlen)])
+
+    shape = {}
+    if choice([False, True]) if is_packed is None else is_packed:
+        sequences = integer(0, 4)
+        # The same lengths on both sides half of the time: the common call.
+        shape["seqlens_q"] = tuple(seqlen() for _ in range(sequences))
+        shape["seqlens_kv"] = choice([None, tuple(seqlen() for _ in range(sequences))])
+        shape["rest_q"], shape["rest_kv"] = integer(0, 5), integer(0, 5)
+    else:
+        shape["batch"], shape["seqlen_q"], shape["seqlen_kv"] = integer(1, 3), seqlen(), choice([None, seqlen()])
+        if longest is not None and integer(1, 25) == 1:
+            shape[choice(["seqlen_q", "seqlen_kv"])] = integer(max_seqlen, longest)
+    if rows is None:
+        head_dims = integer(1, max_head_dim), choice([None, integer(1, max_head_dim)])
+    else:
+        head_dims = choice(rows)
+        if choice([False, True]):  # narrower; sometimes by so much that another row computes it
+            head_dims = tuple(dim - 8 * choice([integer(0, 3), integer(0, dim // 8 - 1)]) for dim in head_dims)
+    heads_kv = integer(1, 3)
+    case = Case(
+        heads_q=heads_kv * choice([1, 2, 4, 7] if rows is None else [1, 2, 3, 4, 7, 8]),
+        heads_kv=heads_kv,
+        head_dim_qk=head_dims[0],
+        head_dim_v=head_dims[1],
+        scale=choice([None, None, 0.0 if rows else None, integer(-256, 256) / 256]),
+        is_causal=choice([False, True]),
+        window=choice([None, (window_bound(), window_bound())]),
+        softcap=choice([0.0, 0.0, 1.5, 30.0]),
+        has_sinks=choice([False, True]),
+        layout=choice(LAYOUTS),
+        magnitude=choice([1.0, 1.0, 4.0]),
+        outliers=1.0 if rows is None else choice([1.0, 1.0, 1.0, 10.0, 100.0]),
+        **shape,
+    )
+    if max_scores is not None and case.num_scores > max_scores:
+        case = replace(case, batch=1, heads_q=case.heads_q // case.heads_kv, heads_kv=1)
+        if case.num_scores > max_scores and not case.is_packed:
+            limit = int((max_scores / case.heads_q) ** 0.5)
+            case = replace(case, seqlen_q=min(case.seqlen_q, limit), seqlen_kv=min(case.seqlen_kv, limit))
+    return case
+
+
+def calls(**options):
+    """Hypothesis strategy for a ``Case``: :func:`random_case` with ``options``, drawn (and shrunk) by hypothesis."""
+    from hypothesis import strategies as st
 
     @st.composite
     def call(draw: st.DrawFn) -> Case:
-        heads_kv = draw(st.integers(1, 3))
-        shape = {}
-        if draw(st.booleans()) if is_packed is None else is_packed:
-            sequences = draw(st.integers(0, 4))
-            # One draw for both sides half of the time: equal lengths are the common call.
-            shape["seqlens_q"] = tuple(draw(seqlen) for _ in range(sequences))
-            shape["seqlens_kv"] = draw(st.sampled_from([None, tuple(draw(seqlen) for _ in range(sequences))]))
-            shape["rest_q"], shape["rest_kv"] = draw(st.integers(0, 5)), draw(st.integers(0, 5))
-        else:
-            shape["batch"] = draw(st.integers(1, 3))
-            shape["seqlen_q"], shape["seqlen_kv"] = draw(seqlen), draw(st.one_of(st.none(), seqlen))
-        return Case(
-            heads_q=heads_kv * draw(st.sampled_from([1, 2, 4, 7])),
-            heads_kv=heads_kv,
-            head_dim_qk=draw(st.integers(1, max_head_dim)),
-            head_dim_v=draw(st.one_of(st.none(), st.integers(1, max_head_dim))),
-            scale=draw(st.one_of(st.none(), st.floats(-1.0, 1.0, width=16))),
-            is_causal=draw(st.booleans()),
-            window=draw(st.one_of(st.none(), st.tuples(window_bound, window_bound))),
-            softcap=draw(st.sampled_from([0.0, 0.0, 1.5, 30.0])),
-            has_sinks=draw(st.booleans()),
-            layout=draw(st.sampled_from(LAYOUTS)),
-            magnitude=draw(st.sampled_from([1.0, 1.0, 4.0])),
-            **shape,
+        return random_case(
+            lambda least, most: draw(st.integers(least, most)), lambda of: draw(st.sampled_from(of)), **options
         )
 
     return call()

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -23,7 +25,9 @@ sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "scripts")]
 import bench_attention  # noqa: E402
 import bench_model  # noqa: E402
 import render_results  # noqa: E402
-from bench_attention import Inputs, Shape  # noqa: E402
+from bench_attention import Inputs  # noqa: E402
+from peers import PEERS, Peer, Unsupported  # noqa: E402
+from shapes import SUITES, Shape  # noqa: E402
 
 from flashmla_hf import attention  # noqa: E402
 
@@ -58,13 +62,44 @@ def test_a_window_counts_its_pairs_and_full_causal_half_the_square():
     assert windowed.flops("fwd") < 0.13 * Shape(1, 1, 1, 8192, 8192, 64, 64, True).flops("fwd")
 
 
-@pytest.mark.parametrize("suite", bench_attention.SUITES)
+@pytest.mark.parametrize("layout", ["packed", "ragged"])
+def test_a_pack_counts_its_documents(layout):
+    shape = Shape(16, 4, 2, 1024, 1024, 64, 64, True, layout=layout)
+    lengths = shape.lengths()
+    assert (len(lengths), sum(lengths)) == (16, 16 * 1024)
+    assert [d.stop - d.start for d in shape.documents()] == lengths
+    assert shape.visible_pairs() == sum(n * (n + 1) // 2 for n in lengths)
+    assert shape.flops("fwd") == 2 * 4 * 128 * (sum(n * n for n in lengths) // 2)
+    assert (min(lengths), max(lengths)) == ((209, 3228) if layout == "ragged" else (1024, 1024))  # as documented
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["d64 B2 H1 S300 full", "d64 B1 H1 S300 causal", "d64 B1 H1 S100/300 causal", "d64 B1 H1 S300/100 causal",
+     "d64 B1 H1 S300 window40", "d64 B1 H1 S200/300 window100", "d64 B3 H1 S90 causal ragged"],
+)  # fmt: skip
+def test_tiles_visited_are_those_with_a_visible_pair(text):
+    shape, tiles = Shape.parse(text), 0
+    for length in shape.lengths():
+        seqlen_kv = length if shape.is_packed else shape.seqlen_kv
+        position, key = torch.arange(length)[:, None] + seqlen_kv - length, torch.arange(seqlen_kv)
+        visible = torch.ones(length, seqlen_kv, dtype=torch.bool)
+        if shape.is_causal:
+            window = seqlen_kv if shape.window is None else shape.window
+            visible = (key <= position) & (key >= position - window)
+        tiles += sum(bool(tile.any()) for rows in visible.split(64) for tile in rows.split(32, dim=1))
+    assert shape.tiles_visited(64, 32) == tiles
+
+
+@pytest.mark.parametrize("suite", SUITES)
 def test_shapes_read_back_as_they_are_printed(suite):
-    for shape in bench_attention.SUITES[suite]:
+    for shape in SUITES[suite].shapes:
         assert Shape.parse(str(shape)) == shape
 
 
-@pytest.mark.parametrize("text", ["d64", "d64 B1 H3/2 S8 causal", "d64 B1 H2 S8 sideways"])
+@pytest.mark.parametrize(
+    "text", ["d64", "d64 B1 H3/2 S8 causal", "d64 B1 H2 S8 sideways", "d64 B2 H2 S8/9 causal ragged"]
+)
 def test_a_shape_that_is_none_is_refused_with_the_form(text):
     with pytest.raises(SystemExit, match="--shape"):
         bench_attention.main(["--shape", text, "--device", "cpu"])
@@ -109,9 +144,20 @@ def test_a_wrong_implementation_gets_no_number(wrong):
     run, said = WRONG[wrong]
     inputs = Inputs.random(SMALL, "cpu")
     truth = bench_attention.expected(SMALL, inputs, needs_gradients=True)
-    problem, _ = bench_attention.verdict(SMALL, run, inputs, truth)
+    problem, _ = bench_attention.verdict(SMALL, Peer(run), inputs, truth, training=True)
     assert problem is not None
     assert said in problem
+    problem, _ = bench_attention.verdict(SMALL, Peer(run), inputs, truth, training=False)
+    assert (problem is None) == said.startswith("d")  # without gradients only the output can be wrong
+
+
+def test_a_pack_taken_for_one_sequence_gets_no_number():
+    shape = Shape.parse("d64 B4 H4/2 S80 causal ragged fp32")
+    inputs = Inputs.random(shape, "cpu")
+    truth = bench_attention.expected(shape, inputs, needs_gradients=False)
+    whole = Peer(lambda q, k, v: attention(q[None], k[None], v[None], is_causal=True)[0])
+    problem, _ = bench_attention.verdict(shape, whole, inputs, truth, training=False)
+    assert "O is off" in problem
 
 
 @pytest.mark.parametrize(
@@ -122,22 +168,28 @@ def test_a_wrong_implementation_gets_no_number(wrong):
         "d64 B1 H4/1 S300 window40 fp16",
         "d96/64 B1 H2/2 S100/170 causal bf16",
         "d64 B1 H2/2 S170/100 causal fp32",
+        "d64 B4 H4/2 S80 causal ragged fp32",
+        "d64 B3 H2/2 S80 window40 packed fp32",
     ],
 )
-@pytest.mark.parametrize("peer", ["flashmla", "sdpa", "eager"])
+@pytest.mark.parametrize("peer", ["flashmla", "flashmla-operator", "sdpa", "sdpa-math", "eager"])
 def test_right_implementations_pass_the_check(text, peer):
     shape = Shape.parse(text)
-    if shape.seqlen_q > shape.seqlen_kv and peer != "flashmla":
+    if shape.seqlen_q > shape.seqlen_kv and not peer.startswith("flashmla"):
         pytest.skip("rows that see no key: the peers give the mean of V or NaN there, flashmla zero")
+    if shape.is_packed and peer != "flashmla":
+        with pytest.raises(Unsupported):
+            PEERS[peer](shape, "cpu")
+        return
     inputs = Inputs.random(shape, "cpu")
     truth = bench_attention.expected(shape, inputs, needs_gradients=True)
-    problem, errors = bench_attention.verdict(shape, bench_attention.PEERS[peer](shape, "cpu"), inputs, truth)
+    problem, errors = bench_attention.verdict(shape, PEERS[peer](shape, "cpu"), inputs, truth, training=True)
     assert problem is None, errors
 
 
 def test_a_tiny_run_writes_json_and_the_page(tmp_path, capsys):
     bench_attention.main(
-        ["--suite", "tiny", "--device", "cpu", "--repeats", "3", "--slice", "0.01", "--output_dir", str(tmp_path)]
+        ["--suite", "tiny", "--device", "cpu", "--repeats", "3", "--seconds", "0.03", "--output_dir", str(tmp_path)]
     )
     (path,) = tmp_path.glob("attention-*.json")
     document = json.loads(path.read_text())
@@ -146,19 +198,189 @@ def test_a_tiny_run_writes_json_and_the_page(tmp_path, capsys):
     for record in document["records"]:
         shape = Shape.parse(record["shape"])
         assert record["flops_per_second"] == pytest.approx(shape.flops(record["mode"]) / record["seconds"])
-        assert record["errors"]["dK"] < 1e-4
+        assert record["errors"]["dK" if record["mode"] == "fwd+bwd" else "O"] < 1e-4
     page = (tmp_path / "RESULTS.md").read_text()
     assert document["environment"]["device"] in page
     assert re.search(r"\| d64 B1 H4/2 S256 causal fp32 \| \d+ \(±\d+ %\)", page)
     assert "geometric mean over 2 shapes" in page
 
 
+class _Event:
+    """A CUDA event whose clock is the number of calls so far."""
+
+    clock = 0.0
+
+    def __init__(self, enable_timing):
+        self.at = None
+
+    def record(self):
+        self.at = _Event.clock
+
+    def synchronize(self):
+        assert self.at is not None
+
+    def elapsed_time(self, other):
+        return other.at - self.at
+
+
+def test_peers_take_turns_call_by_call(monkeypatch):
+    """On a GPU: one call per turn where a call is long, rounds in order, a slow peer in some of them, queued ahead."""
+    monkeypatch.setattr(torch.cuda, "Event", _Event)
+    order = []
+
+    def call(name, milliseconds):
+        def run():
+            order.append(name)
+            _Event.clock += milliseconds
+
+        return bench_attention.Timed(Peer(run), run)
+
+    calls = {"a": call("a", 1.0), "b": call("b", 2.0), "slow": call("slow", 5.0), "short": call("short", 0.1)}
+    halfway = []
+    times = bench_attention.interleaved(calls, "cuda", "fwd", 4, 0.04, lambda: halfway.append(len(order)))
+    assert {name: len(turns) for name, turns in times.items()} == {"a": 40, "b": 20, "slow": 8, "short": 100}
+    assert {name: pytest.approx(turns) for name, turns in times.items()} == {
+        "a": [1e-3] * 40, "b": [2e-3] * 20, "slow": [5e-3] * 8, "short": [1e-4] * 100
+    }  # fmt: skip
+    timed = order[-(40 + 20 + 8 + 4 * 100) :]
+    between = "".join({"slow": "s", "short": "."}.get(name, name) for name in timed).split("a")
+    assert max(map(len, between)) <= 3 * 4 + 2  # never more than three rounds without "a"
+    assert len(halfway) == 1
+
+
+def test_host_time_is_of_many_calls_and_one_wait(monkeypatch):
+    waits = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: waits.append(None))
+    calls = []
+    timed = bench_attention.Timed(Peer(calls.append), lambda: calls.append(None))
+    bench_attention.interleaved({"a": timed}, "cuda", "host", 5, 1e-6, lambda: None)
+    assert len(waits) == 5 + 3  # three turns to find out how long it takes
+    assert 5 * bench_attention.HOST_CALLS < len(calls) <= 5 * bench_attention.HOST_CALLS + 7
+
+
+def _jobs(*arguments, earlier=()):
+    args = {"suite": None, "shape": None, "dtype": None, "peers": None, "directions": None, "device": "cuda"}
+    return bench_attention.jobs(argparse.Namespace(**args | dict(arguments)), list(earlier))
+
+
+def test_suites_share_their_shapes_and_peers():
+    jobs = {job.shape: job.peers for job in _jobs(("suite", ["anchors", "deterministic", "overhead"]))}
+    assert len(jobs) == 23 + 3
+    both = jobs[Shape.parse("d128 B1 H32/8 S4096 causal bf16")]
+    assert "flashmla-deterministic" not in both["fwd"]
+    assert {"sdpa-cudnn", "flashmla-deterministic"} <= set(both["bwd"])
+    assert set(jobs[Shape.parse("d128 B1 H32/8 S512 causal bf16")]) == {"host", "host+grad"}
+    (half,) = {job.shape.dtype for job in _jobs(("suite", ["anchors"]), ("dtype", "fp16"))}
+    assert half == "fp16"
+
+
+def test_resume_measures_what_is_missing_beside_what_was_there():
+    text = "d64 B1 H2/2 S128 causal bf16"
+    earlier = [
+        {"shape": text, "peer": "sdpa", "mode": "fwd", "status": "ok"},
+        {"shape": text, "peer": "fa4", "mode": None, "status": "unsupported"},
+    ]
+    ask = ("shape", [text]), ("directions", ["fwd"])
+    assert _jobs(*ask, ("peers", ["sdpa", "fa4"]), earlier=earlier) == []
+    (job,) = _jobs(*ask, ("peers", ["eager"]), earlier=earlier)
+    assert job.peers == {"fwd": ["sdpa", "eager"]}
+    new = [{"shape": text, "peer": peer, "mode": "fwd", "status": "ok"} for peer in ("sdpa", "eager")]
+    assert bench_attention.merge(earlier, new) == [earlier[1], *new]
+
+
+def _gpu_document(**rates):
+    """A GPU run's records from (shape, mode, peer) -> TFLOP/s, or µs for host modes."""
+    records = []
+    for (text, mode, peer), rate in rates["rates"].items():
+        record = {"shape": text, "mode": mode, "peer": peer, "status": "ok", "spread": 0.01, "errors": {}}
+        if mode.startswith("host"):
+            record["seconds"] = rate * 1e-6
+        else:
+            shape = Shape.parse(text)
+            record |= {"flops_per_second": rate * 1e12, "seconds": shape.flops(mode) / rate / 1e12, "watts": 600.0}
+            record |= {"peak_bytes": 2**30, "output_bytes": 2**29, "sm_mhz": 1755}
+        records.append(record)
+    environment = {
+        "device": "a GPU", "device_type": "cuda", "clocks": "", "memory_gib": 80, "python": "3", "versions": {},
+        "commit": "abc", "date": "today",
+    }  # fmt: skip
+    return {
+        "kind": "attention", "environment": environment, "matmul_flops_per_second": {"bf16": 7e14},
+        "copy_bytes_per_second": 3e12, "driver": "580", "window_tile": [128, 128], "records": records,
+    }  # fmt: skip
+
+
+LONG_TEXT, SHORT_TEXT = "d128 B1 H32/8 S4096 causal bf16", "d128 B1 H32/8 S512 causal bf16"
+PACK, DENSE = "d128 B16 H16/16 S1024 causal ragged bf16", "d128 B16 H16/16 S1024 causal bf16"
+WINDOW = "d128 B1 H32/8 S4096 window1024 bf16"
+
+
+def test_the_bars_are_judged_and_written(tmp_path):
+    rates = {
+        (LONG_TEXT, "fwd", "flashmla"): 660, (LONG_TEXT, "fwd", "sdpa-cudnn"): 550, (LONG_TEXT, "fwd", "fa4"): 670,
+        (LONG_TEXT, "fwd", "eager"): 22, (DENSE, "fwd", "flashmla"): 400, (DENSE, "fwd", "sdpa-cudnn"): 440,
+        (PACK, "fwd", "flashmla"): 390, (PACK, "fwd", "fa4"): 380, (WINDOW, "fwd", "flashmla"): 500,
+        (SHORT_TEXT, "fwd", "flashmla"): 10, (SHORT_TEXT, "fwd", "sdpa-cudnn"): 20,
+        (SHORT_TEXT, "host", "flashmla"): 25, (SHORT_TEXT, "host", "sdpa"): 20,
+    }  # fmt: skip
+    document = _gpu_document(rates=rates)
+    found = {bar.what: (bar.measured, bar.met) for bar in render_results.bars(document)}
+    cudnn, best, aim, host, ragged, window = found.values()
+    assert cudnn == ("1 of 2 shapes below 0.97×, lowest 0.91×, geometric mean 1.04×", False)  # short ones do not count
+    assert best == ("0.946× over 2 shapes", False)
+    assert aim[1] is False
+    assert host == ("1.25× its time", False)
+    assert ragged == ("0.97×", True)
+    tiles = Shape.parse(WINDOW).tiles_visited(128, 128) / Shape.parse(LONG_TEXT).tiles_visited(128, 128)
+    assert f"for {tiles:.3f} of its tiles" in window[0]
+    assert window[1] is None
+    assert render_results.verdict_lines(document)[0].startswith("FAIL  fwd: at least cuDNN")
+    (tmp_path / "gpu.json").write_text(json.dumps(document))
+    page = render_results.write(tmp_path).read_text()
+    assert "driver 580; SM clock while measuring 1755 to 1755 MHz, power 600 to 600 W" in page
+    assert "copy within the device: 3,000 GB/s" in page
+    row = f"| {LONG_TEXT} | 660 (±1 %) | 550 (±1 %) | 670 (±1 %) | 22 (±1 %) | 1.20× | 0.99× (fa4) | 94 % |"
+    assert row in page
+    assert f"| {DENSE} | flashmla | 400 | – | 390 | 0.97× |" in page
+    assert "30× | 1.00× |" in page  # times faster, times smaller than eager
+    assert "![gpu-fwd: TFLOP/s per shape](gpu-fwd.png)" in page
+    assert (tmp_path / "gpu-fwd.png").stat().st_size > 1000
+
+
+def test_a_clean_run_passes():
+    document = _gpu_document(
+        rates={(LONG_TEXT, "bwd", "flashmla"): 600, (LONG_TEXT, "bwd", "sdpa-cudnn"): 500}
+        | {(LONG_TEXT, "bwd", "flashmla-deterministic"): 500}
+    )
+    assert [bar.met for bar in render_results.bars(document)] == [True] * 3
+    assert "| flashmla-deterministic | 1.20× |" in render_results.attention_section(document)
+
+
+def test_stored_results_still_render(tmp_path):
+    stored = sorted((ROOT / "benchmarks" / "results").glob("*.json"))
+    for path in stored:
+        shutil.copy(path, tmp_path)
+    page = render_results.write(tmp_path).read_text()
+    assert [f"## {path.stem}" in page for path in stored] == [True] * len(stored)
+
+
+def test_a_peer_without_a_backward_keeps_its_forward(monkeypatch):
+    monkeypatch.setitem(PEERS, "flashmla-sm90", lambda shape, device: Peer(lambda q, k, v: _right(q, k, v).detach()))
+    job = bench_attention.Job(SMALL, {mode: ["flashmla-sm90", "sdpa"] for mode in ("fwd", "bwd", "host")})
+    records = bench_attention.measure_shape(job, "cpu", repeats=2, seconds=0.01)
+    assert {(r["peer"], r["mode"]) for r in records if r["status"] == "ok"} == {
+        ("flashmla-sm90", "fwd"), ("flashmla-sm90", "host"), ("sdpa", "fwd"), ("sdpa", "bwd"), ("sdpa", "host")
+    }  # fmt: skip
+    (refused,) = [r for r in records if r["status"] != "ok"]
+    assert refused["reason"].startswith("bwd: ")
+
+
 def test_a_run_with_a_wrong_kernel_names_it_and_fails(tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(bench_attention.PEERS, "flashmla", lambda shape, device: WRONG["mask off by one"][0])
+    monkeypatch.setitem(bench_attention.PEERS, "flashmla", lambda shape, device: Peer(WRONG["mask off by one"][0]))
     with pytest.raises(SystemExit, match="WRONG RESULTS, not timed: flashmla"):
         bench_attention.main(
             ["--shape", str(SMALL), "--device", "cpu", "--peers", "flashmla", "sdpa", "--repeats", "3",
-             "--slice", "0.01", "--output_dir", str(tmp_path), "--name", "wrong"]
+             "--seconds", "0.03", "--output_dir", str(tmp_path), "--name", "wrong"]
         )  # fmt: skip
     document = json.loads((tmp_path / "wrong.json").read_text())
     statuses = {(r["peer"], r["status"]) for r in document["records"]}

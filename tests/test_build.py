@@ -1,5 +1,10 @@
-"""Building and installing as a user does: pip's build isolation, what the wheel holds, and the sentences of failure."""
+"""Building and installing as a user does: pip's build isolation, what the wheel holds, and the sentences of failure.
 
+What concerns CUDA runs everywhere: a program that answers as nvcc does builds a package of two small sources.
+"""
+
+import importlib.util
+import json
 import os
 import re
 import shutil
@@ -14,6 +19,13 @@ import torch
 import flashmla_hf
 
 ROOT = Path(__file__).resolve().parent.parent
+# Of the caller's shell, these would choose what is built; the CPU library alone is the quickest.
+SETTINGS = ("FLASHMLA_BUILD", "FLASHMLA_CUTLASS_DIR", "FLASHMLA_TORCH_DIR", "TORCH_CUDA_ARCH_LIST", "CUDA_HOME", "CXX")
+
+
+def environment_of_a_build(**changes):
+    kept = {key: value for key, value in os.environ.items() if key not in SETTINGS}
+    return {**kept, "FLASHMLA_BUILD": "cpu", **changes}
 
 
 def copy_of_the_sources(directory):
@@ -28,7 +40,10 @@ def copy_of_the_sources(directory):
 
 def pip(*arguments, **environment):
     return subprocess.run(
-        [sys.executable, "-m", "pip", *arguments], capture_output=True, text=True, env={**os.environ, **environment}
+        [sys.executable, "-m", "pip", *arguments],
+        capture_output=True,
+        text=True,
+        env=environment_of_a_build(**environment),
     )
 
 
@@ -96,7 +111,7 @@ def test_the_library_binds_to_no_python_and_to_the_oldest_supported_torch():
 def setup(directory, **environment):
     return subprocess.run(
         [sys.executable, "setup.py", "build_ext", "--build-lib", str(directory / "lib"), "--build-temp", str(directory / "tmp")],
-        cwd=ROOT, capture_output=True, text=True, env={**os.environ, **environment},
+        cwd=ROOT, capture_output=True, text=True, env=environment_of_a_build(**environment),
     )  # fmt: skip
 
 
@@ -119,7 +134,9 @@ def test_a_missing_torch_ends_with_one_sentence(tmp_path):
         "sys.path[:] = [p for p in sys.path if 'site-packages' not in p]\n"
         "runpy.run_path('setup.py', run_name='__main__')\n"
     )
-    environment = {key: value for key, value in os.environ.items() if key not in ("VIRTUAL_ENV", "PYTHONPATH")}
+    environment = {
+        key: value for key, value in environment_of_a_build().items() if key not in ("VIRTUAL_ENV", "PYTHONPATH")
+    }
     result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, env=environment)
     assert result.returncode == 1, result.stdout
     assert "flashmla_hf: torch was not found in this environment: install it first (pip install torch)" in result.stderr
@@ -133,10 +150,384 @@ def test_an_old_torch_ends_with_one_sentence(tmp_path):
     assert "flashmla_hf: torch 2.9.1+cpu is too old: install torch >= 2.10 first." in result.stderr
 
 
-@pytest.mark.parametrize(
-    ("mode", "message"), [("gpu", "expected auto, cpu or cuda, got 'gpu'"), ("cuda", "no CUDA library")]
-)
-def test_build_modes_that_cannot_be_had_end_with_one_sentence(tmp_path, mode, message):
-    result = setup(tmp_path, FLASHMLA_BUILD=mode)
+def test_an_unknown_build_mode_ends_with_one_sentence(tmp_path):
+    result = setup(tmp_path, FLASHMLA_BUILD="gpu")
     assert result.returncode == 1
-    assert message in result.stderr
+    assert "flashmla_hf: FLASHMLA_BUILD: expected auto, cpu or cuda, got 'gpu'." in result.stderr
+
+
+# ---- CUDA: what is looked for, and the sentence where it is not there ------------------------------------------------
+
+
+def load(path):
+    spec = importlib.util.spec_from_file_location(f"flashmla_{path.stem}", path)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def build(monkeypatch):
+    for name in SETTINGS:
+        monkeypatch.delenv(name, raising=False)
+    return load(ROOT / "setup.py")
+
+
+def refusal(build, function, *arguments):
+    with pytest.raises(build.NoCuda) as error:
+        function(*arguments)
+    return str(error.value)
+
+
+@pytest.mark.parametrize("listed", ["9.0", "9.0a", "9.0+PTX", "Hopper", " 9.0a; ", ""])
+def test_an_architecture_list_with_hopper_is_silent(build, monkeypatch, capsys, listed):
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", listed)
+    build.check_arch_list()
+    assert capsys.readouterr().out == ""
+
+
+def test_other_architectures_beside_hopper_are_named(build, monkeypatch, capsys):
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0;9.0a 10.0+PTX")
+    build.check_arch_list()
+    assert capsys.readouterr().out == (
+        "flashmla_hf: TORCH_CUDA_ARCH_LIST: 8.0, 10.0+PTX ignored, the CUDA library is for Hopper (9.0) alone.\n"
+    )
+
+
+def test_an_architecture_list_without_hopper_is_a_reason(build, monkeypatch):
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0;8.6")
+    assert refusal(build, build.check_arch_list) == (
+        "TORCH_CUDA_ARCH_LIST: expected 9.0 among the entries, got '8.0 8.6', and the library is for Hopper GPUs alone: "
+        "add 9.0, or unset it."
+    )
+
+
+NVCC = """#!{python}
+import subprocess, sys
+words, command = sys.argv[1:], ["g++"]
+if words == ["--version"]:
+    print({version!r})
+    sys.exit()
+while words:
+    word = words.pop(0)
+    if word in ("-gencode", "-Xptxas", "-ccbin", "-cudart"):
+        words.pop(0)
+    elif word == "-Xcompiler":
+        command += words.pop(0).split(",")
+    elif word == "-Xlinker":
+        command.append("-Wl," + words.pop(0))
+    elif word.endswith(".cu"):
+        command += ["-x", "c++", word]
+        print({ptxas!r})
+    elif not word.startswith(("--use_fast", "--expt")):
+        command.append(word)
+sys.exit(subprocess.run(command).returncode)
+"""
+PTXAS = (
+    "ptxas info    : Compiling entry function '_Z4tinyILi64EEvi' for 'sm_90a'\n"
+    "ptxas info    : Function properties for _Z4tinyILi64EEvi\n"
+    "    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads\n"
+    "ptxas info    : Used 168 registers, used 16 barriers, 1024 bytes smem"
+)
+
+
+def toolkit(directory, version="Cuda compilation tools, release 12.3, V12.3.107", ptxas=PTXAS):
+    """The directory for CUDA_HOME of an nvcc that compiles with g++ and says what it is told to."""
+    nvcc = directory / "toolkit" / "bin" / "nvcc"
+    nvcc.parent.mkdir(parents=True, exist_ok=True)
+    nvcc.write_text(NVCC.format(python=sys.executable, version=version, ptxas=ptxas))
+    nvcc.chmod(0o755)
+    return str(directory / "toolkit")
+
+
+def test_nvcc_is_taken_from_cuda_home(build, monkeypatch, tmp_path):
+    monkeypatch.setenv("CUDA_HOME", toolkit(tmp_path))
+    assert build.find_nvcc() == (str(tmp_path / "toolkit/bin/nvcc"), "12.3")
+
+
+@pytest.mark.parametrize(
+    ("version", "sentence"),
+    [
+        ("release 12.2, V12.2.1", "nvcc 12.2 is too old: expected CUDA >= 12.3; install a newer toolkit, or name one in CUDA_HOME."),
+        ("nothing", "nvcc --version: expected a line with its release, got 'nothing': reinstall the toolkit."),
+    ],
+)  # fmt: skip
+def test_an_nvcc_that_does_not_serve_is_a_reason(build, monkeypatch, tmp_path, version, sentence):
+    monkeypatch.setenv("CUDA_HOME", toolkit(tmp_path, version))
+    assert refusal(build, build.find_nvcc).endswith(sentence)
+
+
+def test_a_cuda_home_without_nvcc_is_a_reason(build, monkeypatch, tmp_path):
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    assert refusal(build, build.find_nvcc) == (
+        f"CUDA_HOME: expected the directory of a CUDA toolkit, got {str(tmp_path)!r}, which has no bin/nvcc."
+    )
+
+
+def test_no_nvcc_at_all_is_a_reason(build, monkeypatch):
+    monkeypatch.setattr(build.shutil, "which", lambda *_, **__: None)
+    assert refusal(build, build.find_nvcc) == (
+        "nvcc was not found: put a CUDA toolkit >= 12.3 on PATH, or name its directory in CUDA_HOME."
+    )
+
+
+def cutlass(include, version="4.2.0"):
+    (include / "cutlass").mkdir(parents=True)
+    (include / "cutlass" / "cutlass.h").touch()
+    parts = zip(("MAJOR", "MINOR", "PATCH"), version.split("."), strict=True)
+    (include / "cutlass" / "version.h").write_text("".join(f"#define CUTLASS_{name} {n}\n" for name, n in parts))
+    return include
+
+
+def test_cutlass_is_taken_from_its_variable_whatever_its_version(build, monkeypatch, tmp_path):
+    monkeypatch.setenv("FLASHMLA_CUTLASS_DIR", str(tmp_path))
+    assert refusal(build, build.find_cutlass, tmp_path / "downloads") == (
+        "FLASHMLA_CUTLASS_DIR: expected a CUTLASS checkout, which holds include/cutlass/cutlass.h, got "
+        f"{str(tmp_path)!r}, which does not."
+    )
+    include = cutlass(tmp_path / "include", "4.3.1")
+    assert build.find_cutlass(tmp_path / "downloads") == include
+
+
+INSIDE = Path("cutlass_library/source/include")
+
+
+def test_an_installed_cutlass_of_the_pinned_release_is_used(build, monkeypatch, tmp_path):
+    cutlass(tmp_path / "other" / INSIDE, "3.9.0")
+    wanted = cutlass(tmp_path / "wanted" / INSIDE)
+    monkeypatch.setattr(
+        build, "site_packages", lambda: iter([tmp_path / "none", tmp_path / "other", tmp_path / "wanted"])
+    )
+    assert build.find_cutlass(tmp_path / "downloads") == wanted
+
+
+def test_cutlass_is_downloaded_once_without_its_dependencies(build, monkeypatch, tmp_path):
+    commands = []
+
+    def install(command, **_):
+        commands.append(command)
+        target = Path(command[command.index("--target") + 1])
+        assert re.fullmatch(
+            r"nvidia-cutlass==4\.2\.0\.0 --hash=sha256:[0-9a-f]{64}\n", (target / "requirement.txt").read_text()
+        )
+        cutlass(target / INSIDE)
+
+    monkeypatch.setattr(build, "site_packages", lambda: iter(()))
+    monkeypatch.setattr(build.subprocess, "run", install)
+    for _ in range(2):
+        assert build.find_cutlass(tmp_path) == tmp_path / "cutlass-4.2.0.0" / INSIDE
+    assert len(commands) == 1
+    assert {"--no-deps", "--require-hashes"} <= set(commands[0])
+
+
+def test_without_a_network_the_sentence_names_the_ways_out(build, monkeypatch, tmp_path):
+    monkeypatch.setattr(build, "site_packages", lambda: iter(()))
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
+    monkeypatch.setenv("UV_OFFLINE", "1")
+    sentence = refusal(build, build.find_cutlass, tmp_path)
+    assert sentence.startswith("CUTLASS's headers could not be downloaded (")
+    assert sentence.endswith(
+        "): install them into this environment (pip install --no-deps nvidia-cutlass==4.2.0.0), or name a CUTLASS checkout "
+        "in FLASHMLA_CUTLASS_DIR."
+    )
+
+
+# ---- CUDA: a package of two small sources, from sources to wheel -----------------------------------------------------
+
+
+class Package:
+    """setup.py with one small source per library."""
+
+    def __init__(self, directory):
+        self.directory = directory / "package"
+        for name in ("flashmla_hf", "csrc/cpu", "csrc/sm90"):
+            (self.directory / name).mkdir(parents=True)
+        for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "csrc/sm90/check_build.py"):
+            shutil.copy(ROOT / name, self.directory / name)
+        for name, text in {
+            "flashmla_hf/__init__.py": "__version__ = '1.0'\n",
+            "csrc/params.h": "",
+            "csrc/cpu/cpu.h": "",
+            "csrc/cpu/cpu.cpp": 'extern "C" int cpu() { return 0; }\n',
+            "csrc/sm90/kernel.cuh": "",
+            "csrc/sm90/kernel.cu": 'extern "C" int aoti_torch_get_current_cuda_stream(int, void**);\n'
+            'extern "C" int sm90() { return aoti_torch_get_current_cuda_stream(0, nullptr); }\n',
+            "csrc/sm90/host.cpp": 'extern "C" int host() { return 0; }\n',
+        }.items():
+            (self.directory / name).write_text(text)
+        cpu = json.loads((ROOT / "csrc/cpu/sources.json").read_text())
+        cpu["sources"] = [{"file": "csrc/cpu/cpu.cpp", "flags": [], "arch": None}]
+        (self.directory / "csrc/cpu/sources.json").write_text(json.dumps(cpu))
+        sm90 = json.loads((ROOT / "csrc/sm90/sources.json").read_text())
+        sm90["sources"] = [{"file": "csrc/sm90/host.cpp"}, {"file": "csrc/sm90/kernel.cu"}]
+        (self.directory / "csrc/sm90/sources.json").write_text(json.dumps(sm90))
+        cutlass(directory / "cutlass" / "include")
+        self.defaults = {"CUDA_HOME": toolkit(directory), "FLASHMLA_CUTLASS_DIR": str(directory / "cutlass")}
+
+    def run(self, *arguments, **environment):
+        """What was printed; ``exit_code`` and ``stderr`` are the last run's."""
+        result = subprocess.run(
+            [sys.executable, *arguments], cwd=self.directory, capture_output=True, text=True,
+            env=environment_of_a_build(**{**self.defaults, **environment}),
+        )  # fmt: skip
+        self.exit_code, self.stderr = result.returncode, result.stderr
+        return result.stdout
+
+    def build(self, *arguments, **environment):
+        """The names of the sources that were compiled."""
+        stdout = self.run("setup.py", *(arguments or ("build_ext", "--inplace")), **environment)
+        assert self.exit_code == 0, stdout + self.stderr
+        return {Path(name).name for name in re.findall(r" -c (\S+) ", stdout)}
+
+    def manifest(self):
+        return json.loads((self.directory / "flashmla_hf/_build.json").read_text())
+
+    def wheel_names(self):
+        (path,) = self.directory.glob("dist/*.whl")
+        assert re.fullmatch(r"flashmla_hf-1\.0-py3-none-\w+\.whl", path.name)
+        return zipfile.ZipFile(path).namelist()
+
+
+@pytest.fixture
+def package(tmp_path):
+    if shutil.which("g++") is None:
+        pytest.skip("no g++")
+    return Package(tmp_path)
+
+
+def test_cuda_builds_both_libraries_into_the_wheel(package):
+    package.build("bdist_wheel", FLASHMLA_BUILD="cuda")
+    assert {"flashmla_hf/libflashmla_cpu.so", "flashmla_hf/libflashmla_sm90.so"} <= set(package.wheel_names())
+    package.build("bdist_wheel", FLASHMLA_BUILD="cpu")  # the other library is no longer in the build directory
+    assert "flashmla_hf/libflashmla_sm90.so" not in package.wheel_names()
+
+
+def test_auto_builds_cuda_where_it_can(package):
+    package.build(FLASHMLA_BUILD="auto")
+    manifest = package.manifest()
+    assert manifest["libraries"] == ["libflashmla_cpu.so", "libflashmla_sm90.so"]
+    assert (manifest["cuda"], manifest["archs"], manifest["no_cuda"]) == ("12.3", ["90a"], None)
+
+
+def test_an_editable_build_leaves_both_libraries_in_place(package):
+    package.run("-c", "from setuptools import build_meta; build_meta.build_editable('.')", FLASHMLA_BUILD="cuda")
+    assert package.exit_code == 0, package.stderr
+    assert package.manifest()["libraries"] == ["libflashmla_cpu.so", "libflashmla_sm90.so"]
+    assert all((package.directory / "flashmla_hf" / name).exists() for name in package.manifest()["libraries"])
+
+
+def test_auto_says_once_why_it_builds_for_the_cpu_alone(package):
+    stdout = package.run("setup.py", "build_ext", "--inplace", FLASHMLA_BUILD="auto", TORCH_CUDA_ARCH_LIST="8.0")
+    assert package.exit_code == 0
+    assert stdout.count("flashmla_hf: building the CPU library alone: TORCH_CUDA_ARCH_LIST: expected 9.0 among") == 1
+    manifest = package.manifest()
+    assert (manifest["libraries"], manifest["cuda"], manifest["archs"]) == (["libflashmla_cpu.so"], None, [])
+    assert manifest["no_cuda"].startswith("TORCH_CUDA_ARCH_LIST: expected 9.0")
+
+
+def test_cuda_ends_with_the_reason_where_it_cannot_be_had(package):
+    package.run("setup.py", "build_ext", "--inplace", FLASHMLA_BUILD="cuda", TORCH_CUDA_ARCH_LIST="8.0")
+    assert package.exit_code == 1
+    assert (
+        package.stderr.strip()
+        .splitlines()[-1]
+        .startswith("flashmla_hf: FLASHMLA_BUILD=cuda: TORCH_CUDA_ARCH_LIST: expected 9.0")
+    )
+
+
+def test_only_what_changed_is_compiled_again(package):
+    assert package.build(FLASHMLA_BUILD="cuda") == {"cpu.cpp", "host.cpp", "kernel.cu"}
+    assert package.build(FLASHMLA_BUILD="cuda") == set()
+    (package.directory / "csrc/sm90/kernel.cuh").touch()
+    assert package.build(FLASHMLA_BUILD="cuda") == {"host.cpp", "kernel.cu"}
+    (package.directory / "csrc/cpu/cpu.cpp").touch()
+    assert package.build(FLASHMLA_BUILD="cuda") == {"cpu.cpp"}
+    (package.directory / "csrc/params.h").touch()
+    assert package.build(FLASHMLA_BUILD="cuda") == {"cpu.cpp", "host.cpp", "kernel.cu"}
+    # With CXX the commands differ, nvcc's by its host compiler.
+    assert package.build(FLASHMLA_BUILD="cuda", CXX="g++") == {"host.cpp", "kernel.cu"}
+
+
+def test_a_cuda_library_in_place_outlives_a_build_for_the_cpu(package):
+    package.build(FLASHMLA_BUILD="cuda")
+    before = package.manifest()
+    package.build(FLASHMLA_BUILD="cpu")
+    assert (package.directory / "flashmla_hf/libflashmla_sm90.so").exists()
+    assert package.manifest() == before
+
+
+def test_the_cuda_library_asks_for_torch_cuda_at_run_time(package):
+    package.build(FLASHMLA_BUILD="cuda")
+    library = package.directory / "flashmla_hf/libflashmla_sm90.so"
+    dynamic = subprocess.run(["readelf", "-d", library], capture_output=True, text=True, check=True).stdout
+    assert "[libtorch_cuda.so]" in dynamic
+
+
+def test_a_compiler_error_in_a_kernel_names_the_way_out(package):
+    (package.directory / "csrc/sm90/kernel.cu").write_text("#error the sky falls\n")
+    stdout = package.run("setup.py", "build_ext", "--inplace", FLASHMLA_BUILD="cuda")
+    assert package.exit_code == 1
+    assert "the sky falls" in stdout
+    assert "the compiler's message is above; FLASHMLA_BUILD=cpu builds without CUDA." in package.stderr
+
+
+def test_a_symbol_of_torch_that_is_not_listed_ends_the_link(package):
+    with (package.directory / "csrc/sm90/kernel.cu").open("a") as file:
+        file.write('extern "C" int aoti_torch_unlisted();\nextern "C" int other() { return aoti_torch_unlisted(); }\n')
+    stdout = package.run("setup.py", "build_ext", "--inplace", FLASHMLA_BUILD="cuda")
+    assert package.exit_code == 1
+    assert "aoti_torch_unlisted" in stdout
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
+def test_the_real_nvcc_builds_a_kernel(package):
+    with (package.directory / "csrc/sm90/kernel.cu").open("a") as file:
+        file.write(
+            "__global__ void scale(float* x) { x[threadIdx.x] *= 2.f; }\nvoid launch(float* x) { scale<<<1, 32>>>(x); }\n"
+        )
+    package.defaults.pop("CUDA_HOME")
+    stdout = package.run("csrc/sm90/check_build.py")
+    assert package.exit_code == 0, stdout + package.stderr
+    assert re.search(r"\n  scale +\d+ +0 +0 +0 +\d+\n", stdout), stdout
+    library = package.directory / "flashmla_hf/libflashmla_sm90.so"
+    symbols = subprocess.run(["nm", "-D", library], capture_output=True, text=True, check=True).stdout
+    assert "U aoti_torch_get_current_cuda_stream" in symbols
+    assert not re.search(r" cuda[A-Z]", symbols)  # the CUDA runtime is inside, and nothing sees it
+
+
+def test_every_kernel_source_is_built(build):
+    assert {path for path in (ROOT / "csrc/sm90").rglob("*") if path.suffix in (".cu", ".cpp")} <= set(
+        build.sm90_sources()
+    )
+    assert all(path.is_file() for path in build.sm90_sources())
+
+
+# ---- make cuda -------------------------------------------------------------------------------------------------------
+
+
+def test_make_cuda_shows_a_table_and_checks_what_is_up_to_date(package):
+    for _ in range(2):
+        stdout = package.run("csrc/sm90/check_build.py")
+        assert package.exit_code == 0, stdout + package.stderr
+        assert "csrc/sm90/kernel.cu: " in stdout
+        assert re.search(r"\n  tiny<64> +168 +0 +0 +1024 +16\n", stdout), stdout
+
+
+@pytest.mark.parametrize(
+    ("ptxas", "sentence"),
+    [
+        (PTXAS.replace("0 bytes spill stores", "8 bytes spill stores"), "tiny<64> spills 8 bytes of registers: expected 0"),
+        (
+            PTXAS + "\nptxas info    : (C7510) Potential Performance Loss: wgmma.mma_async instructions are serialized due to x",
+            "(C7510) Potential Performance Loss: wgmma.mma_async instructions are serialized due to x",
+        ),
+        ("", "ptxas reported no kernel: expected -Xptxas -v among the flags of sources.json"),
+    ],
+)  # fmt: skip
+def test_make_cuda_fails_on_what_ptxas_reports(package, tmp_path, ptxas, sentence):
+    toolkit(tmp_path, ptxas=ptxas)
+    for _ in range(2):  # the second time the object is up to date
+        package.run("csrc/sm90/check_build.py")
+        assert package.exit_code == 1
+        assert re.search(rf"flashmla_hf: csrc/sm90/kernel.cu: .*{re.escape(sentence)}\n", package.stderr)

@@ -2,8 +2,11 @@
 
 import builtins
 import json
+import os
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -106,12 +109,58 @@ def test_a_library_that_does_not_load_is_a_problem(monkeypatch, tmp_path):
     assert "missing symbol; reinstall flashmla_hf" in problems[1]
 
 
+def test_a_cuda_library_that_was_not_built_says_why(monkeypatch, tmp_path):
+    monkeypatch.setattr(doctor, "__file__", str(tmp_path / "doctor.py"))
+    monkeypatch.setitem(ops.unavailable, "sm90", "libflashmla_sm90.so was not built")
+    (tmp_path / "_build.json").write_text(json.dumps({"no_cuda": "nvcc was not found: put it on PATH."}))
+    assert doctor._built([])["libraries"]["libflashmla_sm90.so"] == (
+        "libflashmla_sm90.so was not built: nvcc was not found: put it on PATH."
+    )
+
+
+@pytest.mark.parametrize(("cuda", "count"), [(None, 0), ("13.0", 1)])
+def test_a_cuda_library_is_a_problem_only_where_torch_has_cuda(monkeypatch, tmp_path, cuda, count):
+    monkeypatch.setattr(doctor, "__file__", str(tmp_path / "doctor.py"))
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    monkeypatch.setitem(ops.unavailable, "sm90", "libflashmla_sm90.so does not load")
+    (tmp_path / "libflashmla_sm90.so").touch()
+    problems = []
+    doctor._built(problems)
+    assert len([problem for problem in problems if "sm90" in problem]) == count
+
+
+@pytest.mark.skipif(torch.version.cuda is not None, reason="torch has CUDA")
+def test_a_torch_without_cuda_is_named_as_such(tmp_path):
+    """Not as the missing libtorch_cuda.so that the loader reports."""
+    package = tmp_path / "flashmla_hf"
+    package.mkdir()
+    for path in Path(doctor.__file__).parent.glob("*.py"):
+        shutil.copy(path, package)
+    (package / "libflashmla_sm90.so").write_text("not a library")
+    program = "from flashmla_hf import ops; print(ops.unavailable['sm90'])"
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    result = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, cwd=tmp_path, env=environment
+    )
+    assert result.stdout == f"libflashmla_sm90.so needs a torch with CUDA: torch {torch.__version__} has none\n", (
+        result.stderr
+    )
+
+
 def test_the_manifest_of_the_build_is_shown(monkeypatch, tmp_path, capsys, report):
     monkeypatch.setattr(doctor, "__file__", str(tmp_path / "doctor.py"))
-    (tmp_path / "_build.json").write_text(json.dumps({"compiler": "g++ 99", "archs": ["sm_90a"]}))
+    manifest = {
+        "compiler": "g++ 99",
+        "libraries": ["libflashmla_sm90.so"],
+        "cuda": "12.9",
+        "archs": ["90a"],
+        "no_cuda": None,
+    }
+    (tmp_path / "_build.json").write_text(json.dumps(manifest))
     built = doctor._built([])
     doctor.show({**report, "built": built})
-    assert "g++ 99" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert all(fact in text for fact in ("g++ 99", "12.9", "90a"))
 
 
 @pytest.mark.parametrize("has_rich", [True, False])

@@ -1,0 +1,548 @@
+// Hopper forward attention.
+//
+//   S = scale Q K^T (softcap), masked;   P = exp(S - row_max);   O = sum_tiles P V, rescaled when row_max grows;
+//   out = O / row_sum,  lse = row_max + log(row_sum)                       (csrc/params.h states the semantics)
+//
+// Schedule. A block is one producer warpgroup, of which two threads work, and kNumConsumers warpgroups of 64 query rows
+// each. It is persistent: the scheduling thread finds the next tile (schedule.h) and the loading thread streams Q
+// (kNumQStages buffers) and a ring of kNumStages K and V tiles by TMA, from the last visible key tile to the first, so
+// that masked tiles come first. A consumer warpgroup keeps one product ahead:
+//
+//   issue S(n-1) = Q K(n-1)^T   issue O += P(n) V(n)   wait S   softmax S(n-1)   wait O   P(n-1) -> registers, rescale
+//   O
+//
+// so that the tensor cores multiply while the exponentials of the other tile are taken; with kPingPong the warpgroups
+// take turns (named barriers) so that one multiplies while another exponentiates. Masks are found per warpgroup: one
+// that sees nothing of a K/V tile lets it pass.
+//
+// Source: FlashAttention-2 (arXiv 2307.08691) for the algorithm, FlashAttention-3 (arXiv 2407.08608) for the two
+// overlaps.
+#pragma once
+
+#include <cuda.h>
+#include <cutlass/arch/barrier.h>
+#include <cutlass/arch/grid_dependency_control.h>
+#include <cutlass/arch/reg_reconfig.h>
+
+#include <cute/tensor.hpp>
+
+#include "params.h"
+#include "sm90/scheduler.cuh"
+#include "sm90/softmax.cuh"
+#include "sm90/tiles.h"
+
+namespace flashmla::sm90 {
+
+using cutlass::arch::ClusterBarrier;
+using cutlass::arch::ClusterTransactionBarrier;
+using cutlass::arch::NamedBarrier;
+
+// What the kernel is told, all by value: TMA reads its descriptors from parameter memory.
+struct ForwardArguments {
+  CUtensorMap q;     // dims (head_dim, heads_packed, seqlen or total, heads / heads_packed, batch)
+  CUtensorMap k, v;  // dims (head_dim, seqlen or total, heads, batch)
+  TensorView out;
+  RowView lse;
+  Problem problem;
+  Window window;
+  Schedule schedule;
+};
+
+// Tiles lie in shared memory as chunks of so many columns, one swizzle row (128 or 64 bytes) wide, as TMA boxes write
+// them and wgmma reads them. 96 columns are three chunks of 32.
+constexpr int swizzle_columns(int head_dim_qk, int head_dim_v) {
+  return head_dim_qk % 64 == 0 && head_dim_v % 64 == 0 ? 64 : 32;
+}
+
+template <int kHeadDimQK, int kHeadDimV, MaskKind kMask, class Element>
+struct Forward {
+  using Tiles = ForwardTiles<kHeadDimQK, kHeadDimV, kMask>;
+  static constexpr int kBlockQ = Tiles::kBlockQ;
+  static constexpr int kBlockKV = Tiles::kBlockKV;
+  static constexpr int kNumStages = Tiles::kNumStages;
+  static constexpr int kNumQStages = Tiles::kNumQStages;
+  static constexpr int kNumConsumers = Tiles::kNumConsumers;
+  static constexpr int kSwizzleColumns = swizzle_columns(kHeadDimQK, kHeadDimV);
+  static_assert(kHeadDimQK % kSwizzleColumns == 0 && kHeadDimV % kSwizzleColumns == 0);
+
+  static constexpr int kScores = kBlockKV / 2;  // per thread
+  static constexpr int kOutputs = kHeadDimV / 2;
+
+  using BlockShapeS = cute::Shape<cute::Int<kBlockQ>, cute::Int<kBlockKV>, cute::Int<kHeadDimQK>>;
+  using BlockShapeO = cute::Shape<cute::Int<kBlockQ>, cute::Int<kHeadDimV>, cute::Int<kBlockKV>>;
+  using Warpgroups = cute::Layout<cute::Shape<cute::Int<kNumConsumers>, cute::_1, cute::_1>>;
+  using MmaS =
+      decltype(cute::make_tiled_mma(cute::GMMA::ss_op_selector<Element, Element, float, BlockShapeS>(), Warpgroups{}));
+  using MmaO = decltype(cute::make_tiled_mma(
+      cute::GMMA::rs_op_selector<Element, Element, float, BlockShapeO, cute::GMMA::Major::K, cute::GMMA::Major::MN>(),
+      Warpgroups{}));
+
+  using AtomK = std::conditional_t<kSwizzleColumns == 64, cute::GMMA::Layout_K_SW128_Atom<Element>,
+                                   cute::GMMA::Layout_K_SW64_Atom<Element>>;
+  using AtomMN = std::conditional_t<kSwizzleColumns == 64, cute::GMMA::Layout_MN_SW128_Atom<Element>,
+                                    cute::GMMA::Layout_MN_SW64_Atom<Element>>;
+  using LayoutQ = decltype(cute::tile_to_shape(
+      AtomK{}, cute::Shape<cute::Int<kBlockQ>, cute::Int<kHeadDimQK>, cute::Int<kNumQStages>>{}));
+  using LayoutK = decltype(cute::tile_to_shape(
+      AtomK{}, cute::Shape<cute::Int<kBlockKV>, cute::Int<kHeadDimQK>, cute::Int<kNumStages>>{}));
+  using LayoutVt = decltype(cute::tile_to_shape(
+      AtomMN{}, cute::Shape<cute::Int<kHeadDimV>, cute::Int<kBlockKV>, cute::Int<kNumStages>>{},
+      cute::Step<cute::_2, cute::_1, cute::_3>{}));
+
+  // A second Q buffer lets the first S of the next tile be multiplied while O of this one is written.
+  static constexpr bool kLooksAhead = kNumQStages > 1;
+  static constexpr int kNumTiles = 2;  // announced at a time, so that K of the next is loaded before its Q has room
+
+  struct SharedStorage {
+    alignas(1024) Element q[kNumQStages][kBlockQ * kHeadDimQK];
+    alignas(1024) Element k[kNumStages][kBlockKV * kHeadDimQK];
+    alignas(1024) Element v[kNumStages][kBlockKV * kHeadDimV];
+    uint64_t q_full[kNumQStages], q_empty[kNumQStages];
+    uint64_t k_full[kNumStages], k_empty[kNumStages], v_full[kNumStages], v_empty[kNumStages];
+    uint64_t tile_full[kNumTiles], tile_empty[kNumTiles];
+    Tile tiles[kNumTiles];
+  };
+  static constexpr int kSharedBytes = sizeof(SharedStorage);
+  static_assert(kSharedBytes <= 227 * 1024);
+
+  static constexpr uint32_t kBytesK = sizeof(Element) * kBlockKV * kHeadDimQK;
+  static constexpr uint32_t kBytesV = sizeof(Element) * kBlockKV * kHeadDimV;
+
+  // Named barriers: 0 is __syncthreads; then the turns, then one for each warpgroup's own threads.
+  static constexpr int kTurnBarrier = 1, kOwnBarrier = kTurnBarrier + kNumConsumers;
+
+  // Position in a ring of `kDepth` buffers.
+  template <int kDepth>
+  struct Ring {
+    int stage = 0;
+    uint32_t phase = 0;
+    __device__ void advance() {
+      if (++stage == kDepth) stage = 0, phase ^= 1;
+    }
+  };
+
+  // ---- producer
+  // ------------------------------------------------------------------------------------------------------
+
+  __device__ static void load_kv(CUtensorMap const& map, uint64_t& barrier, Element* shared, int columns, int32_t row,
+                                 int32_t head, int32_t batch) {
+    for (int column = 0; column < columns; column += kSwizzleColumns) {
+      cute::SM90_TMA_LOAD_4D::copy(&map, &barrier, static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVICT_NORMAL),
+                                   shared + column * kBlockKV, column, row, head, batch);
+    }
+  }
+
+  __device__ static void announce_tiles(ForwardArguments const& arguments, SharedStorage& shared) {
+    Schedule const& schedule = arguments.schedule;
+    Ring<kNumTiles> slot;
+    for (int32_t round = 0;; ++round, slot.advance()) {
+      TilePlace const place = place_of(schedule, arguments.problem, next_index(schedule, round));
+      ClusterBarrier::wait(&shared.tile_empty[slot.stage], slot.phase ^ 1);
+      write_tile<kBlockKV, kNumConsumers>(shared.tiles[slot.stage], schedule, arguments.problem, arguments.window,
+                                          place);
+      ClusterBarrier::arrive(&shared.tile_full[slot.stage]);
+      if (place.head < 0) return;
+    }
+  }
+
+  __device__ static void load_tiles(ForwardArguments const& arguments, SharedStorage& shared) {
+    Schedule const& schedule = arguments.schedule;
+    int32_t const group = static_cast<int32_t>(arguments.problem.heads_q / arguments.problem.heads_kv);
+    Ring<kNumStages> ring;
+    Ring<kNumQStages> q_ring;
+    Ring<kNumTiles> slot;
+    for (;; q_ring.advance(), slot.advance()) {
+      ClusterBarrier::wait(&shared.tile_full[slot.stage], slot.phase);
+      Tile const& tile = shared.tiles[slot.stage];
+      int32_t const batch = schedule.num_items != nullptr ? 0 : tile.batch;
+      int32_t const head_kv = tile.head / group;
+      int32_t block = tile.head < 0 ? 0 : tile.block_end - 1;
+      int32_t const block_begin = tile.head < 0 ? 1 : tile.block_begin;
+      auto load_k = [&] {
+        ClusterBarrier::wait(&shared.k_empty[ring.stage], ring.phase ^ 1);
+        ClusterTransactionBarrier::arrive_and_expect_tx(&shared.k_full[ring.stage], kBytesK);
+        load_kv(arguments.k, shared.k_full[ring.stage], shared.k[ring.stage], kHeadDimQK,
+                tile.sequence.offset_kv + block * kBlockKV, head_kv, batch);
+      };
+      // K first: there may be room for it before there is for Q.
+      if (block >= block_begin) load_k();
+      ClusterBarrier::wait(&shared.q_empty[q_ring.stage], q_ring.phase ^ 1);
+      if (block < block_begin) {
+        ClusterBarrier::arrive(&shared.q_full[q_ring.stage]);
+        if (tile.head < 0) return;
+        ClusterBarrier::arrive(&shared.tile_empty[slot.stage]);
+        continue;
+      }
+      ClusterTransactionBarrier::arrive_and_expect_tx(
+          &shared.q_full[q_ring.stage],
+          sizeof(Element) * kHeadDimQK * schedule.queries_per_block * schedule.heads_packed);
+      for (int column = 0; column < kHeadDimQK; column += kSwizzleColumns) {
+        cute::SM90_TMA_LOAD_5D::copy(&arguments.q, &shared.q_full[q_ring.stage],
+                                     static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVICT_FIRST),
+                                     shared.q[q_ring.stage] + column * kBlockQ, column, 0,
+                                     tile.sequence.offset_q + tile.q_begin, tile.head / schedule.heads_packed, batch);
+      }
+      for (bool is_first = true; block >= block_begin; --block, is_first = false) {
+        if (!is_first) load_k();
+        ClusterBarrier::wait(&shared.v_empty[ring.stage], ring.phase ^ 1);
+        ClusterTransactionBarrier::arrive_and_expect_tx(&shared.v_full[ring.stage], kBytesV);
+        load_kv(arguments.v, shared.v_full[ring.stage], shared.v[ring.stage], kHeadDimV,
+                tile.sequence.offset_kv + block * kBlockKV, head_kv, batch);
+        ring.advance();
+      }
+      ClusterBarrier::arrive(&shared.tile_empty[slot.stage]);
+    }
+  }
+
+  // ---- consumers
+  // -----------------------------------------------------------------------------------------------------
+
+  // A row of the tile as (query, head): packed, `heads_packed` rows share a query.
+  struct Row {
+    int32_t query, head;
+    bool is_valid;
+  };
+  __device__ static Row row_at(Schedule const& schedule, Tile const& tile, int32_t row) {
+    int32_t const packed = schedule.heads_packed;
+    int32_t const query = packed == 1 ? row : row / packed;
+    return {tile.q_begin + query, tile.head + row - query * packed,
+            query < schedule.queries_per_block && tile.q_begin + query < tile.sequence.seqlen_q};
+  }
+
+  __device__ static Element* out_row(ForwardArguments const& arguments, Tile const& tile, Row const& row) {
+    TensorView const& out = arguments.out;
+    return static_cast<Element*>(out.data) + tile.batch * out.stride_batch + row.head * out.stride_heads +
+           (tile.sequence.offset_q + int64_t{row.query}) * out.stride_seqlen;
+  }
+
+  __device__ static float* lse_row(ForwardArguments const& arguments, Tile const& tile, Row const& row) {
+    RowView const& lse = arguments.lse;
+    return lse.data + tile.batch * lse.stride_batch + row.head * lse.stride_heads + tile.sequence.offset_q + row.query;
+  }
+
+  // This warpgroup's rows see no key: out 0, lse -inf or the sink's logit. Rows past the last sequence have no sink.
+  __device__ static void write_unseeing(ForwardArguments const& arguments, Tile const& tile, int warpgroup) {
+    Problem const& problem = arguments.problem;
+    bool const has_sink =
+        problem.sinks != nullptr && !(arguments.schedule.num_items != nullptr && tile.batch == problem.batch);
+    int32_t const vectors = static_cast<int32_t>(problem.head_dim_v) / 8;  // of 16 bytes
+    for (int32_t i = threadIdx.x % 128; i < 64 * vectors; i += 128) {
+      Row const row = row_at(arguments.schedule, tile, warpgroup * 64 + i / vectors);
+      if (!row.is_valid) continue;
+      *reinterpret_cast<uint4*>(out_row(arguments, tile, row) + i % vectors * 8) = uint4{0, 0, 0, 0};
+      if (i % vectors == 0) *lse_row(arguments, tile, row) = has_sink ? problem.sinks[row.head] : -INFINITY;
+    }
+  }
+
+  // out = O / row_sum, and lse.
+  template <class Outputs>
+  __device__ static void write(ForwardArguments const& arguments, Tile const& tile, Softmax<kScores>& softmax,
+                               Outputs const& rO, int32_t first_row) {
+    int const quad_lane = threadIdx.x % 4;
+    Problem const& problem = arguments.problem;
+    CUTE_UNROLL
+    for (int r = 0; r < 2; ++r) {
+      Row const row = row_at(arguments.schedule, tile, first_row + 8 * r);
+      float lse;
+      float const factor =
+          softmax.finish(r, problem.sinks == nullptr || !row.is_valid ? nullptr : problem.sinks + row.head, lse);
+      if (row.is_valid && quad_lane == 0) *lse_row(arguments, tile, row) = lse;
+      Element* const out = row.is_valid ? out_row(arguments, tile, row) : nullptr;
+      CUTE_UNROLL
+      for (int group = 0; group < kHeadDimV / 32; ++group) {
+        uint32_t pairs[4];
+        CUTE_UNROLL
+        for (int m = 0; m < 4; ++m) {
+          int const element = (4 * group + m) * 4 + r * 2;
+          pairs[m] = pack<Element>(rO(element) * factor, rO(element + 1) * factor);
+        }
+        // Lane l of a quad holds pair l of columns 8m ... 8m + 7 in pairs[m]. Transposed over the quad, it holds
+        // columns 8l ... 8l + 7, and stores 16 bytes beside its neighbours'.
+        bool const is_high = quad_lane & 2, is_odd = quad_lane & 1;
+        uint32_t const a = __shfl_xor_sync(0xffffffff, is_high ? pairs[0] : pairs[2], 2);
+        uint32_t const b = __shfl_xor_sync(0xffffffff, is_high ? pairs[1] : pairs[3], 2);
+        (is_high ? pairs[0] : pairs[2]) = a;
+        (is_high ? pairs[1] : pairs[3]) = b;
+        uint32_t const c = __shfl_xor_sync(0xffffffff, is_odd ? pairs[0] : pairs[1], 1);
+        uint32_t const d = __shfl_xor_sync(0xffffffff, is_odd ? pairs[2] : pairs[3], 1);
+        (is_odd ? pairs[0] : pairs[1]) = c;
+        (is_odd ? pairs[2] : pairs[3]) = d;
+        int const column = 32 * group + 8 * quad_lane;
+        if (out != nullptr && column < problem.head_dim_v) {
+          *reinterpret_cast<uint4*>(out + column) = uint4{pairs[0], pairs[1], pairs[2], pairs[3]};
+        }
+      }
+    }
+  }
+
+  __device__ static void consume(ForwardArguments const& arguments, SharedStorage& shared, int warpgroup) {
+    using namespace cute;
+    int const thread = threadIdx.x - 128;  // among consumers
+    int const first_row = warpgroup * 64 + (threadIdx.x % 128) / 32 * 16 + threadIdx.x % 32 / 4;
+    Problem const& problem = arguments.problem;
+    Schedule const& schedule = arguments.schedule;
+
+    MmaS mma_s;
+    MmaO mma_o;
+    Tensor sQ = make_tensor(make_smem_ptr(shared.q[0]), LayoutQ{});
+    Tensor sK = make_tensor(make_smem_ptr(shared.k[0]), LayoutK{});
+    Tensor sVt = make_tensor(make_smem_ptr(shared.v[0]), LayoutVt{});
+    auto thread_s = mma_s.get_slice(thread);
+    auto thread_o = mma_o.get_slice(thread);
+    Tensor fQ = thread_s.partition_fragment_A(sQ);   // descriptors (_, 1, kHeadDimQK/16, kNumQStages)
+    Tensor fK = thread_s.partition_fragment_B(sK);   // (_, 1, kHeadDimQK/16, kNumStages)
+    Tensor fV = thread_o.partition_fragment_B(sVt);  // (_, _, kBlockKV/16, kNumStages)
+    Tensor rS = partition_fragment_C(mma_s, Shape<Int<kBlockQ>, Int<kBlockKV>>{});
+    Tensor rO = partition_fragment_C(mma_o, Shape<Int<kBlockQ>, Int<kHeadDimV>>{});
+    Tensor rP = make_tensor<Element>(partition_shape_A(mma_o, Shape<Int<kBlockQ>, Int<kBlockKV>>{}));
+    static_assert(decltype(size(rS))::value == kScores && decltype(size(rO))::value == kOutputs);
+
+    bool const has_transform = problem.softcap > 0.0f || problem.scale <= 0.0f;
+    float const scale_log2 = has_transform ? kLog2e : problem.scale * kLog2e;
+
+    Ring<kNumStages> ring;
+    Ring<kNumQStages> q_ring;
+    Ring<kNumTiles> slot;
+
+    auto issue_s = [&] {
+      warpgroup_fence_operand(rS);
+      warpgroup_arrive();
+      mma_s.accumulate_ = GMMA::ScaleOut::Zero;
+      CUTE_UNROLL
+      for (int k = 0; k < kHeadDimQK / 16; ++k) {
+        cute::gemm(mma_s, fQ(_, _, k, q_ring.stage), fK(_, _, k, ring.stage), rS);
+        mma_s.accumulate_ = GMMA::ScaleOut::One;
+      }
+      warpgroup_commit_batch();
+    };
+    auto issue_o = [&](int stage, bool is_first) {
+      warpgroup_fence_operand(rO);
+      warpgroup_fence_operand(rP);
+      warpgroup_arrive();
+      mma_o.accumulate_ = is_first ? GMMA::ScaleOut::Zero : GMMA::ScaleOut::One;
+      CUTE_UNROLL
+      for (int k = 0; k < kBlockKV / 16; ++k) {
+        cute::gemm(mma_o, rP(_, _, k), fV(_, _, k, stage), rO);
+        mma_o.accumulate_ = GMMA::ScaleOut::One;
+      }
+      warpgroup_commit_batch();
+    };
+    // Eight consecutive score registers are one A fragment of a 16-column step, in order.
+    auto convert_p = [&] {
+      auto* pairs = reinterpret_cast<uint32_t*>(rP.data());
+      CUTE_UNROLL
+      for (int i = 0; i < kScores / 2; ++i) pairs[i] = pack<Element>(rS(2 * i), rS(2 * i + 1));
+    };
+    auto wait_turn = [&] {
+      if constexpr (Tiles::kPingPong) NamedBarrier::sync(256, kTurnBarrier + warpgroup);
+    };
+    auto pass_turn = [&] {
+      if constexpr (Tiles::kPingPong) NamedBarrier::arrive(256, kTurnBarrier + (warpgroup + 1) % kNumConsumers);
+    };
+    // A product is complete for the whole warpgroup at once, so one thread speaks for it.
+    auto release = [&](uint64_t& barrier) {
+      if (threadIdx.x % 128 == 0) ClusterBarrier::arrive(&barrier);
+    };
+    auto release_tile = [&](int place) {  // by each warp: they read it to the end
+      __syncwarp();
+      if (threadIdx.x % 32 == 0) ClusterBarrier::arrive(&shared.tile_empty[place]);
+    };
+    // Without a product to wait for, the warps of a warpgroup must not run apart by more than the ring is deep.
+    auto sync_warpgroup = [&] { NamedBarrier::sync(128, kOwnBarrier + warpgroup); };
+    auto skip_block = [&] {
+      ClusterBarrier::wait(&shared.k_full[ring.stage], ring.phase);
+      wait_turn();
+      pass_turn();
+      ClusterBarrier::wait(&shared.v_full[ring.stage], ring.phase);
+      sync_warpgroup();
+      release(shared.k_empty[ring.stage]);
+      release(shared.v_empty[ring.stage]);
+      ring.advance();
+    };
+
+    auto skip_to_visible = [&] {
+      Tile const& tile = shared.tiles[slot.stage];
+      for (int32_t block = tile.block_end - 1; block >= tile.visible[warpgroup].end; --block) skip_block();
+    };
+    // Lets tiles pass in which this warpgroup sees nothing. False: no more work.
+    auto find_tile = [&] {
+      for (;; q_ring.advance(), slot.advance()) {
+        ClusterBarrier::wait(&shared.q_full[q_ring.stage], q_ring.phase);
+        Tile const& tile = shared.tiles[slot.stage];
+        if (tile.head < 0) return false;
+        VisibleBlocks const& visible = tile.visible[warpgroup];
+        if (visible.begin < visible.end) return true;
+        for (int32_t block = tile.block_end - 1; block >= tile.block_begin; --block) skip_block();
+        write_unseeing(arguments, tile, warpgroup);
+        sync_warpgroup();
+        release(shared.q_empty[q_ring.stage]);
+        release_tile(slot.stage);
+      }
+    };
+
+    if (Tiles::kPingPong && warpgroup == kNumConsumers - 1) pass_turn();  // the first turn is warpgroup 0's
+    Softmax<kScores> softmax(scale_log2);
+    float correction[2];
+    int stage_o = 0;          // of the V of the last O += P V
+    bool has_output = false;  // it is on its way, of the tile announced before `slot`
+    bool is_found = false;    // `slot` is a tile this warpgroup sees, at its first block
+    for (;;) {
+      auto finish_tile = [&] {
+        warpgroup_fence_operand(rO);
+        release(shared.v_empty[stage_o]);
+        int const old_slot = slot.stage ^ 1;
+        Tile const& tile = shared.tiles[old_slot];
+        write(arguments, tile, softmax, rO, first_row);
+        for (int32_t block = tile.visible[warpgroup].begin - 1; block >= tile.block_begin; --block) skip_block();
+        release_tile(old_slot);
+        has_output = false;
+      };
+      if constexpr (!kLooksAhead) {
+        warpgroup_wait<0>();
+        if (has_output) finish_tile();
+        is_found = find_tile();
+        if (!is_found) break;
+      }
+      // The one place where a tile's first S is issued: wgmma in a branch would be serialized. Where the tile is not
+      // found yet, this one multiplies what lies there, for nothing.
+      if (is_found) {
+        skip_to_visible();
+        ClusterBarrier::wait(&shared.k_full[ring.stage], ring.phase);
+        wait_turn();
+      }
+      issue_s();
+      if (is_found) pass_turn();
+      if constexpr (kLooksAhead) {
+        warpgroup_wait<1>();
+        if (has_output) finish_tile();
+        if (!is_found) {
+          warpgroup_wait<0>();
+          is_found = find_tile();
+          if (!is_found) break;
+          continue;
+        }
+      }
+
+      Tile const& tile = shared.tiles[slot.stage];
+      // In registers where there is room.
+      std::conditional_t<(kHeadDimV > 128 || kNumConsumers > 2), VisibleBlocks const&, VisibleBlocks const> visible =
+          tile.visible[warpgroup];
+      int32_t block = visible.end - 1;
+      auto finish_scores = [&] {
+        if (has_transform) transform_scores<kScores>(rS, problem.scale, problem.softcap);
+        if (block < visible.unmasked_begin || block >= visible.unmasked_end) {
+          int32_t const shift = tile.sequence.seqlen_kv - tile.sequence.seqlen_q;
+          int32_t const position[2] = {row_at(schedule, tile, first_row).query + shift,
+                                       row_at(schedule, tile, first_row + 8).query + shift};
+          mask_scores<kMask, kScores>(rS, arguments.window, tile.sequence.seqlen_kv, block * kBlockKV, position);
+        }
+        return softmax.update(rS, correction);
+      };
+      auto release_s = [&] {
+        release(shared.k_empty[ring.stage]);
+        if (block == visible.begin) release(shared.q_empty[q_ring.stage]);  // that was the last of it
+      };
+      softmax.reset();
+      warpgroup_wait<0>();
+      warpgroup_fence_operand(rS);
+      release_s();
+      finish_scores();
+      convert_p();
+      bool is_first = true;
+      for (--block; block >= visible.begin; --block) {
+        Ring<kNumStages> const ring_o = ring;
+        ring.advance();
+        ClusterBarrier::wait(&shared.k_full[ring.stage], ring.phase);
+        wait_turn();
+        issue_s();
+        ClusterBarrier::wait(&shared.v_full[ring_o.stage], ring_o.phase);
+        issue_o(ring_o.stage, is_first);
+        is_first = false;
+        pass_turn();
+        warpgroup_wait<1>();
+        warpgroup_fence_operand(rS);
+        release_s();
+        bool const has_grown = finish_scores();
+        // ptxas moves the wait up, ahead of exponentials that should overlap the product, but not past a barrier. This
+        // one is never reached, and needs them all to know.
+        asm volatile("{ .reg .pred p; setp.lt.f32 p, %0, 0f00000000; @p bar.arrive 15, 32; }" ::"f"(softmax.row_sum[0] +
+                                                                                                    softmax.row_sum[1])
+                     : "memory");
+        warpgroup_wait<0>();
+        warpgroup_fence_operand(rO);
+        release(shared.v_empty[ring_o.stage]);
+        convert_p();
+        if (has_grown) {
+          CUTE_UNROLL
+          for (int i = 0; i < kOutputs; ++i) rO(i) *= correction[(i / 2) % 2];
+        }
+      }
+      ClusterBarrier::wait(&shared.v_full[ring.stage], ring.phase);
+      issue_o(ring.stage, is_first);
+      stage_o = ring.stage;
+      ring.advance();
+      has_output = true;
+      is_found = false;
+      slot.advance();
+      q_ring.advance();
+      if constexpr (kLooksAhead) {
+        // The next S is multiplied while this O is written, unless this warpgroup has K/V tiles to let pass first: of
+        // this tile, or so many of the next that the ring would need the place that O's last V still holds.
+        ClusterBarrier::wait(&shared.q_full[q_ring.stage], q_ring.phase);
+        Tile const& next = shared.tiles[slot.stage];
+        if (block < tile.block_begin && next.head >= 0 && next.visible[warpgroup].begin < next.visible[warpgroup].end) {
+          is_found = next.block_end - next.visible[warpgroup].end <= kNumStages - 2;
+        }
+      }
+    }
+    if constexpr (kLooksAhead) warpgroup_wait<0>();
+    // Take the turn nobody will: a barrier left half-arrived would hang the block's exit.
+    if (Tiles::kPingPong && warpgroup == 0) wait_turn();
+  }
+
+  __device__ static void run(ForwardArguments const& arguments, SharedStorage& shared) {
+    int const warpgroup = cutlass::canonical_warp_group_idx();
+    if (threadIdx.x == 0) {
+      if (cute::cast_smem_ptr_to_uint(&shared) % 1024 != 0) __trap();
+      for (int stage = 0; stage < kNumQStages; ++stage) {
+        ClusterBarrier::init(&shared.q_full[stage], 1);
+        ClusterBarrier::init(&shared.q_empty[stage], kNumConsumers);
+      }
+      for (int slot = 0; slot < kNumTiles; ++slot) {
+        ClusterBarrier::init(&shared.tile_full[slot], 1);
+        ClusterBarrier::init(&shared.tile_empty[slot],
+                             1 + 4 * kNumConsumers);  // the loading thread and each consumer warp
+      }
+      for (int stage = 0; stage < kNumStages; ++stage) {
+        ClusterBarrier::init(&shared.k_full[stage], 1);
+        ClusterBarrier::init(&shared.v_full[stage], 1);
+        ClusterBarrier::init(&shared.k_empty[stage], kNumConsumers);
+        ClusterBarrier::init(&shared.v_empty[stage], kNumConsumers);
+      }
+      cutlass::arch::fence_barrier_init();
+    }
+    __syncthreads();
+    cutlass::arch::wait_on_dependent_grids();  // schedule_kernel's list
+    if (warpgroup == 0) {
+      cutlass::arch::warpgroup_reg_dealloc<Tiles::kProducerRegisters>();
+      if (threadIdx.x == 0) load_tiles(arguments, shared);
+      if (threadIdx.x == 32) announce_tiles(arguments, shared);
+    } else {
+      cutlass::arch::warpgroup_reg_alloc<Tiles::kConsumerRegisters>();
+      consume(arguments, shared, warpgroup - 1);
+    }
+  }
+};
+
+template <int kHeadDimQK, int kHeadDimV, MaskKind kMask, class Element>
+__global__ void __launch_bounds__(ForwardTiles<kHeadDimQK, kHeadDimV, kMask>::kNumThreads, 1)
+    forward_kernel(__grid_constant__ ForwardArguments const arguments) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  // Swizzled tiles need 1,024-byte alignment; the dynamic shared memory of a kernel without any other begins so.
+  extern __shared__ __align__(1024) unsigned char memory[];
+  using Kernel = Forward<kHeadDimQK, kHeadDimV, kMask, Element>;
+  Kernel::run(arguments, *reinterpret_cast<typename Kernel::SharedStorage*>(memory));
+#endif
+}
+
+}  // namespace flashmla::sm90

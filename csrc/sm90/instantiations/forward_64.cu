@@ -1,0 +1,2 @@
+#include "sm90/launch_forward.cuh"
+template const char* flashmla::sm90::launch_forward_row<64, 64>(flashmla::ForwardParams const&, void*, cudaStream_t);

@@ -1,0 +1,106 @@
+// What a block asks of the schedule (schedule.h): its next tile, and the keys that tile sees.
+#pragma once
+
+#include "sm90/schedule.h"
+
+namespace flashmla::sm90 {
+
+// Boundaries are read on the device and not trusted: whatever they hold, rows stay inside the tensors.
+__device__ inline Sequence sequence_at(Problem const& problem, int32_t number) {
+  if (problem.cu_seqlens_q == nullptr) {
+    return {0, 0, static_cast<int32_t>(problem.seqlen_q), static_cast<int32_t>(problem.seqlen_kv)};
+  }
+  auto boundary = [](int32_t const* cu_seqlens, int64_t index, int64_t total) {
+    return min(max(cu_seqlens[index], 0), static_cast<int32_t>(total));
+  };
+  int32_t const begin_q = boundary(problem.cu_seqlens_q, number, problem.total_q);
+  if (number == problem.batch) return {begin_q, 0, static_cast<int32_t>(problem.total_q) - begin_q, 0};
+  int32_t const begin_kv = boundary(problem.cu_seqlens_kv, number, problem.total_kv);
+  return {begin_q, begin_kv, max(0, boundary(problem.cu_seqlens_q, number + 1, problem.total_q) - begin_q),
+          max(0, boundary(problem.cu_seqlens_kv, number + 1, problem.total_kv) - begin_kv)};
+}
+
+// Keys [begin, end) are seen by some query at positions first ... last, [unmasked_begin, unmasked_end) by each of them.
+struct VisibleKeys {
+  int32_t begin, end, unmasked_begin, unmasked_end;
+};
+
+__device__ inline VisibleKeys visible_keys(Window window, int32_t seqlen_kv, int32_t first, int32_t last) {
+  VisibleKeys keys{0, seqlen_kv, 0, seqlen_kv};
+  if (window.right >= 0) {
+    keys.end = max(0, min(seqlen_kv, last + window.right + 1));
+    keys.unmasked_end = max(0, min(seqlen_kv, first + window.right + 1));
+  }
+  if (window.left >= 0) {
+    keys.begin = max(0, first - window.left);
+    keys.unmasked_begin = max(0, last - window.left);
+  }
+  return keys;
+}
+
+// Where tile `index` of the walk is; head is negative past the last.
+struct TilePlace {
+  int32_t head, batch, q_block;
+};
+
+__device__ inline TilePlace place_of(Schedule const& schedule, Problem const& problem, int32_t index) {
+  bool const is_packed = schedule.num_items != nullptr;
+  int32_t const num_q_blocks = is_packed ? *schedule.num_items : schedule.num_q_blocks;
+  if (num_q_blocks <= 0 || index / num_q_blocks >= schedule.num_pairs) return {-1, 0, 0};
+  int32_t const section_size = schedule.pairs_per_section * num_q_blocks;
+  int32_t const section = index / section_size;
+  int32_t const within = index - section * section_size;
+  int32_t const first_pair = section * schedule.pairs_per_section;
+  int32_t const section_pairs = min(schedule.pairs_per_section, schedule.num_pairs - first_pair);
+  int32_t const rank = within / section_pairs;
+  int32_t const pair = first_pair + within - rank * section_pairs;
+  if (is_packed) return {pair * schedule.heads_packed, schedule.items[rank].x, schedule.items[rank].y};
+  int32_t const num_heads = static_cast<int32_t>(problem.heads_q) / schedule.heads_packed;
+  // Under a causal mask the last q block sees the most.
+  return {pair % num_heads * schedule.heads_packed, pair / num_heads, num_q_blocks - 1 - rank};
+}
+
+// Writes `tile`, which no one may be reading.
+template <int kBlockKV, int kNumConsumers>
+__device__ void write_tile(Tile& tile, Schedule const& schedule, Problem const& problem, Window window,
+                           TilePlace place) {
+  tile.head = place.head;
+  if (place.head < 0) return;
+  tile.batch = place.batch;
+  int32_t const q_begin = place.q_block * schedule.queries_per_block;
+  tile.q_begin = q_begin;
+  Sequence const sequence = sequence_at(problem, place.batch);
+  tile.sequence = sequence;
+  int32_t const shift = sequence.seqlen_kv - sequence.seqlen_q;
+  int32_t const q_end = min(q_begin + schedule.queries_per_block, sequence.seqlen_q);
+  int32_t block_begin = 1 << 30, block_end = 0;
+  for (int warpgroup = 0; warpgroup < kNumConsumers; ++warpgroup) {
+    int32_t const first = q_begin + warpgroup * 64 / schedule.heads_packed;
+    int32_t const last = min(q_begin + (warpgroup * 64 + 63) / schedule.heads_packed, q_end - 1);
+    VisibleBlocks blocks{0, 0, 0, 0};
+    if (first < q_end) {
+      VisibleKeys const keys = visible_keys(window, sequence.seqlen_kv, first + shift, last + shift);
+      blocks = {keys.begin / kBlockKV, (keys.end + kBlockKV - 1) / kBlockKV,
+                (keys.unmasked_begin + kBlockKV - 1) / kBlockKV, keys.unmasked_end / kBlockKV};
+      if (blocks.begin < blocks.end) {
+        block_begin = min(block_begin, blocks.begin);
+        block_end = max(block_end, blocks.end);
+      }
+    }
+    tile.visible[warpgroup] = blocks;
+  }
+  tile.block_begin = min(block_begin, block_end);
+  tile.block_end = block_end;
+}
+
+// The number of the tile this block takes in its round `round`. Dealt out statically, rounds run to and fro, so that
+// whoever had the longest tile of one round has the shortest of the next; otherwise blocks take what is left, in order.
+__device__ inline int32_t next_index(Schedule const& schedule, int32_t round) {
+  int32_t const num_blocks = gridDim.x;
+  if (schedule.next_tile != nullptr) {
+    return round == 0 ? blockIdx.x : num_blocks + atomicAdd(schedule.next_tile, 1);
+  }
+  return round * num_blocks + (round % 2 == 0 ? blockIdx.x : num_blocks - 1 - blockIdx.x);
+}
+
+}  // namespace flashmla::sm90

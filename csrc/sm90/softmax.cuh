@@ -1,0 +1,155 @@
+// The online softmax of one warpgroup's 64 rows, and what happens to scores before it.
+//
+// The accumulator of a 64 x N product gives a thread rows lane/4 and lane/4 + 8 of its warp's 16, and of each 8 columns
+// the pair 2 * (lane % 4): element j*4 + row*2 + c is column 8*j + 2*(lane%4) + c of row `row`.
+//
+// Source: online softmax, arXiv 1805.02867, as in FlashAttention-2 (arXiv 2307.08691); leaving the maximum behind while
+// it grows by less than a factor, FlashAttention-4 (arXiv 2603.05451, section on rescaling).
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cutlass/numeric_types.h>
+
+#include <cute/tensor.hpp>
+
+#include "params.h"
+#include "sm90/scheduler.cuh"
+#include "sm90/tiles.h"
+
+namespace flashmla::sm90 {
+
+constexpr float kLog2e = 1.4426950408889634f;
+constexpr float kLn2 = 0.6931471805599453f;
+
+// Two floats as two 16-bit elements in one register, the first in the low half.
+template <class Element>
+__device__ uint32_t pack(float low, float high) {
+  if constexpr (std::is_same_v<Element, cutlass::half_t>) {
+    __half2 const pair = __floats2half2_rn(low, high);
+    return reinterpret_cast<uint32_t const&>(pair);
+  } else {
+    __nv_bfloat162 const pair = __floats2bfloat162_rn(low, high);
+    return reinterpret_cast<uint32_t const&>(pair);
+  }
+}
+
+// kScores: scores a thread holds of its two rows together.
+template <int kScores>
+struct Softmax {
+  // P may grow to 2^8 before O is rescaled: exact in fp32 sums, and within fp16's range with room to spare.
+  static constexpr float kLogSlack = 8.0f;
+
+  float row_max[2], row_sum[2];  // of the scores as they come; row_sum is this thread's part until the end
+  float scale_log2;
+
+  __device__ explicit Softmax(float scale_log2) : scale_log2(scale_log2) { reset(); }
+
+  __device__ void reset() {
+    row_max[0] = row_max[1] = -INFINITY;
+    row_sum[0] = row_sum[1] = 0.0f;
+  }
+
+  // Scores become P = exp2(scale_log2 * (S - row_max)). True where some row of this warp has a new maximum: then
+  // everything summed before is to be multiplied by `correction`.
+  template <class Scores>
+  __device__ bool update(Scores& scores, float (&correction)[2]) {
+    bool has_grown = false;
+    CUTE_UNROLL
+    for (int row = 0; row < 2; ++row) {
+      // Two chains: the warp has little else to do while one comparison waits for the last.
+      float largest[2] = {scores(row * 2), scores(row * 2 + 1)};
+      CUTE_UNROLL
+      for (int j = 1; j < kScores / 4; ++j) {
+        CUTE_UNROLL
+        for (int c = 0; c < 2; ++c) largest[c] = fmaxf(largest[c], scores(j * 4 + row * 2 + c));
+      }
+      float largest_here = fmaxf(largest[0], largest[1]);
+      largest_here = fmaxf(largest_here, __shfl_xor_sync(0xffffffff, largest_here, 1));
+      largest_here = fmaxf(largest_here, __shfl_xor_sync(0xffffffff, largest_here, 2));
+      // -inf - -inf is NaN and grows nothing: a row that has seen no key keeps -inf.
+      bool const grows = (largest_here - row_max[row]) * scale_log2 > kLogSlack;
+      float const new_max = grows ? largest_here : row_max[row];
+      correction[row] = grows ? exp2f((row_max[row] - new_max) * scale_log2) : 1.0f;
+      row_max[row] = new_max;
+      has_grown |= grows;
+    }
+    CUTE_UNROLL
+    for (int row = 0; row < 2; ++row) {
+      // Against 0 where nothing is seen yet, so that exp2(-inf) = 0 and not NaN.
+      float const offset = row_max[row] == -INFINITY ? 0.0f : row_max[row] * scale_log2;
+      float sum[2] = {0.0f, 0.0f};
+      CUTE_UNROLL
+      for (int j = 0; j < kScores / 4; ++j) {
+        CUTE_UNROLL
+        for (int c = 0; c < 2; ++c) {
+          float const p = exp2f(scores(j * 4 + row * 2 + c) * scale_log2 - offset);
+          scores(j * 4 + row * 2 + c) = p;
+          sum[c] += p;
+        }
+      }
+      row_sum[row] = row_sum[row] * correction[row] + (sum[0] + sum[1]);
+    }
+    return __any_sync(0xffffffff, has_grown);
+  }
+
+  // The four lanes of a row add their parts; the sink joins as one more key. Returns the factor on O; lse is natural.
+  __device__ float finish(int row, float const* sink, float& lse) {
+    float sum = row_sum[row];
+    sum += __shfl_xor_sync(0xffffffff, sum, 1);
+    sum += __shfl_xor_sync(0xffffffff, sum, 2);
+    float max_log2 = row_max[row] == -INFINITY ? -INFINITY : row_max[row] * scale_log2;
+    float shrink = 1.0f;
+    if (sink != nullptr) {
+      float const sink_log2 = *sink * kLog2e;
+      float const joint = fmaxf(max_log2, sink_log2);
+      shrink = joint == -INFINITY ? 0.0f : exp2f(max_log2 - joint);
+      sum = joint == -INFINITY ? 0.0f : sum * shrink + exp2f(sink_log2 - joint);
+      max_log2 = joint;
+    }
+    bool const is_nan = sum != sum;
+    lse = sum > 0.0f || is_nan ? (max_log2 + log2f(sum)) * kLn2 : -INFINITY;
+    return sum > 0.0f || is_nan ? shrink / sum : 0.0f;
+  }
+};
+
+// Scores whose maximum is not that of Q·K: softcap, and a scale that is not positive. The softmax then runs at scale 1.
+template <int kScores, class Scores>
+__device__ void transform_scores(Scores& scores, float scale, float softcap) {
+  float const inner = softcap > 0.0f ? scale / softcap : scale;
+  CUTE_UNROLL
+  for (int i = 0; i < kScores; ++i) {
+    float x = scores(i) * inner;
+    if (softcap > 0.0f) {
+      asm("tanh.approx.f32 %0, %1;" : "=f"(x) : "f"(x));
+      x *= softcap;
+    }
+    scores(i) = x;
+  }
+}
+
+// Hides what rows at key positions `position` do not see of the K/V tile that begins at key `first_key`.
+template <MaskKind kMask, int kScores, class Scores>
+__device__ void mask_scores(Scores& scores, Window window, int32_t seqlen_kv, int32_t first_key,
+                            int32_t const (&position)[2]) {
+  int32_t const first_column = first_key + 2 * (threadIdx.x % 4);
+  CUTE_UNROLL
+  for (int row = 0; row < 2; ++row) {
+    int32_t end = seqlen_kv, begin = 0;
+    if (kMask != MaskKind::kNone && window.right >= 0) end = min(end, position[row] + window.right + 1);
+    if (kMask == MaskKind::kWindow && window.left >= 0) begin = position[row] - window.left;
+    // Relative, so that each element compares with a constant.
+    int32_t const end_here = end - first_column, begin_here = begin - first_column;
+    CUTE_UNROLL
+    for (int j = 0; j < kScores / 4; ++j) {
+      CUTE_UNROLL
+      for (int c = 0; c < 2; ++c) {
+        bool is_hidden = 8 * j + c >= end_here;
+        if constexpr (kMask == MaskKind::kWindow) is_hidden |= 8 * j + c < begin_here;
+        if (is_hidden) scores(j * 4 + row * 2 + c) = -INFINITY;
+      }
+    }
+  }
+}
+
+}  // namespace flashmla::sm90

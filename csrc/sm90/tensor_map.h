@@ -1,0 +1,56 @@
+// TMA descriptors.
+#pragma once
+
+#include <cuda.h>
+#include <cuda_runtime_api.h>
+
+#include <initializer_list>
+
+#include "params.h"
+
+namespace flashmla::sm90 {
+
+using TensorMapEncode = decltype(&cuTensorMapEncodeTiled);
+
+// Found at run time instead of by linking libcuda: the library loads on machines without a driver.
+inline TensorMapEncode tensor_map_encode() {
+  static TensorMapEncode const function = [] {
+    void* entry = nullptr;
+    cudaDriverEntryPointQueryResult result;
+    cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &entry, 12000, cudaEnableDefault, &result);
+    return result == cudaDriverEntryPointSuccess ? reinterpret_cast<TensorMapEncode>(entry) : nullptr;
+  }();
+  return function;
+}
+
+struct MapDimension {
+  int64_t extent, stride;  // in elements
+  int box;                 // of them a copy moves at once
+};
+
+// `dimensions` from the contiguous one outwards, at most five; its box is one swizzle row (64 elements, or 32). What
+// lies outside the tensor arrives as zeros. Returns null or a sentence that says what went wrong.
+inline const char* make_tensor_map(CUtensorMap& map, void* data, DType dtype,
+                                   std::initializer_list<MapDimension> dimensions) {
+  if (tensor_map_encode() == nullptr) return "the CUDA driver has no cuTensorMapEncodeTiled (12.0 or newer is needed)";
+  cuuint64_t extents[5], strides[5];
+  cuuint32_t boxes[5], steps[5];
+  int rank = 0;
+  for (MapDimension const& dimension : dimensions) {
+    extents[rank] = static_cast<cuuint64_t>(dimension.extent);
+    // A dimension of one element may have any stride in torch; the descriptor's must be a multiple of 16 bytes all the
+    // same.
+    strides[rank] = static_cast<cuuint64_t>(dimension.extent > 1 ? 2 * dimension.stride : 16);
+    boxes[rank] = static_cast<cuuint32_t>(dimension.box);
+    steps[rank] = 1;
+    ++rank;
+  }
+  auto const type = dtype == DType::kFloat16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
+  auto const swizzle = boxes[0] == 64 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B;
+  CUresult const result =
+      tensor_map_encode()(&map, type, rank, data, extents, strides + 1, boxes, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+                          swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  return result == CUDA_SUCCESS ? nullptr : "the CUDA driver refused a TMA descriptor for these shapes and strides";
+}
+
+}  // namespace flashmla::sm90

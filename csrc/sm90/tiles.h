@@ -1,0 +1,57 @@
+// The one table of tile sizes, stages, warpgroups and registers of the Hopper kernels. A head-dim row is one struct
+// here, one instantiation file and one test parameter; dispatch reads the list of rows from here.
+#pragma once
+
+#include <cstdint>
+
+namespace flashmla::sm90 {
+
+// Exclusive: which comparisons the masked tiles of the score matrix need.
+enum class MaskKind : int32_t {
+  kNone,    // the ragged end of K
+  kCausal,  // window_right >= 0, window_left unbounded: the right edge and the end
+  kWindow,  // any window: both edges and the end
+};
+
+// Rows of Q a tile, rows of K and V a tile, depth of the K/V ring, Q buffers, consumer warpgroups (64 rows each), and
+// the registers a thread of the producer and of the consumers has (setmaxnreg).
+template <int kBlockQ_, int kBlockKV_, int kNumStages_, int kNumQStages_, int kNumConsumers_, int kProducerRegisters_,
+          int kConsumerRegisters_, bool kPingPong_>
+struct ForwardTile {
+  static constexpr int kBlockQ = kBlockQ_;
+  static constexpr int kBlockKV = kBlockKV_;
+  static constexpr int kNumStages = kNumStages_;
+  static constexpr int kNumQStages = kNumQStages_;
+  static constexpr int kNumConsumers = kNumConsumers_;
+  static constexpr int kProducerRegisters = kProducerRegisters_;
+  static constexpr int kConsumerRegisters = kConsumerRegisters_;
+  static constexpr bool kPingPong = kPingPong_;
+  static constexpr int kNumThreads = 128 * (1 + kNumConsumers);
+  static_assert(kBlockQ == 64 * kNumConsumers, "one wgmma row block of 64 per consumer warpgroup");
+  // Registers move between warpgroups within what the launch allotted: as many a thread as 64K allow, in steps of 8.
+  static constexpr int kLaunchRegisters = 65536 / kNumThreads / 8 * 8;
+  static_assert(kProducerRegisters + kNumConsumers * kConsumerRegisters <= kLaunchRegisters * (1 + kNumConsumers),
+                "a warpgroup would wait for registers for ever");
+};
+
+template <int kHeadDimQK, int kHeadDimV, MaskKind kMask>
+struct ForwardTiles;
+
+// S (kBlockKV/2 registers a thread), O (head_dim_v/2) and P (kBlockKV/4) live in registers together; Q (kNumQStages), K
+// and V (kNumStages) in shared memory, at most 227 KiB.
+template <MaskKind kMask>
+struct ForwardTiles<64, 64, kMask> : ForwardTile<192, 128, 3, 2, 3, 32, 160, true> {};
+template <MaskKind kMask>
+struct ForwardTiles<96, 96, kMask> : ForwardTile<128, 128, 2, 2, 2, 24, 240, true> {};
+template <MaskKind kMask>
+struct ForwardTiles<128, 128, kMask> : ForwardTile<128, 128, 2, 2, 2, 24, 240, true> {};
+template <>
+struct ForwardTiles<128, 128, MaskKind::kNone> : ForwardTile<128, 176, 2, 1, 2, 24, 240, true> {};
+template <MaskKind kMask>
+struct ForwardTiles<192, 128, kMask> : ForwardTile<128, 128, 2, 1, 2, 24, 240, true> {};
+template <MaskKind kMask>
+struct ForwardTiles<192, 192, kMask> : ForwardTile<128, 80, 2, 2, 2, 24, 240, false> {};
+template <MaskKind kMask>
+struct ForwardTiles<256, 256, kMask> : ForwardTile<128, 80, 2, 1, 2, 24, 240, false> {};
+
+}  // namespace flashmla::sm90

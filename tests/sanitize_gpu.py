@@ -1,0 +1,233 @@
+"""Tiny calls of the compiled operators that reach every kernel, for compute-sanitizer; exits with 1 on a wrong result.
+
+    compute-sanitizer --tool memcheck --error-exitcode 86 python3 tests/sanitize_gpu.py
+    (likewise racecheck, synccheck, initcheck; `python3 tests/gpu_suite.py sanitize` runs all four)
+
+The first thing that touches the GPU is a copy and the last one is a copy: every kernel launched here is ours, nothing is
+uninitialised but what they allocate, and every tensor is an allocation of its own, so that memcheck sees an overrun by one
+element. Values beside the tensors are NaN. ``--device cpu`` runs the same sweep on the CPU kernel. ``--control`` only
+launches a kernel that writes past its allocation: a sanitizer that does not complain is not looking.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Callable
+from itertools import product
+from pathlib import Path
+
+os.environ["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"  # read when torch first allocates
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+import torch
+from cases import SM90_ROWS, Case
+
+from flashmla_hf import ops, reference
+
+# Largest error, relative to the largest value (at least 1): a wrong index, mask or stride is far beyond.
+TOLERANCES = {torch.bfloat16: (2e-2, 5e-2), torch.float16: (3e-3, 8e-3)}  # of out, of gradients
+LSE_TOLERANCE = 3e-4
+
+MASKS = {"none": {}, "causal": {"is_causal": True}, "window": {"window": (40, 9)}}
+# (seqlen_q, seqlen_kv): one row, one row beyond a tile of 64, several tiles, more queries than keys.
+LENGTHS = ((65, 65), (1, 200), (200, 65), (65, 200), (200, 200), (130, 1), (129, 193))
+HEADS = ((2, 2), (4, 1), (6, 2), (3, 1), (8, 1))
+FEATURES = ({}, {"has_sinks": True}, {"softcap": 2.0}, {"has_sinks": True, "softcap": 5.0, "scale": -0.1})
+LAYOUTS = ("contiguous", "sliced", "transposed", "mixed")
+PACKS = (
+    {"seqlens_q": (65, 0, 1, 33), "seqlens_kv": (65, 3, 0, 200), "rest_q": 3, "rest_kv": 2},
+    {"seqlens_q": (1, 130, 7)},
+    {"seqlens_q": (200, 64), "seqlens_kv": (64, 200), "rest_q": 70},
+)
+
+
+def sweep_cases() -> list[tuple[Case, torch.dtype]]:
+    """Every head-dim row, mask kind and layout of sequences; the rest takes turns. Then the calls without work."""
+    found = []
+    for n, (row, mask, is_packed) in enumerate(product(SM90_ROWS, MASKS, (False, True))):
+        # Of the three masks of a row and layout, one in three is narrower than the row.
+        narrower = 8 * ((n // 2) % 3 == 2)
+        shape = PACKS[n // 2 % len(PACKS)] if is_packed else dict(
+            zip(("batch", "seqlen_q", "seqlen_kv"), (1 + n % 2, *LENGTHS[n % len(LENGTHS)]), strict=True)
+        )  # fmt: skip
+        heads_q, heads_kv = HEADS[n % len(HEADS)]
+        case = Case(
+            f"{row[0] - narrower}/{row[1] - narrower} {mask} {'packed' if is_packed else 'dense'}",
+            heads_q=heads_q, heads_kv=heads_kv, head_dim_qk=row[0] - narrower, head_dim_v=row[1] - narrower,
+            layout=LAYOUTS[n % len(LAYOUTS)], **shape, **MASKS[mask], **FEATURES[n // 3 % len(FEATURES)],
+        )  # fmt: skip
+        found.append((case, (torch.bfloat16, torch.float16)[(n + n // 6) % 2]))
+    found += [
+        (case, torch.bfloat16)
+        for case in (
+            Case("v wider than qk", seqlen_q=65, head_dim_qk=40, head_dim_v=72, is_causal=True),
+            Case("no keys", seqlen_q=9, seqlen_kv=0, has_sinks=True),
+            Case("no queries", seqlen_q=0, seqlen_kv=9),
+            Case("no batch", batch=0, seqlen_q=9),
+            Case("only empty sequences", seqlens_q=(0,) * 70, rest_q=4, rest_kv=4),
+            Case("no sequence", seqlens_q=(), rest_q=4, rest_kv=4),
+        )
+    ]
+    return found
+
+
+# Boundaries of 100 packed rows that no right caller passes: the kernels must stay inside the tensors.
+CORRUPT = {
+    "past the end": (0, 40, 400),
+    "far past the end": (0, 40, 2**30),
+    "falling": (0, 90, 20),
+    "negative": (0, -50, 100),
+    "all negative": (-(2**30), -7, -1),
+    "begins late": (60, 80, 130),
+}
+
+
+def place(x: torch.Tensor | None, device: str) -> torch.Tensor | None:
+    """x with its strides and everything around it in its storage, by one plain copy."""
+    if x is None or device == "cpu":
+        return x
+    base = torch.empty(0, dtype=x.dtype).set_(x.untyped_storage())
+    return base.to(device).as_strided(x.shape, x.stride(), x.storage_offset())
+
+
+def numbers(case: Case) -> tuple:
+    """Those of an operator's arguments that are not tensors."""
+    left, right = (-1 if bound is None else bound for bound in case.window or (None, None))
+    longest = (
+        (max(case.seqlens_q, default=0), max(case.seqlens_kv, default=0))
+        if case.is_packed
+        else (case.seqlen_q, case.seqlen_kv)
+    )
+    scale = case.head_dim_qk**-0.5 if case.scale is None else case.scale
+    return *longest, scale, left, 0 if case.is_causal else right, case.softcap, False
+
+
+def difference(name: str, got: torch.Tensor, ref: torch.Tensor, tolerance: float) -> str | None:
+    """What is wrong with ``got``, if anything; infinities must stand where ref has them."""
+    got = got.double()
+    if got.shape != ref.shape:
+        return f"{name}: shape {[*got.shape]}, expected {[*ref.shape]}"
+    if not torch.equal(got.isfinite(), ref.isfinite()) or not (got == ref)[~ref.isfinite()].all():
+        return f"{name}: infinities or NaNs at other places"
+    error, size = (float(x[ref.isfinite()].abs().max()) if ref.numel() and ref.isfinite().any() else 0.0
+                   for x in (got - ref, ref))  # fmt: skip
+    return None if error <= tolerance * max(1.0, size) else f"{name}: error {error:.2e}, largest value {size:.2e}"
+
+
+def run_case(case: Case, dtype: torch.dtype, device: str, has_backward: bool, forward: Callable) -> list[str]:
+    """Every difference of one call from float64, forward and (``has_backward``) backward."""
+    inputs = case.inputs(dtype)
+    names = ("q", "k", "v", "sinks", "cu_seqlens_q", "cu_seqlens_kv")
+    host = [getattr(inputs, name) for name in names]
+    tensors = [place(x, device) for x in host]
+    options = numbers(case)
+    out, lse = forward(*tensors, *options)
+
+    leaves = [x.double().requires_grad_() if x is not None and n < 4 else x for n, x in enumerate(host)]
+    _, _, scale, left, right, softcap, _ = options
+    ref_out, ref_lse = reference.attention(
+        *leaves[:3], sinks=leaves[3], cu_seqlens_q=leaves[4], cu_seqlens_kv=leaves[5], scale=scale, window_left=left,
+        window_right=right, softcap=softcap,
+    )  # fmt: skip
+    of_out, of_grads = TOLERANCES[dtype]
+    found = [difference("out", out.cpu(), ref_out.detach(), of_out),
+             difference("lse", lse.cpu(), ref_lse.detach(), LSE_TOLERANCE)]  # fmt: skip
+    if has_backward:
+        needs = (True, True, True, case.has_sinks)
+        dout, dlse = place(inputs.dout, device), place(inputs.dlse, device)
+        deterministic = (*options[:-1], case.has_sinks)  # both kinds
+        grads = torch.ops.flashmla.flash_attn_backward(
+            dout, dlse, *tensors[:3], out, lse, *tensors[3:], *deterministic, *needs
+        )
+        finite_lse = ref_lse.masked_fill(ref_lse == -torch.inf, 0.0)
+        loss = (ref_out * inputs.dout.double()).sum() + (finite_lse * inputs.dlse.double()).sum()
+        wanted = [x for x in leaves[:4] if x is not None]
+        expected = torch.autograd.grad(loss, wanted, allow_unused=True) if loss.requires_grad else [None] * len(wanted)
+        for name, leaf, grad, ref in zip(names, wanted, grads, expected, strict=False):
+            ref = torch.zeros_like(leaf) if ref is None else ref
+            found.append(difference(f"d{name}", grad.cpu(), ref, of_grads))
+    return [f"{case.name} {dtype}: {text}" for text in found if text is not None]
+
+
+def run_corrupt(device: str, forward: Callable) -> int:
+    """Calls with boundaries that are wrong, on either side; returns how many were computed (the CPU kernel refuses). What
+    comes out means nothing; whether anything outside the tensors is touched is the sanitizer's to say."""
+    computed = 0
+    for n, (values, side) in enumerate(product(CORRUPT.values(), ("q", "kv", "both"))):
+        row = SM90_ROWS[(n + n // 6) % len(SM90_ROWS)]
+        case = Case(heads_q=2, heads_kv=1, head_dim_qk=row[0], head_dim_v=row[1], seqlens_q=(40, 60), is_causal=True)
+        inputs = case.inputs(torch.bfloat16)
+        wrong = torch.tensor(values, dtype=torch.int32)
+        boundaries = [wrong if side in (name, "both") else inputs.cu_seqlens_q for name in ("q", "kv")]
+        tensors = [place(x, device) for x in (inputs.q, inputs.k, inputs.v, None, *boundaries)]
+        try:
+            for most in (100, 3000):  # whatever bound the caller gives
+                out, _ = forward(*tensors, most, most, *numbers(case)[2:])
+                out.cpu()
+                computed += 1
+        except RuntimeError as error:
+            if "cu_seqlens" not in str(error):
+                raise
+    return computed
+
+
+def sweep(device: str, forward: Callable | None = None) -> list[str]:
+    """Everything; what is wrong. ``forward`` takes the operator's place (the tests' negative controls)."""
+    key = "CUDA" if device == "cuda" else "CPU"
+    has_backward = forward is None and torch._C._dispatch_has_kernel_for_dispatch_key(
+        "flashmla::flash_attn_backward", key
+    )
+    forward = forward or torch.ops.flashmla.flash_attn_forward
+    wrong, started = [], time.monotonic()
+    cases = sweep_cases()
+    for case, dtype in cases:
+        wrong += run_case(case, dtype, device, has_backward, forward)
+    computed = run_corrupt(device, forward)
+    if device == "cuda" and computed == 0:
+        wrong.append("no call with corrupt boundaries was computed")
+    print(f"{len(cases)} calls, {'forward and backward' if has_backward else 'forward'}, and {computed} with corrupt "
+          f"boundaries in {time.monotonic() - started:.1f} s: {len(wrong)} wrong results")  # fmt: skip
+    return wrong
+
+
+def write_past_the_end() -> None:
+    """The control: a kernel of its own that writes one element past an allocation of 64. Ends the process with 0, so that
+    another exit code is the sanitizer's."""
+    kernel = torch.cuda._compile_kernel(
+        'extern "C" __global__ void past_the_end(float* x) { x[64] = 1.0f; }', "past_the_end"
+    )
+    x = torch.zeros(64).to("cuda")
+    kernel(grid=(1, 1, 1), block=(1, 1, 1), args=[x])
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError as error:  # memcheck ends the CUDA context
+        print(str(error).splitlines()[0])
+    print("control: wrote past the end", flush=True)
+    os._exit(0)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--control", action="store_true", help="only write past the end of an allocation")
+    args = parser.parse_args(arguments)
+    if args.control:
+        write_past_the_end()
+        return 0
+    impl = "cpu" if args.device == "cpu" else "sm90"
+    if impl in ops.unavailable:
+        print(f"sanitize_gpu: {ops.unavailable[impl]}")
+        return 2
+    torch.set_num_threads(min(4, os.cpu_count() or 1))
+    wrong = sweep(args.device)
+    print(*wrong, sep="\n", end="\n" if wrong else "")
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
