@@ -60,10 +60,17 @@ def test_only_the_integration_layer_imports_transformers(module):
     assert "transformers" not in imports or module.stem in MAY_IMPORT_TRANSFORMERS
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "csrc" / "cpu").glob("*")), ids=lambda path: path.name)
+KERNELS = [
+    path
+    for backend in ("cpu", "sm90")
+    for path in sorted((ROOT / "csrc" / backend).rglob("*"))
+    if path.suffix in {".h", ".inc", ".cpp", ".cu", ".cuh"}
+]
+
+
+@pytest.mark.parametrize("path", KERNELS, ids=lambda path: path.name)
 def test_kernels_include_no_torch_headers(path):
-    if path.suffix in {".h", ".inc", ".cpp"}:
-        assert not re.findall(r"#include\s*[<\"](?:torch|ATen|c10)/", path.read_text())
+    assert not re.findall(r"#include\s*[<\"](?:torch|ATen|c10)/", path.read_text())
 
 
 @pytest.mark.parametrize("directory", ["scripts", "benchmarks"])
