@@ -159,7 +159,7 @@ def find_cutlass(downloads: Path) -> Path:
     Downloaded here and not by a build requirement (pyproject.toml, a PEP 517 hook): pip would install six packages this
     one depends on and the compiler does not need, and without a network it would end the CPU build, too.
     """
-    table = json.loads((CSRC / "sm90" / "sources.json").read_text())
+    table = source_table("sm90")
     override = os.environ.get("FLASHMLA_CUTLASS_DIR")
     if override:
         if not (Path(override) / "include" / "cutlass" / "cutlass.h").is_file():
@@ -217,19 +217,18 @@ def cutlass_version(include: Path) -> list[str] | None:
 # ---- Compiling and linking -------------------------------------------------------------------------------------------
 
 
-def cpu_sources() -> list[tuple[Path, list[str]]]:
-    """(source, flags) of the CPU library on this machine's architecture, from csrc/cpu/sources.json."""
-    table = json.loads((CSRC / "cpu" / "sources.json").read_text())
-    machine = platform.machine()
+def source_table(backend: str) -> dict:
+    return json.loads((CSRC / backend / "sources.json").read_text())
+
+
+def sources_of(backend: str) -> list[tuple[Path, list[str]]]:
+    """(source, flags) of a library on this machine's architecture."""
+    table = source_table(backend)
     return [
-        (ROOT / row["file"], [*table["common_flags"], *row["flags"]])
+        (ROOT / row["file"], [*table["common_flags"], *row.get("flags", [])])
         for row in table["sources"]
-        if row["arch"] in (None, machine)
+        if row.get("arch") in (None, platform.machine())
     ]
-
-
-def sm90_sources() -> list[Path]:
-    return [ROOT / row["file"] for row in json.loads((CSRC / "sm90" / "sources.json").read_text())["sources"]]
 
 
 @dataclass(frozen=True)
@@ -294,26 +293,23 @@ class BuildLibraries(build_ext):
         common = [f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}", f"-I{CSRC}",
                   "-isystem", str(self.torch_dir / "include")]  # fmt: skip
         if name == SM90:
-            directory, compiler = CSRC / "sm90", [*self._nvcc(), f"-I{self.cuda.cutlass}"]
-            flags = json.loads((directory / "sources.json").read_text())["common_flags"]
-            sources = [(source, flags) for source in sm90_sources()]
+            backend, compiler = "sm90", [*self._nvcc(), f"-I{self.cuda.cutlass}"]
         else:
-            directory, compiler, sources = CSRC / "cpu", self.cxx, cpu_sources()
-        files = (*CSRC.glob("*"), *directory.rglob("*"))
+            backend, compiler = "cpu", self.cxx
+        files = (*CSRC.glob("*"), *(CSRC / backend).rglob("*"))
         newest_header = max(path.stat().st_mtime for path in files if path.suffix in {".h", ".inc", ".cuh"})
         objects = Path(self.build_temp) / name
         objects.mkdir(parents=True, exist_ok=True)
         return [
             Job(source, target, [*compiler, *flags, *common, "-c", str(source), "-o", str(target)], newest_header)
-            for source, flags in sources
+            for source, flags in sources_of(backend)
             for target in [objects / f"{source.stem}.o"]
         ]
 
     def _nvcc(self) -> list[str]:
-        table = json.loads((CSRC / "sm90" / "sources.json").read_text())
         # CXX may hold a launcher before the compiler (ccache g++) and options after it; nvcc takes the compiler alone.
         host = [word for word in self.cxx if not word.startswith("-")][-1:] if os.environ.get("CXX") else []
-        return [self.cuda.nvcc, "-gencode", table["gencode"], *(["-ccbin", *host] if host else [])]
+        return [self.cuda.nvcc, "-gencode", source_table("sm90")["gencode"], *(["-ccbin", *host] if host else [])]
 
     def _link_cpu(self, objects: list[str]) -> list[str]:
         return [*self.cxx, "-shared", *objects, f"-L{self.torch_dir / 'lib'}", "-ltorch_cpu",
@@ -324,7 +320,7 @@ class BuildLibraries(build_ext):
 
         A symbol that sources.json does not name under "torch_cuda_symbols" ends the link on every machine alike.
         """
-        symbols = json.loads((CSRC / "sm90" / "sources.json").read_text())["torch_cuda_symbols"]
+        symbols = source_table("sm90")["torch_cuda_symbols"]
         directory = Path(self.build_temp) / "stand-in"
         directory.mkdir(exist_ok=True)
         source = directory / "libtorch_cuda.cpp"
@@ -339,7 +335,7 @@ class BuildLibraries(build_ext):
     def _write_manifest(self) -> None:
         """What was built, for ``python -m flashmla_hf doctor``."""
         compiler = subprocess.run([*self.cxx, "--version"], capture_output=True, text=True).stdout.splitlines()
-        gencode = json.loads((CSRC / "sm90" / "sources.json").read_text())["gencode"]
+        gencode = source_table("sm90")["gencode"]
         manifest = {
             "version": self.distribution.get_version(),
             "torch_target": ".".join(map(str, MINIMUM_TORCH)),
@@ -402,10 +398,10 @@ def run(command: list[str]) -> str:
 
 
 if __name__ == "__main__":
-    sources = {CPU: [source for source, _ in cpu_sources()], SM90: sm90_sources()}
     setup(
         ext_modules=[
-            Extension(name, [str(path.relative_to(ROOT)) for path in paths]) for name, paths in sources.items()
+            Extension(name, [str(path.relative_to(ROOT)) for path, _ in sources_of(backend)])
+            for name, backend in ((CPU, "cpu"), (SM90, "sm90"))
         ],
         cmdclass={"build_ext": BuildLibraries, "bdist_wheel": WheelForEveryPython},
     )

@@ -168,35 +168,26 @@ def _run_operator(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
     )
 
 
+def _semantics(call: Call) -> dict[str, object]:
+    """What flex and the reference both take by keyword."""
+    return {
+        "sinks": call.sinks,
+        "cu_seqlens_q": call.cu_seqlens_q,
+        "cu_seqlens_kv": call.cu_seqlens_kv,
+        "scale": call.scale,
+        "window_left": call.window_left,
+        "window_right": call.window_right,
+        "softcap": call.softcap,
+    }
+
+
 def _run_flex(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
-    return flex.attention(
-        call.q,
-        call.k,
-        call.v,
-        sinks=call.sinks,
-        cu_seqlens_q=call.cu_seqlens_q,
-        cu_seqlens_kv=call.cu_seqlens_kv,
-        scale=call.scale,
-        window_left=call.window_left,
-        window_right=call.window_right,
-        softcap=call.softcap,
-    )
+    return flex.attention(call.q, call.k, call.v, **_semantics(call))
 
 
 def _run_reference(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
     return reference.attention(
-        call.q,
-        call.k,
-        call.v,
-        sinks=call.sinks,
-        attn_mask=call.attn_mask,
-        cu_seqlens_q=call.cu_seqlens_q,
-        cu_seqlens_kv=call.cu_seqlens_kv,
-        scale=call.scale,
-        window_left=call.window_left,
-        window_right=call.window_right,
-        softcap=call.softcap,
-        dropout_p=call.dropout_p,
+        call.q, call.k, call.v, attn_mask=call.attn_mask, dropout_p=call.dropout_p, **_semantics(call)
     )
 
 

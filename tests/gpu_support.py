@@ -1,15 +1,11 @@
-"""What the GPU tests share: why ``sm90`` is not there, whether it has a backward, and a record of what was chosen."""
+"""What the GPU tests share: why ``sm90`` is not there, whether it has a backward, what it computes."""
 
 from __future__ import annotations
-
-import contextlib
-from collections import Counter
-from dataclasses import replace
 
 import torch
 from cases import Case
 
-from flashmla_hf import dispatch, ops
+from flashmla_hf import ops
 
 HALF = (torch.bfloat16, torch.float16)
 
@@ -37,25 +33,3 @@ def gradients(impl: str = "sm90") -> tuple[str, ...]:
 def is_for_sm90(case: Case, dtype: torch.dtype) -> bool:
     """Whether sm90 promises to compute this call."""
     return dtype in HALF and case.sm90_row is not None
-
-
-@contextlib.contextmanager
-def recorded_choices(stub: tuple[str, ...] = ()):
-    """Counts, by implementation, the calls inside the block. Those of ``stub`` are not computed: zeros come back."""
-    calls: Counter[str] = Counter()
-    saved = dict(dispatch.IMPLEMENTATIONS)
-
-    def recording(name, implementation):
-        def run(call):
-            calls[name] += 1
-            if name in stub:
-                return call.q.new_zeros((*call.q.shape[:-1], call.v.shape[-1])), None
-            return implementation.run(call)
-
-        return replace(implementation, run=run)
-
-    dispatch.IMPLEMENTATIONS.update({name: recording(name, item) for name, item in saved.items()})
-    try:
-        yield calls
-    finally:
-        dispatch.IMPLEMENTATIONS.update(saved)

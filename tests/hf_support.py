@@ -1,9 +1,8 @@
-"""What the Transformers tests share: the device, a count of kernel calls, and comparisons that wrong attention
+"""What the Transformers tests share: the device, what counts as a kernel's call, and comparisons that wrong attention
 fails."""
 
 from __future__ import annotations
 
-import contextlib
 import os
 import sys
 from collections import Counter
@@ -32,26 +31,6 @@ if os.environ.get("FLASHMLA_TEST_IMPL") == "reference":
         )
 
 flashmla_hf.register()
-
-
-@contextlib.contextmanager
-def counted_calls():
-    """Counts the calls of every implementation inside the block, by name."""
-    calls: Counter[str] = Counter()
-    saved = dict(dispatch.IMPLEMENTATIONS)
-
-    def counting(name, implementation):
-        def run(call):
-            calls[name] += 1
-            return implementation.run(call)
-
-        return replace(implementation, run=run)
-
-    dispatch.IMPLEMENTATIONS.update({name: counting(name, item) for name, item in saved.items()})
-    try:
-        yield calls
-    finally:
-        dispatch.IMPLEMENTATIONS.update(saved)
 
 
 def kernel_calls(calls: Counter[str]) -> int:

@@ -10,8 +10,9 @@ import families
 import hf_support
 import pytest
 import torch
+from counting import counted_calls
 from families import FAMILIES
-from hf_support import DEVICE, close, counted_calls, dispatch, kernel_calls
+from hf_support import DEVICE, close, dispatch, kernel_calls
 
 transformers = pytest.importorskip("transformers")
 pytestmark = pytest.mark.skipif(not hf_support.is_built(), reason="the kernel of this device is not built")

@@ -22,6 +22,7 @@ import gpu_support
 import hf_support
 import pytest
 import torch
+from counting import counted_calls
 from families import FAMILIES
 from hf_support import dispatch
 
@@ -82,7 +83,7 @@ def logits(model, family, padding, seed, dtype):
 def errors(family, padding, dtype, seed):
     """(error of ours, error of eager, calls of ours): errors relative to the truth."""
     exact, eager, ours = models(family, dtype)
-    with gpu_support.recorded_choices() as calls:
+    with counted_calls() as calls:
         got = logits(ours, family, padding, seed, dtype)
     truth, expected = (logits(model, family, padding, seed, dtype) for model in (exact, eager))
     mine, theirs = (float((x - truth).square().mean().sqrt() / truth.square().mean().sqrt()) for x in (got, expected))
@@ -148,7 +149,7 @@ def test_a_call_that_goes_elsewhere_is_noticed():
     dispatch.IMPLEMENTATIONS["flex"] = oracle
     if IMPL == "cpu":  # nothing comes after it in the table
         dispatch.IMPLEMENTATIONS["cpu"] = oracle
-        with gpu_support.recorded_choices() as calls:
+        with counted_calls() as calls:
             logits(models(family, torch.bfloat16)[2], family, "none", 2, torch.bfloat16)
         dispatch.IMPLEMENTATIONS.update(saved)
         assert calls == {"cpu": family.layers}
@@ -167,7 +168,7 @@ def test_generation_decodes_on_sm90():
         _, eager, ours = models(family, torch.bfloat16)
         ids = families.inputs(family, "none", DEVICE)["input_ids"]
         with torch.no_grad():
-            with gpu_support.recorded_choices() as calls:
+            with counted_calls() as calls:
                 out = ours.generate(
                     input_ids=ids, max_new_tokens=5, do_sample=False, output_logits=True, return_dict_in_generate=True,
                     disable_compile=True,

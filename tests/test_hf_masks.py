@@ -8,7 +8,8 @@ import itertools
 import hf_support
 import pytest
 import torch
-from hf_support import DEVICE, close, counted_calls, kernel_calls
+from counting import counted_calls
+from hf_support import DEVICE, close, kernel_calls
 
 transformers = pytest.importorskip("transformers")
 from transformers import masking_utils as mu  # noqa: E402

@@ -13,8 +13,9 @@ import families
 import hf_support
 import pytest
 import torch
+from counting import counted_calls
 from families import FAMILIES
-from hf_support import DEVICE, close, counted_calls, kernel_calls
+from hf_support import DEVICE, close, kernel_calls
 
 import flashmla_hf
 

@@ -23,6 +23,7 @@ import pytest
 import sanitize_gpu
 import torch
 from cases import SM90_ROWS, Case, calls
+from counting import counted_calls
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
@@ -354,7 +355,7 @@ def test_a_call_that_wants_gradients_is_refused_and_left_to_flex_while_there_is_
         RuntimeError, match=r"impl='sm90' cannot compute this call: gradients are wanted: expected none"
     ):
         attention(**arguments, impl="sm90")
-    with gpu_support.recorded_choices(stub=("flex",)) as chosen:
+    with counted_calls(stub=("flex",)) as chosen:
         attention(**arguments)
         with torch.no_grad():
             attention(**arguments)
@@ -365,7 +366,7 @@ def test_a_call_that_wants_gradients_is_refused_and_left_to_flex_while_there_is_
 @pytest.mark.skipif(DEVICE == "cpu", reason="the choice on a GPU")
 @pytest.mark.parametrize("name", [name for name in REFUSED if "head dim" in name or name == "float32"])
 def test_what_sm90_does_not_compute_is_left_to_flex_by_the_automatic_choice(name):
-    with gpu_support.recorded_choices(stub=("flex",)) as chosen:
+    with counted_calls(stub=("flex",)) as chosen:
         attention(**REFUSED[name][0]())
         attention(**tensors())
     assert chosen == {"flex": 1, "sm90": 1}
@@ -407,7 +408,7 @@ def test_a_misaligned_tensor_is_copied_by_the_automatic_choice_and_refused_by_na
     aligned = arguments[name]
     arguments[name] = MISALIGNED[kind](aligned)
     assert torch.equal(arguments[name], aligned)
-    with gpu_support.recorded_choices() as chosen:
+    with counted_calls() as chosen:
         assert torch.equal(attention(**arguments, is_causal=True), expected)
     assert chosen == {IMPL: 1}
     if DEVICE == "cuda":
@@ -704,7 +705,7 @@ def test_a_second_gpu_computes_and_the_current_one_stays():
 def test_torch_compile_takes_a_call_whole_with_the_same_bits(impl):
     torch._dynamo.reset()
     compiled = torch.compile(attention, fullgraph=True, dynamic=True)
-    with torch.no_grad(), gpu_support.recorded_choices() as chosen:
+    with torch.no_grad(), counted_calls() as chosen:
         for seqlen in (100, 333):
             arguments = {**tensors(seqlen_q=seqlen), "sinks": torch.ones(4, device=DEVICE), "window": (50, 0)}
             got = compiled(**arguments, return_lse=True, impl=impl)
