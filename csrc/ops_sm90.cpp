@@ -1,7 +1,8 @@
 // The Hopper backend's host side: checks, allocates, fills params and launches on the current stream.
 //
-// Registers flash_attn_forward (defined in flashmla_hf/ops.py) for CUDA, through torch's stable ABI. Nothing here waits
-// for the device: the values of cu_seqlens are not read back; the kernels clamp them to the tensors.
+// Registers flash_attn_forward and flash_attn_backward (defined in flashmla_hf/ops.py) for CUDA, through torch's stable
+// ABI. Nothing here waits for the device: the values of cu_seqlens are not read back; the kernels clamp them to the
+// tensors.
 #include <cuda_runtime_api.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
@@ -22,14 +23,28 @@ constexpr int64_t kLargestHeadDim = 256;
 constexpr int64_t kLargestLength = int64_t{1} << 28;  // key positions are 32-bit numbers with room for windows
 
 // TMA reads 16 bytes at a time from addresses and strides that are multiples of 16 bytes.
+bool has_aligned_data(const Tensor& t) {
+  return t.numel() == 0 || reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0;
+}
+
+// The dimension whose stride TMA cannot read, or -1.
+int64_t unaligned_dimension(const Tensor& t) {
+  for (int64_t i = 0; t.numel() > 0 && i + 1 < t.dim(); ++i)
+    if (t.size(i) > 1 && (t.stride(i) % 8 != 0 || t.stride(i) == 0)) return i;
+  return -1;
+}
+
 void check_alignment(const char* op, const char* name, const Tensor& t) {
-  if (t.numel() == 0) return;
-  if (reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 != 0)
-    fail(op, name, "a data pointer aligned to 16 bytes (call .clone())", "one that is not");
-  for (int64_t i = 0; i + 1 < t.dim(); ++i)
-    if (t.size(i) > 1 && (t.stride(i) % 8 != 0 || t.stride(i) == 0))
-      fail(op, name, "strides that are positive multiples of 8 elements (call .contiguous())",
-           "stride " + std::to_string(t.stride(i)) + " in dimension " + std::to_string(i));
+  if (!has_aligned_data(t)) fail(op, name, "a data pointer aligned to 16 bytes (call .clone())", "one that is not");
+  if (const int64_t i = unaligned_dimension(t); i >= 0)
+    fail(op, name, "strides that are positive multiples of 8 elements (call .contiguous())",
+         "stride " + std::to_string(t.stride(i)) + " in dimension " + std::to_string(i));
+}
+
+// What autograd hands back lies as it likes: expanded, sliced, transposed.
+Tensor aligned(const Tensor& t) {
+  if (unaligned_dimension(t) >= 0) return torch::stable::contiguous(t);
+  return has_aligned_data(t) ? t : torch::stable::clone(t);
 }
 
 void* current_stream(const Tensor& t) {
@@ -95,9 +110,32 @@ std::tuple<Tensor, Tensor> flash_attn_forward(Tensor q, Tensor k, Tensor v, std:
   return {out, lse};
 }
 
+std::tuple<Tensor, Tensor, Tensor, Tensor> flash_attn_backward(
+    Tensor dout, std::optional<Tensor> dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse,
+    std::optional<Tensor> sinks, std::optional<Tensor> cu_seqlens_q, std::optional<Tensor> cu_seqlens_kv,
+    int64_t max_seqlen_q, int64_t max_seqlen_kv, double scale, int64_t window_left, int64_t window_right,
+    double softcap, bool deterministic, bool needs_dq, bool needs_dk, bool needs_dv, bool needs_dsinks) {
+  const char* op = "flash_attn_backward";
+  const Problem p = check_problem(op, q, k, v, sinks, cu_seqlens_q, cu_seqlens_kv, max_seqlen_q, max_seqlen_kv, scale,
+                                  window_left, window_right, softcap, deterministic);
+  const torch::stable::accelerator::DeviceGuard guard(q.get_device_index());
+  check_saved(op, p, q, dout, dlse, out, lse);
+  const Tensor dout_rows = aligned(dout), out_rows = aligned(out);  // kept until the kernels are launched
+  const BackwardCall call =
+      make_backward(op, p, dout_rows, dlse, q, k, v, out_rows, lse, needs_dq, needs_dk, needs_dv, needs_dsinks);
+  if (needs_dq || needs_dk || needs_dv || needs_dsinks) {
+    const Tensor workspace = make_tensor(q, {sm90::backward_workspace(call.params)}, ScalarType::Byte);
+    const char* error =
+        sm90::launch_backward(call.params, workspace.mutable_data_ptr(), static_cast<cudaStream_t>(current_stream(q)));
+    if (error != nullptr) throw std::runtime_error(std::string(op) + ": " + error);
+  }
+  return {call.dq, call.dk, call.dv, call.dsinks};
+}
+
 }  // namespace
 }  // namespace flashmla
 
 STABLE_TORCH_LIBRARY_IMPL(flashmla, CUDA, m) {
   m.impl("flash_attn_forward", TORCH_BOX(&flashmla::flash_attn_forward));
+  m.impl("flash_attn_backward", TORCH_BOX(&flashmla::flash_attn_backward));
 }

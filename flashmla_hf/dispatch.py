@@ -8,7 +8,7 @@ the call has                                           implementation
 ``attn_mask`` or ``dropout_p > 0``                     ``sdpa`` where torch's SDPA computes the case exactly, else
                                                        ``reference``; one warning, since memory grows as seqlen²
 fp16 or bf16 tensors on a Hopper GPU, head dims of     ``sm90``, where its library is built; q, k or v whose strides
-multiples of 8 up to 256, no gradients wanted          or address TMA cannot read (not multiples of 16 bytes) is copied
+multiples of 8 up to 256                               or address TMA cannot read (not multiples of 16 bytes) is copied
 tensors on a GPU, anything else                        ``flex``
 tensors on the CPU                                     ``cpu``
 =====================================================  ===========================================================
@@ -112,8 +112,6 @@ def _sm90_refusal(call: Call) -> str | None:
     for name, head_dim in (("q and k", call.q.shape[-1]), ("v", call.v.shape[-1])):
         if head_dim % 8 != 0 or head_dim > 256:
             return f"{name}: head_dim {head_dim}: expected a multiple of 8 up to 256"
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (call.q, call.k, call.v, call.sinks)):
-        return "gradients are wanted: expected none (torch.no_grad()), there is no Hopper backward yet; impl='flex' has one"
     return _kernel_refusal(call)
 
 

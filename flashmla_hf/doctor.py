@@ -1,8 +1,8 @@
 """``python -m flashmla_hf doctor``: what is installed, what was built, what runs here, and whether it is right.
 
 :func:`examine` collects the report as plain data and decides; :func:`show` prints it. The self-test runs each
-implementation this machine has, forward and, where it computes gradients, backward, and holds it to the rule of the test
-suite: an error, against the float64 reference, of at most twice that of eager attention in the same dtype.
+implementation this machine has, forward and backward, and holds it to the rule of the test suite: an error, against the
+float64 reference, of at most twice that of eager attention in the same dtype.
 """
 
 from __future__ import annotations
@@ -122,13 +122,10 @@ def _examine_implementation(name: str, problems: list[str]) -> dict:
     tests = []
     for dtype in dtypes:
         call = _example(dtype, device)
-        # One that computes no gradients refuses a call that wants them, and is tested without.
-        has_backward = IMPLEMENTATIONS[name].refusal(call) is None
-        with torch.set_grad_enabled(has_backward):
-            reason = IMPLEMENTATIONS[name].refusal(call)
+        reason = IMPLEMENTATIONS[name].refusal(call)
         if reason is not None:
             return {"available": False, "reason": reason, "self-tests": tests}
-        test = _self_test(name, call, has_backward)
+        test = _self_test(name, call)
         if test["failure"] is not None:
             problems.append(f"{name} fails its self-test in {test['dtype']}: {test['failure']}")
         tests.append(test)
@@ -150,11 +147,10 @@ def _example(dtype: torch.dtype, device: str) -> Call:
     )  # fmt: skip
 
 
-def _self_test(name: str, call: Call, has_backward: bool) -> dict:
+def _self_test(name: str, call: Call) -> dict:
     """Times, and errors against float64 beside those of eager; "failure" names what is wrong, or is ``None``."""
     result: dict = {
         "dtype": str(call.q.dtype).removeprefix("torch."),
-        "directions": "forward and backward" if has_backward else "forward",
         "seconds": None,
         "errors": {},
         "failure": None,
@@ -164,9 +160,8 @@ def _self_test(name: str, call: Call, has_backward: bool) -> dict:
     dout = dout.to(call.q.device, call.q.dtype)
 
     def run(function, *inputs: torch.Tensor) -> list[torch.Tensor]:
-        with torch.set_grad_enabled(has_backward):
-            out = function(*inputs)
-        return [out.detach(), *(torch.autograd.grad(out, inputs, dout.to(out.dtype)) if has_backward else ())]
+        out = function(*inputs)
+        return [out.detach(), *torch.autograd.grad(out, inputs, dout.to(out.dtype))]
 
     def truth(q, k, v):
         options = {"scale": call.scale, "window_left": call.window_left, "window_right": call.window_right}
@@ -184,7 +179,7 @@ def _self_test(name: str, call: Call, has_backward: bool) -> dict:
 
     eager = run(lambda q, k, v: _eager(q, k, v, call), *leaves)
     exact = run(truth, *(x.detach().double().requires_grad_() for x in leaves))
-    for tensor, mine, theirs, ref in zip(("out", "dq", "dk", "dv"), got, eager, exact, strict=False):
+    for tensor, mine, theirs, ref in zip(("out", "dq", "dk", "dv"), got, eager, exact, strict=True):
         error, allowed = ((x.double() - ref).abs().max().item() for x in (mine, theirs))
         # Besides twice eager's error, half a unit in the last place, which rounding the result costs anybody.
         allowed = 2 * allowed + 0.5 * torch.finfo(mine.dtype).eps * ref.abs().max().item()
@@ -298,7 +293,7 @@ def _sections(report: dict) -> list[tuple[str, list[tuple[str, str, bool | None]
         for test in entry["self-tests"]:
             if test["failure"] is None:
                 worst = max(x["error"] / x["allowed"] if x["allowed"] else 0.0 for x in test["errors"].values())
-                text = f"{test['directions']} in {test['seconds']:.2f} s, error {worst:.0%} of what is allowed"
+                text = f"forward and backward in {test['seconds']:.2f} s, error {worst:.0%} of what is allowed"
             else:
                 text = test["failure"]
             implementations.append((f"  {test['dtype']}", text, test["failure"] is None))

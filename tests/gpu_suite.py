@@ -12,6 +12,7 @@ to the terminal and to --output_dir. Nothing is downloaded.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
 import shutil
 import signal
@@ -23,6 +24,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 PYTEST = ("-m", "pytest", "-q", "-p", "no:cacheprovider")
+# Small calls leave a GPU idle most of the time: where pytest-xdist is installed, four processes share it.
+PARALLEL = (*PYTEST, "-n", "4") if importlib.util.find_spec("xdist") else PYTEST
 SANITIZERS = ("memcheck", "racecheck", "synccheck", "initcheck")
 SANITIZER_ERROR = 86
 
@@ -39,18 +42,22 @@ class Step:
 
 
 def sanitizer(tool: str) -> Step:
-    return Step(tool, ("tests/sanitize_gpu.py",), 100, tool)
+    return Step(tool, ("tests/sanitize_gpu.py",), 200, tool)
 
 
 # In order: what decides whether the kernel is right comes first.
 PARTS: dict[str, tuple[Step, ...]] = {
     "doctor": (Step("doctor", ("-m", "flashmla_hf", "doctor"), 120),),
     "sm90": (
-        Step("sm90", (*PYTEST, "tests/test_sm90.py"), 300),
-        Step("sm90 contract", (*PYTEST, "tests/test_gpu.py", "-k", "sm90 or not flex"), 180),
+        Step("sm90", (*PARALLEL, "tests/test_sm90.py", "-k", "not elements"), 300),
+        Step("sm90 backward", (*PARALLEL, "tests/test_sm90_backward.py", "-k", "not elements"), 300),
+        # Each of these wants half of the GPU's memory.
+        Step("sm90 elements", (*PYTEST, "tests/test_sm90.py", "tests/test_sm90_backward.py", "-k", "elements"), 240),
+        Step("sm90 contract", (*PARALLEL, "tests/test_gpu.py", "-k", "sm90 or not flex"), 240),
     ),
-    "sweep": (Step("sweep", (*PYTEST, "tests/test_fuzz.py", "-k", "sm90"), 300),),
-    "hf": (Step("hf", (*PYTEST, "tests/test_hf_gpu.py"), 240),),
+    "sweep": (Step("sweep", (*PARALLEL, "tests/test_fuzz.py", "-k", "sm90"), 300),),
+    "hf": (Step("hf", (*PARALLEL, "tests/test_hf_gpu.py"), 300),),
+    "finetune": (Step("finetune", (*PYTEST, "tests/test_finetune_gpu.py"), 180),),
     "sanitize": (
         # The sanitizer must see an overrun before its silence counts.
         Step("memcheck control", ("tests/sanitize_gpu.py", "--control"), 60, "memcheck", (SANITIZER_ERROR,)),
@@ -59,7 +66,7 @@ PARTS: dict[str, tuple[Step, ...]] = {
     "flex": (Step("flex", (*PYTEST, "tests/test_gpu.py", "-k", "flex", "-m", "not slow"), 420),),
     "bench": (Step("bench", ("benchmarks/bench_attention.py", "--device", "cuda", "--time_budget", "240"), 420),),
 }
-NEED_SM90 = ("sm90", "sweep", "hf", "sanitize")
+NEED_SM90 = ("sm90", "sweep", "hf", "finetune", "sanitize")
 
 
 def find_sanitizer() -> str | None:

@@ -1,13 +1,19 @@
-"""What the GPU tests share: why ``sm90`` is not there, whether it has a backward, what it computes."""
+"""What the GPU tests share: where the tests of ``sm90`` run, why it is not there, what it computes, a few inputs."""
 
 from __future__ import annotations
 
+import math
+import os
+
+import pytest
 import torch
-from cases import Case
+from cases import SM90_ROWS, Case
 
 from flashmla_hf import ops
 
 HALF = (torch.bfloat16, torch.float16)
+DEVICE = os.environ.get("FLASHMLA_SM90_TESTS_ON", "cuda")  # "cpu": the code of the tests of sm90, without the kernel
+IMPL = "sm90" if DEVICE == "cuda" else "cpu"
 
 
 def sm90_missing() -> str | None:
@@ -19,17 +25,46 @@ def sm90_missing() -> str | None:
     return ops.unavailable.get("sm90")
 
 
-def has_backward(impl: str = "sm90") -> bool:
-    """Whether ``impl`` computes gradients on the GPU; flex always does."""
-    operator = "flashmla::flash_attn_backward"
-    return impl != "sm90" or torch._C._dispatch_has_kernel_for_dispatch_key(operator, "CUDA")
-
-
-def gradients(impl: str = "sm90") -> tuple[str, ...]:
-    """``wants`` of numerics.run: every gradient that ``impl`` computes on the GPU."""
-    return ("q", "k", "v", "sinks") if has_backward(impl) else ()
+needs_sm90 = pytest.mark.skipif(DEVICE == "cuda" and sm90_missing() is not None, reason=f"sm90: {sm90_missing()}")
+half = pytest.mark.parametrize("dtype", HALF, ids=str)
+rows = pytest.mark.parametrize("row", SM90_ROWS, ids=lambda row: f"{row[0]}/{row[1]}")
+# Head dims (qk, v): every row, and what a row pads.
+WIDTHS = [(row[0] - less, row[1] - less) for row in SM90_ROWS for less in (0, 8, 24)]
+WIDTHS += [(8, 8), (8, 256), (256, 8), (72, 40), (40, 72), (192, 136), (200, 8)]
 
 
 def is_for_sm90(case: Case, dtype: torch.dtype) -> bool:
     """Whether sm90 promises to compute this call."""
     return dtype in HALF and case.sm90_row is not None
+
+
+def needs_memory(gigabytes: int) -> None:
+    free = torch.cuda.mem_get_info()[0]
+    if free < gigabytes * 2**30:
+        pytest.skip(f"{free / 2**30:.0f} GiB of GPU memory are free, {gigabytes} are needed")
+
+
+def offset_by(x: torch.Tensor, elements: int) -> torch.Tensor:
+    """x with its data ``elements`` further in memory than an allocation begins."""
+    base = x.new_zeros(x.numel() + elements)
+    return base[elements:].view(x.shape).copy_(x)
+
+
+def cu(*values: int) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.int32, device=DEVICE)
+
+
+def exact(q, k, v, scale: float, first_key: int = 0, chunk: int = 2**15) -> tuple[torch.Tensor, torch.Tensor]:
+    """out, lse in float64 of q [1, rows, heads, dim] on every key from ``first_key`` on, a chunk at a time."""
+    group = q.shape[2] // k.shape[2]
+    query = q.transpose(1, 2).double()
+    lse = torch.full(query.shape[:3], -math.inf, dtype=torch.float64, device=q.device)
+    out = torch.zeros(*query.shape[:3], v.shape[-1], dtype=torch.float64, device=q.device)
+    for begin in range(first_key, k.shape[1], chunk):
+        key, value = (x[:, begin : begin + chunk].transpose(1, 2).double().repeat_interleave(group, 1) for x in (k, v))
+        scores = query @ key.transpose(-1, -2) * scale
+        part = scores.logsumexp(-1)
+        total = torch.logaddexp(lse, part)
+        out = out * (lse - total).exp()[..., None] + (scores - total[..., None]).exp() @ value
+        lse = total
+    return out.transpose(1, 2), lse

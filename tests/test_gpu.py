@@ -5,8 +5,8 @@
     python3 -m pytest tests/test_gpu.py -k "not sm90" -m "not slow"
 
 FlexAttention is compiled once per kind of call (dtype, heads, head dims, options, gradients wanted), in seconds: the
-cases here share the few shapes of ``_BASE``, and differ in what costs no compiling. A library without a backward is tested
-without gradients. What only sm90 can get wrong is in tests/test_sm90.py.
+cases here share the few shapes of ``_BASE``, and differ in what costs no compiling. What only sm90 can get wrong is in
+tests/test_sm90.py and tests/test_sm90_backward.py.
 """
 
 import importlib
@@ -25,6 +25,7 @@ from flashmla_hf.reference import visible_keys
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 
 DEVICE = "cuda"
+ALL = (True, True, True)  # of q, k and v the gradients
 _BASE = {"heads_q": 8, "heads_kv": 2, "head_dim_qk": 64}
 
 
@@ -35,22 +36,11 @@ def impl(request):
     return request.param
 
 
-def needs_gradients(impl):
-    if not gpu_support.has_backward(impl):
-        pytest.skip("the sm90 library has no backward")
-
-
-def grads_of(*names, impl):
-    """requires_grad of q, k and v: those named, as far as ``impl`` computes gradients."""
-    return tuple(name in names and gpu_support.has_backward(impl) for name in "qkv")
-
-
 def check(impl, case, dtype=torch.bfloat16, **options):
     """numerics.check on the GPU. What sm90 does not promise it must refuse."""
     # FlexAttention's backward keeps fewer bits where a row sees one key, so that dP - delta cancels: 3.3 times eager's
     # error was seen (dQ, window (0, 0), torch 2.11, H100). The kernels are torch's; ours get no allowance.
     grad_factor = 4.0 if impl == "flex" else 2.0
-    options.setdefault("wants", gpu_support.gradients(impl))
     if impl == "sm90" and not gpu_support.is_for_sm90(case, dtype):
         with pytest.raises(RuntimeError, match="cannot compute this call"):
             numerics.check(impl, case, dtype, DEVICE, **options)
@@ -190,13 +180,11 @@ def test_random_packs_equal_the_reference(impl):
 
 @pytest.mark.parametrize(("has_dout", "has_dlse"), [(True, False), (False, True)])
 def test_gradients_flow_through_either_result_alone(impl, has_dout, has_dlse):
-    needs_gradients(impl)
     check(impl, DENSE[4], has_dout=has_dout, has_dlse=has_dlse)
 
 
 @pytest.mark.parametrize("wants", [("q",), ("k", "v")], ids=str)
 def test_gradients_of_some_inputs_only(impl, wants):
-    needs_gradients(impl)
     result = check(impl, DENSE[1], wants=wants)
     assert set(result.grads) == set(wants)
 
@@ -216,12 +204,11 @@ def test_masked_rows_are_exactly_zero_and_minus_infinity(impl):
 
 
 def test_repeating_a_call_gives_the_same_bits(impl):
-    inputs = qkv(2, 1000, 1000, requires_grad=grads_of(*"qkv", impl=impl))
+    inputs = qkv(2, 1000, 1000, requires_grad=ALL)
     results = []
     for _ in range(2):
         out, lse = attention(*inputs, is_causal=True, deterministic=True, return_lse=True, impl=impl)
-        grads = torch.autograd.grad(out.float().square().sum(), inputs) if out.requires_grad else []
-        results.append([out, lse, *grads])
+        results.append([out, lse, *torch.autograd.grad(out.float().square().sum(), inputs)])
     assert all(torch.equal(first, second) for first, second in zip(*results, strict=True))
 
 
@@ -248,7 +235,7 @@ def forward_backward(impl, seqlen, requires_grad, **options):
 
 def test_many_lengths_and_grad_modes_in_one_process_stay_fused(impl):
     """More combinations than dynamo's recompile limit: one n² matrix here takes 2 * 8 * 4000² * 2 bytes = 488 MiB."""
-    modes = [grads_of(*"qkv", impl=impl), grads_of("q", impl=impl), (False, False, False)]
+    modes = [ALL, (True, False, False), (False, False, False)]
     kinds = set(flex._kernels)
     compiled = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     for n in range(5):
@@ -264,13 +251,12 @@ def test_many_lengths_and_grad_modes_in_one_process_stay_fused(impl):
 def test_64k_tokens_fit_and_are_right(impl):
     """The scores alone would be 2 * 8 * 65536² * 2 bytes = 128 GiB."""
     seqlen, tail = 65536, 40
-    inputs = qkv(2, seqlen, seqlen, requires_grad=grads_of(*"qkv", impl=impl))
+    inputs = qkv(2, seqlen, seqlen, requires_grad=ALL)
     outs = []
 
     def run():
         outs.append(attention(*inputs, is_causal=True, impl=impl))
-        if outs[0].requires_grad:
-            outs[0].backward(outs[0].detach())
+        outs[0].backward(outs[0].detach())
 
     peak = peak_bytes(run)
     operands = sum(x.numel() * x.element_size() for x in (*inputs, inputs[0]))
@@ -280,7 +266,7 @@ def test_64k_tokens_fit_and_are_right(impl):
     last = numerics.eager(q[:, -tail:].double(), k.double(), v.double(), is_causal=True)[0]
     error = (outs[0][:1, -tail:].double() - last).abs().max().item()
     assert error < 0.01 * last.abs().max().item() + 1e-4
-    assert all(x.grad.isfinite().all() for x in inputs if x.requires_grad)
+    assert all(x.grad.isfinite().all() for x in inputs)
 
 
 def test_128k_tokens_with_a_window(impl):
@@ -305,14 +291,13 @@ def test_a_call_does_not_wait_for_the_gpu(impl):
     case = PACKED[1]
     inputs = case.inputs(torch.bfloat16, DEVICE)
     for _ in range(2):  # once to compile, which does wait
-        numerics.run(impl, case, inputs, wants=gpu_support.gradients(impl))
+        numerics.run(impl, case, inputs)
     boundaries = {"cu_seqlens_q": inputs.cu_seqlens_q.clone(), "cu_seqlens_kv": inputs.cu_seqlens_kv.clone()}
-    leaves = [x.clone().requires_grad_(gpu_support.has_backward(impl)) for x in (inputs.q, inputs.k, inputs.v)]
+    leaves = [x.clone().requires_grad_() for x in (inputs.q, inputs.k, inputs.v)]
     torch.cuda.set_sync_debug_mode("error")
     try:
         out, lse = attention(*leaves, **boundaries, is_causal=True, return_lse=True, impl=impl)
-        if out.requires_grad:
-            torch.autograd.backward([out, lse], [inputs.dout, inputs.dlse])
+        torch.autograd.backward([out, lse], [inputs.dout, inputs.dlse])
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
@@ -375,12 +360,11 @@ def test_torch_compile_takes_it_whole(impl):
     def layer(q, k, v):
         return attention(torch.sin(q), k, v, window=(100, 0), impl=impl).square()
 
-    inputs = qkv(2, 333, 333, requires_grad=grads_of(*"qkv", impl=impl))
+    inputs = qkv(2, 333, 333, requires_grad=ALL)
     results = []
     for function in (layer, torch.compile(layer, fullgraph=True)):
         out = function(*inputs)
-        grads = torch.autograd.grad(out.float().sum(), inputs) if out.requires_grad else []
-        results.append([out.detach(), *grads])
+        results.append([out.detach(), *torch.autograd.grad(out.float().sum(), inputs)])
     for expected, got in zip(*results, strict=True):
         torch.testing.assert_close(got, expected, rtol=0.05, atol=0.05 * expected.abs().max().item())
 
@@ -388,8 +372,7 @@ def test_torch_compile_takes_it_whole(impl):
 def test_checkpointing_recomputes_the_same(impl):
     from torch.utils.checkpoint import checkpoint
 
-    needs_gradients(impl)
-    inputs = qkv(2, 333, 333, requires_grad=(True, True, True))
+    inputs = qkv(2, 333, 333, requires_grad=ALL)
 
     def layer(q, k, v):
         return attention(q, k, v, is_causal=True, impl=impl).float().square().sum()

@@ -12,6 +12,10 @@ ROOT = Path(__file__).resolve().parent.parent
 STEPS = [step for steps in PARTS.values() for step in steps]
 
 
+def selections(path):
+    return [step.arguments[step.arguments.index("-k") + 1] for step in STEPS if path in step.arguments]
+
+
 @pytest.mark.parametrize("step", STEPS, ids=lambda step: step.name)
 def test_every_step_names_a_file_that_is_there(step):
     for argument in step.arguments:
@@ -19,9 +23,10 @@ def test_every_step_names_a_file_that_is_there(step):
             assert (ROOT / argument).is_file()
 
 
-def test_every_test_of_the_gpu_contract_is_in_exactly_one_part():
-    chosen = {step.arguments[step.arguments.index("-k") + 1] for step in STEPS if "tests/test_gpu.py" in step.arguments}
-    assert chosen == {"sm90 or not flex", "flex"}
+def test_every_test_of_a_file_that_is_split_is_in_exactly_one_step():
+    assert selections("tests/test_gpu.py") == ["sm90 or not flex", "flex"]
+    for path in ("tests/test_sm90.py", "tests/test_sm90_backward.py"):
+        assert selections(path) == ["not elements", "elements"]
 
 
 def test_a_step_that_hangs_is_ended_and_what_it_printed_is_kept(tmp_path, capsys):

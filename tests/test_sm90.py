@@ -3,7 +3,7 @@
     python3 -m pytest tests/test_sm90.py                       # about a minute and a half on an H100
     python3 -m pytest tests/test_sm90.py -k "not elements"     # without the tests that want 20 GB
 
-What every GPU implementation promises is in tests/test_gpu.py; random calls by the thousand are in tests/test_fuzz.py.
+The backward has a file of its own, tests/test_sm90_backward.py. What every GPU implementation promises is in tests/test_gpu.py; random calls by the thousand are in tests/test_fuzz.py.
 Checks that may end their process are functions called by ``in_subprocess``.
 """
 
@@ -24,27 +24,17 @@ import sanitize_gpu
 import torch
 from cases import SM90_ROWS, Case, calls
 from counting import counted_calls
+from gpu_support import DEVICE, IMPL, WIDTHS, cu, exact, half, needs_memory, needs_sm90, offset_by, rows
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from flashmla_hf import attention, dispatch
 
 TESTS = Path(__file__).parent
-DEVICE = os.environ.get("FLASHMLA_SM90_TESTS_ON", "cuda")  # "cpu": the code of these tests, without the kernel
-IMPL = "sm90" if DEVICE == "cuda" else "cpu"
-needs_sm90 = pytest.mark.skipif(
-    DEVICE == "cuda" and gpu_support.sm90_missing() is not None, reason=f"sm90: {gpu_support.sm90_missing()}"
-)
-half = pytest.mark.parametrize("dtype", gpu_support.HALF, ids=str)
-rows = pytest.mark.parametrize("row", SM90_ROWS, ids=lambda row: f"{row[0]}/{row[1]}")
-
-
-def wants():
-    return gpu_support.gradients() if IMPL == "sm90" else ("q", "k", "v", "sinks")
 
 
 def check(case, dtype=torch.bfloat16, **options):
-    return numerics.check(IMPL, case, dtype, DEVICE, wants=wants(), **options)
+    return numerics.check(IMPL, case, dtype, DEVICE, **options)
 
 
 def tensors(seqlen_q=100, seqlen_kv=None, head_dim=64, dtype=torch.bfloat16, device=None, heads=(4, 2), batch=2):
@@ -54,10 +44,6 @@ def tensors(seqlen_q=100, seqlen_kv=None, head_dim=64, dtype=torch.bfloat16, dev
     )
     inputs = case.inputs(dtype, device or DEVICE)
     return {"q": inputs.q, "k": inputs.k, "v": inputs.v}
-
-
-def cu(*values):
-    return torch.tensor(values, dtype=torch.int32, device=DEVICE)
 
 
 def operator(q, k, v, cu_seqlens_q=None, cu_seqlens_kv=None, **changes):
@@ -73,13 +59,10 @@ def operator(q, k, v, cu_seqlens_q=None, cu_seqlens_kv=None, **changes):
 
 # ---- Every kernel ----------------------------------------------------------------------------------------------------
 
-_WIDTHS = [(row[0] - less, row[1] - less) for row in SM90_ROWS for less in (0, 8, 24)]
-_WIDTHS += [(8, 8), (8, 256), (256, 8), (72, 40), (40, 72), (192, 136), (200, 8)]
-
 
 @needs_sm90
 @half
-@pytest.mark.parametrize("dims", _WIDTHS, ids=lambda dims: f"{dims[0]}/{dims[1]}")
+@pytest.mark.parametrize("dims", WIDTHS, ids=lambda dims: f"{dims[0]}/{dims[1]}")
 def test_every_head_dim_equals_the_reference_under_every_mask(dims, dtype):
     shape = {"batch": 2, "heads_q": 4, "heads_kv": 2, "head_dim_qk": dims[0], "head_dim_v": dims[1]}
     for mask in ({}, {"is_causal": True}, {"window": (70, 5)}, {"window": (None, 9)}, {"window": (130, None)}):
@@ -344,25 +327,6 @@ def test_what_sm90_does_not_compute_is_refused_with_the_reason(name):
 
 
 @needs_sm90
-@pytest.mark.skipif(DEVICE == "cpu", reason="the words of sm90")
-@pytest.mark.parametrize("name", ["q", "k", "v", "sinks"])
-def test_a_call_that_wants_gradients_is_refused_and_left_to_flex_while_there_is_no_backward(name):
-    if gpu_support.has_backward():
-        pytest.skip("sm90 computes gradients")
-    arguments = {**tensors(), "sinks": torch.zeros(4, device=DEVICE)}
-    arguments[name].requires_grad_()
-    with pytest.raises(
-        RuntimeError, match=r"impl='sm90' cannot compute this call: gradients are wanted: expected none"
-    ):
-        attention(**arguments, impl="sm90")
-    with counted_calls(stub=("flex",)) as chosen:
-        attention(**arguments)
-        with torch.no_grad():
-            attention(**arguments)
-    assert chosen == {"flex": 1, "sm90": 1}
-
-
-@needs_sm90
 @pytest.mark.skipif(DEVICE == "cpu", reason="the choice on a GPU")
 @pytest.mark.parametrize("name", [name for name in REFUSED if "head dim" in name or name == "float32"])
 def test_what_sm90_does_not_compute_is_left_to_flex_by_the_automatic_choice(name):
@@ -373,13 +337,6 @@ def test_what_sm90_does_not_compute_is_left_to_flex_by_the_automatic_choice(name
 
 
 # ---- Alignment -------------------------------------------------------------------------------------------------------
-
-
-def offset_by(x, elements):
-    """x with its data ``elements`` further in memory than an allocation begins."""
-    base = x.new_zeros(x.numel() + elements)
-    view = base[elements:].view(x.shape)
-    return view.copy_(x)
 
 
 def with_heads_apart(x, stride):
@@ -470,28 +427,6 @@ def test_the_operator_names_the_argument_it_does_not_take():
 
 
 # ---- Addresses beyond 2^31 elements ----------------------------------------------------------------------------------
-
-
-def needs_memory(gigabytes):
-    free = torch.cuda.mem_get_info()[0] if DEVICE == "cuda" else 0
-    if free < gigabytes * 2**30:
-        pytest.skip(f"{free / 2**30:.0f} GiB of GPU memory are free, {gigabytes} are needed")
-
-
-def exact(q, k, v, scale, first_key=0, chunk=2**15):
-    """out, lse in float64 of q [1, rows, heads, dim] on every key from ``first_key`` on, a chunk at a time."""
-    group = q.shape[2] // k.shape[2]
-    query = q.transpose(1, 2).double()
-    lse = torch.full(query.shape[:3], -math.inf, dtype=torch.float64, device=q.device)
-    out = torch.zeros(*query.shape[:3], v.shape[-1], dtype=torch.float64, device=q.device)
-    for begin in range(first_key, k.shape[1], chunk):
-        key, value = (x[:, begin : begin + chunk].transpose(1, 2).double().repeat_interleave(group, 1) for x in (k, v))
-        scores = query @ key.transpose(-1, -2) * scale
-        part = scores.logsumexp(-1)
-        total = torch.logaddexp(lse, part)
-        out = out * (lse - total).exp()[..., None] + (scores - total[..., None]).exp() @ value
-        lse = total
-    return out.transpose(1, 2), lse
 
 
 def assert_near(got, expected):
@@ -591,7 +526,8 @@ def in_subprocess(call):
 
 
 def survive(values):
-    """Calls with these boundaries, which promise nothing but that the process and the tensors beside survive."""
+    """Calls with these boundaries, which promise nothing but that they end, and that the process and the tensors beside
+    survive."""
     rows_q, wrong = 100, cu(*values)
     right = cu(0, 40, rows_q)
     for dims in ((64, 64), (128, 128), (192, 128), (256, 256)):
@@ -599,14 +535,16 @@ def survive(values):
         inputs = case.inputs(torch.bfloat16, DEVICE)
         before = attention(inputs.q, inputs.k, inputs.v, cu_seqlens_q=right, cu_seqlens_kv=right, impl=IMPL)
         kept = [x.clone() for x in (inputs.q, inputs.k, inputs.v, before)]
+        leaves = [x.detach().requires_grad_() for x in (inputs.q, inputs.k, inputs.v)]
         for boundaries in ((wrong, right), (right, wrong), (wrong, wrong)):
             for mask in ({}, {"is_causal": True}, {"window": (9, 9)}):
                 for bound in (None, 7, 10**6):
                     try:
-                        attention(
-                            inputs.q, inputs.k, inputs.v, cu_seqlens_q=boundaries[0], cu_seqlens_kv=boundaries[1],
-                            max_seqlen_q=bound, max_seqlen_kv=bound, impl=IMPL, **mask,
+                        out = attention(
+                            *leaves, cu_seqlens_q=boundaries[0], cu_seqlens_kv=boundaries[1], max_seqlen_q=bound,
+                            max_seqlen_kv=bound, impl=IMPL, deterministic=bound is None, **mask,
                         )  # fmt: skip
+                        torch.autograd.grad(out, leaves, inputs.dout)
                     except RuntimeError as error:  # the CPU kernel reads them
                         if "seqlen" not in str(error):
                             raise
@@ -735,9 +673,10 @@ def test_torch_compile_takes_packed_sequences_whole():
 def test_opcheck():
     q, k, v = tensors(seqlen_q=70).values()
     numbers = (70, 70, 0.125, 20, 0, 0.0, False)
-    utils = ("test_schema", "test_faketensor", *(("test_autograd_registration",) if wants() else ()))
     torch.library.opcheck(
-        torch.ops.flashmla.flash_attn_forward.default, (q, k, v, None, None, None, *numbers), test_utils=utils
+        torch.ops.flashmla.flash_attn_forward.default,
+        (q, k, v, None, None, None, *numbers),
+        test_utils=("test_schema", "test_faketensor", "test_autograd_registration"),
     )
 
 

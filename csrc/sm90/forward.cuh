@@ -27,6 +27,7 @@
 #include <cute/tensor.hpp>
 
 #include "params.h"
+#include "sm90/fragment.cuh"
 #include "sm90/scheduler.cuh"
 #include "sm90/softmax.cuh"
 #include "sm90/tiles.h"
@@ -136,8 +137,8 @@ struct Forward {
     Schedule const& schedule = arguments.schedule;
     Ring<kNumTiles> slot;
     for (int32_t round = 0;; ++round, slot.advance()) {
-      TilePlace const place = place_of(schedule, arguments.problem, next_index(schedule, round));
       ClusterBarrier::wait(&shared.tile_empty[slot.stage], slot.phase ^ 1);
+      TilePlace const place = place_of(schedule, next_index(schedule, round));
       write_tile<kBlockKV, kNumConsumers>(shared.tiles[slot.stage], schedule, arguments.problem, arguments.window,
                                           place);
       ClusterBarrier::arrive(&shared.tile_full[slot.stage]);
@@ -174,8 +175,7 @@ struct Forward {
         continue;
       }
       ClusterTransactionBarrier::arrive_and_expect_tx(
-          &shared.q_full[q_ring.stage],
-          sizeof(Element) * kHeadDimQK * schedule.queries_per_block * schedule.heads_packed);
+          &shared.q_full[q_ring.stage], sizeof(Element) * kHeadDimQK * schedule.rows_per_block * schedule.heads_packed);
       for (int column = 0; column < kHeadDimQK; column += kSwizzleColumns) {
         cute::SM90_TMA_LOAD_5D::copy(&arguments.q, &shared.q_full[q_ring.stage],
                                      static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVICT_FIRST),
@@ -205,8 +205,9 @@ struct Forward {
   __device__ static Row row_at(Schedule const& schedule, Tile const& tile, int32_t row) {
     int32_t const packed = schedule.heads_packed;
     int32_t const query = packed == 1 ? row : row / packed;
-    return {tile.q_begin + query, tile.head + row - query * packed,
-            query < schedule.queries_per_block && tile.q_begin + query < tile.sequence.seqlen_q};
+    return {
+        tile.q_begin + query, tile.head + row - query * packed,
+        query < schedule.rows_per_block && tile.q_begin + query >= 0 && tile.q_begin + query < tile.sequence.seqlen_q};
   }
 
   __device__ static Element* out_row(ForwardArguments const& arguments, Tile const& tile, Row const& row) {
@@ -248,30 +249,7 @@ struct Forward {
           softmax.finish(r, problem.sinks == nullptr || !row.is_valid ? nullptr : problem.sinks + row.head, lse);
       if (row.is_valid && quad_lane == 0) *lse_row(arguments, tile, row) = lse;
       Element* const out = row.is_valid ? out_row(arguments, tile, row) : nullptr;
-      CUTE_UNROLL
-      for (int group = 0; group < kHeadDimV / 32; ++group) {
-        uint32_t pairs[4];
-        CUTE_UNROLL
-        for (int m = 0; m < 4; ++m) {
-          int const element = (4 * group + m) * 4 + r * 2;
-          pairs[m] = pack<Element>(rO(element) * factor, rO(element + 1) * factor);
-        }
-        // Lane l of a quad holds pair l of columns 8m ... 8m + 7 in pairs[m]. Transposed over the quad, it holds
-        // columns 8l ... 8l + 7, and stores 16 bytes beside its neighbours'.
-        bool const is_high = quad_lane & 2, is_odd = quad_lane & 1;
-        uint32_t const a = __shfl_xor_sync(0xffffffff, is_high ? pairs[0] : pairs[2], 2);
-        uint32_t const b = __shfl_xor_sync(0xffffffff, is_high ? pairs[1] : pairs[3], 2);
-        (is_high ? pairs[0] : pairs[2]) = a;
-        (is_high ? pairs[1] : pairs[3]) = b;
-        uint32_t const c = __shfl_xor_sync(0xffffffff, is_odd ? pairs[0] : pairs[1], 1);
-        uint32_t const d = __shfl_xor_sync(0xffffffff, is_odd ? pairs[2] : pairs[3], 1);
-        (is_odd ? pairs[0] : pairs[1]) = c;
-        (is_odd ? pairs[2] : pairs[3]) = d;
-        int const column = 32 * group + 8 * quad_lane;
-        if (out != nullptr && column < problem.head_dim_v) {
-          *reinterpret_cast<uint4*>(out + column) = uint4{pairs[0], pairs[1], pairs[2], pairs[3]};
-        }
-      }
+      store_row<Element, kHeadDimV>(out, rO, r, factor, 0, problem.head_dim_v, quad_lane);
     }
   }
 

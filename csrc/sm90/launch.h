@@ -13,4 +13,8 @@ int64_t forward_workspace(ForwardParams const& params);
 // Launches the forward on `stream` of the current device. Returns null, or a sentence that says what went wrong.
 const char* launch_forward(ForwardParams const& params, void* workspace, cudaStream_t stream);
 
+// The same of the backward; the workspace holds sums of dQ as well. Gradients that are wanted are written whole.
+int64_t backward_workspace(BackwardParams const& params);
+const char* launch_backward(BackwardParams const& params, void* workspace, cudaStream_t stream);
+
 }  // namespace flashmla::sm90

@@ -22,8 +22,8 @@ const char* launch(ForwardParams const& params, void* workspace, cudaStream_t st
 
   ForwardArguments arguments{};
   int num_blocks = 0;
-  if (const char* error =
-          make_schedule(problem, Kernel::kBlockQ, num_sms(device), workspace, stream, arguments.schedule, num_blocks)) {
+  if (const char* error = make_forward_schedule(problem, Kernel::kBlockQ, num_sms(device), workspace, stream,
+                                                arguments.schedule, num_blocks)) {
     return error;
   }
   int64_t const packed = arguments.schedule.heads_packed;
@@ -31,7 +31,7 @@ const char* launch(ForwardParams const& params, void* workspace, cudaStream_t st
   const char* error = make_tensor_map(arguments.q, params.q.data, problem.dtype,
                                       {{problem.head_dim_qk, 1, columns},
                                        {packed, params.q.stride_heads, static_cast<int>(packed)},
-                                       {rows_q, params.q.stride_seqlen, arguments.schedule.queries_per_block},
+                                       {rows_q, params.q.stride_seqlen, arguments.schedule.rows_per_block},
                                        {problem.heads_q / packed, params.q.stride_heads * packed, 1},
                                        {batch, params.q.stride_batch, 1}});
   auto make_kv = [&](CUtensorMap& map, TensorView const& view, int64_t head_dim) {

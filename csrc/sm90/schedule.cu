@@ -8,16 +8,24 @@
 namespace flashmla::sm90 {
 namespace {
 
-// K and V of the heads walked together. Measured: long sequences balance better in large sections and stream through L2
-// anyhow; short ones are read while they are in use, and share the 50 MB of L2 with Q and O.
-int64_t section_bytes(int64_t bytes_kv_head) {
-  return int64_t{bytes_kv_head > int64_t{1} << 20 ? 64 : 16} << 20;
+int64_t ceil_div(int64_t a, int64_t b) {
+  return (a + b - 1) / b;
 }
+
+// How many (batch, head) pairs the forward walks together: so many that each has four of its tiles at work at a time.
+// Fewer pairs share what they read better, more balance better; measured on 13 causal shapes (docs/log.md).
+int64_t pairs_per_section(int64_t pairs, int64_t pairs_per_kv_head, int num_sms) {
+  int64_t const most = std::max<int64_t>(1, num_sms / 4 / pairs_per_kv_head) * pairs_per_kv_head;
+  return ceil_div(ceil_div(pairs, ceil_div(pairs, most)), pairs_per_kv_head) * pairs_per_kv_head;
+}
+
+// Q, dO and sums of dQ of the pairs that the backward walks together, where nothing speaks against it. Measured.
+constexpr int64_t kBackwardSectionBytes = int64_t{24} << 20;
 
 constexpr int kScheduleThreads = 1024;
 
-// Counting sort of the items: by chunk of K and V that fits in L2, then by visible keys, most first. Equal ones stay in
-// no particular order; a tile's result does not depend on its place.
+// Counting sort of the items: by chunk of the other side's rows that fits in L2, then by how many of them are visible,
+// most first. Equal ones stay in no particular order; a tile's result does not depend on its place.
 __global__ void __launch_bounds__(kScheduleThreads)
     schedule_kernel(Schedule const schedule, Problem const problem, Window const window) {
   constexpr int kNumChunks = 16, kNumCosts = 64;
@@ -25,12 +33,12 @@ __global__ void __launch_bounds__(kScheduleThreads)
   using Scan = cub::BlockScan<int32_t, kScheduleThreads>;
   __shared__ typename Scan::TempStorage scan_storage;
   __shared__ int32_t bucket_end[kScheduleThreads];
-  __shared__ int32_t longest_kv;
+  __shared__ int32_t longest;  // of the other side
   cutlass::arch::launch_dependent_grids();
   int32_t const thread = threadIdx.x;
   if (thread == 0) {
     *schedule.next_tile = 0;
-    longest_kv = 0;
+    longest = 0;
   }
   bucket_end[thread] = 0;
   __syncthreads();
@@ -41,9 +49,11 @@ __global__ void __launch_bounds__(kScheduleThreads)
     int32_t const number = base + thread;
     int32_t blocks = 0;
     if (number < num_sequences) {
-      Sequence const sequence = sequence_at(problem, number);
-      blocks = (sequence.seqlen_q + schedule.queries_per_block - 1) / schedule.queries_per_block;
-      atomicMax(&longest_kv, sequence.seqlen_kv);
+      Sequence const sequence = sequence_at(problem, number, schedule.side);
+      bool const is_forward = schedule.side == Side::kQueries;
+      int32_t const rows = is_forward ? sequence.seqlen_q : sequence.seqlen_kv;
+      blocks = (rows + schedule.rows_per_block - 1) / schedule.rows_per_block;
+      atomicMax(&longest, is_forward ? sequence.seqlen_kv : sequence.seqlen_q);
     }
     int32_t before, sum;
     Scan(scan_storage).ExclusiveSum(blocks, before, sum);
@@ -67,13 +77,29 @@ __global__ void __launch_bounds__(kScheduleThreads)
     }
     return int2{low, index - schedule.first_item[low]};
   };
+  if (schedule.is_ordered) {
+    for (int32_t index = thread; index < num_items; index += kScheduleThreads) {
+      schedule.items[num_items - 1 - index] = item_at(index);
+    }
+    return;
+  }
   auto bucket_of = [&](int2 item) {
-    Sequence const sequence = sequence_at(problem, item.x);
-    int32_t const first = item.y * schedule.queries_per_block + sequence.seqlen_kv - sequence.seqlen_q;
-    VisibleKeys const keys = visible_keys(window, sequence.seqlen_kv, first, first + schedule.queries_per_block - 1);
-    int64_t const cost = max(0, keys.end - keys.begin);
-    int32_t const chunk = min(kNumChunks - 1, sequence.offset_kv / schedule.rows_per_chunk);
-    return chunk * kNumCosts + kNumCosts - 1 - static_cast<int32_t>(cost * (kNumCosts - 1) / max(1, longest_kv));
+    Sequence const sequence = sequence_at(problem, item.x, schedule.side);
+    int32_t const first = item.y * schedule.rows_per_block, last = first + schedule.rows_per_block - 1;
+    int64_t cost;  // rows of the other side that it sees
+    int32_t offset;
+    if (schedule.side == Side::kQueries) {
+      int32_t const shift = sequence.seqlen_kv - sequence.seqlen_q;
+      VisibleKeys const keys = visible_keys(window, sequence.seqlen_kv, first + shift, last + shift);
+      cost = max(0, keys.end - keys.begin);
+      offset = sequence.offset_kv;
+    } else {
+      VisibleQueries const queries = visible_queries(window, sequence, first, last);
+      cost = max(0, queries.end - queries.begin);
+      offset = sequence.offset_q;
+    }
+    int32_t const chunk = min(kNumChunks - 1, offset / schedule.rows_per_chunk);
+    return chunk * kNumCosts + kNumCosts - 1 - static_cast<int32_t>(cost * (kNumCosts - 1) / max(1, longest));
   };
   for (int32_t index = thread; index < num_items; index += kScheduleThreads) {
     atomicAdd(&bucket_end[bucket_of(item_at(index))], 1);
@@ -90,10 +116,6 @@ __global__ void __launch_bounds__(kScheduleThreads)
   }
 }
 
-int64_t ceil_div(int64_t a, int64_t b) {
-  return (a + b - 1) / b;
-}
-
 // How many query heads share a tile: all of a group where that fills tiles that one head leaves part empty.
 int32_t heads_packed(Problem const& problem, int block_q) {
   int64_t const group = problem.heads_q / problem.heads_kv;
@@ -103,49 +125,34 @@ int32_t heads_packed(Problem const& problem, int block_q) {
   return 10 * tiles_packed <= 9 * tiles ? static_cast<int32_t>(group) : 1;
 }
 
-int64_t max_items(Problem const& problem, int block_q) {
-  // Each sequence, and the rows past the last one, may end in a tile of its own.
-  return ceil_div(problem.total_q, block_q / heads_packed(problem, block_q)) + problem.batch + 1;
+// Room for the items of `rows` rows: each sequence, and the rows past the last one, may end in a block of its own.
+int64_t max_items(Problem const& problem, int64_t rows, int64_t rows_per_block) {
+  return ceil_div(rows, rows_per_block) + problem.batch + 1;
 }
-
-}  // namespace
 
 // next_tile and num_items, first_item, items; a dense batch uses next_tile alone.
-int64_t schedule_bytes(Problem const& problem, int block_q) {
+int64_t schedule_bytes(Problem const& problem, int64_t rows, int64_t rows_per_block) {
   if (problem.cu_seqlens_q == nullptr) return 16;
-  return 16 + ceil_div(problem.batch + 2, 4) * 16 + max_items(problem, block_q) * 8;
+  return 16 + ceil_div(problem.batch + 2, 4) * 16 + max_items(problem, rows, rows_per_block) * 8;
 }
 
-Window window_of(Problem const& problem) {
-  return {static_cast<int32_t>(problem.window_left), static_cast<int32_t>(problem.window_right)};
-}
-
-const char* make_schedule(Problem const& problem, int block_q, int num_sms, void* workspace, cudaStream_t stream,
-                          Schedule& schedule, int& num_blocks) {
+// What both directions do once side, order, num_heads, rows_per_block and heads_packed are set. `pairs_per_section` and
+// `rows_per_chunk` are wishes.
+const char* finish_schedule(Problem const& problem, int64_t rows, int64_t pairs_per_section, int64_t rows_per_chunk,
+                            int num_sms, void* workspace, cudaStream_t stream, Schedule& schedule, int& num_blocks) {
   bool const is_packed = problem.cu_seqlens_q != nullptr;
-  schedule.heads_packed = heads_packed(problem, block_q);
-  schedule.queries_per_block = block_q / schedule.heads_packed;
-  int64_t const heads = problem.heads_q / schedule.heads_packed;
-  int64_t const pairs = is_packed ? heads : heads * problem.batch;
-  int64_t const pairs_per_kv_head = heads / problem.heads_kv;
-  int64_t const bytes_row = 2 * (problem.head_dim_qk + problem.head_dim_v);
-  int64_t const rows_kv = std::max<int64_t>(1, is_packed ? problem.total_kv : problem.seqlen_kv);
-  // Tiles of equal length need no order among heads: those of one kv head, side by side, share its K and V best.
-  bool const is_equal = !is_packed && problem.window_left < 0 && problem.window_right < 0;
-  int64_t const kv_heads_per_section =
-      is_equal ? 1 : std::max<int64_t>(1, section_bytes(rows_kv * bytes_row) / (rows_kv * bytes_row));
+  int64_t const pairs = is_packed ? schedule.num_heads : schedule.num_heads * problem.batch;
   int64_t const items =
-      is_packed ? max_items(problem, block_q) : ceil_div(problem.seqlen_q, schedule.queries_per_block);
+      is_packed ? max_items(problem, rows, schedule.rows_per_block) : ceil_div(rows, schedule.rows_per_block);
   int64_t const num_tiles = pairs * items;
-  if (num_tiles >= int64_t{1} << 30 || items * schedule.queries_per_block >= int64_t{1} << 31) {
+  if (num_tiles >= int64_t{1} << 30 || items * schedule.rows_per_block >= int64_t{1} << 31) {
     return "expected fewer than 2^30 tiles of work; split the batch";
   }
   schedule.num_pairs = static_cast<int32_t>(pairs);
-  schedule.pairs_per_section = static_cast<int32_t>(std::min(pairs, kv_heads_per_section * pairs_per_kv_head));
-  schedule.num_q_blocks = static_cast<int32_t>(items);
+  schedule.pairs_per_section = static_cast<int32_t>(std::min(pairs, std::max<int64_t>(1, pairs_per_section)));
+  schedule.num_blocks = static_cast<int32_t>(items);
   schedule.max_items = static_cast<int32_t>(items);
-  schedule.rows_per_chunk = static_cast<int32_t>(
-      std::min<int64_t>(std::max((int64_t{32} << 20) / bytes_row, rows_kv / 16 + 1), int64_t{1} << 30));
+  schedule.rows_per_chunk = static_cast<int32_t>(std::min<int64_t>(rows_per_chunk, int64_t{1} << 30));
   num_blocks = static_cast<int>(std::min<int64_t>(num_tiles, num_sms));
   schedule.next_tile = schedule.num_items = schedule.first_item = nullptr;
   schedule.items = nullptr;
@@ -164,6 +171,70 @@ const char* make_schedule(Problem const& problem, int block_q, int num_sms, void
   }
   cudaError_t const error = cudaGetLastError();
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+
+}  // namespace
+
+int64_t forward_schedule_bytes(Problem const& problem, int block_q) {
+  return schedule_bytes(problem, problem.total_q, block_q / heads_packed(problem, block_q));
+}
+
+int64_t backward_schedule_bytes(Problem const& problem, int block_kv) {
+  return schedule_bytes(problem, problem.total_kv, block_kv);
+}
+
+Window window_of(Problem const& problem) {
+  return {static_cast<int32_t>(problem.window_left), static_cast<int32_t>(problem.window_right)};
+}
+
+const char* make_forward_schedule(Problem const& problem, int block_q, int num_sms, void* workspace,
+                                  cudaStream_t stream, Schedule& schedule, int& num_blocks) {
+  bool const is_packed = problem.cu_seqlens_q != nullptr;
+  schedule.side = Side::kQueries;
+  schedule.is_ordered = false;
+  schedule.is_backwards = true;  // under a causal mask the last queries see the most
+  schedule.heads_packed = heads_packed(problem, block_q);
+  schedule.rows_per_block = block_q / schedule.heads_packed;
+  schedule.num_heads = static_cast<int32_t>(problem.heads_q / schedule.heads_packed);
+  int64_t const bytes_row = 2 * (problem.head_dim_qk + problem.head_dim_v);
+  int64_t const rows_kv = std::max<int64_t>(1, is_packed ? problem.total_kv : problem.seqlen_kv);
+  // Tiles of equal length need no order among heads: those of one kv head, side by side, share its K and V best.
+  bool const is_equal = !is_packed && problem.window_left < 0 && problem.window_right < 0;
+  int64_t const pairs_per_kv_head = schedule.num_heads / problem.heads_kv;
+  int64_t const pairs = is_packed ? schedule.num_heads : schedule.num_heads * problem.batch;
+  int64_t const rows_per_chunk = std::max((int64_t{32} << 20) / bytes_row, rows_kv / 16 + 1);
+  return finish_schedule(problem, is_packed ? problem.total_q : problem.seqlen_q,
+                         is_equal ? pairs_per_kv_head : pairs_per_section(pairs, pairs_per_kv_head, num_sms),
+                         rows_per_chunk, num_sms, workspace, stream, schedule, num_blocks);
+}
+
+const char* make_backward_schedule(Problem const& problem, int block_kv, int num_splits, int num_sms, void* workspace,
+                                   cudaStream_t stream, Schedule& schedule, int& num_blocks) {
+  bool const is_packed = problem.cu_seqlens_q != nullptr;
+  schedule.side = Side::kKeys;
+  schedule.is_ordered = schedule.is_backwards = problem.deterministic;
+  schedule.heads_packed = 1;
+  schedule.rows_per_block = block_kv;
+  schedule.num_heads = static_cast<int32_t>(problem.heads_kv * num_splits);
+  // Q, dO and the fp32 dQ of the query heads of a pair: read, or added to, by each of its tiles.
+  int64_t const bytes_row = (problem.heads_q / schedule.num_heads) * (6 * problem.head_dim_qk + 2 * problem.head_dim_v);
+  int64_t const rows_q = std::max<int64_t>(1, is_packed ? problem.total_q : problem.seqlen_q);
+  int64_t const rows_kv = std::max<int64_t>(1, is_packed ? problem.total_kv : problem.seqlen_kv);
+  int64_t const pairs = is_packed ? schedule.num_heads : schedule.num_heads * problem.batch;
+  int64_t const most = num_sms / 4;  // as in the forward
+  int64_t wanted = std::max<int64_t>(1, kBackwardSectionBytes / (rows_q * bytes_row));
+  if (problem.deterministic) {
+    // Few tiles of one head at a time: each waits for the one before it.
+    wanted = most;
+  } else if (is_packed || problem.window_left >= 0 || problem.window_right >= 0) {
+    // A section ends with short tiles and the next begins with long ones: sections need rounds enough to make up for
+    // it.
+    wanted = std::clamp(ceil_div(4 * num_sms * block_kv, rows_kv), wanted, std::max(wanted, most));
+  }
+  return finish_schedule(problem, is_packed ? problem.total_kv : problem.seqlen_kv,
+                         pairs == 0 ? 0 : ceil_div(pairs, ceil_div(pairs, wanted)),
+                         std::max(kBackwardSectionBytes / bytes_row, rows_q / 16 + 1), num_sms, workspace, stream,
+                         schedule, num_blocks);
 }
 
 }  // namespace flashmla::sm90

@@ -6,7 +6,8 @@
 namespace flashmla::sm90 {
 
 // Boundaries are read on the device and not trusted: whatever they hold, rows stay inside the tensors.
-__device__ inline Sequence sequence_at(Problem const& problem, int32_t number) {
+// Sequence number problem.batch is the rows of `side` past the last boundary, with nothing on the other side.
+__device__ inline Sequence sequence_at(Problem const& problem, int32_t number, Side side) {
   if (problem.cu_seqlens_q == nullptr) {
     return {0, 0, static_cast<int32_t>(problem.seqlen_q), static_cast<int32_t>(problem.seqlen_kv)};
   }
@@ -14,8 +15,11 @@ __device__ inline Sequence sequence_at(Problem const& problem, int32_t number) {
     return min(max(cu_seqlens[index], 0), static_cast<int32_t>(total));
   };
   int32_t const begin_q = boundary(problem.cu_seqlens_q, number, problem.total_q);
-  if (number == problem.batch) return {begin_q, 0, static_cast<int32_t>(problem.total_q) - begin_q, 0};
   int32_t const begin_kv = boundary(problem.cu_seqlens_kv, number, problem.total_kv);
+  if (number == problem.batch) {
+    return side == Side::kQueries ? Sequence{begin_q, 0, static_cast<int32_t>(problem.total_q) - begin_q, 0}
+                                  : Sequence{0, begin_kv, 0, static_cast<int32_t>(problem.total_kv) - begin_kv};
+  }
   return {begin_q, begin_kv, max(0, boundary(problem.cu_seqlens_q, number + 1, problem.total_q) - begin_q),
           max(0, boundary(problem.cu_seqlens_kv, number + 1, problem.total_kv) - begin_kv)};
 }
@@ -38,47 +42,64 @@ __device__ inline VisibleKeys visible_keys(Window window, int32_t seqlen_kv, int
   return keys;
 }
 
-// Where tile `index` of the walk is; head is negative past the last.
-struct TilePlace {
-  int32_t head, batch, q_block;
+// Queries [begin, end) that see some key of first ... last.
+struct VisibleQueries {
+  int32_t begin, end;
 };
 
-__device__ inline TilePlace place_of(Schedule const& schedule, Problem const& problem, int32_t index) {
+__device__ inline VisibleQueries visible_queries(Window window, Sequence const& sequence, int32_t first, int32_t last) {
+  int32_t const shift = sequence.seqlen_kv - sequence.seqlen_q;
+  VisibleQueries queries{0, first <= last ? sequence.seqlen_q : 0};
+  if (window.right >= 0) queries.begin = max(0, first - shift - window.right);
+  if (window.left >= 0) queries.end = max(0, min(queries.end, last - shift + window.left + 1));
+  return queries;
+}
+
+// Where tile `index` of the walk is; head is negative past the last.
+struct TilePlace {
+  int32_t head, batch, block;
+};
+
+__device__ inline TilePlace place_of(Schedule const& schedule, int32_t index) {
   bool const is_packed = schedule.num_items != nullptr;
-  int32_t const num_q_blocks = is_packed ? *schedule.num_items : schedule.num_q_blocks;
-  if (num_q_blocks <= 0 || index / num_q_blocks >= schedule.num_pairs) return {-1, 0, 0};
-  int32_t const section_size = schedule.pairs_per_section * num_q_blocks;
+  int32_t const num_blocks = is_packed ? *schedule.num_items : schedule.num_blocks;
+  if (num_blocks <= 0 || index / num_blocks >= schedule.num_pairs) return {-1, 0, 0};
+  int32_t const section_size = schedule.pairs_per_section * num_blocks;
   int32_t const section = index / section_size;
   int32_t const within = index - section * section_size;
   int32_t const first_pair = section * schedule.pairs_per_section;
   int32_t const section_pairs = min(schedule.pairs_per_section, schedule.num_pairs - first_pair);
   int32_t const rank = within / section_pairs;
   int32_t const pair = first_pair + within - rank * section_pairs;
-  if (is_packed) return {pair * schedule.heads_packed, schedule.items[rank].x, schedule.items[rank].y};
-  int32_t const num_heads = static_cast<int32_t>(problem.heads_q) / schedule.heads_packed;
-  // Under a causal mask the last q block sees the most.
-  return {pair % num_heads * schedule.heads_packed, pair / num_heads, num_q_blocks - 1 - rank};
+  if (is_packed) return {pair, schedule.items[rank].x, schedule.items[rank].y};
+  return {pair % schedule.num_heads, pair / schedule.num_heads, schedule.is_backwards ? num_blocks - 1 - rank : rank};
 }
 
 // Writes `tile`, which no one may be reading.
 template <int kBlockKV, int kNumConsumers>
 __device__ void write_tile(Tile& tile, Schedule const& schedule, Problem const& problem, Window window,
                            TilePlace place) {
-  tile.head = place.head;
+  tile.head = place.head < 0 ? -1 : place.head * schedule.heads_packed;
   if (place.head < 0) return;
   tile.batch = place.batch;
-  int32_t const q_begin = place.q_block * schedule.queries_per_block;
-  tile.q_begin = q_begin;
-  Sequence const sequence = sequence_at(problem, place.batch);
+  Sequence const sequence = sequence_at(problem, place.batch, Side::kQueries);
   tile.sequence = sequence;
   int32_t const shift = sequence.seqlen_kv - sequence.seqlen_q;
-  int32_t const q_end = min(q_begin + schedule.queries_per_block, sequence.seqlen_q);
+  int32_t q_begin = place.block * schedule.rows_per_block;
+  if (window.right >= 0) {
+    // Blocks end with the sequence instead of beginning with it: the one that is not full sees the fewest keys, not the
+    // most. Its first rows are before the sequence and belong to no query.
+    int32_t const num_blocks = (sequence.seqlen_q + schedule.rows_per_block - 1) / schedule.rows_per_block;
+    q_begin -= num_blocks * schedule.rows_per_block - sequence.seqlen_q;
+  }
+  tile.q_begin = q_begin;
+  int32_t const q_end = min(q_begin + schedule.rows_per_block, sequence.seqlen_q);
   int32_t block_begin = 1 << 30, block_end = 0;
   for (int warpgroup = 0; warpgroup < kNumConsumers; ++warpgroup) {
-    int32_t const first = q_begin + warpgroup * 64 / schedule.heads_packed;
+    int32_t const first = max(0, q_begin + warpgroup * 64 / schedule.heads_packed);
     int32_t const last = min(q_begin + (warpgroup * 64 + 63) / schedule.heads_packed, q_end - 1);
     VisibleBlocks blocks{0, 0, 0, 0};
-    if (first < q_end) {
+    if (first <= last) {
       VisibleKeys const keys = visible_keys(window, sequence.seqlen_kv, first + shift, last + shift);
       blocks = {keys.begin / kBlockKV, (keys.end + kBlockKV - 1) / kBlockKV,
                 (keys.unmasked_begin + kBlockKV - 1) / kBlockKV, keys.unmasked_end / kBlockKV};

@@ -1,15 +1,10 @@
 // The online softmax of one warpgroup's 64 rows, and what happens to scores before it.
 //
-// The accumulator of a 64 x N product gives a thread rows lane/4 and lane/4 + 8 of its warp's 16, and of each 8 columns
-// the pair 2 * (lane % 4): element j*4 + row*2 + c is column 8*j + 2*(lane%4) + c of row `row`.
+// Scores are accumulators (fragment.cuh): a thread has two rows of them.
 //
 // Source: online softmax, arXiv 1805.02867, as in FlashAttention-2 (arXiv 2307.08691); leaving the maximum behind while
 // it grows by less than a factor, FlashAttention-4 (arXiv 2603.05451, section on rescaling).
 #pragma once
-
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-#include <cutlass/numeric_types.h>
 
 #include <cute/tensor.hpp>
 
@@ -21,18 +16,6 @@ namespace flashmla::sm90 {
 
 constexpr float kLog2e = 1.4426950408889634f;
 constexpr float kLn2 = 0.6931471805599453f;
-
-// Two floats as two 16-bit elements in one register, the first in the low half.
-template <class Element>
-__device__ uint32_t pack(float low, float high) {
-  if constexpr (std::is_same_v<Element, cutlass::half_t>) {
-    __half2 const pair = __floats2half2_rn(low, high);
-    return reinterpret_cast<uint32_t const&>(pair);
-  } else {
-    __nv_bfloat162 const pair = __floats2bfloat162_rn(low, high);
-    return reinterpret_cast<uint32_t const&>(pair);
-  }
-}
 
 // kScores: scores a thread holds of its two rows together.
 template <int kScores>

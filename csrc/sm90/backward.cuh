@@ -1,0 +1,278 @@
+// Hopper backward attention, head dims up to 192/128: a warpgroup keeps dK and dV of 64 key rows in registers.
+//
+//   S^T = K Q^T      P^T = exp(scale S^T - lse)      dP^T = V dO^T      dS^T = P^T o (dP^T - delta)
+//   dV += P^T dO     dK += scale dS^T Q              dQ += scale dS K                (csrc/params.h, docs/design.md)
+//
+// Schedule. A block is one producer warp (of a warpgroup) and two consumer warpgroups, and is persistent. A tile is
+// kBlockKV key rows of one kv head: K and V stay in shared memory while Q and dO of every query head of the group
+// stream by, so dK and dV are sums in registers, written once, whatever the GQA ratio. Scores are held transposed (keys
+// down, queries across): P^T and dS^T are then A operands as they are, and lse and delta are vectors along the row. A
+// consumer warpgroup keeps the tensor cores busy while it does arithmetic:
+//
+//   issue S(i)   wait dQ(i-1): add it to memory   issue dP(i)   wait S: P   issue dV   wait dP: dS -> shared   barrier
+//   issue dQ(i), dK(i)
+//
+// dQ gets a part from every key tile. It is summed in fp32 in a workspace, by vector reductions straight from the
+// registers: the workspace keeps the order of the fragments (BackwardRows), so no part passes through shared memory.
+//
+// Source: FlashAttention-2 (arXiv 2307.08691), algorithm 2; FlashAttention-3 (arXiv 2407.08608) for the roles of warps.
+#pragma once
+
+#include <cuda.h>
+#include <cutlass/arch/barrier.h>
+#include <cutlass/arch/grid_dependency_control.h>
+#include <cutlass/arch/reg_reconfig.h>
+
+#include <cute/tensor.hpp>
+
+#include "params.h"
+#include "sm90/backward_tile.cuh"
+#include "sm90/backward_wide.cuh"
+#include "sm90/fragment.cuh"
+#include "sm90/tiles.h"
+
+namespace flashmla::sm90 {
+
+template <int kHeadDimQK, int kHeadDimV, bool kHasSoftcap, class Element>
+struct Backward {
+  using Tiles = BackwardTiles<kHeadDimQK, kHeadDimV>;
+  static constexpr int kBlockQ = Tiles::kBlockQ;
+  static constexpr int kBlockKV = Tiles::kBlockKV;
+  static constexpr int kNumStages = Tiles::kNumStages;
+  static constexpr int kSwizzleColumns = Tiles::kSwizzleColumns;
+  static_assert(kBlockKV == 128, "64 key rows for each of two warpgroups");
+
+  static constexpr int kScores = kBlockQ / 2;  // per thread
+  // Where dK and dV leave no room for P beside dP: dP is multiplied when P is packed, and P read back from shared
+  // memory.
+  static constexpr bool kIsNarrow = kHeadDimQK + kHeadDimV > 256;
+  // The next S is multiplied while dQ leaves the registers, where there is room for both.
+  static constexpr bool kLooksAhead = !kIsNarrow && !kHasSoftcap && kBlockQ == 64;
+  static constexpr bool kStagesDQ = Tiles::kStagesDQ;
+  static constexpr int kFragmentDQ = kBlockQ * kHeadDimQK / 256;
+
+  template <int kM, int kN, int kK>
+  using BlockShape = cute::Shape<cute::Int<kM>, cute::Int<kN>, cute::Int<kK>>;
+  using ByKeys = cute::Layout<cute::Shape<cute::_2, cute::_1, cute::_1>>;
+  // dQ of 128 queries is split by queries, of 64 by columns.
+  static constexpr bool kSplitsQueries = kBlockQ == 128;
+  using ByQueries = std::conditional_t<kSplitsQueries, ByKeys, cute::Layout<cute::Shape<cute::_1, cute::_2, cute::_1>>>;
+  using MmaS = decltype(cute::make_tiled_mma(
+      cute::GMMA::ss_op_selector<Element, Element, float, BlockShape<kBlockKV, kBlockQ, kHeadDimQK>>(), ByKeys{}));
+  // dS^T is read back from shared memory, where dQ needs it anyway: kept in registers until dK is done, it would take
+  // the place of the next S.
+  template <int kN>
+  using SharedMma = decltype(cute::make_tiled_mma(
+      cute::GMMA::ss_op_selector<Element, Element, float, BlockShape<kBlockKV, kN, kBlockQ>, cute::GMMA::Major::K,
+                                 cute::GMMA::Major::MN>(),
+      ByKeys{}));
+  using MmaDK = SharedMma<kHeadDimQK>;
+  using MmaDV = std::conditional_t<
+      kIsNarrow, SharedMma<kHeadDimV>,
+      decltype(cute::make_tiled_mma(
+          cute::GMMA::rs_op_selector<Element, Element, float, BlockShape<kBlockKV, kHeadDimV, kBlockQ>,
+                                     cute::GMMA::Major::K, cute::GMMA::Major::MN>(),
+          ByKeys{}))>;
+  using MmaDQ = decltype(cute::make_tiled_mma(
+      cute::GMMA::ss_op_selector<Element, Element, float,
+                                 BlockShape<kBlockQ, kSplitsQueries ? kHeadDimQK : kHeadDimQK / 2, kBlockKV>,
+                                 cute::GMMA::Major::MN, cute::GMMA::Major::MN>(),
+      ByQueries{}));
+
+  template <int kRows, int kColumns, int kDepth>
+  using LayoutRows = typename SharedLayouts<Element, kSwizzleColumns>::template Rows<kRows, kColumns, kDepth>;
+  template <int kRows, int kColumns, int kDepth>
+  using LayoutColumns = typename SharedLayouts<Element, kSwizzleColumns>::template Columns<kRows, kColumns, kDepth>;
+  // dS^T, rows of 64 queries (128 bytes) whatever the head dim; and read as dS.
+  using LayoutDSt = typename SharedLayouts<Element, 64>::template Rows<kBlockKV, kBlockQ, 2>;
+  using LayoutDS = typename SharedLayouts<Element, 64>::template Columns<kBlockKV, kBlockQ, 2>;
+  using LayoutP = typename SharedLayouts<Element, 64>::template Rows<kBlockKV, kBlockQ, 1>;
+
+  struct SharedStorage {
+    alignas(1024) Element k[kBlockKV * kHeadDimQK];
+    alignas(1024) Element v[kBlockKV * kHeadDimV];
+    alignas(1024) Element q[kNumStages][kBlockQ * kHeadDimQK];
+    alignas(1024) Element dout[kNumStages][kBlockQ * kHeadDimV];
+    alignas(1024) Element ds[2][kBlockQ * kBlockKV];  // two, so that one barrier a step is enough
+    alignas(1024) Element p[kIsNarrow ? kBlockQ * kBlockKV : 8];
+    alignas(128) float dq[kStagesDQ ? kBlockQ * kHeadDimQK : 4];
+    alignas(128) float lse_log2[kNumStages][kBlockQ];
+    alignas(128) float delta[kNumStages][kBlockQ];
+    uint64_t kv_full, kv_empty, tile_wanted, tile_full[kNumBackwardTiles], tile_empty[kNumBackwardTiles];
+    uint64_t q_full[kNumStages], q_empty[kNumStages], dout_full[kNumStages], dout_empty[kNumStages];
+    uint64_t turn_come[kNumStages], turn_over[kNumStages];
+    BackwardTile tiles[kNumBackwardTiles];
+  };
+  static constexpr int kSharedBytes = sizeof(SharedStorage);
+  static_assert(kSharedBytes <= 227 * 1024);
+
+  static constexpr int kDSBarrier = 1, kOwnBarrier = 2;  // named; 0 is __syncthreads
+
+  __device__ static void consume(BackwardArguments const& arguments, SharedStorage& shared, int warpgroup) {
+    using namespace cute;
+    // Read once: where registers are short, the compiler would rather ask for it again in every step, and wait.
+    int thread;
+    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+    int const row_in_tile = warpgroup * 64 + thread % 128 / 32 * 16 + thread % 32 / 4;
+    int const column_in_block = thread % 4 * 2;
+    Problem const& problem = arguments.problem;
+
+    MmaS mma_s;
+    MmaDK mma_dk;
+    MmaDV mma_dv;
+    MmaDQ mma_dq;
+    // Operands in shared memory are the warpgroup's: said so, their descriptors stay in uniform registers.
+    auto thread_s = mma_s.get_slice(warpgroup * 128);
+    auto thread_dk = mma_dk.get_slice(warpgroup * 128);
+    auto thread_dv = mma_dv.get_slice(warpgroup * 128);
+    auto thread_dq = mma_dq.get_slice(warpgroup * 128);
+    auto rows = [](Element* data, auto layout) { return make_tensor(make_smem_ptr(data), layout); };
+    Tensor fK = thread_s.partition_fragment_A(rows(shared.k, LayoutRows<kBlockKV, kHeadDimQK, 1>{}));
+    Tensor fV = thread_s.partition_fragment_A(rows(shared.v, LayoutRows<kBlockKV, kHeadDimV, 1>{}));
+    Tensor fQ = thread_s.partition_fragment_B(rows(shared.q[0], LayoutRows<kBlockQ, kHeadDimQK, kNumStages>{}));
+    Tensor fDO = thread_s.partition_fragment_B(rows(shared.dout[0], LayoutRows<kBlockQ, kHeadDimV, kNumStages>{}));
+    Tensor fQt = thread_dk.partition_fragment_B(rows(shared.q[0], LayoutColumns<kBlockQ, kHeadDimQK, kNumStages>{}));
+    Tensor fDOt = thread_dv.partition_fragment_B(rows(shared.dout[0], LayoutColumns<kBlockQ, kHeadDimV, kNumStages>{}));
+    Tensor fDS = thread_dq.partition_fragment_A(rows(shared.ds[0], LayoutDS{}));
+    Tensor fDSt = thread_dk.partition_fragment_A(rows(shared.ds[0], LayoutDSt{}));
+    Tensor fP = thread_dk.partition_fragment_A(rows(shared.p, LayoutP{}));
+    Tensor fKt = thread_dq.partition_fragment_B(rows(shared.k, LayoutColumns<kBlockKV, kHeadDimQK, 1>{}));
+
+    Tensor rDK = partition_fragment_C(mma_dk, Shape<Int<kBlockKV>, Int<kHeadDimQK>>{});
+    Tensor rDV = partition_fragment_C(mma_dv, Shape<Int<kBlockKV>, Int<kHeadDimV>>{});
+    Tensor rS = partition_fragment_C(mma_s, Shape<Int<kBlockKV>, Int<kBlockQ>>{});
+    Tensor rDP = partition_fragment_C(mma_s, Shape<Int<kBlockKV>, Int<kBlockQ>>{});
+    Tensor rDQ = partition_fragment_C(mma_dq, Shape<Int<kBlockQ>, Int<kHeadDimQK>>{});
+    Tensor rP = make_tensor<Element>(Shape<Shape<_2, _2, _2>, _1, Int<kBlockQ / 16>>{});  // an A operand
+    uint32_t pairs_ds[kScores / 2];
+    static_assert(decltype(size(rS))::value == kScores && decltype(size(rDQ))::value == kFragmentDQ);
+    auto& pairs_p = reinterpret_cast<uint32_t (&)[kScores / 2]>(*rP.data());
+
+    uint32_t pairs_capped[kHasSoftcap ? kScores / 2 : 1];
+    auto& pairs_w = [&]() -> auto& {
+      if constexpr (kHasSoftcap)
+        return pairs_capped;
+      else
+        return pairs_p;
+    }();
+    BackwardRing<kNumStages> ring;
+    BackwardRing<kNumBackwardTiles> slot;
+
+    auto release = [&](uint64_t& barrier) {
+      if (threadIdx.x % 128 == 0) ClusterBarrier::arrive(&barrier);
+    };
+
+    static_assert(kNumStages == 2);
+    for (;; slot.advance()) {
+      ClusterBarrier::wait(&shared.tile_full[slot.stage], slot.phase);
+      BackwardTile const& tile = shared.tiles[slot.stage];
+      if (tile.head_kv < 0) break;
+      int32_t const num_steps = tile.num_steps();
+      clear(rDK);
+      clear(rDV);
+      warpgroup_fence_operand(rDK);  // before S is on its way, not after
+      warpgroup_fence_operand(rDV);
+      if (num_steps > 0) {
+        ClusterBarrier::wait(&shared.kv_full, tile.kv_phase);
+        ClusterBarrier::wait(&shared.q_full[ring.stage], ring.phase);
+      }
+      // Without a step, and after the last, S is multiplied from whatever lies there, for nothing: wgmma in a branch
+      // would be serialized.
+      auto multiply_s = [&] { multiply(mma_s, fK(_, _, _, 0), fQ(_, _, _, ring.stage), rS, false); };
+      auto multiply_dp = [&](int stage) { multiply(mma_s, fV(_, _, _, 0), fDO(_, _, _, stage), rDP, false); };
+      if constexpr (kLooksAhead) multiply_s();
+
+      BackwardStep step(tile);
+      for (int32_t i = 0; i < num_steps; ++i, step.advance(tile)) {
+        int const stage = ring.stage;
+        if constexpr (!kLooksAhead) multiply_s();
+        ColumnValues<kScores> const lse_log2(shared.lse_log2[stage], column_in_block);
+        warpgroup_wait<0>();  // S, and dK of the step before
+        warpgroup_fence_operand(rS);
+        warpgroup_fence_operand(rDK);
+        if (i > 0) release(shared.q_empty[stage ^ 1]);
+        ClusterBarrier::wait(&shared.dout_full[stage], ring.phase);
+        if constexpr (!kIsNarrow) multiply_dp(stage);
+        probabilities<Element, kHasSoftcap, kScores>(arguments, tile, step.q_block * kBlockQ, rS, pairs_p, pairs_w,
+                                                     lse_log2, warpgroup * 64, row_in_tile, column_in_block);
+        if constexpr (kIsNarrow) {
+          store_scores<kBlockKV>(shared.p, pairs_p, warpgroup * 64);
+          cutlass::arch::fence_view_async_shared();
+          NamedBarrier::sync(128, kOwnBarrier + warpgroup);
+          multiply_dp(stage);
+          multiply(mma_dv, fP(_, _, _, 0), fDOt(_, _, _, stage), rDV, true);
+        } else {
+          multiply(mma_dv, rP, fDOt(_, _, _, stage), rDV, true);
+        }
+        ColumnValues<kScores> const delta(shared.delta[stage], column_in_block);
+        warpgroup_wait<1>();
+        warpgroup_fence_operand(rDP);
+        if constexpr (kIsNarrow) load_scores(shared.p, pairs_p, warpgroup * 64);
+        score_gradients<Element, kScores>(rDP, pairs_w, pairs_ds, delta);
+        store_scores<kBlockKV>(shared.ds[stage], pairs_ds, warpgroup * 64);
+        cutlass::arch::fence_view_async_shared();
+        NamedBarrier::sync(256, kDSBarrier);
+        multiply(mma_dq, fDS(_, _, _, stage), fKt(_, _, _, 0), rDQ, false);
+        multiply(mma_dk, fDSt(_, _, _, stage), fQt(_, _, _, stage), rDK, true);
+        ring.advance();
+        if (i + 1 < num_steps) ClusterBarrier::wait(&shared.q_full[ring.stage], ring.phase);
+        if constexpr (kLooksAhead) multiply_s();
+        warpgroup_wait<kLooksAhead ? 2 : 1>();  // dV and dQ
+        warpgroup_fence_operand(rDQ);
+        warpgroup_fence_operand(rDV);
+        release(shared.dout_empty[stage]);
+        // The ring is one step ahead: its phase has changed where this step was in the last stage.
+        add_dq<Backward, kHeadDimQK>(arguments, shared, tile, step, stage, ring.phase ^ stage, rDQ, warpgroup);
+      }
+      warpgroup_wait<0>();
+      warpgroup_fence_operand(rDK);
+      warpgroup_fence_operand(rS);
+      if (num_steps > 0) {
+        release(shared.q_empty[ring.stage ^ 1]);
+        release(shared.kv_empty);
+      }
+      if (arguments.parts == nullptr) {
+        write_keys<Element, kHeadDimQK>(arguments, tile, arguments.dk, rDK, problem.scale, row_in_tile, 0,
+                                        problem.head_dim_qk);
+        write_keys<Element, kHeadDimV>(arguments, tile, arguments.dv, rDV, 1.0f, row_in_tile, 0, problem.head_dim_v);
+      } else {
+        float* const part = part_of<kBlockKV, kHeadDimQK, kHeadDimV>(arguments, tile);
+        write_part<kHeadDimQK / 2>(part, rDK);
+        write_part<kHeadDimV / 2>(part + kBlockKV * kHeadDimQK, rDV);
+      }
+      __syncwarp();
+      if (threadIdx.x % 32 == 0) ClusterBarrier::arrive(&shared.tile_empty[slot.stage]);
+    }
+  }
+};
+
+template <int kHeadDimQK, int kHeadDimV, bool kHasSoftcap, class Element>
+using BackwardKernel =
+    std::conditional_t<BackwardTiles<kHeadDimQK, kHeadDimV>::kSplitsColumns, BackwardWide<kHeadDimQK, Element>,
+                       Backward<kHeadDimQK, kHeadDimV, kHasSoftcap, Element>>;
+
+template <int kHeadDimQK, int kHeadDimV, bool kHasSoftcap, class Element>
+__global__ void __launch_bounds__(384, 1) backward_kernel(__grid_constant__ BackwardArguments const arguments) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  using Kernel = BackwardKernel<kHeadDimQK, kHeadDimV, kHasSoftcap, Element>;
+  // Swizzled tiles need 1,024-byte alignment; the dynamic shared memory of a kernel without any other begins so.
+  extern __shared__ __align__(1024) unsigned char memory[];
+  auto& shared = *reinterpret_cast<typename Kernel::SharedStorage*>(memory);
+  int const warpgroup = cutlass::canonical_warp_group_idx();
+  if (threadIdx.x == 0) {
+    if (cute::cast_smem_ptr_to_uint(&shared) % 1024 != 0) __trap();
+    init_backward_barriers(shared);
+  }
+  __syncthreads();
+  if (warpgroup == 0) {
+    cutlass::arch::warpgroup_reg_dealloc<24>();
+    produce_backward_tiles<Kernel, kHeadDimQK, kHeadDimV>(arguments, shared);
+  } else {
+    cutlass::arch::warpgroup_reg_alloc<240>();
+    cutlass::arch::wait_on_dependent_grids();  // dQ is zero now
+    Kernel::consume(arguments, shared, warpgroup - 1);
+  }
+#endif
+}
+
+}  // namespace flashmla::sm90

@@ -1,0 +1,519 @@
+// What the backward kernels share: tiles of keys and the steps over their queries, the producer, probabilities, and how
+// dQ, dK and dV leave the registers.
+#pragma once
+
+#include <cuda.h>
+#include <cutlass/arch/barrier.h>
+#include <cutlass/arch/grid_dependency_control.h>
+
+#include <cute/tensor.hpp>
+
+#include "params.h"
+#include "sm90/fragment.cuh"
+#include "sm90/scheduler.cuh"
+#include "sm90/softmax.cuh"
+#include "sm90/tiles.h"
+
+namespace flashmla::sm90 {
+
+using cutlass::arch::ClusterBarrier;
+using cutlass::arch::ClusterTransactionBarrier;
+using cutlass::arch::NamedBarrier;
+
+// Query rows in the workspace: of each head, the sequences behind each other, each from a multiple of block_q on.
+struct BackwardRows {
+  int64_t per_head;  // a multiple of block_q
+  float* lse_log2;   // [heads_q, per_head]; +inf where a row sees no key, so that P is 0
+  float* delta;      // [heads_q, per_head]
+  float* dq;         // [heads_q, per_head / block_q, fragments of block_q x head_dim_qk], fp32; null: not wanted
+  int32_t* turns;    // [heads_q, per_head / block_q], how many tiles have added their part of dQ; null: any order
+};
+
+// First workspace row of sequence `number`, before the head's offset.
+__device__ inline int32_t first_workspace_row(Problem const& problem, int32_t number, int32_t offset_q, int block_q) {
+  if (problem.cu_seqlens_q != nullptr) return (offset_q / block_q + number) * block_q;
+  return number * ((static_cast<int32_t>(problem.seqlen_q) + block_q - 1) / block_q * block_q);
+}
+
+struct BackwardArguments {
+  CUtensorMap q, dout;  // dims (head_dim, seqlen or total, heads_q, batch)
+  CUtensorMap k, v;     // dims (head_dim, seqlen or total, heads_kv, batch)
+  TensorView dk, dv;    // data null: not wanted
+  BackwardRows rows;
+  Problem problem;
+  Window window;
+  Schedule schedule;
+  int32_t num_splits;  // a group's query heads are shared among so many tiles, whose dK and dV are summed afterwards
+  float* parts;        // [tile, num_splits, fragments of dK and dV of a tile], or null where num_splits is 1
+};
+
+// Key rows [kv_begin, ...) of one kv head, and the queries that see some of them.
+struct BackwardTile {
+  int32_t head_kv;  // negative: there is no more work
+  int32_t batch;    // packed: the sequence's number
+  int32_t split;
+  int32_t kv_begin;  // first key, within the sequence
+  Sequence sequence;
+  int32_t first_head, num_heads;  // query heads of this split
+  int32_t q_block_begin, q_block_end;
+  int32_t first_row;  // of the sequence in the workspace
+  uint32_t kv_phase;  // of the barriers of K and V
+
+  __device__ int32_t num_steps() const { return (q_block_end - q_block_begin) * num_heads; }
+};
+
+// One block of queries of one head.
+struct BackwardStep {
+  int32_t head, q_block;
+  __device__ explicit BackwardStep(BackwardTile const& tile) : head(tile.first_head), q_block(tile.q_block_begin) {}
+  __device__ void advance(BackwardTile const& tile) {
+    if (++q_block == tile.q_block_end) q_block = tile.q_block_begin, ++head;
+  }
+};
+
+// Tiles in shared memory: chunks of kSwizzleColumns columns, one swizzle row wide, as TMA boxes write them and wgmma
+// reads them. Rows x columns x depth, and the same memory read as columns x rows.
+template <class Element, int kSwizzleColumns>
+struct SharedLayouts {
+  using AtomK = std::conditional_t<kSwizzleColumns == 64, cute::GMMA::Layout_K_SW128_Atom<Element>,
+                                   cute::GMMA::Layout_K_SW64_Atom<Element>>;
+  using AtomMN = std::conditional_t<kSwizzleColumns == 64, cute::GMMA::Layout_MN_SW128_Atom<Element>,
+                                    cute::GMMA::Layout_MN_SW64_Atom<Element>>;
+  template <int kRows, int kColumns, int kDepth>
+  using Rows =
+      decltype(cute::tile_to_shape(AtomK{}, cute::Shape<cute::Int<kRows>, cute::Int<kColumns>, cute::Int<kDepth>>{}));
+  template <int kRows, int kColumns, int kDepth>
+  using Columns =
+      decltype(cute::tile_to_shape(AtomMN{}, cute::Shape<cute::Int<kColumns>, cute::Int<kRows>, cute::Int<kDepth>>{},
+                                   cute::Step<cute::_2, cute::_1, cute::_3>{}));
+};
+
+// Issues c = a b, or c += a b, over all k, as one group.
+template <class Mma, class A, class B, class C>
+__device__ void multiply(Mma& mma, A const& a, B const& b, C& c, bool is_sum) {
+  cute::warpgroup_fence_operand(c);
+  cute::warpgroup_arrive();
+  mma.accumulate_ = is_sum ? cute::GMMA::ScaleOut::One : cute::GMMA::ScaleOut::Zero;
+  CUTE_UNROLL
+  for (int k = 0; k < cute::size<2>(a); ++k) {
+    cute::gemm(mma, a(cute::_, cute::_, k), b(cute::_, cute::_, k), c);
+    mma.accumulate_ = cute::GMMA::ScaleOut::One;
+  }
+  cute::warpgroup_commit_batch();
+}
+
+// Position in a ring of `kDepth` buffers.
+template <int kDepth>
+struct BackwardRing {
+  int stage = 0;
+  uint32_t phase = 0;
+  __device__ void advance() {
+    if (++stage == kDepth) stage = 0, phase ^= 1;
+  }
+};
+
+constexpr int kNumBackwardTiles = 2;  // announced at a time, so that the next is loaded while dK and dV are written
+
+// Writes `tile`, which no one may be reading.
+__device__ inline void write_backward_tile(BackwardTile& tile, BackwardArguments const& arguments, TilePlace place,
+                                           int block_q, int block_kv, uint32_t kv_phase) {
+  Problem const& problem = arguments.problem;
+  tile.head_kv = place.head < 0 ? -1 : place.head / arguments.num_splits;
+  if (place.head < 0) return;
+  tile.split = place.head % arguments.num_splits;
+  tile.batch = place.batch;
+  tile.kv_begin = place.block * block_kv;
+  Sequence const sequence = sequence_at(problem, place.batch, Side::kKeys);
+  tile.sequence = sequence;
+  tile.num_heads = static_cast<int32_t>(problem.heads_q / problem.heads_kv) / arguments.num_splits;
+  tile.first_head = place.head * tile.num_heads;
+  tile.first_row = first_workspace_row(problem, place.batch, sequence.offset_q, block_q);
+  VisibleQueries const queries =
+      visible_queries(arguments.window, sequence, tile.kv_begin, min(tile.kv_begin + block_kv, sequence.seqlen_kv) - 1);
+  tile.q_block_begin = queries.begin / block_q;
+  tile.q_block_end = queries.begin < queries.end ? (queries.end + block_q - 1) / block_q : tile.q_block_begin;
+  tile.kv_phase = kv_phase;
+}
+
+// What the barriers of the backward kernels count, beside the bytes TMA writes.
+template <class SharedStorage>
+__device__ void init_backward_barriers(SharedStorage& shared) {
+  constexpr int kNumConsumers = 2, kNumLoaders = 2, kNumKeepers = 1;
+  auto init = [](auto& barriers, int arrivals) {
+    for (uint64_t& barrier : barriers) ClusterBarrier::init(&barrier, arrivals);
+  };
+  ClusterBarrier::init(&shared.kv_full, kNumLoaders);
+  ClusterBarrier::init(&shared.kv_empty, kNumConsumers);
+  init(shared.tile_full, 1);
+  init(shared.tile_empty, kNumLoaders + kNumKeepers + 4 * kNumConsumers);  // warps read it until their own last store
+  init(shared.q_full, 1);
+  init(shared.q_empty, kNumConsumers);
+  init(shared.dout_full, 1);
+  init(shared.dout_empty, kNumConsumers);
+  ClusterBarrier::init(&shared.tile_wanted, kNumLoaders);
+  init(shared.turn_come, 1);
+  init(shared.turn_over, 4 * kNumConsumers);
+  cutlass::arch::fence_barrier_init();
+}
+
+// The scheduling thread.
+template <class Kernel>
+__device__ void announce_backward_tiles(BackwardArguments const& arguments, typename Kernel::SharedStorage& shared) {
+  BackwardRing<kNumBackwardTiles> slot;
+  uint32_t kv_phase = 0;
+  for (int32_t round = 0;; ++round, slot.advance()) {
+    // Work is asked for late: a block that took its next long tile early would be the last to finish.
+    ClusterBarrier::wait(&shared.tile_wanted, (round + 1) % 2);
+    TilePlace const place = place_of(arguments.schedule, next_index(arguments.schedule, round));
+    ClusterBarrier::wait(&shared.tile_empty[slot.stage], slot.phase ^ 1);
+    BackwardTile& tile = shared.tiles[slot.stage];
+    write_backward_tile(tile, arguments, place, Kernel::kBlockQ, Kernel::kBlockKV, kv_phase);
+    ClusterBarrier::arrive(&shared.tile_full[slot.stage]);
+    if (place.head < 0) return;
+    if (tile.num_steps() > 0) kv_phase ^= 1;
+  }
+}
+
+// A loading thread: one of K and V of every tile, and of every step one of Q with lse and dO with delta. Two threads
+// share that, because one has few registers.
+template <class Kernel, int kHeadDim, class Element, int kSizeKV, int kSizeQ>
+__device__ void load_backward_tiles(BackwardArguments const& arguments, typename Kernel::SharedStorage& shared,
+                                    CUtensorMap const& map_kv, CUtensorMap const& map_q, float const* statistics,
+                                    Element (&kv)[kSizeKV], Element (&q)[Kernel::kNumStages][kSizeQ],
+                                    float (&shared_statistics)[Kernel::kNumStages][Kernel::kBlockQ],
+                                    uint64_t (&full)[Kernel::kNumStages], uint64_t (&empty)[Kernel::kNumStages]) {
+  constexpr int kBlockQ = Kernel::kBlockQ, kColumns = Kernel::kSwizzleColumns;
+  bool const is_packed = arguments.schedule.num_items != nullptr;
+  BackwardRing<Kernel::kNumStages> ring;
+  BackwardRing<kNumBackwardTiles> slot;
+  auto load = [](CUtensorMap const& map, uint64_t& barrier, Element* target, int rows, int32_t row, int32_t head,
+                 int32_t batch) {
+    CUTE_NO_UNROLL
+    for (int column = 0; column < kHeadDim; column += kColumns) {
+      cute::SM90_TMA_LOAD_4D::copy(&map, &barrier, static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVICT_NORMAL),
+                                   target + column * rows, column, row, head, batch);
+    }
+  };
+  bool is_first = true;
+  for (;; slot.advance()) {
+    ClusterBarrier::wait(&shared.tile_full[slot.stage], slot.phase);
+    BackwardTile const& tile = shared.tiles[slot.stage];
+    if (tile.head_kv < 0) return;
+    int32_t const batch = is_packed ? 0 : tile.batch;
+    int32_t steps = tile.num_steps();
+    if (steps > 0) {
+      ClusterBarrier::wait(&shared.kv_empty, tile.kv_phase ^ 1);
+      ClusterTransactionBarrier::arrive_and_expect_tx(&shared.kv_full, sizeof(kv));
+      load(map_kv, shared.kv_full, kv, Kernel::kBlockKV, tile.sequence.offset_kv + tile.kv_begin, tile.head_kv, batch);
+      if (is_first) cutlass::arch::wait_on_dependent_grids();  // the statistics are the preparing kernel's
+      is_first = false;
+    }
+    BackwardStep step(tile);
+    CUTE_NO_UNROLL
+    for (; steps > 0; --steps, step.advance(tile), ring.advance()) {
+      int const stage = ring.stage;
+      ClusterBarrier::wait(&empty[stage], ring.phase ^ 1);
+      ClusterTransactionBarrier::arrive_and_expect_tx(&full[stage], sizeof(q[0]) + sizeof(shared_statistics[0]));
+      load(map_q, full[stage], q[stage], kBlockQ, tile.sequence.offset_q + step.q_block * kBlockQ, step.head, batch);
+      cute::SM90_BULK_COPY_G2S::copy(
+          statistics + (step.head * arguments.rows.per_head + tile.first_row + step.q_block * kBlockQ), &full[stage],
+          shared_statistics[stage], sizeof(shared_statistics[0]));
+    }
+    ClusterBarrier::arrive(&shared.tile_wanted);
+    ClusterBarrier::arrive(&shared.tile_empty[slot.stage]);
+  }
+}
+
+// How many tiles add their part of dQ of a block of queries before this one: those of later keys that some of them see.
+template <int kBlockQ>
+__device__ int32_t parts_before(BackwardArguments const& arguments, BackwardTile const& tile, int32_t q_block) {
+  int32_t const block_kv = arguments.schedule.rows_per_block;
+  int32_t last = tile.sequence.seqlen_kv - 1;
+  if (arguments.window.right >= 0) {
+    int32_t const shift = tile.sequence.seqlen_kv - tile.sequence.seqlen_q;
+    last = min(last, min((q_block + 1) * kBlockQ, tile.sequence.seqlen_q) - 1 + shift + arguments.window.right);
+  }
+  return last / block_kv - tile.kv_begin / block_kv;
+}
+
+// The thread that adds what consumers have left in shared memory to the sums of dQ, and keeps turns where dQ is to be
+// the same bits every time: then parts of a block of queries are added in the order of falling keys. That is the order
+// of the schedule, so the tile waited for is running or done. Waiting for other blocks, and the fence before another
+// may go on, take this thread's time and not the consumers'.
+template <class Kernel>
+__device__ void keep_turns(BackwardArguments const& arguments, typename Kernel::SharedStorage& shared) {
+  BackwardRows const& rows = arguments.rows;
+  BackwardRing<Kernel::kNumStages> ring;
+  BackwardRing<kNumBackwardTiles> slot;
+  cutlass::arch::wait_on_dependent_grids();  // sums and turns are zero now
+  for (;; slot.advance()) {
+    ClusterBarrier::wait(&shared.tile_full[slot.stage], slot.phase);
+    BackwardTile const& tile = shared.tiles[slot.stage];
+    if (tile.head_kv < 0) return;
+    BackwardStep step(tile);
+    CUTE_NO_UNROLL
+    for (int32_t steps = Kernel::kStagesDQ || rows.turns != nullptr ? tile.num_steps() : 0; steps > 0;
+         --steps, step.advance(tile), ring.advance()) {
+      int64_t const block = (step.head * rows.per_head + tile.first_row) / Kernel::kBlockQ + step.q_block;
+      auto wait_turn = [&] {
+        int32_t const expected = parts_before<Kernel::kBlockQ>(arguments, tile, step.q_block);
+        int32_t value;
+        do {
+          asm volatile("ld.acquire.gpu.global.b32 %0, [%1];" : "=r"(value) : "l"(rows.turns + block) : "memory");
+        } while (value < expected);
+      };
+      if (!Kernel::kStagesDQ) wait_turn();
+      ClusterBarrier::arrive(&shared.turn_come[ring.stage]);
+      ClusterBarrier::wait(&shared.turn_over[ring.stage], ring.phase);
+      if constexpr (Kernel::kStagesDQ) {
+        if (rows.turns != nullptr) wait_turn();
+        if (rows.dq != nullptr) {
+          constexpr int kBytes = sizeof(shared.dq);
+          asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;" ::"l"(
+                           rows.dq + block * (kBytes / 4)),
+                       "r"(cute::cast_smem_ptr_to_uint(shared.dq)), "r"(kBytes)
+                       : "memory");
+        }
+        asm volatile("cp.async.bulk.commit_group;" ::: "memory");
+        if (rows.turns != nullptr) {
+          asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
+        } else {
+          asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");  // the next part may be written there
+        }
+      }
+      if (rows.turns != nullptr) {
+        __threadfence();
+        asm volatile("red.release.gpu.global.add.s32 [%0], 1;" ::"l"(rows.turns + block) : "memory");
+      }
+    }
+    if constexpr (Kernel::kStagesDQ) asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
+    ClusterBarrier::arrive(&shared.tile_empty[slot.stage]);
+  }
+}
+
+// The producer warpgroup: one thread of each warp works.
+template <class Kernel, int kHeadDimQK, int kHeadDimV>
+__device__ void produce_backward_tiles(BackwardArguments const& arguments, typename Kernel::SharedStorage& shared) {
+  if (threadIdx.x == 0) {
+    load_backward_tiles<Kernel, kHeadDimQK>(arguments, shared, arguments.k, arguments.q, arguments.rows.lse_log2,
+                                            shared.k, shared.q, shared.lse_log2, shared.q_full, shared.q_empty);
+  } else if (threadIdx.x == 32) {
+    announce_backward_tiles<Kernel>(arguments, shared);
+  } else if (threadIdx.x == 64) {
+    load_backward_tiles<Kernel, kHeadDimV>(arguments, shared, arguments.v, arguments.dout, arguments.rows.delta,
+                                           shared.v, shared.dout, shared.delta, shared.dout_full, shared.dout_empty);
+  } else if (threadIdx.x == 96) {
+    keep_turns<Kernel>(arguments, shared);
+  }
+}
+
+// lse or delta of the queries of a thread's scores: columns `first`, first + 1, first + 8, first + 9, ... of a block.
+// Where there are registers for all, they are loaded at once, ahead of a product that is waited for; else as they are
+// needed.
+template <int kScores>
+struct ColumnValues {
+  static constexpr bool kIsAhead = kScores <= 32;
+  float2 values[kIsAhead ? kScores / 4 : 1];
+  float const* shared;
+
+  __device__ ColumnValues(float const* block, int first) : shared(block + first) {
+    if constexpr (kIsAhead) {
+      CUTE_UNROLL
+      for (int j = 0; j < kScores / 4; ++j) values[j] = *reinterpret_cast<float2 const*>(shared + 8 * j);
+    }
+  }
+  __device__ float2 at(int j) const {
+    if constexpr (kIsAhead) {
+      return values[j];
+    } else {
+      return *reinterpret_cast<float2 const*>(shared + 8 * j);
+    }
+  }
+};
+
+// P^T of a warpgroup's 64 keys x kScores*2 queries, packed, and what dP - delta is to be multiplied by, packed as well:
+// P, with softcap P (1 - tanh^2). Both in 16 bits, since fp32 P beside dP would not fit the registers: dS is rounded to
+// 16 bits anyway.
+template <class Element, bool kHasSoftcap, int kScores, class Scores>
+__device__ void probabilities(BackwardArguments const& arguments, BackwardTile const& tile, int32_t first_query,
+                              Scores const& scores, uint32_t (&pairs_p)[kScores / 2], uint32_t (&pairs_w)[kScores / 2],
+                              ColumnValues<kScores> const& lse_log2, int first_key, int row, int column) {
+  Problem const& problem = arguments.problem;
+  auto each_pair = [&](auto&& function) {
+    CUTE_UNROLL
+    for (int j = 0; j < kScores / 4; ++j) {
+      float2 const lse = lse_log2.at(j);
+      CUTE_UNROLL
+      for (int r = 0; r < 2; ++r) {
+        int const i = 2 * j + r;
+        function(scores(2 * i), scores(2 * i + 1), lse, pairs_p[i], pairs_w[i]);
+      }
+    }
+  };
+  if (kHasSoftcap && problem.softcap > 0.0f) {
+    float const inner = problem.scale / problem.softcap, outer = problem.softcap * kLog2e;
+    each_pair([&](float a, float b, float2 lse, uint32_t& pair_p, uint32_t& pair_w) {
+      float s, t;
+      asm("tanh.approx.f32 %0, %1;" : "=f"(s) : "f"(a * inner));
+      asm("tanh.approx.f32 %0, %1;" : "=f"(t) : "f"(b * inner));
+      a = exp2f(s * outer - lse.x);
+      b = exp2f(t * outer - lse.y);
+      pair_p = pack<Element>(a, b);
+      pair_w = pack<Element>(a * (1.0f - s * s), b * (1.0f - t * t));
+    });
+  } else {
+    float const scale_log2 = problem.scale * kLog2e;
+    each_pair([&](float a, float b, float2 lse, uint32_t& pair_p, uint32_t& pair_w) {
+      pair_p = pair_w = pack<Element>(exp2f(a * scale_log2 - lse.x), exp2f(b * scale_log2 - lse.y));
+    });
+  }
+  constexpr int kBlockQ = 2 * kScores;
+  Window const window = arguments.window;
+  int32_t const shift = tile.sequence.seqlen_kv - tile.sequence.seqlen_q;
+  int32_t const key = tile.kv_begin + first_key;
+  bool const is_masked = key + 64 > tile.sequence.seqlen_kv ||
+                         (window.right >= 0 && key + 63 > first_query + shift + window.right) ||
+                         (window.left >= 0 && key < first_query + kBlockQ - 1 + shift - window.left);
+  if (!is_masked) return;
+  CUTE_UNROLL
+  for (int r = 0; r < 2; ++r) {
+    // Queries [begin, end) see the key; relative to this thread's first column.
+    int32_t const position = tile.kv_begin + row + 8 * r;
+    int32_t begin = 0, end = 1 << 30;
+    if (window.right >= 0) begin = position - shift - window.right - first_query - column;
+    if (window.left >= 0) end = position - shift + window.left + 1 - first_query - column;
+    if (position >= tile.sequence.seqlen_kv) end = -(1 << 30);
+    CUTE_UNROLL
+    for (int j = 0; j < kScores / 4; ++j) {
+      uint32_t const keeps =
+          (8 * j >= begin && 8 * j < end ? 0xffffu : 0u) | (8 * j + 1 >= begin && 8 * j + 1 < end ? 0xffff0000u : 0u);
+      pairs_p[2 * j + r] &= keeps;
+      pairs_w[2 * j + r] &= keeps;
+    }
+  }
+}
+
+// dS^T = W^T o (dP^T - delta), packed.
+template <class Element, int kScores, class Scores>
+__device__ void score_gradients(Scores const& dp, uint32_t const (&pairs_w)[kScores / 2],
+                                uint32_t (&pairs_ds)[kScores / 2], ColumnValues<kScores> const& delta) {
+  CUTE_UNROLL
+  for (int j = 0; j < kScores / 4; ++j) {
+    float2 const d = delta.at(j);
+    CUTE_UNROLL
+    for (int r = 0; r < 2; ++r) {
+      int const i = 2 * j + r;
+      float2 const w = unpack<Element>(pairs_w[i]);
+      pairs_ds[i] = pack<Element>(w.x * (dp(2 * i) - d.x), w.y * (dp(2 * i + 1) - d.y));
+    }
+  }
+}
+
+// Where this lane's row of the first of four 8 x 8 matrices lies, for keys x queries in A fragments (stmatrix,
+// ldmatrix).
+template <class Element>
+__device__ uint32_t matrix_address(Element* scores, int first_key) {
+  int const lane = threadIdx.x % 32;
+  int const row = first_key + threadIdx.x % 128 / 32 * 16 + lane % 16;
+  return cute::cast_smem_ptr_to_uint(scores) + row * 128 + ((lane / 16 ^ row % 8) * 16);
+}
+
+// The warpgroup's part of P^T or dS^T, 64 keys from first_key on x queries, to shared memory, 64 queries (128 bytes,
+// swizzled) a row.
+template <int kBlockKV, class Element, int kPairs>
+__device__ void store_scores(Element* scores, uint32_t const (&pairs)[kPairs], int first_key) {
+  uint32_t const base = matrix_address(scores, first_key);
+  CUTE_UNROLL
+  for (int k = 0; k < kPairs / 4; ++k) {  // 16 queries: 2 of the 8 16-byte columns of a swizzled row
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"((base ^ (k % 4 * 32)) +
+                                                                                          k / 4 * (kBlockKV * 128)),
+                 "r"(pairs[4 * k]), "r"(pairs[4 * k + 1]), "r"(pairs[4 * k + 2]), "r"(pairs[4 * k + 3])
+                 : "memory");
+  }
+}
+
+// The inverse, for 64 keys x 64 queries.
+template <class Element>
+__device__ void load_scores(Element* scores, uint32_t (&pairs)[16], int first_key) {
+  uint32_t const base = matrix_address(scores, first_key);
+  CUTE_UNROLL
+  for (int k = 0; k < 4; ++k) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(pairs[4 * k]), "=r"(pairs[4 * k + 1]), "=r"(pairs[4 * k + 2]), "=r"(pairs[4 * k + 3])
+                 : "r"(base ^ (k * 32))
+                 : "memory");
+  }
+}
+
+// Adds this thread's part of dQ of the step in `stage` to the sums, where there is shared memory for it by way of that:
+// the copy engine then adds it while the tensor cores go on. From the registers it takes until the memory has taken
+// them.
+template <class Kernel, int kHeadDimQK, class Fragment>
+__device__ void add_dq(BackwardArguments const& arguments, typename Kernel::SharedStorage& shared,
+                       BackwardTile const& tile, BackwardStep const& step, int stage, uint32_t phase,
+                       Fragment const& fragment, int warpgroup) {
+  BackwardRows const& rows = arguments.rows;
+  constexpr int kBlockQ = Kernel::kBlockQ;
+  constexpr int kVectors = kBlockQ * kHeadDimQK / 256 / 4;  // of a thread
+  int const offset = ((warpgroup * 4 + threadIdx.x % 128 / 32) * kVectors * 32 + threadIdx.x % 32) * 4;
+  bool const has_turns = Kernel::kStagesDQ || rows.turns != nullptr;
+  if (has_turns) ClusterBarrier::wait(&shared.turn_come[stage], phase);
+  if constexpr (Kernel::kStagesDQ) {
+    CUTE_UNROLL
+    for (int i = 0; i < kVectors; ++i) {
+      *reinterpret_cast<float4*>(shared.dq + offset + i * 128) =
+          float4{fragment(4 * i), fragment(4 * i + 1), fragment(4 * i + 2), fragment(4 * i + 3)};
+    }
+    cutlass::arch::fence_view_async_shared();
+  } else if (rows.dq != nullptr) {
+    int64_t const block = (step.head * rows.per_head + tile.first_row) / kBlockQ + step.q_block;
+    float* const target = rows.dq + block * (kBlockQ * kHeadDimQK) + offset;
+    CUTE_UNROLL
+    for (int i = 0; i < kVectors; ++i) {
+      asm volatile("red.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(target + i * 128), "f"(fragment(4 * i)),
+                   "f"(fragment(4 * i + 1)), "f"(fragment(4 * i + 2)), "f"(fragment(4 * i + 3))
+                   : "memory");
+    }
+  }
+  if (has_turns) {
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) ClusterBarrier::arrive(&shared.turn_over[stage]);
+  }
+}
+
+// A thread's fragment of a tile's dK or dV to the tensor, or in fp32 beside those of the other splits.
+template <class Element, int kColumns, class Fragment>
+__device__ void write_keys(BackwardArguments const& arguments, BackwardTile const& tile, TensorView const& view,
+                           Fragment const& fragment, float factor, int row, int first_column, int64_t head_dim) {
+  if (view.data == nullptr) return;
+  CUTE_UNROLL
+  for (int r = 0; r < 2; ++r) {
+    int32_t const key = tile.kv_begin + row + 8 * r;
+    Element* out = nullptr;
+    if (key < tile.sequence.seqlen_kv) {
+      out = static_cast<Element*>(view.data) + (tile.sequence.offset_kv + int64_t{key}) * view.stride_seqlen +
+            tile.head_kv * view.stride_heads + tile.batch * view.stride_batch;  // packed: stride_batch is 0
+    }
+    store_row<Element, kColumns>(out, fragment, r, factor, first_column, head_dim, threadIdx.x % 4);
+  }
+}
+
+template <int kBlockKV, int kHeadDimQK, int kHeadDimV>
+__device__ float* part_of(BackwardArguments const& arguments, BackwardTile const& tile) {
+  int64_t const head = int64_t{tile.batch} * arguments.problem.heads_kv + tile.head_kv;
+  int64_t const index = head * arguments.schedule.num_blocks + tile.kv_begin / kBlockKV;
+  return arguments.parts + (index * arguments.num_splits + tile.split) * (kBlockKV * (kHeadDimQK + kHeadDimV));
+}
+
+// As it lies in the registers, one vector of a warp behind the other.
+template <int kFragment, class Fragment>
+__device__ void write_part(float* part, Fragment const& fragment) {
+  float4* const target =
+      reinterpret_cast<float4*>(part) + (threadIdx.x - 128) / 32 * (kFragment / 4 * 32) + threadIdx.x % 32;
+  CUTE_UNROLL
+  for (int i = 0; i < kFragment / 4; ++i) {
+    target[i * 32] = float4{fragment(4 * i), fragment(4 * i + 1), fragment(4 * i + 2), fragment(4 * i + 3)};
+  }
+}
+
+}  // namespace flashmla::sm90

@@ -1,0 +1,196 @@
+// Host side of the backward: workspace, TMA descriptors and the chain of launches. One instantiation per head-dim row
+// and dtype; a file of instantiations/ holds one row.
+#pragma once
+
+#include <algorithm>
+
+#include "sm90/backward.cuh"
+#include "sm90/backward_rows.cuh"
+#include "sm90/device.h"
+#include "sm90/launch.h"
+#include "sm90/tensor_map.h"
+
+namespace flashmla::sm90 {
+
+// The sums of dQ are held for so many kv heads at a time that they stay within this, or for one.
+constexpr int64_t kLargestSums = int64_t{256} << 20;
+
+// How one backward call is cut up, and where its parts lie in the workspace (bytes).
+struct BackwardPlan {
+  int64_t heads_kv;    // worked on at a time
+  int64_t heads_q;     // that they serve
+  int64_t blocks;      // of query rows of one head
+  int64_t num_splits;  // tiles that share a group's query heads
+  int64_t schedule, lse, delta, dq, turns, dsink_parts, parts, bytes;
+};
+
+template <int kHeadDimQK, int kHeadDimV>
+BackwardPlan plan_backward(BackwardParams const& params, int num_sms) {
+  using Tiles = BackwardTiles<kHeadDimQK, kHeadDimV>;
+  Problem const& problem = params.problem;
+  bool const is_packed = problem.cu_seqlens_q != nullptr;
+  auto ceil_div = [](int64_t a, int64_t b) { return (a + b - 1) / b; };
+  BackwardPlan plan{};
+  plan.blocks = is_packed ? ceil_div(problem.total_q, Tiles::kBlockQ) + problem.batch + 1
+                          : ceil_div(problem.seqlen_q, Tiles::kBlockQ) * problem.batch;
+  int64_t const group = problem.heads_q / problem.heads_kv;
+  int64_t const bytes_kv_head = plan.blocks * group * Tiles::kBlockQ * kHeadDimQK * 4;
+  plan.heads_kv = std::clamp<int64_t>(kLargestSums / std::max<int64_t>(1, bytes_kv_head), 1, problem.heads_kv);
+  while (problem.heads_kv % plan.heads_kv != 0) --plan.heads_kv;
+  plan.heads_q = plan.heads_kv * group;
+  // Where there are too few tiles for the GPU, a group's heads are shared out. (Boundaries are on the device: packed
+  // calls are not split.)
+  int64_t const kv_blocks = is_packed ? 0 : ceil_div(problem.seqlen_kv, Tiles::kBlockKV);
+  int64_t const tiles = is_packed ? int64_t{1} << 40 : problem.batch * plan.heads_kv * kv_blocks;
+  plan.num_splits = 1;
+  while (2 * tiles * plan.num_splits < 3 * num_sms && group % (2 * plan.num_splits) == 0) plan.num_splits *= 2;
+
+  auto take = [&](int64_t bytes) {
+    int64_t const offset = plan.bytes;
+    plan.bytes += ceil_div(bytes, 256) * 256;
+    return offset;
+  };
+  int64_t const rows = plan.blocks * Tiles::kBlockQ * plan.heads_q;
+  plan.schedule = take(backward_schedule_bytes(problem, Tiles::kBlockKV));
+  plan.lse = take(rows * 4);
+  plan.delta = take(rows * 4);
+  plan.dq = take(params.dq.data != nullptr ? rows * kHeadDimQK * 4 : 0);
+  plan.turns = take(problem.deterministic ? plan.blocks * plan.heads_q * 4 : 0);
+  plan.dsink_parts = take(params.dsinks != nullptr ? plan.blocks * plan.heads_q * 4 : 0);
+  plan.parts = take(plan.num_splits > 1 ? tiles * plan.num_splits * Tiles::kBlockKV * (kHeadDimQK + kHeadDimV) * 4 : 0);
+  return plan;
+}
+
+// The call for kv heads [first, first + plan.heads_kv) alone.
+inline BackwardParams heads_of(BackwardParams params, BackwardPlan const& plan, int64_t first) {
+  Problem& problem = params.problem;
+  int64_t const first_q = first * (problem.heads_q / problem.heads_kv);
+  auto move = [&](TensorView& view, int64_t head) {
+    // Every dtype here has two bytes.
+    if (view.data != nullptr) view.data = static_cast<uint16_t*>(view.data) + head * view.stride_heads;
+  };
+  for (TensorView* view : {&params.q, &params.out, &params.dout, &params.dq}) move(*view, first_q);
+  for (TensorView* view : {&params.k, &params.v, &params.dk, &params.dv}) move(*view, first);
+  params.lse.data += first_q * params.lse.stride_heads;
+  if (params.dlse.data != nullptr) params.dlse.data += first_q * params.dlse.stride_heads;
+  if (params.dsinks != nullptr) params.dsinks += first_q;
+  if (problem.sinks != nullptr) problem.sinks += first_q;
+  problem.heads_q = plan.heads_q;
+  problem.heads_kv = plan.heads_kv;
+  return params;
+}
+
+template <int kHeadDimQK, int kHeadDimV, class Element>
+const char* launch_heads(BackwardParams const& params, BackwardPlan const& plan, int num_sms, int device,
+                         unsigned char* workspace, cudaStream_t stream) {
+  using Tiles = BackwardTiles<kHeadDimQK, kHeadDimV>;
+  Problem const& problem = params.problem;
+  bool const is_packed = problem.cu_seqlens_q != nullptr;
+  int64_t const batch = is_packed ? 1 : problem.batch;
+  int64_t const rows_q = batch == 0 ? 0 : is_packed ? problem.total_q : problem.seqlen_q;
+  int64_t const rows_kv = batch == 0 ? 0 : is_packed ? problem.total_kv : problem.seqlen_kv;
+  auto at = [&](int64_t offset) { return reinterpret_cast<float*>(workspace + offset); };
+
+  BackwardArguments arguments{};
+  arguments.dk = params.dk;
+  arguments.dv = params.dv;
+  arguments.rows = {plan.blocks * Tiles::kBlockQ, at(plan.lse), at(plan.delta),
+                    params.dq.data != nullptr ? at(plan.dq) : nullptr,
+                    problem.deterministic ? reinterpret_cast<int32_t*>(at(plan.turns)) : nullptr};
+  arguments.problem = problem;
+  arguments.window = window_of(problem);
+  arguments.num_splits = static_cast<int32_t>(plan.num_splits);
+  arguments.parts = plan.num_splits > 1 ? at(plan.parts) : nullptr;
+  int num_blocks = 0;
+  const char* error = nullptr;
+  if (rows_kv > 0) {
+    error = make_backward_schedule(problem, Tiles::kBlockKV, static_cast<int>(plan.num_splits), num_sms,
+                                   workspace + plan.schedule, stream, arguments.schedule, num_blocks);
+  }
+  auto make_map = [&](CUtensorMap& map, TensorView const& view, int64_t head_dim, int64_t rows, int64_t heads,
+                      int box_rows) {
+    if (error != nullptr || rows == 0) return;
+    error = make_tensor_map(map, view.data, problem.dtype,
+                            {{head_dim, 1, Tiles::kSwizzleColumns},
+                             {rows, view.stride_seqlen, box_rows},
+                             {heads, view.stride_heads, 1},
+                             {batch, view.stride_batch, 1}});
+  };
+  make_map(arguments.q, params.q, problem.head_dim_qk, rows_q, problem.heads_q, Tiles::kBlockQ);
+  make_map(arguments.dout, params.dout, problem.head_dim_v, rows_q, problem.heads_q, Tiles::kBlockQ);
+  make_map(arguments.k, params.k, problem.head_dim_qk, rows_kv, problem.heads_kv, Tiles::kBlockKV);
+  make_map(arguments.v, params.v, problem.head_dim_v, rows_kv, problem.heads_kv, Tiles::kBlockKV);
+  if (error != nullptr) return error;
+
+  dim3 const row_grid(static_cast<unsigned>(plan.blocks), static_cast<unsigned>(problem.heads_q));
+  float* const dsink_parts = params.dsinks != nullptr ? at(plan.dsink_parts) : nullptr;
+  if (rows_q > 0) {
+    error = launch_kernel<PrepareArguments>(
+        prepare_kernel<Tiles::kBlockQ, kHeadDimQK, Element>, row_grid, kRowThreads, 0, stream, false,
+        {params.out, params.dout, params.lse, params.dlse, arguments.rows, problem, dsink_parts});
+    if (error != nullptr) return error;
+  }
+  if (rows_kv > 0) {
+    auto launch = [&](auto has_softcap) {
+      constexpr auto* kernel = backward_kernel<kHeadDimQK, kHeadDimV, has_softcap(), Element>;
+      constexpr int kSharedBytes = BackwardKernel<kHeadDimQK, kHeadDimV, has_softcap(), Element>::kSharedBytes;
+      if (cudaError_t const status = allow_shared_memory<kernel>(kSharedBytes, device); status != cudaSuccess) {
+        return cudaGetErrorString(status);
+      }
+      return launch_kernel<BackwardArguments>(kernel, dim3(static_cast<unsigned>(num_blocks)), 384, kSharedBytes,
+                                              stream, rows_q > 0, arguments);
+    };
+    if constexpr (Tiles::kHasSoftcap && !Tiles::kSplitsColumns) {
+      error = problem.softcap > 0.0f ? launch(std::true_type{}) : launch(std::false_type{});
+    } else {
+      error = launch(std::bool_constant<Tiles::kHasSoftcap>{});
+    }
+    if (error != nullptr) return error;
+  }
+  if (params.dq.data != nullptr && rows_q > 0) {
+    error = launch_kernel<FinishArguments>(finish_kernel<Tiles::kBlockQ, kHeadDimQK, Element>, row_grid, kRowThreads, 0,
+                                           stream, true, {params.dq, arguments.rows, problem});
+    if (error != nullptr) return error;
+  }
+  if (plan.num_splits > 1 && rows_kv > 0) {
+    dim3 const grid(static_cast<unsigned>(arguments.schedule.num_blocks), static_cast<unsigned>(problem.heads_kv),
+                    static_cast<unsigned>(problem.batch));
+    error = launch_kernel<BackwardArguments>(
+        merge_kernel<Tiles::kBlockKV, kHeadDimQK, kHeadDimV, Tiles::kSplitsColumns, Element>, grid, kRowThreads, 0,
+        stream, false, arguments);
+    if (error != nullptr) return error;
+  }
+  if (dsink_parts != nullptr) {
+    error = launch_kernel<SumSinksArguments>(
+        sum_sinks_kernel, dim3(static_cast<unsigned>(problem.heads_q)), kRowThreads, 0, stream, false,
+        {dsink_parts, rows_q > 0 ? static_cast<int32_t>(plan.blocks) : 0, params.dsinks});
+  }
+  return error;
+}
+
+template <int kHeadDimQK, int kHeadDimV>
+int64_t backward_workspace_row(BackwardParams const& params) {
+  int device = 0;
+  cudaGetDevice(&device);
+  return plan_backward<kHeadDimQK, kHeadDimV>(params, num_sms(device)).bytes;
+}
+
+template <int kHeadDimQK, int kHeadDimV>
+const char* launch_backward_row(BackwardParams const& params, void* workspace, cudaStream_t stream) {
+  int device = 0;
+  cudaGetDevice(&device);
+  int const sms = num_sms(device);
+  BackwardPlan const plan = plan_backward<kHeadDimQK, kHeadDimV>(params, sms);
+  for (int64_t first = 0; first < params.problem.heads_kv; first += plan.heads_kv) {
+    BackwardParams const part = heads_of(params, plan, first);
+    auto* const launch = params.problem.dtype == DType::kFloat16
+                             ? launch_heads<kHeadDimQK, kHeadDimV, cutlass::half_t>
+                             : launch_heads<kHeadDimQK, kHeadDimV, cutlass::bfloat16_t>;
+    if (const char* error = launch(part, plan, sms, device, static_cast<unsigned char*>(workspace), stream)) {
+      return error;
+    }
+  }
+  return nullptr;
+}
+
+}  // namespace flashmla::sm90
