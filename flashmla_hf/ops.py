@@ -123,6 +123,29 @@ def _backward(ctx, dout, dlse):
 torch.library.register_autograd("flashmla::flash_attn_forward", _backward, setup_context=_setup_context)
 
 
+class _FlashAttention(torch.autograd.Function):
+    """The same formula for a call from Python, without torch.library's wrapping, which costs more than a short kernel."""
+
+    @staticmethod
+    def forward(ctx, *inputs):
+        with torch._C._AutoDispatchBelowAutograd():
+            output = torch.ops.flashmla.flash_attn_forward(*inputs)
+        _setup_context(ctx, inputs, output)
+        return output
+
+    backward = staticmethod(_backward)
+
+
+def flash_attn(*inputs):
+    """``torch.ops.flashmla.flash_attn_forward(*inputs)``, with less overhead where nothing is being traced."""
+    if torch.compiler.is_compiling():
+        return torch.ops.flashmla.flash_attn_forward(*inputs)
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs[:4]):
+        return _FlashAttention.apply(*inputs)
+    with torch._C._AutoDispatchBelowAutograd():
+        return torch.ops.flashmla.flash_attn_forward(*inputs)
+
+
 def _refuse_second_derivative(ctx, *grads):
     raise RuntimeError(
         "flash_attn_backward: has no derivative: expected a first-order loss (a gradient of a gradient, as in gradient "

@@ -3,17 +3,16 @@
 //   S^T = K Q^T      P^T = exp(scale S^T - lse)      dP^T = V dO^T      dS^T = P^T o (dP^T - delta)
 //   dV += P^T dO     dK += scale dS^T Q              dQ += scale dS K                (csrc/params.h, docs/design.md)
 //
-// Schedule. A block is one producer warp (of a warpgroup) and two consumer warpgroups, and is persistent. A tile is
-// kBlockKV key rows of one kv head: K and V stay in shared memory while Q and dO of every query head of the group
-// stream by, so dK and dV are sums in registers, written once, whatever the GQA ratio. Scores are held transposed (keys
-// down, queries across): P^T and dS^T are then A operands as they are, and lse and delta are vectors along the row. A
-// consumer warpgroup keeps the tensor cores busy while it does arithmetic:
+// Schedule. A block is one producer warpgroup, of which four threads work, and two consumer warpgroups, and is
+// persistent. A tile is kBlockKV key rows of one kv head: K and V stay in shared memory while Q and dO of every query
+// head of the group stream by, so dK and dV are sums in registers, written once, whatever the GQA ratio. Scores are held
+// transposed (keys down, queries across): P^T is an A operand as it is, and lse and delta are vectors along the row. A
+// consumer warpgroup keeps the tensor cores busy while it does arithmetic; a step i is a block of queries of one head:
 //
-//   issue S(i)   wait dQ(i-1): add it to memory   issue dP(i)   wait S: P   issue dV   wait dP: dS -> shared   barrier
-//   issue dQ(i), dK(i)
+//   wait S(i)   issue dP   P   issue dV   wait dP   dS -> shared   barrier   issue dQ, dK, S(i+1)   wait dQ   add it
 //
-// dQ gets a part from every key tile. It is summed in fp32 in a workspace, by vector reductions straight from the
-// registers: the workspace keeps the order of the fragments (BackwardRows), so no part passes through shared memory.
+// dQ gets a part from every key tile. It is summed in fp32 in a workspace that keeps the order of the fragments
+// (BackwardRows, add_dq).
 //
 // Source: FlashAttention-2 (arXiv 2307.08691), algorithm 2; FlashAttention-3 (arXiv 2407.08608) for the roles of warps.
 #pragma once
