@@ -291,9 +291,11 @@ def attention(
         implementation cannot compute this call, with the reason and the way out.
     """
     key = None
-    others = (sinks, attn_mask, cu_seqlens_q, cu_seqlens_kv, max_seqlen_q, max_seqlen_kv)
-    if others == (None,) * 6 and dropout_p == 0.0 and not _LOG_CHOICES and not torch.compiler.is_compiling():
-        key = _key(q, k, v, scale, is_causal, window, softcap, impl)
+    # First of all, so that torch.compile traces nothing of this.
+    if not torch.compiler.is_compiling() and not _LOG_CHOICES:
+        others = (sinks, attn_mask, cu_seqlens_q, cu_seqlens_kv, max_seqlen_q, max_seqlen_kv)
+        if dropout_p == 0.0 and all(x is None for x in others):
+            key = _key(q, k, v, scale, is_causal, window, softcap, impl)
     if key is not None and (found := _resolved.get(key)) is not None:
         name, numbers = found
         if deterministic is None:

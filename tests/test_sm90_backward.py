@@ -493,9 +493,11 @@ def exact_gradients(q, k, v, dout, scale, chunk=2**15):
 
 
 def assert_near(name, got, expected):
+    """What is read or written at a wrong place is off by about its own size. Rounding puts up to 2.6 % (seen) into dk of a
+    key with half of a query's weight: delta is made from an out in bf16."""
     largest = float(expected.abs().max())
     error = float((got.double() - expected).abs().max())
-    assert error <= 0.02 * largest, f"{name}: error {error:.2e}, largest value {largest:.2e}"
+    assert error <= 0.05 * largest, f"{name}: error {error:.2e}, largest value {largest:.2e}"
 
 
 ROWS_OF_2_31 = 2**31 // (8 * 128)  # of [rows, 8 heads, 128]

@@ -5,9 +5,10 @@
 //
 // Schedule. A block is one producer warpgroup, of which four threads work, and two consumer warpgroups, and is
 // persistent. A tile is kBlockKV key rows of one kv head: K and V stay in shared memory while Q and dO of every query
-// head of the group stream by, so dK and dV are sums in registers, written once, whatever the GQA ratio. Scores are held
-// transposed (keys down, queries across): P^T is an A operand as it is, and lse and delta are vectors along the row. A
-// consumer warpgroup keeps the tensor cores busy while it does arithmetic; a step i is a block of queries of one head:
+// head of the group stream by, so dK and dV are sums in registers, written once, whatever the GQA ratio. Scores are
+// held transposed (keys down, queries across): P^T is an A operand as it is, and lse and delta are vectors along the
+// row. A consumer warpgroup keeps the tensor cores busy while it does arithmetic; a step i is a block of queries of one
+// head:
 //
 //   wait S(i)   issue dP   P   issue dV   wait dP   dS -> shared   barrier   issue dQ, dK, S(i+1)   wait dQ   add it
 //
