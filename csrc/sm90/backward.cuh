@@ -155,8 +155,8 @@ struct Backward {
       else
         return pairs_p;
     }();
-    BackwardRing<kNumStages> ring;
-    BackwardRing<kNumBackwardTiles> slot;
+    Ring<kNumStages> ring;
+    Ring<kNumBackwardTiles> slot;
 
     auto release = [&](uint64_t& barrier) {
       if (threadIdx.x % 128 == 0) ClusterBarrier::arrive(&barrier);

@@ -102,16 +102,6 @@ __device__ void multiply(Mma& mma, A const& a, B const& b, C& c, bool is_sum) {
   cute::warpgroup_commit_batch();
 }
 
-// Position in a ring of `kDepth` buffers.
-template <int kDepth>
-struct BackwardRing {
-  int stage = 0;
-  uint32_t phase = 0;
-  __device__ void advance() {
-    if (++stage == kDepth) stage = 0, phase ^= 1;
-  }
-};
-
 constexpr int kNumBackwardTiles = 2;  // announced at a time, so that the next is loaded while dK and dV are written
 
 // Writes `tile`, which no one may be reading.
@@ -159,7 +149,7 @@ __device__ void init_backward_barriers(SharedStorage& shared) {
 // The scheduling thread.
 template <class Kernel>
 __device__ void announce_backward_tiles(BackwardArguments const& arguments, typename Kernel::SharedStorage& shared) {
-  BackwardRing<kNumBackwardTiles> slot;
+  Ring<kNumBackwardTiles> slot;
   uint32_t kv_phase = 0;
   for (int32_t round = 0;; ++round, slot.advance()) {
     // Work is asked for late: a block that took its next long tile early would be the last to finish.
@@ -184,8 +174,8 @@ __device__ void load_backward_tiles(BackwardArguments const& arguments, typename
                                     uint64_t (&full)[Kernel::kNumStages], uint64_t (&empty)[Kernel::kNumStages]) {
   constexpr int kBlockQ = Kernel::kBlockQ, kColumns = Kernel::kSwizzleColumns;
   bool const is_packed = arguments.schedule.num_items != nullptr;
-  BackwardRing<Kernel::kNumStages> ring;
-  BackwardRing<kNumBackwardTiles> slot;
+  Ring<Kernel::kNumStages> ring;
+  Ring<kNumBackwardTiles> slot;
   auto load = [](CUtensorMap const& map, uint64_t& barrier, Element* target, int rows, int32_t row, int32_t head,
                  int32_t batch) {
     CUTE_NO_UNROLL
@@ -243,8 +233,8 @@ __device__ int32_t parts_before(BackwardArguments const& arguments, BackwardTile
 template <class Kernel>
 __device__ void keep_turns(BackwardArguments const& arguments, typename Kernel::SharedStorage& shared) {
   BackwardRows const& rows = arguments.rows;
-  BackwardRing<Kernel::kNumStages> ring;
-  BackwardRing<kNumBackwardTiles> slot;
+  Ring<Kernel::kNumStages> ring;
+  Ring<kNumBackwardTiles> slot;
   cutlass::arch::wait_on_dependent_grids();  // sums and turns are zero now
   for (;; slot.advance()) {
     ClusterBarrier::wait(&shared.tile_full[slot.stage], slot.phase);

@@ -113,8 +113,8 @@ struct BackwardWide {
     };
 
     static_assert(kNumStages == 2);
-    BackwardRing<kNumStages> ring;
-    BackwardRing<kNumBackwardTiles> slot;
+    Ring<kNumStages> ring;
+    Ring<kNumBackwardTiles> slot;
     for (;; slot.advance()) {
       ClusterBarrier::wait(&shared.tile_full[slot.stage], slot.phase);
       BackwardTile const& tile = shared.tiles[slot.stage];

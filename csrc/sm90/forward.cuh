@@ -112,16 +112,6 @@ struct Forward {
   // Named barriers: 0 is __syncthreads; then the turns, then one for each warpgroup's own threads.
   static constexpr int kTurnBarrier = 1, kOwnBarrier = kTurnBarrier + kNumConsumers;
 
-  // Position in a ring of `kDepth` buffers.
-  template <int kDepth>
-  struct Ring {
-    int stage = 0;
-    uint32_t phase = 0;
-    __device__ void advance() {
-      if (++stage == kDepth) stage = 0, phase ^= 1;
-    }
-  };
-
   // ---- producer
   // ------------------------------------------------------------------------------------------------------
 

@@ -1,9 +1,20 @@
-// What a block asks of the schedule (schedule.h): its next tile, and the keys that tile sees.
+// What a block asks of the schedule (schedule.h): its next tile, and what that tile sees; and where it is in a ring of
+// buffers.
 #pragma once
 
 #include "sm90/schedule.h"
 
 namespace flashmla::sm90 {
+
+// Position in a ring of `kDepth` buffers.
+template <int kDepth>
+struct Ring {
+  int stage = 0;
+  uint32_t phase = 0;
+  __device__ void advance() {
+    if (++stage == kDepth) stage = 0, phase ^= 1;
+  }
+};
 
 // Boundaries are read on the device and not trusted: whatever they hold, rows stay inside the tensors.
 // Sequence number problem.batch is the rows of `side` past the last boundary, with nothing on the other side.
