@@ -46,6 +46,7 @@ _KNOWN = {
     "sliding_window_bidirectional_overlay.<locals>.inner_mask",
 }
 _AND = "and_masks.<locals>.and_mask"
+_AND_CODE = masking_utils.and_masks().__code__
 
 # Their attention classes call Transformers' flash path instead of the interface, which unpads by a 2-D mask itself.
 # (The last three are Bark's.)
@@ -66,13 +67,13 @@ def _names(mask_function: Callable) -> set[str]:
 
 
 def _names_while_compiling(mask_function: Callable, local_size: int | None, config, is_bidirectional: bool) -> set[str]:
-    """As :func:`_names`, from what dynamo can see: a closure's cells are not readable under torch.compile, its name
-    is."""
+    """As :func:`_names`, from what dynamo can see: a closure's cells are not readable under torch.compile, its code is
+    (its ``__qualname__`` from torch 2.13 on)."""
     if mask_function is masking_utils.causal_mask_function:
         return {_CAUSAL}
     if mask_function is masking_utils.bidirectional_mask_function:
         return {_BIDIRECTIONAL}
-    if mask_function.__qualname__ != _AND:
+    if mask_function.__code__ is not _AND_CODE:
         return {"unknown"}
     # Conjunctions reach us from the create_* functions alone (custom ones set use_vmap): a window or chunks if
     # local_size is given, packed sequences, or both.
