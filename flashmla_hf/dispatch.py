@@ -290,17 +290,15 @@ def attention(
         TypeError: an argument of the wrong type or dtype. ValueError: a wrong shape or value. RuntimeError: the
         implementation cannot compute this call, with the reason and the way out.
     """
-    key = None
+    key = found = None
     # First of all, so that torch.compile traces nothing of this.
     if not torch.compiler.is_compiling() and not _LOG_CHOICES:
         others = (sinks, attn_mask, cu_seqlens_q, cu_seqlens_kv, max_seqlen_q, max_seqlen_kv)
-        if dropout_p == 0.0 and all(x is None for x in others):
-            key = _key(q, k, v, scale, is_causal, window, softcap, impl)
-    if key is not None and (found := _resolved.get(key)) is not None:
+        if type(dropout_p) is float and dropout_p == 0.0 and all(x is None for x in others):
+            key, found = _look_up(q, k, v, scale, is_causal, window, softcap, impl)
+    if found is not None:
         name, numbers = found
-        if deterministic is None:
-            deterministic = _DETERMINISTIC or torch.are_deterministic_algorithms_enabled()
-        call = Call(q, k, v, None, None, None, None, *numbers, 0.0, bool(deterministic), bool(return_lse))
+        call = Call(q, k, v, None, None, None, None, *numbers, 0.0, _is_deterministic(deterministic), bool(return_lse))
     else:
         call = _validate(
             q, k, v, scale, is_causal, window, softcap, sinks, attn_mask, dropout_p, cu_seqlens_q, cu_seqlens_kv,
@@ -317,17 +315,25 @@ def attention(
     return (out, lse) if return_lse else out
 
 
-def _key(q, k, v, scale, is_causal, window, softcap, impl) -> tuple | None:
-    """All that checks and choice depend on in a call of tensors alone; ``None`` where there is something odd about it."""
+def _look_up(q, k, v, scale, is_causal, window, softcap, impl) -> tuple[tuple | None, tuple | None]:
+    """All that checks and choice depend on in a call of tensors alone, and what is known of it. (None, None) where there
+    is something odd about an argument: the checks say it better."""
     try:
-        return (
+        key = (
             q.shape, k.shape, v.shape, q.stride(), k.stride(), v.stride(),
             q.storage_offset() % 8, k.storage_offset() % 8, v.storage_offset() % 8,
             q.dtype, k.dtype, v.dtype, q.device, k.device, v.device, scale, type(scale), bool(is_causal), impl,
             window and tuple(window), window and tuple(map(type, window)), softcap, type(softcap),
         )  # fmt: skip
-    except (AttributeError, TypeError, RuntimeError):  # no tensor, or a sparse or nested one: the checks say it better
-        return None
+        return key, _resolved.get(key)
+    except (AttributeError, TypeError, RuntimeError):  # no tensor, a sparse or nested one, or nothing to hash
+        return None, None
+
+
+def _is_deterministic(wanted: bool | None) -> bool:
+    if wanted is None:
+        return _DETERMINISTIC or torch.are_deterministic_algorithms_enabled()
+    return bool(wanted)
 
 
 def _choose(call: Call, impl: str | None) -> tuple[str, Call]:
@@ -464,11 +470,9 @@ def _validate(
     if attn_mask is not None:
         _check_attn_mask(attn_mask, (q.shape[0], heads_q, q.shape[1], k.shape[1]), q.device)
 
-    if deterministic is None:
-        deterministic = _DETERMINISTIC or torch.are_deterministic_algorithms_enabled()
     return Call(
         q, k, v, sinks, attn_mask, cu_seqlens_q, cu_seqlens_kv, max_seqlen_q, max_seqlen_kv, scale,
-        window_left, window_right, softcap, dropout_p, bool(deterministic), bool(return_lse),
+        window_left, window_right, softcap, dropout_p, _is_deterministic(deterministic), bool(return_lse),
     )  # fmt: skip
 
 

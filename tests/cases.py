@@ -199,6 +199,22 @@ CASES = [
 ]  # fmt: skip
 
 
+def without_pairs(**shape) -> list[Case]:
+    """Calls in which no query sees a key: no batch, no rows, no sequences, or no keys."""
+    return [
+        Case(batch=0, seqlen_q=9, **shape),
+        Case(batch=2, seqlen_q=0, **shape),
+        Case(batch=2, seqlen_q=0, seqlen_kv=7, **shape),
+        Case(batch=2, seqlen_q=130, seqlen_kv=0, **shape),
+        Case(batch=0, seqlen_q=0, seqlen_kv=0, **shape),
+        Case(seqlens_q=(), **shape),
+        Case(seqlens_q=(), rest_q=5, rest_kv=9, **shape),
+        Case(seqlens_q=(0, 0, 0), **shape),
+        Case(seqlens_q=(0,) * 300, rest_q=200, **shape),
+        Case(seqlens_q=(130, 5), seqlens_kv=(0, 0), rest_q=3, **shape),
+    ]
+
+
 def named(*names: str) -> list[Case]:
     """The cases of these names, in order."""
     by_name = {case.name: case for case in CASES}

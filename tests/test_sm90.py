@@ -22,7 +22,7 @@ import numerics
 import pytest
 import sanitize_gpu
 import torch
-from cases import SM90_ROWS, Case, calls
+from cases import SM90_ROWS, Case, calls, without_pairs
 from counting import counted_calls
 from gpu_support import DEVICE, IMPL, WIDTHS, cu, exact, half, needs_memory, needs_sm90, offset_by, rows
 from hypothesis import HealthCheck, assume, given, settings
@@ -227,19 +227,7 @@ def test_the_comparison_of_the_properties_can_fail():
 @half
 @pytest.mark.parametrize("has_sinks", [False, True])
 def test_nothing_to_attend_to_gives_zeros_and_the_sink(has_sinks, dtype):
-    shape = {"heads_q": 4, "heads_kv": 2, "has_sinks": has_sinks}
-    for case in (
-        Case(batch=0, seqlen_q=9, **shape),
-        Case(batch=2, seqlen_q=0, **shape),
-        Case(batch=2, seqlen_q=0, seqlen_kv=7, **shape),
-        Case(batch=2, seqlen_q=130, seqlen_kv=0, **shape),
-        Case(batch=0, seqlen_q=0, seqlen_kv=0, **shape),
-        Case(seqlens_q=(), **shape),
-        Case(seqlens_q=(), rest_q=5, rest_kv=9, **shape),
-        Case(seqlens_q=(0, 0, 0), **shape),
-        Case(seqlens_q=(0,) * 300, rest_q=200, **shape),
-        Case(seqlens_q=(130, 5), seqlens_kv=(0, 0), rest_q=3, **shape),
-    ):
+    for case in without_pairs(heads_q=4, heads_kv=2, has_sinks=has_sinks):
         for mask in ({}, {"is_causal": True}, {"window": (3, 3)}):
             inputs = case.inputs(dtype, DEVICE)
             out, lse = run(inputs, case, **mask)

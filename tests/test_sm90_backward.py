@@ -17,7 +17,7 @@ from dataclasses import replace
 import numerics
 import pytest
 import torch
-from cases import SM90_ROWS, Case
+from cases import SM90_ROWS, Case, without_pairs
 from counting import counted_calls
 from gpu_support import DEVICE, HALF, IMPL, WIDTHS, exact, half, needs_memory, needs_sm90, offset_by, rows
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -427,18 +427,7 @@ def test_empty_sequences_and_rows_of_no_sequence_have_gradients_of_exactly_zero(
 
 @pytest.mark.parametrize("has_sinks", [False, True])
 def test_nothing_to_attend_to_gives_zeros_and_the_sink_what_flows_through_lse(has_sinks):
-    shape = {"heads_q": 4, "heads_kv": 2, "has_sinks": has_sinks}
-    for case in (
-        Case(batch=0, seqlen_q=9, **shape),
-        Case(batch=2, seqlen_q=0, **shape),
-        Case(batch=2, seqlen_q=0, seqlen_kv=7, **shape),
-        Case(batch=2, seqlen_q=130, seqlen_kv=0, **shape),
-        Case(batch=0, seqlen_q=0, seqlen_kv=0, **shape),
-        Case(seqlens_q=(), **shape),
-        Case(seqlens_q=(), rest_q=5, rest_kv=9, **shape),
-        Case(seqlens_q=(0,) * 300, rest_q=200, **shape),
-        Case(seqlens_q=(130, 5), seqlens_kv=(0, 0), rest_q=3, **shape),
-    ):
+    for case in without_pairs(heads_q=4, heads_kv=2, has_sinks=has_sinks):
         inputs = case.inputs(torch.bfloat16, DEVICE)
         in_sequences = sum(case.seqlens_q) if case.is_packed else case.seqlen_q
         for mask, deterministic in itertools.product(MASKS.values(), (False, True)):
