@@ -4,14 +4,39 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <utility>
 
 #include "checks.h"
 
 namespace flashmla {
 
+inline int32_t dtype_code(ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::Half:
+      return aoti_torch_dtype_float16();
+    case ScalarType::BFloat16:
+      return aoti_torch_dtype_bfloat16();
+    case ScalarType::Byte:
+      return aoti_torch_dtype_uint8();
+    default:
+      return aoti_torch_dtype_float32();
+  }
+}
+
+// A contiguous tensor on the device of `like`; Half, BFloat16, Float or Byte. torch::stable::new_empty goes by way of
+// the dispatcher, boxed, and takes several times as long: on a GPU longer than the launch.
 inline Tensor make_tensor(const Tensor& like, const std::vector<int64_t>& shape, ScalarType dtype) {
-  return torch::stable::new_empty(like, {shape.data(), shape.size()}, dtype);
+  std::vector<int64_t> strides(shape.size());
+  int64_t stride = 1;
+  for (size_t i = shape.size(); i-- > 0; stride *= std::max<int64_t>(1, shape[i])) strides[i] = stride;
+  int32_t device_type = 0;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  AtenTensorHandle handle = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(shape.size()), shape.data(),
+                                                         strides.data(), dtype_code(dtype), device_type,
+                                                         like.get_device_index(), &handle));
+  return Tensor(handle);
 }
 
 inline TensorView output_view(const Tensor& t, bool is_packed) {
@@ -58,12 +83,11 @@ struct BackwardCall {
   Tensor lse_rows, dlse_rows;
 };
 
-// Checks what check_inputs has not seen.
+// After check_inputs and check_saved.
 inline BackwardCall make_backward(const char* op, const Problem& p, const Tensor& dout,
                                   const std::optional<Tensor>& dlse, const Tensor& q, const Tensor& k, const Tensor& v,
                                   const Tensor& out, const Tensor& lse, bool needs_dq, bool needs_dk, bool needs_dv,
                                   bool needs_dsinks) {
-  check_saved(op, p, q, dout, dlse, out, lse);
   if (needs_dsinks && p.sinks == nullptr) fail(op, "needs_dsinks", "False, since sinks is None", "True");
   const bool is_packed = p.cu_seqlens_q != nullptr;
   const std::vector<int64_t> none = {0};

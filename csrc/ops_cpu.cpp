@@ -110,6 +110,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> flash_attn_backward(
   const char* op = "flash_attn_backward";
   const Problem p = check_problem(op, q, k, v, sinks, cu_seqlens_q, cu_seqlens_kv, max_seqlen_q, max_seqlen_kv, scale,
                                   window_left, window_right, softcap, deterministic);
+  check_saved(op, p, q, dout, dlse, out, lse);
   const BackwardCall call =
       make_backward(op, p, dout, dlse, q, k, v, out, lse, needs_dq, needs_dk, needs_dv, needs_dsinks);
   const BackwardParams& params = call.params;

@@ -8,6 +8,7 @@
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 
+#include <atomic>
 #include <tuple>
 
 #include "host.h"
@@ -53,13 +54,22 @@ void* current_stream(const Tensor& t) {
   return stream;
 }
 
+// Asked once a device: the two queries take as long as the rest of a call's checks.
 void check_device(const char* op, const Tensor& q) {
-  int major = 0, minor = 0;
-  cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, q.get_device_index());
-  cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, q.get_device_index());
-  if (major != 9 || minor != 0)
+  constexpr int kMaxDevices = 64;
+  static std::atomic<int> cache[kMaxDevices];  // 10 * major + minor
+  const int device = q.get_device_index();
+  int capability = device < kMaxDevices ? cache[device].load() : 0;
+  if (capability == 0) {
+    int major = 0, minor = 0;
+    cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+    cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
+    capability = 10 * major + minor;
+    if (device < kMaxDevices) cache[device] = capability;
+  }
+  if (capability != 90)
     fail(op, "q", "a tensor on a Hopper GPU (compute capability 9.0)",
-         "compute capability " + std::to_string(major) + "." + std::to_string(minor));
+         "compute capability " + std::to_string(capability / 10) + "." + std::to_string(capability % 10));
 }
 
 Problem check_problem(const char* op, const Tensor& q, const Tensor& k, const Tensor& v,

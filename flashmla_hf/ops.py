@@ -114,7 +114,7 @@ def _backward(ctx, dout, dlse):
         dout = torch.zeros_like(out)
     if dout.stride(-1) != 1:
         dout = dout.contiguous()
-    grads = torch.ops.flashmla.flash_attn_backward(
+    grads = torch.ops.flashmla.flash_attn_backward.default(
         dout, dlse, q, k, v, out, lse, sinks, cu_seqlens_q, cu_seqlens_kv, *ctx.options, *needs
     )
     return (*(grad if need else None for grad, need in zip(grads, needs, strict=True)), *unneeded)
@@ -129,7 +129,7 @@ class _FlashAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *inputs):
         with torch._C._AutoDispatchBelowAutograd():
-            output = torch.ops.flashmla.flash_attn_forward(*inputs)
+            output = torch.ops.flashmla.flash_attn_forward.default(*inputs)
         _setup_context(ctx, inputs, output)
         return output
 
@@ -143,7 +143,7 @@ def flash_attn(*inputs):
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs[:4]):
         return _FlashAttention.apply(*inputs)
     with torch._C._AutoDispatchBelowAutograd():
-        return torch.ops.flashmla.flash_attn_forward(*inputs)
+        return torch.ops.flashmla.flash_attn_forward.default(*inputs)
 
 
 def _refuse_second_derivative(ctx, *grads):

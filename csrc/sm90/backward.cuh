@@ -48,7 +48,10 @@ struct Backward {
   static constexpr bool kIsNarrow = kHeadDimQK + kHeadDimV > 256;
   // The next S is multiplied while dQ leaves the registers, where there is room for both.
   static constexpr bool kLooksAhead = !kIsNarrow && !kHasSoftcap && kBlockQ == 64;
+  static constexpr bool kSumsDQ = true;
   static constexpr bool kStagesDQ = Tiles::kStagesDQ;
+  // dS^T may be kept in registers until dK is done with it, where there are so many.
+  static constexpr bool kKeepsDS = kHeadDimQK + kHeadDimV <= 128;
   static constexpr int kFragmentDQ = kBlockQ * kHeadDimQK / 256;
 
   template <int kM, int kN, int kK>
@@ -59,20 +62,20 @@ struct Backward {
   using ByQueries = std::conditional_t<kSplitsQueries, ByKeys, cute::Layout<cute::Shape<cute::_1, cute::_2, cute::_1>>>;
   using MmaS = decltype(cute::make_tiled_mma(
       cute::GMMA::ss_op_selector<Element, Element, float, BlockShape<kBlockKV, kBlockQ, kHeadDimQK>>(), ByKeys{}));
-  // dS^T is read back from shared memory, where dQ needs it anyway: kept in registers until dK is done, it would take
-  // the place of the next S.
+  // Elsewhere dS^T is read back from shared memory, where dQ needs it anyway: kept, it would take the place of the next
+  // S.
   template <int kN>
   using SharedMma = decltype(cute::make_tiled_mma(
       cute::GMMA::ss_op_selector<Element, Element, float, BlockShape<kBlockKV, kN, kBlockQ>, cute::GMMA::Major::K,
                                  cute::GMMA::Major::MN>(),
       ByKeys{}));
-  using MmaDK = SharedMma<kHeadDimQK>;
-  using MmaDV = std::conditional_t<
-      kIsNarrow, SharedMma<kHeadDimV>,
-      decltype(cute::make_tiled_mma(
-          cute::GMMA::rs_op_selector<Element, Element, float, BlockShape<kBlockKV, kHeadDimV, kBlockQ>,
-                                     cute::GMMA::Major::K, cute::GMMA::Major::MN>(),
-          ByKeys{}))>;
+  template <int kN>
+  using RegisterMma = decltype(cute::make_tiled_mma(
+      cute::GMMA::rs_op_selector<Element, Element, float, BlockShape<kBlockKV, kN, kBlockQ>, cute::GMMA::Major::K,
+                                 cute::GMMA::Major::MN>(),
+      ByKeys{}));
+  using MmaDK = std::conditional_t<kKeepsDS, RegisterMma<kHeadDimQK>, SharedMma<kHeadDimQK>>;
+  using MmaDV = std::conditional_t<kIsNarrow, SharedMma<kHeadDimV>, RegisterMma<kHeadDimV>>;
   using MmaDQ = decltype(cute::make_tiled_mma(
       cute::GMMA::ss_op_selector<Element, Element, float,
                                  BlockShape<kBlockQ, kSplitsQueries ? kHeadDimQK : kHeadDimQK / 2, kBlockKV>,
@@ -134,8 +137,9 @@ struct Backward {
     Tensor fQt = thread_dk.partition_fragment_B(rows(shared.q[0], LayoutColumns<kBlockQ, kHeadDimQK, kNumStages>{}));
     Tensor fDOt = thread_dv.partition_fragment_B(rows(shared.dout[0], LayoutColumns<kBlockQ, kHeadDimV, kNumStages>{}));
     Tensor fDS = thread_dq.partition_fragment_A(rows(shared.ds[0], LayoutDS{}));
-    Tensor fDSt = thread_dk.partition_fragment_A(rows(shared.ds[0], LayoutDSt{}));
-    Tensor fP = thread_dk.partition_fragment_A(rows(shared.p, LayoutP{}));
+    auto thread_scores = SharedMma<kHeadDimQK>{}.get_slice(warpgroup * 128);
+    Tensor fDSt = thread_scores.partition_fragment_A(rows(shared.ds[0], LayoutDSt{}));
+    Tensor fP = thread_scores.partition_fragment_A(rows(shared.p, LayoutP{}));
     Tensor fKt = thread_dq.partition_fragment_B(rows(shared.k, LayoutColumns<kBlockKV, kHeadDimQK, 1>{}));
 
     Tensor rDK = partition_fragment_C(mma_dk, Shape<Int<kBlockKV>, Int<kHeadDimQK>>{});
@@ -144,9 +148,10 @@ struct Backward {
     Tensor rDP = partition_fragment_C(mma_s, Shape<Int<kBlockKV>, Int<kBlockQ>>{});
     Tensor rDQ = partition_fragment_C(mma_dq, Shape<Int<kBlockQ>, Int<kHeadDimQK>>{});
     Tensor rP = make_tensor<Element>(Shape<Shape<_2, _2, _2>, _1, Int<kBlockQ / 16>>{});  // an A operand
-    uint32_t pairs_ds[kScores / 2];
+    Tensor rDS = make_tensor_like(rP);
     static_assert(decltype(size(rS))::value == kScores && decltype(size(rDQ))::value == kFragmentDQ);
     auto& pairs_p = reinterpret_cast<uint32_t (&)[kScores / 2]>(*rP.data());
+    auto& pairs_ds = reinterpret_cast<uint32_t (&)[kScores / 2]>(*rDS.data());
 
     uint32_t pairs_capped[kHasSoftcap ? kScores / 2 : 1];
     auto& pairs_w = [&]() -> auto& {
@@ -213,7 +218,11 @@ struct Backward {
         cutlass::arch::fence_view_async_shared();
         NamedBarrier::sync(256, kDSBarrier);
         multiply(mma_dq, fDS(_, _, _, stage), fKt(_, _, _, 0), rDQ, false);
-        multiply(mma_dk, fDSt(_, _, _, stage), fQt(_, _, _, stage), rDK, true);
+        if constexpr (kKeepsDS) {
+          multiply(mma_dk, rDS, fQt(_, _, _, stage), rDK, true);
+        } else {
+          multiply(mma_dk, fDSt(_, _, _, stage), fQt(_, _, _, stage), rDK, true);
+        }
         ring.advance();
         if (i + 1 < num_steps) ClusterBarrier::wait(&shared.q_full[ring.stage], ring.phase);
         if constexpr (kLooksAhead) multiply_s();
@@ -261,7 +270,7 @@ __global__ void __launch_bounds__(384, 1) backward_kernel(__grid_constant__ Back
   int const warpgroup = cutlass::canonical_warp_group_idx();
   if (threadIdx.x == 0) {
     if (cute::cast_smem_ptr_to_uint(&shared) % 1024 != 0) __trap();
-    init_backward_barriers(shared);
+    init_backward_barriers<Kernel>(shared);
   }
   __syncthreads();
   if (warpgroup == 0) {

@@ -10,15 +10,12 @@
 
 #include "params.h"
 #include "sm90/fragment.cuh"
+#include "sm90/operands.cuh"
 #include "sm90/scheduler.cuh"
 #include "sm90/softmax.cuh"
 #include "sm90/tiles.h"
 
 namespace flashmla::sm90 {
-
-using cutlass::arch::ClusterBarrier;
-using cutlass::arch::ClusterTransactionBarrier;
-using cutlass::arch::NamedBarrier;
 
 // Query rows in the workspace: of each head, the sequences behind each other, each from a multiple of block_q on.
 struct BackwardRows {
@@ -71,37 +68,6 @@ struct BackwardStep {
   }
 };
 
-// Tiles in shared memory: chunks of kSwizzleColumns columns, one swizzle row wide, as TMA boxes write them and wgmma
-// reads them. Rows x columns x depth, and the same memory read as columns x rows.
-template <class Element, int kSwizzleColumns>
-struct SharedLayouts {
-  using AtomK = std::conditional_t<kSwizzleColumns == 64, cute::GMMA::Layout_K_SW128_Atom<Element>,
-                                   cute::GMMA::Layout_K_SW64_Atom<Element>>;
-  using AtomMN = std::conditional_t<kSwizzleColumns == 64, cute::GMMA::Layout_MN_SW128_Atom<Element>,
-                                    cute::GMMA::Layout_MN_SW64_Atom<Element>>;
-  template <int kRows, int kColumns, int kDepth>
-  using Rows =
-      decltype(cute::tile_to_shape(AtomK{}, cute::Shape<cute::Int<kRows>, cute::Int<kColumns>, cute::Int<kDepth>>{}));
-  template <int kRows, int kColumns, int kDepth>
-  using Columns =
-      decltype(cute::tile_to_shape(AtomMN{}, cute::Shape<cute::Int<kColumns>, cute::Int<kRows>, cute::Int<kDepth>>{},
-                                   cute::Step<cute::_2, cute::_1, cute::_3>{}));
-};
-
-// Issues c = a b, or c += a b, over all k, as one group.
-template <class Mma, class A, class B, class C>
-__device__ void multiply(Mma& mma, A const& a, B const& b, C& c, bool is_sum) {
-  cute::warpgroup_fence_operand(c);
-  cute::warpgroup_arrive();
-  mma.accumulate_ = is_sum ? cute::GMMA::ScaleOut::One : cute::GMMA::ScaleOut::Zero;
-  CUTE_UNROLL
-  for (int k = 0; k < cute::size<2>(a); ++k) {
-    cute::gemm(mma, a(cute::_, cute::_, k), b(cute::_, cute::_, k), c);
-    mma.accumulate_ = cute::GMMA::ScaleOut::One;
-  }
-  cute::warpgroup_commit_batch();
-}
-
 constexpr int kNumBackwardTiles = 2;  // announced at a time, so that the next is loaded while dK and dV are written
 
 // Writes `tile`, which no one may be reading.
@@ -126,9 +92,9 @@ __device__ inline void write_backward_tile(BackwardTile& tile, BackwardArguments
 }
 
 // What the barriers of the backward kernels count, beside the bytes TMA writes.
-template <class SharedStorage>
-__device__ void init_backward_barriers(SharedStorage& shared) {
-  constexpr int kNumConsumers = 2, kNumLoaders = 2, kNumKeepers = 1;
+template <class Kernel>
+__device__ void init_backward_barriers(typename Kernel::SharedStorage& shared) {
+  constexpr int kNumConsumers = 2, kNumLoaders = 2, kNumKeepers = Kernel::kSumsDQ ? 1 : 0;
   auto init = [](auto& barriers, int arrivals) {
     for (uint64_t& barrier : barriers) ClusterBarrier::init(&barrier, arrivals);
   };
@@ -141,8 +107,10 @@ __device__ void init_backward_barriers(SharedStorage& shared) {
   init(shared.dout_full, 1);
   init(shared.dout_empty, kNumConsumers);
   ClusterBarrier::init(&shared.tile_wanted, kNumLoaders);
-  init(shared.turn_come, 1);
-  init(shared.turn_over, 4 * kNumConsumers);
+  if constexpr (Kernel::kSumsDQ) {
+    init(shared.turn_come, 1);
+    init(shared.turn_over, 4 * kNumConsumers);
+  }
   cutlass::arch::fence_barrier_init();
 }
 
@@ -293,16 +261,15 @@ __device__ void produce_backward_tiles(BackwardArguments const& arguments, typen
     load_backward_tiles<Kernel, kHeadDimV>(arguments, shared, arguments.v, arguments.dout, arguments.rows.delta,
                                            shared.v, shared.dout, shared.delta, shared.dout_full, shared.dout_empty);
   } else if (threadIdx.x == 96) {
-    keep_turns<Kernel>(arguments, shared);
+    if constexpr (Kernel::kSumsDQ) keep_turns<Kernel>(arguments, shared);
   }
 }
 
 // lse or delta of the queries of a thread's scores: columns `first`, first + 1, first + 8, first + 9, ... of a block.
 // Where there are registers for all, they are loaded at once, ahead of a product that is waited for; else as they are
 // needed.
-template <int kScores>
+template <int kScores, bool kIsAhead = kScores <= 32>
 struct ColumnValues {
-  static constexpr bool kIsAhead = kScores <= 32;
   float2 values[kIsAhead ? kScores / 4 : 1];
   float const* shared;
 
@@ -324,10 +291,10 @@ struct ColumnValues {
 // P^T of a warpgroup's 64 keys x kScores*2 queries, packed, and what dP - delta is to be multiplied by, packed as well:
 // P, with softcap P (1 - tanh^2). Both in 16 bits, since fp32 P beside dP would not fit the registers: dS is rounded to
 // 16 bits anyway.
-template <class Element, bool kHasSoftcap, int kScores, class Scores>
+template <class Element, bool kHasSoftcap, int kScores, class Scores, class Values>
 __device__ void probabilities(BackwardArguments const& arguments, BackwardTile const& tile, int32_t first_query,
                               Scores const& scores, uint32_t (&pairs_p)[kScores / 2], uint32_t (&pairs_w)[kScores / 2],
-                              ColumnValues<kScores> const& lse_log2, int first_key, int row, int column) {
+                              Values const& lse_log2, int first_key, int row, int column) {
   Problem const& problem = arguments.problem;
   auto each_pair = [&](auto&& function) {
     CUTE_UNROLL
@@ -384,9 +351,9 @@ __device__ void probabilities(BackwardArguments const& arguments, BackwardTile c
 }
 
 // dS^T = W^T o (dP^T - delta), packed.
-template <class Element, int kScores, class Scores>
+template <class Element, int kScores, class Scores, class Values>
 __device__ void score_gradients(Scores const& dp, uint32_t const (&pairs_w)[kScores / 2],
-                                uint32_t (&pairs_ds)[kScores / 2], ColumnValues<kScores> const& delta) {
+                                uint32_t (&pairs_ds)[kScores / 2], Values const& delta) {
   CUTE_UNROLL
   for (int j = 0; j < kScores / 4; ++j) {
     float2 const d = delta.at(j);

@@ -1,16 +1,17 @@
 // Hopper backward attention, head dims above 192/128: the warpgroups share a tile of 64 keys by columns.
 //
 //   S^T = K Q^T      P^T = exp(scale S^T - lse)      dP^T = V dO^T      dS^T = P^T o (dP^T - delta)
-//   dV += P^T dO     dK += scale dS^T Q              dQ += scale dS K                (csrc/params.h, docs/design.md)
+//   dV += P^T dO     dK += scale dS^T Q                                              (csrc/params.h, docs/design.md)
 //
-// dK and dV of 64 keys of 256 columns fill the registers of two warpgroups, so each has half of the columns of dK, dV
-// and dQ, and needs all of P and dS, which pass through shared memory. The products before them are shared as well:
+// dK and dV of 64 keys of 256 columns fill half of the registers of two warpgroups, so each has half of the columns of
+// dK and dV, and needs all of P and dS, which pass through shared memory. The products before them are shared as well:
 //
-//   warpgroup 0:  S            P -> shared   |          dV (its columns) . . . . . . . . |          dQ, dK (its
-//   columns) warpgroup 1:  dP  . . . . . . . . . . .  | barrier  dV   dS from P and dP -> shared  | barrier  dQ, dK
+//   warpgroup 0:  S    P -> shared   | barrier   dV (its columns)                           | barrier   dK (its
+//   columns) warpgroup 1:  dP                 | barrier   dV               dS from P and dP -> shared | barrier   dK
 //
-// Both run the same code on other operands: S^T and dP^T are products of the same shape. Tiles, steps, the producer and
-// the sums of dQ are those of backward.cuh.
+// Both run the same code on other operands: S^T and dP^T are products of the same shape. Issued before dK of the step
+// before, they would hide P as well, but Q would have to stay for half a step more, and there is no room for a third.
+// Tiles, steps and the producer are those of backward.cuh; dQ is backward_queries.cuh's.
 #pragma once
 
 #include <cutlass/arch/reg_reconfig.h>
@@ -27,8 +28,7 @@ struct BackwardWide {
   static constexpr int kNumStages = Tiles::kNumStages;
   static constexpr int kSwizzleColumns = Tiles::kSwizzleColumns;
   static_assert(kBlockQ == 64 && kBlockKV == 64);
-  static constexpr bool kStagesDQ = Tiles::kStagesDQ;
-  static_assert(!kStagesDQ);
+  static constexpr bool kSumsDQ = false;         // backward_queries.cuh
   static constexpr int kScores = 32;             // of S or dP, per thread of one warpgroup
   static constexpr int kColumns = kHeadDim / 2;  // of a warpgroup
   static constexpr int kFragment = kColumns / 2;
@@ -44,13 +44,9 @@ struct BackwardWide {
       select_mma<kBlockQ, kHeadDim, cute::GMMA::Major::K, cute::GMMA::Major::K>(), Alone{}));
   using MmaDKV = decltype(cute::make_tiled_mma(
       select_mma<kColumns, kBlockQ, cute::GMMA::Major::K, cute::GMMA::Major::MN>(), ByColumns{}));
-  using MmaDQ = decltype(cute::make_tiled_mma(
-      select_mma<kColumns, kBlockKV, cute::GMMA::Major::MN, cute::GMMA::Major::MN>(), ByColumns{}));
-
   using Layouts = SharedLayouts<Element, kSwizzleColumns>;
-  // P^T and dS^T, rows of 64 queries (128 bytes), two in a row; and read as their transpose.
+  // P^T and dS^T, rows of 64 queries (128 bytes), two in a row.
   using LayoutScores = typename SharedLayouts<Element, 64>::template Rows<kBlockKV, kBlockQ, 2>;
-  using LayoutTransposed = typename SharedLayouts<Element, 64>::template Columns<kBlockKV, kBlockQ, 2>;
 
   struct SharedStorage {
     alignas(1024) Element k[kBlockKV * kHeadDim];
@@ -66,7 +62,6 @@ struct BackwardWide {
     alignas(128) float delta[kNumStages][kBlockQ];
     uint64_t kv_full, kv_empty, tile_wanted, tile_full[kNumBackwardTiles], tile_empty[kNumBackwardTiles];
     uint64_t q_full[kNumStages], q_empty[kNumStages], dout_full[kNumStages], dout_empty[kNumStages];
-    uint64_t turn_come[kNumStages], turn_over[kNumStages];
     BackwardTile tiles[kNumBackwardTiles];
   };
   static constexpr int kSharedBytes = sizeof(SharedStorage);
@@ -84,10 +79,8 @@ struct BackwardWide {
 
     MmaS mma_s;
     MmaDKV mma_dkv;
-    MmaDQ mma_dq;
     auto thread_s = mma_s.get_slice(0);
     auto thread_dkv = mma_dkv.get_slice(warpgroup * 128);
-    auto thread_dq = mma_dq.get_slice(warpgroup * 128);
     auto tensor = [](Element* data, auto layout) { return make_tensor(make_smem_ptr(data), layout); };
     bool const is_first = warpgroup == 0;
     Tensor fA = thread_s.partition_fragment_A(
@@ -99,15 +92,11 @@ struct BackwardWide {
     Tensor fDOt = thread_dkv.partition_fragment_B(tensor(shared.dout[0], Stages{}));
     Tensor fP = thread_dkv.partition_fragment_A(tensor(shared.p[0], LayoutScores{}));
     Tensor fDSt = thread_dkv.partition_fragment_A(tensor(shared.ds, LayoutScores{}));
-    Tensor fDS = thread_dq.partition_fragment_A(tensor(shared.ds, LayoutTransposed{}));
-    Tensor fKt =
-        thread_dq.partition_fragment_B(tensor(shared.k, typename Layouts::template Columns<kBlockKV, kHeadDim, 1>{}));
 
     Tensor rDK = partition_fragment_C(mma_dkv, Shape<Int<kBlockKV>, Int<kHeadDim>>{});
     Tensor rDV = partition_fragment_C(mma_dkv, Shape<Int<kBlockKV>, Int<kHeadDim>>{});
-    Tensor rDQ = partition_fragment_C(mma_dq, Shape<Int<kBlockQ>, Int<kHeadDim>>{});
     Tensor rS = partition_fragment_C(mma_s, Shape<Int<kBlockKV>, Int<kBlockQ>>{});
-    static_assert(decltype(size(rS))::value == kScores && decltype(size(rDQ))::value == kFragment);
+    static_assert(decltype(size(rS))::value == kScores && decltype(size(rDK))::value == kFragment);
     auto release = [&](uint64_t& barrier) {
       if (threadIdx.x % 128 == 0) ClusterBarrier::arrive(&barrier);
     };
@@ -120,9 +109,11 @@ struct BackwardWide {
       BackwardTile const& tile = shared.tiles[slot.stage];
       if (tile.head_kv < 0) break;
       int32_t const num_steps = tile.num_steps();
-      if (num_steps > 0) ClusterBarrier::wait(&shared.kv_full, tile.kv_phase);
       clear(rDK);
       clear(rDV);
+      warpgroup_fence_operand(rDK);  // before S is on its way, not after
+      warpgroup_fence_operand(rDV);
+      if (num_steps > 0) ClusterBarrier::wait(&shared.kv_full, tile.kv_phase);
 
       BackwardStep step(tile);
       for (int32_t i = 0; i < num_steps; ++i, step.advance(tile), ring.advance()) {
@@ -154,13 +145,10 @@ struct BackwardWide {
           cutlass::arch::fence_view_async_shared();
         }
         NamedBarrier::sync(256, kDSBarrier);
-        multiply(mma_dq, fDS(_, _, _, 0), fKt(_, _, _, 0), rDQ, false);
         multiply(mma_dkv, fDSt(_, _, _, 0), fQt(_, _, _, stage), rDK, true);
-        warpgroup_wait<1>();  // dV and dQ
-        warpgroup_fence_operand(rDQ);
+        warpgroup_wait<1>();  // dV
         warpgroup_fence_operand(rDV);
         release(shared.dout_empty[stage]);
-        add_dq<BackwardWide, kHeadDim>(arguments, shared, tile, step, stage, ring.phase, rDQ, warpgroup);
       }
       warpgroup_wait<0>();
       warpgroup_fence_operand(rDK);

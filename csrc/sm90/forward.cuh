@@ -28,15 +28,12 @@
 
 #include "params.h"
 #include "sm90/fragment.cuh"
+#include "sm90/query_tile.cuh"
 #include "sm90/scheduler.cuh"
 #include "sm90/softmax.cuh"
 #include "sm90/tiles.h"
 
 namespace flashmla::sm90 {
-
-using cutlass::arch::ClusterBarrier;
-using cutlass::arch::ClusterTransactionBarrier;
-using cutlass::arch::NamedBarrier;
 
 // What the kernel is told, all by value: TMA reads its descriptors from parameter memory.
 struct ForwardArguments {
@@ -49,8 +46,7 @@ struct ForwardArguments {
   Schedule schedule;
 };
 
-// Tiles lie in shared memory as chunks of so many columns, one swizzle row (128 or 64 bytes) wide, as TMA boxes write
-// them and wgmma reads them. 96 columns are three chunks of 32.
+// Columns of a swizzled chunk: 96 are three of 32.
 constexpr int swizzle_columns(int head_dim_qk, int head_dim_v) {
   return head_dim_qk % 64 == 0 && head_dim_v % 64 == 0 ? 64 : 32;
 }
@@ -65,6 +61,8 @@ struct Forward {
   static constexpr int kNumConsumers = Tiles::kNumConsumers;
   static constexpr int kSwizzleColumns = swizzle_columns(kHeadDimQK, kHeadDimV);
   static_assert(kHeadDimQK % kSwizzleColumns == 0 && kHeadDimV % kSwizzleColumns == 0);
+  static constexpr int kColumnsQK = kHeadDimQK, kColumnsV = kHeadDimV;  // for query_tile.cuh
+  static constexpr bool kHasDOut = false;
 
   static constexpr int kScores = kBlockKV / 2;  // per thread
   static constexpr int kOutputs = kHeadDimV / 2;
@@ -78,21 +76,13 @@ struct Forward {
       cute::GMMA::rs_op_selector<Element, Element, float, BlockShapeO, cute::GMMA::Major::K, cute::GMMA::Major::MN>(),
       Warpgroups{}));
 
-  using AtomK = std::conditional_t<kSwizzleColumns == 64, cute::GMMA::Layout_K_SW128_Atom<Element>,
-                                   cute::GMMA::Layout_K_SW64_Atom<Element>>;
-  using AtomMN = std::conditional_t<kSwizzleColumns == 64, cute::GMMA::Layout_MN_SW128_Atom<Element>,
-                                    cute::GMMA::Layout_MN_SW64_Atom<Element>>;
-  using LayoutQ = decltype(cute::tile_to_shape(
-      AtomK{}, cute::Shape<cute::Int<kBlockQ>, cute::Int<kHeadDimQK>, cute::Int<kNumQStages>>{}));
-  using LayoutK = decltype(cute::tile_to_shape(
-      AtomK{}, cute::Shape<cute::Int<kBlockKV>, cute::Int<kHeadDimQK>, cute::Int<kNumStages>>{}));
-  using LayoutVt = decltype(cute::tile_to_shape(
-      AtomMN{}, cute::Shape<cute::Int<kHeadDimV>, cute::Int<kBlockKV>, cute::Int<kNumStages>>{},
-      cute::Step<cute::_2, cute::_1, cute::_3>{}));
+  using Layouts = SharedLayouts<Element, kSwizzleColumns>;
+  using LayoutQ = typename Layouts::template Rows<kBlockQ, kHeadDimQK, kNumQStages>;
+  using LayoutK = typename Layouts::template Rows<kBlockKV, kHeadDimQK, kNumStages>;
+  using LayoutVt = typename Layouts::template Columns<kBlockKV, kHeadDimV, kNumStages>;
 
   // A second Q buffer lets the first S of the next tile be multiplied while O of this one is written.
   static constexpr bool kLooksAhead = kNumQStages > 1;
-  static constexpr int kNumTiles = 2;  // announced at a time, so that K of the next is loaded before its Q has room
 
   struct SharedStorage {
     alignas(1024) Element q[kNumQStages][kBlockQ * kHeadDimQK];
@@ -100,113 +90,20 @@ struct Forward {
     alignas(1024) Element v[kNumStages][kBlockKV * kHeadDimV];
     uint64_t q_full[kNumQStages], q_empty[kNumQStages];
     uint64_t k_full[kNumStages], k_empty[kNumStages], v_full[kNumStages], v_empty[kNumStages];
-    uint64_t tile_full[kNumTiles], tile_empty[kNumTiles];
-    Tile tiles[kNumTiles];
+    uint64_t tile_full[kNumQueryTiles], tile_empty[kNumQueryTiles];
+    Tile tiles[kNumQueryTiles];
   };
   static constexpr int kSharedBytes = sizeof(SharedStorage);
   static_assert(kSharedBytes <= 227 * 1024);
 
-  static constexpr uint32_t kBytesK = sizeof(Element) * kBlockKV * kHeadDimQK;
-  static constexpr uint32_t kBytesV = sizeof(Element) * kBlockKV * kHeadDimV;
-
   // Named barriers: 0 is __syncthreads; then the turns, then one for each warpgroup's own threads.
   static constexpr int kTurnBarrier = 1, kOwnBarrier = kTurnBarrier + kNumConsumers;
 
-  // ---- producer
-  // ------------------------------------------------------------------------------------------------------
-
-  __device__ static void load_kv(CUtensorMap const& map, uint64_t& barrier, Element* shared, int columns, int32_t row,
-                                 int32_t head, int32_t batch) {
-    for (int column = 0; column < columns; column += kSwizzleColumns) {
-      cute::SM90_TMA_LOAD_4D::copy(&map, &barrier, static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVICT_NORMAL),
-                                   shared + column * kBlockKV, column, row, head, batch);
-    }
+  __device__ static Element* out_row(ForwardArguments const& arguments, Tile const& tile, QueryRow const& row) {
+    return row_of<Element>(arguments.out, tile, row);
   }
 
-  __device__ static void announce_tiles(ForwardArguments const& arguments, SharedStorage& shared) {
-    Schedule const& schedule = arguments.schedule;
-    Ring<kNumTiles> slot;
-    for (int32_t round = 0;; ++round, slot.advance()) {
-      ClusterBarrier::wait(&shared.tile_empty[slot.stage], slot.phase ^ 1);
-      TilePlace const place = place_of(schedule, next_index(schedule, round));
-      write_tile<kBlockKV, kNumConsumers>(shared.tiles[slot.stage], schedule, arguments.problem, arguments.window,
-                                          place);
-      ClusterBarrier::arrive(&shared.tile_full[slot.stage]);
-      if (place.head < 0) return;
-    }
-  }
-
-  __device__ static void load_tiles(ForwardArguments const& arguments, SharedStorage& shared) {
-    Schedule const& schedule = arguments.schedule;
-    int32_t const group = static_cast<int32_t>(arguments.problem.heads_q / arguments.problem.heads_kv);
-    Ring<kNumStages> ring;
-    Ring<kNumQStages> q_ring;
-    Ring<kNumTiles> slot;
-    for (;; q_ring.advance(), slot.advance()) {
-      ClusterBarrier::wait(&shared.tile_full[slot.stage], slot.phase);
-      Tile const& tile = shared.tiles[slot.stage];
-      int32_t const batch = schedule.num_items != nullptr ? 0 : tile.batch;
-      int32_t const head_kv = tile.head / group;
-      int32_t block = tile.head < 0 ? 0 : tile.block_end - 1;
-      int32_t const block_begin = tile.head < 0 ? 1 : tile.block_begin;
-      auto load_k = [&] {
-        ClusterBarrier::wait(&shared.k_empty[ring.stage], ring.phase ^ 1);
-        ClusterTransactionBarrier::arrive_and_expect_tx(&shared.k_full[ring.stage], kBytesK);
-        load_kv(arguments.k, shared.k_full[ring.stage], shared.k[ring.stage], kHeadDimQK,
-                tile.sequence.offset_kv + block * kBlockKV, head_kv, batch);
-      };
-      // K first: there may be room for it before there is for Q.
-      if (block >= block_begin) load_k();
-      ClusterBarrier::wait(&shared.q_empty[q_ring.stage], q_ring.phase ^ 1);
-      if (block < block_begin) {
-        ClusterBarrier::arrive(&shared.q_full[q_ring.stage]);
-        if (tile.head < 0) return;
-        ClusterBarrier::arrive(&shared.tile_empty[slot.stage]);
-        continue;
-      }
-      ClusterTransactionBarrier::arrive_and_expect_tx(
-          &shared.q_full[q_ring.stage], sizeof(Element) * kHeadDimQK * schedule.rows_per_block * schedule.heads_packed);
-      for (int column = 0; column < kHeadDimQK; column += kSwizzleColumns) {
-        cute::SM90_TMA_LOAD_5D::copy(&arguments.q, &shared.q_full[q_ring.stage],
-                                     static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVICT_FIRST),
-                                     shared.q[q_ring.stage] + column * kBlockQ, column, 0,
-                                     tile.sequence.offset_q + tile.q_begin, tile.head / schedule.heads_packed, batch);
-      }
-      for (bool is_first = true; block >= block_begin; --block, is_first = false) {
-        if (!is_first) load_k();
-        ClusterBarrier::wait(&shared.v_empty[ring.stage], ring.phase ^ 1);
-        ClusterTransactionBarrier::arrive_and_expect_tx(&shared.v_full[ring.stage], kBytesV);
-        load_kv(arguments.v, shared.v_full[ring.stage], shared.v[ring.stage], kHeadDimV,
-                tile.sequence.offset_kv + block * kBlockKV, head_kv, batch);
-        ring.advance();
-      }
-      ClusterBarrier::arrive(&shared.tile_empty[slot.stage]);
-    }
-  }
-
-  // ---- consumers
-  // -----------------------------------------------------------------------------------------------------
-
-  // A row of the tile as (query, head): packed, `heads_packed` rows share a query.
-  struct Row {
-    int32_t query, head;
-    bool is_valid;
-  };
-  __device__ static Row row_at(Schedule const& schedule, Tile const& tile, int32_t row) {
-    int32_t const packed = schedule.heads_packed;
-    int32_t const query = packed == 1 ? row : row / packed;
-    return {
-        tile.q_begin + query, tile.head + row - query * packed,
-        query < schedule.rows_per_block && tile.q_begin + query >= 0 && tile.q_begin + query < tile.sequence.seqlen_q};
-  }
-
-  __device__ static Element* out_row(ForwardArguments const& arguments, Tile const& tile, Row const& row) {
-    TensorView const& out = arguments.out;
-    return static_cast<Element*>(out.data) + tile.batch * out.stride_batch + row.head * out.stride_heads +
-           (tile.sequence.offset_q + int64_t{row.query}) * out.stride_seqlen;
-  }
-
-  __device__ static float* lse_row(ForwardArguments const& arguments, Tile const& tile, Row const& row) {
+  __device__ static float* lse_row(ForwardArguments const& arguments, Tile const& tile, QueryRow const& row) {
     RowView const& lse = arguments.lse;
     return lse.data + tile.batch * lse.stride_batch + row.head * lse.stride_heads + tile.sequence.offset_q + row.query;
   }
@@ -218,7 +115,7 @@ struct Forward {
         problem.sinks != nullptr && !(arguments.schedule.num_items != nullptr && tile.batch == problem.batch);
     int32_t const vectors = static_cast<int32_t>(problem.head_dim_v) / 8;  // of 16 bytes
     for (int32_t i = threadIdx.x % 128; i < 64 * vectors; i += 128) {
-      Row const row = row_at(arguments.schedule, tile, warpgroup * 64 + i / vectors);
+      QueryRow const row = query_row(arguments.schedule, tile, warpgroup * 64 + i / vectors);
       if (!row.is_valid) continue;
       *reinterpret_cast<uint4*>(out_row(arguments, tile, row) + i % vectors * 8) = uint4{0, 0, 0, 0};
       if (i % vectors == 0) *lse_row(arguments, tile, row) = has_sink ? problem.sinks[row.head] : -INFINITY;
@@ -233,7 +130,7 @@ struct Forward {
     Problem const& problem = arguments.problem;
     CUTE_UNROLL
     for (int r = 0; r < 2; ++r) {
-      Row const row = row_at(arguments.schedule, tile, first_row + 8 * r);
+      QueryRow const row = query_row(arguments.schedule, tile, first_row + 8 * r);
       float lse;
       float const factor =
           softmax.finish(r, problem.sinks == nullptr || !row.is_valid ? nullptr : problem.sinks + row.head, lse);
@@ -270,7 +167,7 @@ struct Forward {
 
     Ring<kNumStages> ring;
     Ring<kNumQStages> q_ring;
-    Ring<kNumTiles> slot;
+    Ring<kNumQueryTiles> slot;
 
     auto issue_s = [&] {
       warpgroup_fence_operand(rS);
@@ -400,8 +297,8 @@ struct Forward {
         if (has_transform) transform_scores<kScores>(rS, problem.scale, problem.softcap);
         if (block < visible.unmasked_begin || block >= visible.unmasked_end) {
           int32_t const shift = tile.sequence.seqlen_kv - tile.sequence.seqlen_q;
-          int32_t const position[2] = {row_at(schedule, tile, first_row).query + shift,
-                                       row_at(schedule, tile, first_row + 8).query + shift};
+          int32_t const position[2] = {query_row(schedule, tile, first_row).query + shift,
+                                       query_row(schedule, tile, first_row + 8).query + shift};
           mask_scores<kMask, kScores>(rS, arguments.window, tile.sequence.seqlen_kv, block * kBlockKV, position);
         }
         return softmax.update(rS, correction);
@@ -472,29 +369,14 @@ struct Forward {
     int const warpgroup = cutlass::canonical_warp_group_idx();
     if (threadIdx.x == 0) {
       if (cute::cast_smem_ptr_to_uint(&shared) % 1024 != 0) __trap();
-      for (int stage = 0; stage < kNumQStages; ++stage) {
-        ClusterBarrier::init(&shared.q_full[stage], 1);
-        ClusterBarrier::init(&shared.q_empty[stage], kNumConsumers);
-      }
-      for (int slot = 0; slot < kNumTiles; ++slot) {
-        ClusterBarrier::init(&shared.tile_full[slot], 1);
-        ClusterBarrier::init(&shared.tile_empty[slot],
-                             1 + 4 * kNumConsumers);  // the loading thread and each consumer warp
-      }
-      for (int stage = 0; stage < kNumStages; ++stage) {
-        ClusterBarrier::init(&shared.k_full[stage], 1);
-        ClusterBarrier::init(&shared.v_full[stage], 1);
-        ClusterBarrier::init(&shared.k_empty[stage], kNumConsumers);
-        ClusterBarrier::init(&shared.v_empty[stage], kNumConsumers);
-      }
-      cutlass::arch::fence_barrier_init();
+      init_query_barriers<Forward>(shared);
     }
     __syncthreads();
     cutlass::arch::wait_on_dependent_grids();  // schedule_kernel's list
     if (warpgroup == 0) {
       cutlass::arch::warpgroup_reg_dealloc<Tiles::kProducerRegisters>();
-      if (threadIdx.x == 0) load_tiles(arguments, shared);
-      if (threadIdx.x == 32) announce_tiles(arguments, shared);
+      if (threadIdx.x == 0) load_query_tiles<Forward>(arguments, shared);
+      if (threadIdx.x == 32) announce_query_tiles<Forward>(arguments, shared);
     } else {
       cutlass::arch::warpgroup_reg_alloc<Tiles::kConsumerRegisters>();
       consume(arguments, shared, warpgroup - 1);

@@ -5,6 +5,7 @@
 #include <algorithm>
 
 #include "sm90/backward.cuh"
+#include "sm90/backward_queries.cuh"
 #include "sm90/backward_rows.cuh"
 #include "sm90/device.h"
 #include "sm90/launch.h"
@@ -21,12 +22,13 @@ struct BackwardPlan {
   int64_t heads_q;     // that they serve
   int64_t blocks;      // of query rows of one head
   int64_t num_splits;  // tiles that share a group's query heads
-  int64_t schedule, lse, delta, dq, turns, dsink_parts, parts, bytes;
+  int64_t schedule, query_schedule, lse, delta, dq, turns, dsink_parts, parts, bytes;
 };
 
 template <int kHeadDimQK, int kHeadDimV>
 BackwardPlan plan_backward(BackwardParams const& params, int num_sms) {
   using Tiles = BackwardTiles<kHeadDimQK, kHeadDimV>;
+  constexpr bool kSumsDQ = !Tiles::kSplitsColumns;
   Problem const& problem = params.problem;
   bool const is_packed = problem.cu_seqlens_q != nullptr;
   auto ceil_div = [](int64_t a, int64_t b) { return (a + b - 1) / b; };
@@ -35,7 +37,9 @@ BackwardPlan plan_backward(BackwardParams const& params, int num_sms) {
                           : ceil_div(problem.seqlen_q, Tiles::kBlockQ) * problem.batch;
   int64_t const group = problem.heads_q / problem.heads_kv;
   int64_t const bytes_kv_head = plan.blocks * group * Tiles::kBlockQ * kHeadDimQK * 4;
-  plan.heads_kv = std::clamp<int64_t>(kLargestSums / std::max<int64_t>(1, bytes_kv_head), 1, problem.heads_kv);
+  plan.heads_kv = problem.heads_kv;
+  if (kSumsDQ)
+    plan.heads_kv = std::clamp<int64_t>(kLargestSums / std::max<int64_t>(1, bytes_kv_head), 1, plan.heads_kv);
   while (problem.heads_kv % plan.heads_kv != 0) --plan.heads_kv;
   plan.heads_q = plan.heads_kv * group;
   // Where there are too few tiles for the GPU, a group's heads are shared out. (Boundaries are on the device: packed
@@ -52,10 +56,13 @@ BackwardPlan plan_backward(BackwardParams const& params, int num_sms) {
   };
   int64_t const rows = plan.blocks * Tiles::kBlockQ * plan.heads_q;
   plan.schedule = take(backward_schedule_bytes(problem, Tiles::kBlockKV));
+  if constexpr (!kSumsDQ) {
+    plan.query_schedule = take(forward_schedule_bytes(problem, BackwardQueryTiles<kHeadDimQK>::kBlockQ));
+  }
   plan.lse = take(rows * 4);
   plan.delta = take(rows * 4);
-  plan.dq = take(params.dq.data != nullptr ? rows * kHeadDimQK * 4 : 0);
-  plan.turns = take(problem.deterministic ? plan.blocks * plan.heads_q * 4 : 0);
+  plan.dq = take(kSumsDQ && params.dq.data != nullptr ? rows * kHeadDimQK * 4 : 0);
+  plan.turns = take(kSumsDQ && problem.deterministic ? plan.blocks * plan.heads_q * 4 : 0);
   plan.dsink_parts = take(params.dsinks != nullptr ? plan.blocks * plan.heads_q * 4 : 0);
   plan.parts = take(plan.num_splits > 1 ? tiles * plan.num_splits * Tiles::kBlockKV * (kHeadDimQK + kHeadDimV) * 4 : 0);
   return plan;
@@ -80,10 +87,40 @@ inline BackwardParams heads_of(BackwardParams params, BackwardPlan const& plan, 
   return params;
 }
 
+// dQ of the head dims whose dK and dV kernel has no part of it.
+template <int kHeadDim, class Element>
+const char* launch_queries(BackwardParams const& params, BackwardRows const& rows, int num_sms, int device,
+                           void* workspace, cudaStream_t stream) {
+  using Kernel = BackwardQueries<kHeadDim, Element>;
+  Problem const& problem = params.problem;
+  BackwardQueriesArguments arguments{};
+  int num_blocks = 0;
+  const char* error =
+      make_forward_schedule(problem, Kernel::kBlockQ, num_sms, workspace, stream, arguments.schedule, num_blocks);
+  QueryMaps const maps{problem, arguments.schedule, Kernel::kSwizzleColumns, Kernel::kBlockKV};
+  if (error == nullptr) error = maps.make_queries(arguments.q, params.q, problem.head_dim_qk);
+  if (error == nullptr) error = maps.make_queries(arguments.dout, params.dout, problem.head_dim_v);
+  if (error == nullptr) error = maps.make_keys(arguments.k, params.k, problem.head_dim_qk);
+  if (error == nullptr) error = maps.make_keys(arguments.v, params.v, problem.head_dim_v);
+  if (error != nullptr) return error;
+  arguments.dq = params.dq;
+  arguments.rows = rows;
+  arguments.block_rows = BackwardTiles<kHeadDim, kHeadDim>::kBlockQ;
+  arguments.problem = problem;
+  arguments.window = window_of(problem);
+  constexpr auto* kernel = backward_queries_kernel<kHeadDim, Element>;
+  if (cudaError_t const status = allow_shared_memory<kernel>(Kernel::kSharedBytes, device); status != cudaSuccess) {
+    return cudaGetErrorString(status);
+  }
+  return launch_kernel<BackwardQueriesArguments>(kernel, dim3(static_cast<unsigned>(num_blocks)), 384,
+                                                 Kernel::kSharedBytes, stream, false, arguments);
+}
+
 template <int kHeadDimQK, int kHeadDimV, class Element>
 const char* launch_heads(BackwardParams const& params, BackwardPlan const& plan, int num_sms, int device,
                          unsigned char* workspace, cudaStream_t stream) {
   using Tiles = BackwardTiles<kHeadDimQK, kHeadDimV>;
+  constexpr bool kSumsDQ = !Tiles::kSplitsColumns;
   Problem const& problem = params.problem;
   bool const is_packed = problem.cu_seqlens_q != nullptr;
   int64_t const batch = is_packed ? 1 : problem.batch;
@@ -95,8 +132,8 @@ const char* launch_heads(BackwardParams const& params, BackwardPlan const& plan,
   arguments.dk = params.dk;
   arguments.dv = params.dv;
   arguments.rows = {plan.blocks * Tiles::kBlockQ, at(plan.lse), at(plan.delta),
-                    params.dq.data != nullptr ? at(plan.dq) : nullptr,
-                    problem.deterministic ? reinterpret_cast<int32_t*>(at(plan.turns)) : nullptr};
+                    kSumsDQ && params.dq.data != nullptr ? at(plan.dq) : nullptr,
+                    kSumsDQ && problem.deterministic ? reinterpret_cast<int32_t*>(at(plan.turns)) : nullptr};
   arguments.problem = problem;
   arguments.window = window_of(problem);
   arguments.num_splits = static_cast<int32_t>(plan.num_splits);
@@ -148,8 +185,13 @@ const char* launch_heads(BackwardParams const& params, BackwardPlan const& plan,
     if (error != nullptr) return error;
   }
   if (params.dq.data != nullptr && rows_q > 0) {
-    error = launch_kernel<FinishArguments>(finish_kernel<Tiles::kBlockQ, kHeadDimQK, Element>, row_grid, kRowThreads, 0,
-                                           stream, true, {params.dq, arguments.rows, problem});
+    if constexpr (kSumsDQ) {
+      error = launch_kernel<FinishArguments>(finish_kernel<Tiles::kBlockQ, kHeadDimQK, Element>, row_grid, kRowThreads,
+                                             0, stream, true, {params.dq, arguments.rows, problem});
+    } else {
+      error = launch_queries<kHeadDimQK, Element>(params, arguments.rows, num_sms, device,
+                                                  workspace + plan.query_schedule, stream);
+    }
     if (error != nullptr) return error;
   }
   if (plan.num_splits > 1 && rows_kv > 0) {

@@ -14,9 +14,6 @@ const char* launch(ForwardParams const& params, void* workspace, cudaStream_t st
   using Kernel = Forward<kHeadDimQK, kHeadDimV, kMask, Element>;
   Problem const& problem = params.problem;
   bool const is_packed = problem.cu_seqlens_q != nullptr;
-  int64_t const batch = is_packed ? 1 : problem.batch;
-  int64_t const rows_q = is_packed ? problem.total_q : problem.seqlen_q;
-  int64_t const rows_kv = is_packed ? problem.total_kv : problem.seqlen_kv;
   int device = 0;
   cudaGetDevice(&device);
 
@@ -26,24 +23,10 @@ const char* launch(ForwardParams const& params, void* workspace, cudaStream_t st
                                                 arguments.schedule, num_blocks)) {
     return error;
   }
-  int64_t const packed = arguments.schedule.heads_packed;
-  int const columns = Kernel::kSwizzleColumns;
-  const char* error = make_tensor_map(arguments.q, params.q.data, problem.dtype,
-                                      {{problem.head_dim_qk, 1, columns},
-                                       {packed, params.q.stride_heads, static_cast<int>(packed)},
-                                       {rows_q, params.q.stride_seqlen, arguments.schedule.rows_per_block},
-                                       {problem.heads_q / packed, params.q.stride_heads * packed, 1},
-                                       {batch, params.q.stride_batch, 1}});
-  auto make_kv = [&](CUtensorMap& map, TensorView const& view, int64_t head_dim) {
-    return make_tensor_map(map, view.data, problem.dtype,
-                           {{head_dim, 1, columns},
-                            {rows_kv, view.stride_seqlen, Kernel::kBlockKV},
-                            {problem.heads_kv, view.stride_heads, 1},
-                            {batch, view.stride_batch, 1}});
-  };
-  // Without keys nothing is loaded.
-  if (error == nullptr && rows_kv > 0) error = make_kv(arguments.k, params.k, problem.head_dim_qk);
-  if (error == nullptr && rows_kv > 0) error = make_kv(arguments.v, params.v, problem.head_dim_v);
+  QueryMaps const maps{problem, arguments.schedule, Kernel::kSwizzleColumns, Kernel::kBlockKV};
+  const char* error = maps.make_queries(arguments.q, params.q, problem.head_dim_qk);
+  if (error == nullptr) error = maps.make_keys(arguments.k, params.k, problem.head_dim_qk);
+  if (error == nullptr) error = maps.make_keys(arguments.v, params.v, problem.head_dim_v);
   if (error != nullptr) return error;
   arguments.out = params.out;
   arguments.lse = params.lse;

@@ -22,6 +22,10 @@ int64_t pairs_per_section(int64_t pairs, int64_t pairs_per_kv_head, int num_sms)
 // Q, dO and sums of dQ of the pairs that the backward walks together, where nothing speaks against it. Measured.
 constexpr int64_t kBackwardSectionBytes = int64_t{24} << 20;
 
+// Packed: what the documents walked together, of the heads walked together, read again and again. Measured: larger, and
+// short documents of many heads share nothing in L2.
+constexpr int64_t kChunkBytes = int64_t{16} << 20;
+
 constexpr int kScheduleThreads = 1024;
 
 // Counting sort of the items: by chunk of the other side's rows that fits in L2, then by how many of them are visible,
@@ -202,10 +206,11 @@ const char* make_forward_schedule(Problem const& problem, int block_q, int num_s
   bool const is_equal = !is_packed && problem.window_left < 0 && problem.window_right < 0;
   int64_t const pairs_per_kv_head = schedule.num_heads / problem.heads_kv;
   int64_t const pairs = is_packed ? schedule.num_heads : schedule.num_heads * problem.batch;
-  int64_t const rows_per_chunk = std::max((int64_t{32} << 20) / bytes_row, rows_kv / 16 + 1);
-  return finish_schedule(problem, is_packed ? problem.total_q : problem.seqlen_q,
-                         is_equal ? pairs_per_kv_head : pairs_per_section(pairs, pairs_per_kv_head, num_sms),
-                         rows_per_chunk, num_sms, workspace, stream, schedule, num_blocks);
+  int64_t const section = is_equal ? pairs_per_kv_head : pairs_per_section(pairs, pairs_per_kv_head, num_sms);
+  int64_t const heads_kv = ceil_div(section, pairs_per_kv_head);  // walked together
+  return finish_schedule(problem, is_packed ? problem.total_q : problem.seqlen_q, section,
+                         std::max(kChunkBytes / (bytes_row * heads_kv), rows_kv / 16 + 1), num_sms, workspace, stream,
+                         schedule, num_blocks);
 }
 
 const char* make_backward_schedule(Problem const& problem, int block_kv, int num_splits, int num_sms, void* workspace,
@@ -231,10 +236,10 @@ const char* make_backward_schedule(Problem const& problem, int block_kv, int num
     // it.
     wanted = std::clamp(ceil_div(4 * num_sms * block_kv, rows_kv), wanted, std::max(wanted, most));
   }
-  return finish_schedule(problem, is_packed ? problem.total_kv : problem.seqlen_kv,
-                         pairs == 0 ? 0 : ceil_div(pairs, ceil_div(pairs, wanted)),
-                         std::max(kBackwardSectionBytes / bytes_row, rows_q / 16 + 1), num_sms, workspace, stream,
-                         schedule, num_blocks);
+  int64_t const section = pairs == 0 ? 0 : ceil_div(pairs, ceil_div(pairs, wanted));
+  return finish_schedule(problem, is_packed ? problem.total_kv : problem.seqlen_kv, section,
+                         std::max(kChunkBytes / (bytes_row * std::max<int64_t>(1, section)), rows_q / 16 + 1), num_sms,
+                         workspace, stream, schedule, num_blocks);
 }
 
 }  // namespace flashmla::sm90

@@ -7,6 +7,7 @@
 #include <initializer_list>
 
 #include "params.h"
+#include "sm90/schedule.h"
 
 namespace flashmla::sm90 {
 
@@ -52,5 +53,35 @@ inline const char* make_tensor_map(CUtensorMap& map, void* data, DType dtype,
                           swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   return result == CUDA_SUCCESS ? nullptr : "the CUDA driver refused a TMA descriptor for these shapes and strides";
 }
+
+// Descriptors of the kernels that walk tiles of queries (query_tile.cuh), once their schedule is made.
+struct QueryMaps {
+  Problem const& problem;
+  Schedule const& schedule;
+  int columns, block_kv;
+
+  int64_t batch() const { return problem.cu_seqlens_q != nullptr ? 1 : problem.batch; }
+
+  const char* make_queries(CUtensorMap& map, TensorView const& view, int64_t head_dim) const {
+    int64_t const packed = schedule.heads_packed;
+    int64_t const rows = problem.cu_seqlens_q != nullptr ? problem.total_q : problem.seqlen_q;
+    return make_tensor_map(map, view.data, problem.dtype,
+                           {{head_dim, 1, columns},
+                            {packed, view.stride_heads, static_cast<int>(packed)},
+                            {rows, view.stride_seqlen, schedule.rows_per_block},
+                            {problem.heads_q / packed, view.stride_heads * packed, 1},
+                            {batch(), view.stride_batch, 1}});
+  }
+
+  const char* make_keys(CUtensorMap& map, TensorView const& view, int64_t head_dim) const {
+    int64_t const rows = problem.cu_seqlens_q != nullptr ? problem.total_kv : problem.seqlen_kv;
+    if (rows == 0) return nullptr;  // nothing is loaded
+    return make_tensor_map(map, view.data, problem.dtype,
+                           {{head_dim, 1, columns},
+                            {rows, view.stride_seqlen, block_kv},
+                            {problem.heads_kv, view.stride_heads, 1},
+                            {batch(), view.stride_batch, 1}});
+  }
+};
 
 }  // namespace flashmla::sm90

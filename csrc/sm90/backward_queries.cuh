@@ -1,0 +1,281 @@
+// Hopper backward attention, head dims above 192/128: dQ.
+//
+//   S = Q K^T      P = exp(scale S - lse)      dP = dO V^T      dS = P o (dP - delta)      dQ = scale dS K
+//
+// Where dK and dV leave room for tiles of 64 keys only (backward_wide.cuh), summing their parts of dQ in memory takes
+// longer than the products do. dQ has a kernel of its own there, which multiplies S and dP again: seven products in all
+// instead of five, but dQ is a sum in registers. It needs no workspace, and is the same bits every time.
+//
+// Schedule. Tiles, producer and the order of work are the forward's (query_tile.cuh): a block of 128 queries stays in
+// shared memory with its dO, K and V stream by, and each of the two consumer warpgroups has 64 of them:
+//
+//   issue dQ(n) += dS(n) K(n), S(n-1), dP(n-1)   wait S   P   wait dP   dS(n-1) -> registers
+//
+// One multiplies while the other exponentiates, as it comes: taking turns would leave less of a step for the next K to
+// arrive in the place of the last, and there is no room for a third.
+//
+// Source: FlashAttention-2 (arXiv 2307.08691), algorithm 2, split by output.
+#pragma once
+
+#include <cuda.h>
+#include <cutlass/arch/barrier.h>
+#include <cutlass/arch/grid_dependency_control.h>
+#include <cutlass/arch/reg_reconfig.h>
+
+#include <cute/tensor.hpp>
+
+#include "params.h"
+#include "sm90/backward_tile.cuh"
+#include "sm90/fragment.cuh"
+#include "sm90/query_tile.cuh"
+#include "sm90/softmax.cuh"
+#include "sm90/tiles.h"
+
+namespace flashmla::sm90 {
+
+struct BackwardQueriesArguments {
+  CUtensorMap q, dout;  // dims (head_dim, heads_packed, seqlen or total, heads / heads_packed, batch)
+  CUtensorMap k, v;     // dims (head_dim, seqlen or total, heads, batch)
+  TensorView dq;
+  BackwardRows rows;
+  int32_t block_rows;  // of the workspace
+  Problem problem;
+  Window window;
+  Schedule schedule;
+};
+
+template <int kHeadDim, class Element>
+struct BackwardQueries {
+  using Tiles = BackwardQueryTiles<kHeadDim>;
+  static constexpr int kBlockQ = Tiles::kBlockQ;
+  static constexpr int kBlockKV = Tiles::kBlockKV;
+  static constexpr int kNumStages = Tiles::kNumStages;
+  static constexpr int kNumQStages = 1;
+  static constexpr int kNumConsumers = 2;
+  static constexpr int kSwizzleColumns = 64;
+  static constexpr int kColumnsQK = kHeadDim, kColumnsV = kHeadDim;  // for query_tile.cuh
+  static constexpr bool kHasDOut = true;
+  static_assert(kBlockQ == 64 * kNumConsumers);
+
+  static constexpr int kScores = kBlockKV / 2;  // per thread
+
+  using Warpgroups = cute::Layout<cute::Shape<cute::_2, cute::_1, cute::_1>>;
+  template <int kN, int kK>
+  using BlockShape = cute::Shape<cute::Int<kBlockQ>, cute::Int<kN>, cute::Int<kK>>;
+  using MmaS = decltype(cute::make_tiled_mma(
+      cute::GMMA::ss_op_selector<Element, Element, float, BlockShape<kBlockKV, kHeadDim>>(), Warpgroups{}));
+  using MmaDQ =
+      decltype(cute::make_tiled_mma(cute::GMMA::rs_op_selector<Element, Element, float, BlockShape<kHeadDim, kBlockKV>,
+                                                               cute::GMMA::Major::K, cute::GMMA::Major::MN>(),
+                                    Warpgroups{}));
+  using Layouts = SharedLayouts<Element, kSwizzleColumns>;
+  using LayoutQ = typename Layouts::template Rows<kBlockQ, kHeadDim, kNumQStages>;
+  using LayoutK = typename Layouts::template Rows<kBlockKV, kHeadDim, kNumStages>;
+  using LayoutKt = typename Layouts::template Columns<kBlockKV, kHeadDim, kNumStages>;
+
+  struct SharedStorage {
+    alignas(1024) Element q[kNumQStages][kBlockQ * kHeadDim];
+    alignas(1024) Element dout[kNumQStages][kBlockQ * kHeadDim];
+    alignas(1024) Element k[kNumStages][kBlockKV * kHeadDim];
+    alignas(1024) Element v[kNumStages][kBlockKV * kHeadDim];
+    uint64_t q_full[kNumQStages], q_empty[kNumQStages];
+    uint64_t k_full[kNumStages], k_empty[kNumStages], v_full[kNumStages], v_empty[kNumStages];
+    uint64_t tile_full[kNumQueryTiles], tile_empty[kNumQueryTiles];
+    Tile tiles[kNumQueryTiles];
+  };
+  static constexpr int kSharedBytes = sizeof(SharedStorage);
+  static_assert(kSharedBytes <= 227 * 1024);
+
+  static constexpr int kOwnBarrier = 1;  // named, one for each warpgroup's own threads; 0 is __syncthreads
+
+  // dQ = factor * the fragment, or zeros.
+  template <class Fragment>
+  __device__ static void write(BackwardQueriesArguments const& arguments, Tile const& tile, Fragment const& fragment,
+                               float factor, int32_t first_row) {
+    CUTE_UNROLL
+    for (int r = 0; r < 2; ++r) {
+      QueryRow const row = query_row(arguments.schedule, tile, first_row + 8 * r);
+      Element* const out = row.is_valid ? row_of<Element>(arguments.dq, tile, row) : nullptr;
+      store_row<Element, kHeadDim>(out, fragment, r, factor, 0, arguments.problem.head_dim_qk, threadIdx.x % 4);
+    }
+  }
+
+  __device__ static void consume(BackwardQueriesArguments const& arguments, SharedStorage& shared, int warpgroup) {
+    using namespace cute;
+    int const thread = threadIdx.x - 128;  // among consumers
+    int const first_row = warpgroup * 64 + (threadIdx.x % 128) / 32 * 16 + threadIdx.x % 32 / 4;
+    Problem const& problem = arguments.problem;
+    Schedule const& schedule = arguments.schedule;
+
+    MmaS mma_s;
+    MmaDQ mma_dq;
+    auto tensor = [](Element* data, auto layout) { return make_tensor(make_smem_ptr(data), layout); };
+    auto thread_s = mma_s.get_slice(thread);
+    auto thread_dq = mma_dq.get_slice(thread);
+    Tensor fQ = thread_s.partition_fragment_A(tensor(shared.q[0], LayoutQ{}));
+    Tensor fDO = thread_s.partition_fragment_A(tensor(shared.dout[0], LayoutQ{}));
+    Tensor fK = thread_s.partition_fragment_B(tensor(shared.k[0], LayoutK{}));
+    Tensor fV = thread_s.partition_fragment_B(tensor(shared.v[0], LayoutK{}));
+    Tensor fKt = thread_dq.partition_fragment_B(tensor(shared.k[0], LayoutKt{}));
+    Tensor rS = partition_fragment_C(mma_s, Shape<Int<kBlockQ>, Int<kBlockKV>>{});
+    Tensor rDP = partition_fragment_C(mma_s, Shape<Int<kBlockQ>, Int<kBlockKV>>{});
+    Tensor rDQ = partition_fragment_C(mma_dq, Shape<Int<kBlockQ>, Int<kHeadDim>>{});
+    Tensor rDS = make_tensor<Element>(partition_shape_A(mma_dq, Shape<Int<kBlockQ>, Int<kBlockKV>>{}));
+    static_assert(decltype(size(rS))::value == kScores && decltype(size(rDS))::value == kScores);
+
+    float const scale_log2 = problem.scale * kLog2e;
+    // Hidden scores are -inf: by a scale that is not positive they must be multiplied before.
+    bool const has_transform = problem.softcap > 0.0f || problem.scale <= 0.0f;
+    Ring<kNumStages> ring;
+    Ring<kNumQStages> q_ring;
+    Ring<kNumQueryTiles> slot;
+
+    // A product is complete for the whole warpgroup at once, so one thread speaks for it.
+    auto release = [&](uint64_t& barrier) {
+      if (threadIdx.x % 128 == 0) ClusterBarrier::arrive(&barrier);
+    };
+    // Without a product to wait for, the warps of a warpgroup must not run apart by more than the ring is deep.
+    auto sync_warpgroup = [&] { NamedBarrier::sync(128, kOwnBarrier + warpgroup); };
+    auto skip_block = [&] {
+      ClusterBarrier::wait(&shared.k_full[ring.stage], ring.phase);
+      ClusterBarrier::wait(&shared.v_full[ring.stage], ring.phase);
+      sync_warpgroup();
+      release(shared.k_empty[ring.stage]);
+      release(shared.v_empty[ring.stage]);
+      ring.advance();
+    };
+    auto issue_s = [&] {
+      ClusterBarrier::wait(&shared.k_full[ring.stage], ring.phase);
+      multiply(mma_s, fQ(_, _, _, 0), fK(_, _, _, ring.stage), rS, false);
+    };
+    auto issue_dp = [&] {
+      ClusterBarrier::wait(&shared.v_full[ring.stage], ring.phase);
+      multiply(mma_s, fDO(_, _, _, 0), fV(_, _, _, ring.stage), rDP, false);
+    };
+    auto issue_dq = [&](int stage, bool is_sum) {
+      warpgroup_fence_operand(rDS);
+      multiply(mma_dq, rDS, fKt(_, _, _, stage), rDQ, is_sum);
+    };
+
+    for (;; slot.advance(), q_ring.advance()) {
+      ClusterBarrier::wait(&shared.q_full[q_ring.stage], q_ring.phase);
+      Tile const& tile = shared.tiles[slot.stage];
+      if (tile.head < 0) break;
+      VisibleBlocks const& visible = tile.visible[warpgroup];
+      bool const is_seeing = visible.begin < visible.end;
+      int32_t block = tile.block_end - 1;
+      for (int32_t const last = is_seeing ? visible.end : tile.block_begin; block >= last; --block) skip_block();
+      if (!is_seeing) {
+        clear(rDQ);
+        sync_warpgroup();
+        release(shared.q_empty[q_ring.stage]);
+        write(arguments, tile, rDQ, 0.0f, first_row);
+        __syncwarp();
+        if (threadIdx.x % 32 == 0) ClusterBarrier::arrive(&shared.tile_empty[slot.stage]);
+        continue;
+      }
+
+      float lse_log2[2], delta[2];
+      int32_t position[2];
+      int32_t const first_workspace =
+          first_workspace_row(problem, tile.batch, tile.sequence.offset_q, arguments.block_rows);
+      CUTE_UNROLL
+      for (int r = 0; r < 2; ++r) {
+        QueryRow const row = query_row(schedule, tile, first_row + 8 * r);
+        int64_t const index = row.head * arguments.rows.per_head + first_workspace + row.query;
+        lse_log2[r] = row.is_valid ? arguments.rows.lse_log2[index] : INFINITY;
+        delta[r] = row.is_valid ? arguments.rows.delta[index] : 0.0f;
+        position[r] = row.query + tile.sequence.seqlen_kv - tile.sequence.seqlen_q;
+      }
+
+      // Of the products in `ring`; to be called where S, and nothing issued before it, may still be on its way.
+      auto gradients = [&] {
+        warpgroup_fence_operand(rS);
+        bool const is_masked = block < visible.unmasked_begin || block >= visible.unmasked_end;
+        auto hide = [&] {
+          if (!is_masked) return;
+          mask_scores<MaskKind::kWindow, kScores>(rS, arguments.window, tile.sequence.seqlen_kv, block * kBlockKV,
+                                                  position);
+        };
+        uint32_t* const pairs = reinterpret_cast<uint32_t*>(rDS.data());
+        if (has_transform) {
+          transform_scores<kScores>(rS, problem.scale, problem.softcap);
+          hide();
+          float const slope = problem.softcap > 0.0f ? 1.0f / problem.softcap : 0.0f;
+          CUTE_UNROLL
+          for (int i = 0; i < kScores; ++i) {
+            float const capped = rS(i), p = exp2f(capped * kLog2e - lse_log2[i / 2 % 2]), t = capped * slope;
+            rS(i) = p == 0.0f ? 0.0f : p * (1.0f - t * t);
+          }
+        } else {
+          hide();
+          CUTE_UNROLL
+          for (int i = 0; i < kScores; ++i) rS(i) = exp2f(rS(i) * scale_log2 - lse_log2[i / 2 % 2]);
+        }
+        warpgroup_wait<0>();
+        warpgroup_fence_operand(rDP);
+        release(shared.v_empty[ring.stage]);
+        if (block == visible.begin) release(shared.q_empty[q_ring.stage]);
+        CUTE_UNROLL
+        for (int i = 0; i < kScores / 2; ++i) {
+          pairs[i] =
+              pack<Element>(rS(2 * i) * (rDP(2 * i) - delta[i % 2]), rS(2 * i + 1) * (rDP(2 * i + 1) - delta[i % 2]));
+        }
+      };
+
+      issue_s();
+      issue_dp();
+      warpgroup_wait<1>();
+      gradients();
+      bool is_sum = false;
+      for (--block; block >= visible.begin; --block) {
+        int const stage = ring.stage;
+        ring.advance();
+        issue_dq(stage, is_sum);
+        issue_s();
+        issue_dp();
+        is_sum = true;
+        warpgroup_wait<1>();
+        warpgroup_fence_operand(rDQ);
+        release(shared.k_empty[stage]);
+        gradients();
+      }
+      issue_dq(ring.stage, is_sum);
+      warpgroup_wait<0>();
+      warpgroup_fence_operand(rDQ);
+      release(shared.k_empty[ring.stage]);
+      ring.advance();
+      for (; block >= tile.block_begin; --block) skip_block();
+      write(arguments, tile, rDQ, problem.scale, first_row);
+      __syncwarp();
+      if (threadIdx.x % 32 == 0) ClusterBarrier::arrive(&shared.tile_empty[slot.stage]);
+    }
+  }
+};
+
+template <int kHeadDim, class Element>
+__global__ void __launch_bounds__(384, 1)
+    backward_queries_kernel(__grid_constant__ BackwardQueriesArguments const arguments) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  using Kernel = BackwardQueries<kHeadDim, Element>;
+  // Swizzled tiles need 1,024-byte alignment; the dynamic shared memory of a kernel without any other begins so.
+  extern __shared__ __align__(1024) unsigned char memory[];
+  auto& shared = *reinterpret_cast<typename Kernel::SharedStorage*>(memory);
+  int const warpgroup = cutlass::canonical_warp_group_idx();
+  if (threadIdx.x == 0) {
+    if (cute::cast_smem_ptr_to_uint(&shared) % 1024 != 0) __trap();
+    init_query_barriers<Kernel>(shared);
+  }
+  __syncthreads();
+  if (warpgroup == 0) {
+    cutlass::arch::warpgroup_reg_dealloc<24>();
+    if (threadIdx.x == 0) load_query_tiles<Kernel>(arguments, shared);
+    if (threadIdx.x == 32) announce_query_tiles<Kernel>(arguments, shared);
+  } else {
+    cutlass::arch::warpgroup_reg_alloc<240>();
+    Kernel::consume(arguments, shared, warpgroup - 1);
+  }
+#endif
+}
+
+}  // namespace flashmla::sm90

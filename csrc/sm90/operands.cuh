@@ -1,0 +1,46 @@
+// Operands of the tensor cores in shared memory, the product of two of them, and the names of the barriers that say
+// when they are there.
+#pragma once
+
+#include <cutlass/arch/barrier.h>
+
+#include <cute/tensor.hpp>
+
+namespace flashmla::sm90 {
+
+using cutlass::arch::ClusterBarrier;
+using cutlass::arch::ClusterTransactionBarrier;
+using cutlass::arch::NamedBarrier;
+
+// Tiles in shared memory: chunks of kSwizzleColumns columns, one swizzle row wide, as TMA boxes write them and wgmma
+// reads them. Rows x columns x depth, and the same memory read as columns x rows.
+template <class Element, int kSwizzleColumns>
+struct SharedLayouts {
+  using AtomK = std::conditional_t<kSwizzleColumns == 64, cute::GMMA::Layout_K_SW128_Atom<Element>,
+                                   cute::GMMA::Layout_K_SW64_Atom<Element>>;
+  using AtomMN = std::conditional_t<kSwizzleColumns == 64, cute::GMMA::Layout_MN_SW128_Atom<Element>,
+                                    cute::GMMA::Layout_MN_SW64_Atom<Element>>;
+  template <int kRows, int kColumns, int kDepth>
+  using Rows =
+      decltype(cute::tile_to_shape(AtomK{}, cute::Shape<cute::Int<kRows>, cute::Int<kColumns>, cute::Int<kDepth>>{}));
+  template <int kRows, int kColumns, int kDepth>
+  using Columns =
+      decltype(cute::tile_to_shape(AtomMN{}, cute::Shape<cute::Int<kColumns>, cute::Int<kRows>, cute::Int<kDepth>>{},
+                                   cute::Step<cute::_2, cute::_1, cute::_3>{}));
+};
+
+// Issues c = a b, or c += a b, over all k, as one group.
+template <class Mma, class A, class B, class C>
+__device__ void multiply(Mma& mma, A const& a, B const& b, C& c, bool is_sum) {
+  cute::warpgroup_fence_operand(c);
+  cute::warpgroup_arrive();
+  mma.accumulate_ = is_sum ? cute::GMMA::ScaleOut::One : cute::GMMA::ScaleOut::Zero;
+  CUTE_UNROLL
+  for (int k = 0; k < cute::size<2>(a); ++k) {
+    cute::gemm(mma, a(cute::_, cute::_, k), b(cute::_, cute::_, k), c);
+    mma.accumulate_ = cute::GMMA::ScaleOut::One;
+  }
+  cute::warpgroup_commit_batch();
+}
+
+}  // namespace flashmla::sm90
