@@ -548,6 +548,68 @@ def test_any_other_use_of_promised_logits_raises():
         assert "PromisedLogits" in str(error.value) or "without labels for logits" in str(error.value)
 
 
+def test_what_shows_at_the_first_step_only_is_refused_there():
+    """A tuple instead of hidden states (GPT-OSS), queries that autograd does not let be overwritten (GPT-NeoX)."""
+    for name, patch, part in (
+        ("GPT-OSS", "mlp", "model.layers.0.mlp (GptOssMLP)"),
+        ("GPT-NeoX", "rope", "split projection"),
+    ):
+        model = flashmla_hf.patch(model_of(name), [patch], mlp_tile=7)
+        with pytest.raises(flashmla_hf.patches.PatchError) as error:
+            step(model, batch_of(name))
+        assert part in str(error.value)
+        assert f"without '{patch}'" in str(error.value)
+
+
+OTHERS = (
+    "Qwen2-MoE",
+    "Qwen3-MoE",
+    "Gemma",
+    "Phi",
+    "Granite",
+    "OLMo2",
+    "StarCoder2",
+    "StableLM",
+    "SmolLM3",
+    "Cohere",
+    "GLM4",
+)
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_families_of_the_same_structure_equal_too(name):
+    model, batch = model_of(name), batch_of(name)
+    expected = step(model, batch)
+    names = [n for n in flashmla_hf.PATCHES if n != "attention" and not (n == "rope" and name in ("Cohere", "GLM4"))]
+    assert_equal(step(flashmla_hf.patch(model, names, **SMALL), batch), expected)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_attention_in_chunks_equals_inside_checkpointed_layers(name):
+    model, batch = model_of(name), batch_of(name)
+    expected = step(model, batch)
+    names = [n for n in flashmla_hf.PATCHES if n != "keep_attention"]
+    flashmla_hf.patch(model, names, mlp_tile=7, loss_chunk=9, attention_chunk=7)
+    assert_equal(step(model, batch), expected)
+
+
+def test_float16_is_refused_by_the_loss():
+    model = flashmla_hf.patch(model_of("Llama"), ["loss"])
+    with (
+        torch.autocast("cpu", dtype=torch.float16),
+        pytest.raises(flashmla_hf.patches.PatchError, match="bfloat16 or float32"),
+    ):
+        model(**batch_of("Llama"), use_cache=False)
+
+
+def test_a_patched_model_saves_what_an_unpatched_one_loads(tmp_path):
+    model, batch = model_of("Gemma2"), batch_of("Gemma2")
+    expected = step(model, batch)
+    flashmla_hf.patch(model).save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path, attn_implementation="flashmla").train()
+    assert_equal(step(loaded, batch), expected)
+
+
 def test_router_logits_are_refused_in_tiles():
     model = flashmla_hf.patch(model_of("Mixtral"), ["mlp"])
     with pytest.raises(flashmla_hf.patches.PatchError, match="output_router_logits"):
