@@ -70,6 +70,7 @@ def test_the_wheel_serves_every_python_and_holds_the_library(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     assert "flashmla_hf/libflashmla_cpu.so" in names
     assert "flashmla_hf/_build.json" in names
+    assert "flashmla_hf/patches/__init__.py" in names
     assert not any(name.startswith(("tests/", "csrc/")) for name in names)
     entry_points = next(name for name in names if name.endswith("entry_points.txt"))
     assert "flashmla_hf.autoload:install" in zipfile.ZipFile(wheel).read(entry_points).decode()
@@ -341,12 +342,13 @@ class Package:
 
     def __init__(self, directory):
         self.directory = directory / "package"
-        for name in ("flashmla_hf", "csrc/cpu", "csrc/sm90"):
+        for name in ("flashmla_hf/patches", "csrc/cpu", "csrc/sm90"):
             (self.directory / name).mkdir(parents=True)
         for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "csrc/sm90/check_build.py"):
             shutil.copy(ROOT / name, self.directory / name)
         for name, text in {
             "flashmla_hf/__init__.py": "__version__ = '1.0'\n",
+            "flashmla_hf/patches/__init__.py": "",
             "csrc/params.h": "",
             "csrc/cpu/cpu.h": "",
             "csrc/cpu/cpu.cpp": 'extern "C" int cpu() { return 0; }\n',
