@@ -14,7 +14,19 @@ from pathlib import Path
 import torch
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-PACKAGES = ("torch", "transformers", "accelerate", "peft", "flashmla_hf", "flash-attn-4")
+PACKAGES = ("torch", "transformers", "accelerate", "peft", "flashmla_hf", "flash-attn-4", "liger-kernel")
+# Part of torch.cuda.get_device_name() -> dense 16-bit tensor-core FLOP/s by the vendor's data sheet. The first match counts.
+DATA_SHEET_FLOPS = {
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "H200": 989e12,
+    "H800": 989e12,
+    "GH200": 989e12,
+    "B200": 2250e12,
+    "A100": 312e12,
+    "A800": 312e12,
+}
 
 
 def describe(device: str) -> dict:
@@ -130,6 +142,28 @@ def _version(package: str) -> str | None:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+def peak_flops(device: str, dtype: str) -> tuple[float, str]:
+    """Floating-point operations per second of the device in ``dtype``, and who says so.
+
+    The data sheet's dense rate where the GPU is known; otherwise that of a square matrix product, measured now.
+    """
+    if device == "cuda" and dtype != "float32":
+        name = torch.cuda.get_device_name()
+        for part, rate in DATA_SHEET_FLOPS.items():
+            if part in name:
+                return rate, "data sheet"
+    n = 8192 if device == "cuda" else 1024
+    a = torch.randn(n, n, device=device).to(getattr(torch, dtype))
+    seconds = []
+    for _ in range(4):
+        started = time.perf_counter()
+        a @ a
+        if device == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - started)
+    return 2 * n**3 / min(seconds), f"measured, a matrix product of {n}"
 
 
 def fastest_dtype(device: str) -> str:

@@ -13,7 +13,7 @@ import tempfile
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, MistralConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, MistralConfig, PreTrainedConfig, PreTrainedModel
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 CACHE = REPOSITORY / ".cache"
@@ -140,6 +140,39 @@ def random_folder(texts: list[str]) -> Path:
     return folder
 
 
+def config_of(name: str) -> PreTrainedConfig:
+    """The configuration of the model ``name``, as ``load`` understands it. Raises NoModelError where there is none."""
+    if name in SHAPES:
+        return SHAPES[name]
+    folder = str(smollm2_folder()) if name == "smollm2" else name
+    try:
+        return AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise NoModelError(
+            f"{name!r} is not one of {['smollm2', *SHAPES]} and not a loadable model: {reason}"
+        ) from None
+
+
+def patch_names(wanted: list[str], device: str) -> list[str]:
+    """Names in flashmla_hf.PATCHES: ``wanted`` without "none", and with "all" every one that has an effect on ``device``.
+
+    Raises ValueError for a name that is none.
+    """
+    wanted = [name for name in wanted if name != "none"]
+    if not wanted:
+        return []
+    import flashmla_hf
+
+    known = list(flashmla_hf.PATCHES)
+    if "all" in wanted:
+        # On a CPU there is no other memory to offload to.
+        return [name for name in known if name != "offload" or device != "cpu"]
+    if unknown := [name for name in wanted if name not in known]:
+        raise ValueError(f"unknown patch {unknown[0]!r}: expected all, none, or some of {', '.join(known)}")
+    return wanted
+
+
 def load(name: str, attn_implementation: str, dtype: torch.dtype, device: str) -> PreTrainedModel:
     """The model ``name``: a key of SHAPES (random weights, seed 0), "smollm2" (real), or a folder or hub name.
 
@@ -154,13 +187,7 @@ def load(name: str, attn_implementation: str, dtype: torch.dtype, device: str) -
             return AutoModelForCausalLM.from_config(
                 SHAPES[name], dtype=dtype, attn_implementation=attn_implementation
             ).eval()
+    config_of(name)
     folder = str(smollm2_folder()) if name == "smollm2" else name
-    try:
-        AutoConfig.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise NoModelError(
-            f"{name!r} is not one of {['smollm2', *SHAPES]} and not a loadable model: {reason}"
-        ) from None
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation=attn_implementation)
     return model.to(device).eval()

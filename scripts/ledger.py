@@ -1,0 +1,401 @@
+"""The memory ledger of a training step: how many bytes of what, from a model's shape and the switches of a run.
+
+    python scripts/ledger.py llama-8b --patches none
+    python scripts/ledger.py llama-8b --patches loss mlp checkpointing --memory_gib 80
+    python scripts/ledger.py FOLDER --tokens 32768 --full
+
+Pure arithmetic, no tensor is made. A step passes three moments at which memory can peak, and the ledger says which of
+them is the highest and what it consists of:
+
+    loss        weights + states + what the layers left + logits and their cross-entropy
+    mlp         weights + states + what the layers left + one layer's MLP in backward + what its attention saved
+    attention   weights + states + what the layers left + one layer's attention in backward
+
+"What the layers left" is every layer's activations, or, with checkpointing, every layer's input alone.
+
+Also the arithmetic of speed: the floating-point operations that the model itself needs (recomputation is not counted).
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from dataclasses import dataclass, replace
+
+GIB, KIB = 2**30, 2**10
+FP32 = 4
+MOMENTS = ("loss", "mlp", "attention")
+RESERVE = 0.06  # of the memory: the allocator's split blocks, cuBLAS's workspaces and the context, which are no tensors
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The sizes of a decoder-only model."""
+
+    hidden: int
+    layers: int
+    heads_q: int
+    heads_kv: int
+    head_dim: int
+    intermediate: int
+    vocabulary: int
+    is_tied: bool = False  # one matrix is both embedding and head
+    window: int | None = None  # keys that a query sees, itself included; None: all before it
+
+    @classmethod
+    def of(cls, config) -> Shape:
+        """From a Transformers configuration; raises ValueError, naming the field, where it is not such a model's."""
+        config = config.get_text_config()
+
+        def need(*names: str) -> int:
+            for name in names:
+                if isinstance(value := getattr(config, name, None), int):
+                    return value
+            raise ValueError(f"{type(config).__name__} has no {names[0]}: the ledger knows decoder-only models")
+
+        heads = need("num_attention_heads")
+        window = getattr(config, "sliding_window", None)
+        if getattr(config, "use_sliding_window", True) is False:
+            window = None
+        types = getattr(config, "layer_types", None)
+        if types and len(set(types)) > 1:
+            window = None  # the layers that see everything decide
+        hidden = need("hidden_size")
+        return cls(
+            hidden=hidden,
+            layers=need("num_hidden_layers"),
+            heads_q=heads,
+            heads_kv=getattr(config, "num_key_value_heads", None) or heads,
+            head_dim=getattr(config, "head_dim", None) or hidden // heads,
+            # Not every configuration names it; four times is what those models have.
+            intermediate=getattr(config, "intermediate_size", None) or 4 * hidden,
+            vocabulary=need("vocab_size"),
+            is_tied=bool(getattr(config, "tie_word_embeddings", False)),
+            window=window,
+        )
+
+    @property
+    def linear_parameters(self) -> int:
+        """Of the layers' seven projections."""
+        attention = 2 * self.hidden * self.head_dim * (self.heads_q + self.heads_kv)
+        return self.layers * (attention + 3 * self.hidden * self.intermediate)
+
+    @property
+    def matmul_parameters(self) -> int:
+        """Those that every token is multiplied with: projections and head, not the embedding's look-up."""
+        return self.linear_parameters + self.vocabulary * self.hidden
+
+    @property
+    def parameters(self) -> int:
+        embeddings = self.vocabulary * self.hidden * (1 if self.is_tied else 2)
+        return self.linear_parameters + embeddings + (2 * self.layers + 1) * self.hidden
+
+    def lora_parameters(self, rank: int) -> int:
+        """Of an adapter on the seven projections: rank x (in + out) each."""
+        q, kv, d, f = self.head_dim * self.heads_q, self.head_dim * self.heads_kv, self.hidden, self.intermediate
+        return self.layers * rank * (2 * (d + q) + 2 * (d + kv) + 3 * (d + f))
+
+    def attended_pairs(self, length: int) -> int:
+        """(query, key) pairs of one causal sequence, within the window where there is one."""
+        w = min(self.window or length, length)
+        return w * (w + 1) // 2 + (length - w) * w
+
+    def training_flops(self, lengths: list[int], use_peft: bool) -> int:
+        """Floating-point operations of forward and backward over sequences of ``lengths``, recomputation not counted.
+
+        A matrix product of P parameters takes 2P per token forward, 2P for its input's gradient and, where its weights
+        are trained, 2P for theirs: 6P in all, 4P under LoRA (whose own products are left out). Attention's forward
+        takes 4 · head_dim · heads per pair, its backward 2.5 times as much.
+        """
+        linear = (4 if use_peft else 6) * self.matmul_parameters * sum(lengths)
+        forward = 4 * self.head_dim * self.heads_q * self.layers * sum(map(self.attended_pairs, lengths))
+        return linear + forward * 7 // 2
+
+
+@dataclass(frozen=True)
+class Switches:
+    """What of a run decides its memory."""
+
+    attn_implementation: str = "flashmla"
+    patches: frozenset[str] = frozenset()
+    liger: bool = False
+    gradient_checkpointing: bool = False
+    use_peft: bool = True
+    lora_r: int = 16
+    weight_bytes: int = 2  # per loaded weight
+    adapter_bytes: int = 4  # per adapter weight
+    activation_bytes: int = 2
+    keeps_logits: bool = False  # whether the caller holds on to the model's output until after the backward pass
+    loss_chunk: int = 1024  # tokens whose logits exist at a time under the loss patch; Liger's is of this size, too
+    mlp_tile: int = 8192  # tokens whose intermediate activations exist at a time under the mlp patch
+
+    @property
+    def is_checkpointed(self) -> bool:
+        return self.gradient_checkpointing or "checkpointing" in self.patches
+
+    @property
+    def is_loss_chunked(self) -> bool:
+        return self.liger or "loss" in self.patches
+
+
+@dataclass(frozen=True)
+class Term:
+    """One line of the ledger: ``fixed + per_token · n + per_pair · n²`` bytes."""
+
+    name: str
+    moments: tuple[str, ...]  # at which of MOMENTS it is live
+    per_token: float = 0.0
+    fixed: float = 0.0
+    per_pair: float = 0.0
+    remover: str | None = None  # the switch that removes it, for a message
+    is_on_host: bool = False
+
+    def at(self, tokens: int) -> float:
+        return self.fixed + self.per_token * tokens + self.per_pair * tokens**2
+
+
+@dataclass(frozen=True)
+class Ledger:
+    shape: Shape
+    switches: Switches
+    terms: tuple[Term, ...]
+
+    def moment(self, tokens: int) -> str:
+        """Where the peak is."""
+        return max(MOMENTS, key=lambda moment: self._sum(moment, tokens))
+
+    def peak(self, tokens: int, batch_size: int = 1) -> float:
+        """Bytes on the device at the highest moment of a step of ``batch_size`` sequences of ``tokens``."""
+        return sum(term.fixed for term in self.live(tokens)) + batch_size * sum(
+            term.at(tokens) - term.fixed for term in self.live(tokens)
+        )
+
+    def live(self, tokens: int) -> list[Term]:
+        """The terms on the device at the peak, largest first."""
+        moment = self.moment(tokens)
+        here = [term for term in self.terms if moment in term.moments and not term.is_on_host]
+        return sorted(here, key=lambda term: -term.at(tokens))
+
+    def host(self, tokens: int) -> float:
+        """Bytes of pinned host memory."""
+        return sum(term.at(tokens) for term in self.terms if term.is_on_host)
+
+    def bytes_per_token(self, tokens: int) -> float:
+        """By how much the peak grows with one more token, at ``tokens``."""
+        return sum(term.per_token + 2 * tokens * term.per_pair for term in self.live(tokens))
+
+    def longest(self, memory: int, batch_size: int = 1) -> int:
+        """The most tokens whose peak, with a reserve for what is no tensor, fits in ``memory`` bytes; 0 where none do."""
+        usable = memory * (1 - RESERVE)
+        if self.peak(1, batch_size) > usable:
+            return 0
+        low, high = 1, 2
+        while self.peak(high, batch_size) <= usable:
+            low, high = high, 2 * high
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if self.peak(middle, batch_size) <= usable else (low, middle)
+        return low
+
+    def advice(self, tokens: int, batch_size: int = 1) -> str:
+        """For a message: what most of the memory is, and which switch removes it."""
+        total = self.peak(tokens, batch_size)
+        scale = {term: term.fixed + batch_size * (term.at(tokens) - term.fixed) for term in self.live(tokens)}
+        largest = max(scale, key=scale.get)
+        text = (
+            f"by the ledger {scale[largest] / GIB:,.3g} of about {total / GIB:,.3g} GiB at {tokens:,} tokens "
+            f"{f'x {batch_size} sequences ' if batch_size > 1 else ''}are {largest.name}"
+        )
+        if largest.remover:
+            return f"{text}: {largest.remover}"
+        removable = [term for term in sorted(scale, key=scale.get, reverse=True) if term.remover]
+        if removable:
+            return f"{text}, which stay; next {scale[removable[0]] / GIB:,.3g} GiB {removable[0].name}: {removable[0].remover}"
+        return f"{text}: lower --max_length"
+
+    def _sum(self, moment: str, tokens: int) -> float:
+        return sum(term.at(tokens) for term in self.terms if moment in term.moments and not term.is_on_host)
+
+
+def ledger(shape: Shape, switches: Switches) -> Ledger:
+    """The terms of a training step with AdamW on one sequence.
+
+    Tensor counts are those of Transformers' Llama layer: each comment lists what is live, in units of a hidden vector
+    (h), a query or attention output (q), a key or value (kv) and an MLP activation (f), per token, in the activations'
+    dtype.
+    """
+    s, a = switches, switches.activation_bytes
+    h, q, kv = shape.hidden * a, shape.heads_q * shape.head_dim * a, shape.heads_kv * shape.head_dim * a
+    f, lse = shape.intermediate * a, FP32 * shape.heads_q
+    is_lean = s.attn_implementation in ("flashmla", "fmla", "flash_attention_2", "flash_attention_3")
+    terms = list(_fixed(shape, s))
+
+    # ---- logits: the head's output, its fp32 copy, log-softmax and its gradient. The first is free before the backward
+    # pass where only the loss is kept.
+    if s.is_loss_chunked:
+        chunk = s.loss_chunk * shape.vocabulary * (a + 3 * FP32)
+        terms.append(Term("logits of one chunk of the loss", ("loss",), fixed=chunk))
+    else:
+        per_logit = (a if s.keeps_logits else 0) + 3 * FP32
+        use = "add loss to --patches"
+        terms.append(Term("logits and cross-entropy", ("loss",), per_token=shape.vocabulary * per_logit, remover=use))
+    terms.append(Term("final hidden states and their gradient", ("loss",), per_token=2 * h))
+
+    # ---- what the layers leave for the backward pass
+    # Saved by attention: normed input h, rotated q and k, v, output q, log-sum-exp.
+    attention_saved = h + 2 * q + 2 * kv + lse
+    # Saved by the MLP: normed input h, gate, its activation, up, their product; the first and third not with Liger.
+    mlp_saved = h + (3 if s.liger else 4) * f
+    # Both norms in fp32, and the residual between them.
+    norms_saved = 2 * shape.hidden * (FP32 + a)
+    if not s.is_checkpointed:
+        saved = attention_saved + mlp_saved + norms_saved
+        use = "add --gradient_checkpointing, or checkpointing to --patches"
+        terms.append(Term("activations of every layer", MOMENTS, per_token=shape.layers * saved, remover=use))
+    elif "offload" in s.patches:
+        # Two layers' inputs on the device: the one in work, and the next on its way.
+        terms.append(Term("hidden states on their way to the host and back", MOMENTS, per_token=2 * h))
+        terms.append(Term("checkpointed hidden states", (), per_token=shape.layers * h, is_on_host=True))
+    else:
+        use = "add offload to --patches" if "checkpointing" in s.patches else "add checkpointing offload to --patches"
+        terms.append(Term("checkpointed hidden states", MOMENTS, per_token=shape.layers * h, remover=use))
+    if s.is_checkpointed and "keep_attention" in s.patches:
+        kept = shape.layers * (q + lse)
+        if "offload" in s.patches:
+            terms.append(Term("kept attention outputs", (), per_token=kept, is_on_host=True))
+        else:
+            use = "take keep_attention out of --patches"
+            terms.append(Term("kept attention outputs", MOMENTS, per_token=kept, remover=use))
+
+    # ---- one layer in backward
+    if s.is_checkpointed:
+        terms.append(Term("what that layer's attention saved", ("mlp",), per_token=attention_saved))
+    if "mlp" in s.patches:
+        terms.append(Term("input, output and gradient of one layer's MLP", ("mlp",), per_token=3 * h))
+        terms.append(Term("one tile of an MLP in backward", ("mlp",), fixed=s.mlp_tile * 6 * f))
+    else:
+        # gate, its activation, up, product and the gradients of the last two; input, output and gradient of the layer.
+        per_token = 6 * f + 3 * h - (f if s.liger else 0)
+        terms.append(Term("one layer's MLP in backward", ("mlp",), per_token=per_token, remover="add mlp to --patches"))
+    # Normed input and the residual's gradient 2h; q, k, v as projected q + 2kv, q and k as rotated q + kv; output and its
+    # gradient 2q; gradients of q, k, v q + 2kv; the fp32 sums of dq; log-sum-exp and delta.
+    attention = 2 * h + 5 * q + 5 * kv + shape.heads_q * shape.head_dim * FP32 + 2 * lse
+    rope_copies = q + kv
+    if "rope" in s.patches or s.liger:
+        attention -= rope_copies
+    use = "add rope to --patches" if "rope" not in s.patches else None
+    terms.append(Term("one layer's attention in backward", ("attention",), per_token=attention, remover=use))
+    if not is_lean and shape.heads_kv < shape.heads_q:
+        # K and V repeated to the query heads, and their gradients.
+        use = "use --attn_implementation flashmla"
+        terms.append(Term("repeated keys and values", ("attention",), per_token=4 * q, remover=use))
+    if s.attn_implementation == "eager":
+        # Softmax in fp32 and two gradients of it; where the model computes in less, the softmax's cast and its gradient.
+        casts = a if a < FP32 else 0
+        pair, live = shape.heads_q * (3 * FP32 + 2 * casts), ("attention",)
+        if not s.is_checkpointed:
+            # Softmax and its cast stay for every layer.
+            pair, live = pair + (shape.layers - 1) * shape.heads_q * (FP32 + casts), MOMENTS
+        terms.append(Term("scores of eager attention", live, per_pair=pair, remover="use --attn_implementation flashmla"))
+    # ---- adapters: each casts its input to its own dtype, which autograd keeps until the layer is done.
+    if s.use_peft and s.adapter_bytes != a:
+        casts = s.adapter_bytes * (3 * shape.hidden + shape.heads_q * shape.head_dim)
+        mlp_casts = s.adapter_bytes * (2 * shape.hidden + shape.intermediate)
+        use = "load the adapter in the weights' dtype (--lora_dtype auto)"
+        layers = 1 if s.is_checkpointed else shape.layers
+        here = ("mlp", "attention") if s.is_checkpointed else MOMENTS
+        terms.append(Term("inputs of attention's adapters in float32", here, per_token=layers * casts, remover=use))
+        if "mlp" not in s.patches:
+            here = ("mlp",) if s.is_checkpointed else MOMENTS
+            terms.append(Term("inputs of the MLP's adapters in float32", here, per_token=layers * mlp_casts, remover=use))
+    return Ledger(shape, s, tuple(terms))
+
+
+def _fixed(shape: Shape, s: Switches) -> list[Term]:
+    """Weights, gradients and AdamW's two moments; gradients and moments are in the dtype of what is trained."""
+    weights = Term("weights", MOMENTS, fixed=shape.parameters * s.weight_bytes)
+    if s.use_peft:
+        adapter = shape.lora_parameters(s.lora_r) * s.adapter_bytes
+        return [weights, Term("adapter, its gradients and optimizer states", MOMENTS, fixed=4 * adapter)]
+    if s.weight_bytes > 2:
+        weights = replace(weights, remover="use --dtype bfloat16, or --use_peft")
+    trained = shape.parameters * s.weight_bytes
+    # The gradients are complete only at the end of the backward pass, but AdamW's states stay from step to step.
+    return [
+        weights,
+        Term("gradients", MOMENTS, fixed=trained, remover="use --use_peft"),
+        Term("optimizer states", MOMENTS, fixed=2 * trained, remover="use --use_peft"),
+    ]
+
+
+def components(shape: Shape, activation_bytes: int = 2) -> dict[str, tuple[float, float]]:
+    """Bytes per token, least and most, of the terms that every long run meets: what docs/design.md tabulates."""
+    of = Switches(gradient_checkpointing=True, adapter_bytes=activation_bytes, activation_bytes=activation_bytes)
+
+    def term(switches: Switches, *names: str) -> float:
+        return sum(t.per_token for t in ledger(shape, switches).terms if t.name in names)
+
+    lean = "one layer's attention in backward"
+    logits = term(replace(of, keeps_logits=True), "logits and cross-entropy")
+    states, mlp = term(of, "checkpointed hidden states"), term(of, "one layer's MLP in backward")
+    kept = term(replace(of, patches=frozenset({"checkpointing", "keep_attention"})), "kept attention outputs")
+    wide = term(replace(of, attn_implementation="sdpa"), lean, "repeated keys and values")
+    return {
+        "logits and cross-entropy": (logits, logits),
+        "checkpointed hidden states": (states, states),
+        "one layer's MLP in backward": (mlp, mlp),
+        "one layer's attention in backward": (term(of, lean), wide),
+        "kept attention outputs": (kept, kept),
+    }
+
+
+def describe(of: Ledger, tokens: int, batch_size: int = 1) -> str:
+    """A Markdown table of the terms at the peak."""
+    lines = ["| term | KiB per token | GiB |", "|---|---|---|"]
+    for term in of.live(tokens):
+        size = term.fixed + batch_size * (term.at(tokens) - term.fixed)
+        per_token = (term.at(tokens) - term.fixed) / tokens
+        lines.append(f"| {term.name} | {f'{per_token / KIB:,.0f}' if per_token else '–'} | {size / GIB:,.2f} |")
+    lines.append(f"| **peak, at the {of.moment(tokens)}** | | **{of.peak(tokens, batch_size) / GIB:,.2f}** |")
+    if of.host(tokens):
+        lines.append(f"| pinned host memory | | {batch_size * of.host(tokens) / GIB:,.2f} |")
+    return "\n".join(lines) + "\n"
+
+
+def main(argv: list[str] | None = None) -> None:
+    import models
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help=f"{', '.join(models.SHAPES)}, a folder with config.json, or a name on the Hub")
+    parser.add_argument("--tokens", type=int, default=32768)
+    parser.add_argument("--batch_size", type=int, default=1)
+    parser.add_argument("--attn_implementation", default="flashmla")
+    parser.add_argument("--patches", nargs="+", default=["none"], help="names as in flashmla_hf.PATCHES, or none")
+    parser.add_argument("--liger", action="store_true")
+    parser.add_argument("--gradient_checkpointing", action="store_true")
+    parser.add_argument("--full", action="store_true", help="all weights instead of LoRA")
+    parser.add_argument("--memory_gib", type=float, default=80.0, help="for the longest context that fits")
+    args = parser.parse_args(argv)
+    try:
+        shape = Shape.of(models.config_of(args.model))
+    except (models.NoModelError, ValueError) as error:
+        sys.exit(f"ledger: {error}")
+    of = ledger(
+        shape,
+        Switches(
+            attn_implementation=args.attn_implementation,
+            patches=frozenset(args.patches) - {"none"},
+            liger=args.liger,
+            gradient_checkpointing=args.gradient_checkpointing,
+            use_peft=not args.full,
+            adapter_bytes=2,
+        ),
+    )
+    print(describe(of, args.tokens, args.batch_size))
+    longest = of.longest(math.floor(args.memory_gib * GIB), args.batch_size)
+    print(f"longest context in {args.memory_gib:g} GiB, {RESERVE:.0%} of it in reserve: {longest:,} tokens")
+
+
+if __name__ == "__main__":
+    main()
