@@ -18,6 +18,9 @@ _PUBLIC = {
     "flash_attn_varlen_func": "flashmla_hf.dispatch",
     "register": "flashmla_hf.hf",
     "check": "flashmla_hf.hf_check",
+    "patch": "flashmla_hf.patches",
+    "unpatch": "flashmla_hf.patches",
+    "PATCHES": "flashmla_hf.patches",
 }
 __all__ = ["__version__", *_PUBLIC]
 

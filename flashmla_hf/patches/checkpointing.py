@@ -1,0 +1,254 @@
+"""Patches "checkpointing", "keep_attention" and "offload": what a layer keeps from forward to backward, and where.
+
+``torch.utils.checkpoint`` (non-reentrant) does the checkpointing: every decoder layer keeps its input [batch, seqlen, hidden] and
+runs again in backward. On top of it, per layer:
+
+- keep_attention: (out, lse) of the layer's attention are kept too, and the second run gets them instead of calling the kernel;
+- offload: what is kept goes to the host (:mod:`offload`) and comes back one layer ahead of its use.
+
+Which layers, a plan says at the first layer of every forward pass: "auto" counts free bytes, see :meth:`Checkpointing.plan`.
+The last layers come first in backward, so they are the ones that stay on the GPU.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+import weakref
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint, noop_context_fn
+
+from flashmla_hf import ops
+from flashmla_hf.patches import memory, structure
+from flashmla_hf.patches.offload import BLOCK, Offloaded, Offloader
+from flashmla_hf.patches.offload import RESERVE as HOST_RESERVE
+from flashmla_hf.patches.replacements import Replacements
+
+# What one layer's backward holds per token, in tensors as wide as the hidden states and as the attention's output: input,
+# residual, two norms' results, their gradients and the projections' (12 with slack); q, out, dout, dq and k, v, dk, dv (6).
+WORKING_HIDDEN = 12
+WORKING_ATTENTION = 6
+# Of free memory: what "auto" leaves to fragmentation and to whatever else allocates.
+USED_SHARE = 0.9
+# The loss's chunk and the MLP's tile.
+WORKING_BYTES = 5 * memory.GIB
+
+
+@dataclass
+class Plan:
+    """Of one forward pass. Layers below ``first_on_device`` offload their input; those from ``first_kept`` on keep their
+    attention, on the host below ``first_kept_on_device``."""
+
+    first_on_device: int
+    first_kept: int
+    first_kept_on_device: int
+    parked: dict[tuple[int, str], weakref.ref] = field(default_factory=dict)
+
+    def next_needed(self, layer: int, what: str) -> Offloaded | None:
+        """What backward asks for after ``what`` of ``layer``: its attention, or the input of the layer below."""
+        order = [(layer, "attention")] if what == "input" else []
+        order += [(layer - 1, "input"), (layer - 1, "attention")]
+        for key in order:
+            found = self.parked.get(key)
+            if found is not None:
+                return found()
+        return None
+
+
+class Checkpointing:
+    """All checkpointed layers of one model."""
+
+    def __init__(self, layers: list[structure.Layer], keep_attention, offload):
+        self.layers = layers
+        self.keep_attention, self.offload = keep_attention, offload
+        self._plan: Plan | None = None
+        self._offloaders: dict[torch.device, Offloader] = {}
+
+    def run(self, index: int, function, *args):
+        """Layer ``index``, checkpointed: what Transformers calls in place of its ``function(hidden_states, ...)``."""
+        if not torch.is_grad_enabled():
+            return function(*args)
+        if torch.compiler.is_compiling():
+            return checkpoint(function, *args, use_reentrant=False)
+        hidden = args[0]
+        if index == 0 or self._plan is None:
+            self._plan = self.plan(hidden)
+        plan, contexts, hooks = self._plan, noop_context_fn, contextlib.nullcontext()
+        if index >= plan.first_kept:
+            kept = KeptAttention()
+            if index < plan.first_kept_on_device:
+                kept.park = lambda *tensors: self._park(plan, index, "attention", tensors)
+            contexts = kept.contexts
+        if index < plan.first_on_device:
+            hooks = torch.autograd.graph.saved_tensors_hooks(
+                lambda x: self._park(plan, index, "input", (x,)) if _is_same(x, hidden) else x,
+                lambda x: x.fetch()[0] if isinstance(x, Offloaded) else x,
+            )
+        with hooks:
+            return checkpoint(function, *args, use_reentrant=False, context_fn=contexts)
+
+    def _park(self, plan: Plan, index: int, what: str, tensors) -> Offloaded:
+        device = tensors[0].device
+        if device not in self._offloaders:
+            self._offloaders[device] = Offloader(device)
+        parked = self._offloaders[device].park(*tensors, next_needed=lambda: plan.next_needed(index, what))
+        plan.parked[index, what] = weakref.ref(parked)
+        return parked
+
+    def plan(self, hidden: torch.Tensor) -> Plan:
+        """Who keeps what where, for hidden states [batch, seqlen, hidden] of a pass that begins now.
+
+        The free bytes of the device, less a share and less what one layer's backward works with, are filled with the last
+        layers' inputs, then with the last layers' attention. What has no place goes to the host if "offload" is on; kept attention
+        as far as the host's free bytes go. Without "offload" every input stays, whatever the count says.
+        """
+        number = len(self.layers)
+        tokens = hidden.shape[:-1].numel()
+        input_bytes = max(1, structure.values_of(hidden))
+        widths = [structure.attention_width(x.attention) if x.attention is not None else 0 for x in self.layers]
+        attention_bytes = max(1, max(widths) * tokens * hidden.element_size())
+        room = int(memory.device_free_bytes(hidden.device) * USED_SHARE)
+        room -= WORKING_HIDDEN * input_bytes + WORKING_ATTENTION * attention_bytes
+        if hidden.device.type == "cuda":
+            room -= WORKING_BYTES
+
+        if self.offload is None:
+            offloaded = 0
+        elif self.offload == "auto":
+            fit = number if hidden.device.type == "cuda" and room >= number * input_bytes else room // input_bytes
+            # Without a GPU there is nothing to save, but the same code runs. The last layer's input is needed at once.
+            offloaded = number - 1 if hidden.device.type != "cuda" else number - min(max(fit, 1), number)
+        else:
+            offloaded = min(self.offload, number)
+        room -= (number - offloaded) * input_bytes
+
+        on_device = min(max(room // attention_bytes, 0), number)
+        if self.keep_attention is None:
+            kept = on_device = 0
+        elif self.keep_attention == "auto":
+            kept = on_device
+            if self.offload is not None and on_device < number and hidden.device.type == "cuda":
+                kept = min(
+                    number,
+                    on_device + max(0, self._host_room(hidden.device, offloaded * input_bytes)) // attention_bytes,
+                )
+        else:
+            kept = number if self.keep_attention is True else min(self.keep_attention, number)
+            on_device = kept if self.offload is None else min(on_device, kept)
+            if self.offload is not None and self.offload != "auto":
+                on_device = min(
+                    kept, number - offloaded
+                )  # a number says: this many layers go to the host, with all they keep
+        return Plan(offloaded, number - kept, number - on_device)
+
+    def _host_room(self, device: torch.device, planned: int) -> int:
+        """Bytes of host memory beyond ``planned`` ones: what can be taken, and what the arena holds unused."""
+        offloader = self._offloaders.get(device)
+        unused = len(offloader.arena.free) * BLOCK if offloader else 0
+        return memory.host_available_bytes() + unused - HOST_RESERVE - planned
+
+
+def _is_same(x: torch.Tensor, hidden: torch.Tensor) -> bool:
+    return x.data_ptr() == hidden.data_ptr() and x.shape == hidden.shape and x.dtype == hidden.dtype
+
+
+class KeptAttention:
+    """(out, lse) of the attention calls of one layer: put by its first run, taken by every later one."""
+
+    def __init__(self):
+        self.park = None
+        self._kept: list = []
+        self._cursor = 0
+        self._is_again = False
+
+    def contexts(self):
+        """What ``torch.utils.checkpoint`` runs the layer in: first, and again."""
+        return _Keeping(self, is_again=False), _Keeping(self, is_again=True)
+
+    def begin(self, is_again: bool) -> None:
+        self._is_again, self._cursor = is_again, 0
+
+    def take(self) -> tuple[torch.Tensor, torch.Tensor] | None:
+        if not self._is_again or self._cursor >= len(self._kept):
+            return None
+        kept = self._kept[self._cursor]
+        self._cursor += 1
+        out, lse = kept.fetch() if isinstance(kept, Offloaded) else kept
+        # New tensors over the same memory: autograd writes its history into the ones it is given.
+        return out.detach(), lse.detach()
+
+    def put(self, out: torch.Tensor, lse: torch.Tensor) -> None:
+        if not self._is_again:
+            out, lse = out.detach(), lse.detach()
+            self._kept.append((out, lse) if self.park is None else self.park(out, lse))
+
+
+class _Keeping:
+    """A context that can be entered again (``retain_graph``)."""
+
+    def __init__(self, kept: KeptAttention, is_again: bool):
+        self.kept, self.is_again = kept, is_again
+
+    def __enter__(self):
+        self.kept.begin(self.is_again)
+        self.before, ops.keeper.store = ops.keeper.store, self.kept
+
+    def __exit__(self, *exception):
+        ops.keeper.store = self.before
+
+
+def patch_checkpointing(model: nn.Module, replacements: Replacements, keep_attention, offload) -> None:
+    """``keep_attention``, ``offload``: ``None`` for off, "auto", or numbers of layers (``True``: all)."""
+    if not getattr(model, "supports_gradient_checkpointing", False):
+        raise structure.refuse(
+            model, "checkpointing", type(model).__name__, "supports_gradient_checkpointing", "a model without it"
+        )
+    layers = structure.decoder_layers(model, "checkpointing")
+    if keep_attention is not None:
+        implementation = structure.decoder(model, "keep_attention").config._attn_implementation
+        if implementation not in ("flashmla", "fmla"):
+            raise structure.refuse(
+                model, "keep_attention", "attn_implementation", "'flashmla' (its kernel returns what is kept)",
+                repr(implementation),
+            )  # fmt: skip
+        for layer in layers:
+            structure.attention_of(model, layer, "keep_attention")
+    checkpointing = Checkpointing(layers, keep_attention, offload)
+    for index, layer in enumerate(layers):
+        if not hasattr(layer.module, "gradient_checkpointing"):
+            raise structure.refuse(
+                model, "checkpointing", f"{layer.name} ({type(layer.module).__name__})",
+                "a transformers.modeling_layers.GradientCheckpointingLayer", "another module",
+            )  # fmt: skip
+        replacements.set(layer.module, "_gradient_checkpointing_func", _Layer(checkpointing, index))
+        replacements.set(layer.module, "gradient_checkpointing", True)
+    replacements.set(model, "_set_gradient_checkpointing", _switch([layer.module for layer in layers]))
+
+
+class _Layer:
+    """``checkpointing.run`` of one layer."""
+
+    def __init__(self, checkpointing: Checkpointing, index: int):
+        self.checkpointing, self.index = checkpointing, index
+
+    def __call__(self, function, *args):
+        return self.checkpointing.run(self.index, function, *args)
+
+
+def _switch(layers: list[nn.Module]):
+    """Transformers' on and off switch, which would put its own function in place of ours."""
+
+    def set_gradient_checkpointing(enable: bool = True, gradient_checkpointing_func=None, **kwargs):
+        if enable:
+            warnings.warn(
+                "flashmla_hf.patch: gradient checkpointing is the patch 'checkpointing' of this model and stays as it is; "
+                "gradient_checkpointing_enable() and its arguments have no effect (leave gradient_checkpointing=False)",
+                stacklevel=3,
+            )
+        for layer in layers:
+            layer.gradient_checkpointing = enable
+
+    return set_gradient_checkpointing

@@ -1,0 +1,62 @@
+"""How much memory there is: what "auto" decides by."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+GIB = 2**30
+# What decisions on a machine without a GPU are made by: a number, so that they are the same everywhere.
+CPU_BYTES = 8 * GIB
+
+
+def device_free_bytes(device: torch.device) -> int:
+    """Bytes that can be allocated on ``device`` without an error: the driver's, and what torch's allocator holds unused."""
+    if device.type != "cuda":
+        return CPU_BYTES
+    free, _ = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+
+
+def host_available_bytes() -> int:
+    """Bytes that this process can take from the host: the least of what Linux and the control group say."""
+    available = [_meminfo_available()]
+    for limit, usage, statistics in (
+        ("memory.max", "memory.current", "memory.stat"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat"),
+    ):
+        most, used = _number(limit), _number(usage)
+        if most is not None and used is not None:
+            available.append(most - used + _reclaimable(statistics))
+    return max(0, min(available))
+
+
+_CGROUP = Path("/sys/fs/cgroup")
+
+
+def _meminfo_available() -> int:
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError("/proc/meminfo: expected a line MemAvailable")
+
+
+def _number(name: str) -> int | None:
+    """A control group's number, ``None`` where there is no such file or no limit ("max")."""
+    try:
+        text = (_CGROUP / name).read_text().strip()
+    except OSError:
+        return None
+    return int(text) if text.isdigit() else None
+
+
+def _reclaimable(name: str) -> int:
+    """The file cache that counts as used and goes when asked."""
+    try:
+        lines = (_CGROUP / name).read_text().splitlines()
+    except OSError:
+        return 0
+    return sum(
+        int(line.split()[1]) for line in lines if line.split()[0] in ("inactive_file", "total_inactive_file")[:1]
+    )

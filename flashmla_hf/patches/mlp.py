@@ -1,0 +1,148 @@
+"""Patch "mlp": the layer's token-wise block in tiles of tokens, and patch "norm": every norm the same way.
+
+See :mod:`tiles` for the mechanism. Only the choice of the tile and the structure are here.
+"""
+
+from __future__ import annotations
+
+from functools import wraps
+
+import torch
+from torch import nn
+
+from flashmla_hf.patches import memory, structure, tiles
+from flashmla_hf.patches.replacements import Replacements
+
+# A gated MLP's backward holds, per token, gate, up, activation, product and the gradients of three of them.
+INTERMEDIATES = 7
+# Below this many tokens a GPU's matrix products lose speed.
+SMALLEST_TILE = 2048
+# Of free memory: below this share the intermediates of all tokens stay, above it a tile gets as much at most.
+SHARE = 1 / 4
+LARGEST_TILE_BYTES = 2 * memory.GIB
+# Elements of a norm's tile: its fp32 copies are 64 MiB each.
+NORM_TILE_ELEMENTS = 2**24
+
+
+def patch_mlp(model: nn.Module, replacements: Replacements, tile: int | None) -> None:
+    """Replaces ``forward`` of every decoder layer's token-wise block. ``tile``: tokens, ``None`` is by free memory."""
+    for layer in structure.decoder_layers(model, "mlp"):
+        if layer.mlp is None:
+            raise structure.refuse(
+                model, "mlp", f"{layer.name} ({type(layer.module).__name__})",
+                f"a child named one of {', '.join(structure.MLP_NAMES)}",
+                ", ".join(name for name, _ in layer.module.named_children()),
+            )  # fmt: skip
+        name = f"{layer.name}.{layer.mlp_name}"
+        if getattr(layer.mlp, "jitter_noise", None):
+            raise structure.refuse(
+                model, "mlp", name, "no jitter noise (it is written into the input)", "router_jitter_noise"
+            )
+        replacements.set(layer.mlp, "forward", _tiled(layer.mlp, name, tile))
+    if _has_router(model):
+        hook = structure.decoder(model, "mlp").register_forward_pre_hook(_refuse_router_logits(model), with_kwargs=True)
+        replacements.on_undo(hook.remove)
+
+
+def _tiled(mlp: nn.Module, name: str, tile: int | None):
+    forward = mlp.forward
+    width = structure.row_width(mlp) * (
+        getattr(mlp, "top_k", None) or getattr(getattr(mlp, "gate", None), "top_k", None) or 1
+    )
+    chosen: dict[tuple, int] = {}
+
+    @wraps(forward)
+    def tiled_forward(hidden_states):
+        if torch.compiler.is_compiling():
+            return forward(hidden_states)
+        shape = hidden_states.shape
+        tokens = shape[:-1].numel()
+        # Decided once per length: a checkpoint's recomputation must save what its forward pass saved.
+        key = (tokens, hidden_states.dtype, hidden_states.device)
+        if key not in chosen:
+            chosen[key] = tile or auto_tile(tokens, INTERMEDIATES * width * hidden_states.element_size(), key[2])
+        if tokens <= chosen[key]:
+            return forward(hidden_states)
+
+        def on_rows(rows):
+            out = forward(rows[None])
+            if not isinstance(out, torch.Tensor) or out.shape != (1, *rows.shape):
+                got = [*out.shape] if isinstance(out, torch.Tensor) else type(out).__name__
+                raise structure.PatchError(
+                    f"flashmla_hf.patch: patch 'mlp': {name} ({type(mlp).__name__}): expected a tensor of its input's shape "
+                    f"{[1, *rows.shape]}, got {got}. Leave it out: patches=[...] without 'mlp'"
+                )
+            return out[0]
+
+        return tiles.in_tiles(mlp, on_rows, hidden_states.reshape(tokens, shape[-1]), chosen[key]).view(shape)
+
+    return tiled_forward
+
+
+def auto_tile(tokens: int, bytes_per_token: int, device: torch.device) -> int:
+    """Tokens per tile: all of them where their intermediates are a small share of free memory, else a power of two."""
+    budget = int(memory.device_free_bytes(device) * SHARE)
+    if tokens * bytes_per_token <= budget:
+        return tokens
+    most = max(1, min(budget, LARGEST_TILE_BYTES) // bytes_per_token)
+    return max(SMALLEST_TILE, 1 << (most.bit_length() - 1))
+
+
+def _has_router(model: nn.Module) -> bool:
+    return hasattr(model.config, "output_router_logits")
+
+
+def _refuse_router_logits(model: nn.Module):
+    def check(module, args, kwargs):
+        wanted = kwargs.get("output_router_logits")
+        if model.config.output_router_logits if wanted is None else wanted:
+            raise structure.refuse(
+                model,
+                "mlp",
+                "output_router_logits",
+                "False (a tile's router logits have no gradient to collect)",
+                "True",
+            )
+
+    return check
+
+
+def patch_norm(model: nn.Module, replacements: Replacements) -> None:
+    """Replaces ``forward`` of every norm of the decoder: modules of a class named ...Norm with one vector as weight."""
+    found = 0
+    for name, module in structure.decoder(model, "norm").named_modules():
+        if not type(module).__name__.endswith("Norm"):
+            continue
+        weight = getattr(module, "weight", None)
+        if not isinstance(weight, torch.Tensor) or weight.dim() != 1 or not _is_row_wise(module, weight):
+            raise structure.refuse(
+                model, "norm", f"{name} ({type(module).__name__})",
+                "a norm over the last dimension with a weight [hidden]", "another module",
+            )  # fmt: skip
+        replacements.set(module, "forward", _norm_in_tiles(module))
+        found += 1
+    if not found:
+        raise structure.refuse(model, "norm", "decoder", "modules of a class named ...Norm", "none")
+
+
+def _is_row_wise(module: nn.Module, weight: torch.Tensor) -> bool:
+    if weight.device.type == "meta":
+        return True
+    rows = torch.linspace(-1.0, 2.0, 3 * weight.shape[0], device=weight.device).to(weight.dtype).view(3, -1)
+    with torch.no_grad():
+        together = module.forward(rows)
+        return together.shape == rows.shape and all(torch.equal(module.forward(rows[i]), together[i]) for i in range(3))
+
+
+def _norm_in_tiles(module: nn.Module):
+    forward = module.forward
+
+    @wraps(forward)
+    def norm_forward(hidden_states):
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+            return forward(hidden_states)
+        rows = hidden_states.reshape(-1, hidden_states.shape[-1])
+        tile = max(1, NORM_TILE_ELEMENTS // rows.shape[-1])
+        return tiles.in_tiles(module, forward, rows, tile).view(hidden_states.shape)
+
+    return norm_forward

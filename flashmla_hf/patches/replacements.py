@@ -1,0 +1,47 @@
+"""What a patched model was before: every attribute that a patch sets, so that ``unpatch`` can put it back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import nn
+
+_ABSENT = object()
+
+
+class Replacements:
+    """Attributes set on instances, undone in reverse order. Class attributes below them reappear by deletion."""
+
+    def __init__(self, names: tuple[str, ...]):
+        self.names = names
+        self._set: list[tuple[object, str, object, object]] = []
+        self._undo: list[Callable[[], None]] = []
+
+    def set(self, owner: object, name: str, value: object) -> None:
+        self._set.append((owner, name, vars(owner).get(name, _ABSENT), value))
+        vars(owner)[name] = value
+
+    def on_undo(self, undo: Callable[[], None]) -> None:
+        self._undo.append(undo)
+
+    def undo(self) -> None:
+        """Raises RuntimeError, and changes nothing, where somebody else replaced one of the attributes since."""
+        latest = {}
+        for owner, name, _, value in self._set:
+            latest[id(owner), name] = (owner, name, value)
+        for owner, name, value in latest.values():
+            if vars(owner).get(name, _ABSENT) is not value:
+                what = type(owner).__name__ if isinstance(owner, nn.Module) else repr(owner)
+                raise RuntimeError(
+                    f"flashmla_hf.unpatch: {what}.{name} was replaced after flashmla_hf.patch: expected to find the patch. "
+                    "Undo the later change first (accelerate: accelerator.unwrap_model(model, keep_fp32_wrapper=False))"
+                )
+        for owner, name, before, _ in reversed(self._set):
+            if before is _ABSENT:
+                del vars(owner)[name]
+            else:
+                vars(owner)[name] = before
+        for undo in reversed(self._undo):
+            undo()
+        self._set.clear()
+        self._undo.clear()

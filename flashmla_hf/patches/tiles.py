@@ -1,0 +1,137 @@
+"""Token-wise modules in tiles: the module's own forward over a few rows at a time, and again over the same rows in backward.
+
+``y[i] = f(x[i])`` for every row i. Forward runs without a graph and keeps x alone. Backward runs ``f`` once more per tile,
+with a graph that lives as long as the tile: what ``f`` saves (an MLP's three [rows, ff] intermediates, a norm's fp32
+copies) exists for one tile at a time. The gradients of the parameters are summed over the tiles in fp32.
+
+Inside a checkpointed layer this costs no second recomputation where nothing after the module saves its result: x is saved
+by a node of its own *before* the module runs, so that the checkpoint's recomputation, which ends at the last tensor somebody
+saved, ends there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+
+class _Keep(torch.autograd.Function):
+    """x, saved. Its node is where :class:`_Tiles` finds x again."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad
+
+
+class _Tiles(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, keeper, run, tile, *parameters):
+        if keeper is None:
+            ctx.save_for_backward(x)
+        ctx.keeper, ctx.run, ctx.tile, ctx.parameters = keeper, run, tile, parameters
+        return run_rows(run, x, tile)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        (x,) = (ctx.keeper or ctx).saved_tensors
+        needs_x, needs = ctx.needs_input_grad[0], ctx.needs_input_grad[4:]
+        trained = [p for p, need in zip(ctx.parameters, needs, strict=True) if need]
+        grad_x = torch.empty_like(x) if needs_x else None
+        sums: list[torch.Tensor | None] = [None] * len(trained)
+        with ctx.run.again():
+            for start in range(0, x.shape[0], ctx.tile):
+                rows = slice(start, start + ctx.tile)
+                piece = x[rows].detach().requires_grad_(needs_x)
+                with torch.enable_grad():
+                    out = ctx.run(piece)
+                wanted = [piece, *trained] if needs_x else trained
+                grads = list(torch.autograd.grad(out, wanted, grad[rows], allow_unused=True))
+                del out
+                if needs_x:
+                    grad_x[rows] = grads.pop(0)
+                for i, g in enumerate(grads):
+                    if g is None:
+                        continue
+                    if sums[i] is None:  # one tile: its gradient as it is
+                        sums[i] = g if x.shape[0] <= ctx.tile else g.to(torch.promote_types(g.dtype, torch.float32))
+                    else:
+                        sums[i] += g
+        found = iter(s if s is None else s.to(p.dtype) for s, p in zip(sums, trained, strict=True))
+        return (grad_x, None, None, None, *(next(found) if need else None for need in needs))
+
+
+class _Run:
+    """``forward`` on rows [rows, width], under the autocast and with the random numbers of the call it was made in."""
+
+    def __init__(self, module: nn.Module, forward: Callable, device: torch.device):
+        self.forward, self.device = forward, device
+        self.autocast = None
+        if device.type != "meta" and torch.is_autocast_enabled(device.type):
+            # No cache of casted weights: filled without a graph, it would cut the gradient of whoever hits it later.
+            self.autocast = {"dtype": torch.get_autocast_dtype(device.type), "cache_enabled": False}
+        self.rng = None
+        if any(isinstance(m, nn.modules.dropout._DropoutNd) and m.training and m.p > 0 for m in module.modules()):
+            self.rng = (torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None)
+
+    def __call__(self, rows: torch.Tensor) -> torch.Tensor:
+        with self._autocast():
+            return self.forward(rows)
+
+    def _autocast(self):
+        if self.autocast is None:
+            # Backward may run where autocast is on though the forward pass was not.
+            if self.device.type == "meta" or not torch.is_autocast_enabled(self.device.type):
+                return contextlib.nullcontext()
+            return torch.autocast(self.device.type, enabled=False)
+        return torch.autocast(self.device.type, **self.autocast)
+
+    @contextlib.contextmanager
+    def again(self):
+        """Within: the random numbers of the forward pass, from its start."""
+        if self.rng is None:
+            yield
+            return
+        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
+            torch.set_rng_state(self.rng[0])
+            if self.rng[1] is not None:
+                torch.cuda.set_rng_state(self.rng[1], self.device)
+            yield
+
+
+def run_rows(run: Callable, x: torch.Tensor, tile: int) -> torch.Tensor:
+    """``run`` over x [rows, width] in tiles, into one result [rows, any width]."""
+    out = None
+    for start in range(0, x.shape[0], tile):
+        piece = run(x[start : start + tile])
+        if x.shape[0] <= tile:
+            return piece
+        if out is None:
+            out = piece.new_empty((x.shape[0], *piece.shape[1:]))
+        out[start : start + tile] = piece
+    return out if out is not None else run(x)
+
+
+def in_tiles(module: nn.Module, forward: Callable, x: torch.Tensor, tile: int) -> torch.Tensor:
+    """``module`` on x [rows, width] by its own ``forward`` (same shape of argument), ``tile`` rows at a time.
+
+    The result [rows, any width] is that of ``forward(x)``, bit for bit where ``forward`` treats a row alike in every tile
+    (elementwise modules and norms do; a matrix product may round differently for another number of rows).
+    """
+    run = _Run(module, forward, x.device)
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    if not torch.is_grad_enabled() or not (x.requires_grad or parameters):
+        return run_rows(run, x, tile)
+    keeper = None
+    if x.requires_grad:
+        x = _Keep.apply(x)
+        keeper = x.grad_fn
+    return _Tiles.apply(x, keeper, run, tile, *parameters)
