@@ -125,6 +125,7 @@ class Switches:
     lora_r: int = 16
     weight_bytes: int = 2  # per loaded weight
     adapter_bytes: int = 4  # per adapter weight
+    casts_adapter_inputs: bool = True  # as peft does by itself, whatever autocast then computes in
     activation_bytes: int = 2
     keeps_logits: bool = False  # whether the caller holds on to the model's output until after the backward pass
     loss_chunk: int = 2048  # tokens whose logits exist at a time under the loss patch
@@ -318,10 +319,10 @@ def ledger(shape: Shape, switches: Switches) -> Ledger:
             Term("scores of eager attention", live, per_pair=pair, remover="use --attn_implementation flashmla")
         )
     # ---- adapters: each casts its input to its own dtype, which autograd keeps until the layer is done.
-    if s.use_peft and s.adapter_bytes != a:
+    if s.use_peft and s.adapter_bytes != a and s.casts_adapter_inputs:
         casts = s.adapter_bytes * (3 * shape.hidden + shape.heads_q * shape.head_dim)
         mlp_casts = s.adapter_bytes * (2 * shape.hidden + shape.intermediate)
-        use = "load the adapter in the weights' dtype (--lora_dtype auto)"
+        use = "train with scripts/finetune.py, or the adapter in the weights' dtype"
         layers = 1 if s.is_checkpointed else shape.layers
         here = ("mlp", "attention") if s.is_checkpointed else MOMENTS
         terms.append(Term("inputs of attention's adapters in float32", here, per_token=layers * casts, remover=use))

@@ -31,6 +31,7 @@ from pathlib import Path
 
 import environment
 import ledger
+import models
 import torch
 
 GIB = 2**30
@@ -82,6 +83,7 @@ class Point:
             use_peft=self.use_peft,
             weight_bytes=itemsize,
             adapter_bytes=4 if self.lora_dtype == "float32" else itemsize,
+            casts_adapter_inputs=not self.patches,
             activation_bytes=itemsize,
             **dict(self.patch_options),
         )
@@ -146,8 +148,6 @@ def in_subprocess(point: Point, timeout: float) -> Measurement:
 
 
 def _measure(point: Point) -> Measurement:
-    import models
-
     if point.device == "cpu" and point.memory_limit:
         # An allocation beyond it fails as out of memory, before the machine starts swapping or killing.
         resource.setrlimit(resource.RLIMIT_DATA, (point.memory_limit, point.memory_limit))
@@ -208,13 +208,15 @@ def _train_step(model: torch.nn.Module, point: Point):
     if point.use_peft:
         from peft import LoraConfig, get_peft_model
 
-        # As finetune.py trains: the adapter in float32, computing in the model's dtype by autocast, unless told otherwise.
+        # The adapter in float32, computing in the model's dtype by autocast, unless told otherwise.
         lora = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
         model = get_peft_model(model, lora, autocast_adapter_dtype=point.lora_dtype == "float32")
     if point.patches:
         import flashmla_hf
 
         flashmla_hf.patch(model, point.patches, **dict(point.patch_options))
+        if point.use_peft:
+            models.keep_adapter_inputs(model)  # as finetune.py does; a series without patches is peft's and Transformers' own
     model.train()
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=1e-5) if point.optim == "adamw_torch" else None

@@ -197,6 +197,19 @@ def parse_patches(wanted: list[str], device: str) -> tuple[list[str], dict[str, 
     return [name for name in PATCHES if name in names], options
 
 
+def keep_adapter_inputs(model: torch.nn.Module) -> None:
+    """Stops peft from copying every adapter's input to the adapter's float32.
+
+    Under autocast the product is in bfloat16 in any case: the copy is cast back, so the numbers are the same, bit for bit,
+    and two float32 copies of an activation per projection are saved.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    for module in model.modules():
+        if isinstance(module, BaseTunerLayer):
+            module.cast_input_dtype_enabled = False
+
+
 def load(name: str, attn_implementation: str, dtype: torch.dtype, device: str) -> PreTrainedModel:
     """The model ``name``: a key of SHAPES (random weights, seed 0), "smollm2" (real), or a folder or hub name.
 
