@@ -109,7 +109,7 @@ def memory_limit(device: str) -> int:
 def memory_available(device: str) -> int:
     """Bytes free right now."""
     if device == "cuda":
-        return torch.cuda.mem_get_info()[0]
+        return _free_on_gpu()
     available = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
     free = int(available.group(1)) * 1024 if available else memory_limit(device)
     try:
@@ -120,6 +120,26 @@ def memory_available(device: str) -> int:
         return min(free, int((group / "memory.max").read_text()) - used)
     except (OSError, ValueError, AttributeError):
         return free
+
+
+def _free_on_gpu() -> int:
+    # Asking torch would make a CUDA context of half a GiB in this process, beside the one that is about to be measured.
+    if not os.environ.get("CUDA_VISIBLE_DEVICES"):
+        command = ["nvidia-smi", "--query-gpu=memory.free", "--format=csv,noheader,nounits", "-i", "0"]
+        try:
+            answer = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout
+            return int(answer.split()[0]) * 2**20
+        except (OSError, subprocess.SubprocessError, ValueError, IndexError):
+            pass
+    return torch.cuda.mem_get_info()[0]
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed: torch has a class for the GPU's alone."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    text = str(error).lower()
+    return isinstance(error, RuntimeError) and ("not enough memory" in text or "alloc" in text)
 
 
 def commit() -> str:

@@ -216,10 +216,15 @@ def _train_step(model: torch.nn.Module, point: Point):
 
         flashmla_hf.patch(model, point.patches, **dict(point.patch_options))
         if point.use_peft:
-            models.keep_adapter_inputs(model)  # as finetune.py does; a series without patches is peft's and Transformers' own
+            models.keep_adapter_inputs(
+                model
+            )  # as finetune.py does; a series without patches is peft's and Transformers' own
     model.train()
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trainable, lr=1e-5) if point.optim == "adamw_torch" else None
+    optimizer = None
+    if point.optim == "adamw_torch":
+        # Fused: without temporaries of the weights' size.
+        optimizer = torch.optim.AdamW(trainable, lr=1e-5, fused=point.device == "cuda")
     is_autocast = point.dtype != "float32" and any(parameter.dtype == torch.float32 for parameter in trainable)
 
     def run(ids: torch.Tensor) -> float:
@@ -322,10 +327,8 @@ def main() -> None:
         sys.exit(f"measure_model: {error}; --help says what is expected")
     try:
         result = _measure(point)
-    except (torch.OutOfMemoryError, MemoryError):
-        result = Measurement(point, "out_of_memory", "the allocation failed")
-    except RuntimeError as error:
-        if "not enough memory" not in str(error) and "alloc" not in str(error).lower():
+    except (RuntimeError, MemoryError) as error:
+        if not environment.is_out_of_memory(error):
             raise
         result = Measurement(point, "out_of_memory", "the allocation failed")
     print(RESULT_MARK + json.dumps(result.as_dict()), flush=True)
