@@ -22,9 +22,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint, noop_context_fn
 
 from flashmla_hf import ops
-from flashmla_hf.patches import memory, structure
-from flashmla_hf.patches.offload import BLOCK, Offloaded, Offloader
-from flashmla_hf.patches.offload import RESERVE as HOST_RESERVE
+from flashmla_hf.patches import memory, offload, structure
+from flashmla_hf.patches.offload import Offloaded, Offloader
 from flashmla_hf.patches.replacements import Replacements
 
 # What one layer's backward holds per token, in tensors as wide as the hidden states and as the attention's output: input,
@@ -83,12 +82,17 @@ class Checkpointing:
                 kept.park = lambda *tensors: self._park(plan, index, "attention", tensors)
             contexts = kept.contexts
         if index < plan.first_on_device:
-            hooks = torch.autograd.graph.saved_tensors_hooks(
-                lambda x: self._park(plan, index, "input", (x,)) if _is_same(x, hidden) else x,
-                lambda x: x.fetch()[0] if isinstance(x, Offloaded) else x,
-            )
+            hooks = self._offloading(plan, index, _identity(hidden))
         with hooks:
             return checkpoint(function, *args, use_reentrant=False, context_fn=contexts)
+
+    def _offloading(self, plan: Plan, index: int, identity: tuple):
+        """Hooks under which the tensor of that identity, when saved, is parked. They live as long as what they saved: they must
+        not hold the tensor."""
+        return torch.autograd.graph.saved_tensors_hooks(
+            lambda x: self._park(plan, index, "input", (x,)) if _identity(x) == identity else x,
+            lambda x: x.fetch()[0] if isinstance(x, Offloaded) else x,
+        )
 
     def _park(self, plan: Plan, index: int, what: str, tensors) -> Offloaded:
         device = tensors[0].device
@@ -147,12 +151,12 @@ class Checkpointing:
     def _host_room(self, device: torch.device, planned: int) -> int:
         """Bytes of host memory beyond ``planned`` ones: what can be taken, and what the arena holds unused."""
         offloader = self._offloaders.get(device)
-        unused = len(offloader.arena.free) * BLOCK if offloader else 0
-        return memory.host_available_bytes() + unused - HOST_RESERVE - planned
+        unused = len(offloader.arena.free) * offload.BLOCK if offloader else 0
+        return memory.host_available_bytes() + unused - offload.RESERVE - planned
 
 
-def _is_same(x: torch.Tensor, hidden: torch.Tensor) -> bool:
-    return x.data_ptr() == hidden.data_ptr() and x.shape == hidden.shape and x.dtype == hidden.dtype
+def _identity(x: torch.Tensor) -> tuple:
+    return x.data_ptr(), x.shape, x.dtype
 
 
 class KeptAttention:
@@ -224,7 +228,7 @@ def patch_checkpointing(model: nn.Module, replacements: Replacements, keep_atten
                 "a transformers.modeling_layers.GradientCheckpointingLayer", "another module",
             )  # fmt: skip
         replacements.set(layer.module, "_gradient_checkpointing_func", _Layer(checkpointing, index))
-        replacements.set(layer.module, "gradient_checkpointing", True)
+        replacements.set(layer.module, "gradient_checkpointing", True, may_change=True)
     replacements.set(model, "_set_gradient_checkpointing", _switch([layer.module for layer in layers]))
 
 

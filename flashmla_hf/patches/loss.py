@@ -69,17 +69,16 @@ class PromisedLogits:
         promise = next(a for a in (*args, *(kwargs or {}).values()) if isinstance(a, cls))
         return promise._refuse(getattr(function, "__name__", repr(function)))
 
-    def _refuse(self, what: str):
-        raise RuntimeError(
+    def _refuse(self, what: str, kind: type[Exception] = RuntimeError):
+        raise kind(
             f"flashmla_hf.patch: patch 'loss': logits are not computed when labels are given: expected them to be scaled, "
             f"capped by tanh and handed to the loss function only, got {what!r}. Call the model without labels for logits, "
             "or leave the patch out: patches=[...] without 'loss'"
         )
 
     def __getattr__(self, name: str):
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return self._refuse(name)
+        # An AttributeError: accelerate asks what a model returns whether it has a dtype, and leaves alone what has none.
+        return self._refuse(name, AttributeError)
 
     def __getitem__(self, index):
         return self._refuse("[...]")

@@ -17,8 +17,9 @@ class Replacements:
         self._set: list[tuple[object, str, object, object]] = []
         self._undo: list[Callable[[], None]] = []
 
-    def set(self, owner: object, name: str, value: object) -> None:
-        self._set.append((owner, name, vars(owner).get(name, _ABSENT), value))
+    def set(self, owner: object, name: str, value: object, may_change: bool = False) -> None:
+        """``may_change``: the attribute is a switch that others turn; it goes back to what it was all the same."""
+        self._set.append((owner, name, vars(owner).get(name, _ABSENT), _ABSENT if may_change else value))
         vars(owner)[name] = value
 
     def on_undo(self, undo: Callable[[], None]) -> None:
@@ -30,7 +31,7 @@ class Replacements:
         for owner, name, _, value in self._set:
             latest[id(owner), name] = (owner, name, value)
         for owner, name, value in latest.values():
-            if vars(owner).get(name, _ABSENT) is not value:
+            if value is not _ABSENT and vars(owner).get(name, _ABSENT) is not value:
                 what = type(owner).__name__ if isinstance(owner, nn.Module) else repr(owner)
                 raise RuntimeError(
                     f"flashmla_hf.unpatch: {what}.{name} was replaced after flashmla_hf.patch: expected to find the patch. "
@@ -38,7 +39,7 @@ class Replacements:
                 )
         for owner, name, before, _ in reversed(self._set):
             if before is _ABSENT:
-                del vars(owner)[name]
+                vars(owner).pop(name, None)
             else:
                 vars(owner)[name] = before
         for undo in reversed(self._undo):

@@ -120,7 +120,7 @@ def patch_rope(model: nn.Module, replacements: Replacements) -> None:
             raise structure.refuse(model, "rope", name, f"{module.__name__}.{FUNCTION}", "none")
         if FUNCTION not in type(attention).forward.__code__.co_names and FUNCTION not in _unwrapped_names(attention):
             raise structure.refuse(model, "rope", name, f"a forward that calls {FUNCTION}", "one that does not")
-        modules[module] = name
+        modules.setdefault(module, name)
         blocks.append(attention)
     for module, name in modules.items():
         function = getattr(module, FUNCTION)
