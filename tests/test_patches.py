@@ -28,10 +28,13 @@ SINGLE = {
     "checkpointing": ["checkpointing"],
     "keep_attention": ["checkpointing", "keep_attention"],
     "offload": ["checkpointing", "offload"],
+    "attention": ["attention"],
     "all": None,
 }
+DEFAULT = tuple(n for n in SINGLE if n not in ("attention", "all"))
 # Tiles that do not divide the 40 tokens of a batch.
-SMALL = {"mlp_tile": 7, "loss_chunk": 9, "keep_attention": True}
+SMALL = {"mlp_tile": 7, "loss_chunk": 9, "attention_chunk": 7, "keep_attention": True}
+TILED = ("all", "mlp", "loss", "attention")
 
 
 def model_of(name, dtype=torch.float32, **config):
@@ -77,7 +80,7 @@ def assert_equal(got, expected, tolerance=2e-5):
 def test_loss_and_gradients_equal_the_unpatched_models(name, patches):
     model, batch = model_of(name), batch_of(name)
     expected = step(model, batch)
-    options = SMALL if SINGLE[patches] is None or patches in ("mlp", "loss") else {}
+    options = SMALL if patches in TILED else {}
     flashmla_hf.patch(model, SINGLE[patches], **options)
     got = step(model, batch)
     assert_equal(got, expected)
@@ -109,7 +112,7 @@ def test_lora_gradients_equal_the_unpatched_models(name, patches):
     model, batch = lora(model_of(name)), batch_of(name)
     expected = step(model, batch)
     assert all("lora" in n for n in expected[1])
-    flashmla_hf.patch(model, SINGLE[patches], **SMALL if patches == "all" else {})
+    flashmla_hf.patch(model, SINGLE[patches], **SMALL if patches in TILED else {})
     assert_equal(step(model, batch), expected)
 
 
@@ -117,22 +120,22 @@ def test_lora_gradients_equal_the_unpatched_models(name, patches):
 def test_accumulated_gradients_equal(patches):
     """Two forward and backward passes, then one backward for two forward passes."""
     model, batch = model_of("Llama"), batch_of("Llama")
-    other = families.inputs(FAMILIES["Llama"], "right", "cpu", seed=5)
+    other = families.inputs(FAMILIES["Llama"], "none" if patches == "attention" else "right", "cpu", seed=5)
     count = {"num_items_in_batch": torch.tensor(70)}
 
     def both():
         model.zero_grad()
         losses = [model(**b, **count, use_cache=False).loss for b in (batch, other)]
         sum(losses).backward()
-        return float(sum(losses)), {n: p.grad.clone() for n, p in model.named_parameters()}
+        return float(sum(losses).detach()), {n: p.grad.clone() for n, p in model.named_parameters()}
 
     expected = step(model, batch, other, **count), both()
-    flashmla_hf.patch(model, SINGLE[patches], **SMALL if patches in ("all", "mlp", "loss") else {})
+    flashmla_hf.patch(model, SINGLE[patches], **SMALL if patches in TILED else {})
     assert_equal(step(model, batch, other, **count), expected[0])
     assert_equal(both(), expected[1])
 
 
-@pytest.mark.parametrize("patches", SINGLE, ids=str)
+@pytest.mark.parametrize("patches", [p for p in SINGLE if p != "attention"], ids=str)
 @pytest.mark.parametrize("name", ["Llama", "Gemma3 text", "Phi3"])
 def test_packed_documents_stay_apart(name, patches):
     documents = [{"input_ids": list(range(3, 3 + n)), "labels": list(range(3, 3 + n))} for n in (9, 1, 14)]
@@ -140,7 +143,7 @@ def test_packed_documents_stay_apart(name, patches):
     batch = {k: v for k, v in collate(documents).items() if k != "attention_mask"}
     model = model_of(name)
     expected = step(model, batch)
-    flashmla_hf.patch(model, SINGLE[patches], **SMALL if patches in ("all", "mlp", "loss") else {})
+    flashmla_hf.patch(model, SINGLE[patches], **SMALL if patches in TILED else {})
     assert_equal(step(model, batch), expected)
 
 
@@ -159,7 +162,7 @@ def test_bf16_gradients_are_as_close_to_fp32_as_the_unpatched_models(name, patch
     truth = step(model_of(name), batch)
     model = model_of(name, torch.bfloat16)
     plain = step(model, batch)
-    flashmla_hf.patch(model, SINGLE[patches], **SMALL if patches in ("all", "mlp", "loss") else {})
+    flashmla_hf.patch(model, SINGLE[patches], **SMALL if patches in TILED else {})
     got = step(model, batch)
 
     def error(grads):
@@ -182,7 +185,7 @@ def test_autocast_gradients_are_as_close_as_the_unpatched_models(patches):
         return float(loss), {n: p.grad.clone() for n, p in model.named_parameters()}
 
     plain = autocast_step()
-    flashmla_hf.patch(model, SINGLE[patches], **SMALL if patches in ("all", "mlp", "loss") else {})
+    flashmla_hf.patch(model, SINGLE[patches], **SMALL if patches in TILED else {})
     got = autocast_step()
     assert got[1].keys() == plain[1].keys()
     assert all(g.dtype == torch.float32 for g in got[1].values())
@@ -444,7 +447,7 @@ def test_unpatch_restores_every_attribute(name):
     model = model_of(name)
     before = attributes(model)
     assert flashmla_hf.patch(model) is model
-    changed = [k for k, v in attributes(model).items() if k not in before or v is not before[k] and v != before[k]]
+    changed = [k for k, v in attributes(model).items() if k not in before or (v is not before[k] and v != before[k])]
     assert len(changed) >= 4 * 2
     assert flashmla_hf.unpatch(model) is model
     after = attributes(model)
@@ -633,3 +636,25 @@ def test_compiled_models_compute_the_same():
     model.zero_grad()
     loss.backward()
     assert_equal((float(loss), {n: p.grad for n, p in model.named_parameters()}), expected)
+
+
+def test_attention_in_chunks_refuses_what_it_cannot_compute():
+    model, batch = model_of("Llama"), batch_of("Llama")
+    flashmla_hf.patch(model, ["attention"], attention_chunk=7)
+    restarting = torch.cat([torch.arange(9), torch.arange(11)]).expand(2, -1)
+    for extra, reason in (
+        (batch_of("Llama", "left"), "padding"),
+        ({"position_ids": restarting, "attention_mask": None}, "packed documents"),
+        ({"use_cache": True}, "a cache"),
+    ):
+        with pytest.raises(
+            flashmla_hf.patches.PatchError, match=rf"model.layers.0.self_attn \(LlamaAttention\).*{reason}"
+        ):
+            model(**{**batch, "use_cache": False, **extra})
+    assert "exclude each other" in message(model_of("Llama"), ["attention", "checkpointing", "keep_attention"])
+
+
+def test_attention_in_chunks_lowers_the_peak(small_pieces):
+    names = ["loss", "mlp", "norm", "rope", "checkpointing"]
+    whole, chunked = (trace(names + more, attention_chunk=64)[1] for more in ([], ["attention"]))
+    assert whole - chunked > 1.5

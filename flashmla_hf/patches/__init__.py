@@ -7,6 +7,7 @@ loss               linear layer and cross-entropy over chunks of tokens: no logi
 mlp                the layer's token-wise block over tiles of tokens, recomputed in backward (:mod:`mlp`)
 norm               norms that save their input instead of its fp32 copies (:mod:`mlp`)
 rope               queries and keys rotated in place (:mod:`rope`)
+attention          the attention block over chunks of the sequence; not on by default (:mod:`attention`)
 checkpointing      a decoder layer keeps its input and runs again in backward (:mod:`checkpointing`)
 keep_attention     ... and its attention's (out, lse), so that the kernel does not run again
 offload            ... in pinned host memory, copied beside the computation (:mod:`offload`)
@@ -21,7 +22,7 @@ from collections.abc import Iterable
 
 from torch import nn
 
-from flashmla_hf.patches import checkpointing, loss, mlp, rope, structure
+from flashmla_hf.patches import attention, checkpointing, loss, mlp, rope, structure
 from flashmla_hf.patches.replacements import Replacements
 from flashmla_hf.patches.structure import PatchError
 
@@ -32,10 +33,12 @@ PATCHES = {
     "mlp": "the MLP over tiles of tokens, recomputed in backward",
     "norm": "norms save their input instead of fp32 copies of it",
     "rope": "rotary embedding in place, without copies of queries and keys",
+    "attention": "the attention block over chunks of the sequence: less memory, one more attention forward (not a default)",
     "checkpointing": "every decoder layer keeps its input and runs again in backward",
     "keep_attention": "checkpointed layers keep their attention's output: its kernel does not run again",
     "offload": "what checkpointed layers keep goes to pinned host memory, beside the computation",
 }
+DEFAULT = tuple(name for name in PATCHES if name != "attention")
 NEEDS_CHECKPOINTING = ("keep_attention", "offload")
 _RECORD = "_flashmla_patches"
 
@@ -46,6 +49,7 @@ def patch(
     *,
     mlp_tile: int | None = None,
     loss_chunk: int | None = None,
+    attention_chunk: int | None = None,
     keep_attention: bool | int | str | None = None,
     offload: int | str | None = None,
 ) -> nn.Module:
@@ -53,10 +57,11 @@ def patch(
 
     Args:
         model: a ``transformers.PreTrainedModel``, or a ``peft.PeftModel`` around one, before it is wrapped or compiled.
-        patches: names out of :data:`PATCHES`; ``None`` is all of them.
+        patches: names out of :data:`PATCHES`; ``None`` is all but "attention".
         mlp_tile: tokens per tile; ``None`` chooses by free memory, once per length: all tokens where their intermediates are
             a small share of it.
         loss_chunk: tokens whose logits exist at a time (2048).
+        attention_chunk: tokens per chunk of the patch "attention" (16384).
         keep_attention: how many layers (the last ones) keep their attention: ``True`` is all, a number that many,
             ``None`` or "auto" as many as have a place.
         offload: how many layers (the first ones) send what they keep to the host; ``None`` or "auto" as many as have no
@@ -67,8 +72,13 @@ def patch(
         needs: names the model's class, the module, what was expected, and the way out. Nothing is changed then.
     """
     names = _checked_names(model, patches)
-    for name, value, least in (("mlp_tile", mlp_tile, 1), ("loss_chunk", loss_chunk, 1), ("offload", offload, 0)):
-        if value is not None and value != "auto" and (type(value) is not int or value < least):
+    for name, value, least in (
+        ("mlp_tile", mlp_tile, 1),
+        ("loss_chunk", loss_chunk, 1),
+        ("attention_chunk", attention_chunk, 1),
+        ("offload", None if offload == "auto" else offload, 0),
+    ):
+        if value is not None and (type(value) is not int or value < least):
             raise PatchError(f"flashmla_hf.patch: {name}: expected a number of at least {least}, got {value!r}")
     if keep_attention not in (None, "auto", True) and (type(keep_attention) is not int or keep_attention < 0):
         raise PatchError(
@@ -78,8 +88,8 @@ def patch(
     inner = structure.base_model(model)
     if _RECORD in vars(inner):
         raise PatchError(
-            f"flashmla_hf.patch({type(inner).__name__}): the model is patched already ({', '.join(vars(inner)[_RECORD].names)}): "
-            "expected an unpatched one. Call flashmla_hf.unpatch(model) first"
+            f"flashmla_hf.patch({type(inner).__name__}): expected an unpatched model, got one that is patched already "
+            f"({', '.join(vars(inner)[_RECORD].names)}). Call flashmla_hf.unpatch(model) first"
         )
     replacements = Replacements(names)
     try:
@@ -89,6 +99,8 @@ def patch(
             mlp.patch_norm(inner, replacements)
         if "rope" in names:
             rope.patch_rope(inner, replacements)
+        if "attention" in names:  # around the rotation's mark
+            attention.patch_attention(inner, replacements, attention_chunk)
         if "checkpointing" in names:
             keep = ("auto" if keep_attention is None else keep_attention) if "keep_attention" in names else None
             where = ("auto" if offload is None else offload) if "offload" in names else None
@@ -116,7 +128,7 @@ def unpatch(model: nn.Module) -> nn.Module:
 
 
 def _checked_names(model: nn.Module, patches: Iterable[str] | None) -> tuple[str, ...]:
-    names = tuple(PATCHES) if patches is None else tuple([patches] if isinstance(patches, str) else patches)
+    names = DEFAULT if patches is None else tuple([patches] if isinstance(patches, str) else patches)
     for name in names:
         if name not in PATCHES:
             raise PatchError(
@@ -127,4 +139,9 @@ def _checked_names(model: nn.Module, patches: Iterable[str] | None) -> tuple[str
                 f"flashmla_hf.patch({type(model).__name__}): patch {name!r} works on checkpointed layers: expected "
                 f"'checkpointing' beside it, got {list(names)}. Add it, or leave {name!r} out"
             )
+    if "attention" in names and "keep_attention" in names:
+        raise PatchError(
+            f"flashmla_hf.patch({type(model).__name__}): patches 'attention' and 'keep_attention' exclude each other: "
+            "expected one (the chunks of 'attention' run again in backward), got both. Leave one out"
+        )
     return names

@@ -1,7 +1,7 @@
 """Patches "checkpointing", "keep_attention" and "offload": what a layer keeps from forward to backward, and where.
 
-``torch.utils.checkpoint`` (non-reentrant) does the checkpointing: every decoder layer keeps its input [batch, seqlen, hidden] and
-runs again in backward. On top of it, per layer:
+``torch.utils.checkpoint`` (non-reentrant) does the checkpointing: every decoder layer keeps its input [batch, seqlen, hidden]
+and runs again in backward. On top of it, per layer:
 
 - keep_attention: (out, lse) of the layer's attention are kept too, and the second run gets them instead of calling the kernel;
 - offload: what is kept goes to the host (:mod:`offload`) and comes back one layer ahead of its use.
@@ -106,53 +106,51 @@ class Checkpointing:
         """Who keeps what where, for hidden states [batch, seqlen, hidden] of a pass that begins now.
 
         The free bytes of the device, less a share and less what one layer's backward works with, are filled with the last
-        layers' inputs, then with the last layers' attention. What has no place goes to the host if "offload" is on; kept attention
-        as far as the host's free bytes go. Without "offload" every input stays, whatever the count says.
+        layers' inputs, then with the last layers' attention. With "offload", inputs without a place go to the host, and kept
+        attention too as far as the host's free bytes go; without it every input stays, whatever the count says. Numbers given
+        by the caller are taken as they are. Without a GPU there is nothing to save: all but the last layer go to the host, so
+        that the same code runs.
         """
-        number = len(self.layers)
+        number, device = len(self.layers), hidden.device
+        is_gpu = device.type == "cuda"
         tokens = hidden.shape[:-1].numel()
+        width = max(structure.attention_width(x.attention) for x in self.layers if x.attention is not None)
         input_bytes = max(1, structure.values_of(hidden))
-        widths = [structure.attention_width(x.attention) if x.attention is not None else 0 for x in self.layers]
-        attention_bytes = max(1, max(widths) * tokens * hidden.element_size())
-        room = int(memory.device_free_bytes(hidden.device) * USED_SHARE)
-        room -= WORKING_HIDDEN * input_bytes + WORKING_ATTENTION * attention_bytes
-        if hidden.device.type == "cuda":
-            room -= WORKING_BYTES
+        attention_bytes = max(1, tokens * width * hidden.element_size())
+        room = int(memory.device_free_bytes(device) * USED_SHARE) - (WORKING_BYTES if is_gpu else 0)
+        room = max(0, room - WORKING_HIDDEN * input_bytes - WORKING_ATTENTION * attention_bytes)
 
         if self.offload is None:
             offloaded = 0
         elif self.offload == "auto":
-            fit = number if hidden.device.type == "cuda" and room >= number * input_bytes else room // input_bytes
-            # Without a GPU there is nothing to save, but the same code runs. The last layer's input is needed at once.
-            offloaded = number - 1 if hidden.device.type != "cuda" else number - min(max(fit, 1), number)
+            offloaded = number - (min(max(room // input_bytes, 1), number) if is_gpu else 1)
         else:
             offloaded = min(self.offload, number)
-        room -= (number - offloaded) * input_bytes
+        room = max(0, room - (number - offloaded) * input_bytes)
 
-        on_device = min(max(room // attention_bytes, 0), number)
+        fit = min(room // attention_bytes, number)
         if self.keep_attention is None:
-            kept = on_device = 0
+            kept = 0
         elif self.keep_attention == "auto":
-            kept = on_device
-            if self.offload is not None and on_device < number and hidden.device.type == "cuda":
-                kept = min(
-                    number,
-                    on_device + max(0, self._host_room(hidden.device, offloaded * input_bytes)) // attention_bytes,
-                )
+            on_host = (
+                self._host_room(device, offloaded * input_bytes) // attention_bytes
+                if self.offload is not None and is_gpu
+                else 0
+            )
+            kept = min(fit + on_host, number)
         else:
             kept = number if self.keep_attention is True else min(self.keep_attention, number)
-            on_device = kept if self.offload is None else min(on_device, kept)
-            if self.offload is not None and self.offload != "auto":
-                on_device = min(
-                    kept, number - offloaded
-                )  # a number says: this many layers go to the host, with all they keep
-        return Plan(offloaded, number - kept, number - on_device)
+        if self.offload is None:
+            kept_on_device = kept
+        else:  # a number says: so many layers go to the host, with all they keep
+            kept_on_device = min(kept, fit if self.offload == "auto" and is_gpu else number - offloaded)
+        return Plan(offloaded, number - kept, number - kept_on_device)
 
     def _host_room(self, device: torch.device, planned: int) -> int:
         """Bytes of host memory beyond ``planned`` ones: what can be taken, and what the arena holds unused."""
         offloader = self._offloaders.get(device)
         unused = len(offloader.arena.free) * offload.BLOCK if offloader else 0
-        return memory.host_available_bytes() + unused - offload.RESERVE - planned
+        return max(0, memory.host_available_bytes() + unused - offload.RESERVE - planned)
 
 
 def _identity(x: torch.Tensor) -> tuple:

@@ -5,8 +5,8 @@ Cohere), which the promise records, and hands it to its loss function, which com
 
 ``z = cap(h Wᵀ + b)``, ``loss = c Σᵢ (logsumexp(zᵢ) - zᵢ[yᵢ])``, ``dz = c (softmax(z) - onehot(y))``, c = 1 / number of labels.
 
-The gradients are computed along with the loss (Liger's fused linear cross-entropy, arXiv 2410.10989, does the same): the logits of
-a chunk exist once. fp32 statistics of logits rounded to the model's dtype, as ``transformers.loss.loss_utils.ForCausalLMLoss``.
+The gradients are computed along with the loss (as in Liger's fused linear cross-entropy, arXiv 2410.10989): the logits of a
+chunk exist once. fp32 statistics of logits rounded to the model's dtype, as ``transformers.loss.loss_utils.ForCausalLMLoss``.
 
 Any other use of the promise raises. Without labels the logits are the model's own.
 """
@@ -154,8 +154,8 @@ def linear_cross_entropy(
     """
     if type(weight).__name__ == "DTensor":
         raise NotImplementedError(
-            "flashmla_hf.patch: patch 'loss': the output embeddings are sharded (DTensor) after their forward: expected a local "
-            "weight. Leave it out: patches=[...] without 'loss'"
+            "flashmla_hf.patch: patch 'loss': the output embeddings are sharded (DTensor) after their forward: expected a "
+            "local weight. Leave it out: patches=[...] without 'loss'"
         )
     device = hidden.device.type
     if torch.is_autocast_enabled(device):
@@ -187,19 +187,17 @@ class _LinearCrossEntropy(torch.autograd.Function):
             logits, derivatives = _apply(steps, logits, needs)
             is_label = labels[rows] != ignore_index
             y = labels[rows].masked_fill(~is_label, 0)[:, None]
-            p = logits.float() if logits.dtype != torch.float32 else logits
-            target = p.gather(1, y)
-            row_max = p.amax(dim=1, keepdim=True)
-            p = p.sub_(row_max).exp_()
-            row_sum = p.sum(dim=1, keepdim=True)
-            loss += (row_sum.log() + row_max - target).masked_fill_(~is_label[:, None], 0.0).sum()
+            p = torch.log_softmax(logits, dim=1, dtype=torch.float32)
+            loss -= p.gather(1, y).masked_fill_(~is_label[:, None], 0.0).sum()
             if not needs:
                 continue
-            factor = is_label[:, None] / num_items
-            p.mul_(factor / row_sum)
+            factor = (is_label / num_items)[:, None]
+            p.exp_().mul_(factor)
             p.scatter_add_(1, y, -factor)
-            grad = _apply_backward(derivatives, p.to(logits.dtype))
-            del p, logits, derivatives
+            dtype = logits.dtype
+            del logits
+            grad = _apply_backward(derivatives, p.to(dtype))
+            del p, derivatives
             if needs_hidden:
                 torch.mm(grad, weight, out=grad_hidden[rows])
             if needs_weight:

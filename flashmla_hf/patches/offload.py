@@ -45,11 +45,12 @@ class HostArena:
         while len(self.free) < number:
             available = memory.host_available_bytes()
             if available < BLOCK + RESERVE:
+                missing, held = (number - len(self.free)) * BLOCK / memory.GIB, self.num_blocks * BLOCK / memory.GIB
                 raise RuntimeError(
-                    f"flashmla_hf.patch: patch 'offload': host memory: expected {(number - len(self.free)) * BLOCK / 2**30:.1f} "
-                    f"GiB beyond a reserve of {RESERVE / 2**30:.0f} GiB, got {available / 2**30:.1f} GiB available, with "
-                    f"{self.num_blocks * BLOCK / 2**30:.1f} GiB already in use here. Use shorter sequences, offload fewer layers "
-                    "(offload=number), or leave it out: patches=[...] without 'offload'"
+                    f"flashmla_hf.patch: patch 'offload': host memory: expected {missing:.1f} GiB beyond a reserve of "
+                    f"{RESERVE / memory.GIB:.0f} GiB, got {available / memory.GIB:.1f} GiB available, with {held:.1f} GiB "
+                    "in use here already. Use shorter sequences, offload fewer layers (offload=number), or leave it out: "
+                    "patches=[...] without 'offload'"
                 )
             self.free.append(torch.empty(BLOCK, dtype=torch.uint8, pin_memory=self.is_pinned))
             self.num_blocks += 1

@@ -58,19 +58,29 @@ class _Tiles(torch.autograd.Function):
                 del out
                 if needs_x:
                     grad_x[rows] = grads.pop(0)
-                for i, g in enumerate(grads):
-                    if g is None:
-                        continue
-                    if sums[i] is None:  # one tile: its gradient as it is
-                        sums[i] = g if x.shape[0] <= ctx.tile else g.to(torch.promote_types(g.dtype, torch.float32))
-                    else:
-                        sums[i] += g
+                add_to(sums, grads, is_only=x.shape[0] <= ctx.tile)
         found = iter(s if s is None else s.to(p.dtype) for s, p in zip(sums, trained, strict=True))
         return (grad_x, None, None, None, *(next(found) if need else None for need in needs))
 
 
-class _Run:
-    """``forward`` on rows [rows, width], under the autocast and with the random numbers of the call it was made in."""
+def add_to(sums: list, grads: list, is_only: bool = False) -> None:
+    """Adds ``grads`` (``None``: none) to the fp32 ``sums``; the only one stays as it is."""
+    for i, g in enumerate(grads):
+        if g is None:
+            continue
+        if sums[i] is None:
+            sums[i] = g if is_only else g.to(torch.promote_types(g.dtype, torch.float32))
+        else:
+            sums[i] += g
+
+
+def has_dropout(module: nn.Module) -> bool:
+    """Whether a dropout layer in ``module`` drops anything now."""
+    return any(isinstance(m, nn.modules.dropout._DropoutNd) and m.training and m.p > 0 for m in module.modules())
+
+
+class Run:
+    """``forward``, under the autocast and with the random numbers of the call it was made in."""
 
     def __init__(self, module: nn.Module, forward: Callable, device: torch.device):
         self.forward, self.device = forward, device
@@ -79,12 +89,12 @@ class _Run:
             # No cache of casted weights: filled without a graph, it would cut the gradient of whoever hits it later.
             self.autocast = {"dtype": torch.get_autocast_dtype(device.type), "cache_enabled": False}
         self.rng = None
-        if any(isinstance(m, nn.modules.dropout._DropoutNd) and m.training and m.p > 0 for m in module.modules()):
+        if has_dropout(module):
             self.rng = (torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None)
 
-    def __call__(self, rows: torch.Tensor) -> torch.Tensor:
+    def __call__(self, *args) -> torch.Tensor:
         with self._autocast():
-            return self.forward(rows)
+            return self.forward(*args)
 
     def _autocast(self):
         if self.autocast is None:
@@ -126,7 +136,7 @@ def in_tiles(module: nn.Module, forward: Callable, x: torch.Tensor, tile: int) -
     The result [rows, any width] is that of ``forward(x)``, bit for bit where ``forward`` treats a row alike in every tile
     (elementwise modules and norms do; a matrix product may round differently for another number of rows).
     """
-    run = _Run(module, forward, x.device)
+    run = Run(module, forward, x.device)
     parameters = [p for p in module.parameters() if p.requires_grad]
     if not torch.is_grad_enabled() or not (x.requires_grad or parameters):
         return run_rows(run, x, tile)
