@@ -59,6 +59,11 @@ def write(folder: Path = RESULTS) -> Path:
             body = model_section(document)
         elif document.get("kind") == "memory":
             body = memory_section(path, page)
+        elif document.get("kind") == "context_quality":
+            import context_quality
+
+            plot = os.path.relpath(path.with_suffix(".png"), page.parent)
+            body = f"{context_quality.section(document)}\n![loss of held-out documents by context]({plot})\n"
         else:
             continue
         parts.append(f"## {path.stem}\n\n{environment.sentence(document['environment'])}\n\n{body}")

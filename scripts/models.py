@@ -47,6 +47,17 @@ SHAPES = {
         vocab_size=512,
         max_position_embeddings=8192,
     ),
+    "small": LlamaConfig(
+        hidden_size=384,
+        intermediate_size=1024,
+        num_hidden_layers=10,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        vocab_size=8192,
+        max_position_embeddings=32768,
+        rope_theta=100_000.0,
+        tie_word_embeddings=True,
+    ),
     "smollm2-135m": LlamaConfig(
         hidden_size=576,
         intermediate_size=1536,
@@ -141,17 +152,26 @@ def smollm2_folder() -> Path:
 
 def random_folder(texts: list[str]) -> Path:
     """A folder like ``smollm2_folder()`` with random weights of the same shape and a tokenizer trained on ``texts``."""
+    return _folder_of("smollm2-135m-random", SHAPES["smollm2-135m"], torch.bfloat16, texts)
+
+
+def small_folder(texts: list[str]) -> Path:
+    """A folder with a Llama of 19M parameters, random float32 weights, and a tokenizer trained on ``texts``."""
+    return _folder_of("small-random", SHAPES["small"], torch.float32, texts)
+
+
+def _folder_of(name: str, config: LlamaConfig, dtype: torch.dtype, texts: list[str]) -> Path:
     from tokenizers import ByteLevelBPETokenizer
     from transformers import PreTrainedTokenizerFast
 
-    folder = CACHE / "smollm2-135m-random"
+    folder = CACHE / name
     if (folder / "tokenizer_config.json").exists():
         return folder
     bpe = ByteLevelBPETokenizer()
     bpe.train_from_iterator(texts, vocab_size=8192, special_tokens=["<|im_end|>"], show_progress=False)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, eos_token="<|im_end|>", pad_token="<|im_end|>")
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(SHAPES["smollm2-135m"], dtype=torch.bfloat16)
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
