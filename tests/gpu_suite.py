@@ -57,6 +57,7 @@ PARTS: dict[str, tuple[Step, ...]] = {
     ),
     "sweep": (Step("sweep", (*PARALLEL, "tests/test_fuzz.py", "-k", "sm90"), 300),),
     "hf": (Step("hf", (*PARALLEL, "tests/test_hf_gpu.py"), 300),),
+    "patches": (Step("patches", (*PYTEST, "tests/test_patches_gpu.py"), 180),),
     "finetune": (Step("finetune", (*PYTEST, "tests/test_finetune_gpu.py"), 180),),
     "sanitize": (
         # The sanitizer must see an overrun before its silence counts.

@@ -15,7 +15,7 @@ import hf_support  # noqa: E402
 import peak_memory  # noqa: E402
 
 import flashmla_hf  # noqa: E402
-from flashmla_hf.patches import checkpointing, memory, mlp, offload, rope, tiles  # noqa: E402
+from flashmla_hf.patches import checkpointing, memory, mlp, offload, rope, structure, tiles  # noqa: E402
 
 pytestmark = pytest.mark.skipif(not hf_support.is_built(), reason="no compiled CPU library")
 NAMES = ("Llama", "Mistral", "Qwen2", "Qwen3", "Gemma2", "Gemma3 text", "Phi3", "Mixtral")
@@ -31,7 +31,6 @@ SINGLE = {
     "attention": ["attention"],
     "all": None,
 }
-DEFAULT = tuple(n for n in SINGLE if n not in ("attention", "all"))
 # Tiles that do not divide the 40 tokens of a batch.
 SMALL = {"mlp_tile": 7, "loss_chunk": 9, "attention_chunk": 7, "keep_attention": True}
 TILED = ("all", "mlp", "loss", "attention")
@@ -344,7 +343,8 @@ def test_kept_tensors_go_with_their_layer_in_backward():
         loss = model(**batch_of("Llama"), use_cache=False).loss
     finally:
         checkpointing.KeptAttention.put = original
-    assert all(k() is not None for k in kept) and len(kept) == 2
+    assert len(kept) == 2
+    assert all(k() is not None for k in kept)
     loss.backward()
     assert all(k() is None for k in kept)
 
@@ -486,14 +486,15 @@ def message(model, *args, **kwargs):
 def test_unknown_names_and_double_patches_are_refused():
     model = model_of("Llama")
     text = message(model, ["los"])
-    assert "LlamaForCausalLM" in text and "'los'" in text and "'loss'" in text
+    assert all(part in text for part in ("LlamaForCausalLM", "'los'", "'loss'"))
     for name in ("keep_attention", "offload"):
         assert "'checkpointing'" in message(model, [name])
     assert "mlp_tile" in message(model, mlp_tile=0)
     assert "keep_attention" in message(model, keep_attention="all")
     flashmla_hf.patch(model, ["loss"])
     text = message(model, ["mlp"])
-    assert "patched already (loss)" in text and "unpatch" in text
+    assert "patched already (loss)" in text
+    assert "unpatch" in text
 
 
 @pytest.mark.parametrize(
@@ -545,6 +546,68 @@ def test_any_other_use_of_promised_logits_raises():
         with pytest.raises((RuntimeError, TypeError, AttributeError)) as error:
             use()
         assert "PromisedLogits" in str(error.value) or "without labels for logits" in str(error.value)
+
+
+def test_what_shows_at_the_first_step_only_is_refused_there():
+    """A tuple instead of hidden states (GPT-OSS), queries that autograd does not let be overwritten (GPT-NeoX)."""
+    for name, patch, part in (
+        ("GPT-OSS", "mlp", "model.layers.0.mlp (GptOssMLP)"),
+        ("GPT-NeoX", "rope", "split projection"),
+    ):
+        model = flashmla_hf.patch(model_of(name), [patch], mlp_tile=7)
+        with pytest.raises(flashmla_hf.patches.PatchError) as error:
+            step(model, batch_of(name))
+        assert part in str(error.value)
+        assert f"without '{patch}'" in str(error.value)
+
+
+OTHERS = (
+    "Qwen2-MoE",
+    "Qwen3-MoE",
+    "Gemma",
+    "Phi",
+    "Granite",
+    "OLMo2",
+    "StarCoder2",
+    "StableLM",
+    "SmolLM3",
+    "Cohere",
+    "GLM4",
+)
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_families_of_the_same_structure_equal_too(name):
+    model, batch = model_of(name), batch_of(name)
+    expected = step(model, batch)
+    names = [n for n in flashmla_hf.PATCHES if n != "attention" and not (n == "rope" and name in ("Cohere", "GLM4"))]
+    assert_equal(step(flashmla_hf.patch(model, names, **SMALL), batch), expected)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_attention_in_chunks_equals_inside_checkpointed_layers(name):
+    model, batch = model_of(name), batch_of(name)
+    expected = step(model, batch)
+    names = [n for n in flashmla_hf.PATCHES if n != "keep_attention"]
+    flashmla_hf.patch(model, names, mlp_tile=7, loss_chunk=9, attention_chunk=7)
+    assert_equal(step(model, batch), expected)
+
+
+def test_float16_is_refused_by_the_loss():
+    model = flashmla_hf.patch(model_of("Llama"), ["loss"])
+    with (
+        torch.autocast("cpu", dtype=torch.float16),
+        pytest.raises(flashmla_hf.patches.PatchError, match="bfloat16 or float32"),
+    ):
+        model(**batch_of("Llama"), use_cache=False)
+
+
+def test_a_patched_model_saves_what_an_unpatched_one_loads(tmp_path):
+    model, batch = model_of("Gemma2"), batch_of("Gemma2")
+    expected = step(model, batch)
+    flashmla_hf.patch(model).save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path, attn_implementation="flashmla").train()
+    assert_equal(step(loaded, batch), expected)
 
 
 def test_router_logits_are_refused_in_tiles():
@@ -658,3 +721,63 @@ def test_attention_in_chunks_lowers_the_peak(small_pieces):
     names = ["loss", "mlp", "norm", "rope", "checkpointing"]
     whole, chunked = (trace(names + more, attention_chunk=64)[1] for more in ([], ["attention"]))
     assert whole - chunked > 1.5
+
+
+# --- what goes where ---------------------------------------------------------------------------------------------------
+
+
+GIB = 2**30
+
+
+def planned(monkeypatch, free, host, keep_attention, offload_layers):
+    """Of 32 layers: (inputs on the host, kept attention, of it on the host), where an input and an attention output are 1 GiB."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    monkeypatch.setattr(memory, "device_free_bytes", lambda device: free * GIB)
+    monkeypatch.setattr(memory, "host_available_bytes", lambda: host * GIB)
+    attention = torch.nn.Module()
+    attention.config, attention.head_dim = transformers.LlamaConfig(num_attention_heads=32), 128
+    layer = structure.Layer("layer", torch.nn.Module(), "self_attn", attention, None, None)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        hidden = torch.empty(1, 2**17, 4096, dtype=torch.bfloat16, device="cuda")
+    plan = checkpointing.Checkpointing([layer] * 32, keep_attention, offload_layers).plan(hidden)
+    return plan.first_on_device, 32 - plan.first_kept, plan.first_kept_on_device - plan.first_kept
+
+
+def test_the_plan_fills_the_gpu_then_the_host(monkeypatch):
+    # What one layer works with, 18 tensors of 1 GiB, and 5 GiB of chunks and tiles are left free, and a tenth of everything.
+    assert planned(monkeypatch, 200, 0, "auto", "auto") == (0, 32, 0)  # 157 GiB of room: all of both fit
+    assert planned(monkeypatch, 80, 0, "auto", "auto") == (0, 17, 0)  # 49: the inputs, and 17 attention outputs
+    assert planned(monkeypatch, 80, 10, "auto", "auto") == (0, 25, 8)  # 8 more on the host, beyond its reserve of 2
+    assert planned(monkeypatch, 40, 100, "auto", "auto") == (19, 32, 32)  # 13: inputs first, the rest to the host
+    assert planned(monkeypatch, 40, 31, "auto", "auto") == (19, 10, 10)
+    assert planned(monkeypatch, 10, 100, "auto", "auto") == (31, 32, 32)  # the last input is needed at once
+    assert planned(monkeypatch, 80, 0, "auto", None) == (0, 17, 0)
+    assert planned(monkeypatch, 40, 0, "auto", None) == (0, 0, 0)
+    assert planned(monkeypatch, 40, 0, None, None) == (0, 0, 0)
+    assert planned(monkeypatch, 10, 0, 5, None) == (0, 5, 0)  # numbers are taken as they are
+    assert planned(monkeypatch, 10, 0, True, 20) == (20, 32, 20)
+
+
+def test_the_mlps_tile_follows_free_memory(monkeypatch):
+    monkeypatch.setattr(memory, "device_free_bytes", lambda device: 40 * GIB)
+    per_token = 7 * 14336 * 2
+    device = torch.device("cuda")
+    assert mlp.auto_tile(32768, per_token, device) == 32768  # 6 of 40 GiB: as it is
+    assert mlp.auto_tile(131072, per_token, device) == 8192
+    monkeypatch.setattr(memory, "device_free_bytes", lambda device: GIB // 4)
+    assert mlp.auto_tile(131072, per_token, device) == mlp.SMALLEST_TILE
+
+
+def test_host_memory_is_the_least_of_the_system_and_the_control_group(tmp_path, monkeypatch):
+    free = memory.host_available_bytes()
+    assert free > 0
+    monkeypatch.setattr(memory, "_CGROUP", tmp_path)
+    monkeypatch.setattr(memory, "_meminfo_available", lambda: 100 * GIB)
+    assert memory.host_available_bytes() == 100 * GIB  # no control group
+    (tmp_path / "memory.max").write_text("max\n")
+    (tmp_path / "memory.current").write_text(f"{6 * GIB}\n")
+    assert memory.host_available_bytes() == 100 * GIB
+    (tmp_path / "memory.max").write_text(f"{10 * GIB}\n")
+    (tmp_path / "memory.stat").write_text(f"anon 5\ninactive_file {GIB}\n")
+    assert memory.host_available_bytes() == 5 * GIB

@@ -114,8 +114,8 @@ class Checkpointing:
         number, device = len(self.layers), hidden.device
         is_gpu = device.type == "cuda"
         tokens = hidden.shape[:-1].numel()
-        width = max(structure.attention_width(x.attention) for x in self.layers if x.attention is not None)
-        input_bytes = max(1, structure.values_of(hidden))
+        width = max((structure.attention_width(x.attention) for x in self.layers if x.attention), default=1)
+        input_bytes = max(1, structure.bytes_of(hidden))
         attention_bytes = max(1, tokens * width * hidden.element_size())
         room = int(memory.device_free_bytes(device) * USED_SHARE) - (WORKING_BYTES if is_gpu else 0)
         room = max(0, room - WORKING_HIDDEN * input_bytes - WORKING_ATTENTION * attention_bytes)

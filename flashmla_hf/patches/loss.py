@@ -62,6 +62,9 @@ class PromisedLogits:
     def float(self):
         return self  # the loss is computed in fp32 in any case
 
+    def contiguous(self):
+        return self
+
     @classmethod
     def __torch_function__(cls, function, types, args=(), kwargs=None):
         if function in (torch.tanh, torch.Tensor.tanh) and not kwargs:
@@ -162,6 +165,11 @@ def linear_cross_entropy(
         dtype = torch.get_autocast_dtype(device)
         hidden, weight = hidden.to(dtype), weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
+    if hidden.dtype == torch.float16:
+        raise structure.PatchError(
+            "flashmla_hf.patch: patch 'loss': gradients are computed before a gradient scaler multiplies the loss, and would "
+            "vanish in float16: expected bfloat16 or float32. Leave it out: patches=[...] without 'loss'"
+        )
     if num_items is None:
         num_items = (labels != ignore_index).sum()
     elif isinstance(num_items, torch.Tensor):

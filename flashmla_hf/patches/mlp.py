@@ -131,7 +131,10 @@ def _is_row_wise(module: nn.Module, weight: torch.Tensor) -> bool:
     rows = torch.linspace(-1.0, 2.0, 3 * weight.shape[0], device=weight.device).to(weight.dtype).view(3, -1)
     with torch.no_grad():
         together = module.forward(rows)
-        return together.shape == rows.shape and all(torch.equal(module.forward(rows[i]), together[i]) for i in range(3))
+        # A GPU may sum one row in another order than three.
+        return together.shape == rows.shape and all(
+            torch.allclose(module.forward(rows[i]), together[i], rtol=2e-2, atol=1e-4) for i in range(3)
+        )
 
 
 def _norm_in_tiles(module: nn.Module):

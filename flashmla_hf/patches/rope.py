@@ -68,6 +68,13 @@ def rotate(x, cos, sin, out, is_inverse=False):
 
 def rotate_in_place(q, k, cos, sin):
     """``apply_rotary_pos_emb`` for q [batch, heads_q, seqlen, head_dim] and k [batch, heads_kv, seqlen, head_dim]."""
+    for x in (q, k):
+        # Autograd forbids what follows on one of several views that one operation made; it would say so later, elsewhere.
+        if type(x.grad_fn).__name__.startswith(("Split", "Unbind", "Chunk")):
+            raise structure.PatchError(
+                "flashmla_hf.patch: patch 'rope': expected queries and keys of their own or as slices, got parts of one split "
+                "projection, which autograd does not let be overwritten. Leave it out: patches=[...] without 'rope'"
+            )
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad):
         return _Rotate.apply(q, cos, sin), _Rotate.apply(k, cos, sin)
     return rotate(q, cos, sin, out=q), rotate(k, cos, sin, out=k)

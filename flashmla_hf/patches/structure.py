@@ -98,11 +98,6 @@ def attention_of(model: nn.Module, layer: Layer, patch: str) -> nn.Module:
     return layer.attention
 
 
-def is_on_meta(module: nn.Module) -> bool:
-    """Whether a parameter of ``module`` has no values to try it out with."""
-    return any(parameter.device.type == "meta" for parameter in module.parameters())
-
-
 def output_embeddings(model: nn.Module, patch: str) -> nn.Module:
     """The linear layer that makes logits; the trained copy in it where peft keeps one (``modules_to_save``)."""
     head = model.get_output_embeddings()
@@ -115,8 +110,14 @@ def output_embeddings(model: nn.Module, patch: str) -> nn.Module:
 
 
 def row_width(module: nn.Module) -> int:
-    """The widest side of any matrix in ``module``: what its widest intermediate has per token (per expert)."""
-    return max((max(p.shape[-2:]) for p in module.parameters() if p.dim() >= 2), default=1)
+    """Numbers per token in the widest intermediate of ``module`` (per expert): the widest side of a linear layer or expert.
+
+    Quantized linear layers keep their sizes as attributes; their weights are packed.
+    """
+    linear = [m for m in module.modules() if hasattr(m, "in_features") and hasattr(m, "out_features")]
+    widths = [max(m.in_features, m.out_features) for m in linear]
+    widths += [max(p.shape[-2:]) for p in module.parameters() if p.dim() == 3]
+    return max(widths, default=1)
 
 
 def attention_width(attention: nn.Module) -> int:
@@ -126,5 +127,5 @@ def attention_width(attention: nn.Module) -> int:
     return heads * dim if heads and dim else row_width(attention)
 
 
-def values_of(x: torch.Tensor) -> int:
+def bytes_of(x: torch.Tensor) -> int:
     return x.numel() * x.element_size()

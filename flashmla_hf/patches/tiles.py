@@ -133,8 +133,8 @@ def run_rows(run: Callable, x: torch.Tensor, tile: int) -> torch.Tensor:
 def in_tiles(module: nn.Module, forward: Callable, x: torch.Tensor, tile: int) -> torch.Tensor:
     """``module`` on x [rows, width] by its own ``forward`` (same shape of argument), ``tile`` rows at a time.
 
-    The result [rows, any width] is that of ``forward(x)``, bit for bit where ``forward`` treats a row alike in every tile
-    (elementwise modules and norms do; a matrix product may round differently for another number of rows).
+    The result [rows, any width] is that of ``forward(x)``, up to rounding where a library sums a row in another order for
+    another number of rows (matrix products may).
     """
     run = Run(module, forward, x.device)
     parameters = [p for p in module.parameters() if p.requires_grad]

@@ -1,0 +1,211 @@
+"""The memory patches on the GPU: gradients, peak memory, and offload on real streams.
+
+    python3 -m pytest tests/test_patches_gpu.py -s       # under a minute on an H100; -s prints the peaks
+
+A Llama of 8 layers in bf16, its attention on sm90. Gradients are compared as vectors: bf16 rounds single elements apart.
+"""
+
+from __future__ import annotations
+
+import gc
+import itertools
+
+import gpu_support
+import pytest
+import torch
+
+transformers = pytest.importorskip("transformers")
+
+import flashmla_hf  # noqa: E402
+from flashmla_hf.patches import mlp, rope  # noqa: E402
+
+pytestmark = gpu_support.needs_sm90
+DEVICE = gpu_support.DEVICE
+NUM_LAYERS, WIDTH, FF, VOCAB = 8, 1024, 3584, 32768
+CHECKPOINTED = ("loss", "mlp", "norm", "rope", "checkpointing")
+SELECTIONS = {
+    "loss": ["loss"],
+    "mlp": ["mlp"],
+    "norm": ["norm"],
+    "rope": ["rope"],
+    "checkpointing": ["checkpointing"],
+    "keep_attention": ["checkpointing", "keep_attention"],
+    "offload": ["checkpointing", "offload"],
+    "attention": ["attention"],
+    "default": None,
+}
+# Tiles small enough that 4096 tokens fill several.
+OPTIONS = {
+    "mlp_tile": 1000,
+    "loss_chunk": 1000,
+    "attention_chunk": 1000,
+    "keep_attention": True,
+    "offload": NUM_LAYERS - 1,
+}
+
+
+def model_of(is_lora=False, seed=0):
+    config = transformers.LlamaConfig(
+        vocab_size=VOCAB, hidden_size=WIDTH, intermediate_size=FF, num_hidden_layers=NUM_LAYERS, num_attention_heads=8,
+        num_key_value_heads=2, head_dim=128, max_position_embeddings=2**17, initializer_range=0.04, tie_word_embeddings=False,
+    )  # fmt: skip
+    torch.manual_seed(seed)
+    model = transformers.LlamaForCausalLM._from_config(config, attn_implementation="flashmla", dtype=torch.bfloat16)
+    model = model.to(DEVICE).train()
+    if is_lora:
+        peft = pytest.importorskip("peft")
+        targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+        model = peft.get_peft_model(
+            model, peft.LoraConfig(r=8, target_modules=targets, init_lora_weights=False), autocast_adapter_dtype=False
+        )
+    return model
+
+
+def batch_of(tokens, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(0, VOCAB, (1, tokens), generator=generator).to(DEVICE)
+    return {"input_ids": ids, "labels": ids, "use_cache": False}
+
+
+def step(model, batch):
+    model.zero_grad()
+    loss = model(**batch).loss
+    loss.backward()
+    return float(loss.detach()), {n: p.grad.float() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def worst_difference(got, expected):
+    assert got[1].keys() == expected[1].keys()
+    return max(float((got[1][n] - g).norm() / g.norm()) for n, g in expected[1].items())
+
+
+@pytest.mark.parametrize("is_lora", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize("selection", SELECTIONS)
+def test_loss_and_gradients_equal_the_unpatched_models(selection, is_lora):
+    model, batch = model_of(is_lora), batch_of(4096)
+    expected = step(model, batch)
+    flashmla_hf.patch(model, SELECTIONS[selection], **OPTIONS)
+    got = step(model, batch)
+    assert got[0] == pytest.approx(expected[0], rel=2e-3)
+    assert worst_difference(got, expected) < 4e-2
+    flashmla_hf.unpatch(model)
+    assert step(model, batch)[0] == pytest.approx(expected[0], rel=1e-4)
+
+
+def peak(selection, tokens, is_lora=True, **options):
+    """KiB per token that forward and backward need beyond the model, at the highest."""
+    model, batch = model_of(is_lora), batch_of(tokens)
+    if selection != []:
+        flashmla_hf.patch(model, selection, **options)
+    step(model, batch)  # the kernels are loaded, the libraries have their workspaces
+    model.zero_grad()
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    step(model, batch)
+    return (torch.cuda.max_memory_allocated() - before) / tokens / 1024
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="measures a GPU")
+def test_every_patch_lowers_the_peak(monkeypatch):
+    tokens = 32768
+    # The model is narrow: chunks made for wide ones would be the peak themselves.
+    monkeypatch.setattr(mlp, "NORM_TILE_ELEMENTS", 2**20)
+    options = {"mlp_tile": 1024, "loss_chunk": 256, "attention_chunk": 4096}
+    peaks = {
+        "unpatched": peak([], tokens),
+        "loss": peak(["loss"], tokens, **options),
+        "+ mlp": peak(["loss", "mlp"], tokens, **options),
+        "+ norm": peak(["loss", "mlp", "norm"], tokens, **options),
+        "+ checkpointing": peak(["loss", "mlp", "norm", "checkpointing"], tokens, **options),
+        "+ offload": peak(
+            ["loss", "mlp", "norm", "checkpointing", "offload"], tokens, offload=NUM_LAYERS - 1, **options
+        ),
+        "+ attention": peak(
+            ["loss", "mlp", "norm", "checkpointing", "offload", "attention"], tokens, offload=NUM_LAYERS - 1, **options
+        ),
+    }
+    kept = peak([*CHECKPOINTED, "keep_attention"], tokens, keep_attention=True, **options)
+    parked = peak(
+        [*CHECKPOINTED, "keep_attention", "offload"], tokens, keep_attention=True, offload=NUM_LAYERS - 1, **options
+    )
+    print(
+        {name: round(value, 1) for name, value in (peaks | {"kept": kept, "kept, offloaded": parked}).items()},
+        "KiB/token",
+    )
+    values = list(peaks.values())
+    assert all(later < earlier for earlier, later in itertools.pairwise(values)), peaks
+    assert parked < kept
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="measures a GPU")
+def test_rope_in_place_takes_no_copies():
+    q = torch.randn(1, 32768, 32, 128, dtype=torch.bfloat16, device=DEVICE).transpose(1, 2)
+    k = torch.randn(1, 32768, 8, 128, dtype=torch.bfloat16, device=DEVICE).transpose(1, 2)
+    cos, sin = (torch.randn(1, 32768, 128, dtype=torch.bfloat16, device=DEVICE) for _ in range(2))
+    original = transformers.models.llama.modeling_llama.apply_rotary_pos_emb
+    expected = original(q.clone(), k.clone(), cos, sin)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    with torch.no_grad():
+        got = rope.rotate_in_place(q, k, cos, sin)
+    assert torch.cuda.max_memory_allocated() - before < q.numel() * 2 / 2
+    assert all(torch.equal(x, y) for x, y in zip(got, expected, strict=True))
+
+
+def test_offload_over_many_steps_of_changing_lengths_learns_the_same():
+    """Copies that were too early or too late would show as other losses: AdamW carries every difference on."""
+
+    def losses(names, **options):
+        model = flashmla_hf.patch(model_of(is_lora=True), names, **options)
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
+        found = []
+        for number, tokens in enumerate((8192, 3000, 16384, 16384, 777, 12288, 16384, 8192)):
+            if number % 3 == 2:  # an evaluation in between
+                with torch.no_grad():
+                    model(**batch_of(512))
+            if number == 5:  # a forward pass that no backward follows
+                model(**batch_of(4096))
+            loss = model(**batch_of(tokens, seed=number)).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            found.append(float(loss.detach()))
+        return found
+
+    expected = losses(["loss", "checkpointing"])
+    for names, number in (
+        (["loss", "checkpointing", "offload"], 7),
+        (["loss", "checkpointing", "offload", "keep_attention"], 8),
+    ):
+        options = {"keep_attention": True} if "keep_attention" in names else {}
+        assert losses(names, offload=number, **options) == pytest.approx(expected, rel=1e-3), names
+
+
+def test_offloaded_gradients_equal_those_of_checkpointing():
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        model, batch = model_of(), batch_of(16384)
+        flashmla_hf.patch(model, list(CHECKPOINTED), mlp_tile=2048)
+        expected = step(model, batch)
+        flashmla_hf.unpatch(model)
+        flashmla_hf.patch(model, None, mlp_tile=2048, keep_attention=True, offload=NUM_LAYERS)
+        for _ in range(4):
+            got = step(model, batch)
+            assert got[0] == pytest.approx(expected[0], rel=1e-5)
+            assert worst_difference(got, expected) < 2e-3
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_kept_attention_runs_its_kernel_once_per_layer():
+    model = model_of()
+    for kept in (0, 3, True):
+        flashmla_hf.patch(model, ["checkpointing", "keep_attention"], keep_attention=kept)
+        # Backward runs on a thread of its own: a profile sees it, a dispatch mode does not.
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            step(model, batch_of(1024))
+        called = sum(e.count for e in profile.key_averages() if e.key == "flashmla::flash_attn_forward")
+        assert called == 2 * NUM_LAYERS - (NUM_LAYERS if kept is True else kept)
+        flashmla_hf.unpatch(model)
