@@ -179,7 +179,9 @@ def peak_flops(device: str, dtype: str) -> tuple[float, str]:
     dtypes = {dtype} if device == "cuda" else {dtype, "float32"}
     seconds = []
     for a in (torch.randn(n, n, device=device).to(getattr(torch, name)) for name in dtypes):
-        for _ in range(6):
+        begun = time.perf_counter()
+        # For half a second, and six times at least: the first calls choose a routine, and a CPU has other work, too.
+        while len(seconds) < 6 or time.perf_counter() - begun < 0.5:
             started = time.perf_counter()
             a @ a
             if device == "cuda":
