@@ -5,6 +5,7 @@
 # make cuda      the CUDA library, compiled on any machine that has nvcc; fails where a kernel spills registers
 # make support   the README's table of models, from the parity suite's results
 # make bench     attention and model benchmarks on this machine
+# make memory    on a GPU host: memory and speed of long training steps beside the ledger, per model
 # make lint      ruff and clang-format, checking only      make format   the same, rewriting
 #
 # Where PYTHON (default python3) already has a torch that sees a GPU, that Python is used as it is and the package is built
@@ -31,7 +32,7 @@ endif
 SOURCES := $(shell find csrc -type f) setup.py pyproject.toml
 CXX_FILES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo test test-older-transformers support gpu sanitize cuda bench lint format clean
+.PHONY: demo test test-older-transformers support gpu sanitize cuda bench memory lint format clean
 demo: $(READY)
 	$(RUN) scripts/demo.py
 
@@ -51,6 +52,12 @@ gpu: $(READY)
 bench: $(READY)
 	$(RUN) benchmarks/bench_attention.py --time_budget 600
 	$(RUN) benchmarks/bench_model.py
+
+# On a GPU host; each file is a model, SHAPES="llama-8b" runs one. Run again, it measures only what is still missing.
+SHAPES ?= llama-8b llama-1b-full mistral-7b
+memory: $(READY)
+	for shape in $(SHAPES); do $(RUN) scripts/memory_report.py --config scripts/configs/memory/$$shape.yaml || exit 1; done
+	$(RUN) benchmarks/render_results.py
 
 sanitize:
 	$(PYTHON) csrc/cpu/sanitize.py

@@ -57,6 +57,13 @@ def write(folder: Path = RESULTS) -> Path:
                 body += f"\n![{plot.stem}: TFLOP/s per shape]({os.path.relpath(plot, page.parent)})\n"
         elif document.get("kind") == "model":
             body = model_section(document)
+        elif document.get("kind") == "memory":
+            body = memory_section(path, page)
+        elif document.get("kind") == "context_quality":
+            import context_quality
+
+            plot = os.path.relpath(path.with_suffix(".png"), page.parent)
+            body = f"{context_quality.section(document)}\n![loss of held-out documents by context]({plot})\n"
         else:
             continue
         parts.append(f"## {path.stem}\n\n{environment.sentence(document['environment'])}\n\n{body}")
@@ -391,6 +398,18 @@ def plots(document: dict, path: Path) -> list[Path]:
 
 
 # ---------------------------------------------------------------- models
+
+
+def memory_section(path: Path, page: Path) -> str:
+    """The tables of scripts/memory_report.py and the plot that it drew beside the JSON file."""
+    import memory_report
+
+    results, document = memory_report.read(path)
+    plot = path.with_suffix(".png")
+    picture = (
+        f"\n![{path.stem}: memory, speed and ledger]({os.path.relpath(plot, page.parent)})\n" if plot.exists() else ""
+    )
+    return memory_report.section(results, document) + picture
 
 
 def model_section(document: dict) -> str:

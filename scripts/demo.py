@@ -10,8 +10,8 @@
 2. compares logits and generated text with eager attention;
 3. fine-tunes it with LoRA (scripts/finetune.py) on long documents, the sources of Python's standard library, and looks
    at the loss of held-out modules;
-4. measures memory and time of a training step against context length for eager, sdpa and flashmla
-   (scripts/memory_report.py), each point in its own process;
+4. measures memory and time of a training step against context length for eager, sdpa and flashmla, the last also with
+   the package's memory patches (scripts/memory_report.py), each point in its own process;
 5. writes plots, JSON and a Markdown page into results/demo.
 
 On a GPU everything runs there, in bfloat16 and at longer contexts.
@@ -44,6 +44,8 @@ from transformers.utils import logging as transformers_logging
 
 SCRIPTS = Path(__file__).resolve().parent
 STAGES = ("compare", "finetune", "measure")
+# Beside the backends alone, what the memory patches of the package take away from a training step.
+SERIES = ("flashmla+all", *memory_report.BACKENDS)
 PROMPT = "def read_lines(path):\n    "
 # What a machine of each kind does within the demo's few minutes.
 SETTINGS = {
@@ -274,7 +276,7 @@ def main(argv: list[str] | None = None) -> None:
         settings = SETTINGS[args.device]
         points = memory_report.points_for(
             str(folder),
-            list(memory_report.BACKENDS),
+            list(SERIES),
             sorted(args.contexts or settings["contexts"]),
             device=args.device,
             dtype=environment.fastest_dtype(args.device),

@@ -14,7 +14,19 @@ from pathlib import Path
 import torch
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-PACKAGES = ("torch", "transformers", "accelerate", "peft", "flashmla_hf", "flash-attn-4")
+PACKAGES = ("torch", "transformers", "accelerate", "peft", "flashmla_hf", "flash-attn-4", "liger-kernel")
+# Part of torch.cuda.get_device_name() -> dense 16-bit tensor-core FLOP/s by the vendor's data sheet. The first match counts.
+DATA_SHEET_FLOPS = {
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "H200": 989e12,
+    "H800": 989e12,
+    "GH200": 989e12,
+    "B200": 2250e12,
+    "A100": 312e12,
+    "A800": 312e12,
+}
 
 
 def describe(device: str) -> dict:
@@ -97,7 +109,7 @@ def memory_limit(device: str) -> int:
 def memory_available(device: str) -> int:
     """Bytes free right now."""
     if device == "cuda":
-        return torch.cuda.mem_get_info()[0]
+        return _free_on_gpu()
     available = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
     free = int(available.group(1)) * 1024 if available else memory_limit(device)
     try:
@@ -108,6 +120,26 @@ def memory_available(device: str) -> int:
         return min(free, int((group / "memory.max").read_text()) - used)
     except (OSError, ValueError, AttributeError):
         return free
+
+
+def _free_on_gpu() -> int:
+    # Asking torch would make a CUDA context of half a GiB in this process, beside the one that is about to be measured.
+    if not os.environ.get("CUDA_VISIBLE_DEVICES"):
+        command = ["nvidia-smi", "--query-gpu=memory.free", "--format=csv,noheader,nounits", "-i", "0"]
+        try:
+            answer = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout
+            return int(answer.split()[0]) * 2**20
+        except (OSError, subprocess.SubprocessError, ValueError, IndexError):
+            pass
+    return torch.cuda.mem_get_info()[0]
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed: torch has a class for the GPU's alone."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    text = str(error).lower()
+    return isinstance(error, RuntimeError) and ("not enough memory" in text or "alloc" in text)
 
 
 def commit() -> str:
@@ -130,6 +162,32 @@ def _version(package: str) -> str | None:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+def peak_flops(device: str, dtype: str) -> tuple[float, str]:
+    """Floating-point operations per second of the device in ``dtype``, and who says so.
+
+    The data sheet's dense rate where the GPU is known; otherwise that of a square matrix product, measured now.
+    """
+    if device == "cuda" and dtype != "float32":
+        name = torch.cuda.get_device_name()
+        for part, rate in DATA_SHEET_FLOPS.items():
+            if part in name:
+                return rate, "data sheet"
+    n = 8192 if device == "cuda" else 1024
+    # A CPU without instructions for bfloat16 is as fast as its float32.
+    dtypes = {dtype} if device == "cuda" else {dtype, "float32"}
+    seconds = []
+    for a in (torch.randn(n, n, device=device).to(getattr(torch, name)) for name in dtypes):
+        begun = time.perf_counter()
+        # For half a second, and six times at least: the first calls choose a routine, and a CPU has other work, too.
+        while len(seconds) < 6 or time.perf_counter() - begun < 0.5:
+            started = time.perf_counter()
+            a @ a
+            if device == "cuda":
+                torch.cuda.synchronize()
+            seconds.append(time.perf_counter() - started)
+    return 2 * n**3 / min(seconds), f"measured, a matrix product of {n}"
 
 
 def fastest_dtype(device: str) -> str:

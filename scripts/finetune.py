@@ -3,6 +3,7 @@
     python scripts/finetune.py --config scripts/configs/lora.yaml --train_file notes/ --output_dir results/notes
     accelerate launch scripts/finetune.py --config scripts/configs/lora.yaml --train_file book.txt
     python scripts/finetune.py --config scripts/configs/lora.yaml ... --resume_from_checkpoint latest
+    python scripts/finetune.py --config scripts/configs/lora-long.yaml ... --find_max_length
     tensorboard --logdir results/notes/runs
 
 Options are named as in Transformers' and TRL's scripts; ``--config`` names a YAML file of them, and the command line
@@ -11,6 +12,10 @@ wins.
 The way of the data: documents -> tokens, an end-of-text token after each -> pieces of at most ``max_length`` -> packs
 of pieces, together at most ``max_length`` -> DataCollatorWithFlattening, which lays a batch of packs end to end without
 padding and marks where each piece begins (``position_ids``, ``cu_seq_lens_*``): no token attends to another document.
+
+``--patches`` names the memory patches of flashmla_hf (all, or some of its PATCHES); ``--find_max_length`` looks for the
+longest ``max_length`` that fits with the other options, by steps on random tokens, each trial in its own process, and
+trains nothing. Held-out documents are evaluated by position: what is gained by reading far back shows there.
 
 The loss of a step is the sum over its predicted tokens divided by their number, over all accumulated batches and all
 processes: packs of different length, or another ``gradient_accumulation_steps``, do not change what is optimised.
@@ -24,13 +29,17 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import errno
 import hashlib
 import inspect
 import json
 import math
 import os
 import re
+import resource
 import shutil
+import signal
+import subprocess
 import sys
 import time
 import warnings
@@ -41,12 +50,16 @@ from pathlib import Path
 # slower. OpenMP reads it when torch is imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+import environment
+import ledger
+import models
 import numpy as np
 import torch
 import yaml
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from peft import LoraConfig, PeftModel, get_peft_model
+from torch.nn import functional as F
 from tqdm import tqdm
 from transformers import (
     AutoModelForCausalLM,
@@ -56,7 +69,10 @@ from transformers import (
     PreTrainedTokenizerBase,
     get_scheduler,
 )
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
+TRIAL_MARK, OUT_OF_MEMORY = "TRIAL ", "out of memory"  # what the processes of --find_max_length say
+LOGITS_BYTES = 2**28  # of the logits that evaluation holds at a time, as fp32
 Pack = list[np.ndarray]  # pieces of documents, int32 [piece_length] each, together at most max_length tokens
 
 
@@ -68,6 +84,13 @@ class UserError(Exception):
 class ModelArguments:
     model_name_or_path: str = field(metadata={"help": "a folder with config.json, or a name on the Hub"})
     attn_implementation: str = field(default="flashmla", metadata={"help": "flashmla, sdpa, eager, ..."})
+    patches: list[str] = field(
+        default_factory=lambda: ["none"],
+        metadata={
+            "help": "memory patches: all, none, or some of loss, mlp, norm, rope, checkpointing, keep_attention, offload "
+            "(flashmla_hf.PATCHES); mlp_tile=N, loss_chunk=N, keep_attention=N, offload=N give one its number"
+        },
+    )
     dtype: str | None = field(
         default=None,
         metadata={
@@ -123,7 +146,10 @@ class TrainingArguments:
     warmup_steps: float = field(default=0.0, metadata={"help": "steps, or below 1 a share of all steps"})
     seed: int = field(default=42)
     bf16: bool = field(default=False, metadata={"help": "compute in bfloat16 (autocast)"})
-    gradient_checkpointing: bool = field(default=False, metadata={"help": "recompute layers in the backward pass"})
+    gradient_checkpointing: bool = field(
+        default=False,
+        metadata={"help": "recompute layers in the backward pass; the patch checkpointing does it where it is on"},
+    )
     use_cpu: bool = field(default=False, metadata={"help": "stay on the CPU where there is a GPU"})
     logging_steps: int = field(default=1)
     eval_steps: int = field(default=0, metadata={"help": "evaluate every so many steps; 0: only at the end"})
@@ -135,6 +161,13 @@ class TrainingArguments:
     )
     report_to: str = field(default="tensorboard", metadata={"choices": ["tensorboard", "none"]})
     disable_tqdm: bool = field(default=False)
+    find_max_length: bool = field(
+        default=False, metadata={"help": "look for the longest max_length that fits, write max_length.json, and end"}
+    )
+    find_max_length_timeout: float = field(default=600.0, metadata={"help": "seconds that one trial may take"})
+    trial_length: int | None = field(
+        default=None, metadata={"help": "of --find_max_length's own processes: try this length and end"}
+    )
 
 
 @dataclass
@@ -147,6 +180,10 @@ class TrainerState:
     interval_losses: list[float] = field(default_factory=list)  # since the last log entry
     log_history: list[dict] = field(default_factory=list)
     fingerprint: str = ""  # of what decides the course of the losses: data and arguments
+
+
+def device_type(args: TrainingArguments) -> str:
+    return "cpu" if args.use_cpu or not torch.cuda.is_available() else "cuda"
 
 
 def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, TrainingArguments]:
@@ -190,8 +227,13 @@ def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, Tra
         raise UserError(
             f"--validation_split_percentage: expected 0 ... 100, got {data_args.validation_split_percentage}"
         )
-    if (data_args.train_file is None) == (data_args.dataset_name is None):
+    is_search = args.find_max_length or args.trial_length is not None  # on random tokens
+    if not is_search and (data_args.train_file is None) == (data_args.dataset_name is None):
         raise UserError("expected exactly one of --train_file and --dataset_name")
+    try:
+        models.parse_patches(model_args.patches, device_type(args))
+    except ValueError as error:
+        raise UserError(f"--patches: {error}") from None
     return model_args, data_args, args
 
 
@@ -359,7 +401,7 @@ def load_tokenizer(model_args: ModelArguments) -> PreTrainedTokenizerBase:
 def load_model(model_args: ModelArguments, args: TrainingArguments, checkpoint: Path | None) -> torch.nn.Module:
     """The model to train, its weights or adapter those of ``checkpoint`` where one is given."""
     if model_args.attn_implementation == "flashmla":
-        import flashmla_hf  # noqa: F401  registers the name with Transformers
+        import flashmla_hf
     dtype = model_args.dtype or ("bfloat16" if model_args.use_peft and args.bf16 else "float32")
     is_full_resume = checkpoint is not None and not model_args.use_peft
     name = str(checkpoint) if is_full_resume else model_args.model_name_or_path
@@ -381,10 +423,24 @@ def load_model(model_args: ModelArguments, args: TrainingArguments, checkpoint: 
     warnings.filterwarnings("ignore", message=".*is_activation_checkpointing|.*activation_checkpointing_enable")
     # A cache is of no use here, and with one Transformers would not see where packed documents begin.
     model.config.use_cache = False
-    if args.gradient_checkpointing:
+    patches, options = models.parse_patches(model_args.patches, device_type(args))
+    if args.gradient_checkpointing and "checkpointing" not in patches:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    if not model_args.use_peft:
-        return model
+    if model_args.use_peft:
+        model = add_adapter(model, model_args, checkpoint)
+        if args.bf16:
+            models.keep_adapter_inputs(model)
+    if patches:
+        import flashmla_hf
+
+        try:
+            flashmla_hf.patch(model, patches, **options)
+        except ValueError as error:
+            raise UserError(f"--patches {' '.join(model_args.patches)}: {' '.join(str(error).split())}") from None
+    return model
+
+
+def add_adapter(model: torch.nn.Module, model_args: ModelArguments, checkpoint: Path | None) -> PeftModel:
     if checkpoint is not None:
         return PeftModel.from_pretrained(model, checkpoint, is_trainable=True)
     targets = model_args.lora_target_modules
@@ -399,6 +455,45 @@ def load_model(model_args: ModelArguments, args: TrainingArguments, checkpoint: 
         return get_peft_model(model, lora)
     except ValueError as error:
         raise UserError(f"--lora_target_modules {' '.join(targets)}: {str(error).strip().splitlines()[0]}") from None
+
+
+def make_optimizer(trainable: list[torch.nn.Parameter], args: TrainingArguments) -> torch.optim.Optimizer:
+    # Fused on a GPU: the loop over tensors makes temporaries of the weights' size.
+    is_fused = device_type(args) == "cuda"
+    return torch.optim.AdamW(trainable, lr=args.learning_rate, weight_decay=args.weight_decay, fused=is_fused)
+
+
+def ledger_of(model_args: ModelArguments, args: TrainingArguments, config) -> ledger.Ledger | None:
+    """What the run's memory will consist of; None for a model that the ledger does not know."""
+    patches, options = models.parse_patches(model_args.patches, device_type(args))
+    dtype = model_args.dtype or ("bfloat16" if model_args.use_peft and args.bf16 else "float32")
+    weight_bytes = 2 if dtype in ("bfloat16", "auto") else 4
+    switches = ledger.Switches(
+        attn_implementation=model_args.attn_implementation,
+        patches=frozenset(patches),
+        gradient_checkpointing=args.gradient_checkpointing,
+        use_peft=model_args.use_peft,
+        lora_r=model_args.lora_r,
+        weight_bytes=weight_bytes,
+        casts_adapter_inputs=not args.bf16,
+        activation_bytes=2 if args.bf16 else weight_bytes,
+        **options,
+    )
+    try:
+        return ledger.ledger(ledger.Shape.of(config), switches)
+    except ValueError:
+        return None
+
+
+def out_of_memory_message(model_args: ModelArguments, data_args: DataArguments, args: TrainingArguments) -> str:
+    """What most of the memory was, and which switch removes it."""
+    # A batch of packs is laid end to end: one row of so many tokens.
+    tokens = (args.trial_length or data_args.max_length) * args.per_device_train_batch_size
+    of = ledger_of(model_args, args, models.config_of(model_args.model_name_or_path))
+    advice = (
+        of.advice(tokens) if of else "lower --max_length or add --gradient_checkpointing, --patches all, --use_peft"
+    )
+    return f"{advice}. --find_max_length looks for the longest that fits"
 
 
 # ---------------------------------------------------------------- checkpoints
@@ -506,24 +601,93 @@ def step_batches(
     return [mine[i : i + size] for i in range(0, len(mine), size)], predicted_tokens(chosen)
 
 
+def run_batches(
+    model: torch.nn.Module, batches: list[list[Pack]], num_items: int, collate: Collator, accelerator: Accelerator
+) -> torch.Tensor:
+    """Forward and backward of one step's batches; returns this process's share of the step's loss."""
+    step_loss = torch.zeros((), device=accelerator.device)
+    for i, batch in enumerate(batches):
+        # Gradients cross processes once per step, with its last batch.
+        with accelerator.no_sync(model) if i < len(batches) - 1 else contextlib.nullcontext():
+            loss = model(**collate(batch, accelerator.device), num_items_in_batch=num_items).loss
+            step_loss += loss.detach()
+            # Data-parallel training averages gradients over processes; the loss is already a share of the whole.
+            accelerator.backward(loss * accelerator.num_processes)
+    return step_loss
+
+
+def token_losses(model: torch.nn.Module, inputs: dict, accelerator: Accelerator) -> torch.Tensor:
+    """The loss of every token of ``inputs`` [1, tokens] but the first, fp32 [tokens - 1]; zero where labels say -100.
+
+    The layers run once over the whole row; the rest of the model's own forward, head and whatever it does to logits, runs
+    over chunks of the layers' output, so that the logits of a long row never exist at a time.
+    """
+    model = accelerator.unwrap_model(model)
+    model = model.get_base_model() if isinstance(model, PeftModel) else model
+    labels = inputs.pop("labels")[0, 1:]
+    tokens = len(labels)
+    chunk = max(1, min(tokens, LOGITS_BYTES // (4 * model.config.get_text_config().vocab_size)))
+    decoder = model.get_decoder()
+    losses = torch.empty(tokens, device=labels.device)
+    with accelerator.autocast():
+        hidden = decoder(**inputs).last_hidden_state  # [1, tokens + 1, hidden]
+        own_forward = decoder.forward
+        try:
+            for start in range(0, tokens, chunk):
+                rows = slice(start, min(start + chunk, tokens))
+                piece = BaseModelOutputWithPast(last_hidden_state=hidden[:, rows])
+                decoder.forward = lambda *args, _piece=piece, **kwargs: _piece
+                logits = model(input_ids=inputs["input_ids"][:, rows]).logits[0]  # [chunk, vocabulary]
+                losses[rows] = F.cross_entropy(logits.float(), labels[rows], reduction="none")
+        finally:
+            # It was the class's method, or an instance attribute that a patch had put there.
+            del decoder.forward
+            if decoder.forward != own_forward:
+                decoder.forward = own_forward
+    return losses
+
+
 @torch.no_grad()
 def evaluate(
     model: torch.nn.Module, packs: list[Pack], collate: Collator, accelerator: Accelerator, size: int
-) -> float:
-    """Mean loss over all predicted tokens of ``packs``."""
+) -> tuple[float, list[dict]]:
+    """Mean loss over all predicted tokens of ``packs``, and by how many tokens of its document a prediction could read.
+
+    The second: a dict per power of two, ``from`` ... ``to`` tokens before the predicted one, with ``tokens`` counted.
+    """
     model.eval()
     mine = packs[accelerator.process_index :: accelerator.num_processes]
     # Every process makes the same number of forward passes: sharded models communicate in them.
     rounds = math.ceil(math.ceil(len(packs) / accelerator.num_processes) / size)
-    total = torch.zeros((), device=accelerator.device, dtype=torch.float64)
+    sums = torch.zeros(2, 64, device=accelerator.device, dtype=torch.float64)  # losses and tokens per power of two
     for i in range(rounds):
         batch = mine[i * size : (i + 1) * size]
         inputs = collate(batch or packs[:1], accelerator.device)
-        loss = model(**inputs, num_items_in_batch=1).loss  # divided by 1: the sum
+        labels, positions = inputs["labels"][0, 1:], inputs["position_ids"][0, 1:]
+        losses = token_losses(model, inputs, accelerator)
         if batch:
-            total += loss.double()
+            is_label = labels != -100
+            bucket = positions[is_label].double().log2().long()
+            sums[0].index_add_(0, bucket, losses[is_label].double())
+            sums[1].index_add_(0, bucket, torch.ones_like(bucket, dtype=torch.float64))
     model.train()
-    return float(accelerator.reduce(total, "sum")) / predicted_tokens(packs)
+    totals, counts = accelerator.reduce(sums, "sum").tolist()
+    by_position = [
+        {
+            "from": 2**i,
+            "to": 2 ** (i + 1) - 1,
+            "tokens": int(counts[i]),
+            "loss": totals[i] / counts[i],
+            "perplexity": perplexity(totals[i] / counts[i]),
+        }
+        for i in range(64)
+        if counts[i]
+    ]
+    return sum(totals) / sum(counts), by_position
+
+
+def perplexity(loss: float) -> float:
+    return math.exp(min(loss, 700))
 
 
 def train(model_args: ModelArguments, data_args: DataArguments, args: TrainingArguments) -> dict:
@@ -573,7 +737,12 @@ def train(model_args: ModelArguments, data_args: DataArguments, args: TrainingAr
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     trained, everything = (sum(p.numel() for p in some) for some in (trainable, model.parameters()))
     say(f"{trained:,} of {everything:,} parameters are trained")
-    optimizer = torch.optim.AdamW(trainable, lr=args.learning_rate, weight_decay=args.weight_decay)
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if longest and data_args.max_length > longest:
+        say(f"max_length={data_args.max_length} is beyond the {longest} positions that the model was made for")
+    of = ledger_of(model_args, args, model.config)
+    peak_flops, _ = environment.peak_flops(accelerator.device.type, "bfloat16" if args.bf16 else "float32")
+    optimizer = make_optimizer(trainable, args)
     steps_per_epoch = len(train_packs) // per_step
     max_steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * steps_per_epoch)
     warmup = int(args.warmup_steps) if args.warmup_steps >= 1 else math.ceil(args.warmup_steps * max_steps)
@@ -627,29 +796,27 @@ def train(model_args: ModelArguments, data_args: DataArguments, args: TrainingAr
         accelerator.log({name: value for name, value in entry.items() if name != "step"}, step=state.step)
 
     def log_evaluation() -> float:
-        loss = evaluate(model, eval_packs, collate, accelerator, args.per_device_eval_batch_size)
-        log({"eval_loss": loss, "eval_perplexity": math.exp(min(loss, 700))})
+        loss, by_position = evaluate(model, eval_packs, collate, accelerator, args.per_device_eval_batch_size)
+        each = {f"eval_loss_from_{bucket['from']}": bucket["loss"] for bucket in by_position}
+        log({"eval_loss": loss, "eval_perplexity": perplexity(loss), **each})
         if accelerator.is_main_process and not args.disable_tqdm:
             bar.write(f"step {state.step}: held-out loss {loss:.4f}")
-        return loss
+        return loss, by_position
 
-    eval_loss = None
+    eval_loss, by_position = None, []
     if args.eval_on_start and eval_packs and state.step == 0:
-        eval_loss = log_evaluation()
+        eval_loss, by_position = log_evaluation()
     tokens_before, seconds_before = state.tokens, state.runtime
     training_seconds = 0.0  # of this run, evaluation and checkpoints excluded
+    flops, mfu = (
+        0,
+        None,
+    )  # the model's own on this process (ledger.Shape.training_flops), and their share of the device's
     model.train()
     while state.step < max_steps:
         started = time.perf_counter()
         batches, num_items = step_batches(train_packs, state.step, accelerator, args)
-        step_loss = torch.zeros((), device=device)
-        for i, batch in enumerate(batches):
-            # Gradients cross processes once per step, with its last batch.
-            with accelerator.no_sync(model) if i < len(batches) - 1 else contextlib.nullcontext():
-                loss = model(**collate(batch, device), num_items_in_batch=num_items).loss
-                step_loss += loss.detach()
-                # Data-parallel training averages gradients over processes; the loss is already a share of the whole.
-                accelerator.backward(loss * accelerator.num_processes)
+        step_loss = run_batches(model, batches, num_items, collate, accelerator)
         if args.max_grad_norm > 0:
             accelerator.clip_grad_norm_(trainable, args.max_grad_norm)
         learning_rate = scheduler.get_last_lr()[0]
@@ -668,16 +835,22 @@ def train(model_args: ModelArguments, data_args: DataArguments, args: TrainingAr
             )
 
         speed = (state.tokens - tokens_before) / training_seconds
+        if of is not None:
+            lengths = [len(piece) for batch in batches for one in batch for piece in one]
+            flops += of.shape.training_flops(lengths, model_args.use_peft)
+            mfu = flops / training_seconds / peak_flops
+        shown = f", MFU {mfu:.1%}" if mfu is not None else ""
         bar.update()
         bar.set_postfix_str(
-            f"loss {state.interval_losses[-1]:.4f}, {speed:,.0f} tokens/s, peak {peak_memory(device) / 2**30:.2f} GiB"
+            f"loss {state.interval_losses[-1]:.4f}, {speed:,.0f} tokens/s, peak {peak_memory(device) / 2**30:.2f} GiB{shown}"
         )
         if state.step % args.logging_steps == 0 or state.step == max_steps:
             loss = sum(state.interval_losses) / len(state.interval_losses)
             state.interval_losses.clear()
-            log({"loss": loss, "learning_rate": learning_rate, "tokens_per_second": speed})
+            entry = {"loss": loss, "learning_rate": learning_rate, "tokens_per_second": speed}
+            log(entry if mfu is None else entry | {"mfu": mfu})
         if eval_packs and (state.step == max_steps or (args.eval_steps and state.step % args.eval_steps == 0)):
-            eval_loss = log_evaluation()
+            eval_loss, by_position = log_evaluation()
         if args.save_steps and state.step % args.save_steps == 0:
             save_checkpoint(accelerator, args, state)
     bar.close()
@@ -691,12 +864,15 @@ def train(model_args: ModelArguments, data_args: DataArguments, args: TrainingAr
         "train_steps": state.step,
         "epoch": state.step / steps_per_epoch,
         "peak_memory_gib": peak_memory(device) / 2**30,
+        "mfu": mfu,
         "trainable_parameters": trained,
         "attn_implementation": model_args.attn_implementation,
+        "patches": models.parse_patches(model_args.patches, device_type(args))[0],
     }
     if eval_loss is not None:
         first = next(entry["eval_loss"] for entry in state.log_history if "eval_loss" in entry)
-        results |= {"eval_loss": eval_loss, "eval_perplexity": math.exp(min(eval_loss, 700)), "first_eval_loss": first}
+        results |= {"eval_loss": eval_loss, "eval_perplexity": perplexity(eval_loss), "first_eval_loss": first}
+        results["eval_by_position"] = by_position
     accelerator.wait_for_everyone()
     weights = accelerator.get_state_dict(model)
     if accelerator.is_main_process:
@@ -705,24 +881,181 @@ def train(model_args: ModelArguments, data_args: DataArguments, args: TrainingAr
             tokenizer.save_pretrained(output_dir)
             (output_dir / "trainer_state.json").write_text(json.dumps(dataclasses.asdict(state), indent=1))
             (output_dir / "all_results.json").write_text(json.dumps(results, indent=1))
-        except OSError as error:
-            raise UserError(f"the result could not be written to {output_dir}: {error.strerror or error}") from None
+        except Exception as error:  # OSError, and the RuntimeError or SafetensorError torch and safetensors make of it
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            kept = checkpoints(output_dir)
+            raise UserError(
+                f"the result could not be written to {output_dir} ({reason}); "
+                + (f"{kept[-1]} is whole: make room and resume from it" if kept else "there is no checkpoint")
+            ) from error
     accelerator.end_training()
     say(f"{'adapter' if model_args.use_peft else 'model'}, trainer_state.json and all_results.json are in {output_dir}")
     return results
 
 
-def main(argv: list[str] | None = None) -> None:
+# ---------------------------------------------------------------- the longest context that fits
+
+
+def try_length(model_args: ModelArguments, args: TrainingArguments) -> None:
+    """One step on ``trial_length`` random tokens per sequence; prints what it took. A process of --find_max_length."""
+    if device_type(args) == "cpu":
+        # An allocation beyond it fails, before the machine begins to swap or to kill.
+        available = int(0.95 * environment.memory_available("cpu"))
+        resource.setrlimit(resource.RLIMIT_DATA, (available, available))
+    accelerator = Accelerator(mixed_precision="bf16" if args.bf16 else "no", cpu=args.use_cpu)
+    model = load_model(model_args, args, None)
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = make_optimizer(trainable, args)
+    vocabulary = model.config.get_text_config().vocab_size
+    model, optimizer = accelerator.prepare(model, optimizer)
+    collate, rng = Collator(model_args.attn_implementation), np.random.default_rng(args.seed)
+    model.train()
+
+    def step(length: int) -> None:
+        # With accumulation, gradients of an earlier batch are there while another runs.
+        count = min(2, args.gradient_accumulation_steps)
+        batches = [
+            [[rng.integers(vocabulary, size=length)] for _ in range(args.per_device_train_batch_size)]
+            for _ in range(count)
+        ]
+        run_batches(model, batches, length, collate, accelerator)
+        if args.max_grad_norm > 0:
+            accelerator.clip_grad_norm_(trainable, args.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    step(min(32, args.trial_length))  # makes the optimizer's states, which the long step then finds there
+    if accelerator.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    started = time.perf_counter()
+    step(args.trial_length)
+    peak = peak_memory(accelerator.device)  # on a GPU that waits for the step
+    print(TRIAL_MARK + json.dumps({"peak_bytes": peak, "seconds": time.perf_counter() - started}), flush=True)
+
+
+def run_trial(argv: list[str], length: int, timeout: float) -> dict:
+    """``try_length`` in a process of its own, so that nothing it runs into ends the search; its status and numbers."""
+    command = [sys.executable, str(Path(__file__).resolve()), *argv, "--trial_length", str(length)]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    trial = {"length": length}
     try:
-        model_args, data_args, args = parse_arguments(sys.argv[1:] if argv is None else argv)
-        train(model_args, data_args, args)
+        stdout, stderr = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        return trial | {"status": "timeout", "reason": f"took longer than {timeout:.0f} s"}
+    finally:
+        # Also when this process is interrupted.
+        if process.poll() is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
+    for line in stdout.splitlines():
+        if line.startswith(TRIAL_MARK):
+            return trial | {"status": "ok"} | json.loads(line.removeprefix(TRIAL_MARK))
+    last = (stderr.strip() or "no output").splitlines()[-1]
+    if process.returncode == -signal.SIGKILL:
+        return trial | {"status": "out_of_memory", "reason": "the system killed the process"}
+    return trial | {"status": "out_of_memory" if OUT_OF_MEMORY in last else "error", "reason": last}
+
+
+def next_length(trials: list[dict], memory: int) -> int | None:
+    """The length to try after ``trials``; None when the longest that fits is known to 2 % or 64 tokens."""
+    fits = sorted((trial["length"], trial["peak_bytes"]) for trial in trials if trial["status"] == "ok")
+    low = fits[-1][0] if fits else 0
+    high = min((trial["length"] for trial in trials if trial["status"] != "ok"), default=None)
+    if high is None:
+        # Along the line through the last two, a little short of the end; with one, no more than its share of the memory.
+        (n1, y1), (n2, y2) = fits[-2] if len(fits) > 1 else (0, 0), fits[-1]
+        room = n2 + (0.97 * memory - y2) * (n2 - n1) / max(y2 - y1, 1)
+        following = int(min(max(room, 1.1 * n2), 4 * n2))
+    elif high - low <= max(64, 0.02 * low):
+        return None
+    else:
+        following = (low + high) // 2
+    return max(following - following % 64, low + 1) if following > 64 else max(following, 2)
+
+
+def find_max_length(
+    argv: list[str], model_args: ModelArguments, data_args: DataArguments, args: TrainingArguments
+) -> dict:
+    """Bisects the longest ``max_length`` of which a training step fits; returns what ``max_length.json`` holds."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError("--find_max_length runs in one process: start it with python instead of accelerate launch")
+    device = device_type(args)
+    try:
+        config = models.config_of(model_args.model_name_or_path)
+    except models.NoModelError as error:
+        raise UserError(str(error)) from None
+    of = ledger_of(model_args, args, config)
+    memory = environment.memory_available(device)
+    predicted = of.longest(memory // args.per_device_train_batch_size) if of else None
+    output = Path(args.output_dir) / "max_length.json"
+    output.parent.mkdir(parents=True, exist_ok=True)
+    print(f"{memory / ledger.GIB:.1f} GiB available; the ledger predicts {predicted or 'nothing'} tokens", flush=True)
+    trials: list[dict] = []
+    result: dict = {}
+    length = predicted - predicted % 64 if predicted and predicted >= 128 else data_args.max_length
+    with tqdm(desc="trials", unit="trial", disable=args.disable_tqdm) as bar:
+        # Bounded: 20 halvings reach any length.
+        while length is not None and len(trials) < 20:
+            trials.append(run_trial(argv, length, args.find_max_length_timeout))
+            trial = trials[-1]
+            peak = (
+                f"peak {trial['peak_bytes'] / ledger.GIB:.2f} GiB, {trial['seconds']:.1f} s"
+                if "seconds" in trial
+                else ""
+            )
+            bar.update()
+            bar.write(f"{length:>9,} tokens: {trial['status'].replace('_', ' ')} {peak}")
+            if trial["status"] == "error":
+                raise UserError(f"the trial of {length} tokens failed: {trial['reason'].removeprefix('finetune: ')}")
+            fits = [trial["length"] for trial in trials if trial["status"] == "ok"]
+            fails = [trial for trial in trials if trial["status"] != "ok"]
+            result = {
+                "max_length": max(fits, default=0),
+                "first_that_does_not_fit": min((trial["length"] for trial in fails), default=None),
+                "is_limited_by_time": bool(fails) and min(fails, key=lambda t: t["length"])["status"] == "timeout",
+                "predicted": predicted,
+                "available_bytes": memory,
+                "device": environment.device_name(device),
+                "trials": trials,
+            }
+            output.write_text(json.dumps(result, indent=1))
+            smallest = not fits and length <= 64
+            length = None if smallest else next_length(trials, memory)
+    if not result["max_length"]:
+        raise UserError(
+            f"no length fits, not even {min(t['length'] for t in trials)} tokens: {trials[-1].get('reason', '')}"
+        )
+    limit = "takes too long" if result["is_limited_by_time"] else "does not fit"
+    beyond = f"; {result['first_that_does_not_fit']:,} {limit}" if result["first_that_does_not_fit"] else ""
+    print(f"max_length: {result['max_length']:,} tokens{beyond}. Trials are in {output}")
+    return result
+
+
+def main(argv: list[str] | None = None) -> None:
+    argv = sys.argv[1:] if argv is None else argv
+    try:
+        model_args, data_args, args = parse_arguments(argv)
+        if args.trial_length is not None:
+            try_length(model_args, args)
+        elif args.find_max_length:
+            find_max_length(argv, model_args, data_args, args)
+        else:
+            train(model_args, data_args, args)
     except UserError as error:
         sys.exit(f"finetune: {error}")
-    except torch.OutOfMemoryError as error:
-        sys.exit(
-            f"finetune: out of GPU memory ({str(error).split('. ')[0]}): lower --max_length or "
-            "--per_device_train_batch_size, or add --gradient_checkpointing, --bf16 or --use_peft"
-        )
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        sys.exit(f"finetune: {args.output_dir}: {error.strerror}; what is saved there stays: make room and resume")
+    except (RuntimeError, MemoryError) as error:
+        if str(error).startswith("flashmla_hf.patch"):  # no room on the host, a call that a patch cannot follow
+            sys.exit(f"finetune: {' '.join(str(error).split())}")
+        if not environment.is_out_of_memory(error):
+            raise
+        sys.exit(f"finetune: {OUT_OF_MEMORY}; {out_of_memory_message(model_args, data_args, args)}")
 
 
 if __name__ == "__main__":

