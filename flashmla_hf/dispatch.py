@@ -46,7 +46,7 @@ _MOST_RESOLVED = 4096
 
 @dataclass(slots=True)  # not frozen: that makes it three times as slow to build, and it is built in every call
 class Call:
-    """One validated call, defaults resolved; nobody changes it. Field names and shapes are those of the operators in :mod:`ops`."""
+    """One validated call, defaults resolved; nobody changes it. Field names and shapes are the operators' (:mod:`ops`)."""
 
     q: torch.Tensor
     k: torch.Tensor

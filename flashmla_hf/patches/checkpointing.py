@@ -30,8 +30,10 @@ from flashmla_hf.patches.replacements import Replacements
 # residual, two norms' results, their gradients and the projections' (12 with slack); q, out, dout, dq and k, v, dk, dv (6).
 WORKING_HIDDEN = 12
 WORKING_ATTENTION = 6
-# Of free memory: what "auto" leaves to fragmentation and to whatever else allocates.
+# Of free memory: the rest "auto" leaves to fragmentation and to whatever else allocates.
 USED_SHARE = 0.9
+# Of the host's: pinned memory cannot be swapped, and kept attention is worth less than a machine that answers.
+USED_HOST_SHARE = 0.75
 # The loss's chunk and the MLP's tile.
 WORKING_BYTES = 5 * memory.GIB
 
@@ -147,10 +149,10 @@ class Checkpointing:
         return Plan(offloaded, number - kept, number - kept_on_device)
 
     def _host_room(self, device: torch.device, planned: int) -> int:
-        """Bytes of host memory beyond ``planned`` ones: what can be taken, and what the arena holds unused."""
+        """Bytes of host memory beyond ``planned`` ones: a share of what can be taken and of what the arena holds unused."""
         offloader = self._offloaders.get(device)
         unused = len(offloader.arena.free) * offload.BLOCK if offloader else 0
-        return max(0, memory.host_available_bytes() + unused - offload.RESERVE - planned)
+        return max(0, int((memory.host_available_bytes() + unused) * USED_HOST_SHARE) - offload.RESERVE - planned)
 
 
 def _identity(x: torch.Tensor) -> tuple:

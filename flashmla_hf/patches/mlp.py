@@ -138,7 +138,7 @@ def _is_row_wise(module: nn.Module, weight: torch.Tensor) -> bool:
 
 
 def _rms_norm_eps(module: nn.Module) -> float | None:
-    """The eps with which ``torch.nn.functional.rms_norm`` is this norm (Llama's kind; Gemma's adds 1 to its weight), or None."""
+    """The eps with which ``torch.nn.functional.rms_norm`` is this norm (Llama's kind; Gemma's adds 1 to its weight)."""
     eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
     weight = module.weight
     if not isinstance(eps, float) or weight.device.type == "meta":
