@@ -44,7 +44,7 @@ struct Schedule {
   int32_t rows_per_block;  // forward: kBlockQ / heads_packed queries
   int32_t heads_packed;    // query heads sharing a tile of the forward
   int32_t max_items;       // packed: room in `items`
-  int32_t rows_per_chunk;  // packed: rows of the other side, of one head, that fit in L2
+  int32_t rows_per_chunk;  // packed: rows of the other side whose tiles are walked together
   int32_t* next_tile;      // null: tiles are dealt out statically
   int32_t* num_items;      // packed, else null
   int32_t* first_item;     // [batch + 2]
