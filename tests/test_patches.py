@@ -430,6 +430,31 @@ def test_dropout_in_tiles_is_replayed_in_backward():
     assert torch.autograd.gradcheck(function, (x, *block.parameters()))
 
 
+def test_dropout_by_the_function_is_replayed_too_and_refused_by_chunks_of_attention():
+    """StarCoder2's blocks drop without a dropout layer."""
+    model, batch = model_of("StarCoder2", residual_dropout=0.5), batch_of("StarCoder2")
+    flashmla_hf.patch(model, ["mlp"], mlp_tile=7)
+
+    def loss():
+        torch.manual_seed(1)
+        return model(**batch, use_cache=False).loss
+
+    model.zero_grad()
+    loss().backward()
+    weight = model.model.layers[0].mlp.c_proj.weight
+    direction = torch.randn(weight.shape, generator=torch.Generator().manual_seed(0))
+    found, values = float((weight.grad * direction).sum()), []
+    with torch.no_grad():
+        for move in (1e-2, -2e-2):
+            weight.add_(move * direction)
+            values.append(float(loss()))
+    assert found == pytest.approx((values[0] - values[1]) / 2e-2, rel=0.05)
+    flashmla_hf.unpatch(model)
+    flashmla_hf.patch(model, ["attention"], attention_chunk=7)
+    with pytest.raises(flashmla_hf.patches.PatchError, match="a dropout layer"):
+        loss()
+
+
 # --- taken back, refused, and together with others ---------------------------------------------------------------------
 
 
@@ -546,6 +571,35 @@ def test_any_other_use_of_promised_logits_raises():
         with pytest.raises((RuntimeError, TypeError, AttributeError)) as error:
             use()
         assert "PromisedLogits" in str(error.value) or "without labels for logits" in str(error.value)
+
+
+def test_a_batch_without_labels_gives_no_gradient_instead_of_nan():
+    model, batch = model_of("Llama"), batch_of("Llama")
+    batch["labels"] = torch.full_like(batch["labels"], -100)
+    for patches in ([], ["loss"]):
+        flashmla_hf.patch(model, patches)
+        loss, gradients = step(model, batch)
+        assert loss != loss  # 0 / 0, as without the patch
+        assert all(not g.any() for g in gradients.values())
+        flashmla_hf.unpatch(model)
+
+
+def test_labels_of_another_length_than_the_hidden_states_are_refused():
+    model = flashmla_hf.patch(model_of("Llama"), ["loss"], loss_chunk=5)
+    with pytest.raises(flashmla_hf.patches.PatchError, match=r"expected as many labels .* 10, got 40"):
+        model(**batch_of("Llama"), logits_to_keep=5, use_cache=False)
+
+
+@pytest.mark.parametrize("method", ["evaluate", "predict"])
+def test_a_trainer_that_gathers_logits_is_told_the_way_out(tmp_path, method):
+    rows = [{"input_ids": row, "labels": row} for row in torch.randint(3, 60, (4, 12)).tolist()]
+    arguments = transformers.TrainingArguments(str(tmp_path), report_to="none", use_cpu=True)
+    trainer = transformers.Trainer(
+        flashmla_hf.patch(model_of("Llama"), ["loss"]), arguments, eval_dataset=rows, compute_metrics=lambda _: {},
+        data_collator=transformers.default_data_collator,
+    )  # fmt: skip
+    with pytest.raises(TypeError, match="without 'loss', or evaluate with prediction_loss_only=True"):
+        getattr(trainer, method)(rows)
 
 
 def test_what_shows_at_the_first_step_only_is_refused_there():
@@ -729,7 +783,7 @@ def test_attention_in_chunks_lowers_the_peak(small_pieces):
 GIB = 2**30
 
 
-def planned(monkeypatch, free, host, keep_attention, offload_layers):
+def planned(monkeypatch, free, host, keep_attention, offload_layers, parameters=lambda: ()):
     """Of 32 layers: (inputs on the host, kept attention, of it on the host), where an input and an attention output are 1 GiB."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -740,7 +794,7 @@ def planned(monkeypatch, free, host, keep_attention, offload_layers):
     layer = structure.Layer("layer", torch.nn.Module(), "self_attn", attention, None, None)
     with FakeTensorMode(allow_non_fake_inputs=True):
         hidden = torch.empty(1, 2**17, 4096, dtype=torch.bfloat16, device="cuda")
-    plan = checkpointing.Checkpointing([layer] * 32, keep_attention, offload_layers).plan(hidden)
+    plan = checkpointing.Checkpointing([layer] * 32, keep_attention, offload_layers, parameters).plan(hidden)
     return plan.first_on_device, 32 - plan.first_kept, plan.first_kept_on_device - plan.first_kept
 
 
@@ -748,15 +802,42 @@ def test_the_plan_fills_the_gpu_then_the_host(monkeypatch):
     # What one layer works with, 18 tensors of 1 GiB, and 5 GiB of chunks and tiles are left free, and a tenth of everything.
     assert planned(monkeypatch, 200, 0, "auto", "auto") == (0, 32, 0)  # 157 GiB of room: all of both fit
     assert planned(monkeypatch, 80, 0, "auto", "auto") == (0, 17, 0)  # 49: the inputs, and 17 attention outputs
-    assert planned(monkeypatch, 80, 10, "auto", "auto") == (0, 25, 8)  # 8 more on the host, beyond its reserve of 2
+    assert planned(monkeypatch, 80, 10, "auto", "auto") == (
+        0,
+        22,
+        5,
+    )  # 5 more on the host: three quarters, less a reserve of 2
     assert planned(monkeypatch, 40, 100, "auto", "auto") == (19, 32, 32)  # 13: inputs first, the rest to the host
-    assert planned(monkeypatch, 40, 31, "auto", "auto") == (19, 10, 10)
+    assert planned(monkeypatch, 40, 31, "auto", "auto") == (19, 2, 2)
     assert planned(monkeypatch, 10, 100, "auto", "auto") == (31, 32, 32)  # the last input is needed at once
     assert planned(monkeypatch, 80, 0, "auto", None) == (0, 17, 0)
     assert planned(monkeypatch, 40, 0, "auto", None) == (0, 0, 0)
     assert planned(monkeypatch, 40, 0, None, None) == (0, 0, 0)
     assert planned(monkeypatch, 10, 0, 5, None) == (0, 5, 0)  # numbers are taken as they are
     assert planned(monkeypatch, 10, 0, True, 20) == (20, 32, 20)
+
+
+def test_the_plan_leaves_room_for_gradients_that_are_not_there_yet(monkeypatch):
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        weights = [torch.nn.Parameter(torch.empty(GIB // 2, dtype=torch.bfloat16, device="cuda")) for _ in range(10)]
+        frozen = torch.nn.Parameter(torch.empty(GIB, device="cuda"), requires_grad=False)
+    # 10 GiB of 80, of which nine tenths were counted: 40 of room instead of 49.
+    assert planned(monkeypatch, 80, 0, "auto", "auto", lambda: [*weights, frozen]) == (0, 8, 0)
+    for weight in weights:
+        weight.grad = weight.detach()
+    assert planned(monkeypatch, 80, 0, "auto", "auto", lambda: weights) == (0, 17, 0)
+    runner = flashmla_hf.patch(model := model_of("Llama")).model.layers[0]._gradient_checkpointing_func.checkpointing
+    expected = sum(p.numel() * 4 for p in model.parameters())
+    assert memory.missing_gradient_bytes(runner.parameters(), torch.device("cpu")) == expected
+
+
+def test_processes_of_one_machine_share_its_memory(monkeypatch):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    # 100 / 4 * 0.75 = 18 GiB each, less the reserve of 2: 16 beside the 17 on the GPU, where 15 are left to keep.
+    assert planned(monkeypatch, 80, 100, "auto", "auto") == (0, 32, 15)
+    assert planned(monkeypatch, 80, 40, "auto", "auto") == (0, 22, 5)  # 40 / 4: as one process with 10
 
 
 def test_the_mlps_tile_follows_free_memory(monkeypatch):

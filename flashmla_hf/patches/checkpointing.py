@@ -62,8 +62,8 @@ class Plan:
 class Checkpointing:
     """All checkpointed layers of one model."""
 
-    def __init__(self, layers: list[structure.Layer], keep_attention, offload):
-        self.layers = layers
+    def __init__(self, layers: list[structure.Layer], keep_attention, offload, parameters=lambda: ()):
+        self.layers, self.parameters = layers, parameters
         self.keep_attention, self.offload = keep_attention, offload
         self._plan: Plan | None = None
         self._offloaders: dict[torch.device, Offloader] = {}
@@ -107,11 +107,11 @@ class Checkpointing:
     def plan(self, hidden: torch.Tensor) -> Plan:
         """Who keeps what where, for hidden states [batch, seqlen, hidden] of a pass that begins now.
 
-        The free bytes of the device, less a share and less what one layer's backward works with, are filled with the last
-        layers' inputs, then with the last layers' attention. With "offload", inputs without a place go to the host, and kept
-        attention too as far as the host's free bytes go; without it every input stays, whatever the count says. Numbers given
-        by the caller are taken as they are. Without a GPU there is nothing to save: all but the last layer go to the host, so
-        that the same code runs.
+        The free bytes of the device, less the gradients that backward will make, a share, and what one layer's backward works
+        with, are filled with the last layers' inputs, then with the last layers' attention. With "offload", inputs without a
+        place go to the host, and kept attention too as far as the host's free bytes go; without it every input stays, whatever
+        the count says. Numbers given by the caller are taken as they are. Without a GPU there is nothing to save: all but the
+        last layer go to the host, so that the same code runs.
         """
         number, device = len(self.layers), hidden.device
         is_gpu = device.type == "cuda"
@@ -119,7 +119,8 @@ class Checkpointing:
         width = max((structure.attention_width(x.attention) for x in self.layers if x.attention), default=1)
         input_bytes = max(1, structure.bytes_of(hidden))
         attention_bytes = max(1, tokens * width * hidden.element_size())
-        room = int(memory.device_free_bytes(device) * USED_SHARE) - (WORKING_BYTES if is_gpu else 0)
+        free = memory.device_free_bytes(device) - memory.missing_gradient_bytes(self.parameters(), device)
+        room = int(free * USED_SHARE) - (WORKING_BYTES if is_gpu else 0)
         room = max(0, room - WORKING_HIDDEN * input_bytes - WORKING_ATTENTION * attention_bytes)
 
         if self.offload is None:
@@ -149,10 +150,12 @@ class Checkpointing:
         return Plan(offloaded, number - kept, number - kept_on_device)
 
     def _host_room(self, device: torch.device, planned: int) -> int:
-        """Bytes of host memory beyond ``planned`` ones: a share of what can be taken and of what the arena holds unused."""
+        """Bytes of host memory beyond ``planned`` ones: a share of what this process can take beside others of the machine, and
+        of what the arena holds unused."""
         offloader = self._offloaders.get(device)
         unused = len(offloader.arena.free) * offload.BLOCK if offloader else 0
-        return max(0, int((memory.host_available_bytes() + unused) * USED_HOST_SHARE) - offload.RESERVE - planned)
+        mine = memory.host_available_bytes() // memory.host_sharers() + unused
+        return max(0, int(mine * USED_HOST_SHARE) - offload.RESERVE - planned)
 
 
 def _identity(x: torch.Tensor) -> tuple:
@@ -220,7 +223,7 @@ def patch_checkpointing(model: nn.Module, replacements: Replacements, keep_atten
             )  # fmt: skip
         for layer in layers:
             structure.attention_of(model, layer, "keep_attention")
-    checkpointing = Checkpointing(layers, keep_attention, offload)
+    checkpointing = Checkpointing(layers, keep_attention, offload, model.parameters)
     for index, layer in enumerate(layers):
         if not hasattr(layer.module, "gradient_checkpointing"):
             raise structure.refuse(

@@ -35,7 +35,15 @@ class _State(threading.local):
 _state = _State()
 
 
-class PromisedLogits:
+class _Named(type):
+    def __repr__(cls):  # accelerate's error names the type alone, when Trainer gathers logits for metrics or predict()
+        return (
+            "PromisedLogits: flashmla_hf.patch: patch 'loss': no logits when labels are given. Leave it out: patches=[...] "
+            "without 'loss', or evaluate with prediction_loss_only=True"
+        )
+
+
+class PromisedLogits(metaclass=_Named):
     """What logits [..., vocabulary] would be: hidden states [..., hidden], weight, bias and what is done to their product.
 
     ``steps``: ("scale", factor) or ("tanh", None), in order. Everything else raises.
@@ -136,6 +144,11 @@ def patch_loss(model: nn.Module, replacements: Replacements, chunk: int | None) 
             )
         if shift_labels is None:
             shift_labels = nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
+        if shift_labels.numel() != hidden.shape[:-1].numel():
+            raise structure.PatchError(
+                f"flashmla_hf.patch: patch 'loss': expected as many labels as hidden states, {hidden.shape[:-1].numel()}, got "
+                f"{shift_labels.numel()} (logits_to_keep without labels cut to it)"
+            )
         return linear_cross_entropy(
             hidden.reshape(-1, hidden.shape[-1]), weight, bias, shift_labels.reshape(-1).to(hidden.device),
             num_items=num_items_in_batch, ignore_index=ignore_index, steps=logits._steps, chunk=chunk,
@@ -199,7 +212,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
             loss -= p.gather(1, y).masked_fill_(~is_label[:, None], 0.0).sum()
             if not needs:
                 continue
-            factor = (is_label / num_items)[:, None]
+            # Zero where there is no label: also where there is none at all, and the loss 0 / 0.
+            factor = (is_label / num_items).masked_fill_(~is_label, 0.0)[:, None]
             p.exp_().mul_(factor)
             p.scatter_add_(1, y, -factor)
             dtype = logits.dtype

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -17,6 +19,21 @@ def device_free_bytes(device: torch.device) -> int:
         return CPU_BYTES
     free, _ = torch.cuda.mem_get_info(device)
     return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+
+
+def missing_gradient_bytes(parameters: Iterable[torch.nn.Parameter], device: torch.device) -> int:
+    """Bytes that the next backward pass allocates on ``device`` for the gradients of trained ``parameters`` that have none."""
+    return sum(
+        p.numel() * p.element_size()
+        for p in parameters
+        if p.requires_grad and p.grad is None and p.device.type == device.type
+    )
+
+
+def host_sharers() -> int:
+    """Processes of this machine that take from its memory at the same time, by what torchrun and accelerate say."""
+    text = os.environ.get("LOCAL_WORLD_SIZE", "")
+    return max(1, int(text)) if text.isdigit() else 1
 
 
 def host_available_bytes() -> int:
@@ -57,6 +74,4 @@ def _reclaimable(name: str) -> int:
         lines = (_CGROUP / name).read_text().splitlines()
     except OSError:
         return 0
-    return sum(
-        int(line.split()[1]) for line in lines if line.split()[0] in ("inactive_file", "total_inactive_file")[:1]
-    )
+    return sum(int(line.split()[1]) for line in lines if line.split()[0] == "inactive_file")

@@ -75,8 +75,14 @@ def add_to(sums: list, grads: list, is_only: bool = False) -> None:
 
 
 def has_dropout(module: nn.Module) -> bool:
-    """Whether a dropout layer in ``module`` drops anything now."""
-    return any(isinstance(m, nn.modules.dropout._DropoutNd) and m.training and m.p > 0 for m in module.modules())
+    """Whether ``module`` drops anything now: by a dropout layer, or by the function and a rate of its own (StarCoder2)."""
+    return any(m.training and _drops(m) for m in module.modules())
+
+
+def _drops(module: nn.Module) -> bool:
+    if isinstance(module, nn.modules.dropout._DropoutNd):
+        return module.p > 0
+    return any("drop" in name and isinstance(value, float) and value > 0 for name, value in vars(module).items())
 
 
 class Run:
@@ -89,7 +95,8 @@ class Run:
             # No cache of casted weights: filled without a graph, it would cut the gradient of whoever hits it later.
             self.autocast = {"dtype": torch.get_autocast_dtype(device.type), "cache_enabled": False}
         self.rng = None
-        if has_dropout(module):
+        # In training whatever has_dropout sees: a forward may take its rate from elsewhere.
+        if module.training or has_dropout(module):
             self.rng = (torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None)
 
     def __call__(self, *args) -> torch.Tensor:
