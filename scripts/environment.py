@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+NO_HOST_MEMORY = "patch 'offload': host memory"  # flashmla_hf's error before it would take the host's reserve
 PACKAGES = ("torch", "transformers", "accelerate", "peft", "flashmla_hf", "flash-attn-4", "liger-kernel")
 # Part of torch.cuda.get_device_name() -> dense 16-bit tensor-core FLOP/s by the vendor's data sheet. The first match counts.
 DATA_SHEET_FLOPS = {
@@ -139,7 +140,8 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
     text = str(error).lower()
-    return isinstance(error, RuntimeError) and ("not enough memory" in text or "alloc" in text)
+    said = ("not enough memory", "alloc", NO_HOST_MEMORY)
+    return isinstance(error, RuntimeError) and any(part in text for part in said)
 
 
 def commit() -> str:

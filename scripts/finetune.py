@@ -21,7 +21,9 @@ The loss of a step is the sum over its predicted tokens divided by their number,
 processes: packs of different length, or another ``gradient_accumulation_steps``, do not change what is optimised.
 
 A run that is killed and resumed gives the losses of one that was not: checkpoints hold the weights (or the adapter),
-the optimizer, the schedule, the random states and the place in the data, and get their name only when whole.
+the optimizer, the schedule, the random states and the place in the data, and get their name only when whole. On a GPU
+that is up to rounding: the patch mlp takes its tile by free memory unless mlp_tile=N is given, and some of torch's sums
+have no fixed order there.
 """
 
 from __future__ import annotations
@@ -956,7 +958,8 @@ def run_trial(argv: list[str], length: int, timeout: float) -> dict:
     last = (stderr.strip() or "no output").splitlines()[-1]
     if process.returncode == -signal.SIGKILL:
         return trial | {"status": "out_of_memory", "reason": "the system killed the process"}
-    return trial | {"status": "out_of_memory" if OUT_OF_MEMORY in last else "error", "reason": last}
+    is_too_long = OUT_OF_MEMORY in last or environment.NO_HOST_MEMORY in last
+    return trial | {"status": "out_of_memory" if is_too_long else "error", "reason": last}
 
 
 def next_length(trials: list[dict], memory: int) -> int | None:
@@ -1050,7 +1053,7 @@ def main(argv: list[str] | None = None) -> None:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         sys.exit(f"finetune: {args.output_dir}: {error.strerror}; what is saved there stays: make room and resume")
-    except (RuntimeError, MemoryError) as error:
+    except (RuntimeError, MemoryError, ValueError) as error:
         if str(error).startswith("flashmla_hf.patch"):  # no room on the host, a call that a patch cannot follow
             sys.exit(f"finetune: {' '.join(str(error).split())}")
         if not environment.is_out_of_memory(error):

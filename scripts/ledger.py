@@ -311,7 +311,8 @@ def ledger(shape: Shape, switches: Switches) -> Ledger:
         most = s.attention_chunk * attention
         terms.append(Term("one chunk of attention in backward", ("attention",), per_token=attention, most=most))
     else:
-        use = "add attention to --patches" if "rope" in s.patches or s.liger else "add rope to --patches"
+        # The patch attention lowers it, but takes no packed documents, which finetune.py trains on: no advice.
+        use = None if "rope" in s.patches or s.liger else "add rope to --patches"
         terms.append(Term("one layer's attention in backward", ("attention",), per_token=attention, remover=use))
     if not is_lean and shape.heads_kv < shape.heads_q:
         # K and V repeated to the query heads, and their gradients.

@@ -72,6 +72,12 @@ class Point:
     def label(self) -> str:
         return f"{self.series} {self.context}"
 
+    @property
+    def fills_memory(self) -> bool:
+        """Whether patches take what memory is free: the peak then says how much there was, not how much a token needs."""
+        chosen = {"keep_attention", "offload"} & set(self.patches) - dict(self.patch_options).keys()
+        return self.device == "cuda" and bool(chosen)
+
     def switches(self) -> ledger.Switches:
         """What the ledger needs to know of this point."""
         itemsize = getattr(torch, self.dtype).itemsize
@@ -159,7 +165,8 @@ def _measure(point: Point) -> Measurement:
     run = _train_step(model, point) if point.mode == "train" else _decode(model, point)
 
     # Touches every weight (files are mapped lazily), makes the optimizer's states, and lets libraries build what they keep
-    # (Triton compiles, cuBLAS chooses): a first long step is then timed like any other.
+    # (Triton compiles, cuBLAS chooses): a first long step is then timed like any other, but for the host memory that the
+    # patch offload pins in it.
     run(ids[:, : point.warmup])
     gc.collect()
     before = _reset_peak(point.device)
@@ -330,7 +337,8 @@ def main() -> None:
     except (RuntimeError, MemoryError) as error:
         if not environment.is_out_of_memory(error):
             raise
-        result = Measurement(point, "out_of_memory", "the allocation failed")
+        is_host = environment.NO_HOST_MEMORY in str(error)
+        result = Measurement(point, "out_of_memory", "no room on the host" if is_host else "the allocation failed")
     print(RESULT_MARK + json.dumps(result.as_dict()), flush=True)
 
 

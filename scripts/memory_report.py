@@ -13,7 +13,8 @@ A step is forward, backward and AdamW on random tokens: the real work, whatever 
 table are rewritten after every point; the same command run again measures only what has no number yet.
 
 A point that would not fit in the machine's memory, or take longer than --time_limit, is not begun; the table says so.
-What it would need is extrapolated from the shorter contexts of the same series, as a*n + b*n².
+What it would need is extrapolated from the shorter contexts of the same series, as a*n + b*n²; the memory of a series
+whose patches fill what is free (keep_attention and offload without a number, on a GPU) is the ledger's instead.
 """
 
 from __future__ import annotations
@@ -113,7 +114,9 @@ def _skip(point: Point, results: list[Measurement], time_limit: float, time_left
     peak = extrapolated([(r.point.context, r.peak_bytes) for r in ok], point.context)
     seconds = extrapolated([(r.point.context, r.seconds) for r in ok], point.context)
     if peak is not None:
-        needed = peak + ok[-1].model_bytes
+        # What patches fill goes elsewhere in a longer context: there the ledger's least decides.
+        least = ledger_of(point).peak(point.context, point.batch_size) if point.fills_memory else None
+        needed = peak + ok[-1].model_bytes if least is None else least
         # On a GPU another process's memory counts too, and a point that fails costs a minute and nothing else; on a CPU
         # the rest of the machine needs some.
         available = (1.0 if point.device == "cuda" else 0.92) * environment.memory_available(point.device)
@@ -184,13 +187,20 @@ def details(results: list[Measurement]) -> str:
 
 
 def slopes(results: list[Measurement]) -> str:
-    """Markdown: bytes per token between neighbouring contexts of a series, and how far that goes in the device's memory."""
+    """Markdown: bytes per token between neighbouring contexts of a series, and how far that goes in the device's memory.
+
+    Series that fill free memory are named and left out.
+    """
     lines = [
         "| series | between | measured, KiB/token | ledger, KiB/token | measured / ledger | longest, by this slope |",
         "|---" * 6 + "|",
     ]
+    filling = []
     for name in series_of(results):
         ok = sorted((r for r in results if r.point.series == name and r.status == "ok"), key=lambda r: r.point.context)
+        if len(ok) > 1 and ok[0].point.fills_memory:
+            filling.append(name)
+            continue
         for first, second in itertools.pairwise(ok):
             n1, n2 = first.point.context, second.point.context
             batch = first.point.batch_size
@@ -205,7 +215,13 @@ def slopes(results: list[Measurement]) -> str:
             ratio = f"{measured / predicted:.2f}" if predicted else "–"
             cells = [name, f"{n1:,} – {n2:,}", f"{measured / 2**10:,.0f}", f"{predicted / 2**10:,.0f}", ratio, longest]
             lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n" if len(lines) > 2 else ""
+    parts = ["\n".join(lines) + "\n"] if len(lines) > 2 else []
+    if filling:
+        names = ", ".join(filling)
+        parts.append(
+            f"Left out: {names}. The patches fill free memory: a peak says how much there was, not what a token needs.\n"
+        )
+    return "\n".join(parts)
 
 
 def styles(names: list[str]) -> dict[str, tuple[str, str]]:
@@ -299,11 +315,13 @@ def section(results: list[Measurement], document: dict) -> str:
     ]
     if any(r.status == "ok" and r.peak_allocated_bytes for r in results):
         source = next(r.peak_flops for r in results if r.status == "ok")
+        is_first = any(r.status == "ok" and r.point.repeats == 0 and r.host_pinned_bytes for r in results)
+        pinned = " Where one step was run, its time includes that of pinning the host memory." if is_first else ""
         parts += [
             f"Peak of everything, model and {'optimizer' if point.device == 'cuda' else 'process'} included, beside the "
             "ledger's prediction (`scripts/ledger.py`; patches that fill free memory are counted at their least). MFU: "
             f"(matrix products: {4 if point.use_peft else 6} x parameters x tokens, attention: 3.5 x its forward over the "
-            f"pairs of the mask; recomputation not counted) per second, of {source}.\n",
+            f"pairs of the mask; recomputation not counted) per second, of {source}.{pinned}\n",
             details(results),
         ]
     if rates := slopes(results):

@@ -129,6 +129,8 @@ def test_the_longest_context_is_where_the_peak_reaches_the_memory():
             Switches("flashmla", patches=ALL | {"attention"}, casts_adapter_inputs=False),
             "no switch removes: lower --max_",
         ),
+        # Not "add attention": it excludes keep_attention and takes no packed documents.
+        (Switches("flashmla", patches=ALL, casts_adapter_inputs=False), "no switch removes: lower --max_"),
         (Switches("flashmla", patches=ALL, use_peft=False, weight_bytes=4), "optimizer states: use --use_peft"),
     ],
 )
@@ -241,6 +243,15 @@ def test_the_search_finds_the_length_and_writes_it(tiny_model, tmp_path, monkeyp
     assert "max_length: " in capsys.readouterr().out
 
 
+def test_a_trial_without_host_memory_is_too_long_and_no_error(tmp_path, monkeypatch):
+    program = tmp_path / "finetune.py"
+    said = "finetune: flashmla_hf.patch: patch 'offload': host memory: expected 3 GiB"
+    program.write_text(f"import sys\nsys.exit({said!r})\n")
+    monkeypatch.setattr(finetune, "__file__", str(program))
+    assert finetune.run_trial([], 64, 60) == {"length": 64, "status": "out_of_memory", "reason": said}
+    assert environment.is_out_of_memory(RuntimeError(said))
+
+
 def test_a_trial_beyond_the_memory_ends_with_the_ledgers_advice(tiny_model, monkeypatch, tmp_path):  # noqa: F811
     monkeypatch.setenv("PYTHONPATH", ON_PATH["PYTHONPATH"])
     program = (
@@ -270,6 +281,7 @@ def test_a_trial_beyond_the_memory_ends_with_the_ledgers_advice(tiny_model, monk
             RuntimeError("flashmla_hf.patch: patch 'offload': host memory: expected more"),
             "patch 'offload': host memory",
         ),
+        (ValueError("flashmla_hf.patch: patch 'mlp': expected\na tensor"), "patch 'mlp': expected a tensor"),
     ],
 )
 def test_running_out_ends_with_one_sentence(error, said, tiny_model, corpus, tmp_path, monkeypatch):  # noqa: F811
@@ -379,6 +391,27 @@ def test_patches_take_memory_away_and_a_second_run_measures_only_what_is_new(tmp
     assert "Bytes of a further token" in page
     assert "memory-tiny.png" in page
     assert page.count("commit ") >= 1
+
+
+def test_series_that_fill_memory_are_neither_extrapolated_nor_given_a_slope(monkeypatch):
+    monkeypatch.setattr(environment, "memory_available", lambda device: 80 * GIB)
+    names = ["flashmla+all", "flashmla+loss+checkpointing"]
+    short, long = (
+        memory_report.points_for("llama-8b", names, [tokens], device="cuda", dtype="bfloat16")
+        for tokens in (98304, 262144)
+    )
+    assert [point.fills_memory for point in short] == [True, False]
+    numbers = {"status": "ok", "peak_bytes": 44 * GIB, "model_bytes": 15 * GIB, "seconds": 1.0}
+    results = [Measurement(point, **numbers) for point in short]
+    assert memory_report._skip(long[0], results, 900, None) is None  # all the ledger needs is there
+    assert "would take about 132 GiB" in memory_report._skip(long[1], results, 900, None).reason
+    results += [Measurement(point, **numbers | {"peak_bytes": 40 * GIB, "memory_bytes": 80 * GIB}) for point in long]
+    table = memory_report.slopes(results)
+    assert "| flashmla+loss+checkpointing | 98,304 – 262,144 |" in table
+    assert "| flashmla+all |" not in table
+    assert "Left out: flashmla+all. The patches fill free memory" in table
+    point = replace(short[0], patch_options=(("keep_attention", 0), ("offload", 31)))
+    assert not point.fills_memory
 
 
 def test_a_killed_report_keeps_its_points(tmp_path, monkeypatch):
