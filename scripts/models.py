@@ -200,10 +200,8 @@ def parse_patches(wanted: list[str], device: str) -> tuple[list[str], dict[str, 
     wanted = [name for name in wanted if name != "none"]
     if not wanted:
         return [], {}
-    try:
-        from flashmla_hf.patches import DEFAULT, PATCHES
-    except ImportError:
-        raise ValueError("this flashmla_hf has no patches: update it, or use --patches none") from None
+    from flashmla_hf import DEFAULT_PATCHES, PATCHES
+
     names: list[str] = []
     options: dict[str, int] = {}
     for part in wanted:
@@ -219,7 +217,7 @@ def parse_patches(wanted: list[str], device: str) -> tuple[list[str], dict[str, 
         names.append(name)
     if "all" in names:
         # On a CPU there is no other memory to offload to; who names it gets it all the same.
-        names += [name for name in DEFAULT if name != "offload" or device != "cpu"]
+        names += [name for name in DEFAULT_PATCHES if name != "offload" or device != "cpu"]
     return [name for name in PATCHES if name in names], options
 
 

@@ -26,7 +26,7 @@ from flashmla_hf.patches import attention, checkpointing, loss, mlp, rope, struc
 from flashmla_hf.patches.replacements import Replacements
 from flashmla_hf.patches.structure import PatchError
 
-__all__ = ["PATCHES", "PatchError", "patch", "unpatch"]
+__all__ = ["DEFAULT_PATCHES", "PATCHES", "PatchError", "patch", "unpatch"]
 
 PATCHES = {
     "loss": "linear layer and cross-entropy over chunks of tokens, without the logits",
@@ -38,7 +38,7 @@ PATCHES = {
     "keep_attention": "checkpointed layers keep their attention's output: its kernel does not run again",
     "offload": "what checkpointed layers keep goes to pinned host memory, beside the computation",
 }
-DEFAULT = tuple(name for name in PATCHES if name != "attention")
+DEFAULT_PATCHES = tuple(name for name in PATCHES if name != "attention")
 NEEDS_CHECKPOINTING = ("keep_attention", "offload")
 _RECORD = "_flashmla_patches"
 
@@ -128,7 +128,7 @@ def unpatch(model: nn.Module) -> nn.Module:
 
 
 def _checked_names(model: nn.Module, patches: Iterable[str] | None) -> tuple[str, ...]:
-    names = DEFAULT if patches is None else tuple([patches] if isinstance(patches, str) else patches)
+    names = DEFAULT_PATCHES if patches is None else tuple([patches] if isinstance(patches, str) else patches)
     for name in names:
         if name not in PATCHES:
             raise PatchError(
