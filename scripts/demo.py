@@ -54,7 +54,7 @@ SETTINGS = {
         "max_steps": 24,
         "eval_sequences": 6,
         "contexts": [512, 1024, 2048, 4096],
-        "budget": 330,
+        "budget": 480,
     },
     "cuda": {
         "max_length": 8192,
