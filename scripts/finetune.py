@@ -40,8 +40,6 @@ import os
 import re
 import resource
 import shutil
-import signal
-import subprocess
 import sys
 import time
 import warnings
@@ -52,6 +50,7 @@ from pathlib import Path
 # slower. OpenMP reads it when torch is imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+import child_process
 import environment
 import ledger
 import models
@@ -938,28 +937,13 @@ def try_length(model_args: ModelArguments, args: TrainingArguments) -> None:
 def run_trial(argv: list[str], length: int, timeout: float) -> dict:
     """``try_length`` in a process of its own, so that nothing it runs into ends the search; its status and numbers."""
     command = [sys.executable, str(Path(__file__).resolve()), *argv, "--trial_length", str(length)]
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
-    trial = {"length": length}
-    try:
-        stdout, stderr = process.communicate(timeout=timeout)
-    except subprocess.TimeoutExpired:
-        return trial | {"status": "timeout", "reason": f"took longer than {timeout:.0f} s"}
-    finally:
-        # Also when this process is interrupted.
-        if process.poll() is None:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.communicate()
-    for line in stdout.splitlines():
-        if line.startswith(TRIAL_MARK):
-            return trial | {"status": "ok"} | json.loads(line.removeprefix(TRIAL_MARK))
-    last = (stderr.strip() or "no output").splitlines()[-1]
-    if process.returncode == -signal.SIGKILL:
-        return trial | {"status": "out_of_memory", "reason": "the system killed the process"}
-    is_too_long = OUT_OF_MEMORY in last or environment.NO_HOST_MEMORY in last
-    return trial | {"status": "out_of_memory" if is_too_long else "error", "reason": last}
+    answer = child_process.ask(command, TRIAL_MARK, timeout)
+    trial = {"length": length, "status": answer.status}
+    if answer.result is not None:
+        return trial | answer.result
+    if OUT_OF_MEMORY in answer.reason or environment.NO_HOST_MEMORY in answer.reason:
+        trial["status"] = "out_of_memory"
+    return trial | {"reason": answer.reason}
 
 
 def next_length(trials: list[dict], memory: int) -> int | None:

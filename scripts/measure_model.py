@@ -19,16 +19,14 @@ import ctypes
 import dataclasses
 import gc
 import json
-import os
 import re
 import resource
-import signal
-import subprocess
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import child_process
 import environment
 import ledger
 import models
@@ -125,29 +123,11 @@ class Measurement:
 
 def in_subprocess(point: Point, timeout: float) -> Measurement:
     """Measures ``point`` in a fresh Python process; never raises for what happens in there."""
-    # Waiting threads sleep instead of spinning: beside other work, spinning makes a step ten times slower.
-    env = {"OMP_WAIT_POLICY": "PASSIVE"} | os.environ
     command = [sys.executable, str(Path(__file__).resolve()), json.dumps(dataclasses.asdict(point))]
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env, start_new_session=True
-    )
-    try:
-        stdout, stderr = process.communicate(timeout=timeout)
-    except subprocess.TimeoutExpired:
-        return Measurement(point, "timeout", f"took longer than {timeout:.0f} s")
-    finally:
-        # Also when this process is interrupted: no measurement outlives its reader.
-        if process.poll() is None:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.communicate()
-    for line in stdout.splitlines():
-        if line.startswith(RESULT_MARK):
-            return Measurement(**json.loads(line.removeprefix(RESULT_MARK)) | {"point": point})
-    if process.returncode == -signal.SIGKILL:
-        return Measurement(point, "out_of_memory", "the system killed the process")
-    last = (stderr.strip() or "no output").splitlines()[-1]
-    return Measurement(point, "error", last)
+    answer = child_process.ask(command, RESULT_MARK, timeout)
+    if answer.result is None:
+        return Measurement(point, answer.status, answer.reason)
+    return Measurement(**answer.result | {"point": point})
 
 
 # ---------------------------------------------------------------- in the child
