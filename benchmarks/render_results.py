@@ -59,6 +59,10 @@ def write(folder: Path = RESULTS) -> Path:
             body = model_section(document)
         elif document.get("kind") == "memory":
             body = memory_section(path, page)
+        elif document.get("kind") == "profile":
+            import profile_attention
+
+            body = profile_attention.section(document)
         elif document.get("kind") == "context_quality":
             import context_quality
 

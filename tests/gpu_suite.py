@@ -66,8 +66,9 @@ PARTS: dict[str, tuple[Step, ...]] = {
     ),
     "flex": (Step("flex", (*PYTEST, "tests/test_gpu.py", "-k", "flex", "-m", "not slow"), 420),),
     "bench": (Step("bench", ("benchmarks/bench_attention.py", "--device", "cuda", "--time_budget", "240"), 420),),
+    "profile": (Step("profile", ("benchmarks/profile_attention.py",), 200),),
 }
-NEED_SM90 = ("sm90", "sweep", "hf", "finetune", "sanitize")
+NEED_SM90 = ("sm90", "sweep", "hf", "finetune", "sanitize", "profile")
 
 
 def find_sanitizer() -> str | None:

@@ -417,3 +417,24 @@ def test_help_helps(module, capsys):
         module.main(["--help"])
     assert caught.value.code == 0
     assert len(capsys.readouterr().out.splitlines()) > 8
+
+
+def test_a_profile_is_read_from_what_ncu_prints():
+    import profile_attention
+
+    columns = [*profile_attention.SHARES, profile_attention.CYCLES, profile_attention.SECONDS]
+    head = '"ID","Kernel Name",' + ",".join(f'"{column}"' for column in columns)
+    units = '"","",' + ",".join(['"%"'] * len(profile_attention.SHARES) + ['"cycle"', '"ns"'])
+    numbers = ",".join(f'"{10 * (i + 1)}.0"' for i in range(len(profile_attention.SHARES))) + ',"4,089,644","2,830,000"'
+    kernels = (
+        "void forward_kernel<192, 128, 1, bfloat16_t>(ForwardArguments)",
+        "void flashmla::sm90::backward_queries_kernel<(int)256, cutlass::bfloat16_t>(flashmla::sm90::Arguments)",
+    )
+    rows = "\n".join(f'"{i}","{kernel}",{numbers}' for i, kernel in enumerate(kernels))
+    records = profile_attention.parse(f"==PROF== Connected\n{head}\n{units}\n{rows}\n")
+    assert [(r["kernel"], r["head_dims"]) for r in records] == [("forward", "192/128"), ("backward_queries", "256/256")]
+    assert records[0]["cycles"] == 4_089_644
+    assert records[0]["seconds"] == pytest.approx(2.83e-3)
+    assert records[0]["shares"]["tensor cores"] == pytest.approx(0.1)
+    table = profile_attention.section({"seqlen": 4096, "is_causal": False, "records": records})
+    assert "| forward | 192/128 | 4,089,644 | 10% | 20% | 30% | 40% | 50% | **60%** |" in table

@@ -33,6 +33,15 @@ SINGLE = {
 }
 # Tiles that do not divide the 40 tokens of a batch.
 SMALL = {"mlp_tile": 7, "loss_chunk": 9, "attention_chunk": 7, "keep_attention": True}
+
+
+def small(names=None, **options):
+    """Of ``options``, SMALL if there are none, those of the patches in ``names``."""
+    names = flashmla_hf.DEFAULT_PATCHES if names is None else names
+    chosen = options or SMALL
+    return {option: value for option, value in chosen.items() if flashmla_hf.patches.OPTIONS[option] in names}
+
+
 TILED = ("all", "mlp", "loss", "attention")
 
 
@@ -79,7 +88,7 @@ def assert_equal(got, expected, tolerance=2e-5):
 def test_loss_and_gradients_equal_the_unpatched_models(name, patches):
     model, batch = model_of(name), batch_of(name)
     expected = step(model, batch)
-    options = SMALL if patches in TILED else {}
+    options = small(SINGLE[patches]) if patches in TILED else {}
     flashmla_hf.patch(model, SINGLE[patches], **options)
     got = step(model, batch)
     assert_equal(got, expected)
@@ -111,7 +120,7 @@ def test_lora_gradients_equal_the_unpatched_models(name, patches):
     model, batch = lora(model_of(name)), batch_of(name)
     expected = step(model, batch)
     assert all("lora" in n for n in expected[1])
-    flashmla_hf.patch(model, SINGLE[patches], **SMALL if patches in TILED else {})
+    flashmla_hf.patch(model, SINGLE[patches], **small(SINGLE[patches]) if patches in TILED else {})
     assert_equal(step(model, batch), expected)
 
 
@@ -129,7 +138,7 @@ def test_accumulated_gradients_equal(patches):
         return float(sum(losses).detach()), {n: p.grad.clone() for n, p in model.named_parameters()}
 
     expected = step(model, batch, other, **count), both()
-    flashmla_hf.patch(model, SINGLE[patches], **SMALL if patches in TILED else {})
+    flashmla_hf.patch(model, SINGLE[patches], **small(SINGLE[patches]) if patches in TILED else {})
     assert_equal(step(model, batch, other, **count), expected[0])
     assert_equal(both(), expected[1])
 
@@ -142,7 +151,7 @@ def test_packed_documents_stay_apart(name, patches):
     batch = {k: v for k, v in collate(documents).items() if k != "attention_mask"}
     model = model_of(name)
     expected = step(model, batch)
-    flashmla_hf.patch(model, SINGLE[patches], **SMALL if patches in TILED else {})
+    flashmla_hf.patch(model, SINGLE[patches], **small(SINGLE[patches]) if patches in TILED else {})
     assert_equal(step(model, batch), expected)
 
 
@@ -151,7 +160,7 @@ def test_padded_batches_equal(padding):
     for name in ("Llama", "Gemma2"):
         model, batch = model_of(name), batch_of(name, padding)
         expected = step(model, batch)
-        assert_equal(step(flashmla_hf.patch(model, **SMALL), batch), expected)
+        assert_equal(step(flashmla_hf.patch(model, **small()), batch), expected)
 
 
 @pytest.mark.parametrize("patches", SINGLE, ids=str)
@@ -161,7 +170,7 @@ def test_bf16_gradients_are_as_close_to_fp32_as_the_unpatched_models(name, patch
     truth = step(model_of(name), batch)
     model = model_of(name, torch.bfloat16)
     plain = step(model, batch)
-    flashmla_hf.patch(model, SINGLE[patches], **SMALL if patches in TILED else {})
+    flashmla_hf.patch(model, SINGLE[patches], **small(SINGLE[patches]) if patches in TILED else {})
     got = step(model, batch)
 
     def error(grads):
@@ -184,7 +193,7 @@ def test_autocast_gradients_are_as_close_as_the_unpatched_models(patches):
         return float(loss), {n: p.grad.clone() for n, p in model.named_parameters()}
 
     plain = autocast_step()
-    flashmla_hf.patch(model, SINGLE[patches], **SMALL if patches in TILED else {})
+    flashmla_hf.patch(model, SINGLE[patches], **small(SINGLE[patches]) if patches in TILED else {})
     got = autocast_step()
     assert got[1].keys() == plain[1].keys()
     assert all(g.dtype == torch.float32 for g in got[1].values())
@@ -220,7 +229,7 @@ def trace(patches, is_lora=False, **options):
     model = transformers.LlamaForCausalLM._from_config(config, attn_implementation="flashmla").train()
     model = lora(model) if is_lora else model
     if patches != []:
-        flashmla_hf.patch(model, patches, **{"mlp_tile": 64, "loss_chunk": 64, "keep_attention": True} | options)
+        flashmla_hf.patch(model, patches, **small(patches, mlp_tile=64, loss_chunk=64, keep_attention=True) | options)
     ids = torch.randint(0, 512, (1, TOKENS))
     with peak_memory.PeakBytes(ignored=torch.uint8) as memory:
         loss = model(input_ids=ids, labels=ids, use_cache=False).loss
@@ -314,7 +323,7 @@ def test_kept_attention_runs_its_kernel_once_per_layer(name, patches, monkeypatc
             return function(*args, **(kwargs or {}))
 
     for kept, runs in ((0, 4), (1, 3), (True, 2)):
-        model = flashmla_hf.patch(model_of(name), patches, **SMALL | {"keep_attention": kept})
+        model = flashmla_hf.patch(model_of(name), patches, **small(patches) | {"keep_attention": kept})
         operators.clear()
         with Counting():
             step(model, batch_of(name))
@@ -372,7 +381,7 @@ def test_evaluation_and_no_grad_keep_nothing():
     with torch.no_grad():
         expected = model(**batch).loss
         logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-    flashmla_hf.patch(model, **SMALL)
+    flashmla_hf.patch(model, **small())
     runner = model.model.layers[0]._gradient_checkpointing_func.checkpointing
     for mode in (model.train, model.eval):
         mode()
@@ -388,7 +397,9 @@ def test_a_patched_model_generates_the_same_tokens():
         model = model_of(name).eval()
         ids = batch_of(name)["input_ids"]
         expected = model.generate(ids, max_new_tokens=8, do_sample=False)
-        assert torch.equal(flashmla_hf.patch(model, **SMALL).generate(ids, max_new_tokens=8, do_sample=False), expected)
+        assert torch.equal(
+            flashmla_hf.patch(model, **small()).generate(ids, max_new_tokens=8, do_sample=False), expected
+        )
 
 
 def test_gradients_through_logits_equal_without_labels():
@@ -401,7 +412,7 @@ def test_gradients_through_logits_equal_without_labels():
         return 0.0, {n: p.grad.clone() for n, p in model.named_parameters()}
 
     expected = gradients()
-    flashmla_hf.patch(model, **SMALL)
+    flashmla_hf.patch(model, **small())
     assert_equal(gradients(), expected, 1e-4)
 
 
@@ -515,6 +526,9 @@ def test_unknown_names_and_double_patches_are_refused():
     for name in ("keep_attention", "offload"):
         assert "'checkpointing'" in message(model, [name])
     assert "mlp_tile" in message(model, mlp_tile=0)
+    for option, name in flashmla_hf.patches.OPTIONS.items():
+        text = message(model, ["norm"], **{option: 8})
+        assert f"{option}: expected it with patch {name!r} alone, got 8 with ['norm']" in text
     assert "keep_attention" in message(model, keep_attention="all")
     flashmla_hf.patch(model, ["loss"])
     text = message(model, ["mlp"])
@@ -558,7 +572,7 @@ def test_a_head_with_adapters_is_refused_and_a_trained_copy_is_not():
     model, batch = peft.get_peft_model(model_of("Llama"), config), batch_of("Llama")
     expected = step(model, batch)
     assert any("lm_head" in n for n in expected[1])
-    assert_equal(step(flashmla_hf.patch(model, **SMALL), batch), expected)
+    assert_equal(step(flashmla_hf.patch(model, **small()), batch), expected)
 
 
 def test_any_other_use_of_promised_logits_raises():
@@ -608,7 +622,7 @@ def test_what_shows_at_the_first_step_only_is_refused_there():
         ("GPT-OSS", "mlp", "model.layers.0.mlp (GptOssMLP)"),
         ("GPT-NeoX", "rope", "split projection"),
     ):
-        model = flashmla_hf.patch(model_of(name), [patch], mlp_tile=7)
+        model = flashmla_hf.patch(model_of(name), [patch], **small([patch]))
         with pytest.raises(flashmla_hf.patches.PatchError) as error:
             step(model, batch_of(name))
         assert part in str(error.value)
@@ -635,7 +649,7 @@ def test_other_families_of_the_same_structure_equal_too(name):
     model, batch = model_of(name), batch_of(name)
     expected = step(model, batch)
     names = [n for n in flashmla_hf.PATCHES if n != "attention" and not (n == "rope" and name in ("Cohere", "GLM4"))]
-    assert_equal(step(flashmla_hf.patch(model, names, **SMALL), batch), expected)
+    assert_equal(step(flashmla_hf.patch(model, names, **small(names)), batch), expected)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -724,7 +738,7 @@ def test_trainer_learns_the_same(tmp_path, options, is_lora):
         model = model_of("Llama")
         model = lora(model) if is_lora else model
         if patched:
-            flashmla_hf.patch(model, **SMALL)
+            flashmla_hf.patch(model, **small())
         arguments = transformers.TrainingArguments(
             str(tmp_path), max_steps=3, per_device_train_batch_size=2, gradient_accumulation_steps=2, logging_steps=1,
             learning_rate=1e-3, report_to="none", use_cpu=True, save_strategy="no", seed=1, eval_strategy="steps", eval_steps=3,
@@ -747,7 +761,7 @@ def test_compiled_models_compute_the_same():
     same, checkpointing is torch's."""
     model, batch = model_of("Llama"), batch_of("Llama")
     expected = step(model, batch)
-    flashmla_hf.patch(model, **SMALL)
+    flashmla_hf.patch(model, **small())
     compiled = torch.compile(model, backend="aot_eager")
     loss = compiled(**batch, use_cache=False).loss
     model.zero_grad()

@@ -45,6 +45,12 @@ OPTIONS = {
 }
 
 
+def patch(model, names, **options):
+    """With the options that ``names`` have."""
+    chosen = flashmla_hf.DEFAULT_PATCHES if names is None else names
+    flashmla_hf.patch(model, names, **{o: v for o, v in options.items() if flashmla_hf.patches.OPTIONS[o] in chosen})
+
+
 def model_of(is_lora=False, seed=0):
     config = transformers.LlamaConfig(
         vocab_size=VOCAB, hidden_size=WIDTH, intermediate_size=FF, num_hidden_layers=NUM_LAYERS, num_attention_heads=8,
@@ -94,7 +100,7 @@ def errors(gradients, is_lora):
 def test_loss_and_gradients_are_as_exact_as_the_unpatched_models(selection, is_lora):
     model, batch = model_of(is_lora), batch_of(4096)
     unpatched = step(model, batch)
-    flashmla_hf.patch(model, SELECTIONS[selection], **OPTIONS)
+    patch(model, SELECTIONS[selection], **OPTIONS)
     patched = step(model, batch)
     assert patched[0] == pytest.approx(unpatched[0], rel=2e-3)
     allowed = errors(unpatched[1], is_lora)
@@ -108,7 +114,7 @@ def peak(selection, tokens, is_lora=True, **options):
     """KiB per token that forward and backward need beyond the model, at the highest."""
     model, batch = model_of(is_lora), batch_of(tokens)
     if selection != []:
-        flashmla_hf.patch(model, selection, **options)
+        patch(model, selection, **options)
     step(model, batch)  # the kernels are loaded, the libraries have their workspaces
     model.zero_grad()
     gc.collect()

@@ -6,14 +6,21 @@
 // Schedule. A block is one producer warpgroup, of which four threads work, and two consumer warpgroups, and is
 // persistent. A tile is kBlockKV key rows of one kv head: K and V stay in shared memory while Q and dO of every query
 // head of the group stream by, so dK and dV are sums in registers, written once, whatever the GQA ratio. Scores are
-// held transposed (keys down, queries across): P^T is an A operand as it is, and lse and delta are vectors along the
-// row. A consumer warpgroup keeps the tensor cores busy while it does arithmetic; a step i is a block of queries of one
-// head:
+// held transposed (keys down, queries across): P^T and dS^T are A operands as they are, and lse and delta are vectors
+// along the row. A consumer warpgroup keeps the tensor cores busy while it does arithmetic; a step i is a block of
+// queries of one head:
 //
-//   wait S(i)   issue dP   P   issue dV   wait dP   dS -> shared   barrier   issue dQ, dK, S(i+1)   wait dQ   add it
+//   wait S(i)   issue dP   P   issue dV, dQ(i-1)   wait dP   dS -> shared   issue dK   wait dQ(i-1)   hand it over
+//   issue S(i+1)
 //
-// dQ gets a part from every key tile. It is summed in fp32 in a workspace that keeps the order of the fragments
-// (BackwardRows, add_dq).
+// dQ takes dS of both warpgroups, and is multiplied a step late so that neither waits for the other: they may be most
+// of a step apart, one at arithmetic while the other has the tensor cores. Where registers are short (kDelaysDQ false)
+// a step is
+//
+//   issue S   wait   P   issue dP, dV   wait   dS -> shared   barrier   issue dQ, dK   wait dQ   hand it over
+//
+// dQ gets a part from every key tile. Consumers leave it in shared memory, from where the copy engine adds it to fp32
+// sums in a workspace that keeps the order of the fragments (BackwardRows, keep_turns).
 //
 // Source: FlashAttention-2 (arXiv 2307.08691), algorithm 2; FlashAttention-3 (arXiv 2407.08608) for the roles of warps.
 #pragma once
@@ -46,12 +53,16 @@ struct Backward {
   // Where dK and dV leave no room for P beside dP: dP is multiplied when P is packed, and P read back from shared
   // memory.
   static constexpr bool kIsNarrow = kHeadDimQK + kHeadDimV > 256;
-  // The next S is multiplied while dQ leaves the registers, where there is room for both.
-  static constexpr bool kLooksAhead = !kIsNarrow && !kHasSoftcap && kBlockQ == 64;
+  // dQ of a step is multiplied in the next one, where there are registers for it beside dP.
+  static constexpr bool kDelaysDQ = !kIsNarrow && !kHasSoftcap;
+  static constexpr bool kReadsAhead = kDelaysDQ && kScores <= 32;  // lse and delta
+  static constexpr int kNumDS = kDelaysDQ ? 3 : 2;                 // so that one barrier a step is enough
   static constexpr bool kSumsDQ = true;
-  static constexpr bool kStagesDQ = Tiles::kStagesDQ;
-  // dS^T may be kept in registers until dK is done with it, where there are so many.
-  static constexpr bool kKeepsDS = kHeadDimQK + kHeadDimV <= 128;
+  // A warpgroup's part of dQ passes through shared memory in one piece of its own; where there is no room, in three,
+  // two of them where its rows of P and half of dO were, which are read by then.
+  static constexpr bool kBorrowsDout = kIsNarrow;
+  static constexpr int kNumPieces = kIsNarrow ? 3 : 1;
+  static constexpr int kPiece = kBlockQ * kHeadDimQK / 2 / kNumPieces;
   static constexpr int kFragmentDQ = kBlockQ * kHeadDimQK / 256;
 
   template <int kM, int kN, int kK>
@@ -62,8 +73,8 @@ struct Backward {
   using ByQueries = std::conditional_t<kSplitsQueries, ByKeys, cute::Layout<cute::Shape<cute::_1, cute::_2, cute::_1>>>;
   using MmaS = decltype(cute::make_tiled_mma(
       cute::GMMA::ss_op_selector<Element, Element, float, BlockShape<kBlockKV, kBlockQ, kHeadDimQK>>(), ByKeys{}));
-  // Elsewhere dS^T is read back from shared memory, where dQ needs it anyway: kept, it would take the place of the next
-  // S.
+  // dS^T stays in registers until dK is done with it, where there are so many; else it is read back from shared memory,
+  // where dQ needs it anyway.
   template <int kN>
   using SharedMma = decltype(cute::make_tiled_mma(
       cute::GMMA::ss_op_selector<Element, Element, float, BlockShape<kBlockKV, kN, kBlockQ>, cute::GMMA::Major::K,
@@ -74,7 +85,7 @@ struct Backward {
       cute::GMMA::rs_op_selector<Element, Element, float, BlockShape<kBlockKV, kN, kBlockQ>, cute::GMMA::Major::K,
                                  cute::GMMA::Major::MN>(),
       ByKeys{}));
-  using MmaDK = std::conditional_t<kKeepsDS, RegisterMma<kHeadDimQK>, SharedMma<kHeadDimQK>>;
+  using MmaDK = std::conditional_t<kDelaysDQ, RegisterMma<kHeadDimQK>, SharedMma<kHeadDimQK>>;
   using MmaDV = std::conditional_t<kIsNarrow, SharedMma<kHeadDimV>, RegisterMma<kHeadDimV>>;
   using MmaDQ = decltype(cute::make_tiled_mma(
       cute::GMMA::ss_op_selector<Element, Element, float,
@@ -87,8 +98,8 @@ struct Backward {
   template <int kRows, int kColumns, int kDepth>
   using LayoutColumns = typename SharedLayouts<Element, kSwizzleColumns>::template Columns<kRows, kColumns, kDepth>;
   // dS^T, rows of 64 queries (128 bytes) whatever the head dim; and read as dS.
-  using LayoutDSt = typename SharedLayouts<Element, 64>::template Rows<kBlockKV, kBlockQ, 2>;
-  using LayoutDS = typename SharedLayouts<Element, 64>::template Columns<kBlockKV, kBlockQ, 2>;
+  using LayoutDSt = typename SharedLayouts<Element, 64>::template Rows<kBlockKV, kBlockQ, kNumDS>;
+  using LayoutDS = typename SharedLayouts<Element, 64>::template Columns<kBlockKV, kBlockQ, kNumDS>;
   using LayoutP = typename SharedLayouts<Element, 64>::template Rows<kBlockKV, kBlockQ, 1>;
 
   struct SharedStorage {
@@ -96,9 +107,9 @@ struct Backward {
     alignas(1024) Element v[kBlockKV * kHeadDimV];
     alignas(1024) Element q[kNumStages][kBlockQ * kHeadDimQK];
     alignas(1024) Element dout[kNumStages][kBlockQ * kHeadDimV];
-    alignas(1024) Element ds[2][kBlockQ * kBlockKV];  // two, so that one barrier a step is enough
+    alignas(1024) Element ds[kNumDS][kBlockQ * kBlockKV];
     alignas(1024) Element p[kIsNarrow ? kBlockQ * kBlockKV : 8];
-    alignas(128) float dq[kStagesDQ ? kBlockQ * kHeadDimQK : 4];
+    alignas(128) float dq[2][kPiece];
     alignas(128) float lse_log2[kNumStages][kBlockQ];
     alignas(128) float delta[kNumStages][kBlockQ];
     uint64_t kv_full, kv_empty, tile_wanted, tile_full[kNumBackwardTiles], tile_empty[kNumBackwardTiles];
@@ -109,7 +120,16 @@ struct Backward {
   static constexpr int kSharedBytes = sizeof(SharedStorage);
   static_assert(kSharedBytes <= 227 * 1024);
 
-  static constexpr int kDSBarrier = 1, kOwnBarrier = 2;  // named; 0 is __syncthreads
+  // Where a warpgroup leaves piece `piece` of its part of dQ of the step whose dO is in `stage`.
+  __device__ static float* dq_piece(SharedStorage& shared, int stage, int warpgroup, int piece) {
+    if (piece == 0) return shared.dq[warpgroup];
+    static_assert(!kIsNarrow || (sizeof(shared.p) == sizeof(shared.dq) && sizeof(shared.dout[0]) == sizeof(shared.dq)));
+    return reinterpret_cast<float*>(piece == 1 ? shared.p : shared.dout[stage]) + warpgroup * kPiece;
+  }
+
+  // Named barriers; 0 is __syncthreads.
+  static constexpr int kDSBarrier = 1, kOwnBarrier = 2;
+  __device__ static int ds_barrier(int warpgroup, int stage) { return 1 + warpgroup * kNumDS + stage; }
 
   __device__ static void consume(BackwardArguments const& arguments, SharedStorage& shared, int warpgroup) {
     using namespace cute;
@@ -117,7 +137,7 @@ struct Backward {
     int thread;
     asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
     int const row_in_tile = warpgroup * 64 + thread % 128 / 32 * 16 + thread % 32 / 4;
-    int const column_in_block = thread % 4 * 2;
+    int const column_in_block = thread % 4 * 2, quad_lane = thread % 4;
     Problem const& problem = arguments.problem;
 
     MmaS mma_s;
@@ -161,10 +181,25 @@ struct Backward {
         return pairs_p;
     }();
     Ring<kNumStages> ring;
+    Ring<kNumDS> ds;
     Ring<kNumBackwardTiles> slot;
 
-    auto release = [&](uint64_t& barrier) {
-      if (threadIdx.x % 128 == 0) ClusterBarrier::arrive(&barrier);
+    auto arrive = [&](uint64_t& barrier) {
+      __syncwarp();
+      if (thread % 32 == 0) ClusterBarrier::arrive(&barrier);
+    };
+    auto wait_turn = [&](Ring<kNumStages> const& turn) {
+      ClusterBarrier::wait(&shared.turn_come[turn.stage], turn.phase);
+    };
+    auto hand_over_dq = [&](Ring<kNumStages> const& turn, int stage) {
+      constexpr int kVectors = kFragmentDQ / 4 / kNumPieces;
+      CUTE_UNROLL
+      for (int i = 0; i < kFragmentDQ / 4; ++i) {
+        float* const piece = dq_piece(shared, stage, warpgroup, i / kVectors);
+        reinterpret_cast<float4*>(piece)[i % kVectors * 128 + thread % 128] =
+            float4{rDQ(4 * i), rDQ(4 * i + 1), rDQ(4 * i + 2), rDQ(4 * i + 3)};
+      }
+      arrive(shared.turn_over[turn.stage]);
     };
 
     static_assert(kNumStages == 2);
@@ -177,30 +212,36 @@ struct Backward {
       clear(rDV);
       warpgroup_fence_operand(rDK);  // before S is on its way, not after
       warpgroup_fence_operand(rDV);
-      if (num_steps > 0) {
-        ClusterBarrier::wait(&shared.kv_full, tile.kv_phase);
-        ClusterBarrier::wait(&shared.q_full[ring.stage], ring.phase);
-      }
-      // Without a step, and after the last, S is multiplied from whatever lies there, for nothing: wgmma in a branch
-      // would be serialized.
+      if (num_steps > 0) ClusterBarrier::wait(&shared.kv_full, tile.kv_phase);
+      // Without a step, and after the last, S is multiplied from whatever lies there, for nothing, as dQ is in the
+      // first step: wgmma in a branch would be serialized.
       auto multiply_s = [&] { multiply(mma_s, fK(_, _, _, 0), fQ(_, _, _, ring.stage), rS, false); };
       auto multiply_dp = [&](int stage) { multiply(mma_s, fV(_, _, _, 0), fDO(_, _, _, stage), rDP, false); };
-      if constexpr (kLooksAhead) multiply_s();
+      auto multiply_dq = [&](int stage) { multiply(mma_dq, fDS(_, _, _, stage), fKt(_, _, _, 0), rDQ, false); };
+      auto wait_q = [&] { ClusterBarrier::wait(&shared.q_full[ring.stage], ring.phase); };
+      if constexpr (kDelaysDQ) {
+        if (num_steps > 0) wait_q();
+        multiply_s();
+      }
 
       BackwardStep step(tile);
       for (int32_t i = 0; i < num_steps; ++i, step.advance(tile)) {
         int const stage = ring.stage;
-        if constexpr (!kLooksAhead) multiply_s();
-        ColumnValues<kScores> const lse_log2(shared.lse_log2[stage], column_in_block);
+        if constexpr (!kDelaysDQ) {
+          wait_q();
+          multiply_s();
+        }
+        ColumnValues<kScores, kReadsAhead> const lse_log2(shared.lse_log2[stage], quad_lane);
         warpgroup_wait<0>();  // S, and dK of the step before
         warpgroup_fence_operand(rS);
         warpgroup_fence_operand(rDK);
-        if (i > 0) release(shared.q_empty[stage ^ 1]);
+        if (i > 0) arrive(shared.q_empty[stage ^ 1]);
         ClusterBarrier::wait(&shared.dout_full[stage], ring.phase);
         if constexpr (!kIsNarrow) multiply_dp(stage);
         probabilities<Element, kHasSoftcap, kScores>(arguments, tile, step.q_block * kBlockQ, rS, pairs_p, pairs_w,
                                                      lse_log2, warpgroup * 64, row_in_tile, column_in_block);
         if constexpr (kIsNarrow) {
+          wait_turn(ring);
           store_scores<kBlockKV>(shared.p, pairs_p, warpgroup * 64);
           cutlass::arch::fence_view_async_shared();
           NamedBarrier::sync(128, kOwnBarrier + warpgroup);
@@ -209,36 +250,73 @@ struct Backward {
         } else {
           multiply(mma_dv, rP, fDOt(_, _, _, stage), rDV, true);
         }
-        ColumnValues<kScores> const delta(shared.delta[stage], column_in_block);
-        warpgroup_wait<1>();
-        warpgroup_fence_operand(rDP);
-        if constexpr (kIsNarrow) load_scores(shared.p, pairs_p, warpgroup * 64);
-        score_gradients<Element, kScores>(rDP, pairs_w, pairs_ds, delta);
-        store_scores<kBlockKV>(shared.ds[stage], pairs_ds, warpgroup * 64);
-        cutlass::arch::fence_view_async_shared();
-        NamedBarrier::sync(256, kDSBarrier);
-        multiply(mma_dq, fDS(_, _, _, stage), fKt(_, _, _, 0), rDQ, false);
-        if constexpr (kKeepsDS) {
+        if constexpr (kDelaysDQ) {
+          int const last = ds.before().stage;
+          if (i > 0) NamedBarrier::sync(256, ds_barrier(1 - warpgroup, last));
+          multiply_dq(last);
+          ColumnValues<kScores, kReadsAhead> const delta(shared.delta[stage], quad_lane);
+          warpgroup_wait<2>();
+          warpgroup_fence_operand(rDP);
+          score_gradients<Element, kScores>(rDP, pairs_w, pairs_ds, delta);
+          store_scores<kBlockKV>(shared.ds[ds.stage], pairs_ds, warpgroup * 64);
+          cutlass::arch::fence_view_async_shared();
+          NamedBarrier::arrive(256, ds_barrier(warpgroup, ds.stage));
+          ds.advance();
           multiply(mma_dk, rDS, fQt(_, _, _, stage), rDK, true);
+          warpgroup_wait<1>();  // dV and dQ
+          warpgroup_fence_operand(rDQ);
+          warpgroup_fence_operand(rDV);
+          arrive(shared.dout_empty[stage]);
+          if (i > 0) {
+            wait_turn(ring.before());
+            hand_over_dq(ring.before(), stage);
+          }
+          ring.advance();
+          if (i + 1 < num_steps) wait_q();
+          multiply_s();
         } else {
+          ColumnValues<kScores, kReadsAhead> const delta(shared.delta[stage], quad_lane);
+          warpgroup_wait<1>();
+          warpgroup_fence_operand(rDP);
+          if constexpr (kIsNarrow) load_scores(shared.p, pairs_p, warpgroup * 64);
+          score_gradients<Element, kScores>(rDP, pairs_w, pairs_ds, delta);
+          store_scores<kBlockKV>(shared.ds[stage], pairs_ds, warpgroup * 64);
+          cutlass::arch::fence_view_async_shared();
+          if constexpr (kBorrowsDout) {
+            warpgroup_wait<0>();  // dV: dO is done with
+            warpgroup_fence_operand(rDV);
+          }
+          NamedBarrier::sync(256, kDSBarrier);
+          multiply_dq(stage);
           multiply(mma_dk, fDSt(_, _, _, stage), fQt(_, _, _, stage), rDK, true);
+          warpgroup_wait<1>();  // dV and dQ
+          warpgroup_fence_operand(rDQ);
+          warpgroup_fence_operand(rDV);
+          if constexpr (!kBorrowsDout) {
+            arrive(shared.dout_empty[stage]);
+            wait_turn(ring);
+          }
+          hand_over_dq(ring, stage);
+          ring.advance();
         }
-        ring.advance();
-        if (i + 1 < num_steps) ClusterBarrier::wait(&shared.q_full[ring.stage], ring.phase);
-        if constexpr (kLooksAhead) multiply_s();
-        warpgroup_wait<kLooksAhead ? 2 : 1>();  // dV and dQ
-        warpgroup_fence_operand(rDQ);
-        warpgroup_fence_operand(rDV);
-        release(shared.dout_empty[stage]);
-        // The ring is one step ahead: its phase has changed where this step was in the last stage.
-        add_dq<Backward, kHeadDimQK>(arguments, shared, tile, step, stage, ring.phase ^ stage, rDQ, warpgroup);
       }
       warpgroup_wait<0>();
       warpgroup_fence_operand(rDK);
       warpgroup_fence_operand(rS);
-      if (num_steps > 0) {
-        release(shared.q_empty[ring.stage ^ 1]);
-        release(shared.kv_empty);
+      if (num_steps > 0) arrive(shared.q_empty[ring.stage ^ 1]);
+      if constexpr (kDelaysDQ) {
+        int const last = ds.before().stage;
+        if (num_steps > 0) NamedBarrier::sync(256, ds_barrier(1 - warpgroup, last));
+        multiply_dq(last);
+        warpgroup_wait<0>();
+        warpgroup_fence_operand(rDQ);
+        if (num_steps > 0) {
+          arrive(shared.kv_empty);
+          wait_turn(ring.before());
+          hand_over_dq(ring.before(), 0);
+        }
+      } else {
+        if (num_steps > 0) arrive(shared.kv_empty);
       }
       if (arguments.parts == nullptr) {
         write_keys<Element, kHeadDimQK>(arguments, tile, arguments.dk, rDK, problem.scale, row_in_tile, 0,
@@ -249,8 +327,7 @@ struct Backward {
         write_part<kHeadDimQK / 2>(part, rDK);
         write_part<kHeadDimV / 2>(part + kBlockKV * kHeadDimQK, rDV);
       }
-      __syncwarp();
-      if (threadIdx.x % 32 == 0) ClusterBarrier::arrive(&shared.tile_empty[slot.stage]);
+      arrive(shared.tile_empty[slot.stage]);
     }
   }
 };

@@ -182,7 +182,7 @@ struct BackwardQueries {
       CUTE_UNROLL
       for (int r = 0; r < 2; ++r) {
         QueryRow const row = query_row(schedule, tile, first_row + 8 * r);
-        int64_t const index = row.head * arguments.rows.per_head + first_workspace + row.query;
+        int64_t const index = row.head * arguments.rows.per_head + first_workspace + place_of_row(row.query);
         lse_log2[r] = row.is_valid ? arguments.rows.lse_log2[index] : INFINITY;
         delta[r] = row.is_valid ? arguments.rows.delta[index] : 0.0f;
         position[r] = row.query + tile.sequence.seqlen_kv - tile.sequence.seqlen_q;

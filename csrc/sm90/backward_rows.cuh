@@ -114,8 +114,8 @@ __global__ void __launch_bounds__(kRowThreads) prepare_kernel(__grid_constant__ 
           if (has_sink) sink_term = -exp2f(problem.sinks[head] * kLog2e - lse) * delta;
         }
       }
-      rows.lse_log2[first_row + row] = lse;
-      rows.delta[first_row + row] = delta;
+      rows.lse_log2[first_row + place_of_row(row)] = lse;
+      rows.delta[first_row + place_of_row(row)] = delta;
       sink_terms[row] = sink_term;
     }
   }
@@ -149,10 +149,10 @@ __global__ void __launch_bounds__(kRowThreads) finish_kernel(__grid_constant__ F
   float4 const* const sums =
       reinterpret_cast<float4 const*>(arguments.rows.dq + (head * arguments.rows.per_head / kBlockQ + blockIdx.x) *
                                                               (kBlockQ * kHeadDimQK)) +
-      warp * kVectors * 32 + lane;
+      warpgroup * kVectors * 128 + threadIdx.x % 128;
   float fragment[4 * kVectors];
   CUTE_UNROLL
-  for (int i = 0; i < kVectors; ++i) reinterpret_cast<float4*>(fragment)[i] = sums[i * 32];
+  for (int i = 0; i < kVectors; ++i) reinterpret_cast<float4*>(fragment)[i] = sums[i * 128];
   TensorView const& dq = arguments.dq;
   CUTE_UNROLL
   for (int r = 0; r < 2; ++r) {

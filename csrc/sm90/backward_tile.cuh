@@ -1,5 +1,5 @@
 // What the backward kernels share: tiles of keys and the steps over their queries, the producer, probabilities, and how
-// dQ, dK and dV leave the registers.
+// dK and dV leave the registers.
 #pragma once
 
 #include <cuda.h>
@@ -25,6 +25,12 @@ struct BackwardRows {
   float* dq;         // [heads_q, per_head / block_q, fragments of block_q x head_dim_qk], fp32; null: not wanted
   int32_t* turns;    // [heads_q, per_head / block_q], how many tiles have added their part of dQ; null: any order
 };
+
+// Where lse and delta of a row lie among those of 16: as the threads of a quad hold columns of scores, four beside each
+// other for each of them.
+__device__ inline int32_t place_of_row(int32_t row) {
+  return row / 16 * 16 + row % 8 / 2 * 4 + row % 16 / 8 * 2 + row % 2;
+}
 
 // First workspace row of sequence `number`, before the head's offset.
 __device__ inline int32_t first_workspace_row(Problem const& problem, int32_t number, int32_t offset_q, int block_q) {
@@ -94,22 +100,23 @@ __device__ inline void write_backward_tile(BackwardTile& tile, BackwardArguments
 // What the barriers of the backward kernels count, beside the bytes TMA writes.
 template <class Kernel>
 __device__ void init_backward_barriers(typename Kernel::SharedStorage& shared) {
-  constexpr int kNumConsumers = 2, kNumLoaders = 2, kNumKeepers = Kernel::kSumsDQ ? 1 : 0;
+  // Consumers arrive by warps, each when it has done its own reading.
+  constexpr int kNumWarps = 8, kNumLoaders = 2, kNumKeepers = Kernel::kSumsDQ ? 1 : 0;
   auto init = [](auto& barriers, int arrivals) {
     for (uint64_t& barrier : barriers) ClusterBarrier::init(&barrier, arrivals);
   };
   ClusterBarrier::init(&shared.kv_full, kNumLoaders);
-  ClusterBarrier::init(&shared.kv_empty, kNumConsumers);
+  ClusterBarrier::init(&shared.kv_empty, kNumWarps);
   init(shared.tile_full, 1);
-  init(shared.tile_empty, kNumLoaders + kNumKeepers + 4 * kNumConsumers);  // warps read it until their own last store
+  init(shared.tile_empty, kNumLoaders + kNumKeepers + kNumWarps);
   init(shared.q_full, 1);
-  init(shared.q_empty, kNumConsumers);
+  init(shared.q_empty, kNumWarps);
   init(shared.dout_full, 1);
-  init(shared.dout_empty, kNumConsumers);
+  init(shared.dout_empty, Kernel::kBorrowsDout ? kNumKeepers : kNumWarps);
   ClusterBarrier::init(&shared.tile_wanted, kNumLoaders);
   if constexpr (Kernel::kSumsDQ) {
     init(shared.turn_come, 1);
-    init(shared.turn_over, 4 * kNumConsumers);
+    init(shared.turn_over, kNumWarps);
   }
   cutlass::arch::fence_barrier_init();
 }
@@ -194,10 +201,10 @@ __device__ int32_t parts_before(BackwardArguments const& arguments, BackwardTile
   return last / block_kv - tile.kv_begin / block_kv;
 }
 
-// The thread that adds what consumers have left in shared memory to the sums of dQ, and keeps turns where dQ is to be
-// the same bits every time: then parts of a block of queries are added in the order of falling keys. That is the order
-// of the schedule, so the tile waited for is running or done. Waiting for other blocks, and the fence before another
-// may go on, take this thread's time and not the consumers'.
+// The thread that has the copy engine add what consumers have left in shared memory to the sums of dQ, and keeps turns
+// where dQ is to be the same bits every time: then parts of a block of queries are added in the order of falling keys.
+// That is the order of the schedule, so the tile waited for is running or done. Waiting for other blocks, and the fence
+// before another may go on, take this thread's time and not the consumers'.
 template <class Kernel>
 __device__ void keep_turns(BackwardArguments const& arguments, typename Kernel::SharedStorage& shared) {
   BackwardRows const& rows = arguments.rows;
@@ -210,41 +217,42 @@ __device__ void keep_turns(BackwardArguments const& arguments, typename Kernel::
     if (tile.head_kv < 0) return;
     BackwardStep step(tile);
     CUTE_NO_UNROLL
-    for (int32_t steps = Kernel::kStagesDQ || rows.turns != nullptr ? tile.num_steps() : 0; steps > 0;
-         --steps, step.advance(tile), ring.advance()) {
+    for (int32_t steps = tile.num_steps(); steps > 0; --steps, step.advance(tile), ring.advance()) {
       int64_t const block = (step.head * rows.per_head + tile.first_row) / Kernel::kBlockQ + step.q_block;
-      auto wait_turn = [&] {
+      ClusterBarrier::arrive(&shared.turn_come[ring.stage]);
+      ClusterBarrier::wait(&shared.turn_over[ring.stage], ring.phase);
+      cutlass::arch::fence_view_async_shared();  // from what consumers wrote to what the copy engine reads
+      if (rows.turns != nullptr) {
         int32_t const expected = parts_before<Kernel::kBlockQ>(arguments, tile, step.q_block);
         int32_t value;
         do {
           asm volatile("ld.acquire.gpu.global.b32 %0, [%1];" : "=r"(value) : "l"(rows.turns + block) : "memory");
         } while (value < expected);
-      };
-      if (!Kernel::kStagesDQ) wait_turn();
-      ClusterBarrier::arrive(&shared.turn_come[ring.stage]);
-      ClusterBarrier::wait(&shared.turn_over[ring.stage], ring.phase);
-      if constexpr (Kernel::kStagesDQ) {
-        if (rows.turns != nullptr) wait_turn();
-        if (rows.dq != nullptr) {
-          constexpr int kBytes = sizeof(shared.dq);
+      }
+      if (rows.dq != nullptr) {
+        constexpr int kPiece = Kernel::kPiece, kNumPieces = 2 * Kernel::kNumPieces;
+        CUTE_NO_UNROLL
+        for (int i = 0; i < kNumPieces; ++i) {
+          float* const piece = Kernel::dq_piece(shared, ring.stage, i / Kernel::kNumPieces, i % Kernel::kNumPieces);
           asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;" ::"l"(
-                           rows.dq + block * (kBytes / 4)),
-                       "r"(cute::cast_smem_ptr_to_uint(shared.dq)), "r"(kBytes)
+                           rows.dq + (block * kNumPieces + i) * kPiece),
+                       "r"(cute::cast_smem_ptr_to_uint(piece)), "r"(kPiece * 4)
                        : "memory");
         }
-        asm volatile("cp.async.bulk.commit_group;" ::: "memory");
-        if (rows.turns != nullptr) {
-          asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
-        } else {
-          asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");  // the next part may be written there
-        }
       }
+      asm volatile("cp.async.bulk.commit_group;" ::: "memory");
+      if (rows.turns != nullptr) {
+        asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
+      } else {
+        asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");  // the next part may be written there
+      }
+      if constexpr (Kernel::kBorrowsDout) ClusterBarrier::arrive(&shared.dout_empty[ring.stage]);
       if (rows.turns != nullptr) {
         __threadfence();
         asm volatile("red.release.gpu.global.add.s32 [%0], 1;" ::"l"(rows.turns + block) : "memory");
       }
     }
-    if constexpr (Kernel::kStagesDQ) asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
+    asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
     ClusterBarrier::arrive(&shared.tile_empty[slot.stage]);
   }
 }
@@ -265,26 +273,25 @@ __device__ void produce_backward_tiles(BackwardArguments const& arguments, typen
   }
 }
 
-// lse or delta of the queries of a thread's scores: columns `first`, first + 1, first + 8, first + 9, ... of a block.
-// Where there are registers for all, they are loaded at once, ahead of a product that is waited for; else as they are
-// needed.
-template <int kScores, bool kIsAhead = kScores <= 32>
+// lse or delta of the queries of a thread's scores: columns 2l, 2l + 1, 2l + 8, 2l + 9 of every 16 of a block, for lane
+// l of a quad, which lie beside each other (place_of_row). Where there are registers for all, they are loaded at once,
+// ahead of a product that is waited for; else as they are needed.
+template <int kScores, bool kIsAhead>
 struct ColumnValues {
-  float2 values[kIsAhead ? kScores / 4 : 1];
-  float const* shared;
+  float4 values[kIsAhead ? kScores / 8 : 1];
+  float4 const* shared;
 
-  __device__ ColumnValues(float const* block, int first) : shared(block + first) {
+  __device__ ColumnValues(float const* block, int quad_lane)
+      : shared(reinterpret_cast<float4 const*>(block) + quad_lane) {
     if constexpr (kIsAhead) {
       CUTE_UNROLL
-      for (int j = 0; j < kScores / 4; ++j) values[j] = *reinterpret_cast<float2 const*>(shared + 8 * j);
+      for (int j = 0; j < kScores / 8; ++j) values[j] = shared[4 * j];
     }
   }
+  // Of columns 8j + 2l, 8j + 2l + 1.
   __device__ float2 at(int j) const {
-    if constexpr (kIsAhead) {
-      return values[j];
-    } else {
-      return *reinterpret_cast<float2 const*>(shared + 8 * j);
-    }
+    float4 const& four = kIsAhead ? values[j / 2] : shared[j / 2 * 4];
+    return j % 2 == 0 ? float2{four.x, four.y} : float2{four.z, four.w};
   }
 };
 
@@ -399,42 +406,6 @@ __device__ void load_scores(Element* scores, uint32_t (&pairs)[16], int first_ke
                  : "=r"(pairs[4 * k]), "=r"(pairs[4 * k + 1]), "=r"(pairs[4 * k + 2]), "=r"(pairs[4 * k + 3])
                  : "r"(base ^ (k * 32))
                  : "memory");
-  }
-}
-
-// Adds this thread's part of dQ of the step in `stage` to the sums, where there is shared memory for it by way of that:
-// the copy engine then adds it while the tensor cores go on. From the registers it takes until the memory has taken
-// them.
-template <class Kernel, int kHeadDimQK, class Fragment>
-__device__ void add_dq(BackwardArguments const& arguments, typename Kernel::SharedStorage& shared,
-                       BackwardTile const& tile, BackwardStep const& step, int stage, uint32_t phase,
-                       Fragment const& fragment, int warpgroup) {
-  BackwardRows const& rows = arguments.rows;
-  constexpr int kBlockQ = Kernel::kBlockQ;
-  constexpr int kVectors = kBlockQ * kHeadDimQK / 256 / 4;  // of a thread
-  int const offset = ((warpgroup * 4 + threadIdx.x % 128 / 32) * kVectors * 32 + threadIdx.x % 32) * 4;
-  bool const has_turns = Kernel::kStagesDQ || rows.turns != nullptr;
-  if (has_turns) ClusterBarrier::wait(&shared.turn_come[stage], phase);
-  if constexpr (Kernel::kStagesDQ) {
-    CUTE_UNROLL
-    for (int i = 0; i < kVectors; ++i) {
-      *reinterpret_cast<float4*>(shared.dq + offset + i * 128) =
-          float4{fragment(4 * i), fragment(4 * i + 1), fragment(4 * i + 2), fragment(4 * i + 3)};
-    }
-    cutlass::arch::fence_view_async_shared();
-  } else if (rows.dq != nullptr) {
-    int64_t const block = (step.head * rows.per_head + tile.first_row) / kBlockQ + step.q_block;
-    float* const target = rows.dq + block * (kBlockQ * kHeadDimQK) + offset;
-    CUTE_UNROLL
-    for (int i = 0; i < kVectors; ++i) {
-      asm volatile("red.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(target + i * 128), "f"(fragment(4 * i)),
-                   "f"(fragment(4 * i + 1)), "f"(fragment(4 * i + 2)), "f"(fragment(4 * i + 3))
-                   : "memory");
-    }
-  }
-  if (has_turns) {
-    __syncwarp();
-    if (threadIdx.x % 32 == 0) ClusterBarrier::arrive(&shared.turn_over[stage]);
   }
 }
 

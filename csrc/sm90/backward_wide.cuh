@@ -28,7 +28,8 @@ struct BackwardWide {
   static constexpr int kNumStages = Tiles::kNumStages;
   static constexpr int kSwizzleColumns = Tiles::kSwizzleColumns;
   static_assert(kBlockQ == 64 && kBlockKV == 64);
-  static constexpr bool kSumsDQ = false;         // backward_queries.cuh
+  static constexpr bool kSumsDQ = false;  // backward_queries.cuh
+  static constexpr bool kBorrowsDout = false;
   static constexpr int kScores = 32;             // of S or dP, per thread of one warpgroup
   static constexpr int kColumns = kHeadDim / 2;  // of a warpgroup
   static constexpr int kFragment = kColumns / 2;
@@ -97,8 +98,9 @@ struct BackwardWide {
     Tensor rDV = partition_fragment_C(mma_dkv, Shape<Int<kBlockKV>, Int<kHeadDim>>{});
     Tensor rS = partition_fragment_C(mma_s, Shape<Int<kBlockKV>, Int<kBlockQ>>{});
     static_assert(decltype(size(rS))::value == kScores && decltype(size(rDK))::value == kFragment);
-    auto release = [&](uint64_t& barrier) {
-      if (threadIdx.x % 128 == 0) ClusterBarrier::arrive(&barrier);
+    auto arrive = [&](uint64_t& barrier) {
+      __syncwarp();
+      if (threadIdx.x % 32 == 0) ClusterBarrier::arrive(&barrier);
     };
 
     static_assert(kNumStages == 2);
@@ -121,11 +123,12 @@ struct BackwardWide {
         ClusterBarrier::wait(&shared.q_full[stage], ring.phase);
         ClusterBarrier::wait(&shared.dout_full[stage], ring.phase);
         multiply(mma_s, fA(_, _, _, 0), fB(_, _, _, stage), rS, false);
-        ColumnValues<kScores> const values(is_first ? shared.lse_log2[stage] : shared.delta[stage], column_in_block);
+        ColumnValues<kScores, true> const values(is_first ? shared.lse_log2[stage] : shared.delta[stage],
+                                                 threadIdx.x % 4);
         warpgroup_wait<0>();  // with dK of the step before
         warpgroup_fence_operand(rS);
         warpgroup_fence_operand(rDK);
-        if (i > 0) release(shared.q_empty[stage ^ 1]);
+        if (i > 0) arrive(shared.q_empty[stage ^ 1]);
         bool const has_softcap = problem.softcap > 0.0f;
         if (is_first) {
           uint32_t pairs_p[kScores / 2], pairs_w[kScores / 2];
@@ -148,13 +151,13 @@ struct BackwardWide {
         multiply(mma_dkv, fDSt(_, _, _, 0), fQt(_, _, _, stage), rDK, true);
         warpgroup_wait<1>();  // dV
         warpgroup_fence_operand(rDV);
-        release(shared.dout_empty[stage]);
+        arrive(shared.dout_empty[stage]);
       }
       warpgroup_wait<0>();
       warpgroup_fence_operand(rDK);
       if (num_steps > 0) {
-        release(shared.q_empty[ring.stage ^ 1]);
-        release(shared.kv_empty);
+        arrive(shared.q_empty[ring.stage ^ 1]);
+        arrive(shared.kv_empty);
       }
       if (arguments.parts == nullptr) {
         write_keys<Element, kColumns>(arguments, tile, arguments.dk, rDK, problem.scale, row_in_tile,
@@ -166,8 +169,7 @@ struct BackwardWide {
         write_part<kFragment>(part, rDK);
         write_part<kFragment>(part + kBlockKV * kHeadDim, rDV);
       }
-      __syncwarp();
-      if (threadIdx.x % 32 == 0) ClusterBarrier::arrive(&shared.tile_empty[slot.stage]);
+      arrive(shared.tile_empty[slot.stage]);
     }
   }
 };

@@ -14,6 +14,7 @@ struct Ring {
   __device__ void advance() {
     if (++stage == kDepth) stage = 0, phase ^= 1;
   }
+  __device__ Ring before() const { return stage == 0 ? Ring{kDepth - 1, phase ^ 1} : Ring{stage - 1, phase}; }
 };
 
 // Boundaries are read on the device and not trusted: whatever they hold, rows stay inside the tensors.

@@ -56,10 +56,8 @@ struct ForwardTiles<256, 256, kMask> : ForwardTile<128, 80, 2, 1, 2, 24, 240, fa
 
 // Rows of Q and of K and V a tile of the backward, depth of the rings of Q and dO, columns of a swizzled chunk (64 or
 // 32), whether the two consumer warpgroups share dK and dV by columns (each of all keys) or by keys, and whether there
-// is a kernel with softcap (else a wider row computes it), and whether parts of dQ, where this kernel sums them, pass
-// through shared memory.
-template <int kBlockQ_, int kBlockKV_, int kNumStages_, int kSwizzleColumns_, bool kSplitsColumns_, bool kHasSoftcap_,
-          bool kStagesDQ_>
+// is a kernel with softcap (else a wider row computes it).
+template <int kBlockQ_, int kBlockKV_, int kNumStages_, int kSwizzleColumns_, bool kSplitsColumns_, bool kHasSoftcap_>
 struct BackwardTiling {
   static constexpr int kBlockQ = kBlockQ_;
   static constexpr int kBlockKV = kBlockKV_;
@@ -67,7 +65,6 @@ struct BackwardTiling {
   static constexpr int kSwizzleColumns = kSwizzleColumns_;
   static constexpr bool kSplitsColumns = kSplitsColumns_;
   static constexpr bool kHasSoftcap = kHasSoftcap_;
-  static constexpr bool kStagesDQ = kStagesDQ_;
   static_assert(kBlockKV == (kSplitsColumns ? 64 : 128), "64 key rows for each of two warpgroups, or for both");
 };
 
@@ -77,16 +74,16 @@ struct BackwardTiles;
 // By keys, a thread holds dK and dV (head_dim_qk/2 + head_dim_v/2 registers), and beside them S, dP (kBlockQ/2 each)
 // and packed P (kBlockQ/4), then dQ (kBlockQ * head_dim_qk / 256). By columns, dK and dV (head_dim/4 each) and S or dP.
 template <>
-struct BackwardTiles<64, 64> : BackwardTiling<128, 128, 2, 64, false, false, true> {};
+struct BackwardTiles<64, 64> : BackwardTiling<128, 128, 2, 64, false, false> {};
 template <>
-struct BackwardTiles<128, 128> : BackwardTiling<64, 128, 2, 64, false, true, true> {};
+struct BackwardTiles<128, 128> : BackwardTiling<64, 128, 2, 64, false, true> {};
 template <>
-struct BackwardTiles<192, 128> : BackwardTiling<64, 128, 2, 32, false, false, false> {
+struct BackwardTiles<192, 128> : BackwardTiling<64, 128, 2, 32, false, false> {
 };  // half of 192 columns is no multiple of 64
 template <>
-struct BackwardTiles<192, 192> : BackwardTiling<64, 64, 2, 32, true, true, false> {};
+struct BackwardTiles<192, 192> : BackwardTiling<64, 64, 2, 32, true, true> {};
 template <>
-struct BackwardTiles<256, 256> : BackwardTiling<64, 64, 2, 64, true, true, false> {};
+struct BackwardTiles<256, 256> : BackwardTiling<64, 64, 2, 64, true, true> {};
 
 // Where dK and dV are shared by columns, dQ has a kernel of its own: rows of Q, rows of K and V a tile, and depth of
 // the rings of K and V. A thread holds dQ (head_dim/2), S, dP (kBlockKV/2 each) and dS (kBlockKV/4); Q, dO and the

@@ -39,6 +39,14 @@ PATCHES = {
     "offload": "what checkpointed layers keep goes to pinned host memory, beside the computation",
 }
 DEFAULT_PATCHES = tuple(name for name in PATCHES if name != "attention")
+# Keyword of :func:`patch` -> the patch it belongs to.
+OPTIONS = {
+    "mlp_tile": "mlp",
+    "loss_chunk": "loss",
+    "attention_chunk": "attention",
+    "keep_attention": "keep_attention",
+    "offload": "offload",
+}
 NEEDS_CHECKPOINTING = ("keep_attention", "offload")
 _RECORD = "_flashmla_patches"
 
@@ -68,8 +76,9 @@ def patch(
             place on the GPU, never the last. On a machine without a GPU, all but the last.
 
     Raises:
-        PatchError (a ValueError): unknown names, a model that is patched already, or one without the structure that a patch
-        needs: names the model's class, the module, what was expected, and the way out. Nothing is changed then.
+        PatchError (a ValueError): unknown names, an option of a patch that is not among them, a model that is patched
+        already, or one without the structure that a patch needs: names the model's class, the module, what was
+        expected, and the way out. Nothing is changed then.
     """
     names = _checked_names(model, patches)
     for name, value, least in (
@@ -84,6 +93,14 @@ def patch(
         raise PatchError(
             f"flashmla_hf.patch: keep_attention: expected True, 'auto' or a number, got {keep_attention!r}"
         )
+
+    given = (mlp_tile, loss_chunk, attention_chunk, keep_attention, offload)
+    for (option, name), value in zip(OPTIONS.items(), given, strict=True):
+        if value is not None and name not in names:
+            raise PatchError(
+                f"flashmla_hf.patch({type(model).__name__}): {option}: expected it with patch {name!r} alone, got "
+                f"{value!r} with {list(names)}. Add {name!r}, or leave {option} out"
+            )
 
     inner = structure.base_model(model)
     if _RECORD in vars(inner):

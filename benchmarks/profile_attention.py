@@ -1,0 +1,148 @@
+"""How busy each part of a Hopper GPU is under every attention kernel: what limits it, from Nsight Compute.
+
+    python benchmarks/profile_attention.py                      # every head-dim row, forward and backward, about a minute
+    python benchmarks/profile_attention.py --rows 128/128 192/128 --seqlen 16384 --causal
+    python benchmarks/profile_attention.py --ncu /opt/nsight-compute/ncu --name profile-mine --output_dir results/mine
+
+Each kernel runs once, with caches and clocks as ncu sets them: rates are not those of bench_attention.py, shares of the peak
+are what counts. JSON goes to --output_dir, and RESULTS.md is made again from all files there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import render_results  # puts scripts/ on the path
+
+sys.path.insert(0, str(render_results.RESULTS.parent.parent))
+import environment
+
+ROWS = ("64/64", "96/96", "128/128", "192/128", "192/192", "256/256")
+KERNELS = "forward_kernel|backward_kernel|backward_queries_kernel"
+# ncu's name -> column. Shares are of the most the hardware sustains, over the whole kernel.
+SHARES = {
+    "sm__pipe_tensor_op_hmma_cycles_active.avg.pct_of_peak_sustained_elapsed": "tensor cores",
+    "l1tex__data_pipe_lsu_wavefronts.avg.pct_of_peak_sustained_elapsed": "shared memory",
+    "sm__inst_executed_pipe_xu.avg.pct_of_peak_sustained_elapsed": "exponentials",
+    "sm__inst_issued.avg.pct_of_peak_sustained_elapsed": "instruction issue",
+    "lts__throughput.avg.pct_of_peak_sustained_elapsed": "L2",
+    "dram__throughput.avg.pct_of_peak_sustained_elapsed": "DRAM",
+}
+CYCLES, SECONDS = "sm__cycles_elapsed.max", "gpu__time_duration.sum"
+
+
+def run_kernels(rows: list[str], seqlen: int, is_causal: bool) -> None:
+    """What ncu watches: one forward and one backward of each row, 2,048 columns of heads, 16,384 tokens or one sequence."""
+    import torch
+
+    import flashmla_hf
+
+    for row in rows:
+        head_dim_qk, head_dim_v = map(int, row.split("/"))
+        heads, batch = max(1, 2048 // head_dim_qk), max(1, 16384 // seqlen)
+        q, k, v = (
+            torch.randn(batch, seqlen, heads, d, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+            for d in (head_dim_qk, head_dim_qk, head_dim_v)
+        )
+        out = flashmla_hf.attention(q, k, v, is_causal=is_causal, impl="sm90")
+        out.backward(torch.randn_like(out))
+    torch.cuda.synchronize()
+
+
+def parse(text: str) -> list[dict]:
+    """ncu's CSV (one line of names, one of units, one a kernel) as records."""
+    lines = text[text.index('"ID"') :].splitlines()
+    names, units, *rows = csv.reader(lines)
+    records = []
+    for row in rows:
+        cells = dict(zip(names, row, strict=True))
+        number = {name: float(cells[name].replace(",", "")) for name in (*SHARES, CYCLES, SECONDS)}
+        unit = units[names.index(SECONDS)]
+        found = re.match(r"(?:void )?(?:[\w:]+::)?(\w+)(?:<(.*)>)?", cells["Kernel Name"])
+        # Head dims are the first two numbers of the template's arguments; one number is both.
+        dims = re.findall(r"(?<![\w)])(?:\(int\))?(\d+)", found[2] or "")[:2]
+        records.append(
+            {
+                "kernel": found[1].removesuffix("_kernel"),
+                "head_dims": "/".join(dims) if len(dims) == 2 else "/".join(dims * 2),
+                "cycles": int(number[CYCLES]),
+                "seconds": number[SECONDS]
+                * {"ns": 1e-9, "us": 1e-6, "ms": 1e-3, "s": 1.0}[unit.replace("second", "s")],
+                "shares": {column: number[name] / 100 for name, column in SHARES.items()},
+            }
+        )
+    return records
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), metavar="QK/V", help=", ".join(ROWS))
+    parser.add_argument("--seqlen", type=int, default=4096, help="tokens of a sequence; default: 4096")
+    parser.add_argument("--causal", action="store_true")
+    parser.add_argument("--ncu", help="Nsight Compute; default: the one on PATH or beside CUDA")
+    parser.add_argument("--time_limit", type=float, default=180, metavar="S")
+    parser.add_argument("--name", default="profile-h100")
+    parser.add_argument("--output_dir", type=Path, default=render_results.RESULTS)
+    parser.add_argument("--run", action="store_true", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.run:
+        return run_kernels(args.rows, args.seqlen, args.causal)
+    ncu = args.ncu or shutil.which("ncu") or shutil.which("ncu", path="/usr/local/cuda/bin")
+    if ncu is None:
+        sys.exit("profile_attention: Nsight Compute (ncu) was not found: name it with --ncu")
+    command = [ncu, "--csv", "--page", "raw", "--print-units", "base", "-k", f"regex:^({KERNELS})$"]
+    command += [
+        "--metrics",
+        ",".join((*SHARES, CYCLES, SECONDS)),
+        sys.executable,
+        __file__,
+        "--run",
+        "--rows",
+        *args.rows,
+    ]
+    command += ["--seqlen", str(args.seqlen), *(["--causal"] if args.causal else [])]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=args.time_limit)
+    except subprocess.TimeoutExpired:
+        sys.exit(f"profile_attention: no end after {args.time_limit:g} s: profile fewer --rows, or raise --time_limit")
+    if done.returncode or '"ID"' not in done.stdout:
+        sys.exit(f"profile_attention: ncu ended with {done.returncode}:\n{(done.stdout + done.stderr)[-2000:]}")
+    document = {
+        "kind": "profile",
+        "environment": environment.describe("cuda"),
+        "seqlen": args.seqlen,
+        "is_causal": args.causal,
+        "records": parse(done.stdout),
+    }
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    path = args.output_dir / f"{args.name}.json"
+    path.write_text(json.dumps(document, indent=1) + "\n")
+    print(section(document))
+    print(f"written: {path}, {render_results.write(args.output_dir)}")
+
+
+def section(document: dict) -> str:
+    """The table of RESULTS.md."""
+    mask = "causal" if document["is_causal"] else "full"
+    lines = [
+        f"Share of what the hardware sustains, by Nsight Compute: {document['seqlen']:,} tokens a sequence, {mask}, bf16, one "
+        "run of each kernel. The busiest is in bold.\n",
+        "| kernel | head dims (qk/v) | cycles | " + " | ".join(SHARES.values()) + " |",
+        "|---|---|---|" + "---|" * len(SHARES),
+    ]
+    for record in document["records"]:
+        busiest = max(record["shares"].values())
+        cells = [f"**{s:.0%}**" if s == busiest else f"{s:.0%}" for s in record["shares"].values()]
+        lines.append(f"| {record['kernel']} | {record['head_dims']} | {record['cycles']:,} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    main()
