@@ -63,7 +63,7 @@ def train_one(folder: Path, context: int, files: tuple[Path, Path], output_dir: 
         "patches": "all",
         "use_peft": args.model != "small",
         "max_length": context,
-        "gradient_accumulation_steps": max(1, args.tokens_per_step // context),
+        "per_device_train_batch_size": args.tokens_per_step // context,
         "max_steps": args.max_steps,
         "learning_rate": args.learning_rate or (1e-3 if args.model == "small" else 5e-4),
         "warmup_steps": 0.1,

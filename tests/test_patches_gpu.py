@@ -57,8 +57,9 @@ def model_of(is_lora=False, seed=0):
         num_key_value_heads=2, head_dim=128, max_position_embeddings=2**17, initializer_range=0.04, tie_word_embeddings=False,
     )  # fmt: skip
     torch.manual_seed(seed)
-    model = transformers.LlamaForCausalLM._from_config(config, attn_implementation="flashmla", dtype=torch.bfloat16)
-    model = model.to(DEVICE).train()
+    with torch.device(DEVICE):  # where random weights take no seconds
+        model = transformers.LlamaForCausalLM._from_config(config, attn_implementation="flashmla", dtype=torch.bfloat16)
+    model.train()
     if is_lora:
         peft = pytest.importorskip("peft")
         targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
