@@ -648,7 +648,7 @@ OTHERS = (
 def test_other_families_of_the_same_structure_equal_too(name):
     model, batch = model_of(name), batch_of(name)
     expected = step(model, batch)
-    names = [n for n in flashmla_hf.PATCHES if n != "attention" and not (n == "rope" and name in ("Cohere", "GLM4"))]
+    names = [n for n in flashmla_hf.DEFAULT_PATCHES if not (n == "rope" and name in ("Cohere", "GLM4"))]
     assert_equal(step(flashmla_hf.patch(model, names, **small(names)), batch), expected)
 
 
@@ -656,7 +656,7 @@ def test_other_families_of_the_same_structure_equal_too(name):
 def test_attention_in_chunks_equals_inside_checkpointed_layers(name):
     model, batch = model_of(name), batch_of(name)
     expected = step(model, batch)
-    names = [n for n in flashmla_hf.PATCHES if n != "keep_attention"]
+    names = [n for n in flashmla_hf.PATCHES if n not in ("keep_attention", "lora")]
     flashmla_hf.patch(model, names, mlp_tile=7, loss_chunk=9, attention_chunk=7)
     assert_equal(step(model, batch), expected)
 

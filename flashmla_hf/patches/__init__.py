@@ -8,6 +8,7 @@ mlp                the layer's token-wise block over tiles of tokens, recomputed
 norm               norms that save their input instead of its fp32 copies (:mod:`mlp`)
 rope               queries and keys rotated in place (:mod:`rope`)
 attention          the attention block over chunks of the sequence; not on by default (:mod:`attention`)
+lora               a linear layer and its adapter in one result; not on by default (:mod:`lora`)
 checkpointing      a decoder layer keeps its input and runs again in backward (:mod:`checkpointing`)
 keep_attention     ... and its attention's (out, lse), so that the kernel does not run again
 offload            ... in pinned host memory, copied beside the computation (:mod:`offload`)
@@ -22,7 +23,7 @@ from collections.abc import Iterable
 
 from torch import nn
 
-from flashmla_hf.patches import attention, checkpointing, loss, mlp, rope, structure
+from flashmla_hf.patches import attention, checkpointing, lora, loss, mlp, rope, structure
 from flashmla_hf.patches.replacements import Replacements
 from flashmla_hf.patches.structure import PatchError
 
@@ -34,11 +35,12 @@ PATCHES = {
     "norm": "norms save their input instead of fp32 copies of it",
     "rope": "rotary embedding in place, without copies of queries and keys",
     "attention": "the attention block over chunks of the sequence: less memory, one more attention forward (not a default)",
+    "lora": "a linear layer and its LoRA adapter in one result, without the adapter's wide copies (not a default)",
     "checkpointing": "every decoder layer keeps its input and runs again in backward",
     "keep_attention": "checkpointed layers keep their attention's output: its kernel does not run again",
     "offload": "what checkpointed layers keep goes to pinned host memory, beside the computation",
 }
-DEFAULT_PATCHES = tuple(name for name in PATCHES if name != "attention")
+DEFAULT_PATCHES = tuple(name for name in PATCHES if name not in ("attention", "lora"))
 # Keyword of :func:`patch` -> the patch it belongs to.
 OPTIONS = {
     "mlp_tile": "mlp",
@@ -65,7 +67,7 @@ def patch(
 
     Args:
         model: a ``transformers.PreTrainedModel``, or a ``peft.PeftModel`` around one, before it is wrapped or compiled.
-        patches: names out of :data:`PATCHES`; ``None`` is all but "attention".
+        patches: names out of :data:`PATCHES`; ``None`` is :data:`DEFAULT_PATCHES`, all but "attention" and "lora".
         mlp_tile: tokens per tile; ``None`` chooses by free memory, once per length: all tokens where their intermediates are
             a small share of it.
         loss_chunk: tokens whose logits exist at a time (2048).
@@ -118,6 +120,8 @@ def patch(
             rope.patch_rope(inner, replacements)
         if "attention" in names:  # around the rotation's mark
             attention.patch_attention(inner, replacements, attention_chunk)
+        if "lora" in names:
+            lora.patch_lora(inner, replacements)
         if "checkpointing" in names:
             keep = ("auto" if keep_attention is None else keep_attention) if "keep_attention" in names else None
             where = ("auto" if offload is None else offload) if "offload" in names else None

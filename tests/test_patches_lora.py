@@ -1,0 +1,203 @@
+"""The patch "lora": equal to peft's own layers, used where it can be, and out of the way where it cannot."""
+
+import copy
+
+import pytest
+import torch
+
+peft = pytest.importorskip("peft")
+transformers = pytest.importorskip("transformers")
+import hf_support  # noqa: E402
+import peak_memory  # noqa: E402
+from peft.tuners.lora.layer import Linear  # noqa: E402
+from test_patches import NAMES, assert_equal, batch_of, lora, message, model_of, small, step  # noqa: E402
+
+import flashmla_hf  # noqa: E402
+
+pytestmark = pytest.mark.skipif(not hf_support.is_built(), reason="no compiled CPU library")
+
+
+@pytest.fixture
+def peft_calls(monkeypatch):
+    """How often peft's own forward ran: patched layers fall back to it."""
+    calls, forward = [], Linear.forward
+
+    def counted(self, *args, **kwargs):
+        calls.append(self)
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(Linear, "forward", counted)
+    return calls
+
+
+@pytest.mark.parametrize("names", [["lora"], [*flashmla_hf.DEFAULT_PATCHES, "lora"]], ids=["alone", "with the others"])
+@pytest.mark.parametrize("name", NAMES)
+def test_gradients_equal_pefts(name, names, peft_calls):
+    model, batch = lora(model_of(name)), batch_of(name)
+    expected = step(model, batch)
+    assert peft_calls
+    peft_calls.clear()
+    flashmla_hf.patch(model, names, **small(names))
+    assert_equal(step(model, batch), expected)
+    assert not peft_calls
+    flashmla_hf.unpatch(model)
+    again = step(model, batch)
+    assert peft_calls
+    assert all(torch.equal(again[1][n], g) for n, g in expected[1].items())
+
+
+def test_trained_base_weights_and_biases_get_their_gradients():
+    layer = torch.nn.Linear(24, 40)
+    model = torch.nn.Sequential(torch.nn.Linear(24, 24), layer)
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=["1"], init_lora_weights=False))
+    for p in wrapped.parameters():
+        p.requires_grad_(True)
+    x = torch.randn(3, 5, 24)
+
+    def gradients():
+        wrapped.zero_grad()
+        out = wrapped(x)
+        out.square().mean().backward()
+        return out.detach().clone(), {n: p.grad.clone() for n, p in wrapped.named_parameters() if p.grad is not None}
+
+    expected = gradients()
+    assert len(expected[1]) == 6
+    flashmla_hf.patches.lora.patch_lora(wrapped, flashmla_hf.patches.Replacements(("lora",)))
+    out, got = gradients()
+    torch.testing.assert_close(out, expected[0])
+    for name, gradient in expected[1].items():
+        torch.testing.assert_close(got[name], gradient, msg=name)
+
+
+@pytest.mark.parametrize("adapter_dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_bfloat16_is_as_exact_as_pefts(adapter_dtype, peft_calls):
+    """Against float64, under autocast (adapters in float32, as peft keeps them) and without (all in bfloat16)."""
+    model, batch = lora(model_of("Llama")), batch_of("Llama")
+    for name, p in model.named_parameters():
+        if "lora" not in name or adapter_dtype == torch.bfloat16:
+            p.data = p.data.to(torch.bfloat16)
+    exact_model = copy.deepcopy(model).double()
+    exact_model.get_base_model().set_attn_implementation("eager")
+    exact = step(exact_model, batch)[1]
+
+    def errors():
+        with torch.autocast("cpu", torch.bfloat16, enabled=adapter_dtype == torch.float32):
+            gradients = step(model, batch)[1]
+        return {n: float((gradients[n].double() - g).norm() / g.norm()) for n, g in exact.items()}
+
+    allowed = errors()
+    peft_calls.clear()
+    flashmla_hf.patch(model, ["lora"])
+    got = errors()
+    assert not peft_calls
+    assert sum(got.values()) <= 1.1 * sum(allowed.values())
+    assert all(got[n] <= 2 * allowed[n] + 1e-3 for n in got), (got, allowed)
+
+
+def dropout(model):
+    for module in model.modules():
+        if isinstance(module, Linear):
+            module.lora_dropout["default"] = torch.nn.Dropout(0.5)
+
+
+def bias(model):
+    for module in model.modules():
+        if isinstance(module, Linear):
+            module.lora_B["default"].bias = torch.nn.Parameter(torch.ones(module.out_features))
+
+
+def hook(model):
+    for module in model.modules():
+        if isinstance(module, Linear):
+            module.lora_A["default"].register_forward_hook(lambda module, args, out: 2 * out)
+
+
+def second_adapter(model):
+    model.add_adapter("other", peft.LoraConfig(r=2, target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj",
+                      "up_proj", "down_proj"], init_lora_weights=False))  # fmt: skip
+    model.base_model.set_adapter(["default", "other"])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        dropout,
+        bias,
+        hook,
+        second_adapter,
+        lambda m: m.merge_adapter(),
+        lambda m: m.base_model.disable_adapter_layers(),
+        None,
+    ],
+    ids=["dropout", "bias", "hook", "two adapters", "merged", "disabled", "DoRA"],
+)
+def test_what_peft_does_beyond_the_plain_sum_stays_pefts(change, peft_calls):
+    model, batch = lora(model_of("Llama"), use_dora=change is None), batch_of("Llama")
+    if change is not None:
+        change(model)
+
+    def loss():
+        torch.manual_seed(7)
+        return float(model(**batch, use_cache=False).loss.detach())
+
+    expected = loss()
+    assert peft_calls
+    peft_calls.clear()
+    flashmla_hf.patch(model, ["lora"])
+    assert loss() == expected
+    assert peft_calls
+
+
+def test_adapters_in_more_precision_than_the_model_stay_pefts(peft_calls):
+    model, batch = lora(model_of("Llama", torch.bfloat16)), batch_of("Llama")
+    assert {p.dtype for n, p in model.named_parameters() if "lora" in n} == {torch.float32}
+    expected = step(model, batch)
+    peft_calls.clear()
+    flashmla_hf.patch(model, ["lora"])
+    got = step(model, batch)
+    assert peft_calls
+    assert got[0] == expected[0]
+
+
+def test_evaluation_and_dropout_in_it_are_fused(peft_calls):
+    model, batch = lora(model_of("Llama")), batch_of("Llama")
+    dropout(model)
+    model.eval()
+    expected = model(**batch, use_cache=False).logits
+    peft_calls.clear()
+    flashmla_hf.patch(model, ["lora"])
+    torch.testing.assert_close(model(**batch, use_cache=False).logits, expected, atol=2e-5, rtol=2e-5)
+    with torch.no_grad():
+        torch.testing.assert_close(model(**batch, use_cache=False).logits, expected, atol=2e-5, rtol=2e-5)
+    assert not peft_calls
+
+
+def test_a_model_without_such_layers_is_refused():
+    text = message(model_of("Llama"), ["lora"])
+    assert all(part in text for part in ("LlamaForCausalLM", "'lora'", "peft.tuners.lora.Linear", "get_peft_model"))
+
+
+def test_no_wide_copies_are_made():
+    """One projection of 64 to 512: peft makes the adapter's part, its scaled copy and the sum beside the layer's own result."""
+    layer = peft.get_peft_model(
+        torch.nn.Sequential(torch.nn.Linear(64, 512, bias=False)),
+        peft.LoraConfig(r=4, lora_alpha=8, target_modules=["0"], init_lora_weights=False),
+    )
+    x = torch.randn(1024, 64, requires_grad=True)
+    wide = 1024 * 512 * 4
+
+    def peaks():
+        with peak_memory.PeakBytes() as forward:
+            out = layer(x)
+        grad = torch.ones_like(out)
+        with peak_memory.PeakBytes() as backward:
+            out.backward(grad)
+        return forward.peak / wide, backward.peak / wide
+
+    forward, backward = peaks()
+    flashmla_hf.patches.lora.patch_lora(layer, flashmla_hf.patches.Replacements(("lora",)))
+    forward_patched, backward_patched = peaks()
+    assert forward >= 2.9
+    assert backward >= 0.9
+    assert forward_patched <= 1.1
+    assert backward_patched <= 0.5
