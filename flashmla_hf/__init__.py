@@ -22,6 +22,7 @@ _PUBLIC = {
     "unpatch": "flashmla_hf.patches",
     "DEFAULT_PATCHES": "flashmla_hf.patches",
     "PATCHES": "flashmla_hf.patches",
+    "PATCH_OPTIONS": "flashmla_hf.patches",
 }
 __all__ = ["__version__", *_PUBLIC]
 

@@ -191,19 +191,19 @@ def parse_patches(wanted: list[str], device: str) -> tuple[list[str], dict[str, 
     wanted = [name for name in wanted if name != "none"]
     if not wanted:
         return [], {}
-    from flashmla_hf.patches import DEFAULT_PATCHES, OPTIONS, PATCHES
+    from flashmla_hf import DEFAULT_PATCHES, PATCH_OPTIONS, PATCHES
 
     names: list[str] = []
     options: dict[str, int] = {}
     for part in wanted:
         name, _, value = part.partition("=")
-        if value and name in OPTIONS:
+        if value and name in PATCH_OPTIONS:
             if not value.isdecimal():
                 raise ValueError(f"--patches {part}: expected a number after {name}=")
             options[name] = int(value)
-            name = OPTIONS[name]
+            name = PATCH_OPTIONS[name]
         elif name not in ("all", *PATCHES) or value:
-            expected = f"all, none, some of {', '.join(PATCHES)}, or {', '.join(f'{o}=NUMBER' for o in OPTIONS)}"
+            expected = f"all, none, some of {', '.join(PATCHES)}, or {', '.join(f'{o}=NUMBER' for o in PATCH_OPTIONS)}"
             raise ValueError(f"unknown patch {part!r}: expected {expected}")
         names.append(name)
     if "all" in names:

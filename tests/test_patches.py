@@ -39,7 +39,7 @@ def small(names=None, **options):
     """Of ``options``, SMALL if there are none, those of the patches in ``names``."""
     names = flashmla_hf.DEFAULT_PATCHES if names is None else names
     chosen = options or SMALL
-    return {option: value for option, value in chosen.items() if flashmla_hf.patches.OPTIONS[option] in names}
+    return {option: value for option, value in chosen.items() if flashmla_hf.PATCH_OPTIONS[option] in names}
 
 
 TILED = ("all", "mlp", "loss", "attention")
@@ -526,7 +526,7 @@ def test_unknown_names_and_double_patches_are_refused():
     for name in ("keep_attention", "offload"):
         assert "'checkpointing'" in message(model, [name])
     assert "mlp_tile" in message(model, mlp_tile=0)
-    for option, name in flashmla_hf.patches.OPTIONS.items():
+    for option, name in flashmla_hf.PATCH_OPTIONS.items():
         text = message(model, ["norm"], **{option: 8})
         assert f"{option}: expected it with patch {name!r} alone, got 8 with ['norm']" in text
     assert "keep_attention" in message(model, keep_attention="all")
@@ -787,7 +787,7 @@ def test_attention_in_chunks_refuses_what_it_cannot_compute():
 
 def test_attention_in_chunks_lowers_the_peak(small_pieces):
     names = ["loss", "mlp", "norm", "rope", "checkpointing"]
-    whole, chunked = (trace(names + more, attention_chunk=64)[1] for more in ([], ["attention"]))
+    whole, chunked = trace(names)[1], trace([*names, "attention"], attention_chunk=64)[1]
     assert whole - chunked > 1.5
 
 

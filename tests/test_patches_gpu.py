@@ -48,7 +48,7 @@ OPTIONS = {
 def patch(model, names, **options):
     """With the options that ``names`` have."""
     chosen = flashmla_hf.DEFAULT_PATCHES if names is None else names
-    flashmla_hf.patch(model, names, **{o: v for o, v in options.items() if flashmla_hf.patches.OPTIONS[o] in chosen})
+    flashmla_hf.patch(model, names, **{o: v for o, v in options.items() if flashmla_hf.PATCH_OPTIONS[o] in chosen})
 
 
 def model_of(is_lora=False, seed=0):

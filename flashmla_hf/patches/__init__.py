@@ -27,7 +27,7 @@ from flashmla_hf.patches import attention, checkpointing, lora, loss, mlp, rope,
 from flashmla_hf.patches.replacements import Replacements
 from flashmla_hf.patches.structure import PatchError
 
-__all__ = ["DEFAULT_PATCHES", "PATCHES", "PatchError", "patch", "unpatch"]
+__all__ = ["DEFAULT_PATCHES", "PATCHES", "PATCH_OPTIONS", "PatchError", "patch", "unpatch"]
 
 PATCHES = {
     "loss": "linear layer and cross-entropy over chunks of tokens, without the logits",
@@ -42,7 +42,7 @@ PATCHES = {
 }
 DEFAULT_PATCHES = tuple(name for name in PATCHES if name not in ("attention", "lora"))
 # Keyword of :func:`patch` -> the patch it belongs to.
-OPTIONS = {
+PATCH_OPTIONS = {
     "mlp_tile": "mlp",
     "loss_chunk": "loss",
     "attention_chunk": "attention",
@@ -97,7 +97,7 @@ def patch(
         )
 
     given = (mlp_tile, loss_chunk, attention_chunk, keep_attention, offload)
-    for (option, name), value in zip(OPTIONS.items(), given, strict=True):
+    for (option, name), value in zip(PATCH_OPTIONS.items(), given, strict=True):
         if value is not None and name not in names:
             raise PatchError(
                 f"flashmla_hf.patch({type(model).__name__}): {option}: expected it with patch {name!r} alone, got "
