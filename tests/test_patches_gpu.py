@@ -1,6 +1,6 @@
 """The memory patches on the GPU: gradients, peak memory, and offload on real streams.
 
-    python3 -m pytest tests/test_patches_gpu.py -s       # under a minute on an H100; -s prints the peaks
+    python3 -m pytest tests/test_patches_gpu.py -s       # prints the peaks; one process, for it needs the GPU's memory
 
 A Llama of 8 layers in bf16, its attention on sm90. Gradients are compared as vectors: bf16 rounds single elements apart.
 """
