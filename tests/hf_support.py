@@ -33,6 +33,12 @@ if os.environ.get("FLASHMLA_TEST_IMPL") == "reference":
 flashmla_hf.register()
 
 
+def patch_options(names: list[str] | None, options: dict) -> dict:
+    """Of ``options`` of ``flashmla_hf.patch`` those that the patches in ``names`` (``None``: the default) have."""
+    names = flashmla_hf.DEFAULT_PATCHES if names is None else names
+    return {option: value for option, value in options.items() if flashmla_hf.PATCH_OPTIONS[option] in names}
+
+
 def kernel_calls(calls: Counter[str]) -> int:
     return sum(calls[name] for name in KERNELS)
 

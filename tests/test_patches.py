@@ -37,9 +37,7 @@ SMALL = {"mlp_tile": 7, "loss_chunk": 9, "attention_chunk": 7, "keep_attention":
 
 def small(names=None, **options):
     """Of ``options``, SMALL if there are none, those of the patches in ``names``."""
-    names = flashmla_hf.DEFAULT_PATCHES if names is None else names
-    chosen = options or SMALL
-    return {option: value for option, value in chosen.items() if flashmla_hf.PATCH_OPTIONS[option] in names}
+    return hf_support.patch_options(names, options or SMALL)
 
 
 TILED = ("all", "mlp", "loss", "attention")

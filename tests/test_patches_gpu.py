@@ -12,6 +12,7 @@ import gc
 import itertools
 
 import gpu_support
+import hf_support
 import pytest
 import torch
 
@@ -47,8 +48,7 @@ OPTIONS = {
 
 def patch(model, names, **options):
     """With the options that ``names`` have."""
-    chosen = flashmla_hf.DEFAULT_PATCHES if names is None else names
-    flashmla_hf.patch(model, names, **{o: v for o, v in options.items() if flashmla_hf.PATCH_OPTIONS[o] in chosen})
+    flashmla_hf.patch(model, names, **hf_support.patch_options(names, options))
 
 
 def model_of(is_lora=False, seed=0):

@@ -96,8 +96,15 @@ def patch(
             f"flashmla_hf.patch: keep_attention: expected True, 'auto' or a number, got {keep_attention!r}"
         )
 
-    given = (mlp_tile, loss_chunk, attention_chunk, keep_attention, offload)
-    for (option, name), value in zip(PATCH_OPTIONS.items(), given, strict=True):
+    given = {
+        "mlp_tile": mlp_tile,
+        "loss_chunk": loss_chunk,
+        "attention_chunk": attention_chunk,
+        "keep_attention": keep_attention,
+        "offload": offload,
+    }
+    for option, value in given.items():
+        name = PATCH_OPTIONS[option]
         if value is not None and name not in names:
             raise PatchError(
                 f"flashmla_hf.patch({type(model).__name__}): {option}: expected it with patch {name!r} alone, got "

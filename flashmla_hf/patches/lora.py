@@ -51,12 +51,8 @@ class _Adapted(torch.autograd.Function):
 
 def patch_lora(model: nn.Module, replacements: Replacements) -> None:
     """Replaces ``forward`` of every ``peft.tuners.lora.Linear`` over a ``torch.nn.Linear``."""
-    layers = sys.modules.get("peft.tuners.lora.layer")  # who has adapters has imported it
-    found = [
-        module
-        for module in model.modules()
-        if layers is not None and type(module) is layers.Linear and type(module.base_layer) is nn.Linear
-    ]
+    linear = getattr(sys.modules.get("peft.tuners.lora.layer"), "Linear", None)  # who has adapters has imported it
+    found = [m for m in model.modules() if type(m) is linear and type(m.base_layer) is nn.Linear]
     if not found:
         raise structure.refuse(
             model,
