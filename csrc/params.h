@@ -56,7 +56,7 @@ struct Problem {
 struct ForwardParams {
   Problem problem;
   TensorView q, k, v, out;
-  RowView lse;
+  RowView lse;  // data may be null
 };
 
 struct BackwardParams {

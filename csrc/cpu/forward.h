@@ -365,7 +365,8 @@ struct Forward {
                     int64_t head_q, int64_t first_row, int64_t num_rows) {
     const Problem& p = params.problem;
     Input* out = sequence_base<Input>(params.out, sequence.b, sequence.q_offset, head_q);
-    float* lse = sequence_base(params.lse, sequence.b, sequence.q_offset, head_q);
+    float* lse =
+        params.lse.data == nullptr ? nullptr : sequence_base(params.lse, sequence.b, sequence.q_offset, head_q);
     RowCursor cursor(plan.group, first_row);
     for (int64_t r = 0; r < num_rows; ++r, cursor.next()) {
       // In double: one logarithm per row, and a sink far above or below the scores must neither overflow nor vanish.
@@ -381,7 +382,7 @@ struct Forward {
       }
       const bool is_dead = l == 0.0;  // sees no key and there is no sink
       const float inverse = is_dead ? 0.0f : static_cast<float>(o_scale / l);
-      lse[cursor.offset(params.lse)] = is_dead ? -kInf : static_cast<float>(m + __builtin_log(l));
+      if (lse != nullptr) lse[cursor.offset(params.lse)] = is_dead ? -kInf : static_cast<float>(m + __builtin_log(l));
       const float* o = w.o + r * plan.dv_ld;
       Input* row = out + cursor.offset(params.out);
       for (int64_t j = 0; j < p.head_dim_v; j += kLanes)

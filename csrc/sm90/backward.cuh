@@ -19,8 +19,9 @@
 //
 //   issue S   wait   P   issue dP, dV   wait   dS -> shared   barrier   issue dQ, dK   wait dQ   hand it over
 //
-// dQ gets a part from every key tile. Consumers leave it in shared memory, from where the copy engine adds it to fp32
-// sums in a workspace that keeps the order of the fragments (BackwardRows, keep_turns).
+// dQ gets a part from every key tile, added to fp32 sums in a workspace that keeps the order of the fragments
+// (BackwardRows): consumers leave it in shared memory, from where the copy engine adds it (keep_turns), or add it
+// themselves where there is no room for that.
 //
 // Source: FlashAttention-2 (arXiv 2307.08691), algorithm 2; FlashAttention-3 (arXiv 2407.08608) for the roles of warps.
 #pragma once
@@ -55,14 +56,15 @@ struct Backward {
   static constexpr bool kIsNarrow = kHeadDimQK + kHeadDimV > 256;
   // dQ of a step is multiplied in the next one, where there are registers for it beside dP.
   static constexpr bool kDelaysDQ = !kIsNarrow && !kHasSoftcap;
-  static constexpr bool kReadsAhead = kDelaysDQ && kScores <= 32;  // lse and delta
-  static constexpr int kNumDS = kDelaysDQ ? 3 : 2;                 // so that one barrier a step is enough
+  static constexpr int kReadsAhead = kScores > 32 || kHasSoftcap ? 2 : kScores / 8;  // fours of lse, or delta
+  static constexpr int kNumDS = kDelaysDQ ? 3 : 2;  // so that one barrier a step is enough
+  // Whether the last dQ of a tile waits until dK and dV are written: the one before it may still be on its way. With
+  // wider heads that keeps too many registers.
+  static constexpr bool kHandsOverLate = kHeadDimQK <= 64;
   static constexpr bool kSumsDQ = true;
-  // A warpgroup's part of dQ passes through shared memory in one piece of its own; where there is no room, in three,
-  // two of them where its rows of P and half of dO were, which are read by then.
-  static constexpr bool kBorrowsDout = kIsNarrow;
-  static constexpr int kNumPieces = kIsNarrow ? 3 : 1;
-  static constexpr int kPiece = kBlockQ * kHeadDimQK / 2 / kNumPieces;
+  // A warpgroup's part of dQ passes through shared memory, where there is room for it.
+  static constexpr bool kStagesDQ = !kIsNarrow;
+  static constexpr int kPartDQ = kBlockQ * kHeadDimQK / 2;
   static constexpr int kFragmentDQ = kBlockQ * kHeadDimQK / 256;
 
   template <int kM, int kN, int kK>
@@ -109,7 +111,7 @@ struct Backward {
     alignas(1024) Element dout[kNumStages][kBlockQ * kHeadDimV];
     alignas(1024) Element ds[kNumDS][kBlockQ * kBlockKV];
     alignas(1024) Element p[kIsNarrow ? kBlockQ * kBlockKV : 8];
-    alignas(128) float dq[2][kPiece];
+    alignas(128) float dq[2][kStagesDQ ? kPartDQ : 4];
     alignas(128) float lse_log2[kNumStages][kBlockQ];
     alignas(128) float delta[kNumStages][kBlockQ];
     uint64_t kv_full, kv_empty, tile_wanted, tile_full[kNumBackwardTiles], tile_empty[kNumBackwardTiles];
@@ -119,13 +121,6 @@ struct Backward {
   };
   static constexpr int kSharedBytes = sizeof(SharedStorage);
   static_assert(kSharedBytes <= 227 * 1024);
-
-  // Where a warpgroup leaves piece `piece` of its part of dQ of the step whose dO is in `stage`.
-  __device__ static float* dq_piece(SharedStorage& shared, int stage, int warpgroup, int piece) {
-    if (piece == 0) return shared.dq[warpgroup];
-    static_assert(!kIsNarrow || (sizeof(shared.p) == sizeof(shared.dq) && sizeof(shared.dout[0]) == sizeof(shared.dq)));
-    return reinterpret_cast<float*>(piece == 1 ? shared.p : shared.dout[stage]) + warpgroup * kPiece;
-  }
 
   // Named barriers; 0 is __syncthreads.
   static constexpr int kDSBarrier = 1, kOwnBarrier = 2;
@@ -188,18 +183,35 @@ struct Backward {
       __syncwarp();
       if (thread % 32 == 0) ClusterBarrier::arrive(&barrier);
     };
-    auto wait_turn = [&](Ring<kNumStages> const& turn) {
-      ClusterBarrier::wait(&shared.turn_come[turn.stage], turn.phase);
-    };
-    auto hand_over_dq = [&](Ring<kNumStages> const& turn, int stage) {
-      constexpr int kVectors = kFragmentDQ / 4 / kNumPieces;
-      CUTE_UNROLL
-      for (int i = 0; i < kFragmentDQ / 4; ++i) {
-        float* const piece = dq_piece(shared, stage, warpgroup, i / kVectors);
-        reinterpret_cast<float4*>(piece)[i % kVectors * 128 + thread % 128] =
-            float4{rDQ(4 * i), rDQ(4 * i + 1), rDQ(4 * i + 2), rDQ(4 * i + 3)};
+    // Adds dQ to the sums, or leaves it to the copy engine. From the registers it takes until the memory has taken
+    // them.
+    auto hand_over_dq = [&](BackwardTile const& tile, BackwardStep const& step, int stage, uint32_t phase) {
+      BackwardRows const& rows = arguments.rows;
+      bool const has_turns = kStagesDQ || rows.turns != nullptr;
+      if (has_turns) ClusterBarrier::wait(&shared.turn_come[stage], phase);
+      constexpr int kVectors = kFragmentDQ / 4;
+      auto vector = [&](int i) { return float4{rDQ(4 * i), rDQ(4 * i + 1), rDQ(4 * i + 2), rDQ(4 * i + 3)}; };
+      if constexpr (kStagesDQ) {
+        float4* const target = reinterpret_cast<float4*>(shared.dq[warpgroup]) + thread % 128;
+        CUTE_UNROLL
+        for (int i = 0; i < kVectors; ++i) target[i * 128] = vector(i);
+      } else if (rows.dq != nullptr) {
+        // In floats, with the thread's own offset apart: of one sum of addresses, ptxas makes a step 7 % longer.
+        int const offset = (warpgroup * kVectors * 128 + threadIdx.x % 128) * 4;
+        float* const target = rows.dq + workspace_block_of<kBlockQ>(rows, tile, step) * (kBlockQ * kHeadDimQK) + offset;
+        CUTE_UNROLL
+        for (int i = 0; i < kVectors; ++i) {
+          float4 const x = vector(i);
+          asm volatile("red.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(target + i * 512), "f"(x.x), "f"(x.y),
+                       "f"(x.z), "f"(x.w)
+                       : "memory");
+        }
       }
-      arrive(shared.turn_over[turn.stage]);
+      if (has_turns) arrive(shared.turn_over[stage]);
+    };
+
+    auto hand_over_last_dq = [&](BackwardTile const& tile, BackwardStep const& step) {
+      hand_over_dq(tile, step, ring.before().stage, ring.before().phase);
     };
 
     static_assert(kNumStages == 2);
@@ -219,19 +231,14 @@ struct Backward {
       auto multiply_dp = [&](int stage) { multiply(mma_s, fV(_, _, _, 0), fDO(_, _, _, stage), rDP, false); };
       auto multiply_dq = [&](int stage) { multiply(mma_dq, fDS(_, _, _, stage), fKt(_, _, _, 0), rDQ, false); };
       auto wait_q = [&] { ClusterBarrier::wait(&shared.q_full[ring.stage], ring.phase); };
-      if constexpr (kDelaysDQ) {
-        if (num_steps > 0) wait_q();
-        multiply_s();
-      }
+      if (num_steps > 0) wait_q();
+      if constexpr (kDelaysDQ) multiply_s();
 
       BackwardStep step(tile);
       for (int32_t i = 0; i < num_steps; ++i, step.advance(tile)) {
         int const stage = ring.stage;
-        if constexpr (!kDelaysDQ) {
-          wait_q();
-          multiply_s();
-        }
-        ColumnValues<kScores, kReadsAhead> const lse_log2(shared.lse_log2[stage], quad_lane);
+        if constexpr (!kDelaysDQ) multiply_s();
+        ColumnValues<kScores, kReadsAhead> lse_log2(shared.lse_log2[stage], quad_lane);
         warpgroup_wait<0>();  // S, and dK of the step before
         warpgroup_fence_operand(rS);
         warpgroup_fence_operand(rDK);
@@ -241,7 +248,6 @@ struct Backward {
         probabilities<Element, kHasSoftcap, kScores>(arguments, tile, step.q_block * kBlockQ, rS, pairs_p, pairs_w,
                                                      lse_log2, warpgroup * 64, row_in_tile, column_in_block);
         if constexpr (kIsNarrow) {
-          wait_turn(ring);
           store_scores<kBlockKV>(shared.p, pairs_p, warpgroup * 64);
           cutlass::arch::fence_view_async_shared();
           NamedBarrier::sync(128, kOwnBarrier + warpgroup);
@@ -254,7 +260,7 @@ struct Backward {
           int const last = ds.before().stage;
           if (i > 0) NamedBarrier::sync(256, ds_barrier(1 - warpgroup, last));
           multiply_dq(last);
-          ColumnValues<kScores, kReadsAhead> const delta(shared.delta[stage], quad_lane);
+          ColumnValues<kScores, kReadsAhead> delta(shared.delta[stage], quad_lane);
           warpgroup_wait<2>();
           warpgroup_fence_operand(rDP);
           score_gradients<Element, kScores>(rDP, pairs_w, pairs_ds, delta);
@@ -267,37 +273,29 @@ struct Backward {
           warpgroup_fence_operand(rDQ);
           warpgroup_fence_operand(rDV);
           arrive(shared.dout_empty[stage]);
-          if (i > 0) {
-            wait_turn(ring.before());
-            hand_over_dq(ring.before(), stage);
-          }
+          if (i > 0) hand_over_last_dq(tile, step);
           ring.advance();
           if (i + 1 < num_steps) wait_q();
           multiply_s();
         } else {
-          ColumnValues<kScores, kReadsAhead> const delta(shared.delta[stage], quad_lane);
+          ColumnValues<kScores, kReadsAhead> delta(shared.delta[stage], quad_lane);
           warpgroup_wait<1>();
           warpgroup_fence_operand(rDP);
           if constexpr (kIsNarrow) load_scores(shared.p, pairs_p, warpgroup * 64);
           score_gradients<Element, kScores>(rDP, pairs_w, pairs_ds, delta);
           store_scores<kBlockKV>(shared.ds[stage], pairs_ds, warpgroup * 64);
           cutlass::arch::fence_view_async_shared();
-          if constexpr (kBorrowsDout) {
-            warpgroup_wait<0>();  // dV: dO is done with
-            warpgroup_fence_operand(rDV);
-          }
           NamedBarrier::sync(256, kDSBarrier);
           multiply_dq(stage);
           multiply(mma_dk, fDSt(_, _, _, stage), fQt(_, _, _, stage), rDK, true);
+          ring.advance();
+          if (i + 1 < num_steps) wait_q();
           warpgroup_wait<1>();  // dV and dQ
           warpgroup_fence_operand(rDQ);
           warpgroup_fence_operand(rDV);
-          if constexpr (!kBorrowsDout) {
-            arrive(shared.dout_empty[stage]);
-            wait_turn(ring);
-          }
-          hand_over_dq(ring, stage);
-          ring.advance();
+          arrive(shared.dout_empty[stage]);
+          // The ring is one step ahead: its phase has changed where this step was in the last stage.
+          hand_over_dq(tile, step, stage, ring.phase ^ stage);
         }
       }
       warpgroup_wait<0>();
@@ -310,14 +308,9 @@ struct Backward {
         multiply_dq(last);
         warpgroup_wait<0>();
         warpgroup_fence_operand(rDQ);
-        if (num_steps > 0) {
-          arrive(shared.kv_empty);
-          wait_turn(ring.before());
-          hand_over_dq(ring.before(), 0);
-        }
-      } else {
-        if (num_steps > 0) arrive(shared.kv_empty);
       }
+      if (num_steps > 0) arrive(shared.kv_empty);
+      if (kDelaysDQ && !kHandsOverLate && num_steps > 0) hand_over_last_dq(tile, step);
       if (arguments.parts == nullptr) {
         write_keys<Element, kHeadDimQK>(arguments, tile, arguments.dk, rDK, problem.scale, row_in_tile, 0,
                                         problem.head_dim_qk);
@@ -327,6 +320,7 @@ struct Backward {
         write_part<kHeadDimQK / 2>(part, rDK);
         write_part<kHeadDimV / 2>(part + kBlockKV * kHeadDimQK, rDV);
       }
+      if (kDelaysDQ && kHandsOverLate && num_steps > 0) hand_over_last_dq(tile, step);
       arrive(shared.tile_empty[slot.stage]);
     }
   }

@@ -269,8 +269,7 @@ __global__ void __launch_bounds__(384, 1)
   __syncthreads();
   if (warpgroup == 0) {
     cutlass::arch::warpgroup_reg_dealloc<24>();
-    if (threadIdx.x == 0) load_query_tiles<Kernel>(arguments, shared);
-    if (threadIdx.x == 32) announce_query_tiles<Kernel>(arguments, shared);
+    produce_query_tiles<Kernel>(arguments, shared);
   } else {
     cutlass::arch::warpgroup_reg_alloc<240>();
     Kernel::consume(arguments, shared, warpgroup - 1);

@@ -112,7 +112,7 @@ __device__ void init_backward_barriers(typename Kernel::SharedStorage& shared) {
   init(shared.q_full, 1);
   init(shared.q_empty, kNumWarps);
   init(shared.dout_full, 1);
-  init(shared.dout_empty, Kernel::kBorrowsDout ? kNumKeepers : kNumWarps);
+  init(shared.dout_empty, kNumWarps);
   ClusterBarrier::init(&shared.tile_wanted, kNumLoaders);
   if constexpr (Kernel::kSumsDQ) {
     init(shared.turn_come, 1);
@@ -126,6 +126,7 @@ template <class Kernel>
 __device__ void announce_backward_tiles(BackwardArguments const& arguments, typename Kernel::SharedStorage& shared) {
   Ring<kNumBackwardTiles> slot;
   uint32_t kv_phase = 0;
+  open_counter(arguments.schedule);
   for (int32_t round = 0;; ++round, slot.advance()) {
     // Work is asked for late: a block that took its next long tile early would be the last to finish.
     ClusterBarrier::wait(&shared.tile_wanted, (round + 1) % 2);
@@ -201,10 +202,16 @@ __device__ int32_t parts_before(BackwardArguments const& arguments, BackwardTile
   return last / block_kv - tile.kv_begin / block_kv;
 }
 
-// The thread that has the copy engine add what consumers have left in shared memory to the sums of dQ, and keeps turns
-// where dQ is to be the same bits every time: then parts of a block of queries are added in the order of falling keys.
-// That is the order of the schedule, so the tile waited for is running or done. Waiting for other blocks, and the fence
-// before another may go on, take this thread's time and not the consumers'.
+// Which block of the workspace a step's queries are.
+template <int kBlockQ>
+__device__ int64_t workspace_block_of(BackwardRows const& rows, BackwardTile const& tile, BackwardStep const& step) {
+  return (step.head * rows.per_head + tile.first_row) / kBlockQ + step.q_block;
+}
+
+// The thread that has the copy engine add what consumers have left in shared memory to the sums of dQ (kStagesDQ), and
+// keeps turns where dQ is to be the same bits every time: then parts of a block of queries are added in the order of
+// falling keys. That is the order of the schedule, so the tile waited for is running or done. Waiting for other blocks,
+// and the fence before another may go on, take this thread's time and not the consumers'.
 template <class Kernel>
 __device__ void keep_turns(BackwardArguments const& arguments, typename Kernel::SharedStorage& shared) {
   BackwardRows const& rows = arguments.rows;
@@ -217,42 +224,46 @@ __device__ void keep_turns(BackwardArguments const& arguments, typename Kernel::
     if (tile.head_kv < 0) return;
     BackwardStep step(tile);
     CUTE_NO_UNROLL
-    for (int32_t steps = tile.num_steps(); steps > 0; --steps, step.advance(tile), ring.advance()) {
-      int64_t const block = (step.head * rows.per_head + tile.first_row) / Kernel::kBlockQ + step.q_block;
-      ClusterBarrier::arrive(&shared.turn_come[ring.stage]);
-      ClusterBarrier::wait(&shared.turn_over[ring.stage], ring.phase);
-      cutlass::arch::fence_view_async_shared();  // from what consumers wrote to what the copy engine reads
-      if (rows.turns != nullptr) {
+    for (int32_t steps = Kernel::kStagesDQ || rows.turns != nullptr ? tile.num_steps() : 0; steps > 0;
+         --steps, step.advance(tile), ring.advance()) {
+      int64_t const block = workspace_block_of<Kernel::kBlockQ>(rows, tile, step);
+      auto wait_for_others = [&] {
+        if (rows.turns == nullptr) return;
         int32_t const expected = parts_before<Kernel::kBlockQ>(arguments, tile, step.q_block);
         int32_t value;
         do {
           asm volatile("ld.acquire.gpu.global.b32 %0, [%1];" : "=r"(value) : "l"(rows.turns + block) : "memory");
         } while (value < expected);
-      }
-      if (rows.dq != nullptr) {
-        constexpr int kPiece = Kernel::kPiece, kNumPieces = 2 * Kernel::kNumPieces;
-        CUTE_NO_UNROLL
-        for (int i = 0; i < kNumPieces; ++i) {
-          float* const piece = Kernel::dq_piece(shared, ring.stage, i / Kernel::kNumPieces, i % Kernel::kNumPieces);
-          asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;" ::"l"(
-                           rows.dq + (block * kNumPieces + i) * kPiece),
-                       "r"(cute::cast_smem_ptr_to_uint(piece)), "r"(kPiece * 4)
-                       : "memory");
+      };
+      if (!Kernel::kStagesDQ) wait_for_others();
+      ClusterBarrier::arrive(&shared.turn_come[ring.stage]);
+      ClusterBarrier::wait(&shared.turn_over[ring.stage], ring.phase);
+      if constexpr (Kernel::kStagesDQ) {
+        cutlass::arch::fence_view_async_shared();  // from what consumers wrote to what the copy engine reads
+        wait_for_others();
+        if (rows.dq != nullptr) {
+          CUTE_NO_UNROLL
+          for (int warpgroup = 0; warpgroup < 2; ++warpgroup) {
+            constexpr int kPart = Kernel::kPartDQ;
+            asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;" ::"l"(
+                             rows.dq + (2 * block + warpgroup) * kPart),
+                         "r"(cute::cast_smem_ptr_to_uint(shared.dq[warpgroup])), "r"(kPart * 4)
+                         : "memory");
+          }
+        }
+        asm volatile("cp.async.bulk.commit_group;" ::: "memory");
+        if (rows.turns != nullptr) {
+          asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
+        } else {
+          asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");  // the next part may be written there
         }
       }
-      asm volatile("cp.async.bulk.commit_group;" ::: "memory");
-      if (rows.turns != nullptr) {
-        asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
-      } else {
-        asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");  // the next part may be written there
-      }
-      if constexpr (Kernel::kBorrowsDout) ClusterBarrier::arrive(&shared.dout_empty[ring.stage]);
       if (rows.turns != nullptr) {
         __threadfence();
         asm volatile("red.release.gpu.global.add.s32 [%0], 1;" ::"l"(rows.turns + block) : "memory");
       }
     }
-    asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
+    if constexpr (Kernel::kStagesDQ) asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
     ClusterBarrier::arrive(&shared.tile_empty[slot.stage]);
   }
 }
@@ -274,24 +285,26 @@ __device__ void produce_backward_tiles(BackwardArguments const& arguments, typen
 }
 
 // lse or delta of the queries of a thread's scores: columns 2l, 2l + 1, 2l + 8, 2l + 9 of every 16 of a block, for lane
-// l of a quad, which lie beside each other (place_of_row). Where there are registers for all, they are loaded at once,
-// ahead of a product that is waited for; else as they are needed.
-template <int kScores, bool kIsAhead>
+// l of a quad, which lie beside each other (place_of_row). kAhead of these fours are loaded at once, ahead of a product
+// that is waited for, and each of the others when the one kAhead before it is read; in order.
+template <int kScores, int kAhead>
 struct ColumnValues {
-  float4 values[kIsAhead ? kScores / 8 : 1];
+  static constexpr int kFours = kScores / 8;
+  static_assert(0 < kAhead && kAhead <= kFours);
+  float4 values[kAhead];
   float4 const* shared;
 
   __device__ ColumnValues(float const* block, int quad_lane)
       : shared(reinterpret_cast<float4 const*>(block) + quad_lane) {
-    if constexpr (kIsAhead) {
-      CUTE_UNROLL
-      for (int j = 0; j < kScores / 8; ++j) values[j] = shared[4 * j];
-    }
+    CUTE_UNROLL
+    for (int j = 0; j < kAhead; ++j) values[j] = shared[4 * j];
   }
   // Of columns 8j + 2l, 8j + 2l + 1.
-  __device__ float2 at(int j) const {
-    float4 const& four = kIsAhead ? values[j / 2] : shared[j / 2 * 4];
-    return j % 2 == 0 ? float2{four.x, four.y} : float2{four.z, four.w};
+  __device__ float2 at(int j) {
+    float4 const four = values[j / 2 % kAhead];
+    if (j % 2 == 0) return {four.x, four.y};
+    if (j / 2 + kAhead < kFours) values[j / 2 % kAhead] = shared[4 * (j / 2 + kAhead)];
+    return {four.z, four.w};
   }
 };
 
@@ -301,7 +314,7 @@ struct ColumnValues {
 template <class Element, bool kHasSoftcap, int kScores, class Scores, class Values>
 __device__ void probabilities(BackwardArguments const& arguments, BackwardTile const& tile, int32_t first_query,
                               Scores const& scores, uint32_t (&pairs_p)[kScores / 2], uint32_t (&pairs_w)[kScores / 2],
-                              Values const& lse_log2, int first_key, int row, int column) {
+                              Values& lse_log2, int first_key, int row, int column) {
   Problem const& problem = arguments.problem;
   auto each_pair = [&](auto&& function) {
     CUTE_UNROLL
@@ -360,7 +373,7 @@ __device__ void probabilities(BackwardArguments const& arguments, BackwardTile c
 // dS^T = W^T o (dP^T - delta), packed.
 template <class Element, int kScores, class Scores, class Values>
 __device__ void score_gradients(Scores const& dp, uint32_t const (&pairs_w)[kScores / 2],
-                                uint32_t (&pairs_ds)[kScores / 2], Values const& delta) {
+                                uint32_t (&pairs_ds)[kScores / 2], Values& delta) {
   CUTE_UNROLL
   for (int j = 0; j < kScores / 4; ++j) {
     float2 const d = delta.at(j);

@@ -28,8 +28,7 @@ struct BackwardWide {
   static constexpr int kNumStages = Tiles::kNumStages;
   static constexpr int kSwizzleColumns = Tiles::kSwizzleColumns;
   static_assert(kBlockQ == 64 && kBlockKV == 64);
-  static constexpr bool kSumsDQ = false;  // backward_queries.cuh
-  static constexpr bool kBorrowsDout = false;
+  static constexpr bool kSumsDQ = false;         // backward_queries.cuh
   static constexpr int kScores = 32;             // of S or dP, per thread of one warpgroup
   static constexpr int kColumns = kHeadDim / 2;  // of a warpgroup
   static constexpr int kFragment = kColumns / 2;
@@ -123,8 +122,8 @@ struct BackwardWide {
         ClusterBarrier::wait(&shared.q_full[stage], ring.phase);
         ClusterBarrier::wait(&shared.dout_full[stage], ring.phase);
         multiply(mma_s, fA(_, _, _, 0), fB(_, _, _, stage), rS, false);
-        ColumnValues<kScores, true> const values(is_first ? shared.lse_log2[stage] : shared.delta[stage],
-                                                 threadIdx.x % 4);
+        ColumnValues<kScores, kScores / 8> values(is_first ? shared.lse_log2[stage] : shared.delta[stage],
+                                                  threadIdx.x % 4);
         warpgroup_wait<0>();  // with dK of the step before
         warpgroup_fence_operand(rS);
         warpgroup_fence_operand(rDK);

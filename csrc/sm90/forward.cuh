@@ -39,8 +39,10 @@ namespace flashmla::sm90 {
 struct ForwardArguments {
   CUtensorMap q;     // dims (head_dim, heads_packed, seqlen or total, heads / heads_packed, batch)
   CUtensorMap k, v;  // dims (head_dim, seqlen or total, heads, batch)
+  CUtensorMap o;     // as q, a warpgroup's rows at a time
+  bool has_boxes;    // o is there: heads_packed divides a warpgroup's rows
   TensorView out;
-  RowView lse;
+  RowView lse;  // data may be null
   Problem problem;
   Window window;
   Schedule schedule;
@@ -81,8 +83,13 @@ struct Forward {
   using LayoutK = typename Layouts::template Rows<kBlockKV, kHeadDimQK, kNumStages>;
   using LayoutVt = typename Layouts::template Columns<kBlockKV, kHeadDimV, kNumStages>;
 
-  // A second Q buffer lets the first S of the next tile be multiplied while O of this one is written.
+  // A second Q buffer lets the first S of the next tile be multiplied while O of this one is written, and O leave by
+  // way of its tile's Q buffer.
   static constexpr bool kLooksAhead = kNumQStages > 1;
+  static_assert(!kLooksAhead || kHeadDimV <= kHeadDimQK, "O takes the place of Q");
+
+  // The end of the softmax needs registers that P holds while the last product runs.
+  static constexpr bool kFinishesEarly = kNumConsumers == 2 && kHeadDimV <= 128;
 
   struct SharedStorage {
     alignas(1024) Element q[kNumQStages][kBlockQ * kHeadDimQK];
@@ -118,31 +125,73 @@ struct Forward {
       QueryRow const row = query_row(arguments.schedule, tile, warpgroup * 64 + i / vectors);
       if (!row.is_valid) continue;
       *reinterpret_cast<uint4*>(out_row(arguments, tile, row) + i % vectors * 8) = uint4{0, 0, 0, 0};
-      if (i % vectors == 0) *lse_row(arguments, tile, row) = has_sink ? problem.sinks[row.head] : -INFINITY;
+      if (i % vectors == 0 && arguments.lse.data != nullptr)
+        *lse_row(arguments, tile, row) = has_sink ? problem.sinks[row.head] : -INFINITY;
     }
   }
 
-  // out = O / row_sum, and lse.
-  template <class Outputs>
-  __device__ static void write(ForwardArguments const& arguments, Tile const& tile, Softmax<kScores>& softmax,
-                               Outputs const& rO, int32_t first_row) {
-    int const quad_lane = threadIdx.x % 4;
+  // What a thread needs to write its two rows of O: found while the last product still runs.
+  struct OutputRows {
+    float factor[2];  // 1 / row_sum
+    bool is_box;      // the warpgroup's rows are a box of the tensor
+  };
+
+  // The first query of the warpgroup's rows, within the sequence.
+  __device__ static int32_t box_begin(Schedule const& schedule, Tile const& tile, int warpgroup) {
+    return tile.q_begin + warpgroup * 64 / schedule.heads_packed;
+  }
+
+  // Ends the softmax and writes lse.
+  __device__ static void finish_rows(ForwardArguments const& arguments, Tile const& tile, Softmax<kScores>& softmax,
+                                     int warpgroup, int first_row, OutputRows& rows) {
     Problem const& problem = arguments.problem;
+    Schedule const& schedule = arguments.schedule;
+    // A box may end outside the tensor, but not begin there: that store is an illegal instruction (a load is not).
+    int32_t const begin = box_begin(schedule, tile, warpgroup);
+    rows.is_box = kLooksAhead && arguments.has_boxes && begin >= 0 &&
+                  (schedule.num_items == nullptr || begin + 64 / schedule.heads_packed <= tile.sequence.seqlen_q);
     CUTE_UNROLL
     for (int r = 0; r < 2; ++r) {
-      QueryRow const row = query_row(arguments.schedule, tile, first_row + 8 * r);
+      QueryRow const row = query_row(schedule, tile, first_row + 8 * r);
       float lse;
-      float const factor =
+      rows.factor[r] =
           softmax.finish(r, problem.sinks == nullptr || !row.is_valid ? nullptr : problem.sinks + row.head, lse);
-      if (row.is_valid && quad_lane == 0) *lse_row(arguments, tile, row) = lse;
+      if (row.is_valid && threadIdx.x % 4 == 0 && arguments.lse.data != nullptr) *lse_row(arguments, tile, row) = lse;
+    }
+  }
+
+  // out = O / row_sum. A box goes by TMA, from its Q's place in buffer `q_stage`: no address is computed and no store
+  // waited for. Others (the end of a packed sequence, rows without a second Q buffer) go row by row.
+  template <class Outputs>
+  __device__ static void write(ForwardArguments const& arguments, SharedStorage& shared, Tile const& tile,
+                               OutputRows const& rows, Outputs const& rO, int warpgroup, int first_row, int q_stage) {
+    Schedule const& schedule = arguments.schedule;
+    if (kLooksAhead && rows.is_box) {
+      store_matrices<Element, kSwizzleColumns, kBlockQ, kHeadDimV>(shared.q[q_stage], rO, rows.factor,
+                                                                   warpgroup * 64 + threadIdx.x % 128 / 32 * 16);
+      NamedBarrier::sync(128, kOwnBarrier + warpgroup);
+      if (threadIdx.x % 128 == 0) {
+        cutlass::arch::fence_view_async_shared();  // from what the warpgroup wrote to what the copy engine reads
+        int32_t const batch = schedule.num_items != nullptr ? 0 : tile.batch;
+        for (int column = 0; column < arguments.problem.head_dim_v; column += kSwizzleColumns) {
+          cute::SM90_TMA_STORE_5D::copy(
+              &arguments.o, shared.q[q_stage] + column * kBlockQ + warpgroup * 64 * kSwizzleColumns, column, 0,
+              tile.sequence.offset_q + box_begin(schedule, tile, warpgroup), tile.head / schedule.heads_packed, batch);
+        }
+        cute::tma_store_arrive();
+      }
+      return;
+    }
+    CUTE_UNROLL
+    for (int r = 0; r < 2; ++r) {
+      QueryRow const row = query_row(schedule, tile, first_row + 8 * r);
       Element* const out = row.is_valid ? out_row(arguments, tile, row) : nullptr;
-      store_row<Element, kHeadDimV>(out, rO, r, factor, 0, problem.head_dim_v, quad_lane);
+      store_row<Element, kHeadDimV>(out, rO, r, rows.factor[r], 0, arguments.problem.head_dim_v, threadIdx.x % 4);
     }
   }
 
   __device__ static void consume(ForwardArguments const& arguments, SharedStorage& shared, int warpgroup) {
     using namespace cute;
-    int const thread = threadIdx.x - 128;  // among consumers
     int const first_row = warpgroup * 64 + (threadIdx.x % 128) / 32 * 16 + threadIdx.x % 32 / 4;
     Problem const& problem = arguments.problem;
     Schedule const& schedule = arguments.schedule;
@@ -152,8 +201,11 @@ struct Forward {
     Tensor sQ = make_tensor(make_smem_ptr(shared.q[0]), LayoutQ{});
     Tensor sK = make_tensor(make_smem_ptr(shared.k[0]), LayoutK{});
     Tensor sVt = make_tensor(make_smem_ptr(shared.v[0]), LayoutVt{});
-    auto thread_s = mma_s.get_slice(thread);
-    auto thread_o = mma_o.get_slice(thread);
+    // Operands in shared memory are the warpgroup's: said so, their descriptors stay in uniform registers, where there
+    // are enough of these.
+    int const slice = kHeadDimQK <= 192 ? warpgroup * 128 : threadIdx.x - 128;
+    auto thread_s = mma_s.get_slice(slice);
+    auto thread_o = mma_o.get_slice(slice);
     Tensor fQ = thread_s.partition_fragment_A(sQ);   // descriptors (_, 1, kHeadDimQK/16, kNumQStages)
     Tensor fK = thread_s.partition_fragment_B(sK);   // (_, 1, kHeadDimQK/16, kNumStages)
     Tensor fV = thread_o.partition_fragment_B(sVt);  // (_, _, kBlockKV/16, kNumStages)
@@ -229,6 +281,15 @@ struct Forward {
       Tile const& tile = shared.tiles[slot.stage];
       for (int32_t block = tile.block_end - 1; block >= tile.visible[warpgroup].end; --block) skip_block();
     };
+    // The Q buffer of the tile before goes back when O has left it.
+    bool is_leaving = false;
+    auto release_q = [&] {
+      if (is_leaving && threadIdx.x % 128 == 0) {
+        cute::tma_store_wait<0>();
+        ClusterBarrier::arrive(&shared.q_empty[q_ring.stage ^ 1]);
+      }
+      is_leaving = false;
+    };
     // Lets tiles pass in which this warpgroup sees nothing. False: no more work.
     auto find_tile = [&] {
       for (;; q_ring.advance(), slot.advance()) {
@@ -248,22 +309,29 @@ struct Forward {
     if (Tiles::kPingPong && warpgroup == kNumConsumers - 1) pass_turn();  // the first turn is warpgroup 0's
     Softmax<kScores> softmax(scale_log2);
     float correction[2];
+    OutputRows rows;
     int stage_o = 0;          // of the V of the last O += P V
     bool has_output = false;  // it is on its way, of the tile announced before `slot`
     bool is_found = false;    // `slot` is a tile this warpgroup sees, at its first block
     for (;;) {
+      auto finish_softmax = [&] {
+        finish_rows(arguments, shared.tiles[slot.stage ^ 1], softmax, warpgroup, first_row, rows);
+      };
       auto finish_tile = [&] {
         warpgroup_fence_operand(rO);
         release(shared.v_empty[stage_o]);
         int const old_slot = slot.stage ^ 1;
         Tile const& tile = shared.tiles[old_slot];
-        write(arguments, tile, softmax, rO, first_row);
+        write(arguments, shared, tile, rows, rO, warpgroup, first_row, q_ring.stage ^ 1);
         for (int32_t block = tile.visible[warpgroup].begin - 1; block >= tile.block_begin; --block) skip_block();
         release_tile(old_slot);
         has_output = false;
+        is_leaving = kLooksAhead;
       };
       if constexpr (!kLooksAhead) {
+        if (kFinishesEarly && has_output) finish_softmax();
         warpgroup_wait<0>();
+        if (!kFinishesEarly && has_output) finish_softmax();
         if (has_output) finish_tile();
         is_found = find_tile();
         if (!is_found) break;
@@ -278,10 +346,13 @@ struct Forward {
       issue_s();
       if (is_found) pass_turn();
       if constexpr (kLooksAhead) {
+        if (kFinishesEarly && has_output) finish_softmax();
         warpgroup_wait<1>();
+        if (!kFinishesEarly && has_output) finish_softmax();
         if (has_output) finish_tile();
         if (!is_found) {
           warpgroup_wait<0>();
+          release_q();  // the Q after the next may be waited for
           is_found = find_tile();
           if (!is_found) break;
           continue;
@@ -305,7 +376,7 @@ struct Forward {
       };
       auto release_s = [&] {
         release(shared.k_empty[ring.stage]);
-        if (block == visible.begin) release(shared.q_empty[q_ring.stage]);  // that was the last of it
+        if (!kLooksAhead && block == visible.begin) release(shared.q_empty[q_ring.stage]);  // that was the last of it
       };
       softmax.reset();
       warpgroup_wait<0>();
@@ -313,6 +384,7 @@ struct Forward {
       release_s();
       finish_scores();
       convert_p();
+      release_q();
       bool is_first = true;
       for (--block; block >= visible.begin; --block) {
         Ring<kNumStages> const ring_o = ring;
@@ -375,8 +447,7 @@ struct Forward {
     cutlass::arch::wait_on_dependent_grids();  // schedule_kernel's list
     if (warpgroup == 0) {
       cutlass::arch::warpgroup_reg_dealloc<Tiles::kProducerRegisters>();
-      if (threadIdx.x == 0) load_query_tiles<Forward>(arguments, shared);
-      if (threadIdx.x == 32) announce_query_tiles<Forward>(arguments, shared);
+      produce_query_tiles<Forward>(arguments, shared);
     } else {
       cutlass::arch::warpgroup_reg_alloc<Tiles::kConsumerRegisters>();
       consume(arguments, shared, warpgroup - 1);

@@ -66,4 +66,27 @@ __device__ void store_row(Element* out, Fragment const& fragment, int r, float f
   }
 }
 
+// Writes a warp's 16 rows of the fragment, row r of a quad times factor[r], to rows first_row ... of a tile in shared
+// memory: chunks of kSwizzleColumns columns, kRows high and swizzled (SharedLayouts), as a TMA store reads them.
+template <class Element, int kSwizzleColumns, int kRows, int kColumns, class Fragment>
+__device__ void store_matrices(Element* tile, Fragment const& fragment, float const (&factor)[2], int first_row) {
+  // stmatrix takes from lane l where row l % 16 of 8 columns begins, of the second 8 for the upper 16 lanes.
+  int const lane = threadIdx.x % 32, row = first_row + lane % 16;
+  int const swizzle = kSwizzleColumns == 64 ? row % 8 : row / 2 % 4;
+  uint32_t const base = cute::cast_smem_ptr_to_uint(tile) + row * (2 * kSwizzleColumns) + (lane / 16 ^ swizzle) * 16;
+  constexpr int kSteps = kSwizzleColumns / 16;  // of 16 columns, in a chunk
+  CUTE_UNROLL
+  for (int k = 0; k < kColumns / 16; ++k) {
+    uint32_t pairs[4];
+    CUTE_UNROLL
+    for (int i = 0; i < 4; ++i) {
+      pairs[i] = pack<Element>(fragment(8 * k + 2 * i) * factor[i % 2], fragment(8 * k + 2 * i + 1) * factor[i % 2]);
+    }
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(
+                     (base ^ (k % kSteps * 32)) + k / kSteps * (kRows * 2 * kSwizzleColumns)),
+                 "r"(pairs[0]), "r"(pairs[1]), "r"(pairs[2]), "r"(pairs[3])
+                 : "memory");
+  }
+}
+
 }  // namespace flashmla::sm90

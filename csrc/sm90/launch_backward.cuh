@@ -98,8 +98,10 @@ const char* launch_queries(BackwardParams const& params, BackwardRows const& row
   const char* error =
       make_forward_schedule(problem, Kernel::kBlockQ, num_sms, workspace, stream, arguments.schedule, num_blocks);
   QueryMaps const maps{problem, arguments.schedule, Kernel::kSwizzleColumns, Kernel::kBlockKV};
-  if (error == nullptr) error = maps.make_queries(arguments.q, params.q, problem.head_dim_qk);
-  if (error == nullptr) error = maps.make_queries(arguments.dout, params.dout, problem.head_dim_v);
+  if (error == nullptr)
+    error = maps.make_queries(arguments.q, params.q, problem.head_dim_qk, arguments.schedule.rows_per_block);
+  if (error == nullptr)
+    error = maps.make_queries(arguments.dout, params.dout, problem.head_dim_v, arguments.schedule.rows_per_block);
   if (error == nullptr) error = maps.make_keys(arguments.k, params.k, problem.head_dim_qk);
   if (error == nullptr) error = maps.make_keys(arguments.v, params.v, problem.head_dim_v);
   if (error != nullptr) return error;

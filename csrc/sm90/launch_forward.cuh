@@ -24,9 +24,14 @@ const char* launch(ForwardParams const& params, void* workspace, cudaStream_t st
     return error;
   }
   QueryMaps const maps{problem, arguments.schedule, Kernel::kSwizzleColumns, Kernel::kBlockKV};
-  const char* error = maps.make_queries(arguments.q, params.q, problem.head_dim_qk);
+  Schedule const& schedule = arguments.schedule;
+  const char* error = maps.make_queries(arguments.q, params.q, problem.head_dim_qk, schedule.rows_per_block);
   if (error == nullptr) error = maps.make_keys(arguments.k, params.k, problem.head_dim_qk);
   if (error == nullptr) error = maps.make_keys(arguments.v, params.v, problem.head_dim_v);
+  arguments.has_boxes = Kernel::kLooksAhead && 64 % schedule.heads_packed == 0;
+  if (error == nullptr && arguments.has_boxes) {
+    error = maps.make_queries(arguments.o, params.out, problem.head_dim_v, 64 / schedule.heads_packed);
+  }
   if (error != nullptr) return error;
   arguments.out = params.out;
   arguments.lse = params.lse;

@@ -13,7 +13,7 @@
 
 namespace flashmla::sm90 {
 
-constexpr int kNumQueryTiles = 2;  // announced at a time, so that K of the next is loaded before its Q has room
+constexpr int kNumQueryTiles = 2;  // announced at a time, so that the next is loaded while this one is computed
 
 // ---- producer -------------------------------------------------------------------------------------------------------
 
@@ -26,7 +26,7 @@ __device__ void init_query_barriers(typename Kernel::SharedStorage& shared) {
   init(shared.q_full, 1);
   init(shared.q_empty, Kernel::kNumConsumers);
   init(shared.tile_full, 1);
-  init(shared.tile_empty, 1 + 4 * Kernel::kNumConsumers);  // the loading thread and each consumer warp
+  init(shared.tile_empty, 3 + 4 * Kernel::kNumConsumers);  // the loading threads and each consumer warp
   init(shared.k_full, 1);
   init(shared.v_full, 1);
   init(shared.k_empty, Kernel::kNumConsumers);
@@ -39,6 +39,7 @@ template <class Kernel, class Arguments>
 __device__ void announce_query_tiles(Arguments const& arguments, typename Kernel::SharedStorage& shared) {
   Schedule const& schedule = arguments.schedule;
   Ring<kNumQueryTiles> slot;
+  open_counter(schedule);
   for (int32_t round = 0;; ++round, slot.advance()) {
     ClusterBarrier::wait(&shared.tile_empty[slot.stage], slot.phase ^ 1);
     TilePlace const place = place_of(schedule, next_index(schedule, round));
@@ -49,64 +50,81 @@ __device__ void announce_query_tiles(Arguments const& arguments, typename Kernel
   }
 }
 
-// The loading thread: a tile's Q (with it, where the kernel has it, dO) once, K and V of the keys it sees from the last
-// to the first.
+// Loads a tile's Q (with it, where the kernel has it, dO) as soon as a buffer is free: K and V of the tile before may
+// still be on their way.
 template <class Kernel, class Arguments>
-__device__ void load_query_tiles(Arguments const& arguments, typename Kernel::SharedStorage& shared) {
-  constexpr int kColumns = Kernel::kSwizzleColumns;
+__device__ void load_queries(Arguments const& arguments, typename Kernel::SharedStorage& shared) {
   Schedule const& schedule = arguments.schedule;
-  int32_t const group = static_cast<int32_t>(arguments.problem.heads_q / arguments.problem.heads_kv);
-  Ring<Kernel::kNumStages> ring;
+  int32_t const rows = schedule.rows_per_block * schedule.heads_packed;
   Ring<Kernel::kNumQStages> q_ring;
   Ring<kNumQueryTiles> slot;
   for (;; q_ring.advance(), slot.advance()) {
     ClusterBarrier::wait(&shared.tile_full[slot.stage], slot.phase);
     Tile const& tile = shared.tiles[slot.stage];
-    int32_t const batch = schedule.num_items != nullptr ? 0 : tile.batch;
-    int32_t const head_kv = tile.head / group;
-    int32_t block = tile.head < 0 ? 0 : tile.block_end - 1;
-    int32_t const block_begin = tile.head < 0 ? 1 : tile.block_begin;
-    auto load_keys = [&](CUtensorMap const& map, auto& buffers, uint64_t& full, uint64_t& empty, int head_dim) {
-      auto& buffer = buffers[ring.stage];
-      ClusterBarrier::wait(&empty, ring.phase ^ 1);
-      ClusterTransactionBarrier::arrive_and_expect_tx(&full, sizeof(buffer));
-      for (int column = 0; column < head_dim; column += kColumns) {
-        cute::SM90_TMA_LOAD_4D::copy(&map, &full, static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVICT_NORMAL),
-                                     buffer + column * Kernel::kBlockKV, column,
-                                     tile.sequence.offset_kv + block * Kernel::kBlockKV, head_kv, batch);
-      }
-    };
-    auto load_k = [&] {
-      load_keys(arguments.k, shared.k, shared.k_full[ring.stage], shared.k_empty[ring.stage], Kernel::kColumnsQK);
-    };
-    // K first: there may be room for it before there is for Q.
-    if (block >= block_begin) load_k();
     ClusterBarrier::wait(&shared.q_empty[q_ring.stage], q_ring.phase ^ 1);
     uint64_t& q_full = shared.q_full[q_ring.stage];
-    if (block < block_begin) {
+    if (tile.head < 0 || tile.block_begin >= tile.block_end) {
       ClusterBarrier::arrive(&q_full);
       if (tile.head < 0) return;
-      ClusterBarrier::arrive(&shared.tile_empty[slot.stage]);
-      continue;
-    }
-    int32_t const rows = schedule.rows_per_block * schedule.heads_packed;
-    ClusterTransactionBarrier::arrive_and_expect_tx(
-        &q_full, sizeof(shared.q[0][0]) * rows * (Kernel::kColumnsQK + (Kernel::kHasDOut ? Kernel::kColumnsV : 0)));
-    auto load_queries = [&](CUtensorMap const& map, auto& buffer, int head_dim) {
-      for (int column = 0; column < head_dim; column += kColumns) {
-        cute::SM90_TMA_LOAD_5D::copy(&map, &q_full, static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVICT_FIRST),
-                                     buffer + column * Kernel::kBlockQ, column, 0,
-                                     tile.sequence.offset_q + tile.q_begin, tile.head / schedule.heads_packed, batch);
-      }
-    };
-    load_queries(arguments.q, shared.q[q_ring.stage], Kernel::kColumnsQK);
-    if constexpr (Kernel::kHasDOut) load_queries(arguments.dout, shared.dout[q_ring.stage], Kernel::kColumnsV);
-    for (bool is_first = true; block >= block_begin; --block, is_first = false) {
-      if (!is_first) load_k();
-      load_keys(arguments.v, shared.v, shared.v_full[ring.stage], shared.v_empty[ring.stage], Kernel::kColumnsV);
-      ring.advance();
+    } else {
+      int32_t const batch = schedule.num_items != nullptr ? 0 : tile.batch;
+      ClusterTransactionBarrier::arrive_and_expect_tx(
+          &q_full, sizeof(shared.q[0][0]) * rows * (Kernel::kColumnsQK + (Kernel::kHasDOut ? Kernel::kColumnsV : 0)));
+      auto load = [&](CUtensorMap const& map, auto& buffer, int head_dim) {
+        for (int column = 0; column < head_dim; column += Kernel::kSwizzleColumns) {
+          cute::SM90_TMA_LOAD_5D::copy(&map, &q_full, static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVICT_FIRST),
+                                       buffer + column * Kernel::kBlockQ, column, 0,
+                                       tile.sequence.offset_q + tile.q_begin, tile.head / schedule.heads_packed, batch);
+        }
+      };
+      load(arguments.q, shared.q[q_ring.stage], Kernel::kColumnsQK);
+      if constexpr (Kernel::kHasDOut) load(arguments.dout, shared.dout[q_ring.stage], Kernel::kColumnsV);
     }
     ClusterBarrier::arrive(&shared.tile_empty[slot.stage]);
+  }
+}
+
+// Loads K, or V, of the keys that a tile sees, from the last to the first. K is needed a step before V, and released
+// one before: a thread for both would hold K back.
+template <class Kernel, class Arguments, class Element, int kSize>
+__device__ void load_keys(Arguments const& arguments, typename Kernel::SharedStorage& shared, CUtensorMap const& map,
+                          int head_dim, Element (&buffers)[Kernel::kNumStages][kSize],
+                          uint64_t (&full)[Kernel::kNumStages], uint64_t (&empty)[Kernel::kNumStages]) {
+  Schedule const& schedule = arguments.schedule;
+  int32_t const group = static_cast<int32_t>(arguments.problem.heads_q / arguments.problem.heads_kv);
+  Ring<Kernel::kNumStages> ring;
+  Ring<kNumQueryTiles> slot;
+  for (;; slot.advance()) {
+    ClusterBarrier::wait(&shared.tile_full[slot.stage], slot.phase);
+    Tile const& tile = shared.tiles[slot.stage];
+    if (tile.head < 0) return;
+    int32_t const batch = schedule.num_items != nullptr ? 0 : tile.batch;
+    int32_t const head_kv = tile.head / group;
+    for (int32_t block = tile.block_end - 1; block >= tile.block_begin; --block, ring.advance()) {
+      int const stage = ring.stage;
+      ClusterBarrier::wait(&empty[stage], ring.phase ^ 1);
+      ClusterTransactionBarrier::arrive_and_expect_tx(&full[stage], sizeof(buffers[stage]));
+      for (int column = 0; column < head_dim; column += Kernel::kSwizzleColumns) {
+        cute::SM90_TMA_LOAD_4D::copy(&map, &full[stage], static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVICT_NORMAL),
+                                     buffers[stage] + column * Kernel::kBlockKV, column,
+                                     tile.sequence.offset_kv + block * Kernel::kBlockKV, head_kv, batch);
+      }
+    }
+    ClusterBarrier::arrive(&shared.tile_empty[slot.stage]);
+  }
+}
+
+// The producer warpgroup: one thread of each warp works.
+template <class Kernel, class Arguments>
+__device__ void produce_query_tiles(Arguments const& arguments, typename Kernel::SharedStorage& shared) {
+  if (threadIdx.x == 0) {
+    load_keys<Kernel>(arguments, shared, arguments.k, Kernel::kColumnsQK, shared.k, shared.k_full, shared.k_empty);
+  } else if (threadIdx.x == 32) {
+    announce_query_tiles<Kernel>(arguments, shared);
+  } else if (threadIdx.x == 64) {
+    load_keys<Kernel>(arguments, shared, arguments.v, Kernel::kColumnsV, shared.v, shared.v_full, shared.v_empty);
+  } else if (threadIdx.x == 96) {
+    load_queries<Kernel>(arguments, shared);
   }
 }
 

@@ -1,7 +1,10 @@
 #include <cutlass/arch/grid_dependency_control.h>
 
 #include <algorithm>
+#include <atomic>
+#include <cstdlib>
 #include <cub/block/block_scan.cuh>
+#include <random>
 
 #include "sm90/scheduler.cuh"
 
@@ -12,12 +15,15 @@ int64_t ceil_div(int64_t a, int64_t b) {
   return (a + b - 1) / b;
 }
 
-// How many (batch, head) pairs the forward walks together: so many that each has four of its tiles at work at a time.
-// Fewer pairs share what they read better, more balance better; measured on 13 causal shapes (docs/log.md).
-int64_t pairs_per_section(int64_t pairs, int64_t pairs_per_kv_head, int num_sms) {
-  int64_t const most = std::max<int64_t>(1, num_sms / 4 / pairs_per_kv_head) * pairs_per_kv_head;
+// How many (batch, head) pairs the forward walks together: as many as `wanted`, in sections of equal size.
+int64_t pairs_per_section(int64_t pairs, int64_t pairs_per_kv_head, int64_t wanted) {
+  int64_t const most = std::max<int64_t>(1, wanted / pairs_per_kv_head) * pairs_per_kv_head;
   return ceil_div(ceil_div(pairs, ceil_div(pairs, most)), pairs_per_kv_head) * pairs_per_kv_head;
 }
+
+// K and V of the pairs that the forward walks together, at the most. Otherwise so many that each has four of its tiles
+// at work at a time: fewer pairs share what they read better, more balance better. Measured (docs/log.md).
+constexpr int64_t kForwardSectionBytes = int64_t{128} << 20;
 
 // Q, dO and sums of dQ of the pairs that the backward walks together, where nothing speaks against it. Measured.
 constexpr int64_t kBackwardSectionBytes = int64_t{24} << 20;
@@ -134,7 +140,31 @@ int64_t max_items(Problem const& problem, int64_t rows, int64_t rows_per_block) 
   return ceil_div(rows, rows_per_block) + problem.batch + 1;
 }
 
-// next_tile and num_items, first_item, items; a dense batch uses next_tile alone.
+// Not 0, and no other in this process; random in its beginning (the finalizer of splitmix64, a bijection).
+uint64_t new_ticket() {
+  static std::atomic<uint64_t> count{[] {
+    std::random_device device;
+    return uint64_t{device()} << 32 | device();
+  }()};
+  for (;;) {
+    uint64_t x = count.fetch_add(1, std::memory_order_relaxed);
+    x = (x ^ x >> 30) * 0xbf58476d1ce4e5b9;
+    x = (x ^ x >> 27) * 0x94d049bb133111eb;
+    x ^= x >> 31;
+    if (x != 0) return x;
+  }
+}
+
+// For compute-sanitizer's initcheck, which reports that memory is read before it is written (open_counter): a memset.
+bool clears_counters_by_memset() {
+  static bool const answer = [] {
+    const char* value = std::getenv("FLASHMLA_CLEAR_COUNTERS");
+    return value != nullptr && value[0] == '1';
+  }();
+  return answer;
+}
+
+// next_tile and num_items, first_item, items; a dense batch uses next_tile and its ticket alone.
 int64_t schedule_bytes(Problem const& problem, int64_t rows, int64_t rows_per_block) {
   if (problem.cu_seqlens_q == nullptr) return 16;
   return 16 + ceil_div(problem.batch + 2, 4) * 16 + max_items(problem, rows, rows_per_block) * 8;
@@ -160,6 +190,7 @@ const char* finish_schedule(Problem const& problem, int64_t rows, int64_t pairs_
   num_blocks = static_cast<int>(std::min<int64_t>(num_tiles, num_sms));
   schedule.next_tile = schedule.num_items = schedule.first_item = nullptr;
   schedule.items = nullptr;
+  schedule.ticket = 0;
   int32_t* const words = static_cast<int32_t*>(workspace);
   if (is_packed) {
     schedule.next_tile = words;
@@ -167,11 +198,15 @@ const char* finish_schedule(Problem const& problem, int64_t rows, int64_t pairs_
     schedule.first_item = words + 4;
     schedule.items = reinterpret_cast<int2*>(words + 4 + ceil_div(problem.batch + 2, 4) * 4);
     schedule_kernel<<<1, kScheduleThreads, 0, stream>>>(schedule, problem, window_of(problem));
-  } else if (num_tiles > num_sms && schedule.pairs_per_section < schedule.num_pairs) {
-    // Several sections: each begins with long tiles again, and only asking for work balances that. One section, dealt
-    // to and fro, is balanced as it is and saves the launch.
+  } else if (num_tiles > num_sms && (schedule.pairs_per_section < schedule.num_pairs || num_tiles > 3 * num_sms)) {
+    // Several sections: each begins with long tiles again, and only asking for work balances that. Many tiles: some
+    // multiprocessors are faster than others. A few of one section, dealt to and fro, are balanced as they are.
     schedule.next_tile = words;
-    cudaMemsetAsync(words, 0, sizeof(int32_t), stream);
+    if (clears_counters_by_memset()) {
+      cudaMemsetAsync(words, 0, sizeof(int32_t), stream);
+    } else {
+      schedule.ticket = new_ticket();
+    }
   }
   cudaError_t const error = cudaGetLastError();
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
@@ -206,7 +241,12 @@ const char* make_forward_schedule(Problem const& problem, int block_q, int num_s
   bool const is_equal = !is_packed && problem.window_left < 0 && problem.window_right < 0;
   int64_t const pairs_per_kv_head = schedule.num_heads / problem.heads_kv;
   int64_t const pairs = is_packed ? schedule.num_heads : schedule.num_heads * problem.batch;
-  int64_t const section = is_equal ? pairs_per_kv_head : pairs_per_section(pairs, pairs_per_kv_head, num_sms);
+  // K and V of the kv heads walked together.
+  int64_t const most_heads_kv = std::max<int64_t>(1, kForwardSectionBytes / (rows_kv * bytes_row));
+  int64_t const section = is_equal
+                              ? pairs_per_kv_head
+                              : pairs_per_section(pairs, pairs_per_kv_head,
+                                                  std::min<int64_t>(num_sms / 4, most_heads_kv * pairs_per_kv_head));
   int64_t const heads_kv = ceil_div(section, pairs_per_kv_head);  // walked together
   return finish_schedule(problem, is_packed ? problem.total_q : problem.seqlen_q, section,
                          std::max(kChunkBytes / (bytes_row * heads_kv), rows_kv / 16 + 1), num_sms, workspace, stream,

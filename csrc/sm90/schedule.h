@@ -46,6 +46,7 @@ struct Schedule {
   int32_t max_items;       // packed: room in `items`
   int32_t rows_per_chunk;  // packed: rows of the other side whose tiles are walked together
   int32_t* next_tile;      // null: tiles are dealt out statically
+  uint64_t ticket;         // not 0: next_tile holds anything until the kernel clears it (open_counter)
   int32_t* num_items;      // packed, else null
   int32_t* first_item;     // [batch + 2]
   int2* items;             // [max_items] (sequence, block of rows)

@@ -126,14 +126,39 @@ __device__ void write_tile(Tile& tile, Schedule const& schedule, Problem const& 
   tile.block_end = block_end;
 }
 
+// A counter that the kernel clears itself: a memset before it would take as long as several tiles of a short call.
+// Block 0 clears it and puts the call's ticket behind it, which the others wait for (next_index). A ticket is 64 bits
+// that no other call has, so what lay there before is taken for it once in 2^64 calls; the last to ask takes it away,
+// for a CUDA graph comes again with the same one.
+__device__ inline uint64_t* ticket_of(Schedule const& schedule) {
+  return reinterpret_cast<uint64_t*>(schedule.next_tile) + 1;
+}
+
+__device__ inline void open_counter(Schedule const& schedule) {
+  if (schedule.ticket == 0 || blockIdx.x != 0) return;
+  *schedule.next_tile = 0;
+  asm volatile("st.release.gpu.global.b64 [%0], %1;" ::"l"(ticket_of(schedule)), "l"(schedule.ticket) : "memory");
+}
+
 // The number of the tile this block takes in its round `round`. Dealt out statically, rounds run to and fro, so that
 // whoever had the longest tile of one round has the shortest of the next; otherwise blocks take what is left, in order.
 __device__ inline int32_t next_index(Schedule const& schedule, int32_t round) {
   int32_t const num_blocks = gridDim.x;
-  if (schedule.next_tile != nullptr) {
-    return round == 0 ? blockIdx.x : num_blocks + atomicAdd(schedule.next_tile, 1);
+  if (schedule.next_tile == nullptr) {
+    return round * num_blocks + (round % 2 == 0 ? blockIdx.x : num_blocks - 1 - blockIdx.x);
   }
-  return round * num_blocks + (round % 2 == 0 ? blockIdx.x : num_blocks - 1 - blockIdx.x);
+  if (round == 0) return blockIdx.x;
+  if (schedule.ticket != 0 && round == 1) {
+    uint64_t value;
+    do {
+      asm volatile("ld.acquire.gpu.global.b64 %0, [%1];" : "=l"(value) : "l"(ticket_of(schedule)) : "memory");
+    } while (value != schedule.ticket);
+  }
+  int32_t const asked = atomicAdd(schedule.next_tile, 1);
+  // Every tile but each block's first is asked for, and each block asks once more than there is: as often as there are
+  // tiles in all.
+  if (schedule.ticket != 0 && asked == schedule.num_pairs * schedule.num_blocks - 1) *ticket_of(schedule) = 0;
+  return num_blocks + asked;
 }
 
 }  // namespace flashmla::sm90

@@ -62,13 +62,14 @@ struct QueryMaps {
 
   int64_t batch() const { return problem.cu_seqlens_q != nullptr ? 1 : problem.batch; }
 
-  const char* make_queries(CUtensorMap& map, TensorView const& view, int64_t head_dim) const {
+  // `box_rows` of the tile's rows at once, of heads_packed heads each.
+  const char* make_queries(CUtensorMap& map, TensorView const& view, int64_t head_dim, int box_rows) const {
     int64_t const packed = schedule.heads_packed;
     int64_t const rows = problem.cu_seqlens_q != nullptr ? problem.total_q : problem.seqlen_q;
     return make_tensor_map(map, view.data, problem.dtype,
                            {{head_dim, 1, columns},
                             {packed, view.stride_heads, static_cast<int>(packed)},
-                            {rows, view.stride_seqlen, schedule.rows_per_block},
+                            {rows, view.stride_seqlen, box_rows},
                             {problem.heads_q / packed, view.stride_heads * packed, 1},
                             {batch(), view.stride_batch, 1}});
   }

@@ -40,11 +40,11 @@ struct ForwardTiles;
 // S (kBlockKV/2 registers a thread), O (head_dim_v/2) and P (kBlockKV/4) live in registers together; Q (kNumQStages), K
 // and V (kNumStages) in shared memory, at most 227 KiB.
 template <MaskKind kMask>
-struct ForwardTiles<64, 64, kMask> : ForwardTile<192, 128, 3, 2, 3, 32, 160, true> {};
+struct ForwardTiles<64, 64, kMask> : ForwardTile<192, 128, 3, 2, 3, 32, 160, false> {};
 template <MaskKind kMask>
 struct ForwardTiles<96, 96, kMask> : ForwardTile<128, 128, 2, 2, 2, 24, 240, true> {};
 template <MaskKind kMask>
-struct ForwardTiles<128, 128, kMask> : ForwardTile<128, 128, 2, 2, 2, 24, 240, true> {};
+struct ForwardTiles<128, 128, kMask> : ForwardTile<128, 128, 2, 2, 2, 24, 240, false> {};
 template <>
 struct ForwardTiles<128, 128, MaskKind::kNone> : ForwardTile<128, 176, 2, 1, 2, 24, 240, true> {};
 template <MaskKind kMask>
