@@ -1,7 +1,8 @@
 """Builds the compiled libraries of flashmla_hf and packages them.
 
 One shared library per backend, beside the Python sources: ``libflashmla_cpu.so`` always, ``libflashmla_sm90.so`` where nvcc
-and CUTLASS's headers can be had; no GPU is needed. They use torch's stable ABI and no Python symbol, so one binary serves
+and CUTLASS's headers can be had; no GPU is needed. They use torch's stable ABI and no Python symbol. ``_direct.abi3.so``,
+the short way from Python to them, is of Python's limited API and is built where Python's headers are. So one wheel serves
 every torch >= 2.10 and every Python >= 3.10, and building needs torch's headers but never imports torch: ``pip install .``
 works under build isolation and finds the torch of the environment it installs into.
 
@@ -29,7 +30,8 @@ import subprocess
 import sys
 import sysconfig
 import time
-from collections.abc import Iterator
+import zlib
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,7 +47,8 @@ MINIMUM_TORCH = (2, 10)
 TORCH_TARGET_VERSION = "0x020a000000000000"
 # The oldest nvcc that compiles CUTLASS's Hopper kernels well.
 MINIMUM_NVCC = (12, 3)
-CPU, SM90 = "flashmla_hf.libflashmla_cpu", "flashmla_hf.libflashmla_sm90"
+CPU, SM90, DIRECT = "flashmla_hf.libflashmla_cpu", "flashmla_hf.libflashmla_sm90", "flashmla_hf._direct"
+BACKENDS = {CPU: "cpu", SM90: "sm90", DIRECT: "direct"}  # directories of csrc
 
 
 def fail(sentence: str) -> None:
@@ -83,6 +86,15 @@ def find_torch() -> Path:
         "torch was not found in this environment: install it first (pip install torch), or name its directory in "
         "FLASHMLA_TORCH_DIR, or build with --no-build-isolation."
     )
+
+
+def missing_for_direct(torch_dir: Path) -> str | None:
+    """One sentence: why _direct.abi3.so cannot be built here; it saves a few microseconds a call, and all else works."""
+    if not (Path(sysconfig.get_path("include")) / "Python.h").is_file():
+        return "Python's headers (Python.h, of a package like python3-dev) were not found."
+    if "struct DLPackExchangeAPI" not in (torch_dir / "include" / "ATen" / "dlpack.h").read_text():
+        return "this torch's ATen/dlpack.h has no DLPackExchangeAPI."
+    return None
 
 
 def find_cxx() -> list[str]:
@@ -245,16 +257,24 @@ class BuildLibraries(build_ext):
     """Compiles each source to an object of its own, in one pool, and links without Python."""
 
     def get_ext_filename(self, fullname: str) -> str:
-        return str(Path(*fullname.split("."))) + ".so"
+        names = fullname.split(".")  # setuptools asks with the package and without
+        return str(Path(*names)) + (".abi3.so" if DIRECT.endswith(f".{names[-1]}") else ".so")
 
     def run(self) -> None:
         self.torch_dir = find_torch()
         self.cxx = find_cxx()
         self.cuda, self.no_cuda = self._decide_on_cuda()
-        if self.cuda is None:
-            self.extensions = [ext for ext in self.extensions if ext.name != SM90]
-            # Of an earlier build, and a wheel takes whatever lies there.
-            (Path(self.build_lib) / self.get_ext_filename(SM90)).unlink(missing_ok=True)
+        self.no_direct = missing_for_direct(self.torch_dir)
+        if self.no_direct is not None:
+            print(
+                f"flashmla_hf: building without _direct, calls take some microseconds longer: {self.no_direct}",
+                flush=True,
+            )
+        for name, reason in ((SM90, self.no_cuda), (DIRECT, self.no_direct)):
+            if reason is not None:
+                self.extensions = [ext for ext in self.extensions if ext.name != name]
+                # Of an earlier build, and a wheel takes whatever lies there.
+                (Path(self.build_lib) / self.get_ext_filename(name)).unlink(missing_ok=True)
         super().run()
 
     def _decide_on_cuda(self) -> tuple[Cuda | None, str | None]:
@@ -283,19 +303,20 @@ class BuildLibraries(build_ext):
             library.parent.mkdir(parents=True, exist_ok=True)
             # Linked under a temporary name: a process that has the old library mapped keeps it.
             temporary = library.with_suffix(".tmp")
-            link = self._link_sm90 if ext.name == SM90 else self._link_cpu
+            link = {CPU: self._link_cpu, SM90: self._link_sm90, DIRECT: self._link_direct}[ext.name]
             run([*link([str(job.object) for job in jobs[ext.name]]), "-o", str(temporary)])
             temporary.replace(library)
         self._write_manifest()
 
     def _jobs(self, name: str) -> list[Job]:
         # -isystem: warnings in torch's headers are not ours to see.
-        common = [f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}", f"-I{CSRC}",
-                  "-isystem", str(self.torch_dir / "include")]  # fmt: skip
-        if name == SM90:
-            backend, compiler = "sm90", [*self._nvcc(), f"-I{self.cuda.cutlass}"]
+        common = [f"-DFLASHMLA_DIRECT_ABI={direct_abi()}u", f"-I{CSRC}", "-isystem", str(self.torch_dir / "include")]
+        if name == DIRECT:  # of torch it sees DLPack's structures, which are an ABI of their own
+            common += ["-isystem", sysconfig.get_path("include")]
         else:
-            backend, compiler = "cpu", self.cxx
+            common.append(f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}")
+        backend = BACKENDS[name]
+        compiler = [*self._nvcc(), f"-I{self.cuda.cutlass}"] if name == SM90 else self.cxx
         files = (*CSRC.glob("*"), *(CSRC / backend).rglob("*"))
         newest_header = max(path.stat().st_mtime for path in files if path.suffix in {".h", ".inc", ".cuh"})
         objects = Path(self.build_temp) / name
@@ -314,6 +335,15 @@ class BuildLibraries(build_ext):
     def _link_cpu(self, objects: list[str]) -> list[str]:
         return [*self.cxx, "-shared", *objects, f"-L{self.torch_dir / 'lib'}", "-ltorch_cpu",
                 "-Wl,--as-needed", "-Wl,-z,defs" if sys.platform == "linux" else "-Wl,-undefined,dynamic_lookup"]  # fmt: skip
+
+    def _link_direct(self, objects: list[str]) -> list[str]:
+        """Python's symbols are the interpreter's; torch's are asked for by name when the module is imported."""
+        return [
+            *self.cxx,
+            "-shared",
+            *objects,
+            *(["-Wl,-undefined,dynamic_lookup"] if sys.platform == "darwin" else []),
+        ]
 
     def _link_sm90(self, objects: list[str]) -> list[str]:
         """Against a stand-in for libtorch_cuda.so, which a torch without CUDA lacks; the real one answers at run time.
@@ -340,19 +370,25 @@ class BuildLibraries(build_ext):
             "version": self.distribution.get_version(),
             "torch_target": ".".join(map(str, MINIMUM_TORCH)),
             "compiler": compiler[0] if compiler else " ".join(self.cxx),
-            "libraries": [Path(self.get_ext_filename(ext.name)).name for ext in self.extensions],
+            "libraries": self._filenames(ext.name for ext in self.extensions),
             "machine": platform.machine(),
             "cuda": self.cuda.release if self.cuda else None,
             "archs": re.findall(r"sm_(\w+)", gencode) if self.cuda else [],
             "no_cuda": self.no_cuda,
+            "no_direct": self.no_direct,
         }
         path = Path(self.get_ext_fullpath(CPU)).with_name("_build.json")
         # In place, a CUDA library of an earlier build stays where it is, and so does what is known of it.
         if self.cuda is None and path.exists() and Path(self.get_ext_fullpath(SM90)).exists():
             before = json.loads(path.read_text())
             if before.get("cuda"):
-                manifest |= {key: before[key] for key in ("libraries", "cuda", "archs", "no_cuda")}
+                manifest |= {key: before[key] for key in ("cuda", "archs", "no_cuda")}
+                manifest["libraries"] = self._filenames([*(ext.name for ext in self.extensions), SM90])
         path.write_text(json.dumps(manifest, indent=1) + "\n")
+
+    def _filenames(self, names: Iterable[str]) -> list[str]:
+        wanted = set(names)
+        return [Path(self.get_ext_filename(name)).name for name in BACKENDS if name in wanted]
 
     def copy_extensions_to_source(self) -> None:
         """In-place and editable builds: the manifest goes beside the library there too."""
@@ -361,10 +397,15 @@ class BuildLibraries(build_ext):
 
 
 class WheelForEveryPython(bdist_wheel):
-    """The libraries hold no Python symbols: the wheel depends on the platform alone."""
+    """The libraries hold no Python symbols or those of every Python >= 3.10: the wheel depends on the platform alone."""
 
     def get_tag(self) -> tuple[str, str, str]:
         return "py3", "none", super().get_tag()[2]
+
+
+def direct_abi() -> int:
+    """Of the types that csrc/direct/direct.cpp and the libraries share: of another build they are not called directly."""
+    return zlib.crc32(b"".join((CSRC / name).read_bytes() for name in ("direct.h", "checks.h")))
 
 
 def compile_one(job: Job) -> None:
@@ -401,7 +442,7 @@ if __name__ == "__main__":
     setup(
         ext_modules=[
             Extension(name, [str(path.relative_to(ROOT)) for path, _ in sources_of(backend)])
-            for name, backend in ((CPU, "cpu"), (SM90, "sm90"))
+            for name, backend in BACKENDS.items()
         ],
         cmdclass={"build_ext": BuildLibraries, "bdist_wheel": WheelForEveryPython},
     )

@@ -2,13 +2,13 @@
 //
 // Every failure throws std::runtime_error with one sentence of the form
 //   flash_attn_forward: k: expected dtype bfloat16 (that of q), got float16
-// so that Python sees the operator, the argument, what was expected and what came. Nothing here depends on a device;
-// the values inside cu_seqlens are checked by check_cu_seqlens, on a host copy.
+// so that Python sees the operator, the argument, what was expected and what came. Nothing here depends on a device,
+// nor on how the host came by a tensor; the values inside cu_seqlens are checked by check_cu_seqlens, on a host copy.
 #pragma once
 
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
-#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <limits>
@@ -23,7 +23,44 @@
 namespace flashmla {
 
 using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
+
+// What the host reads of a tensor before it trusts it: from torch's stable ABI (host.h) or from DLPack (direct/).
+struct TensorInfo {
+  static constexpr int kMostSizes = 8;  // of a tensor with more dimensions, which nobody takes, the first
+
+  void* data = nullptr;
+  ScalarType dtype = ScalarType::Undefined;
+  int32_t device_type = -1, device_index = -1;  // as torch numbers them
+  int64_t dim = 0;
+  int64_t sizes[kMostSizes] = {}, strides[kMostSizes] = {};  // in elements
+  int64_t storage_bytes = 0, storage_offset = 0;             // all of it, and the elements of it before `data`
+
+  int64_t size(int64_t i) const { return sizes[i]; }
+  int64_t stride(int64_t i) const { return strides[i]; }
+  std::vector<int64_t> shape() const { return {sizes, sizes + std::min<int64_t>(dim, kMostSizes)}; }
+  int64_t numel() const {
+    int64_t count = 1;
+    for (int64_t i = 0; i < std::min<int64_t>(dim, kMostSizes); ++i) count *= sizes[i];
+    return count;
+  }
+};
+
+// The tensors and numbers of every call, as flashmla_hf/ops.py describes them.
+struct Arguments {
+  TensorInfo q, k, v;
+  std::optional<TensorInfo> sinks, cu_seqlens_q, cu_seqlens_kv;
+  int64_t max_seqlen_q, max_seqlen_kv;
+  double scale;
+  int64_t window_left, window_right;
+  double softcap;
+  bool deterministic;
+};
+
+// What a backward call has besides, and where it writes: gradients that are not wanted are not there. dsinks is fp32.
+struct BackwardTensors {
+  TensorInfo dout, out, lse;
+  std::optional<TensorInfo> dlse, dq, dk, dv, dsinks;
+};
 
 // "flash_attn_forward: k: expected <expected>, got <got>"
 template <typename Expected, typename Got>
@@ -62,47 +99,44 @@ inline std::string shape_name(const std::vector<int64_t>& shape) {
   return text.str();
 }
 
-inline std::vector<int64_t> shape_of(const Tensor& t) {
-  std::vector<int64_t> shape(static_cast<size_t>(t.dim()));
-  for (size_t i = 0; i < shape.size(); ++i) shape[i] = t.size(static_cast<int64_t>(i));
-  return shape;
+inline int64_t element_size(ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::Half:
+    case ScalarType::BFloat16:
+      return 2;
+    default:
+      return 4;
+  }
 }
 
-// Reads what it needs of a tensor without trusting it: the last element must lie inside the storage.
-inline void check_storage(const char* op, const char* name, const Tensor& t) {
+// The last element must lie inside the storage. After the dtype is known to be one of ours.
+inline void check_storage(const char* op, const char* name, const TensorInfo& t) {
   if (t.numel() == 0) return;
-  int64_t storage_bytes = 0, offset = 0;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(t.get(), &storage_bytes));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_offset(t.get(), &offset));
-  double last = static_cast<double>(offset);  // in double: absurd shapes must not overflow
-  for (int64_t i = 0; i < t.dim(); ++i) last += static_cast<double>(t.size(i) - 1) * static_cast<double>(t.stride(i));
-  const double needed = (last + 1) * static_cast<double>(t.element_size());
-  if (t.const_data_ptr() == nullptr || needed > static_cast<double>(storage_bytes))
-    fail(op, name, "a storage that holds all of " + shape_name(shape_of(t)),
-         "a storage of " + std::to_string(storage_bytes) + " bytes");
+  double last = static_cast<double>(t.storage_offset);  // in double: absurd shapes must not overflow
+  for (int64_t i = 0; i < t.dim; ++i) last += static_cast<double>(t.size(i) - 1) * static_cast<double>(t.stride(i));
+  const double needed = (last + 1) * static_cast<double>(element_size(t.dtype));
+  if (t.data == nullptr || needed > static_cast<double>(t.storage_bytes))
+    fail(op, name, "a storage that holds all of " + shape_name(t.shape()),
+         "a storage of " + std::to_string(t.storage_bytes) + " bytes");
 }
 
-inline void check_same_device(const char* op, const char* name, const Tensor& t, const Tensor& q) {
-  int32_t type = 0, expected_type = 0;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(t.get(), &type));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(q.get(), &expected_type));
-  if (type != expected_type || t.get_device_index() != q.get_device_index())
+inline void check_same_device(const char* op, const char* name, const TensorInfo& t, const TensorInfo& q) {
+  if (t.device_type != q.device_type || t.device_index != q.device_index)
     fail(op, name, "a tensor on the device of q", "one on another device");
 }
 
-inline void check_dtype(const char* op, const char* name, const Tensor& t, ScalarType expected, const char* why) {
-  if (t.scalar_type() != expected) fail(op, name, "dtype " + dtype_name(expected) + why, dtype_name(t.scalar_type()));
+inline void check_dtype(const char* op, const char* name, const TensorInfo& t, ScalarType expected, const char* why) {
+  if (t.dtype != expected) fail(op, name, "dtype " + dtype_name(expected) + why, dtype_name(t.dtype));
 }
 
-inline void check_shape(const char* op, const char* name, const Tensor& t, const std::vector<int64_t>& expected,
+inline void check_shape(const char* op, const char* name, const TensorInfo& t, std::initializer_list<int64_t> expected,
                         const char* meaning) {
-  const std::vector<int64_t> shape = shape_of(t);
-  if (shape != expected)
-    fail(op, name, "shape " + shape_name(expected) + " (" + meaning + ")", "shape " + shape_name(shape));
+  if (t.dim != static_cast<int64_t>(expected.size()) || !std::equal(expected.begin(), expected.end(), t.sizes))
+    fail(op, name, "shape " + shape_name(expected) + " (" + meaning + ")", "shape " + shape_name(t.shape()));
 }
 
-inline void check_last_stride(const char* op, const char* name, const Tensor& t) {
-  const int64_t last = t.dim() - 1;
+inline void check_last_stride(const char* op, const char* name, const TensorInfo& t) {
+  const int64_t last = t.dim - 1;
   if (t.size(last) > 1 && t.stride(last) != 1)
     fail(op, name, "a contiguous last dimension (stride 1)", "stride " + std::to_string(t.stride(last)));
 }
@@ -113,8 +147,9 @@ inline void check_flag_number(const char* op, const char* name, int64_t value, i
 
 // The numbers of every call: scale, windows, softcap. Windows that reach every key become -1 (unbounded), which also
 // keeps later arithmetic on them far from overflow.
-inline void check_scalars(const char* op, double scale, int64_t window_left, int64_t window_right, double softcap,
-                          Problem& p) {
+inline void check_scalars(const char* op, const Arguments& arguments, Problem& p) {
+  const double scale = arguments.scale, softcap = arguments.softcap;
+  const int64_t window_left = arguments.window_left, window_right = arguments.window_right;
   if (!std::isfinite(scale) || !std::isfinite(static_cast<float>(scale))) fail(op, "scale", "a finite number", scale);
   check_flag_number(op, "window_left", window_left, -1);
   check_flag_number(op, "window_right", window_right, -1);
@@ -130,11 +165,10 @@ inline void check_scalars(const char* op, double scale, int64_t window_left, int
 }
 
 // q, k, v and sinks; fills everything of Problem but the scalars, and for the packed layout the sequence lengths.
-inline Problem check_inputs(const char* op, const Tensor& q, const Tensor& k, const Tensor& v,
-                            const std::optional<Tensor>& sinks, const std::optional<Tensor>& cu_seqlens_q,
-                            const std::optional<Tensor>& cu_seqlens_kv) {
+inline Problem check_inputs(const char* op, const Arguments& arguments) {
+  const TensorInfo &q = arguments.q, &k = arguments.k, &v = arguments.v;
   Problem p;
-  switch (q.scalar_type()) {
+  switch (q.dtype) {
     case ScalarType::Float:
       p.dtype = DType::kFloat32;
       break;
@@ -145,26 +179,25 @@ inline Problem check_inputs(const char* op, const Tensor& q, const Tensor& k, co
       p.dtype = DType::kBFloat16;
       break;
     default:
-      fail(op, "q", "dtype float32, float16 or bfloat16", dtype_name(q.scalar_type()));
+      fail(op, "q", "dtype float32, float16 or bfloat16", dtype_name(q.dtype));
   }
   check_same_device(op, "k", k, q);
   check_same_device(op, "v", v, q);
-  check_dtype(op, "k", k, q.scalar_type(), " (that of q)");
-  check_dtype(op, "v", v, q.scalar_type(), " (that of q)");
+  check_dtype(op, "k", k, q.dtype, " (that of q)");
+  check_dtype(op, "v", v, q.dtype, " (that of q)");
 
-  if (cu_seqlens_q.has_value() != cu_seqlens_kv.has_value())
-    fail(op, cu_seqlens_q.has_value() ? "cu_seqlens_kv" : "cu_seqlens_q", "a tensor, since the other cu_seqlens is one",
-         "None");
-  const bool is_packed = cu_seqlens_q.has_value();
+  const bool is_packed = arguments.cu_seqlens_q.has_value();
+  if (is_packed != arguments.cu_seqlens_kv.has_value())
+    fail(op, is_packed ? "cu_seqlens_kv" : "cu_seqlens_q", "a tensor, since the other cu_seqlens is one", "None");
   const int64_t rank = is_packed ? 3 : 4;
   const char* layout = is_packed ? "3 dimensions, [total, heads, dim], with cu_seqlens"
                                  : "4 dimensions, [batch, seqlen, heads, dim], without cu_seqlens";
-  const std::pair<const char*, const Tensor*> inputs[] = {{"q", &q}, {"k", &k}, {"v", &v}};
+  const std::pair<const char*, const TensorInfo*> inputs[] = {{"q", &q}, {"k", &k}, {"v", &v}};
   for (const auto& [name, t] : inputs) {
-    if (t->dim() != rank) fail(op, name, layout, "shape " + shape_name(shape_of(*t)));
-    for (const int64_t size : shape_of(*t))
-      if (size > std::numeric_limits<int32_t>::max())
-        fail(op, name, "sizes below 2^31", "shape " + shape_name(shape_of(*t)));
+    if (t->dim != rank) fail(op, name, layout, "shape " + shape_name(t->shape()));
+    for (int64_t i = 0; i < rank; ++i)
+      if (t->size(i) > std::numeric_limits<int32_t>::max())
+        fail(op, name, "sizes below 2^31", "shape " + shape_name(t->shape()));
     if (t->size(rank - 1) < 1) fail(op, name, "a head dimension of at least 1", 0);
     if (t->size(rank - 2) < 1) fail(op, name, "at least 1 head", 0);
     check_last_stride(op, name, *t);
@@ -175,35 +208,38 @@ inline Problem check_inputs(const char* op, const Tensor& q, const Tensor& k, co
   p.heads_kv = k.size(rank - 2);
   p.head_dim_qk = q.size(rank - 1);
   p.head_dim_v = v.size(rank - 1);
-  std::vector<int64_t> k_shape = shape_of(k);
-  k_shape[rank - 1] = p.head_dim_qk;
-  if (!is_packed) k_shape[0] = q.size(0);
-  check_shape(op, "k", k, k_shape, is_packed ? "head dimension of q" : "batch and head dimension of q");
-  std::vector<int64_t> v_shape = k_shape;
-  v_shape[rank - 1] = p.head_dim_v;
-  check_shape(op, "v", v, v_shape, "that of k but for the head dimension");
+  const char *k_meaning = is_packed ? "head dimension of q" : "batch and head dimension of q",
+             *v_meaning = "that of k but for the head dimension";
+  if (is_packed) {
+    check_shape(op, "k", k, {k.size(0), p.heads_kv, p.head_dim_qk}, k_meaning);
+    check_shape(op, "v", v, {k.size(0), p.heads_kv, p.head_dim_v}, v_meaning);
+  } else {
+    check_shape(op, "k", k, {q.size(0), k.size(1), p.heads_kv, p.head_dim_qk}, k_meaning);
+    check_shape(op, "v", v, {q.size(0), k.size(1), p.heads_kv, p.head_dim_v}, v_meaning);
+  }
   if (p.heads_q % p.heads_kv != 0)
     fail(op, "q", "a multiple of the " + std::to_string(p.heads_kv) + " kv heads",
          std::to_string(p.heads_q) + " heads");
 
   if (is_packed) {
+    const TensorInfo &cu_seqlens_q = *arguments.cu_seqlens_q, &cu_seqlens_kv = *arguments.cu_seqlens_kv;
     p.total_q = q.size(0);
     p.total_kv = k.size(0);
-    const std::pair<const char*, const Tensor*> cumulative[] = {{"cu_seqlens_q", &*cu_seqlens_q},
-                                                                {"cu_seqlens_kv", &*cu_seqlens_kv}};
+    const std::pair<const char*, const TensorInfo*> cumulative[] = {{"cu_seqlens_q", &cu_seqlens_q},
+                                                                    {"cu_seqlens_kv", &cu_seqlens_kv}};
     for (const auto& [name, t] : cumulative) {
       check_same_device(op, name, *t, q);
       check_dtype(op, name, *t, ScalarType::Int, "");
-      if (t->dim() != 1 || t->size(0) < 1)
-        fail(op, name, "1 dimension, [num_sequences + 1]", "shape " + shape_name(shape_of(*t)));
+      if (t->dim != 1 || t->size(0) < 1)
+        fail(op, name, "1 dimension, [num_sequences + 1]", "shape " + shape_name(t->shape()));
       if (t->size(0) > 1 && t->stride(0) != 1)
         fail(op, name, "a contiguous tensor", "stride " + std::to_string(t->stride(0)));
       check_storage(op, name, *t);
     }
-    check_shape(op, "cu_seqlens_kv", *cu_seqlens_kv, shape_of(*cu_seqlens_q), "that of cu_seqlens_q");
-    p.batch = cu_seqlens_q->size(0) - 1;
-    p.cu_seqlens_q = static_cast<const int32_t*>(cu_seqlens_q->const_data_ptr());
-    p.cu_seqlens_kv = static_cast<const int32_t*>(cu_seqlens_kv->const_data_ptr());
+    check_shape(op, "cu_seqlens_kv", cu_seqlens_kv, {cu_seqlens_q.size(0)}, "that of cu_seqlens_q");
+    p.batch = cu_seqlens_q.size(0) - 1;
+    p.cu_seqlens_q = static_cast<const int32_t*>(cu_seqlens_q.data);
+    p.cu_seqlens_kv = static_cast<const int32_t*>(cu_seqlens_kv.data);
   } else {
     p.batch = q.size(0);
     p.seqlen_q = q.size(1);
@@ -211,14 +247,15 @@ inline Problem check_inputs(const char* op, const Tensor& q, const Tensor& k, co
     p.total_q = p.batch * p.seqlen_q;
     p.total_kv = p.batch * p.seqlen_kv;
   }
-  if (sinks.has_value()) {
-    check_same_device(op, "sinks", *sinks, q);
-    check_dtype(op, "sinks", *sinks, ScalarType::Float, "");
-    check_shape(op, "sinks", *sinks, {p.heads_q}, "heads of q");
-    if (p.heads_q > 1 && sinks->stride(0) != 1)
-      fail(op, "sinks", "a contiguous tensor", "stride " + std::to_string(sinks->stride(0)));
-    check_storage(op, "sinks", *sinks);
-    p.sinks = static_cast<const float*>(sinks->const_data_ptr());
+  if (arguments.sinks.has_value()) {
+    const TensorInfo& sinks = *arguments.sinks;
+    check_same_device(op, "sinks", sinks, q);
+    check_dtype(op, "sinks", sinks, ScalarType::Float, "");
+    check_shape(op, "sinks", sinks, {p.heads_q}, "heads of q");
+    if (p.heads_q > 1 && sinks.stride(0) != 1)
+      fail(op, "sinks", "a contiguous tensor", "stride " + std::to_string(sinks.stride(0)));
+    check_storage(op, "sinks", sinks);
+    p.sinks = static_cast<const float*>(sinks.data);
   }
   return p;
 }
@@ -241,48 +278,91 @@ inline int64_t check_cu_seqlens(const char* op, const char* name, const char* ma
   return longest;
 }
 
-// out, dout, lse and dlse of a backward call.
-inline void check_saved(const char* op, const Problem& p, const Tensor& q, const Tensor& dout,
-                        const std::optional<Tensor>& dlse, const Tensor& out, const Tensor& lse) {
-  std::vector<int64_t> out_shape = shape_of(q);
-  out_shape.back() = p.head_dim_v;
-  const std::vector<int64_t> lse_shape = p.cu_seqlens_q ? std::vector<int64_t>{p.heads_q, p.total_q}
-                                                        : std::vector<int64_t>{p.batch, p.heads_q, p.seqlen_q};
-  const std::pair<const char*, const Tensor*> outs[] = {{"dout", &dout}, {"out", &out}};
-  for (const auto& [name, t] : outs) {
-    check_same_device(op, name, *t, q);
-    check_dtype(op, name, *t, q.scalar_type(), " (that of q)");
-    check_shape(op, name, *t, out_shape, "that of the forward's out");
-    check_last_stride(op, name, *t);
-    check_storage(op, name, *t);
-  }
-  const std::pair<const char*, const Tensor*> statistics[] = {{"lse", &lse},
-                                                              {"dlse", dlse.has_value() ? &*dlse : nullptr}};
-  for (const auto& [name, t] : statistics) {
-    if (t == nullptr) continue;
-    check_same_device(op, name, *t, q);
-    check_dtype(op, name, *t, ScalarType::Float, "");
-    check_shape(op, name, *t, lse_shape, "that of the forward's lse");
-    check_storage(op, name, *t);
-  }
+// A tensor like q, as wide as v, and statistics of its rows.
+inline void check_out(const char* op, const char* name, const Problem& p, const TensorInfo& q, const TensorInfo& t) {
+  check_same_device(op, name, t, q);
+  check_dtype(op, name, t, q.dtype, " (that of q)");
+  const char* meaning = "that of the forward's out";
+  if (p.cu_seqlens_q != nullptr)
+    check_shape(op, name, t, {p.total_q, p.heads_q, p.head_dim_v}, meaning);
+  else
+    check_shape(op, name, t, {p.batch, p.seqlen_q, p.heads_q, p.head_dim_v}, meaning);
+  check_last_stride(op, name, t);
+  check_storage(op, name, t);
 }
 
-inline TensorView view_of(const Tensor& t, bool is_packed) {
+// p.seqlen_q of a packed call may be a bound: its statistics have total_q columns.
+inline void check_rows(const char* op, const char* name, const Problem& p, const TensorInfo& q, const TensorInfo& t) {
+  check_same_device(op, name, t, q);
+  check_dtype(op, name, t, ScalarType::Float, "");
+  const char* meaning = "that of the forward's lse";
+  if (p.cu_seqlens_q != nullptr)
+    check_shape(op, name, t, {p.heads_q, p.total_q}, meaning);
+  else
+    check_shape(op, name, t, {p.batch, p.heads_q, p.seqlen_q}, meaning);
+  check_storage(op, name, t);
+}
+
+// out, dout, lse and dlse of a backward call.
+inline void check_saved(const char* op, const Problem& p, const TensorInfo& q, const BackwardTensors& tensors) {
+  check_out(op, "dout", p, q, tensors.dout);
+  check_out(op, "out", p, q, tensors.out);
+  check_rows(op, "lse", p, q, tensors.lse);
+  if (tensors.dlse) check_rows(op, "dlse", p, q, *tensors.dlse);
+}
+
+// A gradient expanded over the rows (lse.sum().backward()) is not contiguous.
+inline bool has_contiguous_rows(const TensorInfo& t) {
+  return t.size(t.dim - 1) <= 1 || t.stride(t.dim - 1) == 1;
+}
+
+inline TensorView view_of(const TensorInfo& t, bool is_packed) {
   TensorView view;
-  view.data = const_cast<void*>(t.const_data_ptr());
+  view.data = t.data;
   view.stride_batch = is_packed ? 0 : t.stride(0);
   view.stride_seqlen = t.stride(is_packed ? 0 : 1);
   view.stride_heads = t.stride(is_packed ? 1 : 2);
   return view;
 }
 
-// The last stride must be 1 (see rows_contiguous in the callers).
-inline RowView row_view_of(const Tensor& t, bool is_packed) {
+// Of contiguous rows.
+inline RowView row_view_of(const TensorInfo& t, bool is_packed) {
   RowView view;
-  view.data = static_cast<float*>(const_cast<void*>(t.const_data_ptr()));
+  view.data = static_cast<float*>(t.data);
   view.stride_batch = is_packed ? 0 : t.stride(0);
   view.stride_heads = t.stride(is_packed ? 0 : 1);
   return view;
+}
+
+inline ForwardParams forward_params(const Problem& p, const Arguments& arguments, const TensorInfo& out,
+                                    const std::optional<TensorInfo>& lse) {
+  const bool is_packed = p.cu_seqlens_q != nullptr;
+  ForwardParams params;
+  params.problem = p;
+  params.q = view_of(arguments.q, is_packed);
+  params.k = view_of(arguments.k, is_packed);
+  params.v = view_of(arguments.v, is_packed);
+  params.out = view_of(out, is_packed);
+  if (lse) params.lse = row_view_of(*lse, is_packed);
+  return params;
+}
+
+inline BackwardParams backward_params(const Problem& p, const Arguments& arguments, const BackwardTensors& tensors) {
+  const bool is_packed = p.cu_seqlens_q != nullptr;
+  BackwardParams params;
+  params.problem = p;
+  params.q = view_of(arguments.q, is_packed);
+  params.k = view_of(arguments.k, is_packed);
+  params.v = view_of(arguments.v, is_packed);
+  params.out = view_of(tensors.out, is_packed);
+  params.dout = view_of(tensors.dout, is_packed);
+  params.lse = row_view_of(tensors.lse, is_packed);
+  if (tensors.dlse) params.dlse = row_view_of(*tensors.dlse, is_packed);
+  if (tensors.dq) params.dq = view_of(*tensors.dq, is_packed);
+  if (tensors.dk) params.dk = view_of(*tensors.dk, is_packed);
+  if (tensors.dv) params.dv = view_of(*tensors.dv, is_packed);
+  if (tensors.dsinks) params.dsinks = static_cast<float*>(tensors.dsinks->data);
+  return params;
 }
 
 }  // namespace flashmla

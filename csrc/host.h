@@ -1,15 +1,41 @@
-// What the host sides share: how outputs are allocated and how a checked call becomes ForwardParams or BackwardParams.
+// What the host sides share: tensors by torch's stable ABI, outputs, and the two ways in: the operators (flashmla_hf/
+// ops.py defines them) and direct.h.
 #pragma once
 
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
-#include <utility>
+#include <cstdio>
+#include <tuple>
 
-#include "checks.h"
+#include "direct.h"
 
 namespace flashmla {
+
+using torch::stable::Tensor;
+
+inline TensorInfo info_of(const Tensor& t) {
+  TensorInfo info;
+  info.data = const_cast<void*>(t.const_data_ptr());
+  info.dtype = t.scalar_type();
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(t.get(), &info.device_type));
+  info.device_index = t.get_device_index();
+  info.dim = t.dim();
+  for (int64_t i = 0; i < std::min<int64_t>(info.dim, TensorInfo::kMostSizes); ++i) {
+    info.sizes[i] = t.size(i);
+    info.strides[i] = t.stride(i);
+  }
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(t.get(), &info.storage_bytes));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_offset(t.get(), &info.storage_offset));
+  return info;
+}
+
+inline std::optional<TensorInfo> info_of(const std::optional<Tensor>& t) {
+  if (!t.has_value()) return std::nullopt;
+  return info_of(*t);
+}
 
 inline int32_t dtype_code(ScalarType dtype) {
   switch (dtype) {
@@ -24,94 +50,168 @@ inline int32_t dtype_code(ScalarType dtype) {
   }
 }
 
-// A contiguous tensor on the device of `like`; Half, BFloat16, Float or Byte. torch::stable::new_empty goes by way of
-// the dispatcher, boxed, and takes several times as long: on a GPU longer than the launch.
-inline Tensor make_tensor(const Tensor& like, const std::vector<int64_t>& shape, ScalarType dtype) {
+// A contiguous tensor on the device of `like`, uninitialised; Half, BFloat16, Float or Byte. torch::stable::new_empty
+// goes by way of the dispatcher, boxed, and takes several times as long: on a GPU longer than the launch.
+inline Tensor make_tensor(const TensorInfo& like, const std::vector<int64_t>& shape, ScalarType dtype) {
   std::vector<int64_t> strides(shape.size());
   int64_t stride = 1;
   for (size_t i = shape.size(); i-- > 0; stride *= std::max<int64_t>(1, shape[i])) strides[i] = stride;
-  int32_t device_type = 0;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
   AtenTensorHandle handle = nullptr;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(shape.size()), shape.data(),
-                                                         strides.data(), dtype_code(dtype), device_type,
-                                                         like.get_device_index(), &handle));
+                                                         strides.data(), dtype_code(dtype), like.device_type,
+                                                         like.device_index, &handle));
   return Tensor(handle);
 }
 
-inline TensorView output_view(const Tensor& t, bool is_packed) {
-  (void)t.mutable_data_ptr();
-  return view_of(t, is_packed);
-}
+// Both ways into a backend, from what it has of its own:
+//   check(op, arguments) -> Problem                            refuses what it does not compute
+//   can_read(info), make_readable(tensor)                      where dout and out have to be copied first
+//   run_forward(op, params, arguments, out), run_backward(op, params, arguments, tensors)
+template <class Backend>
+struct Host {
+  static Arguments arguments_of(const Tensor& q, const Tensor& k, const Tensor& v, const std::optional<Tensor>& sinks,
+                                const std::optional<Tensor>& cu_seqlens_q, const std::optional<Tensor>& cu_seqlens_kv,
+                                int64_t max_seqlen_q, int64_t max_seqlen_kv, double scale, int64_t window_left,
+                                int64_t window_right, double softcap, bool deterministic) {
+    return {info_of(q),   info_of(k),    info_of(v), info_of(sinks), info_of(cu_seqlens_q), info_of(cu_seqlens_kv),
+            max_seqlen_q, max_seqlen_kv, scale,      window_left,    window_right,          softcap,
+            deterministic};
+  }
 
-// A gradient expanded over the rows (lse.sum().backward()) is not contiguous.
-inline Tensor rows_contiguous(const Tensor& t) {
-  const int64_t last = t.dim() - 1;
-  return t.size(last) > 1 && t.stride(last) != 1 ? torch::stable::contiguous(t) : t;
-}
+  static std::tuple<Tensor, Tensor> forward(Tensor q, Tensor k, Tensor v, std::optional<Tensor> sinks,
+                                            std::optional<Tensor> cu_seqlens_q, std::optional<Tensor> cu_seqlens_kv,
+                                            int64_t max_seqlen_q, int64_t max_seqlen_kv, double scale,
+                                            int64_t window_left, int64_t window_right, double softcap,
+                                            bool deterministic) {
+    const char* op = "flash_attn_forward";
+    const Arguments arguments = arguments_of(q, k, v, sinks, cu_seqlens_q, cu_seqlens_kv, max_seqlen_q, max_seqlen_kv,
+                                             scale, window_left, window_right, softcap, deterministic);
+    const Problem p = Backend::check(op, arguments);
+    const TensorInfo& like = arguments.q;
+    const bool is_packed = p.cu_seqlens_q != nullptr;
+    std::vector<int64_t> out_shape = like.shape();
+    out_shape.back() = p.head_dim_v;
+    const Tensor out = make_tensor(like, out_shape, like.dtype);
+    const Tensor lse = make_tensor(
+        like,
+        is_packed ? std::vector<int64_t>{p.heads_q, p.total_q} : std::vector<int64_t>{p.batch, p.heads_q, p.seqlen_q},
+        ScalarType::Float);
+    const TensorInfo out_info = info_of(out);
+    Backend::run_forward(op, forward_params(p, arguments, out_info, info_of(lse)), arguments, out_info);
+    return {out, lse};
+  }
 
-// out [.., seqlen_q, heads_q, head_dim_v] in q's dtype and lse [.., heads_q, seqlen_q] fp32, uninitialised.
-struct ForwardCall {
-  ForwardParams params;
-  Tensor out, lse;
+  static std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
+      Tensor dout, std::optional<Tensor> dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse,
+      std::optional<Tensor> sinks, std::optional<Tensor> cu_seqlens_q, std::optional<Tensor> cu_seqlens_kv,
+      int64_t max_seqlen_q, int64_t max_seqlen_kv, double scale, int64_t window_left, int64_t window_right,
+      double softcap, bool deterministic, bool needs_dq, bool needs_dk, bool needs_dv, bool needs_dsinks) {
+    const char* op = "flash_attn_backward";
+    const Arguments arguments = arguments_of(q, k, v, sinks, cu_seqlens_q, cu_seqlens_kv, max_seqlen_q, max_seqlen_kv,
+                                             scale, window_left, window_right, softcap, deterministic);
+    const Problem p = Backend::check(op, arguments);
+    BackwardTensors tensors{info_of(dout), info_of(out), info_of(lse), info_of(dlse), {}, {}, {}, {}};
+    check_saved(op, p, arguments.q, tensors);
+    if (needs_dsinks && p.sinks == nullptr) fail(op, "needs_dsinks", "False, since sinks is None", "True");
+
+    // Copies are kept until the kernels are launched.
+    const Tensor readable_dout = Backend::make_readable(dout), readable_out = Backend::make_readable(out);
+    auto contiguous_rows = [](const Tensor& t) {
+      return has_contiguous_rows(info_of(t)) ? t : torch::stable::contiguous(t);
+    };
+    const Tensor lse_rows = contiguous_rows(lse), dlse_rows = contiguous_rows(dlse.value_or(lse));
+    tensors.dout = info_of(readable_dout);
+    tensors.out = info_of(readable_out);
+    tensors.lse = info_of(lse_rows);
+    if (dlse.has_value()) tensors.dlse = info_of(dlse_rows);
+
+    // Gradients as their inputs, empty where not needed.
+    auto make_gradient = [&](bool is_needed, const TensorInfo& like, std::vector<int64_t> shape, ScalarType dtype,
+                             std::optional<TensorInfo>& info) {
+      const Tensor gradient = make_tensor(like, is_needed ? shape : std::vector<int64_t>{0}, dtype);
+      if (is_needed) info = info_of(gradient);
+      return gradient;
+    };
+    auto as_input = [&](bool is_needed, const TensorInfo& like, std::optional<TensorInfo>& info) {
+      return make_gradient(is_needed, like, like.shape(), like.dtype, info);
+    };
+    const Tensor dq = as_input(needs_dq, arguments.q, tensors.dq), dk = as_input(needs_dk, arguments.k, tensors.dk),
+                 dv = as_input(needs_dv, arguments.v, tensors.dv),
+                 dsinks = make_gradient(needs_dsinks, arguments.q, {p.heads_q}, ScalarType::Float, tensors.dsinks);
+    if (needs_dq || needs_dk || needs_dv || needs_dsinks)
+      Backend::run_backward(op, backward_params(p, arguments, tensors), arguments, tensors);
+    return {dq, dk, dv, dsinks};
+  }
+
+  // check() throws where the operator is to be called instead; what run() throws is an error.
+  template <class Check, class Run>
+  static DirectResult directly(char* message, size_t size, const Check& check, const Run& run) {
+    Problem p;
+    try {
+      p = check();
+    } catch (const std::exception&) {
+      return kDirectNot;
+    }
+    try {
+      run(p);
+    } catch (const std::exception& error) {
+      std::snprintf(message, size, "%s", error.what());
+      return kDirectFailed;
+    }
+    return kDirectDone;
+  }
+
+  static DirectResult direct_forward(const DirectForward& call, char* message, size_t size) {
+    const char* op = "flash_attn_forward";
+    const Arguments& arguments = call.arguments;
+    auto check = [&] {
+      const Problem p = Backend::check(op, arguments);
+      check_out(op, "out", p, arguments.q, call.out);
+      if (call.lse) check_rows(op, "lse", p, arguments.q, *call.lse);
+      return p;
+    };
+    return directly(message, size, check, [&](const Problem& p) {
+      Backend::run_forward(op, forward_params(p, arguments, call.out, call.lse), arguments, call.out);
+    });
+  }
+
+  static DirectResult direct_backward(const DirectBackward& call, char* message, size_t size) {
+    const char* op = "flash_attn_backward";
+    const Arguments& arguments = call.arguments;
+    const BackwardTensors& tensors = call.tensors;
+    auto check = [&] {
+      const Problem p = Backend::check(op, arguments);
+      check_saved(op, p, arguments.q, tensors);
+      const bool is_in_place =
+          Backend::can_read(tensors.dout) && Backend::can_read(tensors.out) && has_contiguous_rows(tensors.lse) &&
+          (!tensors.dlse || has_contiguous_rows(*tensors.dlse)) && (!tensors.dsinks || p.sinks != nullptr);
+      if (!is_in_place) throw std::runtime_error("to be copied first");
+      return p;
+    };
+    return directly(message, size, check, [&](const Problem& p) {
+      Backend::run_backward(op, backward_params(p, arguments, tensors), arguments, tensors);
+    });
+  }
 };
-
-inline ForwardCall make_forward(const Problem& p, const Tensor& q, const Tensor& k, const Tensor& v) {
-  const bool is_packed = p.cu_seqlens_q != nullptr;
-  std::vector<int64_t> out_shape = shape_of(q);
-  out_shape.back() = p.head_dim_v;
-  ForwardCall call{{},
-                   make_tensor(q, out_shape, q.scalar_type()),
-                   make_tensor(q,
-                               is_packed ? std::vector<int64_t>{p.heads_q, p.total_q}
-                                         : std::vector<int64_t>{p.batch, p.heads_q, p.seqlen_q},
-                               ScalarType::Float)};
-  call.params.problem = p;
-  call.params.q = view_of(q, is_packed);
-  call.params.k = view_of(k, is_packed);
-  call.params.v = view_of(v, is_packed);
-  call.params.out = output_view(call.out, is_packed);
-  call.params.lse = row_view_of(call.lse, is_packed);
-  return call;
-}
-
-// Gradients as their inputs (empty where not needed), dsinks fp32; uninitialised. params reads lse and dlse by way of
-// the rows kept here.
-struct BackwardCall {
-  BackwardParams params;
-  Tensor dq, dk, dv, dsinks;
-  Tensor lse_rows, dlse_rows;
-};
-
-// After check_inputs and check_saved.
-inline BackwardCall make_backward(const char* op, const Problem& p, const Tensor& dout,
-                                  const std::optional<Tensor>& dlse, const Tensor& q, const Tensor& k, const Tensor& v,
-                                  const Tensor& out, const Tensor& lse, bool needs_dq, bool needs_dk, bool needs_dv,
-                                  bool needs_dsinks) {
-  if (needs_dsinks && p.sinks == nullptr) fail(op, "needs_dsinks", "False, since sinks is None", "True");
-  const bool is_packed = p.cu_seqlens_q != nullptr;
-  const std::vector<int64_t> none = {0};
-  BackwardCall call{{},
-                    make_tensor(q, needs_dq ? shape_of(q) : none, q.scalar_type()),
-                    make_tensor(k, needs_dk ? shape_of(k) : none, q.scalar_type()),
-                    make_tensor(v, needs_dv ? shape_of(v) : none, q.scalar_type()),
-                    make_tensor(q, needs_dsinks ? std::vector<int64_t>{p.heads_q} : none, ScalarType::Float),
-                    rows_contiguous(lse),
-                    rows_contiguous(dlse.value_or(lse))};
-  BackwardParams& params = call.params;
-  params.problem = p;
-  params.q = view_of(q, is_packed);
-  params.k = view_of(k, is_packed);
-  params.v = view_of(v, is_packed);
-  params.out = view_of(out, is_packed);
-  params.dout = view_of(dout, is_packed);
-  params.lse = row_view_of(call.lse_rows, is_packed);
-  if (dlse.has_value()) params.dlse = row_view_of(call.dlse_rows, is_packed);
-  if (needs_dq) params.dq = output_view(call.dq, is_packed);
-  if (needs_dk) params.dk = output_view(call.dk, is_packed);
-  if (needs_dv) params.dv = output_view(call.dv, is_packed);
-  if (needs_dsinks) params.dsinks = static_cast<float*>(call.dsinks.mutable_data_ptr());
-  return call;
-}
 
 }  // namespace flashmla
+
+#define FLASHMLA_EXPORT extern "C" __attribute__((visibility("default")))
+
+// The ways in of a backend.
+#define FLASHMLA_HOST(Backend, kDispatchKey)                                                                           \
+  STABLE_TORCH_LIBRARY_IMPL(flashmla, kDispatchKey, m) {                                                               \
+    m.impl("flash_attn_forward", TORCH_BOX(&flashmla::Host<Backend>::forward));                                        \
+    m.impl("flash_attn_backward", TORCH_BOX(&flashmla::Host<Backend>::backward));                                      \
+  }                                                                                                                    \
+  FLASHMLA_EXPORT uint32_t flashmla_direct_abi() {                                                                     \
+    return FLASHMLA_DIRECT_ABI;                                                                                        \
+  }                                                                                                                    \
+  FLASHMLA_EXPORT flashmla::DirectResult flashmla_direct_forward(const flashmla::DirectForward& call, char* message,   \
+                                                                 size_t size) {                                        \
+    return flashmla::Host<Backend>::direct_forward(call, message, size);                                               \
+  }                                                                                                                    \
+  FLASHMLA_EXPORT flashmla::DirectResult flashmla_direct_backward(const flashmla::DirectBackward& call, char* message, \
+                                                                  size_t size) {                                       \
+    return flashmla::Host<Backend>::direct_backward(call, message, size);                                              \
+  }

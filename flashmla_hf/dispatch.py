@@ -39,9 +39,6 @@ _LOG_CHOICES = os.environ.get("FLASHMLA_LOG", "0") == "1"
 _DETERMINISTIC = os.environ.get("FLASH_ATTENTION_DETERMINISTIC", "0") == "1"
 _logged: set[tuple] = set()
 _warned: set[str] = set()
-# What was found out about calls of tensors alone (no sinks, masks, packing): their checks take longer than a short kernel.
-_resolved: dict[tuple, tuple] = {}
-_MOST_RESOLVED = 4096
 
 
 @dataclass(slots=True)  # not frozen: that makes it three times as slow to build, and it is built in every call
@@ -222,9 +219,11 @@ def _run_sdpa(call: Call) -> tuple[torch.Tensor, None]:
     return out.transpose(1, 2), None
 
 
+_SM90 = Implementation(_sm90_refusal, _run_operator, _unaligned)
+_CPU = Implementation(_cpu_refusal, _run_operator)
 IMPLEMENTATIONS = {
-    "sm90": Implementation(_sm90_refusal, _run_operator, _unaligned),
-    "cpu": Implementation(_cpu_refusal, _run_operator),
+    "sm90": _SM90,
+    "cpu": _CPU,
     "flex": Implementation(_flex_refusal, _run_flex),
     "sdpa": Implementation(_sdpa_refusal, _run_sdpa),
     "reference": Implementation(lambda call: None, _run_reference),
@@ -290,44 +289,27 @@ def attention(
         TypeError: an argument of the wrong type or dtype. ValueError: a wrong shape or value. RuntimeError: the
         implementation cannot compute this call, with the reason and the way out.
     """
-    key = found = None
-    # First of all, so that torch.compile traces nothing of this.
-    if not torch.compiler.is_compiling() and not _LOG_CHOICES:
-        others = (sinks, attn_mask, cu_seqlens_q, cu_seqlens_kv, max_seqlen_q, max_seqlen_kv)
-        if type(dropout_p) is float and dropout_p == 0.0 and all(x is None for x in others):
-            key, found = _look_up(q, k, v, scale, is_causal, window, softcap, impl)
-    if found is not None:
-        name, numbers = found
-        call = Call(q, k, v, None, None, None, None, *numbers, 0.0, _is_deterministic(deterministic), bool(return_lse))
-    else:
-        call = _validate(
-            q, k, v, scale, is_causal, window, softcap, sinks, attn_mask, dropout_p, cu_seqlens_q, cu_seqlens_kv,
-            max_seqlen_q, max_seqlen_kv, return_lse, deterministic,
+    # The checks of a call in Python, and the operator's in torch, take longer than a short kernel, and the host's in C++ see
+    # the same things. torch.compile traces nothing of this.
+    if not torch.compiler.is_compiling() and attn_mask is None and not _LOG_CHOICES and _are_operators():
+        output = ops.attend_directly(
+            q, k, v, scale, is_causal, window, softcap, sinks, dropout_p, cu_seqlens_q, cu_seqlens_kv, max_seqlen_q,
+            max_seqlen_kv, _is_deterministic(deterministic), impl, return_lse,
         )  # fmt: skip
-        name, call = _choose(call, impl)
-        if key is not None and name in ("sm90", "cpu") and call.q is q and call.k is k and call.v is v:
-            if len(_resolved) >= _MOST_RESOLVED:
-                _resolved.clear()
-            _resolved[key] = name, (
-                call.max_seqlen_q, call.max_seqlen_kv, call.scale, call.window_left, call.window_right, call.softcap,
-            )  # fmt: skip
+        if output is not None:
+            return output
+    call = _validate(
+        q, k, v, scale, is_causal, window, softcap, sinks, attn_mask, dropout_p, cu_seqlens_q, cu_seqlens_kv,
+        max_seqlen_q, max_seqlen_kv, return_lse, deterministic,
+    )  # fmt: skip
+    name, call = _choose(call, impl)
     out, lse = IMPLEMENTATIONS[name].run(call)
     return (out, lse) if return_lse else out
 
 
-def _look_up(q, k, v, scale, is_causal, window, softcap, impl) -> tuple[tuple | None, tuple | None]:
-    """All that checks and choice depend on in a call of tensors alone, and what is known of it. (None, None) where there
-    is something odd about an argument: the checks say it better."""
-    try:
-        key = (
-            q.shape, k.shape, v.shape, q.stride(), k.stride(), v.stride(),
-            q.storage_offset() % 8, k.storage_offset() % 8, v.storage_offset() % 8,
-            q.dtype, k.dtype, v.dtype, q.device, k.device, v.device, scale, type(scale), bool(is_causal), impl,
-            window and tuple(window), window and tuple(map(type, window)), softcap, type(softcap),
-        )  # fmt: skip
-        return key, _resolved.get(key)
-    except (AttributeError, TypeError, RuntimeError):  # no tensor, a sparse or nested one, or nothing to hash
-        return None, None
+def _are_operators() -> bool:
+    """Whether nobody has put something else in the compiled kernels' place, as tests do."""
+    return IMPLEMENTATIONS["sm90"] is _SM90 and IMPLEMENTATIONS["cpu"] is _CPU
 
 
 def _is_deterministic(wanted: bool | None) -> bool:

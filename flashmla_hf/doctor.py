@@ -94,11 +94,12 @@ def _built(problems: list[str]) -> dict:
         except ValueError as error:
             problems.append(f"{manifest} is not JSON ({error}): reinstall flashmla_hf")
     built["libraries"] = {}
-    for name, filename in ops.LIBRARIES.values():
+    absent = {"sm90": "no_cuda", "direct": "no_direct"}  # where the manifest says why
+    for name, filename in (*ops.LIBRARIES.values(), ("direct", ops.DIRECT)):
         exists = (directory / filename).exists()
         built["libraries"][filename] = ops.unavailable.get(name, "loaded")
-        if name == "sm90" and not exists and built["manifest"] and built["manifest"].get("no_cuda"):
-            built["libraries"][filename] += f": {built['manifest']['no_cuda']}"
+        if not exists and built["manifest"] and built["manifest"].get(absent.get(name)):
+            built["libraries"][filename] += f": {built['manifest'][absent[name]]}"
         # A torch without CUDA has no use for the CUDA library: one wheel is for both.
         if exists and name in ops.unavailable and (name != "sm90" or torch.version.cuda):
             problems.append(f"{ops.unavailable[name]}; reinstall flashmla_hf into this environment")
@@ -283,7 +284,7 @@ def _sections(report: dict) -> list[tuple[str, list[tuple[str, str, bool | None]
     built_rows += plain({"instruction set": built["cpu instruction set"] or "unknown"})
     manifest = built["manifest"] or {"manifest": "none (_build.json is missing)"}
     # What is not there is not listed; why it is not stands beside the library.
-    built_rows += plain({name: value for name, value in manifest.items() if value and name != "no_cuda"})
+    built_rows += plain({name: value for name, value in manifest.items() if value and not name.startswith("no_")})
 
     implementations = []
     for name, entry in report["implementations"].items():

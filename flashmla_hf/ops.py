@@ -31,6 +31,7 @@ import threading
 from pathlib import Path
 
 import torch
+from torch.autograd import forward_ad
 
 FORWARD_SCHEMA = (
     "(Tensor q, Tensor k, Tensor v, Tensor? sinks, Tensor? cu_seqlens_q, Tensor? cu_seqlens_kv, "
@@ -49,7 +50,11 @@ BACKWARD_SCHEMA = (
 # torch's stable ABI, so one file serves every torch >= 2.10 and every Python.
 LIBRARIES = {"CPU": ("cpu", "libflashmla_cpu.so"), "CUDA": ("sm90", "libflashmla_sm90.so")}
 
-# Why an implementation's library is not loaded; no entry means it is loaded and registered.
+# The module past torch's dispatcher, of Python's limited API (csrc/direct/direct.cpp).
+DIRECT = "_direct.abi3.so"
+
+# Why an implementation's library is not loaded; no entry means it is loaded and registered. "direct" is
+# that module: without it every call goes by way of the operators.
 unavailable: dict[str, str] = {}
 
 for _name, _schema in (("flash_attn_forward", FORWARD_SCHEMA), ("flash_attn_backward", BACKWARD_SCHEMA)):
@@ -105,20 +110,28 @@ def _setup_context(ctx, inputs, output):
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx, dout, dlse):
+def _gradients(ctx, dout, dlse) -> tuple:
+    """Of q, k, v and sinks; ``None`` where nobody needs one."""
     q, k, v, out, lse, sinks, cu_seqlens_q, cu_seqlens_kv = ctx.saved_tensors
-    unneeded = (None,) * (len(ctx.options) + 2)
     needs = ctx.needs_input_grad[:4]
     if (dout is None and dlse is None) or not any(needs):
-        return (None, None, None, None, *unneeded)
+        return (None, None, None, None)
     if dout is None:
         dout = torch.zeros_like(out)
     if dout.stride(-1) != 1:
         dout = dout.contiguous()
-    grads = torch.ops.flashmla.flash_attn_backward.default(
-        dout, dlse, q, k, v, out, lse, sinks, cu_seqlens_q, cu_seqlens_kv, *ctx.options, *needs
-    )
-    return (*(grad if need else None for grad, need in zip(grads, needs, strict=True)), *unneeded)
+    inputs = (q, k, v, sinks, cu_seqlens_q, cu_seqlens_kv, *ctx.options)
+    # A graph of this (create_graph=True) is the operator's to refuse; who watches operators is to see this one.
+    if _direct is not None and not torch.compiler.is_compiling() and not torch.is_grad_enabled():
+        grads = _direct.backward(dout, dlse, out, lse, *needs, *inputs)
+        if grads is not None:
+            return grads
+    grads = torch.ops.flashmla.flash_attn_backward.default(dout, dlse, q, k, v, out, lse, *inputs[3:], *needs)
+    return tuple(grad if need else None for grad, need in zip(grads, needs, strict=True))
+
+
+def _backward(ctx, dout, dlse):
+    return (*_gradients(ctx, dout, dlse), *(None,) * (len(ctx.options) + 2))
 
 
 torch.library.register_autograd("flashmla::flash_attn_forward", _backward, setup_context=_setup_context)
@@ -138,31 +151,99 @@ keeper = _Keeper()
 
 
 class _FlashAttention(torch.autograd.Function):
-    """The same formula for a call from Python, without torch.library's wrapping, which costs more than a short kernel."""
+    """The same formula for a call from Python, without torch.library's wrapping, which costs more than a short kernel.
+
+    ``output`` is (out, lse) where that is computed already. Gives out, and lse where it is wanted.
+    """
 
     @staticmethod
-    def forward(ctx, *inputs):
-        store = keeper.store
-        output = store.take() if store is not None else None
+    def forward(ctx, q, k, v, sinks, others, output, wants_lse):
+        inputs = (q, k, v, sinks, *others)
         if output is None:
-            with torch._C._AutoDispatchBelowAutograd():
-                output = torch.ops.flashmla.flash_attn_forward.default(*inputs)
-            if store is not None:
-                store.put(*output)
+            output = _take_or_compute(inputs)
         _setup_context(ctx, inputs, output)
-        return output
+        return output if wants_lse else output[0]
 
-    backward = staticmethod(_backward)
+    @staticmethod
+    def backward(ctx, dout, dlse=None):
+        return (*_gradients(ctx, dout, dlse), None, None, None)
 
 
 def flash_attn(*inputs):
     """``torch.ops.flashmla.flash_attn_forward(*inputs)``, with less overhead where nothing is being traced."""
     if torch.compiler.is_compiling():
         return torch.ops.flashmla.flash_attn_forward(*inputs)
+    if forward_ad._current_level >= 0:
+        _refuse_tangents(inputs[:4])
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs[:4]):
-        return _FlashAttention.apply(*inputs)
+        return _FlashAttention.apply(*inputs[:4], inputs[4:], None, True)
+    return _call_operator(*inputs)
+
+
+def _refuse_tangents(tensors):
+    """torch.library would drop them without a word."""
+    for name, x in zip(("q", "k", "v", "sinks"), tensors, strict=True):
+        if x is not None and forward_ad.unpack_dual(x).tangent is not None:
+            raise RuntimeError(
+                f"flash_attn_forward: {name}: expected no tangent, got a dual tensor: forward-mode derivatives need "
+                "impl='reference'"
+            )
+
+
+def _call_operator(*inputs):
     with torch._C._AutoDispatchBelowAutograd():
         return torch.ops.flashmla.flash_attn_forward.default(*inputs)
+
+
+def _take_or_compute(inputs):
+    store = keeper.store
+    output = store.take() if store is not None else None
+    if output is None:
+        output = _call_operator(*inputs)
+        if store is not None:
+            store.put(*output)
+    return output
+
+
+def _load_direct():
+    """The module, or ``None``."""
+    if not Path(__file__).with_name(DIRECT).exists():
+        unavailable["direct"] = f"{DIRECT} was not built"
+        return None
+    device_types = {"CPU": 0, "CUDA": 1}  # c10/core/DeviceType.h
+    loaded = [
+        (device_types[key], impl, str(Path(__file__).with_name(filename)))
+        for key, (impl, filename) in LIBRARIES.items()
+        if impl not in unavailable
+    ]
+    try:
+        from flashmla_hf import _direct
+
+        # torch.autograd.Function.apply less its look for torch.func, in whose absence alone _direct.attend goes on.
+        _direct.set_up(super(torch.autograd.Function, _FlashAttention).apply, tuple(loaded))
+    except (
+        ImportError,
+        AttributeError,
+        RuntimeError,
+    ) as error:  # a torch without what it uses, libraries of another build
+        unavailable["direct"] = f"{DIRECT} is not used with torch {torch.__version__}: {error}"
+        return None
+    return _direct
+
+
+_direct = _load_direct()
+
+
+def attend_directly(*arguments):
+    """``flashmla_hf.attention`` of plain calls, past torch's dispatcher, which takes longer than the launch of a short kernel.
+
+    Takes (q, k, v, scale, is_causal, window, softcap, sinks, dropout_p, cu_seqlens_q, cu_seqlens_kv, max_seqlen_q,
+    max_seqlen_kv, deterministic, impl, return_lse) as they come. ``None`` where that way is not open: somebody wants to see
+    operators called (a dispatch mode, a profiler, ``torch.func``), keeps outputs, a tensor is not plain (a subclass, a view
+    that negates), has to be copied first, or something is wrong. Nothing has been computed then, and nothing says why: the
+    long way does.
+    """
+    return _direct.attend(*arguments) if _direct is not None and keeper.store is None else None
 
 
 def _refuse_second_derivative(ctx, *grads):

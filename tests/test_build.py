@@ -69,6 +69,7 @@ def test_the_wheel_serves_every_python_and_holds_the_library(wheel):
     assert re.fullmatch(rf"flashmla_hf-{flashmla_hf.__version__}-py3-none-linux_\w+\.whl", wheel.name), wheel.name
     names = zipfile.ZipFile(wheel).namelist()
     assert "flashmla_hf/libflashmla_cpu.so" in names
+    assert "flashmla_hf/_direct.abi3.so" in names
     assert "flashmla_hf/_build.json" in names
     assert "flashmla_hf/patches/__init__.py" in names
     assert not any(name.startswith(("tests/", "csrc/")) for name in names)
@@ -107,6 +108,20 @@ def test_the_library_binds_to_no_python_and_to_the_oldest_supported_torch():
     text = header.read_text()
     newer = text[text.index("TORCH_VERSION_2_11_0") :] if "TORCH_VERSION_2_11_0" in text else ""
     assert not [name for name in torch_names if re.search(rf"\b{name}\(", newer)]
+
+
+def test_the_direct_module_is_of_the_limited_api_and_binds_to_no_torch():
+    """Undefined symbols: what Python 3.10 promises every later one, and nothing of torch's."""
+    library = ROOT / "flashmla_hf" / "_direct.abi3.so"
+    symbols = subprocess.run(["nm", "-D", "--undefined-only", library], capture_output=True, text=True, check=True)
+    names = [line.split()[-1] for line in symbols.stdout.splitlines()]
+    assert not [
+        name for name in names if name.startswith(("aoti_torch", "torch_")) or "_ZN2at" in name or "c10" in name
+    ]
+    # The private ones are what Py_DECREF, Py_None and PY_SSIZE_T_CLEAN become.
+    private = {name for name in names if name.startswith("_Py")}
+    assert private <= {"_Py_Dealloc", "_Py_NoneStruct", "_Py_TrueStruct", "_Py_FalseStruct", "_Py_BuildValue_SizeT",
+                       "_PyArg_ParseTuple_SizeT", "_PyObject_CallFunction_SizeT", "_Py_DecRef", "_Py_IncRef"}  # fmt: skip
 
 
 def setup(directory, **environment):
@@ -342,14 +357,19 @@ class Package:
 
     def __init__(self, directory):
         self.directory = directory / "package"
-        for name in ("flashmla_hf/patches", "csrc/cpu", "csrc/sm90"):
+        for name in ("flashmla_hf/patches", "csrc/cpu", "csrc/sm90", "csrc/direct"):
             (self.directory / name).mkdir(parents=True)
-        for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "csrc/sm90/check_build.py"):
+        for name in (
+            "setup.py", "pyproject.toml", "README.md", "LICENSE", "csrc/sm90/check_build.py", "csrc/direct/sources.json",
+        ):  # fmt: skip
             shutil.copy(ROOT / name, self.directory / name)
         for name, text in {
             "flashmla_hf/__init__.py": "__version__ = '1.0'\n",
             "flashmla_hf/patches/__init__.py": "",
             "csrc/params.h": "",
+            "csrc/direct.h": "",
+            "csrc/checks.h": "",
+            "csrc/direct/direct.cpp": 'extern "C" int direct() { return FLASHMLA_DIRECT_ABI != 0; }\n',
             "csrc/cpu/cpu.h": "",
             "csrc/cpu/cpu.cpp": 'extern "C" int cpu() { return 0; }\n',
             "csrc/sm90/kernel.cuh": "",
@@ -398,9 +418,12 @@ def package(tmp_path):
     return Package(tmp_path)
 
 
-def test_cuda_builds_both_libraries_into_the_wheel(package):
+LIBRARIES = ["libflashmla_cpu.so", "libflashmla_sm90.so", "_direct.abi3.so"]
+
+
+def test_cuda_builds_every_library_into_the_wheel(package):
     package.build("bdist_wheel", FLASHMLA_BUILD="cuda")
-    assert {"flashmla_hf/libflashmla_cpu.so", "flashmla_hf/libflashmla_sm90.so"} <= set(package.wheel_names())
+    assert {f"flashmla_hf/{name}" for name in LIBRARIES} <= set(package.wheel_names())
     package.build("bdist_wheel", FLASHMLA_BUILD="cpu")  # the other library is no longer in the build directory
     assert "flashmla_hf/libflashmla_sm90.so" not in package.wheel_names()
 
@@ -408,14 +431,14 @@ def test_cuda_builds_both_libraries_into_the_wheel(package):
 def test_auto_builds_cuda_where_it_can(package):
     package.build(FLASHMLA_BUILD="auto")
     manifest = package.manifest()
-    assert manifest["libraries"] == ["libflashmla_cpu.so", "libflashmla_sm90.so"]
+    assert manifest["libraries"] == LIBRARIES
     assert (manifest["cuda"], manifest["archs"], manifest["no_cuda"]) == ("12.3", ["90a"], None)
 
 
-def test_an_editable_build_leaves_both_libraries_in_place(package):
+def test_an_editable_build_leaves_every_library_in_place(package):
     package.run("-c", "from setuptools import build_meta; build_meta.build_editable('.')", FLASHMLA_BUILD="cuda")
     assert package.exit_code == 0, package.stderr
-    assert package.manifest()["libraries"] == ["libflashmla_cpu.so", "libflashmla_sm90.so"]
+    assert package.manifest()["libraries"] == LIBRARIES
     assert all((package.directory / "flashmla_hf" / name).exists() for name in package.manifest()["libraries"])
 
 
@@ -424,7 +447,11 @@ def test_auto_says_once_why_it_builds_for_the_cpu_alone(package):
     assert package.exit_code == 0
     assert stdout.count("flashmla_hf: building the CPU library alone: TORCH_CUDA_ARCH_LIST: expected 9.0 among") == 1
     manifest = package.manifest()
-    assert (manifest["libraries"], manifest["cuda"], manifest["archs"]) == (["libflashmla_cpu.so"], None, [])
+    assert (manifest["libraries"], manifest["cuda"], manifest["archs"]) == (
+        ["libflashmla_cpu.so", "_direct.abi3.so"],
+        None,
+        [],
+    )
     assert manifest["no_cuda"].startswith("TORCH_CUDA_ARCH_LIST: expected 9.0")
 
 
@@ -439,14 +466,15 @@ def test_cuda_ends_with_the_reason_where_it_cannot_be_had(package):
 
 
 def test_only_what_changed_is_compiled_again(package):
-    assert package.build(FLASHMLA_BUILD="cuda") == {"cpu.cpp", "host.cpp", "kernel.cu"}
+    every = {"cpu.cpp", "host.cpp", "kernel.cu", "direct.cpp"}
+    assert package.build(FLASHMLA_BUILD="cuda") == every
     assert package.build(FLASHMLA_BUILD="cuda") == set()
     (package.directory / "csrc/sm90/kernel.cuh").touch()
     assert package.build(FLASHMLA_BUILD="cuda") == {"host.cpp", "kernel.cu"}
     (package.directory / "csrc/cpu/cpu.cpp").touch()
     assert package.build(FLASHMLA_BUILD="cuda") == {"cpu.cpp"}
     (package.directory / "csrc/params.h").touch()
-    assert package.build(FLASHMLA_BUILD="cuda") == {"cpu.cpp", "host.cpp", "kernel.cu"}
+    assert package.build(FLASHMLA_BUILD="cuda") == every
     # With CXX the commands differ, nvcc's by its host compiler.
     assert package.build(FLASHMLA_BUILD="cuda", CXX="g++") == {"host.cpp", "kernel.cu"}
 
@@ -464,6 +492,52 @@ def test_the_cuda_library_asks_for_torch_cuda_at_run_time(package):
     library = package.directory / "flashmla_hf/libflashmla_sm90.so"
     dynamic = subprocess.run(["readelf", "-d", library], capture_output=True, text=True, check=True).stdout
     assert "[libtorch_cuda.so]" in dynamic
+
+
+def test_libraries_know_whether_they_share_the_types_of_a_direct_call(package):
+    package.build()
+    before = direct_abis(package)
+    assert len(set(before)) == 1
+    (package.directory / "csrc/checks.h").write_text("// another type\n")
+    package.build()
+    assert len(set(direct_abis(package))) == 1
+    assert direct_abis(package) != before
+
+
+def direct_abis(package):
+    records = (json.loads(path.read_text()) for path in package.directory.glob("build/temp*/*/*.json"))
+    return [word for record in records for word in record["command"] if word.startswith("-DFLASHMLA_DIRECT_ABI=")]
+
+
+@pytest.mark.parametrize("missing", ["Python.h", "DLPackExchangeAPI"])
+def test_without_its_headers_the_direct_way_is_left_out_with_a_reason(package, tmp_path, missing):
+    """The rest is built; and what an earlier build left is not taken into a wheel."""
+    package.build("bdist_wheel", FLASHMLA_BUILD="cpu")
+    if missing == "Python.h":
+        program = (
+            "import runpy, sys, sysconfig\n"
+            "paths = sysconfig.get_path\n"
+            f"sysconfig.get_path = lambda name, *a, **k: {str(tmp_path)!r} if name == 'include' else paths(name, *a, **k)\n"
+            "sys.argv = ['setup.py', 'bdist_wheel']\n"
+            "runpy.run_path('setup.py', run_name='__main__')\n"
+        )
+        stdout, reason = (
+            package.run("-c", program, FLASHMLA_BUILD="cpu"),
+            "Python's headers (Python.h, of a package like ",
+        )
+    else:
+        torch_dir = tmp_path / "torch"
+        (torch_dir / "include/ATen").mkdir(parents=True)
+        (torch_dir / "version.py").write_text("__version__ = '2.10.0'\n")
+        (torch_dir / "include/ATen/dlpack.h").write_text("struct DLTensor;\n")
+        (torch_dir / "lib").symlink_to(Path(torch.__file__).parent / "lib")
+        environment = {"FLASHMLA_BUILD": "cpu", "FLASHMLA_TORCH_DIR": str(torch_dir)}
+        stdout, reason = package.run("setup.py", "bdist_wheel", **environment), "this torch's ATen/dlpack.h has no "
+    assert package.exit_code == 0, stdout + package.stderr
+    assert f"flashmla_hf: building without _direct, calls take some microseconds longer: {reason}" in stdout
+    names = package.wheel_names()
+    assert "flashmla_hf/libflashmla_cpu.so" in names
+    assert "flashmla_hf/_direct.abi3.so" not in names
 
 
 def test_a_compiler_error_in_a_kernel_names_the_way_out(package):

@@ -116,7 +116,7 @@ def test_too_small_a_bound_on_the_sequence_length_raises():
 
 def test_a_missing_library_is_refused_with_the_reason_and_the_way_out(monkeypatch):
     monkeypatch.setitem(ops.unavailable, "cpu", "libflashmla_cpu.so was not built")
-    monkeypatch.setattr(dispatch, "_resolved", {})
+    monkeypatch.setattr(ops, "_direct", None)  # which had found the library
     with pytest.raises(RuntimeError, match=re.escape("cpu: libflashmla_cpu.so was not built; reinstall flashmla_hf")):
         attention(**qkv())
 

@@ -177,7 +177,6 @@ def test_a_call_that_goes_elsewhere_is_noticed():
     """The count above must see it: sm90 refuses, another implementation answers with the right numbers."""
     family = next(family for family in FAMILIES if family.name == "Llama")
     saved = dict(dispatch.IMPLEMENTATIONS)
-    dispatch._resolved.clear()  # what calls of these shapes were answered with before
     oracle = dispatch.IMPLEMENTATIONS["reference"]
     dispatch.IMPLEMENTATIONS[IMPL] = replace(saved[IMPL], refusal=lambda call: "a test")
     dispatch.IMPLEMENTATIONS["flex"] = oracle
@@ -193,7 +192,6 @@ def test_a_call_that_goes_elsewhere_is_noticed():
             misses_the_rule(family, "none", torch.bfloat16)
     finally:
         dispatch.IMPLEMENTATIONS.update(saved)
-        dispatch._resolved.clear()
 
 
 def test_generation_decodes_on_sm90():

@@ -1,0 +1,381 @@
+"""The way past torch's dispatcher (csrc/direct/direct.cpp): it gives what the operators give, bit for bit, and stands back
+wherever somebody watches, a tensor is not what it seems, or something is wrong."""
+
+import contextlib
+import subprocess
+import sys
+
+import gpu_support
+import numpy
+import pytest
+import torch
+from cases import CASES, Case
+from numerics import run
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from flashmla_hf import attention, ops
+
+pytestmark = pytest.mark.skipif(ops._direct is None, reason=str(ops.unavailable.get("direct")))
+
+ON_GPU = pytest.param(
+    "cuda", marks=pytest.mark.skipif(gpu_support.sm90_missing() is not None, reason=str(gpu_support.sm90_missing()))
+)
+on_each_device = pytest.mark.parametrize("device", ["cpu", ON_GPU])
+CASE = Case(batch=2, seqlen_q=40, heads_q=4, heads_kv=2, head_dim_qk=64, is_causal=True, has_sinks=True)
+
+
+class Spy:
+    """In the module's place: which of its functions computed something."""
+
+    def __init__(self, module):
+        self.module, self.done = module, []
+
+    def __getattr__(self, name):
+        def call(*arguments):
+            result = getattr(self.module, name)(*arguments)
+            if result is not None:
+                self.done.append(name)
+            return result
+
+        return call
+
+
+@pytest.fixture
+def direct(monkeypatch):
+    spy = Spy(ops._direct)
+    monkeypatch.setattr(ops, "_direct", spy)
+    return spy
+
+
+@contextlib.contextmanager
+def by_the_operator():
+    module, ops._direct = ops._direct, None
+    try:
+        yield
+    finally:
+        ops._direct = module
+
+
+def tensors(device="cpu", dtype=torch.bfloat16, requires_grad=False, case=CASE):
+    t = case.inputs(dtype, device)
+    leaves = {"q": t.q, "k": t.k, "v": t.v, "sinks": t.sinks}
+    return {name: x.detach().clone().requires_grad_(requires_grad) for name, x in leaves.items()}
+
+
+def deterministic(**arguments):
+    return attention(**arguments, deterministic=True)
+
+
+def assert_same(mine, other):
+    for name, x in mine.tensors.items():
+        torch.testing.assert_close(
+            x, other.tensors[name], rtol=0, atol=0, equal_nan=True, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+# ---- What it computes ------------------------------------------------------------------------------------------------
+
+
+@on_each_device
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_it_gives_what_the_operators_give(case, device, direct):
+    if device == "cuda" and case.sm90_row is None:
+        pytest.skip("not for sm90")
+    inputs = case.inputs(torch.bfloat16, device)
+    mine = run(deterministic, case, inputs)
+    assert direct.done == ["attend", "backward"]
+    with by_the_operator():
+        assert_same(mine, run(deterministic, case, inputs))
+
+
+@on_each_device
+@pytest.mark.parametrize("wants", [("q",), ("k",), ("v",), ("k", "v"), ("sinks",), ("q", "k", "v", "sinks")])
+@pytest.mark.parametrize("flows", [("dout",), ("dlse",), ("dout", "dlse")], ids="+".join)
+def test_gradients_of_every_subset(wants, flows, device, direct):
+    inputs = CASE.inputs(torch.bfloat16, device)
+    options = {"wants": wants, "has_dout": "dout" in flows, "has_dlse": "dlse" in flows}
+    mine = run(deterministic, CASE, inputs, **options)
+    assert direct.done == ["attend", "backward"]
+    with by_the_operator():
+        assert_same(mine, run(deterministic, CASE, inputs, **options))
+
+
+@on_each_device
+def test_without_gradients_nobody_writes_the_lse(device, direct):
+    arguments = tensors(device)
+    out = attention(**arguments, is_causal=True)
+    out_too, lse = attention(**arguments, is_causal=True, return_lse=True)
+    assert direct.done == ["attend", "attend"]
+    assert torch.equal(out, out_too)
+    assert lse.shape == (2, 4, 40)
+    assert lse.dtype == torch.float32
+
+
+@on_each_device
+def test_parameters_and_no_grad(device, direct):
+    arguments = {name: torch.nn.Parameter(x) for name, x in tensors(device).items()}
+    with torch.no_grad():
+        out = attention(**arguments)
+    assert direct.done == ["attend"]
+    assert out.grad_fn is None
+    assert attention(**arguments).grad_fn is not None
+    assert direct.done == ["attend", "attend"]
+
+
+@on_each_device
+def test_an_explicit_implementation_is_that_or_refused(device, direct):
+    arguments = tensors(device)
+    attention(**arguments, impl={"cpu": "cpu", "cuda": "sm90"}[device])
+    assert direct.done == ["attend"]
+    attention(**arguments, impl="reference")
+    assert direct.done == ["attend"]
+    with pytest.raises(RuntimeError, match="cannot compute this call"):
+        attention(**arguments, impl={"cpu": "sm90", "cuda": "cpu"}[device])
+    with pytest.raises(ValueError, match="impl: expected one of"):
+        attention(**arguments, impl="gpu")
+
+
+# ---- Where it stands back --------------------------------------------------------------------------------------------
+
+
+class Subclass(torch.Tensor):
+    pass
+
+
+class SeesOperators(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+class SeesFunctions(TorchFunctionMode):
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        return func(*args, **(kwargs or {}))
+
+
+def negated(x):
+    """A view that says it is -x."""
+    return torch._neg_view(x)
+
+
+NOT_PLAIN = {
+    "subclass": lambda t: {**t, "k": t["k"].as_subclass(Subclass)},
+    "negative view": lambda t: {**t, "k": negated(t["k"])},
+    "float64": lambda t: {name: x.double() for name, x in t.items()},
+    "half sinks": lambda t: {**t, "sinks": t["sinks"].bfloat16()},
+    "numpy window": lambda t: {**t, "window": (numpy.int64(3), numpy.int64(0))},
+    "list window": lambda t: {**t, "window": [3, 0]},
+    "numpy scale": lambda t: {**t, "scale": numpy.float64(0.3)},
+    "dropout 0.0": lambda t: {**t, "dropout_p": numpy.float64(0.0)},
+    "attn_mask": lambda t: {**t, "attn_mask": torch.ones(40, 40, dtype=torch.bool)},
+}
+
+
+@pytest.mark.filterwarnings("ignore:flashmla attention. attn_mask")
+@pytest.mark.parametrize("change", NOT_PLAIN.values(), ids=NOT_PLAIN.keys())
+def test_what_is_not_plain_goes_the_long_way_and_is_right(change, direct):
+    arguments = change(tensors(dtype=torch.float32))
+    # By the reference the sinks come with float64.
+    options = {"impl": "reference"} if arguments["q"].dtype == torch.float64 else {}
+    out = attention(**arguments, **options)
+    assert direct.done == []
+    expected = attention(**{n: x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x
+                            for n, x in arguments.items()}, impl="reference")  # fmt: skip
+    torch.testing.assert_close(
+        out.double().as_subclass(torch.Tensor), expected.as_subclass(torch.Tensor), rtol=1e-5, atol=1e-5
+    )
+
+
+def profiler():
+    return torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU])
+
+
+@pytest.mark.parametrize("watch", [SeesOperators, SeesFunctions, profiler])
+def test_who_watches_sees_operators_forward_and_backward(watch, direct):
+    arguments = tensors(requires_grad=True)
+    with watch() as watcher:
+        attention(**arguments).float().sum().backward()
+    # Of a function mode backward is one function; what is inside is not seen by it anyhow.
+    assert direct.done == (["backward"] if watch is SeesFunctions else [])
+    if watch is SeesOperators:
+        assert {"flashmla::flash_attn_forward", "flashmla::flash_attn_backward"} <= set(watcher.names)
+    if watch is profiler:
+        names = {event.key for event in watcher.key_averages()}
+        assert {"flashmla::flash_attn_forward", "flashmla::flash_attn_backward"} <= names
+
+
+def test_who_watches_backward_alone_sees_the_operator(direct):
+    out = attention(**tensors(requires_grad=True))
+    with SeesOperators() as watcher:
+        out.float().sum().backward()
+    assert "flashmla::flash_attn_backward" in watcher.names
+    assert "backward" not in direct.done
+
+
+def test_torch_func_is_refused(direct):
+    q, k, v, _ = tensors(dtype=torch.float32).values()
+    with pytest.raises(RuntimeError, match="functorch transforms"):
+        torch.func.grad(lambda q: attention(q, k, v).square().sum())(q)
+    assert direct.done == []
+
+
+@pytest.mark.parametrize("name", ["q", "k", "v", "sinks"])
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_forward_mode_is_refused_and_not_dropped(name, requires_grad, direct):
+    arguments = tensors(dtype=torch.float32, requires_grad=requires_grad)
+    with torch.autograd.forward_ad.dual_level():
+        x = arguments[name]
+        dual = {**arguments, name: torch.autograd.forward_ad.make_dual(x, torch.ones_like(x))}
+        with pytest.raises(RuntimeError, match=f"flash_attn_forward: {name}: expected no tangent"):
+            attention(**dual)
+        assert attention(**arguments).shape == arguments["q"].shape
+    assert direct.done == []
+
+
+def test_gradients_in_batches(direct):
+    arguments = tensors(dtype=torch.float32, requires_grad=True)
+    out = attention(**arguments)
+    dout = torch.randn(3, *out.shape)
+    with by_the_operator():
+        expected = [torch.autograd.grad(out, arguments["q"], d, retain_graph=True)[0] for d in dout]
+    try:
+        (found,) = torch.autograd.grad(out, arguments["q"], dout, is_grads_batched=True)
+    except RuntimeError:
+        return  # refused is right, too
+    torch.testing.assert_close(found, torch.stack(expected))
+
+
+def test_a_gradient_of_zeros_without_memory(direct):
+    arguments = tensors(dtype=torch.float32, requires_grad=True)
+    out = attention(**arguments)
+    with pytest.raises(RuntimeError, match="dout: expected a contiguous last dimension"):
+        torch.autograd.grad(out, arguments["q"], torch._efficientzerotensor(out.shape))
+
+
+@on_each_device
+def test_layouts_that_are_copied_first(device, direct):
+    """A gradient that is expanded, transposed or unaligned."""
+    arguments = tensors(device, requires_grad=True)
+    out = deterministic(**arguments, is_causal=True)
+    wide = torch.randn(*out.shape[:-1], 65, device=device).to(out.dtype)
+    for dout in (torch.ones((), device=device, dtype=out.dtype).expand(out.shape), wide[..., 1:], wide[..., :64]):
+        found = torch.autograd.grad(out, list(arguments.values()), dout, retain_graph=True)
+        expected = torch.autograd.grad(out, list(arguments.values()), dout.contiguous(), retain_graph=True)
+        for x, y in zip(found, expected, strict=True):
+            assert torch.equal(x, y)
+
+
+def test_hooks_on_saved_tensors_may_hand_over_anything(direct):
+    arguments = tensors(requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x.as_subclass(Subclass)):
+        out = attention(**arguments)
+    found = torch.autograd.grad(out, list(arguments.values()), torch.ones_like(out))
+    assert "backward" not in direct.done
+    with by_the_operator():
+        out = attention(**arguments)
+        expected = torch.autograd.grad(out, list(arguments.values()), torch.ones_like(out))
+    for x, y in zip(found, expected, strict=True):
+        torch.testing.assert_close(x.as_subclass(torch.Tensor), y)
+
+
+def test_a_second_derivative_is_refused(direct):
+    arguments = tensors(dtype=torch.float32, requires_grad=True)
+    (dq,) = torch.autograd.grad(attention(**arguments).sum(), arguments["q"], create_graph=True)
+    with pytest.raises(RuntimeError, match="flash_attn_backward: has no derivative"):
+        dq.sum().backward()
+
+
+# ---- What is wrong ---------------------------------------------------------------------------------------------------
+
+
+def shrunken(x):
+    x = x.clone()
+    x.untyped_storage().resize_(x.untyped_storage().nbytes() // 2)
+    return x
+
+
+WRONG = {
+    "no tensor": lambda t: {**t, "q": [1.0, 2.0]},
+    "none": lambda t: {**t, "k": None},
+    "sparse": lambda t: {**t, "v": t["v"].to_sparse()},
+    "too few dimensions": lambda t: {**t, "q": t["q"][0]},
+    "too many dimensions": lambda t: {**t, "q": t["q"].reshape(2, 1, 1, 1, 1, 1, 1, 1, 1, 40, 4, 64)},
+    "dtype": lambda t: {**t, "k": t["k"].half()},
+    "integers": lambda t: {name: x.int() for name, x in t.items()},
+    "heads": lambda t: {**t, "k": t["k"][:, :, :1].expand(-1, -1, 3, -1)},
+    "batch": lambda t: {**t, "k": t["k"][:1]},
+    "width": lambda t: {**t, "k": t["k"][..., :32]},
+    "stride": lambda t: {**t, "q": t["q"].transpose(2, 3).contiguous().transpose(2, 3)},
+    "storage": lambda t: {**t, "k": shrunken(t["k"])},
+    "sinks": lambda t: {**t, "sinks": t["sinks"][:2]},
+    "sinks, no tensor": lambda t: {**t, "sinks": 0.0},
+    "scale": lambda t: {**t, "scale": float("nan")},
+    "a huge scale": lambda t: {**t, "scale": 10**400},
+    "scale, a bool": lambda t: {**t, "scale": True},
+    "softcap": lambda t: {**t, "softcap": -1.0},
+    "softcap, none": lambda t: {**t, "softcap": None},
+    "dropout": lambda t: {**t, "dropout_p": 1.5},
+    "window": lambda t: {**t, "window": (-2, 0)},
+    "window, one": lambda t: {**t, "window": (1,)},
+    "window, a float": lambda t: {**t, "window": (1.0, 0)},
+    "window, a bool": lambda t: {**t, "window": (True, 0)},
+    "max_seqlen": lambda t: {**t, "max_seqlen_q": 40},
+    "cu_seqlens, a list": lambda t: {**t, "q": t["q"][0], "k": t["k"][0], "v": t["v"][0],
+                                     "cu_seqlens_q": [0, 40], "cu_seqlens_kv": [0, 40]},
+    "cu_seqlens, one": lambda t: {**t, "q": t["q"][0], "k": t["k"][0], "v": t["v"][0],
+                                  "cu_seqlens_q": torch.tensor([0, 40], dtype=torch.int32)},
+    "cu_seqlens, int64": lambda t: {**t, "q": t["q"][0], "k": t["k"][0], "v": t["v"][0],
+                                    "cu_seqlens_q": torch.tensor([0, 40]), "cu_seqlens_kv": torch.tensor([0, 40])},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("requires_grad", [False, True], ids=["no gradients", "gradients"])
+@pytest.mark.parametrize("change", WRONG.values(), ids=WRONG.keys())
+def test_what_is_wrong_is_said_by_the_long_way(change, requires_grad, direct):
+    def failure():
+        arguments = {n: x.detach() if isinstance(x, torch.Tensor) else x for n, x in change(tensors()).items()}
+        if requires_grad and isinstance(arguments["v"], torch.Tensor) and arguments["v"].is_floating_point():
+            arguments["v"].requires_grad_()
+        with pytest.raises(Exception) as error:
+            attention(**arguments)
+        return type(error.value), str(error.value)
+
+    mine = failure()
+    assert direct.done == []
+    with by_the_operator():
+        assert failure() == mine
+
+
+def test_windows_beyond_64_bits_mean_what_they_say(direct):
+    """An int has no largest value in Python."""
+    arguments = tensors()
+
+    def outcome():
+        try:
+            return attention(**arguments, window=(2**70, 0))
+        except Exception as error:
+            return type(error), str(error)
+
+    mine = outcome()
+    assert direct.done == []
+    with by_the_operator():
+        other = outcome()
+    assert torch.equal(mine, other) if isinstance(mine, torch.Tensor) else mine == other
+
+
+def test_a_library_of_another_build_is_not_called():
+    """Its types may have another layout."""
+    program = (
+        "from flashmla_hf import _direct\n"
+        "try:\n"
+        "    _direct.set_up(None, ((0, 'cpu', _direct.__file__),))\n"
+        "except RuntimeError as error:\n"
+        "    print(error)\n"
+    )
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert result.stdout.strip() == "it and a backend's library are of different builds: build or install them together"
