@@ -87,7 +87,7 @@ def main() -> None:
     parser.add_argument("--causal", action="store_true")
     parser.add_argument("--ncu", help="Nsight Compute; default: the one on PATH or beside CUDA")
     parser.add_argument("--time_limit", type=float, default=180, metavar="S")
-    parser.add_argument("--name", default="profile-h100")
+    parser.add_argument("--name", default="profile", help="of the JSON file; default: profile")
     parser.add_argument("--output_dir", type=Path, default=render_results.RESULTS)
     parser.add_argument("--run", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()

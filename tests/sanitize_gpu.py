@@ -1,7 +1,7 @@
 """Tiny calls of the compiled operators that reach every kernel, for compute-sanitizer; exits with 1 on a wrong result.
 
     compute-sanitizer --tool memcheck --error-exitcode 86 python3 tests/sanitize_gpu.py
-    (likewise racecheck, synccheck, initcheck; `python3 tests/gpu_suite.py sanitize` runs all four)
+    (likewise racecheck, synccheck; `python3 tests/gpu_suite.py sanitize` runs all three)
 
 The first thing that touches the GPU is a copy and the last one is a copy: every kernel launched here is ours, nothing is
 uninitialised but what they allocate, and every tensor is an allocation of its own, so that memcheck sees an overrun by one
@@ -65,6 +65,9 @@ def sweep_cases() -> list[tuple[Case, torch.dtype]]:
         (case, torch.bfloat16)
         for case in (
             Case("v wider than qk", seqlen_q=65, head_dim_qk=40, head_dim_v=72, is_causal=True),
+            # More tiles than three a multiprocessor: blocks ask a counter for them.
+            Case("many tiles", batch=110, seqlen_q=65, heads_q=4, is_causal=True),
+            Case("many tiles, dQ apart", batch=110, seqlen_q=65, heads_q=4, head_dim_qk=192),
             Case("no keys", seqlen_q=9, seqlen_kv=0, has_sinks=True),
             Case("no queries", seqlen_q=0, seqlen_kv=9),
             Case("no batch", batch=0, seqlen_q=9),

@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <atomic>
-#include <cstdlib>
 #include <cub/block/block_scan.cuh>
 #include <random>
 
@@ -155,15 +154,6 @@ uint64_t new_ticket() {
   }
 }
 
-// For compute-sanitizer's initcheck, which reports that memory is read before it is written (open_counter): a memset.
-bool clears_counters_by_memset() {
-  static bool const answer = [] {
-    const char* value = std::getenv("FLASHMLA_CLEAR_COUNTERS");
-    return value != nullptr && value[0] == '1';
-  }();
-  return answer;
-}
-
 // next_tile and num_items, first_item, items; a dense batch uses next_tile and its ticket alone.
 int64_t schedule_bytes(Problem const& problem, int64_t rows, int64_t rows_per_block) {
   if (problem.cu_seqlens_q == nullptr) return 16;
@@ -198,15 +188,13 @@ const char* finish_schedule(Problem const& problem, int64_t rows, int64_t pairs_
     schedule.first_item = words + 4;
     schedule.items = reinterpret_cast<int2*>(words + 4 + ceil_div(problem.batch + 2, 4) * 4);
     schedule_kernel<<<1, kScheduleThreads, 0, stream>>>(schedule, problem, window_of(problem));
-  } else if (num_tiles > num_sms && (schedule.pairs_per_section < schedule.num_pairs || num_tiles > 3 * num_sms)) {
+  } else if (num_tiles > num_sms &&
+             (schedule.pairs_per_section < schedule.num_pairs || (num_tiles > 3 * num_sms && !schedule.is_ordered))) {
     // Several sections: each begins with long tiles again, and only asking for work balances that. Many tiles: some
-    // multiprocessors are faster than others. A few of one section, dealt to and fro, are balanced as they are.
+    // multiprocessors are faster than others. A few of one section, dealt to and fro, are balanced as they are; and
+    // where tiles wait for each other, blocks that run ahead only wait longer.
     schedule.next_tile = words;
-    if (clears_counters_by_memset()) {
-      cudaMemsetAsync(words, 0, sizeof(int32_t), stream);
-    } else {
-      schedule.ticket = new_ticket();
-    }
+    schedule.ticket = new_ticket();
   }
   cudaError_t const error = cudaGetLastError();
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
