@@ -6,9 +6,10 @@
     python benchmarks/bench_attention.py --shape "d128 B1 H32/8 S4096 causal bf16" --directions fwd bwd
     python benchmarks/bench_attention.py --list                            # the shapes of each suite
 
-How it measures. Random normal inputs. Peers take turns call by call (A B C D A B C D ...), so that a clock that drifts
-or a power limit that bites does so for all; a peer takes as many turns as fill --seconds, at least --repeats, and one
-that is much slower than the rest is left out of some rounds. On a GPU a turn is one call between two CUDA events,
+How it measures. Random normal inputs. Peers take turns call by call, so that a clock that drifts or a power limit that
+bites does so for all, and the order changes from round to round such that each comes after every other as often: who
+follows a peer that draws little power finds a cool GPU. A peer takes as many turns as fill --seconds, at least
+--repeats, and one that is much slower than the rest is left out of some rounds. On a GPU a turn is one call between two CUDA events,
 several where a call is shorter than 0.4 ms, so that the events weigh nothing; the next round is queued before the
 last is waited for, so that the GPU never waits for Python unless a call takes longer to launch than to run (below
 about 1k tokens: that is what a caller gets). The L2 cache is not flushed: all peers read the same inputs, one after
@@ -261,11 +262,20 @@ def start_turn(timed: Timed, count: int, device: str, mode: str) -> Callable[[],
     return lambda: elapsed
 
 
+def balanced_orders(names: list[str]) -> list[list[str]]:
+    """Orders in which, taken together, each of ``names`` directly follows every other equally often (Williams 1949)."""
+    n = len(names)
+    zigzag = [0, *(x for i in range(1, n // 2 + 1) for x in (i, n - i))][:n]
+    orders = [[names[(x + shift) % n] for x in zigzag] for shift in range(n)]
+    return orders if n % 2 == 0 else orders + [order[::-1] for order in orders]
+
+
 def interleaved(
     calls: dict[str, Timed], device: str, mode: str, repeats: int, seconds: float, halfway: Callable[[], None]
 ) -> dict[str, list[float]]:
     """Seconds per call of each, turn by turn."""
     counts, turns = {}, {}
+    orders = balanced_orders(list(calls))
     turn_seconds = min(TURN_SECONDS[device], seconds / repeats)
     for name, timed in calls.items():
         start_turn(timed, 1, device, mode)()  # compiles, allocates, chooses
@@ -281,10 +291,10 @@ def interleaved(
     last: list[Callable[[], float]] = []
     for i in range(rounds):
         queued = []
-        for name, timed in calls.items():
+        for name in orders[i % len(orders)]:
             # A peer with fewer turns takes them evenly spread over the rounds.
             if i * turns[name] // rounds != (i + 1) * turns[name] // rounds:
-                queued.append(start_turn(timed, counts[name], device, mode))
+                queued.append(start_turn(calls[name], counts[name], device, mode))
                 started[name].append(queued[-1])
         for wait in last:  # the round before: this one is already queued behind it
             wait()
@@ -573,6 +583,7 @@ def main(argv: list[str] | None = None) -> None:
         },
         "copy_bytes_per_second": copy_bandwidth(args.device),
         "window_tile": _window_tile(),
+        "orders": "balanced",
         "records": earlier,
         "skipped": [],
     }

@@ -241,10 +241,11 @@ def attention_section(document: dict) -> str:
         machine += f"; driver {document.get('driver', 'unknown')}; SM clock while measuring "
         machine += f"{min(clocks)} to {max(clocks)} MHz, " if clocks else "unknown, "
         machine += f"power {min(watts):.0f} to {max(watts):.0f} W" if watts else "power unknown"
+    order = "in orders that change" if document.get("orders") == "balanced" else "in the same order each time"
     parts = [
         f"Ceiling (square matrix product): {machine}. Cells: {unit} (interquartile range in % of the median); – is not "
-        "measured. Peers ran in turn, the L2 cache was not flushed; every number's result was checked against float64 on a "
-        "slice.\n"
+        f"measured. Peers ran in turn, {order}, the L2 cache was not flushed; every number's result was checked against "
+        "float64 on a slice.\n"
     ]
     word = {True: "pass", False: "**fail**", None: "stated"}
     if held := [[bar.what, bar.measured, word[bar.met]] for bar in bars(document)]:

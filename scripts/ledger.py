@@ -415,7 +415,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     try:
         shape = Shape.of(models.config_of(args.model))
-        patches, options = models.parse_patches(args.patches, "cuda")
+        patches, options = models.parse_patches(args.patches, "cuda", not args.full)
     except (models.NoModelError, ValueError) as error:
         sys.exit(f"ledger: {error}")
     of = ledger(

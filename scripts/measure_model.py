@@ -57,7 +57,7 @@ class Point:
     optim: str = "none"  # or "adamw_torch": a training step ends with the optimizer's
     warmup: int = 32  # tokens of the step before the measured one
     repeats: int = 1  # timed steps after the first, which is measured for memory; 0: the first is timed, too
-    memory_limit: int | None = None  # bytes for the whole process, on a CPU
+    memory_limit: int | None = None  # bytes: on a CPU for the whole process, on a GPU for torch's allocator
     series: str = ""  # what is compared, as memory_report.py was asked for it: "flashmla+all"
 
     def __post_init__(self):
@@ -111,7 +111,7 @@ class Measurement:
     model_flops: int | None = None  # of a training step
     mfu: float | None = None
     peak_flops: str | None = None  # of the device, and who says so
-    memory_bytes: int | None = None  # that the device has
+    memory_bytes: int | None = None  # that the device has, or memory_limit
     environment: dict | None = None  # environment.describe() of the run it was made in
 
     def as_dict(self) -> dict:
@@ -137,6 +137,9 @@ def _measure(point: Point) -> Measurement:
     if point.device == "cpu" and point.memory_limit:
         # An allocation beyond it fails as out of memory, before the machine starts swapping or killing.
         resource.setrlimit(resource.RLIMIT_DATA, (point.memory_limit, point.memory_limit))
+    elif point.memory_limit:
+        share = point.memory_limit / environment.memory_limit("cuda")
+        torch.cuda.set_per_process_memory_fraction(min(1.0, share))
     dtype = getattr(torch, point.dtype)
     model = models.load(point.model, point.attn_implementation, dtype, point.device)
     vocabulary = model.config.get_text_config().vocab_size
@@ -181,8 +184,13 @@ def _measure(point: Point) -> Measurement:
         model_flops=flops,
         mfu=mfu,
         peak_flops=peak_flops,
-        memory_bytes=environment.memory_limit(point.device),
+        memory_bytes=_memory_bytes(point),
     )
+
+
+def _memory_bytes(point: Point) -> int:
+    """That the device has, or less where the point is to do with less."""
+    return min(environment.memory_limit(point.device), point.memory_limit or sys.maxsize)
 
 
 def _train_step(model: torch.nn.Module, point: Point):

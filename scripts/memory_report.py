@@ -93,8 +93,8 @@ def measure_all(
 
 
 def _key(point: Point) -> Point:
-    """What makes two points the same measurement: not the memory that happened to be free, nor how it was asked for."""
-    return dataclasses.replace(point, memory_limit=None, series="")
+    """What makes two points the same measurement: not how it was asked for, nor, on a CPU, the memory that was free."""
+    return dataclasses.replace(point, memory_limit=point.memory_limit if point.device == "cuda" else None, series="")
 
 
 def _timeout(point: Point, time_limit: float) -> float:
@@ -120,6 +120,7 @@ def _skip(point: Point, results: list[Measurement], time_limit: float, time_left
         # On a GPU another process's memory counts too, and a point that fails costs a minute and nothing else; on a CPU
         # the rest of the machine needs some.
         available = (1.0 if point.device == "cuda" else 0.92) * environment.memory_available(point.device)
+        available = min(available, point.memory_limit or available)
         if needed > available:
             return skip(f"would take about {needed / GIB:.0f} GiB of {available / GIB:.0f} available")
         if seconds > time_limit:
@@ -336,7 +337,9 @@ def description(point: Point) -> str:
         f"LoRA ({'float32' if point.lora_dtype == 'float32' else point.dtype} adapter)" if point.use_peft else "full"
     )
     step = "forward, backward and AdamW" if point.optim != "none" else "forward and backward"
-    return f"{point.model}, batch {point.batch_size}, {point.dtype}, {trained}: {step}"
+    is_limited = point.device == "cuda" and point.memory_limit
+    limit = f", at most {point.memory_limit / GIB:.4g} GiB of the GPU" if is_limited else ""
+    return f"{point.model}, batch {point.batch_size}, {point.dtype}, {trained}: {step}{limit}"
 
 
 def write(results: list[Measurement], record: dict, output_dir: Path, name: str = "memory_report") -> list[Path]:
@@ -364,14 +367,14 @@ def write(results: list[Measurement], record: dict, output_dir: Path, name: str 
     return [path for path in paths if path.exists()]
 
 
-def parse_series(name: str, device: str) -> dict:
+def parse_series(name: str, device: str, use_peft: bool) -> dict:
     """The fields of a Point that "flashmla+loss+checkpointing" or "sdpa+liger+gradient_checkpointing" stand for.
 
     Raises ValueError where a part is none of its kinds.
     """
     backend, *parts = name.split("+")
     own = ("liger", "gradient_checkpointing")
-    patches, options = models.parse_patches([p for p in parts if p not in own], device)
+    patches, options = models.parse_patches([p for p in parts if p not in own], device, use_peft)
     return {
         "series": name,
         "attn_implementation": backend,
@@ -384,12 +387,16 @@ def parse_series(name: str, device: str) -> dict:
 
 def points_for(model: str, series: list[str], contexts: list[int], **settings) -> list[Point]:
     """Contexts ascending, series side by side within each: a machine that slows down slows all of them."""
-    device = settings["device"]
-    if device == "cpu":
+    device, gpu_memory = settings["device"], settings.pop("gpu_memory", None)
+    if gpu_memory is not None:
+        if device != "cuda" or gpu_memory <= 0:
+            raise ValueError(f"--gpu_memory: expected GiB above 0 and --device cuda, got {gpu_memory:g} and {device}")
+        settings["memory_limit"] = int(gpu_memory * GIB)
+    elif device == "cpu":
         # The margin is for the system; past it an allocation fails in the child alone.
         settings["memory_limit"] = int(0.95 * environment.memory_available("cpu"))
     everywhere = settings.pop("gradient_checkpointing", False)
-    kinds = [parse_series(name, device) for name in series]
+    kinds = [parse_series(name, device, settings.get("use_peft", True)) for name in series]
     for kind in kinds:
         if everywhere and not kind["gradient_checkpointing"] and "checkpointing" not in kind["patches"]:
             kind |= {"gradient_checkpointing": True, "series": f"{kind['series']}+gradient_checkpointing"}
@@ -407,6 +414,10 @@ def main(argv: list[str] | None = None) -> None:
     )  # fmt: skip
     parser.add_argument("--contexts", nargs="+", type=int, metavar="TOKENS", help="default: by device")
     parser.add_argument("--device", choices=("cpu", "cuda"), default=environment.default_device())
+    parser.add_argument(
+        "--gpu_memory", type=float, metavar="GIB",
+        help="what torch may take of the GPU, to measure as if on a smaller one (79 GiB of an 80-GB card are usable)",
+    )  # fmt: skip
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: the faster one here")
     parser.add_argument("--batch_size", type=int, default=1)
     parser.add_argument("--full", action="store_true", help="all weights are trained instead of LoRA")
@@ -444,6 +455,7 @@ def main(argv: list[str] | None = None) -> None:
             gradient_checkpointing=args.gradient_checkpointing,
             warmup=args.warmup,
             repeats=args.repeats,
+            gpu_memory=args.gpu_memory,
         )
     except (models.NoModelError, ValueError) as error:
         sys.exit(f"memory_report: {error}")

@@ -182,11 +182,11 @@ def config_of(name: str) -> PreTrainedConfig:
         ) from None
 
 
-def parse_patches(wanted: list[str], device: str) -> tuple[list[str], dict[str, int]]:
+def parse_patches(wanted: list[str], device: str, use_peft: bool) -> tuple[list[str], dict[str, int]]:
     """The names and the options of flashmla_hf.patch that ``--patches`` stands for.
 
-    "all" is flashmla_hf.patch's own default as far as it has an effect on ``device``, "none" is none, and "offload=31" the
-    patch offload with that option. Raises ValueError for a name that is none.
+    "all" is flashmla_hf.patch's own default, with or without adapters, as far as it has an effect on ``device``, "none" is
+    none, and "offload=31" the patch offload with that option. Raises ValueError for a name that is none.
     """
     wanted = [name for name in wanted if name != "none"]
     if not wanted:
@@ -208,7 +208,8 @@ def parse_patches(wanted: list[str], device: str) -> tuple[list[str], dict[str, 
         names.append(name)
     if "all" in names:
         # On a CPU there is no other memory to offload to; who names it gets it all the same.
-        names += [name for name in DEFAULT_PATCHES if name != "offload" or device != "cpu"]
+        has_effect = {"offload": device != "cpu", "lora": use_peft}
+        names += [name for name in DEFAULT_PATCHES if has_effect.get(name, True)]
     return [name for name in PATCHES if name in names], options
 
 

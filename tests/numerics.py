@@ -190,7 +190,7 @@ def check(
     **options,
 ) -> Result:
     """Run ``case`` and hold its output, lse and gradients to the rule; ``options`` as in :func:`run`. ``grad_factor`` is
-    for an implementation that is not ours to mend.
+    for what is not ours to mend.
 
     Where few numbers are compared, eager's largest error is a matter of luck: a call that misses the rule is judged again
     by the worst that eager does, relative to the largest value, on 25 more draws of the same case.

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import re
 import shutil
 import sys
+from collections import Counter
 from pathlib import Path
 
 # Before torch is: other work on the machine must not slow a test tenfold (see scripts/finetune.py).
@@ -244,8 +246,18 @@ def test_peers_take_turns_call_by_call(monkeypatch):
     }  # fmt: skip
     timed = order[-(40 + 20 + 8 + 4 * 100) :]
     between = "".join({"slow": "s", "short": "."}.get(name, name) for name in timed).split("a")
-    assert max(map(len, between)) <= 3 * 4 + 2  # never more than three rounds without "a"
+    assert max(map(len, between)) <= 5 * 4 + 2  # never more than five rounds without "a"
     assert len(halfway) == 1
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 6])
+def test_every_peer_comes_after_every_other_as_often(n):
+    names = [str(i) for i in range(n)]
+    orders = bench_attention.balanced_orders(names)
+    assert all(sorted(order) == names for order in orders)
+    after = Counter(pair for order in orders for pair in itertools.pairwise(order))
+    assert set(after) == {(a, b) for a in names for b in names if a != b}
+    assert len(set(after.values())) <= 1
 
 
 def test_host_time_is_of_many_calls_and_one_wait(monkeypatch):

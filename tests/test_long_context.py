@@ -351,12 +351,13 @@ def test_adapters_inputs_are_not_copied_and_the_numbers_stay_the_same():
 
 
 def test_a_series_is_a_backend_and_what_is_added():
-    kind = memory_report.parse_series("sdpa+liger+gradient_checkpointing", "cuda")
+    kind = memory_report.parse_series("sdpa+liger+gradient_checkpointing", "cuda", True)
     assert (kind["attn_implementation"], kind["liger"], kind["gradient_checkpointing"]) == ("sdpa", True, True)
-    kind = memory_report.parse_series("flashmla+checkpointing+offload=31", "cuda")
+    kind = memory_report.parse_series("flashmla+checkpointing+offload=31", "cuda", True)
     assert (kind["patches"], kind["patch_options"]) == (("checkpointing", "offload"), (("offload", 31),))
-    assert "offload" in memory_report.parse_series("flashmla+all", "cuda")["patches"]
-    assert "offload" not in memory_report.parse_series("flashmla+all", "cpu")["patches"]
+    assert {"offload", "lora"} <= set(memory_report.parse_series("flashmla+all", "cuda", True)["patches"])
+    assert "offload" not in memory_report.parse_series("flashmla+all", "cpu", True)["patches"]
+    assert "lora" not in memory_report.parse_series("flashmla+all", "cuda", False)["patches"]
     with pytest.raises(SystemExit, match="unknown patch 'ligr'"):
         memory_report.main(["--model", "tiny", "--series", "sdpa+ligr", "--device", "cpu"])
 
@@ -414,6 +415,19 @@ def test_series_that_fill_memory_are_neither_extrapolated_nor_given_a_slope(monk
     assert not point.fills_memory
 
 
+def test_a_smaller_gpu_is_another_measurement():
+    def points(**settings):
+        return memory_report.points_for("tiny", ["flashmla"], [2048], device="cuda", **settings)
+
+    whole, limited = points()[0], points(gpu_memory=78.0)[0]
+    assert limited.memory_limit == 78 * GIB
+    assert memory_report._key(whole) != memory_report._key(limited)
+    assert "at most 78 GiB of the GPU" in memory_report.description(limited)
+    assert "of the GPU" not in memory_report.description(whole)
+    with pytest.raises(SystemExit, match="--gpu_memory: expected GiB above 0 and --device cuda"):
+        memory_report.main(["--model", "tiny", "--device", "cpu", "--gpu_memory", "8"])
+
+
 def test_a_killed_report_keeps_its_points(tmp_path, monkeypatch):
     def fake(point, timeout):
         if point.context == 2048:
@@ -434,9 +448,12 @@ def test_the_memory_configs_that_ship_are_valid(tmp_path, monkeypatch):
     monkeypatch.setattr(
         memory_report, "_skip", lambda point, *args: seen.append(point) or Measurement(point, "skipped")
     )
+    record = environment.describe("cpu")
+    monkeypatch.setattr(environment, "describe", lambda device: record)
     configs = sorted((SCRIPTS / "configs" / "memory").glob("*.yaml"))
     for config in configs:
-        memory_report.main(["--config", str(config), "--device", "cpu", "--output_dir", str(tmp_path)])
+        memory_report.main(["--config", str(config), "--device", "cuda", "--output_dir", str(tmp_path)])
+    assert {point.memory_limit for point in seen} == {78 * GIB}
     assert {point.model for point in seen} == {"llama-8b", "llama-1b", "mistral-7b"}
     assert {point.optim for point in seen} == {"adamw_torch"}
     assert {path.stem for path in tmp_path.glob("*.json")} == {

@@ -19,7 +19,7 @@ import torch
 transformers = pytest.importorskip("transformers")
 
 import flashmla_hf  # noqa: E402
-from flashmla_hf.patches import mlp, rope  # noqa: E402
+from flashmla_hf.patches import memory, mlp, rope  # noqa: E402
 
 pytestmark = gpu_support.needs_sm90
 DEVICE = gpu_support.DEVICE
@@ -229,3 +229,17 @@ def test_kept_attention_runs_its_kernel_once_per_layer():
         called = sum(e.count for e in profile.key_averages() if e.key == "flashmla::flash_attn_forward")
         assert called == 2 * NUM_LAYERS - (NUM_LAYERS if kept is True else kept)
         flashmla_hf.unpatch(model)
+
+
+def test_free_memory_is_what_torch_may_take():
+    total = torch.cuda.mem_get_info()[1]
+    held = torch.empty(2**28, dtype=torch.uint8, device=DEVICE)
+    try:
+        torch.cuda.set_per_process_memory_fraction(0.05)
+        free = memory.device_free_bytes(torch.device(DEVICE))
+        assert free <= 0.05 * total - held.numel()
+        with pytest.raises(torch.OutOfMemoryError):
+            torch.empty(free + 2**26, dtype=torch.uint8, device=DEVICE)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert memory.device_free_bytes(torch.device(DEVICE)) >= free

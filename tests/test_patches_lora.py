@@ -30,7 +30,7 @@ def peft_calls(monkeypatch):
     return calls
 
 
-@pytest.mark.parametrize("names", [["lora"], [*flashmla_hf.DEFAULT_PATCHES, "lora"]], ids=["alone", "with the others"])
+@pytest.mark.parametrize("names", [["lora"], flashmla_hf.DEFAULT_PATCHES], ids=["alone", "with the others"])
 @pytest.mark.parametrize("name", NAMES)
 def test_gradients_equal_pefts(name, names, peft_calls):
     model, batch = lora(model_of(name)), batch_of(name)
@@ -44,6 +44,15 @@ def test_gradients_equal_pefts(name, names, peft_calls):
     again = step(model, batch)
     assert peft_calls
     assert all(torch.equal(again[1][n], g) for n, g in expected[1].items())
+
+
+def test_a_default_where_there_are_adapters():
+    def names(model):
+        flashmla_hf.patch(model)
+        return vars(flashmla_hf.patches.structure.base_model(model))["_flashmla_patches"].names
+
+    assert names(model_of("Llama")) == tuple(n for n in flashmla_hf.DEFAULT_PATCHES if n != "lora")
+    assert names(lora(model_of("Llama"))) == flashmla_hf.DEFAULT_PATCHES
 
 
 def test_trained_base_weights_and_biases_get_their_gradients():

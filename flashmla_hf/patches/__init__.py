@@ -8,7 +8,7 @@ mlp                the layer's token-wise block over tiles of tokens, recomputed
 norm               norms that save their input instead of its fp32 copies (:mod:`mlp`)
 rope               queries and keys rotated in place (:mod:`rope`)
 attention          the attention block over chunks of the sequence; not on by default (:mod:`attention`)
-lora               a linear layer and its adapter in one result; not on by default (:mod:`lora`)
+lora               a linear layer and its adapter in one result (:mod:`lora`)
 checkpointing      a decoder layer keeps its input and runs again in backward (:mod:`checkpointing`)
 keep_attention     ... and its attention's (out, lse), so that the kernel does not run again
 offload            ... in pinned host memory, copied beside the computation (:mod:`offload`)
@@ -35,12 +35,13 @@ PATCHES = {
     "norm": "norms save their input instead of fp32 copies of it",
     "rope": "rotary embedding in place, without copies of queries and keys",
     "attention": "the attention block over chunks of the sequence: less memory, one more attention forward (not a default)",
-    "lora": "a linear layer and its LoRA adapter in one result, without the adapter's wide copies (not a default)",
+    "lora": "a linear layer and its LoRA adapter in one result, without the adapter's wide copies",
     "checkpointing": "every decoder layer keeps its input and runs again in backward",
     "keep_attention": "checkpointed layers keep their attention's output: its kernel does not run again",
     "offload": "what checkpointed layers keep goes to pinned host memory, beside the computation",
 }
-DEFAULT_PATCHES = tuple(name for name in PATCHES if name not in ("attention", "lora"))
+# "lora" where there are adapters to patch.
+DEFAULT_PATCHES = tuple(name for name in PATCHES if name != "attention")
 # Keyword of :func:`patch` -> the patch it belongs to.
 PATCH_OPTIONS = {
     "mlp_tile": "mlp",
@@ -67,7 +68,8 @@ def patch(
 
     Args:
         model: a ``transformers.PreTrainedModel``, or a ``peft.PeftModel`` around one, before it is wrapped or compiled.
-        patches: names out of :data:`PATCHES`; ``None`` is :data:`DEFAULT_PATCHES`, all but "attention" and "lora".
+        patches: names out of :data:`PATCHES`; ``None`` is :data:`DEFAULT_PATCHES`, all but "attention", and "lora" only where
+            there are adapters for it.
         mlp_tile: tokens per tile; ``None`` chooses by free memory, once per length: all tokens where their intermediates are
             a small share of it.
         loss_chunk: tokens whose logits exist at a time (2048).
@@ -156,7 +158,10 @@ def unpatch(model: nn.Module) -> nn.Module:
 
 
 def _checked_names(model: nn.Module, patches: Iterable[str] | None) -> tuple[str, ...]:
-    names = DEFAULT_PATCHES if patches is None else tuple([patches] if isinstance(patches, str) else patches)
+    if patches is None:
+        names = tuple(name for name in DEFAULT_PATCHES if name != "lora" or lora.adapted_layers(model))
+    else:
+        names = tuple([patches] if isinstance(patches, str) else patches)
     for name in names:
         if name not in PATCHES:
             raise PatchError(

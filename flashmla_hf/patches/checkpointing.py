@@ -26,14 +26,17 @@ from flashmla_hf.patches import memory, offload, structure
 from flashmla_hf.patches.offload import Offloaded, Offloader
 from flashmla_hf.patches.replacements import Replacements
 
-# What one layer's backward holds per token, in tensors as wide as the hidden states and as the attention's output: input,
-# residual, two norms' results, their gradients and the projections' (12 with slack); q, out, dout, dq and k, v, dk, dv (6).
-WORKING_HIDDEN = 12
-WORKING_ATTENTION = 6
+# What one layer's backward holds per token, in tensors as wide as the hidden states and as the attention's output: residual,
+# two norms' results, their gradients and the projections' (8); q, out, dout, dq where the others are gone (4). Llama-3.1-8B
+# with LoRA took 8 of both in all at 524,288 tokens, and 6 at 262,144; copies in fp32 that no patch removes come on top.
+WORKING_HIDDEN = 8
+WORKING_ATTENTION = 4
 # Of free memory: the rest "auto" leaves to fragmentation and to whatever else allocates.
 USED_SHARE = 0.9
-# Of the host's: pinned memory cannot be swapped, and kept attention is worth less than a machine that answers.
+# Of the host's: pinned memory cannot be swapped, and kept attention is worth less than a machine that answers. Inputs are
+# worth more: without a place they end the run.
 USED_HOST_SHARE = 0.75
+USED_HOST_SHARE_FOR_INPUTS = 0.95
 # The loss's chunk and the MLP's tile.
 WORKING_BYTES = 5 * memory.GIB
 
@@ -109,8 +112,8 @@ class Checkpointing:
 
         The free bytes of the device, less the gradients that backward will make, a share, and what one layer's backward works
         with, are filled with the last layers' inputs, then with the last layers' attention. With "offload", inputs without a
-        place go to the host, and kept attention too as far as the host's free bytes go; without it every input stays, whatever
-        the count says. Numbers given by the caller are taken as they are. Without a GPU there is nothing to save: all but the
+        place go to the host, as far as its free bytes go (the count for the GPU is the more careful one), and kept attention
+        too; without it every input stays, whatever the count says. Numbers given by the caller are taken as they are. Without a GPU there is nothing to save: all but the
         last layer go to the host, so that the same code runs.
         """
         number, device = len(self.layers), hidden.device
@@ -127,6 +130,8 @@ class Checkpointing:
             offloaded = 0
         elif self.offload == "auto":
             offloaded = number - (min(max(room // input_bytes, 1), number) if is_gpu else 1)
+            if is_gpu:
+                offloaded = min(offloaded, self._host_room(device, USED_HOST_SHARE_FOR_INPUTS) // input_bytes)
         else:
             offloaded = min(self.offload, number)
         room = max(0, room - (number - offloaded) * input_bytes)
@@ -136,7 +141,7 @@ class Checkpointing:
             kept = 0
         elif self.keep_attention == "auto":
             on_host = (
-                self._host_room(device, offloaded * input_bytes) // attention_bytes
+                max(0, self._host_room(device, USED_HOST_SHARE) - offloaded * input_bytes) // attention_bytes
                 if self.offload is not None and is_gpu
                 else 0
             )
@@ -149,13 +154,13 @@ class Checkpointing:
             kept_on_device = min(kept, fit if self.offload == "auto" and is_gpu else number - offloaded)
         return Plan(offloaded, number - kept, number - kept_on_device)
 
-    def _host_room(self, device: torch.device, planned: int) -> int:
-        """Bytes of host memory beyond ``planned`` ones: a share of what this process can take beside others of the machine, and
-        of what the arena holds unused."""
+    def _host_room(self, device: torch.device, share: float) -> int:
+        """Bytes of host memory: ``share`` of what this process can take beside others of the machine, and of what the arena
+        holds unused."""
         offloader = self._offloaders.get(device)
         unused = len(offloader.arena.free) * offload.BLOCK if offloader else 0
         mine = memory.host_available_bytes() // memory.host_sharers() + unused
-        return max(0, int(mine * USED_HOST_SHARE) - offload.RESERVE - planned)
+        return max(0, int(mine * share) - offload.RESERVE)
 
 
 def _identity(x: torch.Tensor) -> tuple:

@@ -14,11 +14,15 @@ CPU_BYTES = 8 * GIB
 
 
 def device_free_bytes(device: torch.device) -> int:
-    """Bytes that can be allocated on ``device`` without an error: the driver's, and what torch's allocator holds unused."""
+    """Bytes that can be allocated on ``device`` without an error: the driver's, as far as
+    ``torch.cuda.set_per_process_memory_fraction`` lets torch's allocator go, and what the allocator holds unused."""
     if device.type != "cuda":
         return CPU_BYTES
-    free, _ = torch.cuda.mem_get_info(device)
-    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    free, total = torch.cuda.mem_get_info(device)
+    reserved = torch.cuda.memory_reserved(device)
+    index = torch.cuda.current_device() if device.index is None else device.index
+    allowed = int(total * torch.cuda.get_per_process_memory_fraction(index)) - reserved
+    return max(0, min(free, allowed)) + reserved - torch.cuda.memory_allocated(device)
 
 
 def missing_gradient_bytes(parameters: Iterable[torch.nn.Parameter], device: torch.device) -> int:

@@ -10,7 +10,7 @@ from functools import wraps
 import torch
 from torch import nn
 
-from flashmla_hf.patches import memory, structure, tiles
+from flashmla_hf.patches import linear, memory, structure, tiles
 from flashmla_hf.patches.replacements import Replacements
 
 # A gated MLP's backward holds, per token, gate, up, activation, product and the gradients of three of them.
@@ -39,6 +39,9 @@ def patch_mlp(model: nn.Module, replacements: Replacements, tile: int | None) ->
                 model, "mlp", name, "no jitter noise (it is written into the input)", "router_jitter_noise"
             )
         replacements.set(layer.mlp, "forward", _tiled(layer.mlp, name, tile))
+        for child in layer.mlp.children():
+            if linear.is_plain(child):
+                replacements.set(child, "forward", _noting(child))
     if _has_router(model):
         hook = structure.decoder(model, "mlp").register_forward_pre_hook(_refuse_router_logits(model), with_kwargs=True)
         replacements.on_undo(hook.remove)
@@ -50,6 +53,7 @@ def _tiled(mlp: nn.Module, name: str, tile: int | None):
         getattr(mlp, "top_k", None) or getattr(getattr(mlp, "gate", None), "top_k", None) or 1
     )
     chosen: dict[tuple, int] = {}
+    last: list[nn.Module | None] = [None]
 
     @wraps(forward)
     def tiled_forward(hidden_states):
@@ -66,6 +70,8 @@ def _tiled(mlp: nn.Module, name: str, tile: int | None):
 
         def on_rows(rows):
             out = forward(rows[None])
+            if not torch.is_grad_enabled():
+                last[0] = linear.source_of(out)
             if not isinstance(out, torch.Tensor) or out.shape != (1, *rows.shape):
                 got = [*out.shape] if isinstance(out, torch.Tensor) else type(out).__name__
                 raise structure.PatchError(
@@ -74,9 +80,28 @@ def _tiled(mlp: nn.Module, name: str, tile: int | None):
                 )
             return out[0]
 
-        return tiles.in_tiles(mlp, on_rows, hidden_states.reshape(tokens, shape[-1]), chosen[key]).view(shape)
+        rows = hidden_states.reshape(tokens, shape[-1])
+        return tiles.in_tiles(mlp, on_rows, rows, chosen[key], last=lambda: last[0]).view(shape)
 
     return tiled_forward
+
+
+def _noting(module: nn.Linear):
+    forward = module.forward
+
+    @wraps(forward)
+    def noting_forward(x):
+        if torch.compiler.is_compiling():
+            return forward(x)
+        if linear.is_unneeded(module):
+            tensors = x, module.weight, module.bias
+            dtype = linear.compute_dtype(*tensors)
+            return linear.apply(module, *(t if t is None else t.to(dtype) for t in tensors))
+        out = forward(x)
+        linear.note_result(module, out)
+        return out
+
+    return noting_forward
 
 
 def auto_tile(tokens: int, bytes_per_token: int, device: torch.device) -> int:

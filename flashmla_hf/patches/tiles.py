@@ -6,7 +6,8 @@ copies) exists for one tile at a time. The gradients of the parameters are summe
 
 Inside a checkpointed layer this costs no second recomputation where nothing after the module saves its result: x is saved
 by a node of its own *before* the module runs, so that the checkpoint's recomputation, which ends at the last tensor somebody
-saved, ends there.
+saved, ends there. Where the module's result is that of a linear layer in it, the second run leaves that product out
+(:mod:`linear`).
 """
 
 from __future__ import annotations
@@ -17,18 +18,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-
-class _Keep(torch.autograd.Function):
-    """x, saved. Its node is where :class:`_Tiles` finds x again."""
-
-    @staticmethod
-    def forward(ctx, x):
-        ctx.save_for_backward(x)
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx, grad):
-        return grad
+from flashmla_hf.patches import linear
 
 
 class _Tiles(torch.autograd.Function):
@@ -47,7 +37,7 @@ class _Tiles(torch.autograd.Function):
         trained = [p for p, need in zip(ctx.parameters, needs, strict=True) if need]
         grad_x = torch.empty_like(x) if needs_x else None
         sums: list[torch.Tensor | None] = [None] * len(trained)
-        with ctx.run.again():
+        with ctx.run.again(), linear.without_result_of(ctx.run.last()):
             for start in range(0, x.shape[0], ctx.tile):
                 rows = slice(start, start + ctx.tile)
                 piece = x[rows].detach().requires_grad_(needs_x)
@@ -86,10 +76,13 @@ def _drops(module: nn.Module) -> bool:
 
 
 class Run:
-    """``forward``, under the autocast and with the random numbers of the call it was made in."""
+    """``forward``, under the autocast and with the random numbers of the call it was made in. ``last`` gives, once it has run,
+    the linear layer whose result is its own, if there is one."""
 
-    def __init__(self, module: nn.Module, forward: Callable, device: torch.device):
-        self.forward, self.device = forward, device
+    def __init__(
+        self, module: nn.Module, forward: Callable, device: torch.device, last: Callable[[], nn.Module | None]
+    ):
+        self.forward, self.device, self.last = forward, device, last
         self.autocast = None
         if device.type != "meta" and torch.is_autocast_enabled(device.type):
             # No cache of casted weights: filled without a graph, it would cut the gradient of whoever hits it later.
@@ -137,18 +130,24 @@ def run_rows(run: Callable, x: torch.Tensor, tile: int) -> torch.Tensor:
     return out if out is not None else run(x)
 
 
-def in_tiles(module: nn.Module, forward: Callable, x: torch.Tensor, tile: int) -> torch.Tensor:
+def in_tiles(
+    module: nn.Module,
+    forward: Callable,
+    x: torch.Tensor,
+    tile: int,
+    last: Callable[[], nn.Module | None] = lambda: None,
+) -> torch.Tensor:
     """``module`` on x [rows, width] by its own ``forward`` (same shape of argument), ``tile`` rows at a time.
 
     The result [rows, any width] is that of ``forward(x)``, up to rounding where a library sums a row in another order for
-    another number of rows (matrix products may).
+    another number of rows (matrix products may). ``last``: as of :class:`Run`.
     """
-    run = Run(module, forward, x.device)
+    run = Run(module, forward, x.device, last)
     parameters = [p for p in module.parameters() if p.requires_grad]
     if not torch.is_grad_enabled() or not (x.requires_grad or parameters):
         return run_rows(run, x, tile)
     keeper = None
     if x.requires_grad:
-        x = _Keep.apply(x)
+        x = linear.Keep.apply(x)
         keeper = x.grad_fn
     return _Tiles.apply(x, keeper, run, tile, *parameters)

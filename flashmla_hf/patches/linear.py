@@ -1,0 +1,152 @@
+"""A linear layer, with a low-rank adapter or without, whose backward does not need its result; nor does a second run for it.
+
+``y = x Wᵀ + b + s (x Aᵀ) Bᵀ`` (LoRA, arXiv 2106.09685, equation 3). The gradients are made of x, the weights and x Aᵀ alone:
+
+- They are saved by a node of their own *before* the product: a checkpoint's second run, which ends at the last tensor that
+  somebody saved, ends there where nothing after the layer saves one (the last layer of an MLP).
+- Where the result of a whole block run again is the result of this layer, :func:`without_result_of` leaves the product out:
+  a third of an MLP's matrix products.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import weakref
+
+import torch
+from torch import nn
+
+
+class Keep(torch.autograd.Function):
+    """x, saved, and what else is given. Its node is where the next function finds them again: ``saved_tensors``."""
+
+    @staticmethod
+    def forward(ctx, x, *others):
+        ctx.save_for_backward(x, *others)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad, *[None] * (len(ctx.needs_input_grad) - 1)
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, keeper, weight, bias, a, b, low, scaling, has_result):
+        if keeper is None:
+            ctx.save_for_backward(x, weight, a, b, low)
+        ctx.keeper, ctx.scaling = keeper, scaling
+        if not has_result:  # of the right shape and dtype, and one element of memory
+            return x.new_zeros(()).expand(*x.shape[:-1], weight.shape[0])
+        return _product(x, weight, bias, b, low, scaling)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        x, weight, a, b, low = (ctx.keeper or ctx).saved_tensors
+        needs_x, _, needs_weight, needs_bias, needs_a, needs_b, *_ = ctx.needs_input_grad
+        rows, grads = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
+        grad_low = grad_x = None
+        if a is not None and (needs_x or needs_a):
+            grad_low = (grads @ b).mul_(ctx.scaling)
+        if needs_x:
+            grad_x = grads @ weight
+            if grad_low is not None:
+                grad_x.addmm_(grad_low, a)
+            grad_x = grad_x.view(x.shape)
+        return (
+            grad_x,
+            None,
+            grads.t() @ rows if needs_weight else None,
+            grads.sum(0) if needs_bias else None,
+            grad_low.t() @ rows if needs_a else None,
+            (grads.t() @ low).mul_(ctx.scaling) if needs_b else None,
+            None,
+            None,
+            None,
+        )
+
+
+def _product(x, weight, bias, b, low, scaling):
+    out = nn.functional.linear(x, weight, bias)
+    if low is not None:
+        out.view(-1, out.shape[-1]).addmm_(low, b.t(), alpha=scaling)
+    return out
+
+
+class _Thread(threading.local):
+    def __init__(self):
+        self.without = None  # the module whose result nobody needs now
+        self.latest = None  # (module, its latest result, that one's version) of this thread
+
+
+_thread = _Thread()
+
+
+def apply(module: nn.Module, x, weight, bias, a=None, b=None, scaling=1.0) -> torch.Tensor:
+    """y [..., out] of x [..., in], weight [out, in], bias [out] or ``None``, and a [rank, in] and b [out, rank] or ``None``, all
+    of one dtype, as the result of ``module``; undefined inside :func:`without_result_of` that module."""
+    with torch.no_grad():
+        low = None if a is None else x.reshape(-1, x.shape[-1]) @ a.t()
+    if not torch.is_grad_enabled():
+        out = _product(x, weight, bias, b, low, scaling)
+    else:
+        keeper, kept = None, x
+        if x.requires_grad:
+            kept = Keep.apply(x, weight, a, b, low)
+            keeper = kept.grad_fn
+        has_result = _thread.without is not module
+        out = _Linear.apply(kept, keeper, weight, bias, a, b, low, scaling, has_result)
+    note_result(module, out)
+    return out
+
+
+def note_result(module: nn.Module, out: torch.Tensor) -> None:
+    """For :func:`source_of`."""
+    _thread.latest = (module, weakref.ref(out), out._version)
+
+
+def source_of(out: torch.Tensor) -> nn.Module | None:
+    """The module whose result, as it was returned, ``out`` is; ``None`` where no call of :func:`note_result` says so."""
+    if _thread.latest is None:
+        return None
+    module, result, version = _thread.latest
+    return module if result() is out and out._version == version else None
+
+
+@contextlib.contextmanager
+def without_result_of(module: nn.Module | None):
+    """Within, in this thread: ``module`` need not compute its result (``None`` is no module). It does where a hook would see it."""
+    before, _thread.without = _thread.without, None if module is None or has_hooks(module) else module
+    try:
+        yield
+    finally:
+        _thread.without = before
+
+
+def is_unneeded(module: nn.Module) -> bool:
+    return _thread.without is module
+
+
+def compute_dtype(x: torch.Tensor, *tensors: torch.Tensor | None) -> torch.dtype | None:
+    """What a linear layer of x and ``tensors`` computes in here: autocast's dtype, or the one that all have; ``None`` for
+    several."""
+    if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
+        return torch.get_autocast_dtype(x.device.type)
+    return x.dtype if all(t is None or t.dtype == x.dtype for t in tensors) else None
+
+
+def is_plain(module: nn.Module) -> bool:
+    """Whether calling ``module`` is ``torch.nn.Linear.forward`` and nothing else: somebody's hook or forward would not be called."""
+    return (
+        type(module) is nn.Linear
+        and type(module.weight) is nn.Parameter
+        and "forward" not in vars(module)
+        and not has_hooks(module)
+    )
+
+
+def has_hooks(module: nn.Module) -> bool:
+    own = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
+    return any(own) or torch.nn.modules.module._has_any_global_hook()
