@@ -8,12 +8,12 @@
 
 How it measures. Random normal inputs. Peers take turns call by call, so that a clock that drifts or a power limit that
 bites does so for all, and the order changes from round to round such that each comes after every other as often: who
-follows a peer that draws little power finds a cool GPU. A peer takes as many turns as fill --seconds, at least
---repeats, and one that is much slower than the rest is left out of some rounds. On a GPU a turn is one call between two CUDA events,
-several where a call is shorter than 0.4 ms, so that the events weigh nothing; the next round is queued before the
-last is waited for, so that the GPU never waits for Python unless a call takes longer to launch than to run (below
-about 1k tokens: that is what a caller gets). The L2 cache is not flushed: all peers read the same inputs, one after
-the other. On a CPU a turn is 0.1 s of the wall clock. Median and interquartile range of the turns.
+follows a peer that draws little power finds higher clocks. A peer takes as many turns as fill --seconds, at least
+--repeats, and one that is much slower than the rest is left out of some rounds. On a GPU a turn is one call between two
+CUDA events, several where a call is shorter than 0.4 ms, so that the events weigh nothing; the next round is queued
+before the last is waited for, so that the GPU never waits for Python unless a call takes longer to launch than to run
+(below about 1k tokens: that is what a caller gets). The L2 cache is not flushed: all peers read the same inputs, one
+after the other. On a CPU a turn is 0.1 s of the wall clock. Median and interquartile range of the turns.
 
 fwd is without gradients (inference), bwd the gradients of q, k, v from a kept forward, host the time until an
 asynchronous call returns: 100 calls back to back, then a wait, so that the queue never fills.
@@ -562,7 +562,8 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit("bench_attention: --device cuda: torch sees no GPU here")
     name = args.name or f"attention-{_slug(environment.device_name(args.device))}"
     path = args.output_dir / f"{name}.json"
-    earlier = json.loads(path.read_text())["records"] if args.resume and path.exists() else []
+    resumed = json.loads(path.read_text()) if args.resume and path.exists() else {"records": [], "orders": "balanced"}
+    earlier = resumed["records"]
     try:
         todo = jobs(args, earlier)
     except ValueError as error:
@@ -583,7 +584,7 @@ def main(argv: list[str] | None = None) -> None:
         },
         "copy_bytes_per_second": copy_bandwidth(args.device),
         "window_tile": _window_tile(),
-        "orders": "balanced",
+        "orders": resumed.get("orders"),  # of the peers' turns; files of before there was a choice say nothing
         "records": earlier,
         "skipped": [],
     }

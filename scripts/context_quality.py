@@ -3,11 +3,15 @@
     python scripts/context_quality.py                                       # SmolLM2-135M, real weights, LoRA
     python scripts/context_quality.py --model small --max_steps 400 --contexts 512 2048 8192 --name quality-small
     python scripts/context_quality.py --model FOLDER --output_dir results/mine
+    python scripts/context_quality.py --contexts 512 1024 --eager_context 1024       # and: is it what eager attention does?
 
 The documents are modules of Python's standard library, whole ones held out. Every context trains on as many tokens per
 step, for as many steps, from the same weights and seed, with attention by flashmla and the memory patches
 (scripts/finetune.py does the work). It is evaluated on the same held-out documents, cut into pieces of that context: before
 training, which shows what the model makes of more context as it comes, and after.
+
+``--eager_context`` trains once more at one of the contexts, by eager attention and without a patch, on the same data with the
+same seed, and compares the losses of all steps: the patches and the kernel are to change nothing but rounding.
 
 ``--model small`` is a Llama of 19M parameters with random weights and a tokenizer of its own, all weights trained: for
 machines that have no real weights, and long enough steps to learn something.
@@ -35,6 +39,9 @@ from matplotlib import pyplot as plt
 
 CONTEXTS = {"cpu": (512, 2048, 8192), "cuda": (512, 1024, 2048, 4096, 8192)}
 CHARACTERS_PER_TOKEN = 4  # of source code, about: how long a document must be to fill the longest context
+# By how much two trainings on the same data may differ in the loss of a step, in nats: an order of sums in float32 moves the
+# weights by as little as Adam lets it; in bfloat16 both round every activation to 8 bits.
+TOLERANCES = {"float32": 1e-3, "bfloat16": 2e-2}
 
 
 def write_documents(folder: Path, longest: int, held_out_count: int) -> tuple[Path, Path]:
@@ -52,15 +59,22 @@ def write_documents(folder: Path, longest: int, held_out_count: int) -> tuple[Pa
     return paths
 
 
-def train_one(folder: Path, context: int, files: tuple[Path, Path], output_dir: Path, args: argparse.Namespace) -> dict:
-    """One run of scripts/finetune.py; what it found."""
+def train_one(
+    folder: Path,
+    context: int,
+    files: tuple[Path, Path],
+    output_dir: Path,
+    args: argparse.Namespace,
+    attn_implementation: str = "flashmla",
+) -> dict:
+    """One run of scripts/finetune.py; what it found. Patches are flashmla's."""
     options = {
         "model_name_or_path": folder,
         "train_file": files[0],
         "validation_file": files[1],
         "output_dir": output_dir,
-        "attn_implementation": "flashmla",
-        "patches": "all",
+        "attn_implementation": attn_implementation,
+        "patches": "all" if attn_implementation == "flashmla" else "none",
         "use_peft": args.model != "small",
         "max_length": context,
         "per_device_train_batch_size": args.tokens_per_step // context,
@@ -68,7 +82,7 @@ def train_one(folder: Path, context: int, files: tuple[Path, Path], output_dir: 
         "learning_rate": args.learning_rate or (1e-3 if args.model == "small" else 5e-4),
         "warmup_steps": 0.1,
         "eval_on_start": True,
-        "bf16": environment.fastest_dtype(args.device) == "bfloat16",
+        "bf16": args.dtype == "bfloat16",
         "use_cpu": args.device == "cpu",
         "seed": args.seed,
         "report_to": "none",
@@ -86,7 +100,20 @@ def train_one(folder: Path, context: int, files: tuple[Path, Path], output_dir: 
         "train_tokens",
         "train_tokens_per_second",
     )
-    return {"context": context, **{name: results[name] for name in kept}}
+    history = json.loads((output_dir / "trainer_state.json").read_text())["log_history"]
+    losses = [entry["loss"] for entry in history if "loss" in entry]
+    return {"context": context, "losses": losses, **{name: results[name] for name in kept}}
+
+
+def beside_eager(document: dict) -> dict | None:
+    """The two curves of --eager_context and how far they are apart; None where there is only one."""
+    eager = document.get("eager")
+    if eager is None:
+        return None
+    mine = next(p["losses"] for p in document["points"] if p["context"] == eager["context"])
+    apart = max(abs(a - b) for a, b in zip(mine, eager["losses"], strict=True))
+    allowed = TOLERANCES[document["dtype"]]
+    return {"context": eager["context"], "mine": mine, "eager": eager["losses"], "apart": apart, "allowed": allowed}
 
 
 def section(document: dict) -> str:
@@ -102,11 +129,21 @@ def section(document: dict) -> str:
             f"| {p['context']:,} | {p['first_eval_loss']:.4f} | {p['eval_loss']:.4f} | {p['train_steps']} | "
             f"{p['train_tokens']:,} | {p['train_tokens_per_second']:,.0f} |"
         )
+    if curves := beside_eager(document):
+        verdict = "pass" if curves["apart"] <= curves["allowed"] else "**fail**"
+        lines.append(
+            f"\nAt {curves['context']:,} tokens also by eager attention without patches, same data and seed, "
+            f"{document['dtype']}: over {len(curves['mine'])} steps the losses (from {curves['eager'][0]:.4f} to "
+            f"{curves['eager'][-1]:.4f} nats) are {curves['apart']:.1e} nats apart at the most, allowed "
+            f"{curves['allowed']:.0e}: {verdict}. Eager trains at {document['eager']['train_tokens_per_second']:,.0f} tokens/s."
+        )
     return "\n".join(lines) + "\n"
 
 
 def plot(document: dict, path: Path) -> None:
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4.4), layout="constrained")
+    curves = beside_eager(document)
+    number = 2 if curves is None else 3
+    figure, axes = plt.subplots(1, number, figsize=(5.5 * number, 4.4), layout="constrained")
     points = document["points"]
     contexts = [p["context"] for p in points]
     for name, label, color in (("first_eval_loss", "before", "#0072B2"), ("eval_loss", "after", "#009E73")):
@@ -120,6 +157,12 @@ def plot(document: dict, path: Path) -> None:
             [b["from"] for b in buckets], [b["loss"] for b in buckets], marker=".", label=f"{p['context']:,} tokens"
         )
     axes[1].set(xscale="log", xlabel="tokens that a prediction could read, from", ylabel="loss after training")
+    if curves is not None:
+        steps = range(1, len(curves["mine"]) + 1)
+        axes[2].plot(steps, curves["eager"], color="#D55E00", linewidth=4, alpha=0.5, label="eager, no patches")
+        axes[2].plot(steps, curves["mine"], color="#009E73", marker=".", label="flashmla, all patches")
+        axes[2].set(xlabel=f"step, at {curves['context']:,} tokens", ylabel="loss of the step, nats per token")
+        axes[2].xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
     for axis in axes:
         axis.minorticks_off()
         axis.grid(alpha=0.3)
@@ -136,6 +179,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--tokens_per_step", type=int, default=8192, help="at least the longest context")
     parser.add_argument("--max_steps", type=int, default=8)
     parser.add_argument("--held_out", type=int, default=4, help="documents")
+    parser.add_argument(
+        "--eager_context", type=int, metavar="TOKENS", help="the context that eager attention trains at, too"
+    )
     parser.add_argument("--learning_rate", type=float)
     parser.add_argument("--seed", type=int, default=42)
     parser.add_argument("--device", choices=("cpu", "cuda"), default=environment.default_device())
@@ -145,6 +191,9 @@ def main(argv: list[str] | None = None) -> None:
     contexts = sorted(args.contexts or CONTEXTS[args.device])
     if any(args.tokens_per_step % context for context in contexts):
         sys.exit(f"context_quality: --tokens_per_step {args.tokens_per_step}: expected a multiple of every context")
+    if args.eager_context is not None and args.eager_context not in contexts:
+        sys.exit(f"context_quality: --eager_context {args.eager_context}: expected one of --contexts {contexts}")
+    args.dtype = environment.fastest_dtype(args.device)
     args.output_dir.mkdir(parents=True, exist_ok=True)
     files = write_documents(args.output_dir, contexts[-1], args.held_out)
     try:
@@ -165,15 +214,27 @@ def main(argv: list[str] | None = None) -> None:
         "model": name,
         "tokens_per_step": args.tokens_per_step,
         "seed": args.seed,
+        "dtype": args.dtype,
         "points": [],
     }
     path = args.output_dir / f"{args.name}.json"
-    for context in tqdm(contexts, desc="contexts", unit="context"):
-        document["points"].append(train_one(folder, context, files, args.output_dir / f"run-{context}", args))
+
+    def write() -> None:
         path.write_text(json.dumps(document, indent=1) + "\n")
         path.with_suffix(".md").write_text(f"{section(document)}\n{environment.sentence(document['environment'])}\n")
         plot(document, path.with_suffix(".png"))
+
+    for context in tqdm(contexts, desc="contexts", unit="context"):
+        document["points"].append(train_one(folder, context, files, args.output_dir / f"run-{context}", args))
+        write()
+    if args.eager_context is not None:
+        output_dir = args.output_dir / f"run-{args.eager_context}-eager"
+        document["eager"] = train_one(folder, args.eager_context, files, output_dir, args, "eager")
+        write()
     print(f"\n{section(document)}\nwritten: {path}, .md, .png")
+    curves = beside_eager(document)
+    if curves is not None and curves["apart"] > curves["allowed"]:
+        sys.exit(f"context_quality: the losses differ by {curves['apart']:.1e} nats, allowed {curves['allowed']:.0e}")
 
 
 if __name__ == "__main__":

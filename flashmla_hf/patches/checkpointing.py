@@ -113,8 +113,8 @@ class Checkpointing:
         The free bytes of the device, less the gradients that backward will make, a share, and what one layer's backward works
         with, are filled with the last layers' inputs, then with the last layers' attention. With "offload", inputs without a
         place go to the host, as far as its free bytes go (the count for the GPU is the more careful one), and kept attention
-        too; without it every input stays, whatever the count says. Numbers given by the caller are taken as they are. Without a GPU there is nothing to save: all but the
-        last layer go to the host, so that the same code runs.
+        too; without it every input stays, whatever the count says. Numbers given by the caller are taken as they are. Without
+        a GPU there is nothing to save: all but the last layer go to the host, so that the same code runs.
         """
         number, device = len(self.layers), hidden.device
         is_gpu = device.type == "cuda"

@@ -85,8 +85,8 @@ _thread = _Thread()
 
 
 def apply(module: nn.Module, x, weight, bias, a=None, b=None, scaling=1.0) -> torch.Tensor:
-    """y [..., out] of x [..., in], weight [out, in], bias [out] or ``None``, and a [rank, in] and b [out, rank] or ``None``, all
-    of one dtype, as the result of ``module``; undefined inside :func:`without_result_of` that module."""
+    """y [..., out] of x [..., in], weight [out, in], bias [out] or ``None``, a [rank, in] and b [out, rank] or ``None``, all of
+    one dtype, as the result of ``module``; undefined inside :func:`without_result_of` that module."""
     with torch.no_grad():
         low = None if a is None else x.reshape(-1, x.shape[-1]) @ a.t()
     if not torch.is_grad_enabled():
@@ -117,7 +117,7 @@ def source_of(out: torch.Tensor) -> nn.Module | None:
 
 @contextlib.contextmanager
 def without_result_of(module: nn.Module | None):
-    """Within, in this thread: ``module`` need not compute its result (``None`` is no module). It does where a hook would see it."""
+    """Within, in this thread: ``module`` (``None``: none) need not compute its result; it does where a hook would see it."""
     before, _thread.without = _thread.without, None if module is None or has_hooks(module) else module
     try:
         yield
@@ -138,7 +138,7 @@ def compute_dtype(x: torch.Tensor, *tensors: torch.Tensor | None) -> torch.dtype
 
 
 def is_plain(module: nn.Module) -> bool:
-    """Whether calling ``module`` is ``torch.nn.Linear.forward`` and nothing else: somebody's hook or forward would not be called."""
+    """Whether calling ``module`` is ``torch.nn.Linear.forward`` alone: somebody's hook or forward would not be called."""
     return (
         type(module) is nn.Linear
         and type(module.weight) is nn.Parameter
