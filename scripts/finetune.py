@@ -88,8 +88,9 @@ class ModelArguments:
     patches: list[str] = field(
         default_factory=lambda: ["none"],
         metadata={
-            "help": "memory patches: all, none, or some of loss, mlp, norm, rope, checkpointing, keep_attention, offload "
-            "(flashmla_hf.PATCHES); mlp_tile=N, loss_chunk=N, keep_attention=N, offload=N give one its number"
+            "help": "memory patches: all, none, or some of loss, mlp, norm, rope, attention, lora, checkpointing, "
+            "keep_attention, offload (flashmla_hf.PATCHES); mlp_tile=N, loss_chunk=N, keep_attention=N, offload=N give one "
+            "its number"
         },
     )
     dtype: str | None = field(

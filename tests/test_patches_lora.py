@@ -127,9 +127,25 @@ def second_adapter(model):
     model.base_model.set_adapter(["default", "other"])
 
 
+def older_peft(model):
+    for module in model.modules():
+        if isinstance(module, Linear):
+            forward, variants = module.forward, vars(module).pop("lora_variant")
+
+            def with_variants(*args, module=module, forward=forward, variants=variants):
+                module.lora_variant = variants
+                try:
+                    return forward(*args)
+                finally:
+                    del module.lora_variant
+
+            module.forward = with_variants
+
+
 @pytest.mark.parametrize(
     "change",
     [
+        older_peft,
         dropout,
         bias,
         hook,
@@ -138,7 +154,7 @@ def second_adapter(model):
         lambda m: m.base_model.disable_adapter_layers(),
         None,
     ],
-    ids=["dropout", "bias", "hook", "two adapters", "merged", "disabled", "DoRA"],
+    ids=["an older peft", "dropout", "bias", "hook", "two adapters", "merged", "disabled", "DoRA"],
 )
 def test_what_peft_does_beyond_the_plain_sum_stays_pefts(change, peft_calls):
     model, batch = lora(model_of("Llama"), use_dora=change is None), batch_of("Llama")

@@ -62,7 +62,8 @@ def _only_adapter(module: nn.Module) -> str | None:
     if module.disable_adapters or module.merged:
         return None
     active = [name for name in module.active_adapters if name in module.lora_A]
-    if len(active) != 1 or active[0] in module.lora_variant:  # DoRA and its like
+    # DoRA and its like; a peft that does not say so yet is left alone.
+    if len(active) != 1 or active[0] in getattr(module, "lora_variant", active):
         return None
     name = active[0]
     dropout = module.lora_dropout[name]
