@@ -221,11 +221,8 @@ def _load_direct():
 
         # torch.autograd.Function.apply less its look for torch.func, in whose absence alone _direct.attend goes on.
         _direct.set_up(super(torch.autograd.Function, _FlashAttention).apply, tuple(loaded))
-    except (
-        ImportError,
-        AttributeError,
-        RuntimeError,
-    ) as error:  # a torch without what it uses, libraries of another build
+    except (ImportError, AttributeError, RuntimeError) as error:
+        # A torch without what it uses, or libraries of another build.
         unavailable["direct"] = f"{DIRECT} is not used with torch {torch.__version__}: {error}"
         return None
     return _direct

@@ -233,7 +233,7 @@ def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, Tra
     if not is_search and (data_args.train_file is None) == (data_args.dataset_name is None):
         raise UserError("expected exactly one of --train_file and --dataset_name")
     try:
-        models.parse_patches(model_args.patches, device_type(args), model_args.use_peft)
+        chosen_patches(model_args, args)
     except ValueError as error:
         raise UserError(f"--patches: {error}") from None
     return model_args, data_args, args
@@ -425,7 +425,7 @@ def load_model(model_args: ModelArguments, args: TrainingArguments, checkpoint: 
     warnings.filterwarnings("ignore", message=".*is_activation_checkpointing|.*activation_checkpointing_enable")
     # A cache is of no use here, and with one Transformers would not see where packed documents begin.
     model.config.use_cache = False
-    patches, options = models.parse_patches(model_args.patches, device_type(args), model_args.use_peft)
+    patches, options = chosen_patches(model_args, args)
     if args.gradient_checkpointing and "checkpointing" not in patches:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     if model_args.use_peft:
@@ -465,9 +465,14 @@ def make_optimizer(trainable: list[torch.nn.Parameter], args: TrainingArguments)
     return torch.optim.AdamW(trainable, lr=args.learning_rate, weight_decay=args.weight_decay, fused=is_fused)
 
 
+def chosen_patches(model_args: ModelArguments, args: TrainingArguments) -> tuple[list[str], dict[str, int]]:
+    """The names and options of flashmla_hf.patch that --patches stands for in this run."""
+    return models.parse_patches(model_args.patches, device_type(args), model_args.use_peft)
+
+
 def ledger_of(model_args: ModelArguments, args: TrainingArguments, config) -> ledger.Ledger | None:
     """What the run's memory will consist of; None for a model that the ledger does not know."""
-    patches, options = models.parse_patches(model_args.patches, device_type(args), model_args.use_peft)
+    patches, options = chosen_patches(model_args, args)
     dtype = model_args.dtype or ("bfloat16" if model_args.use_peft and args.bf16 else "float32")
     weight_bytes = 2 if dtype in ("bfloat16", "auto") else 4
     switches = ledger.Switches(
@@ -869,7 +874,7 @@ def train(model_args: ModelArguments, data_args: DataArguments, args: TrainingAr
         "mfu": mfu,
         "trainable_parameters": trained,
         "attn_implementation": model_args.attn_implementation,
-        "patches": models.parse_patches(model_args.patches, device_type(args), model_args.use_peft)[0],
+        "patches": chosen_patches(model_args, args)[0],
     }
     if eval_loss is not None:
         first = next(entry["eval_loss"] for entry in state.log_history if "eval_loss" in entry)

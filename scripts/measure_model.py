@@ -184,13 +184,8 @@ def _measure(point: Point) -> Measurement:
         model_flops=flops,
         mfu=mfu,
         peak_flops=peak_flops,
-        memory_bytes=_memory_bytes(point),
+        memory_bytes=min(environment.memory_limit(point.device), point.memory_limit or sys.maxsize),
     )
-
-
-def _memory_bytes(point: Point) -> int:
-    """That the device has, or less where the point is to do with less."""
-    return min(environment.memory_limit(point.device), point.memory_limit or sys.maxsize)
 
 
 def _train_step(model: torch.nn.Module, point: Point):

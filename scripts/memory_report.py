@@ -396,7 +396,7 @@ def points_for(model: str, series: list[str], contexts: list[int], **settings) -
         # The margin is for the system; past it an allocation fails in the child alone.
         settings["memory_limit"] = int(0.95 * environment.memory_available("cpu"))
     everywhere = settings.pop("gradient_checkpointing", False)
-    kinds = [parse_series(name, device, settings.get("use_peft", True)) for name in series]
+    kinds = [parse_series(name, device, settings.get("use_peft", Point.use_peft)) for name in series]
     for kind in kinds:
         if everywhere and not kind["gradient_checkpointing"] and "checkpointing" not in kind["patches"]:
             kind |= {"gradient_checkpointing": True, "series": f"{kind['series']}+gradient_checkpointing"}

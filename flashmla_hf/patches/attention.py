@@ -169,7 +169,7 @@ def _chunked(attention: nn.Module, name: str, chunk: int):
             )[0]
 
         parameters = [p for p in attention.parameters() if p.requires_grad]
-        run = tiles.Run(attention, on_chunk, hidden_states.device, last=lambda: None)
+        run = tiles.Run(attention, on_chunk, hidden_states.device)
         return _Chunks.apply(hidden_states, run, chunk, *parameters), None
 
     return chunked_forward

@@ -126,25 +126,24 @@ class Checkpointing:
         room = int(free * USED_SHARE) - (WORKING_BYTES if is_gpu else 0)
         room = max(0, room - WORKING_HIDDEN * input_bytes - WORKING_ATTENTION * attention_bytes)
 
+        host = self._host_bytes(device) if self.offload is not None and is_gpu else 0
+
         if self.offload is None:
             offloaded = 0
-        elif self.offload == "auto":
-            offloaded = number - (min(max(room // input_bytes, 1), number) if is_gpu else 1)
-            if is_gpu:
-                offloaded = min(offloaded, self._host_room(device, USED_HOST_SHARE_FOR_INPUTS) // input_bytes)
-        else:
+        elif self.offload != "auto":
             offloaded = min(self.offload, number)
+        elif is_gpu:
+            without_place = number - min(max(room // input_bytes, 1), number)
+            offloaded = min(without_place, _host_room(host, USED_HOST_SHARE_FOR_INPUTS) // input_bytes)
+        else:
+            offloaded = number - 1
         room = max(0, room - (number - offloaded) * input_bytes)
 
         fit = min(room // attention_bytes, number)
         if self.keep_attention is None:
             kept = 0
         elif self.keep_attention == "auto":
-            on_host = (
-                max(0, self._host_room(device, USED_HOST_SHARE) - offloaded * input_bytes) // attention_bytes
-                if self.offload is not None and is_gpu
-                else 0
-            )
+            on_host = max(0, _host_room(host, USED_HOST_SHARE) - offloaded * input_bytes) // attention_bytes
             kept = min(fit + on_host, number)
         else:
             kept = number if self.keep_attention is True else min(self.keep_attention, number)
@@ -154,13 +153,15 @@ class Checkpointing:
             kept_on_device = min(kept, fit if self.offload == "auto" and is_gpu else number - offloaded)
         return Plan(offloaded, number - kept, number - kept_on_device)
 
-    def _host_room(self, device: torch.device, share: float) -> int:
-        """Bytes of host memory: ``share`` of what this process can take beside others of the machine, and of what the arena
-        holds unused."""
+    def _host_bytes(self, device: torch.device) -> int:
+        """What this process can take of the host's beside others of the machine, and what the arena holds unused."""
         offloader = self._offloaders.get(device)
         unused = len(offloader.arena.free) * offload.BLOCK if offloader else 0
-        mine = memory.host_available_bytes() // memory.host_sharers() + unused
-        return max(0, int(mine * share) - offload.RESERVE)
+        return memory.host_available_bytes() // memory.host_sharers() + unused
+
+
+def _host_room(host_bytes: int, share: float) -> int:
+    return max(0, int(host_bytes * share) - offload.RESERVE)
 
 
 def _identity(x: torch.Tensor) -> tuple:

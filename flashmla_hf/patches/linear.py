@@ -18,9 +18,7 @@ import torch
 from torch import nn
 
 
-class Keep(torch.autograd.Function):
-    """x, saved, and what else is given. Its node is where the next function finds them again: ``saved_tensors``."""
-
+class _Keep(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, *others):
         ctx.save_for_backward(x, *others)
@@ -29,6 +27,15 @@ class Keep(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         return grad, *[None] * (len(ctx.needs_input_grad) - 1)
+
+
+def keep(x: torch.Tensor, *others: torch.Tensor | None):
+    """x, and a node that has saved it and ``others``: where the next function, called with this x, finds them again
+    (``saved_tensors``). ``None`` for a node where x needs no gradient: that function saves them itself."""
+    if not x.requires_grad:
+        return x, None
+    x = _Keep.apply(x, *others)
+    return x, x.grad_fn
 
 
 class _Linear(torch.autograd.Function):
@@ -92,12 +99,8 @@ def apply(module: nn.Module, x, weight, bias, a=None, b=None, scaling=1.0) -> to
     if not torch.is_grad_enabled():
         out = _product(x, weight, bias, b, low, scaling)
     else:
-        keeper, kept = None, x
-        if x.requires_grad:
-            kept = Keep.apply(x, weight, a, b, low)
-            keeper = kept.grad_fn
-        has_result = _thread.without is not module
-        out = _Linear.apply(kept, keeper, weight, bias, a, b, low, scaling, has_result)
+        x, keeper = keep(x, weight, a, b, low)
+        out = _Linear.apply(x, keeper, weight, bias, a, b, low, scaling, not is_unneeded(module))
     note_result(module, out)
     return out
 
@@ -129,12 +132,15 @@ def is_unneeded(module: nn.Module) -> bool:
     return _thread.without is module
 
 
-def compute_dtype(x: torch.Tensor, *tensors: torch.Tensor | None) -> torch.dtype | None:
-    """What a linear layer of x and ``tensors`` computes in here: autocast's dtype, or the one that all have; ``None`` for
-    several."""
-    if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
-        return torch.get_autocast_dtype(x.device.type)
-    return x.dtype if all(t is None or t.dtype == x.dtype for t in tensors) else None
+def in_one_dtype(*tensors: torch.Tensor | None) -> list[torch.Tensor | None] | None:
+    """x and the others of a linear layer in what it computes in here: autocast's dtype, or the one that all have; ``None``
+    where they have several."""
+    device, dtype = tensors[0].device.type, tensors[0].dtype
+    if device != "meta" and torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+    elif any(t is not None and t.dtype != dtype for t in tensors):
+        return None
+    return [t if t is None else t.to(dtype) for t in tensors]
 
 
 def is_plain(module: nn.Module) -> bool:

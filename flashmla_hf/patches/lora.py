@@ -47,11 +47,9 @@ def _adapted(module: nn.Module):
         if adapter is None:
             return forward(x, *args, **kwargs)
         base, (a, b) = module.base_layer, (part[adapter].weight for part in (module.lora_A, module.lora_B))
-        tensors = [x, base.weight, base.bias, a, b]
-        dtype = linear.compute_dtype(*tensors)
-        if dtype is None:
+        tensors = linear.in_one_dtype(x, base.weight, base.bias, a, b)
+        if tensors is None:
             return forward(x)  # adapters in more precision than the model: peft's own casts
-        tensors = [t if t is None else t.to(dtype) for t in tensors]
         return linear.apply(module, *tensors, module.scaling[adapter])
 
     return adapted_forward

@@ -94,9 +94,7 @@ def _noting(module: nn.Linear):
         if torch.compiler.is_compiling():
             return forward(x)
         if linear.is_unneeded(module):
-            tensors = x, module.weight, module.bias
-            dtype = linear.compute_dtype(*tensors)
-            return linear.apply(module, *(t if t is None else t.to(dtype) for t in tensors))
+            return linear.apply(module, *linear.in_one_dtype(x, module.weight, module.bias))
         out = forward(x)
         linear.note_result(module, out)
         return out

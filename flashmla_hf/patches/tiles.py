@@ -80,7 +80,11 @@ class Run:
     the linear layer whose result is its own, if there is one."""
 
     def __init__(
-        self, module: nn.Module, forward: Callable, device: torch.device, last: Callable[[], nn.Module | None]
+        self,
+        module: nn.Module,
+        forward: Callable,
+        device: torch.device,
+        last: Callable[[], nn.Module | None] = lambda: None,
     ):
         self.forward, self.device, self.last = forward, device, last
         self.autocast = None
@@ -146,8 +150,5 @@ def in_tiles(
     parameters = [p for p in module.parameters() if p.requires_grad]
     if not torch.is_grad_enabled() or not (x.requires_grad or parameters):
         return run_rows(run, x, tile)
-    keeper = None
-    if x.requires_grad:
-        x = linear.Keep.apply(x)
-        keeper = x.grad_fn
+    x, keeper = linear.keep(x)
     return _Tiles.apply(x, keeper, run, tile, *parameters)
