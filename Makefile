@@ -54,7 +54,7 @@ bench: $(READY)
 	$(RUN) benchmarks/bench_model.py
 
 # On a GPU host; each file is a model, SHAPES="llama-8b" runs one. Run again, it measures only what is still missing.
-SHAPES ?= llama-8b llama-1b-full mistral-7b
+SHAPES ?= llama-8b llama-1b-full mistral-7b llama-8b-window llama-1b-full-window
 memory: $(READY)
 	for shape in $(SHAPES); do $(RUN) scripts/memory_report.py --config scripts/configs/memory/$$shape.yaml || exit 1; done
 	$(RUN) benchmarks/render_results.py

@@ -406,15 +406,14 @@ def plots(document: dict, path: Path) -> list[Path]:
 
 
 def memory_section(path: Path, page: Path) -> str:
-    """The tables of scripts/memory_report.py and the plot that it drew beside the JSON file."""
+    """The tables of scripts/memory_report.py, and its files beside the JSON made anew: the ledger may have been corrected."""
     import memory_report
 
     results, document = memory_report.read(path)
-    plot = path.with_suffix(".png")
-    picture = (
-        f"\n![{path.stem}: memory, speed and ledger]({os.path.relpath(plot, page.parent)})\n" if plot.exists() else ""
-    )
-    return memory_report.section(results, document) + picture
+    section = memory_report.section(results, document)
+    for plot in (p for p in memory_report.render(results, document, path) if p.suffix == ".png"):
+        section += f"\n![{path.stem}: memory, speed and ledger]({os.path.relpath(plot, page.parent)})\n"
+    return section
 
 
 def model_section(document: dict) -> str:

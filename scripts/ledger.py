@@ -298,8 +298,11 @@ def ledger(shape: Shape, switches: Switches) -> Ledger:
         per_token = 6 * f + 3 * h - (f if s.liger else 0)
         terms.append(Term("one layer's MLP in backward", ("mlp",), per_token=per_token, remover="add mlp to --patches"))
     # Normed input and the residual's gradient 2h; q, k, v as projected q + 2kv, q and k as rotated q + kv; output and its
-    # gradient 2q; gradients of q, k, v q + 2kv; the fp32 sums of dq; log-sum-exp and delta.
-    attention = 2 * h + 5 * q + 5 * kv + shape.heads_q * shape.head_dim * FP32 + 2 * lse
+    # gradient 2q; gradients of q, k, v q + 2kv; log-sum-exp and delta; the fp32 sums of dq, which our Hopper kernels hold
+    # for as many kv heads at a time as fit in 256 MiB: for one, where it matters.
+    is_ours = s.attn_implementation in ("flashmla", "fmla")
+    sums = shape.head_dim * FP32 * (shape.heads_q // shape.heads_kv if is_ours else shape.heads_q)
+    attention = 2 * h + 5 * q + 5 * kv + 2 * lse + sums
     rope_copies = q + kv
     if "rope" in s.patches or s.liger:
         attention -= rope_copies
@@ -362,8 +365,13 @@ def _fixed(shape: Shape, s: Switches) -> list[Term]:
 
 
 def components(shape: Shape, activation_bytes: int = 2) -> dict[str, tuple[float, float]]:
-    """Bytes per token, least and most, of the terms that every long run meets: what docs/design.md tabulates."""
-    of = Switches(gradient_checkpointing=True, adapter_bytes=activation_bytes, activation_bytes=activation_bytes)
+    """Bytes per token, least and most, of the terms that every long run of Transformers' own attention meets."""
+    of = Switches(
+        "flash_attention_2",
+        gradient_checkpointing=True,
+        adapter_bytes=activation_bytes,
+        activation_bytes=activation_bytes,
+    )
 
     def term(switches: Switches, *names: str) -> float:
         return sum(t.per_token for t in ledger(shape, switches).terms if t.name in names)

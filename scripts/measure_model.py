@@ -54,6 +54,7 @@ class Point:
     patches: tuple[str, ...] = ()  # names in flashmla_hf.PATCHES
     patch_options: tuple[tuple[str, int], ...] = ()  # of flashmla_hf.patch
     liger: bool = False  # the kernels of the package liger-kernel
+    sliding_window: int | None = None  # tokens a query sees, for a shape of models.SHAPES; None: the model's own
     optim: str = "none"  # or "adamw_torch": a training step ends with the optimizer's
     warmup: int = 32  # tokens of the step before the measured one
     repeats: int = 1  # timed steps after the first, which is measured for memory; 0: the first is timed, too
@@ -141,7 +142,7 @@ def _measure(point: Point) -> Measurement:
         share = point.memory_limit / environment.memory_limit("cuda")
         torch.cuda.set_per_process_memory_fraction(min(1.0, share))
     dtype = getattr(torch, point.dtype)
-    model = models.load(point.model, point.attn_implementation, dtype, point.device)
+    model = models.load(point.model, point.attn_implementation, dtype, point.device, point.sliding_window)
     vocabulary = model.config.get_text_config().vocab_size
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(vocabulary, (point.batch_size, point.context), generator=generator).to(point.device)

@@ -15,6 +15,12 @@ table are rewritten after every point; the same command run again measures only 
 A point that would not fit in the machine's memory, or take longer than --time_limit, is not begun; the table says so.
 What it would need is extrapolated from the shorter contexts of the same series, as a*n + b*n²; the memory of a series
 whose patches fill what is free (keep_attention and offload without a number, on a GPU) is the ledger's instead.
+
+What is the longest context? A step of full attention takes minutes there. With --sliding_window 4096 flashmla needs the
+same memory (its kernels hold no scores either way) and seconds; SDPA does not: it takes a window as a mask of n² elements.
+
+    python scripts/memory_report.py --model llama-1b --full --series flashmla+all --sliding_window 4096 \\
+        --contexts 1048576 1310720 1572864 --repeats 0
 """
 
 from __future__ import annotations
@@ -162,7 +168,7 @@ def table(results: list[Measurement]) -> str:
 
 
 def ledger_of(point: Point) -> ledger.Ledger:
-    return ledger.ledger(ledger.Shape.of(models.config_of(point.model)), point.switches())
+    return ledger.ledger(ledger.Shape.of(models.config_of(point.model, point.sliding_window)), point.switches())
 
 
 def details(results: list[Measurement]) -> str:
@@ -314,6 +320,10 @@ def section(results: list[Measurement], document: dict) -> str:
         f"{what}. Peak memory above the loaded model in GiB, time of a step in seconds; each point in its own process.\n",
         table(results),
     ]
+    if point.sliding_window:
+        parts.append(
+            "flashmla's memory is that of full attention, its time is not: the window is there to save time.\n"
+        )
     if any(r.status == "ok" and r.peak_allocated_bytes for r in results):
         source = next(r.peak_flops for r in results if r.status == "ok")
         is_first = any(r.status == "ok" and r.point.repeats == 0 and r.host_pinned_bytes for r in results)
@@ -339,7 +349,8 @@ def description(point: Point) -> str:
     step = "forward, backward and AdamW" if point.optim != "none" else "forward and backward"
     is_limited = point.device == "cuda" and point.memory_limit
     limit = f", at most {point.memory_limit / GIB:.4g} GiB of the GPU" if is_limited else ""
-    return f"{point.model}, batch {point.batch_size}, {point.dtype}, {trained}: {step}{limit}"
+    window = f", window of {point.sliding_window:,}" if point.sliding_window else ""
+    return f"{point.model}{window}, batch {point.batch_size}, {point.dtype}, {trained}: {step}{limit}"
 
 
 def write(results: list[Measurement], record: dict, output_dir: Path, name: str = "memory_report") -> list[Path]:
@@ -348,7 +359,7 @@ def write(results: list[Measurement], record: dict, output_dir: Path, name: str 
     A measurement keeps the environment it was made in: one of an earlier run is not relabelled.
     """
     output_dir.mkdir(parents=True, exist_ok=True)
-    paths = [output_dir / f"{name}.{suffix}" for suffix in ("json", "md", "png")]
+    path = output_dir / f"{name}.json"
     environments: list[dict] = []
     points = []
     for r in results:
@@ -358,13 +369,20 @@ def write(results: list[Measurement], record: dict, output_dir: Path, name: str 
         points.append(r.as_dict() | {"environment": made_in})
     document = {"kind": "memory", "environment": record, "environments": environments, "points": points}
     # Written beside and renamed: a run that is killed here keeps the points of before.
-    unfinished = paths[0].with_suffix(".unfinished")
+    unfinished = path.with_suffix(".unfinished")
     unfinished.write_text(json.dumps(document, indent=1) + "\n")
-    os.replace(unfinished, paths[0])
-    paths[1].write_text(section(results, document))
-    if any(r.status == "ok" for r in results):
-        plot(results, paths[2], f"{description(results[0].point)}\n{record['device']}")
-    return [path for path in paths if path.exists()]
+    os.replace(unfinished, path)
+    return [path, *render(results, document, path)]
+
+
+def render(results: list[Measurement], document: dict, path: Path) -> list[Path]:
+    """Table and plot beside the JSON file ``path``, with the ledger as it is now; returns their paths."""
+    table, picture = path.with_suffix(".md"), path.with_suffix(".png")
+    table.write_text(section(results, document))
+    if not any(r.status == "ok" for r in results):
+        return [table]
+    plot(results, picture, f"{description(results[0].point)}\n{document['environment']['device']}")
+    return [table, picture]
 
 
 def parse_series(name: str, device: str, use_peft: bool) -> dict:
@@ -418,6 +436,10 @@ def main(argv: list[str] | None = None) -> None:
         "--gpu_memory", type=float, metavar="GIB",
         help="what torch may take of the GPU, to measure as if on a smaller one (79 GiB of an 80-GB card are usable)",
     )  # fmt: skip
+    parser.add_argument(
+        "--sliding_window", type=int, metavar="TOKENS",
+        help="what a query of a random-weight model sees: flashmla needs full attention's memory and a fraction of its time",
+    )  # fmt: skip
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: the faster one here")
     parser.add_argument("--batch_size", type=int, default=1)
     parser.add_argument("--full", action="store_true", help="all weights are trained instead of LoRA")
@@ -441,7 +463,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
 
     try:
-        models.config_of(args.model)  # converts smollm2 once here, not in the first measured process
+        # Converts smollm2 once here, not in the first measured process.
+        models.config_of(args.model, args.sliding_window)
         points = points_for(
             args.model,
             args.series,
@@ -449,6 +472,7 @@ def main(argv: list[str] | None = None) -> None:
             device=args.device,
             dtype=args.dtype or environment.fastest_dtype(args.device),
             batch_size=args.batch_size,
+            sliding_window=args.sliding_window,
             use_peft=not args.full,
             lora_dtype=args.lora_dtype,
             optim=args.optim,
@@ -518,8 +542,6 @@ def _known(path: Path, point: Point, record: dict) -> list[Measurement]:
         known, document = read(path)
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         sys.exit(f"memory_report: {path} is no file of this script ({error!r}): name another --name, or --overwrite it")
-    for r, p in zip(known, document["points"], strict=True):
-        r.environment = p.get("environment")
     same = document["environment"]["device"] == record["device"]
     if not same or any(description(r.point) != description(point) for r in known):
         sys.exit(

@@ -168,8 +168,22 @@ def _folder_of(name: str, config: LlamaConfig, dtype: torch.dtype, texts: list[s
     return folder
 
 
-def config_of(name: str) -> PreTrainedConfig:
-    """The configuration of the model ``name``, as ``load`` understands it. Raises NoModelError where there is none."""
+def config_of(name: str, sliding_window: int | None = None) -> PreTrainedConfig:
+    """The configuration of the model ``name``, as ``load`` understands it. Raises NoModelError where there is none.
+
+    ``sliding_window`` tokens are all that a query of one of SHAPES sees then, in every layer: Mistral's modules, which are
+    Llama's with a window.
+    """
+    if sliding_window is not None:
+        if name not in SHAPES or sliding_window < 1:
+            raise NoModelError(
+                f"a window of {sliding_window} for {name!r}: expected at least 1 token and one of {[*SHAPES]}; a folder's "
+                "config.json has its own sliding_window"
+            )
+        given = SHAPES[name].to_diff_dict()
+        return MistralConfig(
+            **{k: v for k, v in given.items() if k != "model_type"} | {"sliding_window": sliding_window}
+        )
     if name in SHAPES:
         return SHAPES[name]
     folder = str(smollm2_folder()) if name == "smollm2" else name
@@ -226,21 +240,23 @@ def keep_adapter_inputs(model: torch.nn.Module) -> None:
             module.cast_input_dtype_enabled = False
 
 
-def load(name: str, attn_implementation: str, dtype: torch.dtype, device: str) -> PreTrainedModel:
+def load(
+    name: str, attn_implementation: str, dtype: torch.dtype, device: str, sliding_window: int | None = None
+) -> PreTrainedModel:
     """The model ``name``: a key of SHAPES (random weights, seed 0), "smollm2" (real), or a folder or hub name.
+
+    ``sliding_window`` is as in ``config_of``.
 
     Raises NoModelError where a folder does not hold a model.
     """
     if attn_implementation == "flashmla":
         import flashmla_hf  # noqa: F401  registers the name with Transformers
+    config = config_of(name, sliding_window)
     if name in SHAPES:
         torch.manual_seed(0)
         # Built where it will live: 8B random weights take minutes to draw on a CPU.
         with torch.device(device):
-            return AutoModelForCausalLM.from_config(
-                SHAPES[name], dtype=dtype, attn_implementation=attn_implementation
-            ).eval()
-    config_of(name)
+            return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attn_implementation).eval()
     folder = str(smollm2_folder()) if name == "smollm2" else name
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation=attn_implementation)
     return model.to(device).eval()

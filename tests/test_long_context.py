@@ -99,6 +99,45 @@ def test_the_ledger_predicts_what_an_h100_measured(backend, liger, tokens, gib):
     assert of.peak(tokens) / GIB == pytest.approx(gib, rel=0.03)
 
 
+def test_the_ledger_predicts_what_an_h200_measured_with_the_patches():
+    """Where patches do not fill free memory: 131,072 and 262,144 tokens with numbers, and so much that nothing is left over."""
+    results, _ = memory_report.read(ROOT / "benchmarks" / "results" / "memory-llama-8b-window-h200.json")
+    measured = [r for r in results if not r.point.fills_memory]
+    full, _ = memory_report.read(ROOT / "benchmarks" / "results" / "memory-llama-1b-full-window-h200.json")
+    measured += [r for r in full if r.point.context > 2**20]
+    assert len(measured) == 5
+    for r in measured:
+        predicted = memory_report.ledger_of(r.point).peak(r.point.context)
+        assert predicted == pytest.approx(r.peak_allocated_bytes, rel=0.05), r.point.label
+
+
+def test_a_window_leaves_memory_as_it_is():
+    """Measured: the same bytes, on the GPU and pinned, at 1,048,576 tokens with a window of 4,096 and without."""
+    found = []
+    for name in ("memory-llama-1b-full-h200", "memory-llama-1b-full-window-h200"):
+        results, _ = memory_report.read(ROOT / "benchmarks" / "results" / f"{name}.json")
+        (r,) = (r for r in results if r.point.context == 2**20)
+        found.append((r.peak_allocated_bytes, r.host_pinned_bytes, r.model_bytes))
+    assert found[0] == found[1]
+
+
+def test_a_shape_with_a_window_is_the_same_model_that_sees_less():
+    whole, windowed = (models.load("tiny", "eager", torch.float32, "cpu", window) for window in (None, 4))
+    windowed.load_state_dict(whole.state_dict())
+    ids = torch.arange(32)[None]
+    changed = ids.clone()
+    changed[0, 8] += 1  # two layers of 4 tokens reach 6 tokens back
+    with torch.no_grad():
+        reached = [(m(ids).logits - m(changed).logits).abs().amax((0, 2)) > 1e-6 for m in (whole, windowed)]
+        assert torch.allclose(whole(ids[:, :4]).logits, windowed(ids[:, :4]).logits)
+    assert reached[0].tolist() == [False] * 8 + [True] * 24
+    assert reached[1].tolist() == [False] * 8 + [True] * 7 + [False] * 17
+    assert Shape.of(windowed.config).window == 4
+    for name, window in (("tiny", 0), ("folder", 4)):
+        with pytest.raises(models.NoModelError, match=f"a window of {window} for '{name}': expected at least 1 token"):
+            models.config_of(name, window)
+
+
 def test_every_patch_lowers_the_peak_or_moves_it():
     lean = Switches("flashmla", patches=frozenset({"checkpointing"}), casts_adapter_inputs=False)
     peaks = []
@@ -460,9 +499,12 @@ def test_the_memory_configs_that_ship_are_valid(tmp_path, monkeypatch):
     assert {point.optim for point in seen} == {"adamw_torch"}
     assert {path.stem for path in tmp_path.glob("*.json")} == {
         "memory-llama-8b",
+        "memory-llama-8b-window",
         "memory-llama-1b-full",
+        "memory-llama-1b-full-window",
         "memory-mistral-7b",
     }
+    assert {point.sliding_window for point in seen} == {None, 4096}
 
 
 # ---------------------------------------------------------------- quality
