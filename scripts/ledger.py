@@ -321,6 +321,9 @@ def ledger(shape: Shape, switches: Switches) -> Ledger:
         # K and V repeated to the query heads, and their gradients.
         use = "use --attn_implementation flashmla"
         terms.append(Term("repeated keys and values", ("attention",), per_token=4 * q, remover=use))
+    if s.attn_implementation == "sdpa" and shape.window:
+        # Transformers gives SDPA a window as one mask of booleans for all layers.
+        terms.append(Term("the window's mask", MOMENTS, per_pair=1, remover="use --attn_implementation flashmla"))
     if s.attn_implementation == "eager":
         # Softmax in fp32 and two gradients of it; where the model computes in less, the softmax's cast and its gradient.
         casts = a if a < FP32 else 0
