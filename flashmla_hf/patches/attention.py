@@ -19,10 +19,11 @@ import torch
 from torch import nn
 
 from flashmla_hf import hf_layout
-from flashmla_hf.patches import structure, tiles
+from flashmla_hf.patches import gradients, structure, tiles
 from flashmla_hf.patches.replacements import Replacements
 
 CHUNK = 16384
+OURS = ("flashmla", "fmla")
 # What a decoder layer passes on and chunks do not change.
 PASSED_ON = {"use_cache", "output_attentions", "is_causal", "output_router_logits", "num_items_in_batch"}
 
@@ -68,8 +69,9 @@ class _Chunks(torch.autograd.Function):
         return out
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @gradients.first_derivatives
     def backward(ctx, grad):
+        ctx.run.unchanged.check()
         x, keys, values = ctx.saved_tensors
         prefix = _Prefix(x.shape[1])
         prefix.keys, prefix.values, prefix.is_again = keys, values, True
@@ -85,6 +87,8 @@ class _Chunks(torch.autograd.Function):
             piece = x[:, tokens].detach().requires_grad_(needs_x)
             with torch.enable_grad():
                 out = ctx.run(piece, start, prefix)
+            if start == 0:
+                gradients.refuse_other_leaves(out, ctx.run.module, [piece, *prefix.leaves, *ctx.parameters])
             inputs = [piece, *trained] if needs_x else trained
             given = [i for i in (0, 1) if prefix.given[i].requires_grad]
             # Through the queries, and to the keys and values of the prefix. A fused projection's graph is needed once more.
@@ -120,7 +124,7 @@ class _Chunks(torch.autograd.Function):
 def patch_attention(model: nn.Module, replacements: Replacements, chunk: int | None) -> None:
     """Replaces ``forward`` of every attention block. ``chunk``: tokens, ``None`` is :data:`CHUNK`."""
     implementation = structure.decoder(model, "attention").config._attn_implementation
-    if implementation not in ("flashmla", "fmla"):
+    if implementation not in OURS:
         raise structure.refuse(
             model,
             "attention",
@@ -152,6 +156,7 @@ def _chunked(attention: nn.Module, name: str, chunk: int):
                 past_key_values=past_key_values,
                 **kwargs,
             )
+        gradients.refuse_arguments_by_hook(attention, "attention")
         position_ids = kwargs.pop("position_ids", None)
         _refuse_what_chunks_cannot(
             attention, name, hidden_states, attention_mask, past_key_values, position_ids, kwargs
@@ -178,7 +183,10 @@ def _chunked(attention: nn.Module, name: str, chunk: int):
 def _refuse_what_chunks_cannot(attention, name, hidden_states, mask, past_key_values, position_ids, kwargs) -> None:
     batch, seqlen = hidden_states.shape[:2]
     reason = None
-    if past_key_values is not None:
+    implementation = getattr(getattr(attention, "config", None), "_attn_implementation", None)
+    if implementation not in OURS:  # set after patch
+        reason = f"attn_implementation={implementation!r} (its causal mask is aligned at the beginning)"
+    elif past_key_values is not None:
         reason = "a cache (use_cache=False in training)"
     elif mask is not None and not _hides_nothing(mask, seqlen):
         reason = "an attention mask (padding or packed documents)"
@@ -186,7 +194,7 @@ def _refuse_what_chunks_cannot(attention, name, hidden_states, mask, past_key_va
         reason = "packed documents (position_ids that restart)"
     elif getattr(attention, "attention_dropout", 0.0) > 0.0 and attention.training:
         reason = "attention_dropout"
-    elif tiles.has_dropout(attention):
+    elif gradients.has_dropout(attention):
         reason = "a dropout layer"
     else:
         unknown = [k for k, v in kwargs.items() if v is not None and k not in PASSED_ON]

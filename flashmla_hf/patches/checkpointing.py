@@ -238,7 +238,10 @@ def patch_checkpointing(model: nn.Module, replacements: Replacements, keep_atten
             )  # fmt: skip
         replacements.set(layer.module, "_gradient_checkpointing_func", _Layer(checkpointing, index))
         replacements.set(layer.module, "gradient_checkpointing", True, may_change=True)
-    replacements.set(model, "_set_gradient_checkpointing", _switch([layer.module for layer in layers]))
+    modules = [layer.module for layer in layers]
+    replacements.set(model, "_set_gradient_checkpointing", _switch(modules))
+    decoder = structure.decoder(model, "checkpointing")
+    replacements.on_undo(decoder.register_forward_pre_hook(_refuse_cache(modules), with_kwargs=True).remove)
 
 
 class _Layer:
@@ -249,6 +252,23 @@ class _Layer:
 
     def __call__(self, function, *args):
         return self.checkpointing.run(self.index, function, *args)
+
+
+def _refuse_cache(layers: list[nn.Module]):
+    """Transformers' layers that checkpoint leave a cache out, with a line in the log: a prefix in it would have no effect."""
+
+    def check(decoder, args, kwargs):
+        cache = kwargs.get("past_key_values")
+        if cache is None or not any(layer.gradient_checkpointing and layer.training for layer in layers):
+            return
+        if (length := cache.get_seq_length()) > 0:
+            raise structure.PatchError(
+                f"flashmla_hf.patch: patch 'checkpointing': {type(decoder).__name__} in training: expected past_key_values "
+                f"that are empty, got {length} tokens (peft's prefix tuning gives some), which checkpointed layers leave out. "
+                "Call model.eval(), or leave it out: patches=[...] without 'checkpointing', 'keep_attention' and 'offload'"
+            )
+
+    return check
 
 
 def _switch(layers: list[nn.Module]):

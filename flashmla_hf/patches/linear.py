@@ -17,6 +17,8 @@ import weakref
 import torch
 from torch import nn
 
+from flashmla_hf.patches import gradients
+
 
 class _Keep(torch.autograd.Function):
     @staticmethod
@@ -49,8 +51,13 @@ class _Linear(torch.autograd.Function):
         return _product(x, weight, bias, b, low, scaling)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @gradients.first_derivatives
     def backward(ctx, grad):
+        with _without_autocast(grad.device):
+            return _Linear.gradients(ctx, grad)
+
+    @staticmethod
+    def gradients(ctx, grad):
         x, weight, a, b, low = (ctx.keeper or ctx).saved_tensors
         needs_x, _, needs_weight, needs_bias, needs_a, needs_b, *_ = ctx.needs_input_grad
         rows, grads = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
@@ -75,6 +82,13 @@ class _Linear(torch.autograd.Function):
         )
 
 
+def _without_autocast(device: torch.device):
+    """For a backward that somebody calls under autocast: dtypes are those of the forward pass."""
+    if device.type == "meta" or not torch.is_autocast_enabled(device.type):
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, enabled=False)
+
+
 def _product(x, weight, bias, b, low, scaling):
     out = nn.functional.linear(x, weight, bias)
     if low is not None:
@@ -85,7 +99,7 @@ def _product(x, weight, bias, b, low, scaling):
 class _Thread(threading.local):
     def __init__(self):
         self.without = None  # the module whose result nobody needs now
-        self.latest = None  # (module, its latest result, that one's version) of this thread
+        self.results = None  # of :func:`noted_results`
 
 
 _thread = _Thread()
@@ -105,17 +119,36 @@ def apply(module: nn.Module, x, weight, bias, a=None, b=None, scaling=1.0) -> to
     return out
 
 
+class Results:
+    """Of linear layers: (module, its result, that one's version) per call."""
+
+    def __init__(self):
+        self.calls: list[tuple] = []
+
+    def source_of(self, out: torch.Tensor) -> nn.Module | None:
+        """The module whose result, as it was returned, ``out`` is; ``None`` where there is none, or where it ran more than
+        once."""
+        if not self.calls:
+            return None
+        module, result, version = self.calls[-1]
+        is_source = result() is out and out._version == version
+        return module if is_source and sum(m is module for m, *_ in self.calls) == 1 else None
+
+
+@contextlib.contextmanager
+def noted_results():
+    """Within, in this thread: every :func:`note_result` is put into the :class:`Results` that this gives."""
+    before, _thread.results = _thread.results, Results()
+    try:
+        yield _thread.results
+    finally:
+        _thread.results = before
+
+
 def note_result(module: nn.Module, out: torch.Tensor) -> None:
-    """For :func:`source_of`."""
-    _thread.latest = (module, weakref.ref(out), out._version)
-
-
-def source_of(out: torch.Tensor) -> nn.Module | None:
-    """The module whose result, as it was returned, ``out`` is; ``None`` where no call of :func:`note_result` says so."""
-    if _thread.latest is None:
-        return None
-    module, result, version = _thread.latest
-    return module if result() is out and out._version == version else None
+    # An inference tensor has no version; no backward comes for it.
+    if _thread.results is not None and not out.is_inference():
+        _thread.results.calls.append((module, weakref.ref(out), out._version))
 
 
 @contextlib.contextmanager

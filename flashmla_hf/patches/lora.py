@@ -24,7 +24,7 @@ def adapted_layers(model: nn.Module) -> list[nn.Module]:
 
 
 def patch_lora(model: nn.Module, replacements: Replacements) -> None:
-    """Replaces ``forward`` of every one of :func:`adapted_layers`."""
+    """Replaces ``forward`` of every one of :func:`adapted_layers`, but for those where somebody else has."""
     found = adapted_layers(model)
     if not found:
         raise structure.refuse(
@@ -34,7 +34,7 @@ def patch_lora(model: nn.Module, replacements: Replacements) -> None:
             "a peft.tuners.lora.Linear over a torch.nn.Linear (get_peft_model comes first)",
             "none",
         )
-    for module in found:
+    for module in (m for m in found if "forward" not in vars(m)):
         replacements.set(module, "forward", _adapted(module))
 
 

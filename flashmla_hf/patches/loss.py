@@ -21,7 +21,7 @@ import torch
 from torch import nn
 from transformers.loss.loss_utils import ForCausalLMLoss
 
-from flashmla_hf.patches import structure
+from flashmla_hf.patches import gradients, structure
 from flashmla_hf.patches.replacements import Replacements
 
 # Tokens per chunk: [2048, 128256] fp32 are 1 GiB, and a GPU's matrix products are at full speed.
@@ -124,6 +124,8 @@ def patch_loss(model: nn.Module, replacements: Replacements, chunk: int | None) 
 
     @wraps(model_forward)
     def forward(*args, **kwargs):
+        if args and args[0] is model:  # accelerate's unwrap_model binds the function it finds
+            args = args[1:]
         before = _state.has_labels
         _state.has_labels = signature.bind_partial(*args, **kwargs).arguments.get("labels") is not None
         try:
@@ -231,7 +233,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return loss / num_items
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @gradients.first_derivatives
     def backward(ctx, grad):
         if ctx.grads is None:
             raise RuntimeError(

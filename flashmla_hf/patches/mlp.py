@@ -10,7 +10,7 @@ from functools import wraps
 import torch
 from torch import nn
 
-from flashmla_hf.patches import linear, memory, structure, tiles
+from flashmla_hf.patches import gradients, linear, memory, structure, tiles
 from flashmla_hf.patches.replacements import Replacements
 
 # A gated MLP's backward holds, per token, gate, up, activation, product and the gradients of three of them.
@@ -53,7 +53,6 @@ def _tiled(mlp: nn.Module, name: str, tile: int | None):
         getattr(mlp, "top_k", None) or getattr(getattr(mlp, "gate", None), "top_k", None) or 1
     )
     chosen: dict[tuple, int] = {}
-    last: list[nn.Module | None] = [None]
 
     @wraps(forward)
     def tiled_forward(hidden_states):
@@ -68,10 +67,14 @@ def _tiled(mlp: nn.Module, name: str, tile: int | None):
         if tokens <= chosen[key]:
             return forward(hidden_states)
 
+        gradients.refuse_arguments_by_hook(mlp, "mlp")
+        last: list[nn.Module | None] = [None]  # of this call: the next may run with other adapters
+
         def on_rows(rows):
-            out = forward(rows[None])
+            with linear.noted_results() as results:
+                out = forward(rows[None])
             if not torch.is_grad_enabled():
-                last[0] = linear.source_of(out)
+                last[0] = results.source_of(out)
             if not isinstance(out, torch.Tensor) or out.shape != (1, *rows.shape):
                 got = [*out.shape] if isinstance(out, torch.Tensor) else type(out).__name__
                 raise structure.PatchError(

@@ -6,7 +6,24 @@ from collections.abc import Callable
 
 from torch import nn
 
+from flashmla_hf.patches.structure import PatchError
+
 _ABSENT = object()
+_NO_COPIES = "_flashmla_no_copies"
+
+
+class _NoCopies:
+    """Lies beside what a patch sets on ``owner``: copied with it, those functions would compute with the original's weights."""
+
+    def __init__(self, owner: object):
+        self.owner = type(owner).__name__
+
+    def __reduce_ex__(self, protocol):
+        raise PatchError(
+            f"flashmla_hf.patch: {self.owner}: expected no copy of a patched module (it would compute with the original's "
+            "weights), got copy.deepcopy or pickle. Copy it before flashmla_hf.patch or after flashmla_hf.unpatch(model); with "
+            "peft, get_peft_model and add_adapter come before flashmla_hf.patch. state_dict and save_pretrained need no copy"
+        )
 
 
 class Replacements:
@@ -19,6 +36,8 @@ class Replacements:
 
     def set(self, owner: object, name: str, value: object, may_change: bool = False) -> None:
         """``may_change``: the attribute is a switch that others turn; it goes back to what it was all the same."""
+        if name != _NO_COPIES and _NO_COPIES not in vars(owner):
+            self.set(owner, _NO_COPIES, _NoCopies(owner))
         self._set.append((owner, name, vars(owner).get(name, _ABSENT), _ABSENT if may_change else value))
         vars(owner)[name] = value
 
@@ -31,7 +50,9 @@ class Replacements:
         for owner, name, _, value in self._set:
             latest[id(owner), name] = (owner, name, value)
         for owner, name, value in latest.values():
-            if value is not _ABSENT and vars(owner).get(name, _ABSENT) is not value:
+            found = vars(owner).get(name, _ABSENT)
+            # accelerate's unwrap_model binds the function that it finds.
+            if value is not _ABSENT and found is not value and getattr(found, "__func__", None) is not value:
                 what = type(owner).__name__ if isinstance(owner, nn.Module) else repr(owner)
                 raise RuntimeError(
                     f"flashmla_hf.unpatch: {what}.{name} was replaced after flashmla_hf.patch: expected to find the patch. "

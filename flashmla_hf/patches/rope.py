@@ -19,7 +19,7 @@ from functools import wraps
 import torch
 from torch import nn
 
-from flashmla_hf.patches import structure
+from flashmla_hf.patches import gradients, linear, structure
 from flashmla_hf.patches.replacements import Replacements
 
 FUNCTION = "apply_rotary_pos_emb"
@@ -41,7 +41,7 @@ class _Rotate(torch.autograd.Function):
         return x.detach()
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @gradients.first_derivatives
     def backward(ctx, grad):
         cos, sin = ctx.saved_tensors
         # Not in place: somebody else may hold the gradient.
@@ -142,16 +142,19 @@ def patch_rope(model: nn.Module, replacements: Replacements) -> None:
     for module in modules:
         replacements.on_undo(_install(module))
     for attention in blocks:
-        replacements.set(attention, "forward", _marked(attention.forward))
+        replacements.set(attention, "forward", _marked(attention, attention.forward))
 
 
 def _unwrapped_names(attention: nn.Module) -> tuple[str, ...]:
     return inspect.unwrap(type(attention).forward).__code__.co_names
 
 
-def _marked(forward):
+def _marked(attention: nn.Module, forward):
     @wraps(forward)
     def marked_forward(*args, **kwargs):
+        # Who looks at a projection's result may hold it: then it must not be overwritten.
+        if any(map(linear.has_hooks, attention.children())):
+            return forward(*args, **kwargs)
         with _inside_patched_block():
             return forward(*args, **kwargs)
 

@@ -18,7 +18,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from flashmla_hf.patches import linear
+from flashmla_hf.patches import gradients, linear
 
 
 class _Tiles(torch.autograd.Function):
@@ -30,8 +30,9 @@ class _Tiles(torch.autograd.Function):
         return run_rows(run, x, tile)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @gradients.first_derivatives
     def backward(ctx, grad):
+        ctx.run.unchanged.check()
         (x,) = (ctx.keeper or ctx).saved_tensors
         needs_x, needs = ctx.needs_input_grad[0], ctx.needs_input_grad[4:]
         trained = [p for p, need in zip(ctx.parameters, needs, strict=True) if need]
@@ -43,6 +44,8 @@ class _Tiles(torch.autograd.Function):
                 piece = x[rows].detach().requires_grad_(needs_x)
                 with torch.enable_grad():
                     out = ctx.run(piece)
+                if start == 0:
+                    gradients.refuse_other_leaves(out, ctx.run.module, [piece, *ctx.parameters])
                 wanted = [piece, *trained] if needs_x else trained
                 grads = list(torch.autograd.grad(out, wanted, grad[rows], allow_unused=True))
                 del out
@@ -64,17 +67,6 @@ def add_to(sums: list, grads: list, is_only: bool = False) -> None:
             sums[i] += g
 
 
-def has_dropout(module: nn.Module) -> bool:
-    """Whether ``module`` drops anything now: by a dropout layer, or by the function and a rate of its own (StarCoder2)."""
-    return any(m.training and _drops(m) for m in module.modules())
-
-
-def _drops(module: nn.Module) -> bool:
-    if isinstance(module, nn.modules.dropout._DropoutNd):
-        return module.p > 0
-    return any("drop" in name and isinstance(value, float) and value > 0 for name, value in vars(module).items())
-
-
 class Run:
     """``forward``, under the autocast and with the random numbers of the call it was made in. ``last`` gives, once it has run,
     the linear layer whose result is its own, if there is one."""
@@ -86,14 +78,15 @@ class Run:
         device: torch.device,
         last: Callable[[], nn.Module | None] = lambda: None,
     ):
-        self.forward, self.device, self.last = forward, device, last
+        self.module, self.forward, self.device, self.last = module, forward, device, last
+        self.unchanged = gradients.Unchanged(module) if torch.is_grad_enabled() else None
         self.autocast = None
         if device.type != "meta" and torch.is_autocast_enabled(device.type):
             # No cache of casted weights: filled without a graph, it would cut the gradient of whoever hits it later.
             self.autocast = {"dtype": torch.get_autocast_dtype(device.type), "cache_enabled": False}
         self.rng = None
         # In training whatever has_dropout sees: a forward may take its rate from elsewhere.
-        if module.training or has_dropout(module):
+        if module.training or gradients.has_dropout(module):
             self.rng = (torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None)
 
     def __call__(self, *args) -> torch.Tensor:
