@@ -32,6 +32,7 @@ import demo
 import environment
 import matplotlib
 import models
+from options import at_least
 from tqdm import tqdm
 
 matplotlib.use("Agg")
@@ -175,10 +176,10 @@ def plot(document: dict, path: Path) -> None:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2", help="smollm2 (real weights), small (random ones), or a folder")
-    parser.add_argument("--contexts", nargs="+", type=int, metavar="TOKENS", help="default: by device")
-    parser.add_argument("--tokens_per_step", type=int, default=8192, help="at least the longest context")
-    parser.add_argument("--max_steps", type=int, default=8)
-    parser.add_argument("--held_out", type=int, default=4, help="documents")
+    parser.add_argument("--contexts", nargs="+", type=at_least(2), metavar="TOKENS", help="default: by device")
+    parser.add_argument("--tokens_per_step", type=at_least(2), default=8192, help="at least the longest context")
+    parser.add_argument("--max_steps", type=at_least(1), default=8)
+    parser.add_argument("--held_out", type=at_least(1), default=4, help="documents")
     parser.add_argument(
         "--eager_context", type=int, metavar="TOKENS", help="the context that eager attention trains at, too"
     )

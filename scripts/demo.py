@@ -38,6 +38,7 @@ import memory_report
 import models
 import torch
 from matplotlib import pyplot as plt
+from options import at_least
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
@@ -220,8 +221,8 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), default=environment.default_device())
     parser.add_argument("--skip", nargs="+", choices=STAGES, default=[], help="stages to leave out")
-    parser.add_argument("--max_steps", type=int, help="fine-tuning steps; default: by device")
-    parser.add_argument("--contexts", nargs="+", type=int, metavar="TOKENS", help="default: by device")
+    parser.add_argument("--max_steps", type=at_least(1), help="fine-tuning steps; default: by device")
+    parser.add_argument("--contexts", nargs="+", type=at_least(2), metavar="TOKENS", help="default: by device")
     parser.add_argument("--output_dir", type=Path, default=environment.REPOSITORY / "results" / "demo")
     parser.add_argument("--publish", action="store_true", help="also copy the figure to docs/demo.png, to be committed")
     args = parser.parse_args(argv)

@@ -1,7 +1,7 @@
 """Fine-tune a causal language model on long documents, with attention by flashmla. One straight accelerate script.
 
     python scripts/finetune.py --config scripts/configs/lora.yaml --train_file notes/ --output_dir results/notes
-    accelerate launch scripts/finetune.py --config scripts/configs/lora.yaml --train_file book.txt
+    accelerate launch scripts/finetune.py --config scripts/configs/lora.yaml --train_file notes/ --output_dir results/notes
     python scripts/finetune.py --config scripts/configs/lora.yaml ... --resume_from_checkpoint latest
     python scripts/finetune.py --config scripts/configs/lora-long.yaml ... --find_max_length
     tensorboard --logdir results/notes/runs
@@ -28,7 +28,6 @@ have no fixed order there.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import dataclasses
 import errno
@@ -37,10 +36,12 @@ import inspect
 import json
 import math
 import os
+import pickle
 import re
 import resource
 import shutil
 import sys
+import tempfile
 import time
 import warnings
 from dataclasses import dataclass, field
@@ -56,10 +57,11 @@ import ledger
 import models
 import numpy as np
 import torch
-import yaml
 from accelerate import Accelerator
 from accelerate.utils import set_seed
+from options import set_defaults
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors import SafetensorError
 from torch.nn import functional as F
 from tqdm import tqdm
 from transformers import (
@@ -70,7 +72,6 @@ from transformers import (
     PreTrainedTokenizerBase,
     get_scheduler,
 )
-from transformers.modeling_outputs import BaseModelOutputWithPast
 
 TRIAL_MARK, OUT_OF_MEMORY = "TRIAL ", "out of memory"  # what the processes of --find_max_length say
 LOGITS_BYTES = 2**28  # of the logits that evaluation holds at a time, as fp32
@@ -181,7 +182,9 @@ class TrainerState:
     runtime: float = 0.0  # seconds of training, earlier runs included
     interval_losses: list[float] = field(default_factory=list)  # since the last log entry
     log_history: list[dict] = field(default_factory=list)
+    flops: int = 0  # the model's own, of this process (ledger.Shape.training_flops), earlier runs included
     fingerprint: str = ""  # of what decides the course of the losses: data and arguments
+    frozen_fingerprint: str = ""  # of the weights that are not in the checkpoint
 
 
 def device_type(args: TrainingArguments) -> str:
@@ -190,53 +193,72 @@ def device_type(args: TrainingArguments) -> str:
 
 def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, TrainingArguments]:
     """The three groups of options: defaults, then ``--config`` YAML, then the command line."""
-    parser = HfArgumentParser((ModelArguments, DataArguments, TrainingArguments), description=__doc__.split("\n")[0])
+    parser = HfArgumentParser(
+        (ModelArguments, DataArguments, TrainingArguments), description=__doc__.split("\n")[0], allow_abbrev=False
+    )
     parser.add_argument("--config", metavar="FILE.yaml", help="YAML file of options; the command line wins")
-    # The file must be known before the parser can tell what is missing.
-    config_only = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    config_only.add_argument("--config")
-    path = config_only.parse_known_args(argv)[0].config
-    if path is not None:
-        try:
-            options = yaml.safe_load(Path(path).read_text()) or {}
-        except (OSError, yaml.YAMLError) as error:
-            raise UserError(f"--config {path} cannot be read: {' '.join(str(error).split())}") from None
-        if not isinstance(options, dict):
-            raise UserError(f"--config {path}: expected lines of 'option: value', got {type(options).__name__}")
-        actions = {action.dest: action for action in parser._actions}
-        unknown = sorted(set(options) - set(actions))
-        if unknown:
-            raise UserError(f"--config {path}: unknown option {unknown[0]!r}; --help lists the options")
-        for name, value in options.items():
-            action = actions[name]
-            # YAML reads 2e-4 as a string and 1 as an integer: the option's own type decides.
-            action.default = action.type(value) if action.type and not isinstance(value, (list, type(None))) else value
-            action.required = False
+    try:
+        set_defaults(parser, argv)
+    except ValueError as error:
+        raise UserError(str(error)) from None
     model_args, data_args, args, _ = parser.parse_args_into_dataclasses(args=argv)
-    for name, least in (("max_length", 2), ("max_train_samples", 1), ("max_eval_samples", 1)):
-        value = getattr(data_args, name)
-        if value is not None and value < least:
-            raise UserError(f"--{name}: expected at least {least}, got {value}")
-    for name in (
-        "per_device_train_batch_size",
-        "per_device_eval_batch_size",
-        "gradient_accumulation_steps",
-        "logging_steps",
-    ):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name}: expected at least 1, got {getattr(args, name)}")
-    if not 0 <= data_args.validation_split_percentage < 100:
-        raise UserError(
-            f"--validation_split_percentage: expected 0 ... 100, got {data_args.validation_split_percentage}"
-        )
+    _check_numbers(model_args, data_args, args)
+    for group, name in (
+        (model_args, "model_name_or_path"), (data_args, "train_file"), (data_args, "validation_file"), (args, "output_dir"),
+    ):  # fmt: skip
+        value = getattr(group, name)
+        if value is not None and not value.strip():
+            raise UserError(f"--{name}: expected a name, got an empty one")
+        if value is not None and value.startswith("~"):  # from YAML, which no shell has read
+            setattr(group, name, str(Path(value).expanduser()))
     is_search = args.find_max_length or args.trial_length is not None  # on random tokens
     if not is_search and (data_args.train_file is None) == (data_args.dataset_name is None):
         raise UserError("expected exactly one of --train_file and --dataset_name")
+    if data_args.dataset_test_split is not None and data_args.dataset_name is None:
+        raise UserError("--dataset_test_split: expected it with --dataset_name; files have --validation_file")
+    if data_args.dataset_test_split is not None and data_args.validation_file is not None:
+        raise UserError("expected at most one of --dataset_test_split and --validation_file")
     try:
         chosen_patches(model_args, args)
     except ValueError as error:
         raise UserError(f"--patches: {error}") from None
     return model_args, data_args, args
+
+
+def _check_numbers(model_args: ModelArguments, data_args: DataArguments, args: TrainingArguments) -> None:
+    for group, name, least, most in (
+        (model_args, "lora_r", 1, None),
+        (model_args, "lora_dropout", 0, 0.99),
+        (data_args, "max_length", 2, None),
+        (data_args, "max_train_samples", 1, None),
+        (data_args, "max_eval_samples", 1, None),
+        (data_args, "validation_split_percentage", 0, 99.99),
+        (args, "per_device_train_batch_size", 1, None),
+        (args, "per_device_eval_batch_size", 1, None),
+        (args, "gradient_accumulation_steps", 1, None),
+        (args, "learning_rate", 0, None),
+        (args, "weight_decay", 0, None),
+        (args, "max_grad_norm", 0, None),
+        (args, "warmup_steps", 0, None),
+        (args, "seed", 0, 2**32 - 1),
+        (args, "logging_steps", 1, None),
+        (args, "eval_steps", 0, None),
+        (args, "save_steps", 0, None),
+        (args, "save_total_limit", 1, None),
+        (args, "find_max_length_timeout", 1, None),
+        (args, "trial_length", 2, None),
+    ):
+        value = getattr(group, name)
+        if value is not None and not (math.isfinite(value) and least <= value <= (math.inf if most is None else most)):
+            expected = f"at least {least}" if most is None else f"{least} to {most}"
+            raise UserError(f"--{name}: expected {expected}, got {value}")
+    if args.max_steps < 1 and not (math.isfinite(args.num_train_epochs) and args.num_train_epochs > 0):
+        raise UserError(f"--num_train_epochs: expected more than 0, got {args.num_train_epochs}")
+
+
+def first_line(error: Exception) -> str:
+    """Of its message; its kind where it has none."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 # ---------------------------------------------------------------- data
@@ -246,7 +268,8 @@ def read_documents(path: str, text_field: str) -> list[str]:
     """The documents of a folder, a .jsonl/.json/.parquet file or a text file, in a fixed order."""
     root = Path(path)
     if root.is_dir():
-        files = sorted(p for p in root.rglob("*") if p.is_file() and not p.name.startswith("."))
+        paths = (p for p in root.rglob("*") if not any(part.startswith(".") for part in p.relative_to(root).parts))
+        files = sorted(p for p in paths if p.is_file())
         if not files:
             raise UserError(f"the folder {path} holds no files")
     elif root.is_file():
@@ -276,13 +299,14 @@ def _read_file(file: Path, text_field: str) -> list[str]:
             raise UserError(_no_column(str(file), text_field, table.column_names))
         return [_checked_text(value, file, row) for row, value in enumerate(table[text_field].to_pylist(), start=1)]
     try:
-        text = file.read_text(encoding="utf-8")
+        text = file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"{file} is not text: byte {error.start} is not UTF-8") from None
     if file.suffix not in (".jsonl", ".json"):
         return [text]
     rows = []
-    for number, line in enumerate(text.splitlines(), start=1):
+    # Not splitlines(): JSON allows U+2028 and its like inside a string.
+    for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
         try:
@@ -301,9 +325,13 @@ def _no_column(where: str, text_field: str, columns: list[str]) -> str:
     return f"{where} has no column {text_field!r}, only {columns}: name one with --dataset_text_field"
 
 
-def _checked_text(value: object, file: Path, row: int) -> str:
+def _checked_text(value: object, where: object, row: int) -> str:
     if not isinstance(value, str):
-        raise UserError(f"{file}, row {row}: expected text, got {type(value).__name__}")
+        raise UserError(f"{where}, row {row}: expected text, got {type(value).__name__}")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"{where}, row {row}: character {error.start} is half of a pair (a lone surrogate)") from None
     return value
 
 
@@ -314,13 +342,13 @@ def load_documents(data_args: DataArguments, seed: int) -> tuple[list[str], list
     else:
         train = read_documents(data_args.train_file, data_args.dataset_text_field)
         held_out = []
-        if data_args.validation_file is not None:
-            held_out = read_documents(data_args.validation_file, data_args.dataset_text_field)
+    if data_args.validation_file is not None:
+        held_out = read_documents(data_args.validation_file, data_args.dataset_text_field)
     if not held_out and data_args.validation_split_percentage > 0:
         if len(train) < 2:
             raise UserError(
                 "the training data is a single document, which cannot be split into training and held-out documents: "
-                "give --validation_file"
+                "give --validation_file, or --validation_split_percentage 0"
             )
         order = np.random.default_rng(seed).permutation(len(train))
         count = min(max(1, round(len(train) * data_args.validation_split_percentage / 100)), len(train) - 1)
@@ -338,11 +366,13 @@ def _load_dataset(data_args: DataArguments) -> tuple[list[str], list[str]]:
         try:
             rows = datasets.load_dataset(data_args.dataset_name, data_args.dataset_config, split=name)
         except Exception as error:  # datasets raises many kinds, all about the name, the network or the files
-            reason = str(error).strip().splitlines()[0]
-            raise UserError(f"dataset {data_args.dataset_name!r}, split {name!r} cannot be loaded: {reason}") from None
+            raise UserError(
+                f"dataset {data_args.dataset_name!r}, split {name!r} cannot be loaded: {first_line(error)}"
+            ) from None
         if data_args.dataset_text_field not in rows.column_names:
             raise UserError(_no_column(data_args.dataset_name, data_args.dataset_text_field, rows.column_names))
-        return list(rows[data_args.dataset_text_field])
+        texts = rows[data_args.dataset_text_field]
+        return [_checked_text(value, data_args.dataset_name, row) for row, value in enumerate(texts, start=1)]
 
     held_out = split(data_args.dataset_test_split) if data_args.dataset_test_split else []
     return split(data_args.dataset_train_split), held_out
@@ -380,6 +410,13 @@ def pack(documents: list[np.ndarray], max_length: int) -> list[Pack]:
     return packs
 
 
+def spread(packs: list[Pack], count: int | None) -> list[Pack]:
+    """``count`` of the packs (``None``: all), from the whole list: it is sorted by the longest piece."""
+    if count is None or count >= len(packs):
+        return packs
+    return [packs[i] for i in np.linspace(0, len(packs) - 1, count, dtype=int)]
+
+
 def predicted_tokens(packs: list[Pack]) -> int:
     """How many tokens have a loss: all but the first of each piece."""
     return sum(len(piece) - 1 for one in packs for piece in one)
@@ -391,13 +428,17 @@ def predicted_tokens(packs: list[Pack]) -> int:
 def load_tokenizer(model_args: ModelArguments) -> PreTrainedTokenizerBase:
     name = model_args.model_name_or_path
     # A path that is not there must not be looked for on the Hub.
-    if name.startswith((".", "/", "~")) and not Path(name).is_dir():
+    if name.startswith((".", "/")) and not Path(name).is_dir():
         raise UserError(f"model {name}: no such folder")
+    if (Path(name) / "adapter_config.json").is_file():
+        raise UserError(
+            f"model {name} is an adapter, and would be trained as if it were none: expected a whole model. Merge it "
+            "(peft: merge_and_unload, save_pretrained), or resume its run with --resume_from_checkpoint"
+        )
     try:
         return AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"model {name!r} has no loadable tokenizer: {reason}") from None
+        raise UserError(f"model {name!r} has no loadable tokenizer: {first_line(error)}") from None
 
 
 def load_model(model_args: ModelArguments, args: TrainingArguments, checkpoint: Path | None) -> torch.nn.Module:
@@ -411,9 +452,8 @@ def load_model(model_args: ModelArguments, args: TrainingArguments, checkpoint: 
         model = AutoModelForCausalLM.from_pretrained(
             name, dtype=dtype, attn_implementation=model_args.attn_implementation
         )
-    except (OSError, ValueError, ImportError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"model {name!r} cannot be loaded: {reason}") from None
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
+        raise UserError(f"model {name!r} cannot be loaded: {first_line(error)}") from None
     # Transformers' own test (Trainer): a model says so, or takes any keyword.
     parameters = inspect.signature(model.forward).parameters.values()
     takes_any = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters)
@@ -423,8 +463,6 @@ def load_model(model_args: ModelArguments, args: TrainingArguments, checkpoint: 
         )
     # peft and Transformers between themselves; nothing a caller could change.
     warnings.filterwarnings("ignore", message=".*is_activation_checkpointing|.*activation_checkpointing_enable")
-    # A cache is of no use here, and with one Transformers would not see where packed documents begin.
-    model.config.use_cache = False
     patches, options = chosen_patches(model_args, args)
     if args.gradient_checkpointing and "checkpointing" not in patches:
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -444,7 +482,10 @@ def load_model(model_args: ModelArguments, args: TrainingArguments, checkpoint: 
 
 def add_adapter(model: torch.nn.Module, model_args: ModelArguments, checkpoint: Path | None) -> PeftModel:
     if checkpoint is not None:
-        return PeftModel.from_pretrained(model, checkpoint, is_trainable=True)
+        try:
+            return PeftModel.from_pretrained(model, checkpoint, is_trainable=True)
+        except (OSError, ValueError, SafetensorError) as error:
+            raise UserError(f"{checkpoint} holds no adapter of this model: {first_line(error)}") from None
     targets = model_args.lora_target_modules
     lora = LoraConfig(
         r=model_args.lora_r,
@@ -456,7 +497,7 @@ def add_adapter(model: torch.nn.Module, model_args: ModelArguments, checkpoint: 
     try:
         return get_peft_model(model, lora)
     except ValueError as error:
-        raise UserError(f"--lora_target_modules {' '.join(targets)}: {str(error).strip().splitlines()[0]}") from None
+        raise UserError(f"--lora_target_modules {' '.join(targets)}: {first_line(error)}") from None
 
 
 def make_optimizer(trainable: list[torch.nn.Parameter], args: TrainingArguments) -> torch.optim.Optimizer:
@@ -516,16 +557,56 @@ def _step_of(path: Path) -> re.Match | None:
     return re.fullmatch(r"checkpoint-(\d+)", path.name)
 
 
-def find_checkpoint(args: TrainingArguments) -> Path | None:
+def find_checkpoint(args: TrainingArguments, use_peft: bool) -> tuple[Path, TrainerState] | None:
+    """The checkpoint to resume from, whole as far as can be told without loading it, and its state."""
     if args.resume_from_checkpoint is None:
         return None
     if args.resume_from_checkpoint.lower() in ("latest", "true"):
         found = checkpoints(Path(args.output_dir))
-        return found[-1] if found else None
-    path = Path(args.resume_from_checkpoint)
-    if not (path / "trainer_state.json").is_file():
-        raise UserError(f"--resume_from_checkpoint {path}: no checkpoint there (expected trainer_state.json in it)")
-    return path
+        if not found:
+            return None
+        path = found[-1]
+    else:
+        path = Path(args.resume_from_checkpoint)
+    where = f"--resume_from_checkpoint {path}"
+    for name in ("trainer_state.json", "optimizer.bin"):
+        if not (path / name).is_file() or not (path / name).stat().st_size:
+            raise UserError(f"{where}: no checkpoint there (expected {name} in it)")
+    try:
+        state = TrainerState(**json.loads((path / "trainer_state.json").read_text()))
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{where}: trainer_state.json is not of this script: {first_line(error)}") from None
+    if (path / "adapter_config.json").is_file() != use_peft:
+        expected, got = ("an adapter", "a whole model") if use_peft else ("a whole model", "an adapter")
+        raise UserError(f"{where}: expected {expected} by --use_peft {str(use_peft).lower()}, got {got}")
+    return path, state
+
+
+def make_output_dir(model_args: ModelArguments, args: TrainingArguments) -> Path:
+    """``output_dir``, there and writable, without results that this run's would be mixed with."""
+    output_dir = Path(args.output_dir)
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=output_dir) as file:
+            file.write(b" ")
+    except OSError as error:
+        raise UserError(f"--output_dir {output_dir} cannot be written to: {error.strerror}") from None
+    if args.find_max_length:
+        return output_dir
+    found = checkpoints(output_dir)
+    if found and args.resume_from_checkpoint is None:
+        raise UserError(
+            f"--output_dir {output_dir} holds {found[-1].name} of an earlier run: continue it with --resume_from_checkpoint "
+            "latest, or name another --output_dir"
+        )
+    other = "config.json" if model_args.use_peft else "adapter_config.json"
+    if (output_dir / other).is_file():
+        held = "a whole model" if model_args.use_peft else "an adapter"
+        raise UserError(
+            f"--output_dir {output_dir} holds {held} of an earlier run ({other}), which would be loaded together with this "
+            "run's result: name another --output_dir"
+        )
+    return output_dir
 
 
 def save_checkpoint(accelerator: Accelerator, args: TrainingArguments, state: TrainerState) -> None:
@@ -545,9 +626,8 @@ def save_checkpoint(accelerator: Accelerator, args: TrainingArguments, state: Tr
     except Exception as error:  # OSError, and the RuntimeError or SafetensorError torch and safetensors make of it
         shutil.rmtree(unfinished, ignore_errors=True)
         kept = checkpoints(Path(args.output_dir))
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
-            f"checkpoint-{state.step} could not be written ({reason}); "
+            f"checkpoint-{state.step} could not be written ({first_line(error)}); "
             + (f"{kept[-1]} is whole: resume from it" if kept else "there is no earlier checkpoint")
         ) from error
     if accelerator.is_main_process and args.save_total_limit:
@@ -556,16 +636,29 @@ def save_checkpoint(accelerator: Accelerator, args: TrainingArguments, state: Tr
     accelerator.wait_for_everyone()
 
 
-def fingerprint(model_args: ModelArguments, args: TrainingArguments, packs: list[Pack]) -> str:
+def fingerprint(model_args: ModelArguments, args: TrainingArguments, packs: list[Pack], processes: int) -> str:
     """Changes where a resumed run would not continue the interrupted one: other data, batches, optimizer or adapter."""
-    batches = ("per_device_train_batch_size", "gradient_accumulation_steps", "seed")
-    decisive = {name: getattr(args, name) for name in (*batches, "learning_rate", "weight_decay")}
-    decisive |= {name: getattr(model_args, name) for name in ("use_peft", "lora_r", "lora_alpha")}
+    decisive: dict[str, object] = {"processes": processes}
+    decisive |= {
+        name: getattr(args, name)
+        for name in (
+            "per_device_train_batch_size", "gradient_accumulation_steps", "seed", "learning_rate", "weight_decay",
+            "max_grad_norm", "lr_scheduler_type", "warmup_steps", "bf16",
+        )
+    }  # fmt: skip
+    adapter = ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules") if model_args.use_peft else ()
+    decisive |= {name: getattr(model_args, name) for name in ("use_peft", "dtype", *adapter)}
     digest = hashlib.sha256(json.dumps(decisive, sort_keys=True).encode())
     for one in packs:
         for piece in one:
             digest.update(piece.tobytes())
     return digest.hexdigest()[:16]
+
+
+def frozen_fingerprint(model: torch.nn.Module) -> str:
+    """Changes with the weights that are not trained, which no checkpoint holds: a few numbers of each."""
+    parts = [p.detach().flatten()[:16].float().cpu() for p in model.parameters() if not p.requires_grad]
+    return hashlib.sha256(torch.cat(parts).numpy().tobytes()).hexdigest()[:16] if parts else ""
 
 
 # ---------------------------------------------------------------- training
@@ -588,7 +681,9 @@ class Collator:
 
     def __call__(self, packs: list[Pack], device: torch.device) -> dict:
         batch = self.flatten([{"input_ids": piece} for one in packs for piece in one])
-        return {name: value.to(device) if torch.is_tensor(value) else value for name, value in batch.items()}
+        batch = {name: value.to(device) if torch.is_tensor(value) else value for name, value in batch.items()}
+        # A cache is of no use here, and with one Transformers would not see where packed documents begin.
+        return batch | {"use_cache": False}
 
 
 def step_batches(
@@ -636,13 +731,18 @@ def token_losses(model: torch.nn.Module, inputs: dict, accelerator: Accelerator)
     chunk = max(1, min(tokens, LOGITS_BYTES // (4 * model.config.get_text_config().vocab_size)))
     decoder = model.get_decoder()
     losses = torch.empty(tokens, device=labels.device)
+    if decoder is model:  # says that it has none (Llama 4's text model): all logits at a time
+        with accelerator.autocast():
+            logits = model(**inputs).logits[0, :-1]
+        return F.cross_entropy(logits.float(), labels, reduction="none")
     with accelerator.autocast():
-        hidden = decoder(**inputs).last_hidden_state  # [1, tokens + 1, hidden]
+        output = decoder(**inputs)
+        hidden = output.last_hidden_state  # [1, tokens + 1, hidden]
         own_forward = decoder.forward
         try:
             for start in range(0, tokens, chunk):
                 rows = slice(start, min(start + chunk, tokens))
-                piece = BaseModelOutputWithPast(last_hidden_state=hidden[:, rows])
+                piece = type(output)(last_hidden_state=hidden[:, rows])  # a model reads more of its decoder's kind
                 decoder.forward = lambda *args, _piece=piece, **kwargs: _piece
                 logits = model(input_ids=inputs["input_ids"][:, rows]).logits[0]  # [chunk, vocabulary]
                 losses[rows] = F.cross_entropy(logits.float(), labels[rows], reduction="none")
@@ -697,9 +797,31 @@ def perplexity(loss: float) -> float:
     return math.exp(min(loss, 700))
 
 
+def mean_loss(log_history: list[dict]) -> float | None:
+    """Over steps; an entry's loss is the mean since the entry before."""
+    total, counted = 0.0, 0
+    for entry in (entry for entry in log_history if "loss" in entry):
+        total += entry["loss"] * (entry["step"] - counted)
+        counted = entry["step"]
+    return total / counted if counted else None
+
+
+@contextlib.contextmanager
+def result_or_way_out(output_dir: Path):
+    """Says what is left where the result cannot be written."""
+    try:
+        yield
+    except Exception as error:  # OSError, and the RuntimeError or SafetensorError torch and safetensors make of it
+        kept = checkpoints(output_dir)
+        raise UserError(
+            f"the result could not be written to {output_dir} ({first_line(error)}); "
+            + (f"{kept[-1]} is whole: make room and resume from it" if kept else "there is no checkpoint")
+        ) from error
+
+
 def train(model_args: ModelArguments, data_args: DataArguments, args: TrainingArguments) -> dict:
     """The whole run; returns what ``all_results.json`` holds."""
-    output_dir = Path(args.output_dir)
+    output_dir = make_output_dir(model_args, args)
     accelerator = Accelerator(
         mixed_precision="bf16" if args.bf16 else "no",
         cpu=args.use_cpu,
@@ -708,17 +830,13 @@ def train(model_args: ModelArguments, data_args: DataArguments, args: TrainingAr
     )
     set_seed(args.seed)
     say = accelerator.print
-    try:
-        output_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--output_dir {output_dir} cannot be made: {error.strerror}") from None
-    checkpoint = find_checkpoint(args)
+    resumed = find_checkpoint(args, model_args.use_peft)
 
     # Data first: a mistake there shows before a large model is loaded.
     train_documents, held_out_documents = load_documents(data_args, args.seed)
     tokenizer = load_tokenizer(model_args)
     train_tokens = tokenize(train_documents, tokenizer)
-    train_packs = pack(train_tokens, data_args.max_length)[: data_args.max_train_samples]
+    train_packs = spread(pack(train_tokens, data_args.max_length), data_args.max_train_samples)
     token_count = sum(map(len, train_tokens))
     if token_count < data_args.max_length:
         raise UserError(
@@ -732,15 +850,28 @@ def train(model_args: ModelArguments, data_args: DataArguments, args: TrainingAr
             f"and one optimizer step takes {per_step} (batch size x accumulation x processes)"
         )
     eval_packs = pack(tokenize(held_out_documents, tokenizer), data_args.max_length) if held_out_documents else []
-    if data_args.max_eval_samples and len(eval_packs) > data_args.max_eval_samples:
-        # Packs are sorted by their longest piece: take a spread, not the head.
-        eval_packs = [eval_packs[i] for i in np.linspace(0, len(eval_packs) - 1, data_args.max_eval_samples, dtype=int)]
+    eval_packs = spread(eval_packs, data_args.max_eval_samples)
     say(
         f"{len(train_documents)} training documents: {token_count:,} tokens in {len(train_packs)} sequences of at most "
         f"{data_args.max_length}; held out: {len(held_out_documents)} documents, {len(eval_packs)} sequences evaluated"
     )
 
-    model = load_model(model_args, args, checkpoint)
+    state = TrainerState(fingerprint=fingerprint(model_args, args, train_packs, accelerator.num_processes))
+    if resumed is not None and resumed[1].fingerprint != state.fingerprint:
+        raise UserError(
+            f"{resumed[0]} belongs to another run (other data, batch sizes, processes, schedule, seed or adapter): resume with "
+            "that run's options, or begin anew without --resume_from_checkpoint"
+        )
+
+    model = load_model(model_args, args, resumed and resumed[0])
+    rows = model.get_input_embeddings().weight.shape[0]
+    largest = max(int(piece.max()) for one in (*train_packs, *eval_packs) for piece in one)
+    if largest >= rows:
+        raise UserError(
+            f"the tokenizer of {model_args.model_name_or_path} gives token {largest}, and the model embeds {rows}: they do not "
+            "belong together"
+        )
+    state.frozen_fingerprint = frozen_fingerprint(model)
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     trained, everything = (sum(p.numel() for p in some) for some in (trainable, model.parameters()))
     say(f"{trained:,} of {everything:,} parameters are trained")
@@ -755,8 +886,12 @@ def train(model_args: ModelArguments, data_args: DataArguments, args: TrainingAr
     warmup = int(args.warmup_steps) if args.warmup_steps >= 1 else math.ceil(args.warmup_steps * max_steps)
     try:
         scheduler = get_scheduler(args.lr_scheduler_type, optimizer, warmup, max_steps)
-    except ValueError as error:
-        raise UserError(f"--lr_scheduler_type {args.lr_scheduler_type}: {error}") from None
+        inspect.signature(scheduler.step).bind()
+    except (
+        ValueError,
+        TypeError,
+    ) as error:  # a schedule that needs more than the number of steps, or a measure at each
+        raise UserError(f"--lr_scheduler_type {args.lr_scheduler_type}: {first_line(error)}") from None
     model, optimizer = accelerator.prepare(model, optimizer)
     # The schedule counts optimizer steps, whatever the number of processes: it is registered, not prepared.
     accelerator.register_for_checkpointing(scheduler)
@@ -771,15 +906,16 @@ def train(model_args: ModelArguments, data_args: DataArguments, args: TrainingAr
     # load_model() has read the weights already.
     accelerator.register_load_state_pre_hook(lambda models, folder: models.clear())
 
-    state = TrainerState(fingerprint=fingerprint(model_args, args, train_packs))
-    if checkpoint is not None:
-        saved = TrainerState(**json.loads((checkpoint / "trainer_state.json").read_text()))
-        if saved.fingerprint != state.fingerprint:
+    if resumed is not None:
+        checkpoint, saved = resumed
+        if saved.frozen_fingerprint != state.frozen_fingerprint:
             raise UserError(
-                f"{checkpoint} belongs to another run (other data, batch sizes, learning rate, seed or adapter): "
-                "resume with that run's options, or begin anew without --resume_from_checkpoint"
+                f"{checkpoint} belongs to another base model than {model_args.model_name_or_path}: resume with that one"
             )
-        accelerator.load_state(str(checkpoint))
+        try:
+            accelerator.load_state(str(checkpoint))
+        except (OSError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
+            raise UserError(f"{checkpoint} is damaged: {first_line(error)}; resume from an earlier one") from None
         state = saved
         say(f"resumed from {checkpoint} at step {state.step} of {max_steps}")
     if args.report_to == "tensorboard":
@@ -802,7 +938,7 @@ def train(model_args: ModelArguments, data_args: DataArguments, args: TrainingAr
         state.log_history.append(entry)
         accelerator.log({name: value for name, value in entry.items() if name != "step"}, step=state.step)
 
-    def log_evaluation() -> float:
+    def log_evaluation() -> tuple[float, list[dict]]:
         loss, by_position = evaluate(model, eval_packs, collate, accelerator, args.per_device_eval_batch_size)
         each = {f"eval_loss_from_{bucket['from']}": bucket["loss"] for bucket in by_position}
         log({"eval_loss": loss, "eval_perplexity": perplexity(loss), **each})
@@ -810,15 +946,10 @@ def train(model_args: ModelArguments, data_args: DataArguments, args: TrainingAr
             bar.write(f"step {state.step}: held-out loss {loss:.4f}")
         return loss, by_position
 
-    eval_loss, by_position = None, []
     if args.eval_on_start and eval_packs and state.step == 0:
-        eval_loss, by_position = log_evaluation()
+        log_evaluation()
     tokens_before, seconds_before = state.tokens, state.runtime
     training_seconds = 0.0  # of this run, evaluation and checkpoints excluded
-    flops, mfu = (
-        0,
-        None,
-    )  # the model's own on this process (ledger.Shape.training_flops), and their share of the device's
     model.train()
     while state.step < max_steps:
         started = time.perf_counter()
@@ -844,9 +975,9 @@ def train(model_args: ModelArguments, data_args: DataArguments, args: TrainingAr
         speed = (state.tokens - tokens_before) / training_seconds
         if of is not None:
             lengths = [len(piece) for batch in batches for one in batch for piece in one]
-            flops += of.shape.training_flops(lengths, model_args.use_peft)
-            mfu = flops / training_seconds / peak_flops
-        shown = f", MFU {mfu:.1%}" if mfu is not None else ""
+            state.flops += of.shape.training_flops(lengths, model_args.use_peft)
+        mfu = state.flops / state.runtime / peak_flops
+        shown = f", MFU {mfu:.1%}" if mfu else ""
         bar.update()
         bar.set_postfix_str(
             f"loss {state.interval_losses[-1]:.4f}, {speed:,.0f} tokens/s, peak {peak_memory(device) / 2**30:.2f} GiB{shown}"
@@ -855,23 +986,31 @@ def train(model_args: ModelArguments, data_args: DataArguments, args: TrainingAr
             loss = sum(state.interval_losses) / len(state.interval_losses)
             state.interval_losses.clear()
             entry = {"loss": loss, "learning_rate": learning_rate, "tokens_per_second": speed}
-            log(entry if mfu is None else entry | {"mfu": mfu})
-        if eval_packs and (state.step == max_steps or (args.eval_steps and state.step % args.eval_steps == 0)):
-            eval_loss, by_position = log_evaluation()
+            log(entry | {"mfu": mfu} if mfu else entry)
+        if eval_packs and args.eval_steps and state.step % args.eval_steps == 0 and state.step < max_steps:
+            log_evaluation()
         if args.save_steps and state.step % args.save_steps == 0:
             save_checkpoint(accelerator, args, state)
+    # The weights first: whatever evaluation meets, they are safe.
+    accelerator.wait_for_everyone()
+    weights = accelerator.get_state_dict(model)
+    with result_or_way_out(output_dir):
+        if accelerator.is_main_process:
+            accelerator.unwrap_model(model).save_pretrained(output_dir, state_dict=weights)
+            tokenizer.save_pretrained(output_dir)
+    del weights
+    eval_loss, by_position = log_evaluation() if eval_packs else (None, [])
     bar.close()
 
-    losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
     results = {
-        "train_loss": sum(losses) / len(losses) if losses else None,
+        "train_loss": mean_loss(state.log_history),
         "train_runtime": state.runtime,
         "train_tokens": state.tokens,
-        "train_tokens_per_second": (state.tokens - tokens_before) / training_seconds if training_seconds else None,
+        "train_tokens_per_second": state.tokens / state.runtime if state.runtime else None,
         "train_steps": state.step,
         "epoch": state.step / steps_per_epoch,
         "peak_memory_gib": peak_memory(device) / 2**30,
-        "mfu": mfu,
+        "mfu": state.flops / state.runtime / peak_flops if state.flops and state.runtime else None,
         "trainable_parameters": trained,
         "attn_implementation": model_args.attn_implementation,
         "patches": chosen_patches(model_args, args)[0],
@@ -880,21 +1019,11 @@ def train(model_args: ModelArguments, data_args: DataArguments, args: TrainingAr
         first = next(entry["eval_loss"] for entry in state.log_history if "eval_loss" in entry)
         results |= {"eval_loss": eval_loss, "eval_perplexity": perplexity(eval_loss), "first_eval_loss": first}
         results["eval_by_position"] = by_position
-    accelerator.wait_for_everyone()
-    weights = accelerator.get_state_dict(model)
-    if accelerator.is_main_process:
-        try:
-            accelerator.unwrap_model(model).save_pretrained(output_dir, state_dict=weights)
-            tokenizer.save_pretrained(output_dir)
+    with result_or_way_out(output_dir):
+        if accelerator.is_main_process:
             (output_dir / "trainer_state.json").write_text(json.dumps(dataclasses.asdict(state), indent=1))
             (output_dir / "all_results.json").write_text(json.dumps(results, indent=1))
-        except Exception as error:  # OSError, and the RuntimeError or SafetensorError torch and safetensors make of it
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            kept = checkpoints(output_dir)
-            raise UserError(
-                f"the result could not be written to {output_dir} ({reason}); "
-                + (f"{kept[-1]} is whole: make room and resume from it" if kept else "there is no checkpoint")
-            ) from error
+    accelerator.wait_for_everyone()
     accelerator.end_training()
     say(f"{'adapter' if model_args.use_peft else 'model'}, trainer_state.json and all_results.json are in {output_dir}")
     return results
@@ -982,9 +1111,9 @@ def find_max_length(
         raise UserError(str(error)) from None
     of = ledger_of(model_args, args, config)
     memory = environment.memory_available(device)
-    predicted = of.longest(memory // args.per_device_train_batch_size) if of else None
-    output = Path(args.output_dir) / "max_length.json"
-    output.parent.mkdir(parents=True, exist_ok=True)
+    # A batch of packs is laid end to end: one row of so many tokens.
+    predicted = of.longest(memory) // args.per_device_train_batch_size if of else None
+    output = make_output_dir(model_args, args) / "max_length.json"
     print(f"{memory / ledger.GIB:.1f} GiB available; the ledger predicts {predicted or 'nothing'} tokens", flush=True)
     trials: list[dict] = []
     result: dict = {}
@@ -1039,6 +1168,11 @@ def main(argv: list[str] | None = None) -> None:
             train(model_args, data_args, args)
     except UserError as error:
         sys.exit(f"finetune: {error}")
+    except KeyboardInterrupt:
+        print(
+            "finetune: interrupted; --resume_from_checkpoint latest continues from the last checkpoint", file=sys.stderr
+        )
+        sys.exit(130)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise

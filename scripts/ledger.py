@@ -54,6 +54,13 @@ class Shape:
                     return value
             raise ValueError(f"{type(config).__name__} has no {names[0]}: the ledger knows decoder-only models")
 
+        experts = max(
+            getattr(config, name, None) or 0 for name in ("num_local_experts", "num_experts", "n_routed_experts")
+        )
+        if experts > 1:
+            raise ValueError(f"{type(config).__name__} has {experts} experts: the ledger knows dense models")
+        if not isinstance(getattr(config, "intermediate_size", None) or 0, int):
+            raise ValueError(f"{type(config).__name__} has layers of several widths: the ledger knows one")
         heads = need("num_attention_heads")
         window = getattr(config, "sliding_window", None)
         if getattr(config, "use_sliding_window", True) is False:
@@ -410,11 +417,12 @@ def describe(of: Ledger, tokens: int, batch_size: int = 1) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     import models
+    from options import at_least
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help=f"{', '.join(models.SHAPES)}, a folder with config.json, or a name on the Hub")
-    parser.add_argument("--tokens", type=int, default=32768)
-    parser.add_argument("--batch_size", type=int, default=1)
+    parser.add_argument("--tokens", type=at_least(1), default=32768)
+    parser.add_argument("--batch_size", type=at_least(1), default=1)
     parser.add_argument("--attn_implementation", default="flashmla")
     parser.add_argument(
         "--patches", nargs="+", default=["none"], help="as of finetune.py: names, name=number, all, none"
@@ -424,6 +432,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--full", action="store_true", help="all weights instead of LoRA")
     parser.add_argument("--memory_gib", type=float, default=80.0, help="for the longest context that fits")
     args = parser.parse_args(argv)
+    if not 0 < args.memory_gib < math.inf:
+        parser.error(f"--memory_gib: expected GiB above 0, got {args.memory_gib}")
     try:
         shape = Shape.of(models.config_of(args.model))
         patches, options = models.parse_patches(args.patches, "cuda", not args.full)

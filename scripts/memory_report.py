@@ -40,8 +40,8 @@ import ledger
 import matplotlib
 import measure_model
 import models
-import yaml
 from measure_model import GIB, Measurement, Point
+from options import at_least, set_defaults
 from tqdm import tqdm
 
 matplotlib.use("Agg")
@@ -422,7 +422,9 @@ def points_for(model: str, series: list[str], contexts: list[int], **settings) -
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     names = f"smollm2 (real weights), {', '.join(models.SHAPES)} (random weights), or a folder"
     parser.add_argument("--config", metavar="FILE.yaml", help="YAML file of these options; the command line wins")
     parser.add_argument("--model", default="smollm2", help=names)
@@ -430,7 +432,7 @@ def main(argv: list[str] | None = None) -> None:
         "--series", "--backends", nargs="+", default=list(BACKENDS), metavar="NAME[+ADDED...]",
         help="attn_implementation, and liger, gradient_checkpointing, patches or all added to it",
     )  # fmt: skip
-    parser.add_argument("--contexts", nargs="+", type=int, metavar="TOKENS", help="default: by device")
+    parser.add_argument("--contexts", nargs="+", type=at_least(2), metavar="TOKENS", help="default: by device")
     parser.add_argument("--device", choices=("cpu", "cuda"), default=environment.default_device())
     parser.add_argument(
         "--gpu_memory", type=float, metavar="GIB",
@@ -441,7 +443,7 @@ def main(argv: list[str] | None = None) -> None:
         help="what a query of a random-weight model sees: flashmla needs full attention's memory and a fraction of its time",
     )  # fmt: skip
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: the faster one here")
-    parser.add_argument("--batch_size", type=int, default=1)
+    parser.add_argument("--batch_size", type=at_least(1), default=1)
     parser.add_argument("--full", action="store_true", help="all weights are trained instead of LoRA")
     parser.add_argument(
         "--lora_dtype", choices=("float32", "auto"), default="float32", help="of the adapter; auto: the weights'"
@@ -451,7 +453,9 @@ def main(argv: list[str] | None = None) -> None:
         "--gradient_checkpointing", action="store_true", help="in every series that has no checkpointing"
     )
     parser.add_argument("--warmup", type=int, default=32, metavar="TOKENS", help="length of the step before the first")
-    parser.add_argument("--repeats", type=int, default=2, help="timed steps after a first one; 0: the first is timed")
+    parser.add_argument(
+        "--repeats", type=at_least(0), default=2, help="timed steps after a first one; 0: the first is timed"
+    )
     parser.add_argument(
         "--time_limit", type=float, default=120, metavar="S", help="longest step to attempt, in seconds"
     )
@@ -459,7 +463,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--output_dir", type=Path, default=environment.REPOSITORY / "results" / "memory_report")
     parser.add_argument("--name", default="memory_report", help="of the files; points in NAME.json are not repeated")
     parser.add_argument("--overwrite", action="store_true", help="measure again what NAME.json has")
-    _read_config(parser, sys.argv[1:] if argv is None else argv)
+    try:
+        set_defaults(parser, sys.argv[1:] if argv is None else argv)
+    except ValueError as error:
+        sys.exit(f"memory_report: {error}")
     args = parser.parse_args(argv)
 
     try:
@@ -467,8 +474,8 @@ def main(argv: list[str] | None = None) -> None:
         models.config_of(args.model, args.sliding_window)
         points = points_for(
             args.model,
-            args.series,
-            sorted(args.contexts or CONTEXTS[args.device]),
+            list(dict.fromkeys(args.series)),
+            sorted(set(args.contexts or CONTEXTS[args.device])),
             device=args.device,
             dtype=args.dtype or environment.fastest_dtype(args.device),
             batch_size=args.batch_size,
@@ -481,6 +488,7 @@ def main(argv: list[str] | None = None) -> None:
             repeats=args.repeats,
             gpu_memory=args.gpu_memory,
         )
+        ledger_of(points[0])
     except (models.NoModelError, ValueError) as error:
         sys.exit(f"memory_report: {error}")
     record = environment.describe(args.device)
@@ -513,27 +521,6 @@ def _blank(point: Point) -> Measurement:
     return Measurement(point, "skipped")
 
 
-def _read_config(parser: argparse.ArgumentParser, argv: list[str]) -> None:
-    """Makes the options of the YAML file the parser's defaults."""
-    config_only = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    config_only.add_argument("--config")
-    path = config_only.parse_known_args(argv)[0].config
-    if path is None:
-        return
-    try:
-        options = yaml.safe_load(Path(path).read_text())
-    except (OSError, yaml.YAMLError) as error:
-        sys.exit(f"memory_report: --config {path} cannot be read: {' '.join(str(error).split())}")
-    if not isinstance(options, dict):
-        sys.exit(f"memory_report: --config {path}: expected lines of 'option: value'")
-    known = {action.dest: action for action in parser._actions}
-    if unknown := sorted(set(options) - set(known)):
-        sys.exit(f"memory_report: --config {path}: unknown option {unknown[0]!r}; --help lists the options")
-    parser.set_defaults(
-        **{k: known[k].type(v) if known[k].type and isinstance(v, str) else v for k, v in options.items()}
-    )
-
-
 def _known(path: Path, point: Point, record: dict) -> list[Measurement]:
     """What ``path`` already holds, where it was measured on the same model and device; an error that says so otherwise."""
     if not path.exists():
@@ -542,6 +529,8 @@ def _known(path: Path, point: Point, record: dict) -> list[Measurement]:
         known, document = read(path)
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         sys.exit(f"memory_report: {path} is no file of this script ({error!r}): name another --name, or --overwrite it")
+    if not known:
+        return []
     same = document["environment"]["device"] == record["device"]
     if not same or any(description(r.point) != description(point) for r in known):
         sys.exit(

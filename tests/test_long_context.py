@@ -151,6 +151,30 @@ def test_every_patch_lowers_the_peak_or_moves_it():
     assert peaks[-1] < 0.75 * 80 * GIB < peaks[0]
 
 
+def test_models_that_the_ledger_would_count_wrong_are_refused_by_name(tmp_path):
+    from transformers import MixtralConfig
+
+    with pytest.raises(ValueError, match="MixtralConfig has 8 experts: the ledger knows dense models"):
+        Shape.of(MixtralConfig())
+    MixtralConfig(num_hidden_layers=1).save_pretrained(tmp_path)
+    with pytest.raises(SystemExit, match="memory_report: MixtralConfig has 8 experts"):
+        memory_report.main(["--model", str(tmp_path), "--device", "cpu", "--output_dir", str(tmp_path)])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--tokens", "0"], "expected at least 1, got 0"),
+        (["--memory_gib", "inf"], "expected GiB above 0, got inf"),
+    ],
+    ids=str,
+)
+def test_the_ledger_refuses_numbers_that_are_none(arguments, said, capsys):
+    with pytest.raises(SystemExit):
+        ledger.main(["llama-8b", *arguments])
+    assert said in capsys.readouterr().err
+
+
 def test_the_longest_context_is_where_the_peak_reaches_the_memory():
     of = ledger.ledger(LLAMA_8B, Switches("flashmla", patches=ALL, casts_adapter_inputs=False))
     longest = of.longest(80 * GIB)

@@ -254,6 +254,46 @@ MISTAKES = {  # name: (changed options, file contents to write, what the sentenc
     ),
     "zero batch": ({"per_device_train_batch_size": 0}, {}, "expected at least 1, got 0"),
     "bad schedule": ({"lr_scheduler_type": "zigzag"}, {}, "--lr_scheduler_type zigzag"),
+    "schedule of measures": (
+        {"lr_scheduler_type": "reduce_lr_on_plateau"},
+        {},
+        "--lr_scheduler_type reduce_lr_on_plateau",
+    ),
+    "negative rate": ({"learning_rate": -1}, {}, "--learning_rate: expected at least 0, got -1.0"),
+    "no number": ({"learning_rate": "nan"}, {}, "--learning_rate: expected at least 0, got nan"),
+    "seed too large": ({"seed": 2**33}, {}, "--seed: expected 0 to"),
+    "no epochs": ({"num_train_epochs": 0, "max_steps": -1}, {}, "--num_train_epochs: expected more than 0"),
+    "keep -1 checkpoints": ({"save_total_limit": -1}, {}, "--save_total_limit: expected at least 1, got -1"),
+    "rank 0": ({"use_peft": True, "lora_r": 0}, {}, "--lora_r: expected at least 1, got 0"),
+    "empty name": ({"train_file": ""}, {}, "--train_file: expected a name"),
+    "test split of files": (
+        {"dataset_test_split": "test"},
+        {},
+        "--dataset_test_split: expected it with --dataset_name",
+    ),
+    "half a pair": (
+        {"train_file": "a.jsonl"},
+        {"a.jsonl": r'{"text": "\ud800"}'},
+        "row 1: character 0 is half of a pair",
+    ),
+    "YAML of another type": ({"config": "c.yaml"}, {"c.yaml": "seed: 3.7"}, "c.yaml: seed: expected int, got 3.7"),
+    "YAML of no choice": ({"config": "c.yaml"}, {"c.yaml": "dtype: float16"}, "dtype: expected one of auto, float32"),
+    "YAML of nothing": ({"config": "c.yaml"}, {"c.yaml": "max_length:"}, "max_length: expected a value, got none"),
+    "YAML list": ({"config": "c.yaml"}, {"c.yaml": "seed: [1]"}, "seed: expected one value, got [1]"),
+    "YAML of no truth": ({"config": "c.yaml"}, {"c.yaml": "use_peft: maybe"}, "c.yaml: use_peft: "),
+    "YAML of bytes": ({"config": "c.yaml"}, {"c.yaml": b"seed: \xff"}, "--config c.yaml cannot be read"),
+    "an adapter as model": ({"model_name_or_path": "a"}, {"a/adapter_config.json": "{}"}, "model a is an adapter"),
+    "not our checkpoint": (
+        {"resume_from_checkpoint": "c"},
+        {"c/trainer_state.json": '{"global_step": 5}', "c/optimizer.bin": "x"},
+        "trainer_state.json is not of this script",
+    ),
+    "results of another kind": ({}, {"out/adapter_config.json": "{}"}, "holds an adapter of an earlier run"),
+    "earlier checkpoints": (
+        {},
+        {"out/checkpoint-3/optimizer.bin": "x"},
+        "holds checkpoint-3 of an earlier run: continue",
+    ),
     "learning rate too high": ({"learning_rate": 1e30, "max_steps": 8, "max_grad_norm": 0}, {}, "the loss became"),
 }
 
@@ -265,6 +305,7 @@ def test_a_mistake_ends_with_one_sentence(mistake, tiny_model, corpus, tmp_path,
         pytest.importorskip("pyarrow")
     monkeypatch.chdir(tmp_path)
     for name, content in files.items():
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
         Path(name).write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(SystemExit) as caught:
         finetune.main(options(tiny_model, corpus, tmp_path / "out", **{"max_steps": 1, **changed}))
@@ -281,6 +322,146 @@ def test_the_yaml_file_sets_options_and_the_command_line_wins(tmp_path):
     )
     model_args, _, args = finetune.parse_arguments(["--config", str(config), "--output_dir", "other"])
     assert (args.learning_rate, args.output_dir, model_args.lora_target_modules) == (3e-4, "other", ["a", "b"])
+
+
+def test_yaml_values_are_read_as_the_command_line_reads_them(tmp_path):
+    config = tmp_path / "c.yaml"
+    required = {"model_name_or_path": "m", "train_file": "~/t", "output_dir": "o"}
+    config.write_text(
+        "\n".join([*(f"{k}: {v}" for k, v in required.items()), "patches: loss", "lora_target_modules: q_proj"])
+    )
+    model_args, data_args, _ = finetune.parse_arguments(["--config", str(config)])
+    assert (model_args.patches, model_args.lora_target_modules) == (["loss"], ["q_proj"])
+    assert data_args.train_file == str(Path("~/t").expanduser())
+    with pytest.raises(ValueError, match="--conf"):  # no abbreviation: the file would not be read
+        finetune.parse_arguments(["--conf", str(config), *options("m", "t", "o")])
+
+
+def test_documents_are_read_whatever_their_characters(tmp_path):
+    rows = ["one\u2028two", "three\u0085four\x0bfive"]
+    file = tmp_path / "a.jsonl"
+    file.write_text(
+        "\ufeff" + "\n".join(json.dumps({"text": row}, ensure_ascii=False) for row in rows), encoding="utf-8"
+    )
+    assert finetune.read_documents(str(file), "text") == rows
+    (tmp_path / ".git" / "objects").mkdir(parents=True)
+    (tmp_path / ".git" / "objects" / "ab").write_bytes(b"\xff\xfe")
+    assert finetune.read_documents(str(tmp_path), "text") == rows
+
+
+@pytest.mark.parametrize("family", ["Mixtral", "GPT2"])
+def test_models_with_other_outputs_are_evaluated(family, tiny_model, corpus, tmp_path):
+    import transformers
+
+    sizes = {"vocab_size": 320, "num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 32}
+    sizes |= {"intermediate_size": 48, "num_key_value_heads": 2} if family == "Mixtral" else {"n_positions": 256}
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{family}LMHeadModel" if family == "GPT2" else f"{family}ForCausalLM")(
+        getattr(transformers, f"{family}Config")(**sizes)
+    )
+    model.save_pretrained(tmp_path / "model")
+    transformers.AutoTokenizer.from_pretrained(tiny_model).save_pretrained(tmp_path / "model")
+    out = tmp_path / "out"
+    finetune.main(
+        options(tmp_path / "model", corpus, out, max_steps=2, validation_split_percentage=20, logging_steps=3)
+    )
+    results = json.loads((out / "all_results.json").read_text())
+    assert results["eval_loss"] == pytest.approx(results["train_loss"], rel=0.2)
+    assert results["mfu"] is None if family == "Mixtral" else results["mfu"] > 0
+
+
+def test_a_result_is_whole_however_often_it_was_interrupted(tiny_model, corpus, tmp_path):
+    """Resumed when it was finished, or logged at other steps, a run says the same of itself."""
+    shared = {"max_steps": 3, "validation_split_percentage": 20, "save_steps": 3}
+    results = {}
+    for name, more in (("once", {"logging_steps": 1}), ("twice", {"logging_steps": 2})):
+        finetune.main(options(tiny_model, corpus, tmp_path / name, **shared, **more))
+        if name == "twice":
+            (tmp_path / name / "all_results.json").unlink()
+            finetune.main(
+                options(tiny_model, corpus, tmp_path / name, **shared, **more, resume_from_checkpoint="latest")
+            )
+        results[name] = json.loads((tmp_path / name / "all_results.json").read_text())
+    for name in ("train_loss", "eval_loss", "train_tokens"):
+        assert results["twice"][name] == pytest.approx(results["once"][name], rel=1e-6), name
+    assert results["twice"].keys() == results["once"].keys()
+    assert results["twice"]["mfu"] > 0
+    assert json.loads((tmp_path / "once" / "config.json").read_text()).get("use_cache", True)
+
+
+@pytest.mark.parametrize(
+    "change", [{"lora_dropout": 0.1}, {"max_grad_norm": 0.5}, {"lr_scheduler_type": "linear"}], ids=str
+)
+def test_resuming_with_other_options_is_refused(change, tiny_model, corpus, tmp_path):
+    shared = {"max_steps": 1, "save_steps": 1, "use_peft": True}
+    finetune.main(options(tiny_model, corpus, tmp_path, **shared))
+    with pytest.raises(SystemExit, match="belongs to another run"):
+        finetune.main(options(tiny_model, corpus, tmp_path, **shared, **change, resume_from_checkpoint="latest"))
+
+
+def test_resuming_on_another_base_model_or_from_a_damaged_checkpoint_is_refused(tiny_model, corpus, tmp_path):
+    import shutil
+
+    from transformers import AutoModelForCausalLM
+
+    shared = {"max_steps": 1, "save_steps": 1, "use_peft": True, "resume_from_checkpoint": "latest"}
+    finetune.main(options(tiny_model, corpus, tmp_path / "out", **shared))
+    other = tmp_path / "other"
+    shutil.copytree(tiny_model, other)
+    model = AutoModelForCausalLM.from_pretrained(other)
+    torch.nn.init.normal_(model.model.norm.weight)
+    model.save_pretrained(other)
+    with pytest.raises(SystemExit, match="belongs to another base model"):
+        finetune.main(options(other, corpus, tmp_path / "out", **shared))
+    changed = {"use_peft": False, "resume_from_checkpoint": tmp_path / "out" / "checkpoint-1"}
+    with pytest.raises(SystemExit, match="expected a whole model by --use_peft false, got an adapter"):
+        finetune.main(options(tiny_model, corpus, tmp_path / "full", **shared | changed))
+    checkpoint = tmp_path / "out" / "checkpoint-1"
+    (checkpoint / "optimizer.bin").write_bytes(b"oops")
+    with pytest.raises(SystemExit, match="checkpoint-1 is damaged"):
+        finetune.main(options(tiny_model, corpus, tmp_path / "out", **shared))
+    (checkpoint / "adapter_model.safetensors").write_bytes(b"oops")
+    with pytest.raises(SystemExit, match="checkpoint-1 holds no adapter of this model"):
+        finetune.main(options(tiny_model, corpus, tmp_path / "out", **shared))
+
+
+def test_a_place_that_cannot_be_written_shows_at_once(tiny_model, corpus, tmp_path, monkeypatch):
+    def read_only(dir):
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(finetune.tempfile, "TemporaryFile", read_only)
+    for more in ({"max_steps": 1}, {"find_max_length": True}):
+        with pytest.raises(SystemExit, match="out cannot be written to: Read-only file system"):
+            finetune.main(options(tiny_model, corpus, tmp_path / "out", **more))
+
+
+def test_an_interrupted_run_says_how_to_go_on(tiny_model, corpus, tmp_path, monkeypatch, capsys):
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(finetune, "run_batches", interrupted)
+    with pytest.raises(SystemExit) as caught:
+        finetune.main(options(tiny_model, corpus, tmp_path / "out", max_steps=1))
+    assert caught.value.code == 130
+    assert "--resume_from_checkpoint latest" in capsys.readouterr().err
+
+
+def test_held_out_documents_of_a_file_go_with_a_dataset(monkeypatch, tmp_path):
+    (tmp_path / "held_out.txt").write_text("held out")
+    monkeypatch.setattr(finetune, "_load_dataset", lambda data_args: (["train"], []))
+    data_args = finetune.DataArguments(dataset_name="d", validation_file=str(tmp_path / "held_out.txt"))
+    assert finetune.load_documents(data_args, 0) == (["train"], ["held out"])
+
+
+def test_tokens_beyond_the_embedding_are_refused(tiny_model, corpus, tmp_path):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    model.resize_token_embeddings(60)
+    model.save_pretrained(tmp_path / "small")
+    AutoTokenizer.from_pretrained(tiny_model).save_pretrained(tmp_path / "small")
+    with pytest.raises(SystemExit, match=r"gives token .*, and the model embeds 60"):
+        finetune.main(options(tmp_path / "small", corpus, tmp_path / "out", max_steps=1))
 
 
 def test_the_configs_that_ship_are_valid():
