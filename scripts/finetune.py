@@ -480,6 +480,20 @@ def load_model(model_args: ModelArguments, args: TrainingArguments, checkpoint: 
     return model
 
 
+def positions_exceeded(model: torch.nn.Module, length: int) -> int | None:
+    """The positions that the model was made for, where ``length`` is beyond them; UserError where it cannot be (GPT-2)."""
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if not longest or length <= longest:
+        return None
+    tokens = model.get_input_embeddings()
+    tables = (m for m in model.modules() if isinstance(m, torch.nn.Embedding) and m is not tokens)
+    if any(table.num_embeddings - longest in (0, 2) for table in tables):  # OPT's begins at 2
+        raise UserError(
+            f"--max_length: expected at most the {longest} positions that the model has learned, got {length}"
+        )
+    return longest
+
+
 def add_adapter(model: torch.nn.Module, model_args: ModelArguments, checkpoint: Path | None) -> PeftModel:
     if checkpoint is not None:
         try:
@@ -875,8 +889,7 @@ def train(model_args: ModelArguments, data_args: DataArguments, args: TrainingAr
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     trained, everything = (sum(p.numel() for p in some) for some in (trainable, model.parameters()))
     say(f"{trained:,} of {everything:,} parameters are trained")
-    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if longest and data_args.max_length > longest:
+    if longest := positions_exceeded(model, data_args.max_length):
         say(f"max_length={data_args.max_length} is beyond the {longest} positions that the model was made for")
     of = ledger_of(model_args, args, model.config)
     peak_flops, _ = environment.peak_flops(accelerator.device.type, "bfloat16" if args.bf16 else "float32")
@@ -886,11 +899,9 @@ def train(model_args: ModelArguments, data_args: DataArguments, args: TrainingAr
     warmup = int(args.warmup_steps) if args.warmup_steps >= 1 else math.ceil(args.warmup_steps * max_steps)
     try:
         scheduler = get_scheduler(args.lr_scheduler_type, optimizer, warmup, max_steps)
+        # Nor one that is told a measure at each step.
         inspect.signature(scheduler.step).bind()
-    except (
-        ValueError,
-        TypeError,
-    ) as error:  # a schedule that needs more than the number of steps, or a measure at each
+    except (ValueError, TypeError) as error:
         raise UserError(f"--lr_scheduler_type {args.lr_scheduler_type}: {first_line(error)}") from None
     model, optimizer = accelerator.prepare(model, optimizer)
     # The schedule counts optimizer steps, whatever the number of processes: it is registered, not prepared.
@@ -914,7 +925,9 @@ def train(model_args: ModelArguments, data_args: DataArguments, args: TrainingAr
             )
         try:
             accelerator.load_state(str(checkpoint))
-        except (OSError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
+        except (OSError, EOFError, ValueError, KeyError, RuntimeError, pickle.UnpicklingError) as error:
+            if environment.is_out_of_memory(error):
+                raise
             raise UserError(f"{checkpoint} is damaged: {first_line(error)}; resume from an earlier one") from None
         state = saved
         say(f"resumed from {checkpoint} at step {state.step} of {max_steps}")
@@ -1040,6 +1053,7 @@ def try_length(model_args: ModelArguments, args: TrainingArguments) -> None:
         resource.setrlimit(resource.RLIMIT_DATA, (available, available))
     accelerator = Accelerator(mixed_precision="bf16" if args.bf16 else "no", cpu=args.use_cpu)
     model = load_model(model_args, args, None)
+    positions_exceeded(model, args.trial_length)
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = make_optimizer(trainable, args)
     vocabulary = model.config.get_text_config().vocab_size

@@ -255,7 +255,9 @@ def test_backward_under_autocast_has_the_dtypes_of_the_forward_pass():
 
 def test_accelerates_way_out_leads_out():
     from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
 
+    AcceleratorState._reset_state(reset_partial_state=True)  # it remembers another test's precision
     model, batch = patched(model_of("Llama"), ["loss"]), batch_of("Llama")
     accelerator = Accelerator(cpu=True, mixed_precision="bf16")
     wrapped = accelerator.prepare(model)

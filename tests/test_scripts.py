@@ -366,6 +366,11 @@ def test_models_with_other_outputs_are_evaluated(family, tiny_model, corpus, tmp
         options(tmp_path / "model", corpus, out, max_steps=2, validation_split_percentage=20, logging_steps=3)
     )
     results = json.loads((out / "all_results.json").read_text())
+    if family == "GPT2":
+        with pytest.raises(
+            SystemExit, match="--max_length: expected at most the 256 positions that the model has learned"
+        ):
+            finetune.main(options(tmp_path / "model", corpus, tmp_path / "longer", max_length=512))
     assert results["eval_loss"] == pytest.approx(results["train_loss"], rel=0.2)
     assert results["mfu"] is None if family == "Mixtral" else results["mfu"] > 0
 
@@ -417,9 +422,11 @@ def test_resuming_on_another_base_model_or_from_a_damaged_checkpoint_is_refused(
     with pytest.raises(SystemExit, match="expected a whole model by --use_peft false, got an adapter"):
         finetune.main(options(tiny_model, corpus, tmp_path / "full", **shared | changed))
     checkpoint = tmp_path / "out" / "checkpoint-1"
-    (checkpoint / "optimizer.bin").write_bytes(b"oops")
-    with pytest.raises(SystemExit, match="checkpoint-1 is damaged"):
-        finetune.main(options(tiny_model, corpus, tmp_path / "out", **shared))
+    whole = (checkpoint / "optimizer.bin").read_bytes()
+    for damaged in (b"oops", whole[: len(whole) // 2]):
+        (checkpoint / "optimizer.bin").write_bytes(damaged)
+        with pytest.raises(SystemExit, match="checkpoint-1 is damaged"):
+            finetune.main(options(tiny_model, corpus, tmp_path / "out", **shared))
     (checkpoint / "adapter_model.safetensors").write_bytes(b"oops")
     with pytest.raises(SystemExit, match="checkpoint-1 holds no adapter of this model"):
         finetune.main(options(tiny_model, corpus, tmp_path / "out", **shared))
