@@ -101,6 +101,25 @@ def test_a_module_that_runs_again_changed_raises(change, what):
         loss.backward()
 
 
+@pytest.mark.parametrize("names", [["checkpointing"], None], ids=["checkpointing", "all"])
+def test_adapters_switched_between_two_forward_passes_raise(names):
+    """Two adapters' losses in one backward: checkpointed layers would run both with the second."""
+    model = lora(model_of("Llama"))
+    model.add_adapter("second", model.peft_config["default"])
+    for p in model.parameters():
+        p.requires_grad_(True)
+    flashmla_hf.patch(model, names)
+    losses = []
+    for name in ("default", "second"):
+        model.base_model.set_adapter(name)
+        for p in model.parameters():
+            p.requires_grad_(True)
+        losses.append(model(**batch_of("Llama"), use_cache=False).loss)
+    with pytest.raises(PatchError, match=r"LlamaDecoderLayer: .* adapters were changed in between"):
+        sum(losses).backward()
+    step(model, batch_of("Llama"))
+
+
 def test_dropout_switched_off_before_backward_raises_where_there_is_some():
     for rate in (0.5, 0.0):
         model = patched(lora(model_of("Llama"), lora_dropout=rate), ["mlp"])

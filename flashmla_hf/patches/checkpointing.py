@@ -22,7 +22,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint, noop_context_fn
 
 from flashmla_hf import ops
-from flashmla_hf.patches import memory, offload, structure
+from flashmla_hf.patches import gradients, memory, offload, structure
 from flashmla_hf.patches.offload import Offloaded, Offloader
 from flashmla_hf.patches.replacements import Replacements
 
@@ -81,6 +81,8 @@ class Checkpointing:
         if index == 0 or self._plan is None:
             self._plan = self.plan(hidden)
         plan, contexts, hooks = self._plan, noop_context_fn, contextlib.nullcontext()
+        if index == 0:
+            function = self._with_the_same_adapters(function)
         if index >= plan.first_kept:
             kept = KeptAttention()
             if index < plan.first_kept_on_device:
@@ -90,6 +92,20 @@ class Checkpointing:
             hooks = self._offloading(plan, index, _identity(hidden))
         with hooks:
             return checkpoint(function, *args, use_reentrant=False, context_fn=contexts)
+
+    def _with_the_same_adapters(self, function):
+        """``function`` of the first layer, which raises when it runs again after adapters were switched: they are switched in
+        all layers, and looking at one costs nothing to speak of."""
+        unchanged, is_again = gradients.Unchanged(self.layers[0].module, has_weights=False), False
+
+        def checked(*args):
+            nonlocal is_again
+            if is_again:
+                unchanged.check()
+            is_again = True
+            return function(*args)
+
+        return checked
 
     def _offloading(self, plan: Plan, index: int, identity: tuple):
         """Hooks under which the tensor of that identity, when saved, is parked. They live as long as what they saved: they must

@@ -33,28 +33,35 @@ def first_derivatives(backward: Callable) -> Callable:
 
 
 class Unchanged:
-    """What would make a second run of ``module`` another than the first; ``check`` raises where it is not what it was."""
+    """What would make a second run of ``module`` another than the first; ``check`` raises where it is not what it was.
 
-    def __init__(self, module: nn.Module):
-        self.module, self.before = module, _state(module)
+    ``has_weights=False`` leaves out its weights and dropout layers.
+    """
+
+    def __init__(self, module: nn.Module, has_weights: bool = True):
+        self.module, self.has_weights = module, has_weights
+        self.before = self._state()
 
     def check(self) -> None:
-        for what, before in _state(self.module).items():
-            if self.before[what] != before:
+        for what, now in self._state().items():
+            if self.before[what] != now:
                 raise PatchError(
                     f"flashmla_hf.patch: {type(self.module).__name__}: expected it in backward as it was in the forward pass, "
                     f"because it runs again: {what} were changed in between. Call backward before that, or leave the patch "
-                    "out that runs it again ('mlp', 'norm' or 'attention')"
+                    "out that runs it again ('mlp', 'norm', 'attention' or 'checkpointing')"
                 )
 
+    def _state(self) -> dict[str, tuple]:
+        parts = tuple(self.module.modules())
+        adapters = tuple(_adapters(m) for m in parts if hasattr(type(m), "active_adapters"))
+        return {"adapters": adapters} | (_weights(self.module, parts) if self.has_weights else {})
 
-def _state(module: nn.Module) -> dict[str, tuple]:
-    parts = tuple(module.modules())
+
+def _weights(module: nn.Module, parts: tuple[nn.Module, ...]) -> dict[str, tuple]:
     # peft's target_parameters puts every parameter that it adapts through set_() in each forward pass.
     wrapper = getattr(sys.modules.get("peft.tuners.lora.layer"), "ParamWrapper", ())
     has_versions = not any(isinstance(m, wrapper) for m in parts)
     return {
-        "adapters": tuple(_adapters(m) for m in parts if hasattr(type(m), "active_adapters")),
         "weights": tuple(
             (id(p), p._version if has_versions and not p.is_inference() else 0) for p in module.parameters()
         ),
