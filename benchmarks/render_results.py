@@ -410,8 +410,9 @@ def memory_section(path: Path, page: Path) -> str:
     import memory_report
 
     results, document = memory_report.read(path)
-    section = memory_report.section(results, document)
-    for plot in (p for p in memory_report.render(results, document, path) if p.suffix == ".png"):
+    table, *plots = memory_report.render(results, document, path)
+    section = table.read_text()
+    for plot in plots:
         section += f"\n![{path.stem}: memory, speed and ledger]({os.path.relpath(plot, page.parent)})\n"
     return section
 

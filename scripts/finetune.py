@@ -225,32 +225,37 @@ def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, Tra
     return model_args, data_args, args
 
 
+# The least and the most that an option may be.
+LIMITS = {
+    "lora_r": (1, math.inf),
+    "lora_dropout": (0, 0.99),
+    "max_length": (2, math.inf),
+    "max_train_samples": (1, math.inf),
+    "max_eval_samples": (1, math.inf),
+    "validation_split_percentage": (0, 99.99),
+    "per_device_train_batch_size": (1, math.inf),
+    "per_device_eval_batch_size": (1, math.inf),
+    "gradient_accumulation_steps": (1, math.inf),
+    "learning_rate": (0, math.inf),
+    "weight_decay": (0, math.inf),
+    "max_grad_norm": (0, math.inf),
+    "warmup_steps": (0, math.inf),
+    "seed": (0, 2**32 - 1),
+    "logging_steps": (1, math.inf),
+    "eval_steps": (0, math.inf),
+    "save_steps": (0, math.inf),
+    "save_total_limit": (1, math.inf),
+    "find_max_length_timeout": (1, math.inf),
+    "trial_length": (2, math.inf),
+}
+
+
 def _check_numbers(model_args: ModelArguments, data_args: DataArguments, args: TrainingArguments) -> None:
-    for group, name, least, most in (
-        (model_args, "lora_r", 1, None),
-        (model_args, "lora_dropout", 0, 0.99),
-        (data_args, "max_length", 2, None),
-        (data_args, "max_train_samples", 1, None),
-        (data_args, "max_eval_samples", 1, None),
-        (data_args, "validation_split_percentage", 0, 99.99),
-        (args, "per_device_train_batch_size", 1, None),
-        (args, "per_device_eval_batch_size", 1, None),
-        (args, "gradient_accumulation_steps", 1, None),
-        (args, "learning_rate", 0, None),
-        (args, "weight_decay", 0, None),
-        (args, "max_grad_norm", 0, None),
-        (args, "warmup_steps", 0, None),
-        (args, "seed", 0, 2**32 - 1),
-        (args, "logging_steps", 1, None),
-        (args, "eval_steps", 0, None),
-        (args, "save_steps", 0, None),
-        (args, "save_total_limit", 1, None),
-        (args, "find_max_length_timeout", 1, None),
-        (args, "trial_length", 2, None),
-    ):
-        value = getattr(group, name)
-        if value is not None and not (math.isfinite(value) and least <= value <= (math.inf if most is None else most)):
-            expected = f"at least {least}" if most is None else f"{least} to {most}"
+    given = vars(model_args) | vars(data_args) | vars(args)
+    for name, (least, most) in LIMITS.items():
+        value = given[name]
+        if value is not None and not (math.isfinite(value) and least <= value <= most):
+            expected = f"at least {least}" if most == math.inf else f"{least} to {most}"
             raise UserError(f"--{name}: expected {expected}, got {value}")
     if args.max_steps < 1 and not (math.isfinite(args.num_train_epochs) and args.num_train_epochs > 0):
         raise UserError(f"--num_train_epochs: expected more than 0, got {args.num_train_epochs}")
@@ -899,7 +904,7 @@ def train(model_args: ModelArguments, data_args: DataArguments, args: TrainingAr
     warmup = int(args.warmup_steps) if args.warmup_steps >= 1 else math.ceil(args.warmup_steps * max_steps)
     try:
         scheduler = get_scheduler(args.lr_scheduler_type, optimizer, warmup, max_steps)
-        # Nor one that is told a measure at each step.
+        # One that is told a measure at each step is refused like one that needs more than their number.
         inspect.signature(scheduler.step).bind()
     except (ValueError, TypeError) as error:
         raise UserError(f"--lr_scheduler_type {args.lr_scheduler_type}: {first_line(error)}") from None
@@ -959,6 +964,9 @@ def train(model_args: ModelArguments, data_args: DataArguments, args: TrainingAr
             bar.write(f"step {state.step}: held-out loss {loss:.4f}")
         return loss, by_position
 
+    def share_of_peak() -> float | None:
+        return state.flops / state.runtime / peak_flops if state.flops else None
+
     if args.eval_on_start and eval_packs and state.step == 0:
         log_evaluation()
     tokens_before, seconds_before = state.tokens, state.runtime
@@ -989,8 +997,8 @@ def train(model_args: ModelArguments, data_args: DataArguments, args: TrainingAr
         if of is not None:
             lengths = [len(piece) for batch in batches for one in batch for piece in one]
             state.flops += of.shape.training_flops(lengths, model_args.use_peft)
-        mfu = state.flops / state.runtime / peak_flops
-        shown = f", MFU {mfu:.1%}" if mfu else ""
+        mfu = share_of_peak()
+        shown = f", MFU {mfu:.1%}" if mfu is not None else ""
         bar.update()
         bar.set_postfix_str(
             f"loss {state.interval_losses[-1]:.4f}, {speed:,.0f} tokens/s, peak {peak_memory(device) / 2**30:.2f} GiB{shown}"
@@ -999,7 +1007,7 @@ def train(model_args: ModelArguments, data_args: DataArguments, args: TrainingAr
             loss = sum(state.interval_losses) / len(state.interval_losses)
             state.interval_losses.clear()
             entry = {"loss": loss, "learning_rate": learning_rate, "tokens_per_second": speed}
-            log(entry | {"mfu": mfu} if mfu else entry)
+            log(entry if mfu is None else entry | {"mfu": mfu})
         if eval_packs and args.eval_steps and state.step % args.eval_steps == 0 and state.step < max_steps:
             log_evaluation()
         if args.save_steps and state.step % args.save_steps == 0:
@@ -1023,7 +1031,7 @@ def train(model_args: ModelArguments, data_args: DataArguments, args: TrainingAr
         "train_steps": state.step,
         "epoch": state.step / steps_per_epoch,
         "peak_memory_gib": peak_memory(device) / 2**30,
-        "mfu": state.flops / state.runtime / peak_flops if state.flops and state.runtime else None,
+        "mfu": share_of_peak(),
         "trainable_parameters": trained,
         "attn_implementation": model_args.attn_implementation,
         "patches": chosen_patches(model_args, args)[0],

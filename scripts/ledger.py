@@ -244,7 +244,8 @@ def ledger(shape: Shape, switches: Switches) -> Ledger:
     s, a = switches, switches.activation_bytes
     h, q, kv = shape.hidden * a, shape.heads_q * shape.head_dim * a, shape.heads_kv * shape.head_dim * a
     f, lse = shape.intermediate * a, FP32 * shape.heads_q
-    is_lean = s.attn_implementation in ("flashmla", "fmla", "flash_attention_2", "flash_attention_3")
+    is_ours = s.attn_implementation in ("flashmla", "fmla")
+    is_lean = is_ours or s.attn_implementation in ("flash_attention_2", "flash_attention_3")
     terms = list(_fixed(shape, s))
 
     # ---- logits: the head's output, its fp32 copy, log-softmax and its gradient. The first is free before the backward
@@ -307,7 +308,6 @@ def ledger(shape: Shape, switches: Switches) -> Ledger:
     # Normed input and the residual's gradient 2h; q, k, v as projected q + 2kv, q and k as rotated q + kv; output and its
     # gradient 2q; gradients of q, k, v q + 2kv; log-sum-exp and delta; the fp32 sums of dq, which our Hopper kernels hold
     # for as many kv heads at a time as fit in 256 MiB: for one, where it matters.
-    is_ours = s.attn_implementation in ("flashmla", "fmla")
     sums = shape.head_dim * FP32 * (shape.heads_q // shape.heads_kv if is_ours else shape.heads_q)
     attention = 2 * h + 5 * q + 5 * kv + 2 * lse + sums
     rope_copies = q + kv

@@ -377,12 +377,12 @@ def write(results: list[Measurement], record: dict, output_dir: Path, name: str 
 
 def render(results: list[Measurement], document: dict, path: Path) -> list[Path]:
     """Table and plot beside the JSON file ``path``, with the ledger as it is now; returns their paths."""
-    table, picture = path.with_suffix(".md"), path.with_suffix(".png")
-    table.write_text(section(results, document))
+    page, picture = path.with_suffix(".md"), path.with_suffix(".png")
+    page.write_text(section(results, document))
     if not any(r.status == "ok" for r in results):
-        return [table]
+        return [page]
     plot(results, picture, f"{description(results[0].point)}\n{document['environment']['device']}")
-    return [table, picture]
+    return [page, picture]
 
 
 def parse_series(name: str, device: str, use_peft: bool) -> dict:

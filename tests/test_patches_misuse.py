@@ -1,6 +1,5 @@
 """What would make a patched model silently wrong raises by name, and what looks like it but is harmless works as before."""
 
-import contextlib
 import copy
 
 import pytest
@@ -67,12 +66,6 @@ def test_inference_mode_works():
 
 
 # ---------------------------------------------------------------- what changes between forward and backward
-
-
-@contextlib.contextmanager
-def disabled(model):
-    with model.disable_adapter():
-        yield
 
 
 def write(model):

@@ -23,7 +23,6 @@ from flashmla_hf.patches import gradients, structure, tiles
 from flashmla_hf.patches.replacements import Replacements
 
 CHUNK = 16384
-OURS = ("flashmla", "fmla")
 # What a decoder layer passes on and chunks do not change.
 PASSED_ON = {"use_cache", "output_attentions", "is_causal", "output_router_logits", "num_items_in_batch"}
 
@@ -124,7 +123,7 @@ class _Chunks(torch.autograd.Function):
 def patch_attention(model: nn.Module, replacements: Replacements, chunk: int | None) -> None:
     """Replaces ``forward`` of every attention block. ``chunk``: tokens, ``None`` is :data:`CHUNK`."""
     implementation = structure.decoder(model, "attention").config._attn_implementation
-    if implementation not in OURS:
+    if implementation not in structure.OURS:
         raise structure.refuse(
             model,
             "attention",
@@ -184,7 +183,7 @@ def _refuse_what_chunks_cannot(attention, name, hidden_states, mask, past_key_va
     batch, seqlen = hidden_states.shape[:2]
     reason = None
     implementation = getattr(getattr(attention, "config", None), "_attn_implementation", None)
-    if implementation not in OURS:  # set after patch
+    if implementation not in structure.OURS:  # set after patch
         reason = f"attn_implementation={implementation!r} (its causal mask is aligned at the beginning)"
     elif past_key_values is not None:
         reason = "a cache (use_cache=False in training)"

@@ -238,7 +238,7 @@ def patch_checkpointing(model: nn.Module, replacements: Replacements, keep_atten
     layers = structure.decoder_layers(model, "checkpointing")
     if keep_attention is not None:
         implementation = structure.decoder(model, "keep_attention").config._attn_implementation
-        if implementation not in ("flashmla", "fmla"):
+        if implementation not in structure.OURS:
             raise structure.refuse(
                 model, "keep_attention", "attn_implementation", "'flashmla' (its kernel returns what is kept)",
                 repr(implementation),

@@ -6,14 +6,13 @@ Otherwise gradients would be wrong or missing without a word.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterable
 from functools import wraps
 
 import torch
 from torch import nn
 
-from flashmla_hf.patches.structure import PatchError
+from flashmla_hf.patches import structure
 
 
 def first_derivatives(backward: Callable) -> Callable:
@@ -23,7 +22,7 @@ def first_derivatives(backward: Callable) -> Callable:
     @wraps(backward)
     def checked(ctx, *grads):
         if torch.is_grad_enabled():
-            raise PatchError(
+            raise structure.PatchError(
                 "flashmla_hf.patch: expected first derivatives alone, got create_graph=True: the backward of a patch has no "
                 "derivative. Call flashmla_hf.unpatch(model) first"
             )
@@ -45,7 +44,7 @@ class Unchanged:
     def check(self) -> None:
         for what, now in self._state().items():
             if self.before[what] != now:
-                raise PatchError(
+                raise structure.PatchError(
                     f"flashmla_hf.patch: {type(self.module).__name__}: expected it in backward as it was in the forward pass, "
                     f"because it runs again: {what} were changed in between. Call backward before that, or leave the patch "
                     "out that runs it again ('mlp', 'norm', 'attention' or 'checkpointing')"
@@ -59,8 +58,8 @@ class Unchanged:
 
 def _weights(module: nn.Module, parts: tuple[nn.Module, ...]) -> dict[str, tuple]:
     # peft's target_parameters puts every parameter that it adapts through set_() in each forward pass.
-    wrapper = getattr(sys.modules.get("peft.tuners.lora.layer"), "ParamWrapper", ())
-    has_versions = not any(isinstance(m, wrapper) for m in parts)
+    wrapper = structure.peft_layer("ParamWrapper")
+    has_versions = wrapper is None or not any(isinstance(m, wrapper) for m in parts)
     return {
         "weights": tuple(
             (id(p), p._version if has_versions and not p.is_inference() else 0) for p in module.parameters()
@@ -102,7 +101,7 @@ def refuse_other_leaves(out: torch.Tensor, module: nn.Module, known: Iterable[to
         seen.add(node)
         leaf = getattr(node, "variable", None)
         if leaf is not None and id(leaf) not in ids:
-            raise PatchError(
+            raise structure.PatchError(
                 f"flashmla_hf.patch: {type(module).__name__}: expected gradients for its input and its own parameters, got a "
                 f"trained tensor {[*leaf.shape]} from elsewhere (a hook?), whose gradient would be lost. Leave the patch out "
                 "that runs the module again ('mlp', 'norm' or 'attention')"
@@ -115,7 +114,7 @@ def refuse_arguments_by_hook(module: nn.Module, patch: str) -> None:
     per sequence): a few rows are not what they speak of."""
     for part in module.modules():
         if part._forward_pre_hooks_with_kwargs:
-            raise PatchError(
+            raise structure.PatchError(
                 f"flashmla_hf.patch: patch {patch!r}: {type(module).__name__}: expected parts that look at one token at a "
                 f"time, got {type(part).__name__} with a forward pre-hook that gives it arguments (aLoRA, adapter_names). "
                 f"Leave it out: patches=[...] without {patch!r}"

@@ -53,37 +53,37 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     @gradients.first_derivatives
     def backward(ctx, grad):
-        with _without_autocast(grad.device):
-            return _Linear.gradients(ctx, grad)
-
-    @staticmethod
-    def gradients(ctx, grad):
-        x, weight, a, b, low = (ctx.keeper or ctx).saved_tensors
-        needs_x, _, needs_weight, needs_bias, needs_a, needs_b, *_ = ctx.needs_input_grad
-        rows, grads = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
-        grad_low = grad_x = None
-        if a is not None and (needs_x or needs_a):
-            grad_low = (grads @ b).mul_(ctx.scaling)
-        if needs_x:
-            grad_x = grads @ weight
-            if grad_low is not None:
-                grad_x.addmm_(grad_low, a)
-            grad_x = grad_x.view(x.shape)
-        return (
-            grad_x,
-            None,
-            grads.t() @ rows if needs_weight else None,
-            grads.sum(0) if needs_bias else None,
-            grad_low.t() @ rows if needs_a else None,
-            (grads.t() @ low).mul_(ctx.scaling) if needs_b else None,
-            None,
-            None,
-            None,
-        )
+        with without_autocast(grad.device):
+            return _gradients(ctx, grad)
 
 
-def _without_autocast(device: torch.device):
-    """For a backward that somebody calls under autocast: dtypes are those of the forward pass."""
+def _gradients(ctx, grad):
+    x, weight, a, b, low = (ctx.keeper or ctx).saved_tensors
+    needs_x, _, needs_weight, needs_bias, needs_a, needs_b, *_ = ctx.needs_input_grad
+    rows, grads = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
+    grad_low = grad_x = None
+    if a is not None and (needs_x or needs_a):
+        grad_low = (grads @ b).mul_(ctx.scaling)
+    if needs_x:
+        grad_x = grads @ weight
+        if grad_low is not None:
+            grad_x.addmm_(grad_low, a)
+        grad_x = grad_x.view(x.shape)
+    return (
+        grad_x,
+        None,
+        grads.t() @ rows if needs_weight else None,
+        grads.sum(0) if needs_bias else None,
+        grad_low.t() @ rows if needs_a else None,
+        (grads.t() @ low).mul_(ctx.scaling) if needs_b else None,
+        None,
+        None,
+        None,
+    )
+
+
+def without_autocast(device: torch.device):
+    """For a backward that runs where autocast is on though the forward pass did not: dtypes are those of the forward pass."""
     if device.type == "meta" or not torch.is_autocast_enabled(device.type):
         return contextlib.nullcontext()
     return torch.autocast(device.type, enabled=False)

@@ -7,7 +7,6 @@ backward: the scale is the product's own factor.
 
 from __future__ import annotations
 
-import sys
 from functools import wraps
 
 import torch
@@ -19,7 +18,7 @@ from flashmla_hf.patches.replacements import Replacements
 
 def adapted_layers(model: nn.Module) -> list[nn.Module]:
     """Every ``peft.tuners.lora.Linear`` over a ``torch.nn.Linear``."""
-    adapted = getattr(sys.modules.get("peft.tuners.lora.layer"), "Linear", None)  # who has adapters has imported it
+    adapted = structure.peft_layer("Linear")
     return [m for m in model.modules() if type(m) is adapted and type(m.base_layer) is nn.Linear]
 
 

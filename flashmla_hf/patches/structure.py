@@ -6,12 +6,14 @@ has an attention block (a child with query, key and value projections) and a tok
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 ATTENTION_PROJECTIONS = ({"q_proj", "k_proj", "v_proj"}, {"qkv_proj"}, {"query_key_value"}, {"W_pack"})
+OURS = ("flashmla", "fmla")  # as attn_implementation
 MLP_NAMES = ("mlp", "block_sparse_moe", "feed_forward")
 
 
@@ -37,6 +39,11 @@ class Layer:
     attention: nn.Module | None
     mlp_name: str | None
     mlp: nn.Module | None
+
+
+def peft_layer(name: str) -> type | None:
+    """The class ``peft.tuners.lora.<name>``; ``None`` where peft has none or was not imported: who has adapters has."""
+    return getattr(sys.modules.get("peft.tuners.lora.layer"), name, None)
 
 
 def base_model(model: nn.Module) -> nn.Module:

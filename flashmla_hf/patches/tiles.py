@@ -95,10 +95,7 @@ class Run:
 
     def _autocast(self):
         if self.autocast is None:
-            # Backward may run where autocast is on though the forward pass was not.
-            if self.device.type == "meta" or not torch.is_autocast_enabled(self.device.type):
-                return contextlib.nullcontext()
-            return torch.autocast(self.device.type, enabled=False)
+            return linear.without_autocast(self.device)
         return torch.autocast(self.device.type, **self.autocast)
 
     @contextlib.contextmanager
