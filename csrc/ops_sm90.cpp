@@ -10,6 +10,7 @@
 #include <atomic>
 
 #include "host.h"
+#include "sm90/device.h"
 #include "sm90/launch.h"
 
 // Of libtorch_cuda; the stable headers declare it only where torch was built with CUDA.
@@ -118,6 +119,9 @@ struct Sm90 {
   static void launch(const char* op, const TensorInfo& q, int64_t (*workspace_bytes)(Params const&),
                      const char* (*launch_kernels)(Params const&, void*, cudaStream_t), const Params& params) {
     const torch::stable::accelerator::DeviceGuard guard(q.device_index);
+    if (const cudaError_t status = sm90::bind_thread(q.device_index); status != cudaSuccess)
+      throw std::runtime_error(std::string(op) + ": cudaSetDevice(" + std::to_string(q.device_index) +
+                               "): " + cudaGetErrorString(status));
     const Tensor workspace = make_tensor(q, {workspace_bytes(params)}, ScalarType::Byte);
     const char* error = launch_kernels(params, workspace.mutable_data_ptr(), current_stream(q));
     if (error != nullptr) throw std::runtime_error(std::string(op) + ": " + error);

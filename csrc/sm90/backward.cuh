@@ -116,6 +116,7 @@ struct Backward {
     alignas(128) float delta[kNumStages][kBlockQ];
     uint64_t kv_full, kv_empty, tile_wanted, tile_full[kNumBackwardTiles], tile_empty[kNumBackwardTiles];
     uint64_t q_full[kNumStages], q_empty[kNumStages], dout_full[kNumStages], dout_empty[kNumStages];
+    BlockToClear to_clear[2];  // Q, dO
     uint64_t turn_come[kNumStages], turn_over[kNumStages];
     BackwardTile tiles[kNumBackwardTiles];
   };
@@ -168,13 +169,8 @@ struct Backward {
     auto& pairs_p = reinterpret_cast<uint32_t (&)[kScores / 2]>(*rP.data());
     auto& pairs_ds = reinterpret_cast<uint32_t (&)[kScores / 2]>(*rDS.data());
 
-    uint32_t pairs_capped[kHasSoftcap ? kScores / 2 : 1];
-    auto& pairs_w = [&]() -> auto& {
-      if constexpr (kHasSoftcap)
-        return pairs_capped;
-      else
-        return pairs_p;
-    }();
+    uint32_t pairs_capped[kScores / 2];  // P (1 - tanh^2); without softcap never touched
+    auto& pairs_w = kHasSoftcap ? pairs_capped : pairs_p;
     Ring<kNumStages> ring;
     Ring<kNumDS> ds;
     Ring<kNumBackwardTiles> slot;

@@ -35,7 +35,7 @@ namespace flashmla::sm90 {
 
 struct BackwardQueriesArguments {
   CUtensorMap q, dout;  // dims (head_dim, heads_packed, seqlen or total, heads / heads_packed, batch)
-  CUtensorMap k, v;     // dims (head_dim, seqlen or total, heads, batch)
+  CUtensorMap k, v;     // dims (head_dim, row, end, heads, outer) of sequence_rows.h
   TensorView dq;
   BackwardRows rows;
   int32_t block_rows;  // of the workspace
@@ -246,7 +246,9 @@ struct BackwardQueries {
       release(shared.k_empty[ring.stage]);
       ring.advance();
       for (; block >= tile.block_begin; --block) skip_block();
-      write(arguments, tile, rDQ, problem.scale, first_row);
+      // A query that sees no key has no gradient, whatever dO holds.
+      auto const gradient = [&](int i) { return lse_log2[i / 2 % 2] == INFINITY ? 0.0f : rDQ(i); };
+      write(arguments, tile, gradient, problem.scale, first_row);
       __syncwarp();
       if (threadIdx.x % 32 == 0) ClusterBarrier::arrive(&shared.tile_empty[slot.stage]);
     }

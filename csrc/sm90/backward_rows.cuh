@@ -21,6 +21,7 @@ struct PrepareArguments {
   RowView lse, dlse;  // dlse.data may be null
   BackwardRows rows;
   Problem problem;
+  Window window;
   float* dsink_parts;  // [heads_q, blocks of a head], or null
 };
 
@@ -65,15 +66,26 @@ __device__ WorkspaceBlock workspace_block(Problem const& problem, int32_t block)
   return {low, max(0, block - first_block(low)) * kBlockQ, sequence_at(problem, low, Side::kQueries)};
 }
 
-// One block of threads for each block of rows (x) and head (y).
+// What a block of threads works on, of a grid of heads_q times the blocks of rows of a head.
+template <int kBlockQ>
+__device__ int32_t head_of_block(BackwardRows const& rows) {
+  return static_cast<int32_t>(blockIdx.x / static_cast<uint32_t>(rows.per_head / kBlockQ));
+}
+
+template <int kBlockQ>
+__device__ int32_t block_in_head(BackwardRows const& rows, int32_t head) {
+  return static_cast<int32_t>(blockIdx.x - head * static_cast<uint32_t>(rows.per_head / kBlockQ));
+}
+
+// One block of threads for each block of rows and head.
 template <int kBlockQ, int kHeadDimQK, class Element>
 __global__ void __launch_bounds__(kRowThreads) prepare_kernel(__grid_constant__ PrepareArguments const arguments) {
   cutlass::arch::launch_dependent_grids();
   Problem const& problem = arguments.problem;
   BackwardRows const& rows = arguments.rows;
-  int32_t const head = blockIdx.y;
-  WorkspaceBlock const block = workspace_block<kBlockQ>(problem, blockIdx.x);
-  int64_t const first_row = head * rows.per_head + int64_t{blockIdx.x} * kBlockQ;
+  int32_t const head = head_of_block<kBlockQ>(rows);
+  int64_t const first_row = int64_t{blockIdx.x} * kBlockQ;  // of all heads
+  WorkspaceBlock const block = workspace_block<kBlockQ>(problem, block_in_head<kBlockQ>(rows, head));
   int64_t const batch = problem.cu_seqlens_q != nullptr ? 0 : block.number;
   int32_t const vectors = static_cast<int32_t>(problem.head_dim_v) / 8;  // of 16 bytes
   int32_t lanes = 1;                                                     // that share a row
@@ -107,11 +119,18 @@ __global__ void __launch_bounds__(kRowThreads) prepare_kernel(__grid_constant__ 
         auto at = [&](RowView const& view) {
           return view.data[batch * view.stride_batch + head * view.stride_heads + block.sequence.offset_q + query];
         };
+        int32_t const position = query + block.sequence.seqlen_kv - block.sequence.seqlen_q;
+        VisibleKeys const keys = visible_keys(arguments.window, block.sequence.seqlen_kv, position, position);
+        bool const sees_key = keys.begin < keys.end;
+        // A query that sees no key has out = 0, whatever dO holds, and whatever dlse holds reaches its sink alone.
         float const natural = at(arguments.lse);
-        delta = sum - (arguments.dlse.data != nullptr ? at(arguments.dlse) : 0.0f);
+        float const gradient = (sees_key ? sum : 0.0f) - (arguments.dlse.data != nullptr ? at(arguments.dlse) : 0.0f);
         if (natural != -INFINITY) {
-          lse = natural * kLog2e;
-          if (has_sink) sink_term = -exp2f(problem.sinks[head] * kLog2e - lse) * delta;
+          if (has_sink) sink_term = -exp2f((problem.sinks[head] - natural) * kLog2e) * gradient;
+          if (sees_key) {
+            lse = natural == INFINITY ? NAN : natural * kLog2e;  // inf is said of rows whose P is 0
+            delta = gradient;
+          }
         }
       }
       rows.lse_log2[first_row + place_of_row(row)] = lse;
@@ -130,7 +149,7 @@ __global__ void __launch_bounds__(kRowThreads) prepare_kernel(__grid_constant__ 
     if (threadIdx.x == 0) {
       float sum = 0.0f;
       for (int row = 0; row < kBlockQ; ++row) sum += sink_terms[row];
-      arguments.dsink_parts[int64_t{head} * gridDim.x + blockIdx.x] = sum;
+      arguments.dsink_parts[blockIdx.x] = sum;
     }
   }
 }
@@ -138,8 +157,8 @@ __global__ void __launch_bounds__(kRowThreads) prepare_kernel(__grid_constant__ 
 template <int kBlockQ, int kHeadDimQK, class Element>
 __global__ void __launch_bounds__(kRowThreads) finish_kernel(__grid_constant__ FinishArguments const arguments) {
   Problem const& problem = arguments.problem;
-  WorkspaceBlock const block = workspace_block<kBlockQ>(problem, blockIdx.x);
-  int32_t const head = blockIdx.y;
+  int32_t const head = head_of_block<kBlockQ>(arguments.rows);
+  WorkspaceBlock const block = workspace_block<kBlockQ>(problem, block_in_head<kBlockQ>(arguments.rows, head));
   constexpr bool kSplitsQueries = kBlockQ == 128;
   constexpr int kColumns = kSplitsQueries ? kHeadDimQK : kHeadDimQK / 2;  // of a warpgroup
   constexpr int kVectors = kColumns / 8;
@@ -147,8 +166,7 @@ __global__ void __launch_bounds__(kRowThreads) finish_kernel(__grid_constant__ F
   cutlass::arch::wait_on_dependent_grids();
   if (block.q_begin >= block.sequence.seqlen_q) return;
   float4 const* const sums =
-      reinterpret_cast<float4 const*>(arguments.rows.dq + (head * arguments.rows.per_head / kBlockQ + blockIdx.x) *
-                                                              (kBlockQ * kHeadDimQK)) +
+      reinterpret_cast<float4 const*>(arguments.rows.dq + int64_t{blockIdx.x} * (kBlockQ * kHeadDimQK)) +
       warpgroup * kVectors * 128 + threadIdx.x % 128;
   float fragment[4 * kVectors];
   CUTE_UNROLL
@@ -168,18 +186,19 @@ __global__ void __launch_bounds__(kRowThreads) finish_kernel(__grid_constant__ F
   }
 }
 
-// One block of threads for each tile, in the order of `parts`: key blocks (x) of kv heads (y) of batches (z).
+// One block of threads for each tile, in the order of `parts`: key blocks of kv heads of batches.
 template <int kBlockKV, int kHeadDimQK, int kHeadDimV, bool kSplitsColumns, class Element>
 __global__ void __launch_bounds__(kRowThreads) merge_kernel(__grid_constant__ BackwardArguments const arguments) {
   BackwardTile tile;
-  tile.head_kv = blockIdx.y;
-  tile.batch = blockIdx.z;
-  tile.kv_begin = blockIdx.x * kBlockKV;
+  int32_t const blocks = arguments.schedule.num_blocks, heads = static_cast<int32_t>(arguments.problem.heads_kv);
+  int32_t const index = blockIdx.x, head = index / blocks;  // of all batches
+  tile.head_kv = head % heads;
+  tile.batch = head / heads;
+  tile.kv_begin = (index - head * blocks) * kBlockKV;
   tile.sequence = sequence_at(arguments.problem, tile.batch, Side::kKeys);
   cutlass::arch::wait_on_dependent_grids();
   constexpr int kPart = kBlockKV * (kHeadDimQK + kHeadDimV);
-  int64_t const index = (int64_t{blockIdx.z} * gridDim.y + blockIdx.y) * gridDim.x + blockIdx.x;
-  float const* part = arguments.parts + index * arguments.num_splits * kPart;
+  float const* part = arguments.parts + int64_t{index} * arguments.num_splits * kPart;
   auto sum_and_write = [&](auto columns, TensorView const& view, float factor, int64_t head_dim) {
     constexpr int kColumns = decltype(columns)::value / (kSplitsColumns ? 2 : 1), kVectors = kColumns / 8;
     float fragment[4 * kVectors] = {};
@@ -203,15 +222,16 @@ __global__ void __launch_bounds__(kRowThreads) merge_kernel(__grid_constant__ Ba
   sum_and_write(cute::Int<kHeadDimV>{}, arguments.dv, 1.0f, arguments.problem.head_dim_v);
 }
 
-__global__ void __launch_bounds__(kRowThreads) inline sum_sinks_kernel(
-    __grid_constant__ SumSinksArguments const arguments) {
-  __shared__ float sums[kRowThreads];
+// A template so that every instantiation file may have it.
+template <int kThreads = kRowThreads>
+__global__ void __launch_bounds__(kThreads) sum_sinks_kernel(__grid_constant__ SumSinksArguments const arguments) {
+  __shared__ float sums[kThreads];
   float sum = 0.0f;
-  for (int32_t i = threadIdx.x; i < arguments.num_parts; i += kRowThreads) {
+  for (int32_t i = threadIdx.x; i < arguments.num_parts; i += kThreads) {
     sum += arguments.parts[int64_t{blockIdx.x} * arguments.num_parts + i];
   }
   sums[threadIdx.x] = sum;
-  for (int count = kRowThreads / 2; count > 0; count /= 2) {
+  for (int count = kThreads / 2; count > 0; count /= 2) {
     __syncthreads();
     if (threadIdx.x < count) sums[threadIdx.x] += sums[threadIdx.x + count];
   }

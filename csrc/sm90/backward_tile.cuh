@@ -12,6 +12,7 @@
 #include "sm90/fragment.cuh"
 #include "sm90/operands.cuh"
 #include "sm90/scheduler.cuh"
+#include "sm90/sequence_rows.h"
 #include "sm90/softmax.cuh"
 #include "sm90/tiles.h"
 
@@ -39,8 +40,8 @@ __device__ inline int32_t first_workspace_row(Problem const& problem, int32_t nu
 }
 
 struct BackwardArguments {
-  CUtensorMap q, dout;  // dims (head_dim, seqlen or total, heads_q, batch)
-  CUtensorMap k, v;     // dims (head_dim, seqlen or total, heads_kv, batch)
+  CUtensorMap q, dout;  // dims (head_dim, row, end, heads_q, outer) of sequence_rows.h
+  CUtensorMap k, v;     // dims (head_dim, row, end, heads_kv, outer)
   TensorView dk, dv;    // data null: not wanted
   BackwardRows rows;
   Problem problem;
@@ -57,6 +58,8 @@ struct BackwardTile {
   int32_t split;
   int32_t kv_begin;  // first key, within the sequence
   Sequence sequence;
+  RowCoordinates queries, keys;   // of the sequence's first ones
+  int32_t first_visible_query;    // queries before it see no key of the sequence
   int32_t first_head, num_heads;  // query heads of this split
   int32_t q_block_begin, q_block_end;
   int32_t first_row;  // of the sequence in the workspace
@@ -72,6 +75,12 @@ struct BackwardStep {
   __device__ void advance(BackwardTile const& tile) {
     if (++q_block == tile.q_block_end) q_block = tile.q_block_begin, ++head;
   }
+};
+
+// A block of Q or dO whose first rows a loading thread clears before it hands it on; that thread's alone.
+struct BlockToClear {
+  uint64_t arrived;
+  uint32_t phase;  // in shared memory, for want of registers
 };
 
 constexpr int kNumBackwardTiles = 2;  // announced at a time, so that the next is loaded while dK and dV are written
@@ -92,6 +101,11 @@ __device__ inline void write_backward_tile(BackwardTile& tile, BackwardArguments
   tile.first_row = first_workspace_row(problem, place.batch, sequence.offset_q, block_q);
   VisibleQueries const queries =
       visible_queries(arguments.window, sequence, tile.kv_begin, min(tile.kv_begin + block_kv, sequence.seqlen_kv) - 1);
+  bool const is_packed = problem.cu_seqlens_q != nullptr;
+  tile.queries = row_coordinates(is_packed, sequence.offset_q, sequence.seqlen_q, place.batch);
+  tile.keys = row_coordinates(is_packed, sequence.offset_kv, sequence.seqlen_kv, place.batch);
+  tile.first_visible_query =
+      arguments.window.right >= 0 ? sequence.seqlen_q - sequence.seqlen_kv - arguments.window.right : 0;
   tile.q_block_begin = queries.begin / block_q;
   tile.q_block_end = queries.begin < queries.end ? (queries.end + block_q - 1) / block_q : tile.q_block_begin;
   tile.kv_phase = kv_phase;
@@ -114,6 +128,10 @@ __device__ void init_backward_barriers(typename Kernel::SharedStorage& shared) {
   init(shared.dout_full, 1);
   init(shared.dout_empty, kNumWarps);
   ClusterBarrier::init(&shared.tile_wanted, kNumLoaders);
+  for (BlockToClear& block : shared.to_clear) {
+    ClusterBarrier::init(&block.arrived, 1);
+    block.phase = 0;
+  }
   if constexpr (Kernel::kSumsDQ) {
     init(shared.turn_come, 1);
     init(shared.turn_over, kNumWarps);
@@ -147,17 +165,17 @@ __device__ void load_backward_tiles(BackwardArguments const& arguments, typename
                                     CUtensorMap const& map_kv, CUtensorMap const& map_q, float const* statistics,
                                     Element (&kv)[kSizeKV], Element (&q)[Kernel::kNumStages][kSizeQ],
                                     float (&shared_statistics)[Kernel::kNumStages][Kernel::kBlockQ],
-                                    uint64_t (&full)[Kernel::kNumStages], uint64_t (&empty)[Kernel::kNumStages]) {
+                                    uint64_t (&full)[Kernel::kNumStages], uint64_t (&empty)[Kernel::kNumStages],
+                                    BlockToClear& to_clear) {
   constexpr int kBlockQ = Kernel::kBlockQ, kColumns = Kernel::kSwizzleColumns;
-  bool const is_packed = arguments.schedule.num_items != nullptr;
   Ring<Kernel::kNumStages> ring;
   Ring<kNumBackwardTiles> slot;
-  auto load = [](CUtensorMap const& map, uint64_t& barrier, Element* target, int rows, int32_t row, int32_t head,
-                 int32_t batch) {
+  auto load = [](CUtensorMap const& map, uint64_t& barrier, Element* target, int rows, RowCoordinates const& from,
+                 int32_t row, int32_t head) {
     CUTE_NO_UNROLL
     for (int column = 0; column < kHeadDim; column += kColumns) {
-      cute::SM90_TMA_LOAD_4D::copy(&map, &barrier, static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVICT_NORMAL),
-                                   target + column * rows, column, row, head, batch);
+      cute::SM90_TMA_LOAD_5D::copy(&map, &barrier, static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVICT_NORMAL),
+                                   target + column * rows, column, from.row + row, from.end, head, from.outer);
     }
   };
   bool is_first = true;
@@ -165,12 +183,11 @@ __device__ void load_backward_tiles(BackwardArguments const& arguments, typename
     ClusterBarrier::wait(&shared.tile_full[slot.stage], slot.phase);
     BackwardTile const& tile = shared.tiles[slot.stage];
     if (tile.head_kv < 0) return;
-    int32_t const batch = is_packed ? 0 : tile.batch;
     int32_t steps = tile.num_steps();
     if (steps > 0) {
       ClusterBarrier::wait(&shared.kv_empty, tile.kv_phase ^ 1);
       ClusterTransactionBarrier::arrive_and_expect_tx(&shared.kv_full, sizeof(kv));
-      load(map_kv, shared.kv_full, kv, Kernel::kBlockKV, tile.sequence.offset_kv + tile.kv_begin, tile.head_kv, batch);
+      load(map_kv, shared.kv_full, kv, Kernel::kBlockKV, tile.keys, tile.kv_begin, tile.head_kv);
       if (is_first) cutlass::arch::wait_on_dependent_grids();  // the statistics are the preparing kernel's
       is_first = false;
     }
@@ -179,8 +196,27 @@ __device__ void load_backward_tiles(BackwardArguments const& arguments, typename
     for (; steps > 0; --steps, step.advance(tile), ring.advance()) {
       int const stage = ring.stage;
       ClusterBarrier::wait(&empty[stage], ring.phase ^ 1);
-      ClusterTransactionBarrier::arrive_and_expect_tx(&full[stage], sizeof(q[0]) + sizeof(shared_statistics[0]));
-      load(map_q, full[stage], q[stage], kBlockQ, tile.sequence.offset_q + step.q_block * kBlockQ, step.head, batch);
+      int32_t const first_query = step.q_block * kBlockQ;
+      if (first_query >= tile.first_visible_query) {
+        ClusterTransactionBarrier::arrive_and_expect_tx(&full[stage], sizeof(q[0]) + sizeof(shared_statistics[0]));
+        load(map_q, full[stage], q[stage], kBlockQ, tile.queries, first_query, step.head);
+      } else {
+        // Rows that see no key stand before some that do: their P is 0, but not 0 times what they hold, if that is NaN.
+        ClusterTransactionBarrier::arrive_and_expect_tx(&to_clear.arrived, sizeof(q[0]));
+        load(map_q, to_clear.arrived, q[stage], kBlockQ, tile.queries, first_query, step.head);
+        ClusterBarrier::wait(&to_clear.arrived, to_clear.phase);
+        to_clear.phase ^= 1;
+        int32_t const vectors = (tile.first_visible_query - first_query) * (kColumns / 8);
+        CUTE_NO_UNROLL
+        for (int column = 0; column < kHeadDim; column += kColumns) {
+          CUTE_NO_UNROLL
+          for (int32_t i = 0; i < vectors; ++i) {
+            reinterpret_cast<uint4*>(q[stage] + column * kBlockQ)[i] = uint4{0, 0, 0, 0};
+          }
+        }
+        cutlass::arch::fence_view_async_shared();
+        ClusterTransactionBarrier::arrive_and_expect_tx(&full[stage], sizeof(shared_statistics[0]));
+      }
       cute::SM90_BULK_COPY_G2S::copy(
           statistics + (step.head * arguments.rows.per_head + tile.first_row + step.q_block * kBlockQ), &full[stage],
           shared_statistics[stage], sizeof(shared_statistics[0]));
@@ -273,12 +309,14 @@ template <class Kernel, int kHeadDimQK, int kHeadDimV>
 __device__ void produce_backward_tiles(BackwardArguments const& arguments, typename Kernel::SharedStorage& shared) {
   if (threadIdx.x == 0) {
     load_backward_tiles<Kernel, kHeadDimQK>(arguments, shared, arguments.k, arguments.q, arguments.rows.lse_log2,
-                                            shared.k, shared.q, shared.lse_log2, shared.q_full, shared.q_empty);
+                                            shared.k, shared.q, shared.lse_log2, shared.q_full, shared.q_empty,
+                                            shared.to_clear[0]);
   } else if (threadIdx.x == 32) {
     announce_backward_tiles<Kernel>(arguments, shared);
   } else if (threadIdx.x == 64) {
     load_backward_tiles<Kernel, kHeadDimV>(arguments, shared, arguments.v, arguments.dout, arguments.rows.delta,
-                                           shared.v, shared.dout, shared.delta, shared.dout_full, shared.dout_empty);
+                                           shared.v, shared.dout, shared.delta, shared.dout_full, shared.dout_empty,
+                                           shared.to_clear[1]);
   } else if (threadIdx.x == 96) {
     if constexpr (Kernel::kSumsDQ) keep_turns<Kernel>(arguments, shared);
   }

@@ -62,6 +62,7 @@ struct BackwardWide {
     alignas(128) float delta[kNumStages][kBlockQ];
     uint64_t kv_full, kv_empty, tile_wanted, tile_full[kNumBackwardTiles], tile_empty[kNumBackwardTiles];
     uint64_t q_full[kNumStages], q_empty[kNumStages], dout_full[kNumStages], dout_empty[kNumStages];
+    BlockToClear to_clear[2];  // Q, dO
     BackwardTile tiles[kNumBackwardTiles];
   };
   static constexpr int kSharedBytes = sizeof(SharedStorage);

@@ -26,27 +26,55 @@ cudaError_t allow_shared_memory(int bytes, int device) {
   uint64_t const bit = uint64_t{1} << (device % 64);
   if (device < 64 && (done & bit) != 0) return cudaSuccess;
   cudaError_t const error = cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-  if (error == cudaSuccess) done |= bit;
+  if (error == cudaSuccess && device < 64) done |= bit;
   return error;
 }
 
-// A dependent kernel may set up while the one before it in the stream ends (programmatic dependent launch): it waits by
-// wait_on_dependent_grids before it reads what that one wrote.
+// Makes the device's context current in the calling thread, whose first CUDA work this may be (a new thread,
+// autograd's): memory may come from torch's cache and the driver encodes TMA descriptors for a current context alone.
+// torch's device guard does not, if the device is the one the thread has by default.
+inline cudaError_t bind_thread(int device) {
+  thread_local int bound = -1;
+  if (bound == device) return cudaSuccess;
+  cudaError_t const error = cudaSetDevice(device);
+  if (error == cudaSuccess) bound = device;
+  return error;
+}
+
+// How a kernel starts.
+enum class Launch : int32_t {
+  kAlone,      // when the one before it in the stream has ended
+  kDependent,  // it may set up before that (programmatic dependent launch), and waits by wait_on_dependent_grids before
+               // it reads what that one wrote
+  kTogether,   // as kAlone, with all blocks running at once (cooperative launch), or not at all
+};
+
 template <class Arguments>
 const char* launch_kernel(void (*kernel)(Arguments), dim3 grid, int threads, int shared_bytes, cudaStream_t stream,
-                          bool is_dependent, Arguments const& arguments) {
+                          Launch how, Arguments const& arguments) {
   cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
+  if (how == Launch::kTogether) {
+    attribute.id = cudaLaunchAttributeCooperative;
+    attribute.val.cooperative = 1;
+  } else {
+    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attribute.val.programmaticStreamSerializationAllowed = 1;
+  }
   cudaLaunchConfig_t config{};
   config.gridDim = grid;
   config.blockDim = dim3(static_cast<unsigned>(threads));
   config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
   config.stream = stream;
   config.attrs = &attribute;
-  config.numAttrs = is_dependent ? 1 : 0;
+  config.numAttrs = how == Launch::kAlone ? 0 : 1;
   void* pointers[] = {const_cast<Arguments*>(&arguments)};
   cudaError_t const status = cudaLaunchKernelExC(&config, reinterpret_cast<void const*>(kernel), pointers);
+  if (status == cudaErrorCooperativeLaunchTooLarge) {
+    return "deterministic: expected room for all thread blocks of the backward at once, since they wait for each "
+           "other, "
+           "and the current context (MPS, a green context) has fewer multiprocessors than the device; pass "
+           "deterministic=False, or give it the whole device";
+  }
   return status == cudaSuccess ? nullptr : cudaGetErrorString(status);
 }
 

@@ -38,7 +38,7 @@ namespace flashmla::sm90 {
 // What the kernel is told, all by value: TMA reads its descriptors from parameter memory.
 struct ForwardArguments {
   CUtensorMap q;     // dims (head_dim, heads_packed, seqlen or total, heads / heads_packed, batch)
-  CUtensorMap k, v;  // dims (head_dim, seqlen or total, heads, batch)
+  CUtensorMap k, v;  // dims (head_dim, row, end, heads, outer) of sequence_rows.h
   CUtensorMap o;     // as q, a warpgroup's rows at a time
   bool has_boxes;    // o is there: heads_packed divides a warpgroup's rows
   TensorView out;
@@ -124,9 +124,12 @@ struct Forward {
     for (int32_t i = threadIdx.x % 128; i < 64 * vectors; i += 128) {
       QueryRow const row = query_row(arguments.schedule, tile, warpgroup * 64 + i / vectors);
       if (!row.is_valid) continue;
-      *reinterpret_cast<uint4*>(out_row(arguments, tile, row) + i % vectors * 8) = uint4{0, 0, 0, 0};
-      if (i % vectors == 0 && arguments.lse.data != nullptr)
-        *lse_row(arguments, tile, row) = has_sink ? problem.sinks[row.head] : -INFINITY;
+      float const sink = has_sink ? problem.sinks[row.head] : -INFINITY;
+      // A sink of NaN or infinity makes NaN of every weight; of no weight at all the sum stays 0.
+      bool const is_nan = !(sink < INFINITY) && tile.sequence.seqlen_kv > 0;
+      uint32_t const pair = is_nan ? 0x7fff7fffu : 0u;  // two NaNs in both dtypes
+      *reinterpret_cast<uint4*>(out_row(arguments, tile, row) + i % vectors * 8) = uint4{pair, pair, pair, pair};
+      if (i % vectors == 0 && arguments.lse.data != nullptr) *lse_row(arguments, tile, row) = sink;
     }
   }
 

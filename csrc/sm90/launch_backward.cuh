@@ -115,7 +115,7 @@ const char* launch_queries(BackwardParams const& params, BackwardRows const& row
     return cudaGetErrorString(status);
   }
   return launch_kernel<BackwardQueriesArguments>(kernel, dim3(static_cast<unsigned>(num_blocks)), 384,
-                                                 Kernel::kSharedBytes, stream, false, arguments);
+                                                 Kernel::kSharedBytes, stream, Launch::kAlone, arguments);
 }
 
 template <int kHeadDimQK, int kHeadDimV, class Element>
@@ -148,12 +148,8 @@ const char* launch_heads(BackwardParams const& params, BackwardPlan const& plan,
   }
   auto make_map = [&](CUtensorMap& map, TensorView const& view, int64_t head_dim, int64_t rows, int64_t heads,
                       int box_rows) {
-    if (error != nullptr || rows == 0) return;
-    error = make_tensor_map(map, view.data, problem.dtype,
-                            {{head_dim, 1, Tiles::kSwizzleColumns},
-                             {rows, view.stride_seqlen, box_rows},
-                             {heads, view.stride_heads, 1},
-                             {batch, view.stride_batch, 1}});
+    if (error != nullptr) return;
+    error = make_row_map(map, view, problem, head_dim, rows, heads, Tiles::kSwizzleColumns, box_rows);
   };
   make_map(arguments.q, params.q, problem.head_dim_qk, rows_q, problem.heads_q, Tiles::kBlockQ);
   make_map(arguments.dout, params.dout, problem.head_dim_v, rows_q, problem.heads_q, Tiles::kBlockQ);
@@ -161,12 +157,17 @@ const char* launch_heads(BackwardParams const& params, BackwardPlan const& plan,
   make_map(arguments.v, params.v, problem.head_dim_v, rows_kv, problem.heads_kv, Tiles::kBlockKV);
   if (error != nullptr) return error;
 
-  dim3 const row_grid(static_cast<unsigned>(plan.blocks), static_cast<unsigned>(problem.heads_q));
+  // One dimension: the others end at 65,535.
+  int64_t const row_blocks = plan.blocks * problem.heads_q;
+  int64_t const parts = rows_kv > 0 ? int64_t{arguments.schedule.num_blocks} * problem.heads_kv * problem.batch : 0;
+  if (std::max(row_blocks, parts) >= int64_t{1} << 31)
+    return "expected fewer than 2^31 blocks of rows; split the batch";
+  dim3 const row_grid(static_cast<unsigned>(row_blocks));
   float* const dsink_parts = params.dsinks != nullptr ? at(plan.dsink_parts) : nullptr;
   if (rows_q > 0) {
     error = launch_kernel<PrepareArguments>(
-        prepare_kernel<Tiles::kBlockQ, kHeadDimQK, Element>, row_grid, kRowThreads, 0, stream, false,
-        {params.out, params.dout, params.lse, params.dlse, arguments.rows, problem, dsink_parts});
+        prepare_kernel<Tiles::kBlockQ, kHeadDimQK, Element>, row_grid, kRowThreads, 0, stream, Launch::kAlone,
+        {params.out, params.dout, params.lse, params.dlse, arguments.rows, problem, arguments.window, dsink_parts});
     if (error != nullptr) return error;
   }
   if (rows_kv > 0) {
@@ -176,8 +177,12 @@ const char* launch_heads(BackwardParams const& params, BackwardPlan const& plan,
       if (cudaError_t const status = allow_shared_memory<kernel>(kSharedBytes, device); status != cudaSuccess) {
         return cudaGetErrorString(status);
       }
+      // Blocks that wait for each other's turns must all be running.
+      Launch const how = arguments.rows.turns != nullptr ? Launch::kTogether
+                         : rows_q > 0                    ? Launch::kDependent
+                                                         : Launch::kAlone;
       return launch_kernel<BackwardArguments>(kernel, dim3(static_cast<unsigned>(num_blocks)), 384, kSharedBytes,
-                                              stream, rows_q > 0, arguments);
+                                              stream, how, arguments);
     };
     if constexpr (Tiles::kHasSoftcap && !Tiles::kSplitsColumns) {
       error = problem.softcap > 0.0f ? launch(std::true_type{}) : launch(std::false_type{});
@@ -189,7 +194,7 @@ const char* launch_heads(BackwardParams const& params, BackwardPlan const& plan,
   if (params.dq.data != nullptr && rows_q > 0) {
     if constexpr (kSumsDQ) {
       error = launch_kernel<FinishArguments>(finish_kernel<Tiles::kBlockQ, kHeadDimQK, Element>, row_grid, kRowThreads,
-                                             0, stream, true, {params.dq, arguments.rows, problem});
+                                             0, stream, Launch::kDependent, {params.dq, arguments.rows, problem});
     } else {
       error = launch_queries<kHeadDimQK, Element>(params, arguments.rows, num_sms, device,
                                                   workspace + plan.query_schedule, stream);
@@ -197,16 +202,14 @@ const char* launch_heads(BackwardParams const& params, BackwardPlan const& plan,
     if (error != nullptr) return error;
   }
   if (plan.num_splits > 1 && rows_kv > 0) {
-    dim3 const grid(static_cast<unsigned>(arguments.schedule.num_blocks), static_cast<unsigned>(problem.heads_kv),
-                    static_cast<unsigned>(problem.batch));
     error = launch_kernel<BackwardArguments>(
-        merge_kernel<Tiles::kBlockKV, kHeadDimQK, kHeadDimV, Tiles::kSplitsColumns, Element>, grid, kRowThreads, 0,
-        stream, false, arguments);
+        merge_kernel<Tiles::kBlockKV, kHeadDimQK, kHeadDimV, Tiles::kSplitsColumns, Element>,
+        dim3(static_cast<unsigned>(parts)), kRowThreads, 0, stream, Launch::kAlone, arguments);
     if (error != nullptr) return error;
   }
   if (dsink_parts != nullptr) {
     error = launch_kernel<SumSinksArguments>(
-        sum_sinks_kernel, dim3(static_cast<unsigned>(problem.heads_q)), kRowThreads, 0, stream, false,
+        sum_sinks_kernel<>, dim3(static_cast<unsigned>(problem.heads_q)), kRowThreads, 0, stream, Launch::kAlone,
         {dsink_parts, rows_q > 0 ? static_cast<int32_t>(plan.blocks) : 0, params.dsinks});
   }
   return error;

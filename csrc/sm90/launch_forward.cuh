@@ -44,7 +44,8 @@ const char* launch(ForwardParams const& params, void* workspace, cudaStream_t st
   }
   // A packed batch's kernel may set up while its list is being made.
   return launch_kernel<ForwardArguments>(kernel, dim3(static_cast<unsigned>(num_blocks)), Kernel::Tiles::kNumThreads,
-                                         Kernel::kSharedBytes, stream, is_packed, arguments);
+                                         Kernel::kSharedBytes, stream, is_packed ? Launch::kDependent : Launch::kAlone,
+                                         arguments);
 }
 
 template <int kHeadDimQK, int kHeadDimV, class Element>

@@ -10,6 +10,7 @@
 #include "params.h"
 #include "sm90/operands.cuh"
 #include "sm90/scheduler.cuh"
+#include "sm90/sequence_rows.h"
 
 namespace flashmla::sm90 {
 
@@ -98,16 +99,17 @@ __device__ void load_keys(Arguments const& arguments, typename Kernel::SharedSto
     ClusterBarrier::wait(&shared.tile_full[slot.stage], slot.phase);
     Tile const& tile = shared.tiles[slot.stage];
     if (tile.head < 0) return;
-    int32_t const batch = schedule.num_items != nullptr ? 0 : tile.batch;
+    RowCoordinates const rows =
+        row_coordinates(schedule.num_items != nullptr, tile.sequence.offset_kv, tile.sequence.seqlen_kv, tile.batch);
     int32_t const head_kv = tile.head / group;
     for (int32_t block = tile.block_end - 1; block >= tile.block_begin; --block, ring.advance()) {
       int const stage = ring.stage;
       ClusterBarrier::wait(&empty[stage], ring.phase ^ 1);
       ClusterTransactionBarrier::arrive_and_expect_tx(&full[stage], sizeof(buffers[stage]));
       for (int column = 0; column < head_dim; column += Kernel::kSwizzleColumns) {
-        cute::SM90_TMA_LOAD_4D::copy(&map, &full[stage], static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVICT_NORMAL),
+        cute::SM90_TMA_LOAD_5D::copy(&map, &full[stage], static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVICT_NORMAL),
                                      buffers[stage] + column * Kernel::kBlockKV, column,
-                                     tile.sequence.offset_kv + block * Kernel::kBlockKV, head_kv, batch);
+                                     rows.row + block * Kernel::kBlockKV, rows.end, head_kv, rows.outer);
       }
     }
     ClusterBarrier::arrive(&shared.tile_empty[slot.stage]);

@@ -5,6 +5,7 @@
 #include <cub/block/block_scan.cuh>
 #include <random>
 
+#include "sm90/device.h"
 #include "sm90/scheduler.cuh"
 
 namespace flashmla::sm90 {
@@ -33,10 +34,19 @@ constexpr int64_t kChunkBytes = int64_t{16} << 20;
 
 constexpr int kScheduleThreads = 1024;
 
+struct ScheduleArguments {
+  Schedule schedule;
+  Problem problem;
+  Window window;
+};
+
 // Counting sort of the items: by chunk of the other side's rows that fits in L2, then by how many of them are visible,
 // most first. Equal ones stay in no particular order; a tile's result does not depend on its place.
 __global__ void __launch_bounds__(kScheduleThreads)
-    schedule_kernel(Schedule const schedule, Problem const problem, Window const window) {
+    schedule_kernel(__grid_constant__ ScheduleArguments const arguments) {
+  Schedule const& schedule = arguments.schedule;
+  Problem const& problem = arguments.problem;
+  Window const window = arguments.window;
   constexpr int kNumChunks = 16, kNumCosts = 64;
   static_assert(kNumChunks * kNumCosts == kScheduleThreads, "one bucket a thread");
   using Scan = cub::BlockScan<int32_t, kScheduleThreads>;
@@ -187,17 +197,18 @@ const char* finish_schedule(Problem const& problem, int64_t rows, int64_t pairs_
     schedule.num_items = words + 1;
     schedule.first_item = words + 4;
     schedule.items = reinterpret_cast<int2*>(words + 4 + ceil_div(problem.batch + 2, 4) * 4);
-    schedule_kernel<<<1, kScheduleThreads, 0, stream>>>(schedule, problem, window_of(problem));
-  } else if (num_tiles > num_sms &&
-             (schedule.pairs_per_section < schedule.num_pairs || (num_tiles > 3 * num_sms && !schedule.is_ordered))) {
+    return launch_kernel<ScheduleArguments>(schedule_kernel, dim3(1), kScheduleThreads, 0, stream, Launch::kAlone,
+                                            {schedule, problem, window_of(problem)});
+  }
+  if (num_tiles > num_sms &&
+      (schedule.pairs_per_section < schedule.num_pairs || (num_tiles > 3 * num_sms && !schedule.is_ordered))) {
     // Several sections: each begins with long tiles again, and only asking for work balances that. Many tiles: some
     // multiprocessors are faster than others. A few of one section, dealt to and fro, are balanced as they are; and
     // where tiles wait for each other, blocks that run ahead only wait longer.
     schedule.next_tile = words;
     schedule.ticket = new_ticket();
   }
-  cudaError_t const error = cudaGetLastError();
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+  return nullptr;
 }
 
 }  // namespace

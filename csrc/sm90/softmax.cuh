@@ -22,6 +22,8 @@ template <int kScores>
 struct Softmax {
   // P may grow to 2^8 before O is rescaled: exact in fp32 sums, and within fp16's range with room to spare.
   static constexpr float kLogSlack = 8.0f;
+  // Up to here, rounding row_max * scale_log2 changes P by less than half of a 16-bit number's last place.
+  static constexpr float kLargestOffset = 8192.0f;
 
   float row_max[2], row_sum[2];  // of the scores as they come; row_sum is this thread's part until the end
   float scale_log2;
@@ -57,16 +59,32 @@ struct Softmax {
       row_max[row] = new_max;
       has_grown |= grows;
     }
+    // Against 0 if nothing is seen yet, so that exp2(-inf) = 0 and not NaN.
+    float offset[2];
+    CUTE_UNROLL
+    for (int row = 0; row < 2; ++row) offset[row] = row_max[row] == -INFINITY ? 0.0f : row_max[row] * scale_log2;
+    // Of large scores the rounded product is far from the exact one that the multiply-add below subtracts it from: the
+    // largest P would be anything but 1. Differences come first there.
+    if (__any_sync(0xffffffff, fmaxf(fabsf(offset[0]), fabsf(offset[1])) > kLargestOffset)) {
+      CUTE_UNROLL
+      for (int row = 0; row < 2; ++row) {
+        float const subtrahend = offset[row] == 0.0f ? 0.0f : row_max[row];
+        CUTE_UNROLL
+        for (int j = 0; j < kScores / 4; ++j) {
+          scores(j * 4 + row * 2) -= subtrahend;
+          scores(j * 4 + row * 2 + 1) -= subtrahend;
+        }
+        offset[row] = 0.0f;
+      }
+    }
     CUTE_UNROLL
     for (int row = 0; row < 2; ++row) {
-      // Against 0 where nothing is seen yet, so that exp2(-inf) = 0 and not NaN.
-      float const offset = row_max[row] == -INFINITY ? 0.0f : row_max[row] * scale_log2;
       float sum[2] = {0.0f, 0.0f};
       CUTE_UNROLL
       for (int j = 0; j < kScores / 4; ++j) {
         CUTE_UNROLL
         for (int c = 0; c < 2; ++c) {
-          float const p = exp2f(scores(j * 4 + row * 2 + c) * scale_log2 - offset);
+          float const p = exp2f(scores(j * 4 + row * 2 + c) * scale_log2 - offset[row]);
           scores(j * 4 + row * 2 + c) = p;
           sum[c] += p;
         }
@@ -84,6 +102,10 @@ struct Softmax {
     float max_log2 = row_max[row] == -INFINITY ? -INFINITY : row_max[row] * scale_log2;
     float shrink = 1.0f;
     if (sink != nullptr) {
+      if (!(*sink < INFINITY)) {  // NaN, or inf - inf in the softmax
+        lse = sum != sum ? NAN : *sink;
+        return NAN;
+      }
       float const sink_log2 = *sink * kLog2e;
       float const joint = fmaxf(max_log2, sink_log2);
       shrink = joint == -INFINITY ? 0.0f : exp2f(max_log2 - joint);

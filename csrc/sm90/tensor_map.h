@@ -4,10 +4,12 @@
 #include <cuda.h>
 #include <cuda_runtime_api.h>
 
+#include <cstdio>
 #include <initializer_list>
 
 #include "params.h"
 #include "sm90/schedule.h"
+#include "sm90/sequence_rows.h"
 
 namespace flashmla::sm90 {
 
@@ -18,7 +20,11 @@ inline TensorMapEncode tensor_map_encode() {
   static TensorMapEncode const function = [] {
     void* entry = nullptr;
     cudaDriverEntryPointQueryResult result;
+#if CUDART_VERSION >= 12050
     cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &entry, 12000, cudaEnableDefault, &result);
+#else
+    cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &entry, cudaEnableDefault, &result);
+#endif
     return result == cudaDriverEntryPointSuccess ? reinterpret_cast<TensorMapEncode>(entry) : nullptr;
   }();
   return function;
@@ -51,7 +57,34 @@ inline const char* make_tensor_map(CUtensorMap& map, void* data, DType dtype,
   CUresult const result =
       tensor_map_encode()(&map, type, rank, data, extents, strides + 1, boxes, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
                           swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  return result == CUDA_SUCCESS ? nullptr : "the CUDA driver refused a TMA descriptor for these shapes and strides";
+  if (result == CUDA_SUCCESS) return nullptr;
+  thread_local char message[160];  // until the thread's next refusal: the host throws it on at once
+  std::snprintf(message, sizeof(message),
+                "the CUDA driver refused a TMA descriptor: cuTensorMapEncodeTiled gave CUresult %d (cuda.h names it)",
+                static_cast<int>(result));
+  return message;
+}
+
+// Rows of K, V, Q or dO, `box_rows` of them at a time, in dims (head_dim, row, end, heads, outer) of sequence_rows.h.
+inline const char* make_row_map(CUtensorMap& map, TensorView const& view, Problem const& problem, int64_t head_dim,
+                                int64_t rows, int64_t heads, int columns, int box_rows) {
+  if (rows == 0) return nullptr;  // nothing is loaded
+  if (problem.cu_seqlens_q == nullptr) {
+    return make_tensor_map(map, view.data, problem.dtype,
+                           {{head_dim, 1, columns},
+                            {rows, view.stride_seqlen, box_rows},
+                            {1, 0, 1},
+                            {heads, view.stride_heads, 1},
+                            {problem.batch, view.stride_batch, 1}});
+  }
+  int64_t const stride = rows > 1 ? view.stride_seqlen : 8;  // in elements of 2 bytes; of one row it may be anything
+  int64_t const wrap = (2 * stride / kWrapBytes + 1) * kWrapBytes / 2 - stride;
+  return make_tensor_map(map, view.data, problem.dtype,
+                         {{head_dim, 1, columns},
+                          {kRowExtent, stride, box_rows},
+                          {kAnyExtent, stride, 1},
+                          {heads, view.stride_heads, 1},
+                          {kAnyExtent, wrap, 1}});
 }
 
 // Descriptors of the kernels that walk tiles of queries (query_tile.cuh), once their schedule is made.
@@ -76,12 +109,7 @@ struct QueryMaps {
 
   const char* make_keys(CUtensorMap& map, TensorView const& view, int64_t head_dim) const {
     int64_t const rows = problem.cu_seqlens_q != nullptr ? problem.total_kv : problem.seqlen_kv;
-    if (rows == 0) return nullptr;  // nothing is loaded
-    return make_tensor_map(map, view.data, problem.dtype,
-                           {{head_dim, 1, columns},
-                            {rows, view.stride_seqlen, block_kv},
-                            {problem.heads_kv, view.stride_heads, 1},
-                            {batch(), view.stride_batch, 1}});
+    return make_row_map(map, view, problem, head_dim, rows, problem.heads_kv, columns, block_kv);
   }
 };
 
