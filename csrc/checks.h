@@ -38,9 +38,13 @@ struct TensorInfo {
   int64_t size(int64_t i) const { return sizes[i]; }
   int64_t stride(int64_t i) const { return strides[i]; }
   std::vector<int64_t> shape() const { return {sizes, sizes + std::min<int64_t>(dim, kMostSizes)}; }
+  // Of more than 2^63, which a view without elements may have along its other dimensions, 2^63 - 1.
   int64_t numel() const {
+    const int64_t* const end = sizes + std::min<int64_t>(dim, kMostSizes);
+    if (std::find(sizes, end, 0) != end) return 0;
     int64_t count = 1;
-    for (int64_t i = 0; i < std::min<int64_t>(dim, kMostSizes); ++i) count *= sizes[i];
+    for (const int64_t* size = sizes; size != end; ++size)
+      if (__builtin_mul_overflow(count, *size, &count)) return std::numeric_limits<int64_t>::max();
     return count;
   }
 };
@@ -135,9 +139,10 @@ inline void check_shape(const char* op, const char* name, const TensorInfo& t, s
     fail(op, name, "shape " + shape_name(expected) + " (" + meaning + ")", "shape " + shape_name(t.shape()));
 }
 
+// Strides say nothing of a tensor without elements, and contiguous() does not change them.
 inline void check_last_stride(const char* op, const char* name, const TensorInfo& t) {
   const int64_t last = t.dim - 1;
-  if (t.size(last) > 1 && t.stride(last) != 1)
+  if (t.numel() > 0 && t.size(last) > 1 && t.stride(last) != 1)
     fail(op, name, "a contiguous last dimension (stride 1)", "stride " + std::to_string(t.stride(last)));
 }
 
@@ -162,6 +167,18 @@ inline void check_scalars(const char* op, const Arguments& arguments, Problem& p
   const int64_t reach = p.seqlen_q + p.seqlen_kv;
   p.window_left = window_left >= reach ? -1 : window_left;
   p.window_right = window_right >= reach ? -1 : window_right;
+}
+
+// Expanded tensors may be of any size. Workspaces, outputs and the numbers of tasks are products of these sums, at most
+// 64 bytes a number: below this bound none overflows, and nothing within it could be allocated or computed.
+inline void check_sizes(const char* op, const Arguments& arguments, const Problem& p) {
+  constexpr double kLargestProduct = 9007199254740992.0;  // 2^53: a double is exact up to there
+  const double rows = static_cast<double>(p.batch) + static_cast<double>(p.total_q) + static_cast<double>(p.total_kv);
+  const double width = static_cast<double>(p.head_dim_qk) + static_cast<double>(p.head_dim_v);
+  if (rows * static_cast<double>(p.heads_q) * width >= kLargestProduct)
+    fail(op, "q, k and v", "fewer than 2^53 numbers (sequences and rows, times heads, times head dimensions)",
+         "shapes " + shape_name(arguments.q.shape()) + ", " + shape_name(arguments.k.shape()) + " and " +
+             shape_name(arguments.v.shape()));
 }
 
 // q, k, v and sinks; fills everything of Problem but the scalars, and for the packed layout the sequence lengths.
@@ -247,6 +264,7 @@ inline Problem check_inputs(const char* op, const Arguments& arguments) {
     p.total_q = p.batch * p.seqlen_q;
     p.total_kv = p.batch * p.seqlen_kv;
   }
+  check_sizes(op, arguments, p);
   if (arguments.sinks.has_value()) {
     const TensorInfo& sinks = *arguments.sinks;
     check_same_device(op, "sinks", sinks, q);

@@ -10,8 +10,14 @@ namespace flashmla {
 
 enum DirectResult : int {
   kDirectDone = 0,
-  kDirectNot = 1,     // something is not as it should be, or has to be copied first: the operator says or does it
-  kDirectFailed = 2,  // in the kernel's launch; `message` says how
+  kDirectNot = 1,          // something is not as it should be, or has to be copied first: the operator says or does it
+  kDirectFailed = 2,       // in the kernel's launch; `message` says how
+  kDirectOutOfMemory = 3,  // torch could not allocate `bytes`
+};
+
+struct DirectError {
+  char message[512] = "";
+  int64_t bytes = 0;
 };
 
 struct DirectForward {
@@ -27,8 +33,8 @@ struct DirectBackward {
 
 // Exported as flashmla_direct_forward, flashmla_direct_backward and flashmla_direct_abi, which gives
 // FLASHMLA_DIRECT_ABI.
-using DirectForwardFunction = DirectResult(const DirectForward& call, char* message, size_t size);
-using DirectBackwardFunction = DirectResult(const DirectBackward& call, char* message, size_t size);
+using DirectForwardFunction = DirectResult(const DirectForward& call, DirectError& failure);
+using DirectBackwardFunction = DirectResult(const DirectBackward& call, DirectError& failure);
 using DirectAbiFunction = uint32_t();
 
 }  // namespace flashmla

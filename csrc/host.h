@@ -2,66 +2,13 @@
 // ops.py defines them) and direct.h.
 #pragma once
 
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-
-#include <algorithm>
 #include <cstdio>
 #include <tuple>
 
 #include "direct.h"
+#include "tensors.h"
 
 namespace flashmla {
-
-using torch::stable::Tensor;
-
-inline TensorInfo info_of(const Tensor& t) {
-  TensorInfo info;
-  info.data = const_cast<void*>(t.const_data_ptr());
-  info.dtype = t.scalar_type();
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(t.get(), &info.device_type));
-  info.device_index = t.get_device_index();
-  info.dim = t.dim();
-  for (int64_t i = 0; i < std::min<int64_t>(info.dim, TensorInfo::kMostSizes); ++i) {
-    info.sizes[i] = t.size(i);
-    info.strides[i] = t.stride(i);
-  }
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(t.get(), &info.storage_bytes));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_offset(t.get(), &info.storage_offset));
-  return info;
-}
-
-inline std::optional<TensorInfo> info_of(const std::optional<Tensor>& t) {
-  if (!t.has_value()) return std::nullopt;
-  return info_of(*t);
-}
-
-inline int32_t dtype_code(ScalarType dtype) {
-  switch (dtype) {
-    case ScalarType::Half:
-      return aoti_torch_dtype_float16();
-    case ScalarType::BFloat16:
-      return aoti_torch_dtype_bfloat16();
-    case ScalarType::Byte:
-      return aoti_torch_dtype_uint8();
-    default:
-      return aoti_torch_dtype_float32();
-  }
-}
-
-// A contiguous tensor on the device of `like`, uninitialised; Half, BFloat16, Float or Byte. torch::stable::new_empty
-// goes by way of the dispatcher, boxed, and takes several times as long: on a GPU longer than the launch.
-inline Tensor make_tensor(const TensorInfo& like, const std::vector<int64_t>& shape, ScalarType dtype) {
-  std::vector<int64_t> strides(shape.size());
-  int64_t stride = 1;
-  for (size_t i = shape.size(); i-- > 0; stride *= std::max<int64_t>(1, shape[i])) strides[i] = stride;
-  AtenTensorHandle handle = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(shape.size()), shape.data(),
-                                                         strides.data(), dtype_code(dtype), like.device_type,
-                                                         like.device_index, &handle));
-  return Tensor(handle);
-}
 
 // Both ways into a backend, from what it has of its own:
 //   check(op, arguments) -> Problem                            refuses what it does not compute
@@ -86,6 +33,10 @@ struct Host {
     const char* op = "flash_attn_forward";
     const Arguments arguments = arguments_of(q, k, v, sinks, cu_seqlens_q, cu_seqlens_kv, max_seqlen_q, max_seqlen_kv,
                                              scale, window_left, window_right, softcap, deterministic);
+    return with_torch_errors(arguments.q, [&] { return forward_of(op, arguments); });
+  }
+
+  static std::tuple<Tensor, Tensor> forward_of(const char* op, const Arguments& arguments) {
     const Problem p = Backend::check(op, arguments);
     const TensorInfo& like = arguments.q;
     const bool is_packed = p.cu_seqlens_q != nullptr;
@@ -109,6 +60,15 @@ struct Host {
     const char* op = "flash_attn_backward";
     const Arguments arguments = arguments_of(q, k, v, sinks, cu_seqlens_q, cu_seqlens_kv, max_seqlen_q, max_seqlen_kv,
                                              scale, window_left, window_right, softcap, deterministic);
+    return with_torch_errors(arguments.q, [&] {
+      return backward_of(op, arguments, dout, dlse, out, lse, needs_dq, needs_dk, needs_dv, needs_dsinks);
+    });
+  }
+
+  static std::tuple<Tensor, Tensor, Tensor, Tensor> backward_of(const char* op, const Arguments& arguments,
+                                                                const Tensor& dout, const std::optional<Tensor>& dlse,
+                                                                const Tensor& out, const Tensor& lse, bool needs_dq,
+                                                                bool needs_dk, bool needs_dv, bool needs_dsinks) {
     const Problem p = Backend::check(op, arguments);
     BackwardTensors tensors{info_of(dout), info_of(out), info_of(lse), info_of(dlse), {}, {}, {}, {}};
     check_saved(op, p, arguments.q, tensors);
@@ -117,7 +77,8 @@ struct Host {
     // Copies are kept until the kernels are launched.
     const Tensor readable_dout = Backend::make_readable(dout), readable_out = Backend::make_readable(out);
     auto contiguous_rows = [](const Tensor& t) {
-      return has_contiguous_rows(info_of(t)) ? t : torch::stable::contiguous(t);
+      const TensorInfo info = info_of(t);
+      return has_contiguous_rows(info) ? t : make_copy(info, t);
     };
     const Tensor lse_rows = contiguous_rows(lse), dlse_rows = contiguous_rows(dlse.value_or(lse));
     tensors.dout = info_of(readable_dout);
@@ -145,7 +106,7 @@ struct Host {
 
   // check() throws where the operator is to be called instead; what run() throws is an error.
   template <class Check, class Run>
-  static DirectResult directly(char* message, size_t size, const Check& check, const Run& run) {
+  static DirectResult directly(DirectError& failure, const Check& check, const Run& run) {
     Problem p;
     try {
       p = check();
@@ -154,14 +115,17 @@ struct Host {
     }
     try {
       run(p);
+    } catch (const AllocationFailure& error) {
+      failure.bytes = error.bytes;
+      return kDirectOutOfMemory;
     } catch (const std::exception& error) {
-      std::snprintf(message, size, "%s", error.what());
+      std::snprintf(failure.message, sizeof(failure.message), "%s", error.what());
       return kDirectFailed;
     }
     return kDirectDone;
   }
 
-  static DirectResult direct_forward(const DirectForward& call, char* message, size_t size) {
+  static DirectResult direct_forward(const DirectForward& call, DirectError& failure) {
     const char* op = "flash_attn_forward";
     const Arguments& arguments = call.arguments;
     auto check = [&] {
@@ -170,12 +134,12 @@ struct Host {
       if (call.lse) check_rows(op, "lse", p, arguments.q, *call.lse);
       return p;
     };
-    return directly(message, size, check, [&](const Problem& p) {
+    return directly(failure, check, [&](const Problem& p) {
       Backend::run_forward(op, forward_params(p, arguments, call.out, call.lse), arguments, call.out);
     });
   }
 
-  static DirectResult direct_backward(const DirectBackward& call, char* message, size_t size) {
+  static DirectResult direct_backward(const DirectBackward& call, DirectError& failure) {
     const char* op = "flash_attn_backward";
     const Arguments& arguments = call.arguments;
     const BackwardTensors& tensors = call.tensors;
@@ -188,7 +152,7 @@ struct Host {
       if (!is_in_place) throw std::runtime_error("to be copied first");
       return p;
     };
-    return directly(message, size, check, [&](const Problem& p) {
+    return directly(failure, check, [&](const Problem& p) {
       Backend::run_backward(op, backward_params(p, arguments, tensors), arguments, tensors);
     });
   }
@@ -199,19 +163,19 @@ struct Host {
 #define FLASHMLA_EXPORT extern "C" __attribute__((visibility("default")))
 
 // The ways in of a backend.
-#define FLASHMLA_HOST(Backend, kDispatchKey)                                                                           \
-  STABLE_TORCH_LIBRARY_IMPL(flashmla, kDispatchKey, m) {                                                               \
-    m.impl("flash_attn_forward", TORCH_BOX(&flashmla::Host<Backend>::forward));                                        \
-    m.impl("flash_attn_backward", TORCH_BOX(&flashmla::Host<Backend>::backward));                                      \
-  }                                                                                                                    \
-  FLASHMLA_EXPORT uint32_t flashmla_direct_abi() {                                                                     \
-    return FLASHMLA_DIRECT_ABI;                                                                                        \
-  }                                                                                                                    \
-  FLASHMLA_EXPORT flashmla::DirectResult flashmla_direct_forward(const flashmla::DirectForward& call, char* message,   \
-                                                                 size_t size) {                                        \
-    return flashmla::Host<Backend>::direct_forward(call, message, size);                                               \
-  }                                                                                                                    \
-  FLASHMLA_EXPORT flashmla::DirectResult flashmla_direct_backward(const flashmla::DirectBackward& call, char* message, \
-                                                                  size_t size) {                                       \
-    return flashmla::Host<Backend>::direct_backward(call, message, size);                                              \
+#define FLASHMLA_HOST(Backend, kDispatchKey)                                                            \
+  STABLE_TORCH_LIBRARY_IMPL(flashmla, kDispatchKey, m) {                                                \
+    m.impl("flash_attn_forward", TORCH_BOX(&flashmla::Host<Backend>::forward));                         \
+    m.impl("flash_attn_backward", TORCH_BOX(&flashmla::Host<Backend>::backward));                       \
+  }                                                                                                     \
+  FLASHMLA_EXPORT uint32_t flashmla_direct_abi() {                                                      \
+    return FLASHMLA_DIRECT_ABI;                                                                         \
+  }                                                                                                     \
+  FLASHMLA_EXPORT flashmla::DirectResult flashmla_direct_forward(const flashmla::DirectForward& call,   \
+                                                                 flashmla::DirectError& failure) {      \
+    return flashmla::Host<Backend>::direct_forward(call, failure);                                      \
+  }                                                                                                     \
+  FLASHMLA_EXPORT flashmla::DirectResult flashmla_direct_backward(const flashmla::DirectBackward& call, \
+                                                                  flashmla::DirectError& failure) {     \
+    return flashmla::Host<Backend>::direct_backward(call, failure);                                     \
   }

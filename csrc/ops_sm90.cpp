@@ -42,7 +42,7 @@ void check_alignment(const char* op, const char* name, const TensorInfo& t) {
 
 cudaStream_t current_stream(const TensorInfo& t) {
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.device_index, &stream));
+  expect_success(aoti_torch_get_current_cuda_stream(t.device_index, &stream), "aoti_torch_get_current_cuda_stream");
   return static_cast<cudaStream_t>(stream);
 }
 
@@ -99,8 +99,7 @@ struct Sm90 {
   static bool can_read(const TensorInfo& t) { return unaligned_dimension(t) < 0 && has_aligned_data(t); }
   static Tensor make_readable(const Tensor& t) {
     const TensorInfo info = info_of(t);
-    if (unaligned_dimension(info) >= 0) return torch::stable::contiguous(t);
-    return has_aligned_data(info) ? t : torch::stable::clone(t);
+    return can_read(info) ? t : make_copy(info, t);
   }
 
   static void run_forward(const char* op, const ForwardParams& params, const Arguments& arguments,

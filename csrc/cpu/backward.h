@@ -22,6 +22,13 @@
 // then meets a tile shared with an earlier chunk only after that chunk has passed it. The cut into chunks depends on
 // the shape alone, so the result is bitwise the same for every number of threads.
 //
+// Hidden values: P and dS are 0 where a query does not see a key, but times a Q, dO or K that is not finite 0 would be
+// NaN. Such rows are set apart: zeros take their place in the products that sum over rows, and what they add to the
+// rows that see them is added one by one.
+//
+// Huge scores: scale * S - lse in one rounding is off by half a unit of lse, which beyond 1e9 is more than exp can
+// take. Rows with such an lse (kHugeLse) subtract it from the rounded score instead: the largest then has exactly 0.
+//
 // A gradient that is not wanted costs nothing: its product is skipped, and dP, dS and delta too where only dV is
 // wanted.
 #pragma once
@@ -44,12 +51,14 @@ struct Backward {
   static constexpr int64_t kSubKV = G::kBackwardSubKV,
                            kSubQ = G::kBackwardSubQ;  // S and dP exist in blocks of this size only
   static constexpr bool kIsF32 = sizeof(Element) == sizeof(float);
+  static constexpr float kHugeLse = 1048576.0f;  // 2^20: half a unit is 1/16
 
   struct Plan {
     int64_t group, d_k, dv_k;   // head dims as the inner dimension of a product (rounded to kAlignK)
     int64_t d_ld, dv_ld;        // leading dimensions of dK, dV
     int64_t chunk, num_chunks;  // keys per task
-    int64_t tiles_per_head;     // query tiles of a kv head
+    int64_t num_tiles;          // query tiles of a kv head in all sequences, at the most
+    int64_t num_slots;          // chunks of a kv head in all sequences, at the most
     int64_t num_tasks;
     bool needs_ds;     // dP and dS are wanted (any gradient but dV)
     bool needs_sinks;  // rowsum(P∘dP) is
@@ -59,8 +68,8 @@ struct Backward {
   struct Shared {
     float* delta;       // [batch, heads_q, seqlen_q] or [heads_q, total_q]
     float* dq;          // [total_q, heads_q, head_dim_qk]; null where dq itself is fp32
-    int32_t* turn;      // [batch * heads_kv, tiles_per_head] chunks that have added to a dQ tile
-    double* sink_sums;  // [num_tasks, group] sum over rows and the task's keys of exp(sink - lse) P dP
+    int32_t* turn;      // [heads_kv, num_tiles] chunks that have added to a dQ tile
+    double* sink_sums;  // [num_slots, heads_q] sum over rows and a chunk's keys of exp(sink - lse) P dP
     int64_t bytes;
   };
 
@@ -75,11 +84,20 @@ struct Backward {
     float* sink_weight;                       // [kBlockQ] exp(sink - lse)
     float* p_dp;                              // [kBlockQ] rowsum(P∘dP) over the chunk
     double* sink_sums;                        // [group] of the task at hand, in Shared
-    float *s, *dp;       // [kSubKV, kSubQ]; fp32 operands: S and dP are written where P^T and dS^T belong
-    Element *p, *ds;     // A operands P^T, dS^T [kSubKV, kBlockQ]
-    Element* ds_b;       // B operand dS^T [chunk, kBlockQ]; fp32 operands: ds is a slice of it
-    float* dq;           // dQ^T [head_dim_qk, kBlockQ]
-    const Input** rows;  // [max(chunk, kBlockQ)]
+    float *s, *dp;           // [kSubKV, kSubQ]; fp32 operands: S and dP are written where P^T and dS^T belong
+    Element *p, *ds;         // A operands P^T, dS^T [kSubKV, kBlockQ]
+    Element* ds_b;           // B operand dS^T [chunk, kBlockQ]; fp32 operands: ds is a slice of it
+    float* dq;               // dQ^T [head_dim_qk, kBlockQ]
+    const Input** rows;      // [max(chunk, kBlockQ)]
+    Input* zeros;            // [max(head_dim_qk, head_dim_v)]
+    int64_t* keys_apart;     // [chunk] keys of the chunk whose K is not finite
+    int64_t* queries_apart;  // [kBlockQ] rows of the tile whose Q or dO is not finite
+  };
+
+  // What pack_tile finds.
+  struct Tile {
+    int64_t num_apart;  // in queries_apart
+    bool has_huge_lse;
   };
 
   static Plan make_plan(const BackwardParams& params) {
@@ -97,7 +115,8 @@ struct Backward {
     const int64_t heads = p.batch * p.heads_kv;
     while (plan.chunk > 128 && heads * ((p.seqlen_kv + plan.chunk - 1) / plan.chunk) < 16) plan.chunk /= 2;
     plan.num_chunks = (p.seqlen_kv + plan.chunk - 1) / plan.chunk;
-    plan.tiles_per_head = (p.seqlen_q * plan.group + kBlockQ - 1) / kBlockQ;
+    plan.num_tiles = p.total_q == 0 ? 0 : p.total_q * plan.group / kBlockQ + p.batch;
+    plan.num_slots = p.total_kv / plan.chunk + p.batch;
     plan.num_tasks = plan.num_chunks * heads;
     plan.needs_sinks = params.dsinks != nullptr;
     plan.needs_ds = params.dq.data != nullptr || params.dk.data != nullptr || plan.needs_sinks;
@@ -108,14 +127,18 @@ struct Backward {
     const Problem& p = params.problem;
     Arena arena(base);
     Shared s;
-    s.delta = arena.take<float>((p.cu_seqlens_q ? p.total_q : p.batch * p.seqlen_q) * p.heads_q);
+    s.delta = arena.take<float>(plan.needs_ds ? p.total_q * p.heads_q : 0);
     s.dq = kIsF32Input() || !params.dq.data ? nullptr : arena.take<float>(p.total_q * p.heads_q * p.head_dim_qk);
-    s.turn = arena.take<int32_t>(p.batch * p.heads_kv * plan.tiles_per_head);
-    s.sink_sums = plan.needs_sinks ? arena.take<double>(plan.num_tasks * plan.group) : nullptr;
+    s.turn = arena.take<int32_t>(turns(params, plan));
+    s.sink_sums = plan.needs_sinks ? arena.take<double>(plan.num_slots * p.heads_q) : nullptr;
     s.bytes = arena.used;
     return s;
   }
   static constexpr bool kIsF32Input() { return sizeof(Input) == sizeof(float); }
+
+  static int64_t turns(const BackwardParams& params, const Plan& plan) {
+    return params.dq.data == nullptr ? 0 : params.problem.heads_kv * plan.num_tiles;
+  }
 
   static Scratch make_scratch(const BackwardParams& params, const Plan& plan, Arena& arena) {
     const Problem& p = params.problem;
@@ -141,6 +164,9 @@ struct Backward {
     s.dp = kIsF32 ? nullptr : arena.take<float>(kSubKV * kSubQ);
     s.dq = arena.take<float>(round_up(p.head_dim_qk, G::kAlignM) * kBlockQ);
     s.rows = arena.take<const Input*>(max64(plan.chunk, kBlockQ));
+    s.zeros = arena.take<Input>(max64(p.head_dim_qk, p.head_dim_v));
+    s.keys_apart = arena.take<int64_t>(plan.chunk);
+    s.queries_apart = arena.take<int64_t>(kBlockQ);
     return s;
   }
 
@@ -178,11 +204,12 @@ struct Backward {
       c.dq = {c.shared.dq, p.cu_seqlens_q ? 0 : p.seqlen_q * stride_seqlen, stride_seqlen, p.head_dim_qk};
     }
     c.delta = {c.shared.delta, p.cu_seqlens_q ? 0 : p.heads_q * p.seqlen_q, p.cu_seqlens_q ? p.total_q : p.seqlen_q};
-    __builtin_memset(c.shared.turn, 0, sizeof(int32_t) * p.batch * p.heads_kv * c.plan.tiles_per_head);
+    __builtin_memset(c.shared.turn, 0, sizeof(int32_t) * turns(params, c.plan));
 
     parallel.run(parallel.num_workers, prepare_worker, &c);
-    if (c.plan.needs_sinks) __builtin_memset(c.shared.sink_sums, 0, sizeof(double) * c.plan.num_tasks * c.plan.group);
-    if (c.plan.needs_ds || params.dv.data != nullptr) parallel.run(parallel.num_workers, worker, &c);
+    if (c.plan.needs_sinks) __builtin_memset(c.shared.sink_sums, 0, sizeof(double) * c.plan.num_slots * p.heads_q);
+    const bool writes_keys = params.dk.data != nullptr || params.dv.data != nullptr;
+    if (writes_keys || (c.plan.needs_ds && p.total_q > 0)) parallel.run(parallel.num_workers, worker, &c);
     if (c.plan.needs_sinks) reduce_sinks(c);
     if (c.shared.dq != nullptr) parallel.run(parallel.num_workers, finish_worker, &c);
   }
@@ -236,17 +263,20 @@ struct Backward {
     }
   }
 
+  static int64_t slot_of(const Problem& p, const Plan& plan, const Sequence& s, int64_t kv) {
+    return keys_before(p, s) / plan.chunk + s.b + kv / plan.chunk;
+  }
+
   // After: the sums of all tasks and the part of dlse, in double and in a fixed order.
   static void reduce_sinks(const Context& c) {
     const Problem& p = c.params->problem;
-    const int64_t heads = p.batch * p.heads_kv, group = c.plan.group;
     for (int64_t h = 0; h < p.heads_q; ++h) {
       double sum = 0.0;
       for (int64_t b = 0; b < p.batch; ++b) {
-        for (int64_t chunk = 0; chunk < c.plan.num_chunks; ++chunk)
-          sum -= c.shared.sink_sums[(chunk * heads + b * p.heads_kv + h / group) * group + h % group];
-        if (c.params->dlse.data == nullptr) continue;
         const Sequence s = sequence_of(p, b);
+        for (int64_t kv = 0; kv < s.seqlen_kv; kv += c.plan.chunk)
+          sum -= c.shared.sink_sums[slot_of(p, c.plan, s, kv) * p.heads_q + h];
+        if (c.params->dlse.data == nullptr) continue;
         const float* lse = sequence_base(c.params->lse, s.b, s.q_offset, h);
         const float* dlse = sequence_base(c.params->dlse, s.b, s.q_offset, h);
         for (int64_t i = 0; i < s.seqlen_q; ++i)
@@ -279,15 +309,18 @@ struct Backward {
     const Problem& p = c.params->problem;
     Arena arena(c.scratch + index * c.bytes_per_worker);
     Scratch scratch = make_scratch(*c.params, c.plan, arena);
+    __builtin_memset(scratch.zeros, 0, max64(p.head_dim_qk, p.head_dim_v) * sizeof(Input));
     G::begin();
     const int64_t heads = p.batch * p.heads_kv;
     for (int64_t task; (task = c.counter.take()) < c.plan.num_tasks;) {
       // The first chunks first: under a causal mask they are the longest, and later chunks wait for them.
       const Sequence sequence = sequence_of(p, task % heads / p.heads_kv);
       const int64_t kv = task / heads * c.plan.chunk;
-      if (c.plan.needs_sinks) scratch.sink_sums = c.shared.sink_sums + task * c.plan.group;
-      if (kv < sequence.seqlen_kv)
-        chunk(c, scratch, sequence, task % heads % p.heads_kv, kv, min64(c.plan.chunk, sequence.seqlen_kv - kv));
+      const int64_t head_kv = task % heads % p.heads_kv;
+      if (kv >= sequence.seqlen_kv) continue;
+      if (c.plan.needs_sinks)
+        scratch.sink_sums = c.shared.sink_sums + slot_of(p, c.plan, sequence, kv) * p.heads_q + head_kv * c.plan.group;
+      chunk(c, scratch, sequence, head_kv, kv, min64(c.plan.chunk, sequence.seqlen_kv - kv));
     }
     G::end();
   }
@@ -307,9 +340,13 @@ struct Backward {
     }
     __builtin_memset(w.k + num_keys * plan.d_k, 0, (padded_keys - num_keys) * plan.d_k * sizeof(Element));
     __builtin_memset(w.v + num_keys * plan.dv_k, 0, (padded_keys - num_keys) * plan.dv_k * sizeof(Element));
+    int64_t num_apart = 0;
+    for (int64_t j = 0; j < num_keys; ++j)
+      if (!is_finite(k + j * params.k.stride_seqlen, p.head_dim_qk)) w.keys_apart[num_apart++] = j;
     if constexpr (!kIsF32) {
       if (params.dq.data != nullptr) {
         for (int64_t j = 0; j < num_keys; ++j) w.rows[j] = k + j * params.k.stride_seqlen;
+        for (int64_t a = 0; a < num_apart; ++a) w.rows[w.keys_apart[a]] = w.zeros;
         G::pack_a_transposed(w.k_transposed, w.rows, num_keys, p.head_dim_qk, plan.chunk);
       }
     }
@@ -322,7 +359,7 @@ struct Backward {
     const Interval rows = {queries.begin * plan.group, queries.end * plan.group};
     if (!rows.empty())
       for (int64_t r = round_down(rows.end - 1, kBlockQ); r > rows.begin - kBlockQ && r >= 0; r -= kBlockQ)
-        tile(c, w, sequence, head_kv, kv, num_keys, r);
+        tile(c, w, sequence, head_kv, kv, num_keys, num_apart, r);
 
     write(params.dk, sequence, kv, head_kv, w.dk, plan.d_ld, num_keys, p.head_dim_qk, p.scale);
     write(params.dv, sequence, kv, head_kv, w.dv, plan.dv_ld, num_keys, p.head_dim_v, 1.0f);
@@ -337,15 +374,16 @@ struct Backward {
     }
   }
 
-  // Query rows [r, r + kBlockQ) of the kv head against the chunk.
+  // Query rows [r, r + kBlockQ) of the kv head against the chunk, `num_apart` of whose keys are set apart.
   static void tile(Context& c, const Scratch& w, const Sequence& sequence, int64_t head_kv, int64_t kv,
-                   int64_t num_keys, int64_t r) {
+                   int64_t num_keys, int64_t num_apart, int64_t r) {
     const BackwardParams& params = *c.params;
     const Problem& p = params.problem;
     const Plan& plan = c.plan;
     const int64_t num_rows = min64(kBlockQ, sequence.seqlen_q * plan.group - r);
     const int64_t padded_rows = round_up(num_rows, G::kTrimEnd);
-    pack_tile(c, w, sequence, head_kv, r, num_rows, padded_rows);
+    const bool is_cut = !is_visible(p, sequence, plan, kv, num_keys, r, num_rows);
+    const Tile tile = pack_tile(c, w, sequence, head_kv, r, num_rows, padded_rows, is_cut);
 
     const OperandB<Element> b_qt = G::operand_b(w.q_transposed, kBlockQ, plan.d_k);
     const OperandB<Element> b_dot = G::operand_b(w.dout_transposed, kBlockQ, plan.dv_k);
@@ -377,7 +415,7 @@ struct Backward {
           G::gemm(m_padded, width, plan.dv_k, {w.v + j * plan.dv_k, plan.dv_k, 1},
                   {b_dot.data + n / G::kPanel * b_dot.stride_panel, b_dot.stride_k, b_dot.stride_panel}, dp, ld, false);
         const Block block = {s, dp, ld, m, m_padded, n, width, w.p + n, ds + n, w.ds_b, j};
-        if (p.softcap == 0.0f && m == m_padded &&
+        if (p.softcap == 0.0f && m == m_padded && !tile.has_huge_lse && num_apart == 0 &&
             is_visible(p, sequence, plan, kv + j, m, r + n, min64(width, num_rows - n))) {
           if (!plan.needs_ds) {
             probabilities<false, false>(p, w, plan, block);
@@ -387,7 +425,7 @@ struct Backward {
             probabilities<true, true>(p, w, plan, block);
           }
         } else {
-          masked_probabilities(p, w, sequence, plan, block, kv + j, r + n);
+          masked_probabilities(p, w, sequence, plan, block, kv + j, r + n, tile.has_huge_lse);
         }
       }
       if (params.dv.data != nullptr)
@@ -397,6 +435,7 @@ struct Backward {
       if (params.dk.data != nullptr)
         G::gemm(m_padded, plan.d_ld, n1 - n0, {ds + n0, kBlockQ, 1},
                 {b_q.data + n0 * b_q.stride_k, b_q.stride_k, b_q.stride_panel}, w.dk + j * plan.d_ld, plan.d_ld, true);
+      if (tile.num_apart > 0) add_queries_apart(c, w, sequence, head_kv, kv, j, m, r, tile.num_apart, ds);
     }
     if (plan.needs_sinks) {
       RowCursor cursor(plan.group, r);
@@ -406,6 +445,10 @@ struct Backward {
     if (params.dq.data == nullptr) return;
 
     const int64_t d_m = round_up(p.head_dim_qk, G::kAlignM);
+    const Input* k = sequence_base<const Input>(params.k, sequence.b, sequence.kv_offset + kv, head_kv);
+    if constexpr (kIsF32)  // the same copy of K gave S: zeros for this product alone
+      for (int64_t a = 0; a < num_apart; ++a)
+        __builtin_memset(w.k + w.keys_apart[a] * plan.d_k, 0, plan.d_k * sizeof(Element));
     for (int64_t n = 0; n < padded_rows; n += kSubQ) {
       // Keys of the chunk that these lanes see, in whole blocks: exactly the blocks of dS computed above.
       const int64_t width = min64(kSubQ, padded_rows - n);
@@ -420,11 +463,48 @@ struct Backward {
               {b_ds.data + n / G::kPanel * b_ds.stride_panel + j0 * b_ds.stride_k, b_ds.stride_k, b_ds.stride_panel},
               w.dq + n, kBlockQ, false);
     }
+    for (int64_t a = 0; a < num_apart; ++a) {
+      const int64_t j = w.keys_apart[a];
+      const Input* key = k + j * params.k.stride_seqlen;
+      if constexpr (kIsF32) G::pack_row(w.k + j * plan.d_k, key, p.head_dim_qk, plan.d_k);
+      const Interval queries = queries_of_key(p, sequence, kv + j);
+      const int64_t end = min64(queries.end * plan.group - r, num_rows);
+      for (int64_t i = max64(queries.begin * plan.group - r, 0); i < end; ++i) {
+        const float ds = to_f32(*G::ds_at(w.ds_b, i, j, plan.chunk));
+        for (int64_t d = 0; d < p.head_dim_qk; ++d) w.dq[d * kBlockQ + i] += ds * element_as_f32(key + d);
+      }
+    }
     add_dq(c, w, sequence, head_kv, kv, r, num_rows);
   }
 
-  static void pack_tile(const Context& c, const Scratch& w, const Sequence& sequence, int64_t head_kv, int64_t r,
-                        int64_t num_rows, int64_t padded_rows) {
+  // What the rows set apart add to dK and dV of the keys [j, j + m) of the chunk, of those that they see.
+  static void add_queries_apart(const Context& c, const Scratch& w, const Sequence& sequence, int64_t head_kv,
+                                int64_t kv, int64_t j, int64_t m, int64_t r, int64_t num_apart, const Element* ds) {
+    const BackwardParams& params = *c.params;
+    const Problem& p = params.problem;
+    const Plan& plan = c.plan;
+    const int64_t head_q = head_kv * plan.group;
+    const Input* q = sequence_base<const Input>(params.q, sequence.b, sequence.q_offset, head_q);
+    const Input* dout = sequence_base<const Input>(params.dout, sequence.b, sequence.q_offset, head_q);
+    for (int64_t a = 0; a < num_apart; ++a) {
+      const int64_t i = w.queries_apart[a];
+      const RowCursor cursor(plan.group, r + i);
+      const Interval keys = keys_of_query(p, sequence, cursor.query);
+      const int64_t end = min64(m, keys.end - kv - j);
+      for (int64_t l = max64(0, keys.begin - kv - j); l < end; ++l) {
+        if (params.dv.data != nullptr)
+          add_multiple(w.dv + (j + l) * plan.dv_ld, to_f32(w.p[l * kBlockQ + i]), dout + cursor.offset(params.dout),
+                       p.head_dim_v);
+        if (params.dk.data != nullptr)
+          add_multiple(w.dk + (j + l) * plan.d_ld, to_f32(ds[l * kBlockQ + i]), q + cursor.offset(params.q),
+                       p.head_dim_qk);
+      }
+    }
+  }
+
+  // `is_cut`: some of the rows do not see some of the keys.
+  static Tile pack_tile(const Context& c, const Scratch& w, const Sequence& sequence, int64_t head_kv, int64_t r,
+                        int64_t num_rows, int64_t padded_rows, bool is_cut) {
     const BackwardParams& params = *c.params;
     const Problem& p = params.problem;
     const int64_t head_q = head_kv * c.plan.group;
@@ -433,10 +513,16 @@ struct Backward {
     const float* lse = sequence_base(params.lse, sequence.b, sequence.q_offset, head_q);
     const float* delta = sequence_base(c.delta, sequence.b, sequence.q_offset, head_q);
     RowCursor cursor(c.plan.group, r);
+    Tile tile = {0, false};
     for (int64_t i = 0; i < num_rows; ++i, cursor.next()) {
       w.rows[i] = q + cursor.offset(params.q);
+      if (is_cut &&
+          !(is_finite(w.rows[i], p.head_dim_qk) && is_finite(dout + cursor.offset(params.dout), p.head_dim_v)))
+        w.queries_apart[tile.num_apart++] = i;
       const float x = lse[cursor.offset(params.lse)];
-      w.lse[i] = x == -kInf ? kInf : x;  // a row that saw nothing: P = exp(S - inf) = 0
+      // A row that saw nothing: P = exp(S - inf) = 0. One with an infinite sink: NaN, as its out.
+      w.lse[i] = x == -kInf ? kInf : x == kInf ? __builtin_nanf("") : x;
+      tile.has_huge_lse |= __builtin_fabsf(x) >= kHugeLse && __builtin_fabsf(x) < kInf;
       w.delta[i] = c.plan.needs_ds ? delta[cursor.offset(c.delta)] : 0.0f;
     }
     for (int64_t i = num_rows; i < padded_rows; ++i) {  // rows that do not exist: P = 0
@@ -453,12 +539,18 @@ struct Backward {
         store(w.sink_weight + i, exp<G::kExpDegree>(load(w.sink_weight + i)));
     }
     G::pack_b_transposed(w.q_transposed, w.rows, num_rows, padded_rows, p.head_dim_qk, c.plan.d_k);
+    auto set_apart = [&] {
+      for (int64_t a = 0; a < tile.num_apart; ++a) w.rows[w.queries_apart[a]] = w.zeros;
+    };
+    set_apart();
     if (params.dk.data != nullptr) G::pack_b(w.q, w.rows, num_rows, padded_rows, p.head_dim_qk);
     cursor = RowCursor(c.plan.group, r);
     for (int64_t i = 0; i < num_rows; ++i, cursor.next()) w.rows[i] = dout + cursor.offset(params.dout);
     if (c.plan.needs_ds)
       G::pack_b_transposed(w.dout_transposed, w.rows, num_rows, padded_rows, p.head_dim_v, c.plan.dv_k);
+    set_apart();
     if (params.dv.data != nullptr) G::pack_b(w.dout, w.rows, num_rows, padded_rows, p.head_dim_v);
+    return tile;
   }
 
   // A block of S and dP, keys down and queries along, and where its P and dS go.
@@ -530,9 +622,20 @@ struct Backward {
     }
   }
 
-  // The same where the mask, the end of the keys or softcap has a say; in place first, then rounded.
+  // x - lse where x = a * b is a score: in one rounding, or in two where lse is huge. Not above 0 there: another order
+  // of summation may have given the forward a smaller score.
+  static VecF shifted_score(VecF a, VecF b, VecF lse, bool has_huge_lse) {
+    const VecF shifted = fma(a, b, -lse);
+    if (!has_huge_lse) return shifted;
+    const VecF magnitude = lse < VecF{} ? -lse : lse, rounded = rounded_product(a, b) - lse;
+    const VecI is_huge = (magnitude >= set1(kHugeLse)) & (magnitude < set1(kInf));
+    return is_huge ? (rounded > VecF{} ? VecF{} : rounded) : shifted;
+  }
+
+  // The same where the mask, the end of the keys, softcap, a huge lse or keys set apart have a say; in place first,
+  // then rounded.
   static void masked_probabilities(const Problem& p, const Scratch& w, const Sequence& sequence, const Plan& plan,
-                                   const Block& block, int64_t key, int64_t row) {
+                                   const Block& block, int64_t key, int64_t row, bool has_huge_lse) {
     for (int64_t j = 0; j < block.m_padded; ++j) {
       Interval lanes = {0, 0};
       if (j < block.m) {
@@ -545,10 +648,10 @@ struct Backward {
         VecF derivative = set1(1.0f), shifted;
         if (p.softcap > 0.0f) {
           const VecF t = tanh(load(s) * p.scale / p.softcap);
-          shifted = fma(t, set1(p.softcap), -lse);
+          shifted = shifted_score(t, set1(p.softcap), lse, has_huge_lse);
           derivative = 1.0f - t * t;
         } else {
-          shifted = fma(load(s), set1(p.scale), -lse);
+          shifted = shifted_score(load(s), set1(p.scale), lse, has_huge_lse);
         }
         const VecF x = keep_lanes(exp<G::kExpDegree>(shifted), lanes.begin - n, lanes.end - n, VecF{});
         if (plan.needs_ds) {
@@ -584,7 +687,8 @@ struct Backward {
     const Plan& plan = c.plan;
     const int64_t first_key = keys_of_query(p, sequence, r / plan.group).begin;
     const int32_t my_turn = static_cast<int32_t>((kv - round_down(first_key, plan.chunk)) / plan.chunk);
-    int32_t* turn = c.shared.turn + (sequence.b * p.heads_kv + head_kv) * plan.tiles_per_head + r / kBlockQ;
+    const int64_t tile = queries_before(p, sequence) * plan.group / kBlockQ + sequence.b + r / kBlockQ;
+    int32_t* turn = c.shared.turn + head_kv * plan.num_tiles + tile;
     while (__atomic_load_n(turn, __ATOMIC_ACQUIRE) != my_turn) sched_yield();
 
     float* dq = sequence_base<float>(c.dq, sequence.b, sequence.q_offset, head_kv * plan.group);

@@ -3,11 +3,14 @@
 // For a tile of query rows and the keys in blocks of kForwardBlockKV (online normaliser, arXiv 1805.02867, as tiled by
 // FlashAttention-2, arXiv 2307.08691, algorithm 1):
 //   S = Q K^T                                    fp32
-//   m' = max(m, scale * rowmax(S))               row_max
-//   P = exp(scale * S - m'),  a = exp(m - m')    P in the operand dtype
+//   m' = max(m, rowmax(S))                       row_max
+//   P = exp(scale * (S - m')),                   P in the operand dtype
+//   a = exp(scale * (m - m'))
 //   l' = a l + rowsum(P)                         row_sum, of P before it is rounded
 //   O' = a O + P V                               fp32
-// and at the end O / l and lse = m + log l. A sink is one more key with score sinks[h] and no value.
+// and at the end O / l and lse = scale * m + log l. A sink is one more key with score sinks[h] and no value. The
+// maximum is that of the scores as they come: S - m' is exactly 0 for the largest, so l is at least 1 however large the
+// scores are. (scale * S - m'' with a rounded m'' is off by half a unit of m'': beyond 1e9 by more than exp can take.)
 //
 // Schedule: a task is a kv head and up to `rows_per_task` of its query rows (see rows.h). It packs Q once, then walks
 // the key blocks; each block of K and V is packed once and used by every tile of the task. Only the columns of a block
@@ -16,7 +19,8 @@
 // (decoding) go another way, without packing: decode.h.
 //
 // A row's result depends on neither the task it falls into nor the number of threads: key blocks start at fixed
-// positions and columns outside the mask add 0.
+// positions and columns outside the mask add 0. Times a value that is not finite 0 would be NaN: where some row of a
+// task does not see such a value, zeros take its place in the product, and the rows that see it add it by themselves.
 #pragma once
 
 #include "decode.h"
@@ -52,6 +56,8 @@ struct Forward {
     float* row_sum;      // [rows_per_task, kLanes], added up at the end
     Interval* keys;      // [rows_per_task]
     const Input** rows;  // [kBlockKV] row pointers for packing
+    Input* zeros;        // [head_dim_v]
+    int64_t* apart;      // [kBlockKV] columns of a block whose values are not finite
   };
 
   static Plan make_plan(const ForwardParams& params, int64_t num_workers) {
@@ -92,6 +98,8 @@ struct Forward {
     s.row_sum = arena.take<float>(rows * kLanes);
     s.keys = arena.take<Interval>(rows);
     s.rows = arena.take<const Input*>(kBlockKV);
+    s.zeros = arena.take<Input>(p.head_dim_v);
+    s.apart = arena.take<int64_t>(kBlockKV);
     return s;
   }
 
@@ -125,6 +133,7 @@ struct Forward {
     const Plan& plan = context.plan;
     Arena arena(context.workspace + index * context.bytes_per_worker);
     const Scratch scratch = make_scratch(params, plan, arena);
+    __builtin_memset(scratch.zeros, 0, p.head_dim_v * sizeof(Input));
     G::begin();
     for (int64_t task; (task = context.counter.take()) < plan.num_tasks;) {
       // The last rows first: under a causal mask they are the longest tasks.
@@ -172,10 +181,16 @@ struct Forward {
       const int64_t padded = round_up(num_keys, G::kTrimEnd);
       for (int64_t j = 0; j < num_keys; ++j) w.rows[j] = k + (kv + j) * params.k.stride_seqlen;
       G::pack_b_transposed(w.k, w.rows, num_keys, padded, p.head_dim_qk, plan.d_ld);
+      const int64_t num_apart = set_apart(params, w, v, kv, num_keys, num_rows);
       for (int64_t j = 0; j < num_keys; ++j) w.rows[j] = v + (kv + j) * params.v.stride_seqlen;
+      for (int64_t a = 0; a < num_apart; ++a) w.rows[w.apart[a]] = w.zeros;
       G::pack_b(w.v, w.rows, num_keys, padded, p.head_dim_v);
-      const KeyBlock block = {kv, num_keys, G::operand_b(w.k, padded, plan.d_ld),
-                              G::operand_b(w.v, p.head_dim_v, padded)};
+      const KeyBlock block = {kv,
+                              num_keys,
+                              G::operand_b(w.k, padded, plan.d_ld),
+                              G::operand_b(w.v, p.head_dim_v, padded),
+                              v + kv * params.v.stride_seqlen,
+                              num_apart};
       Tile next = make_tile(w, block, 0, num_rows);
       scores(plan, w, block, next, next.c0, next.c1);
       for (int64_t r = 0; r < num_rows; r += kBlockQ) {
@@ -185,6 +200,27 @@ struct Forward {
       }
     }
     write(params, plan, w, sequence, head_q, first_row, num_rows);
+  }
+
+  // Of the keys [kv, kv + num_keys) those that some of the rows do not see and whose values are not finite.
+  static int64_t set_apart(const ForwardParams& params, const Scratch& w, const Input* v, int64_t kv, int64_t num_keys,
+                           int64_t num_rows) {
+    if (w.keys[0].end >= kv + num_keys && w.keys[num_rows - 1].begin <= kv) return 0;  // every row sees every key
+    int64_t count = 0;
+    for (int64_t j = 0; j < num_keys; ++j)
+      if (!is_finite(v + (kv + j) * params.v.stride_seqlen, params.problem.head_dim_v)) w.apart[count++] = j;
+    return count;
+  }
+
+  // The values set apart of the keys from `first` on, for one row whose P begins there too.
+  template <typename P>
+  static void add_apart(const ForwardParams& params, const Scratch& w, const Input* v, int64_t num_apart,
+                        Interval columns, const P* p_row, float* o) {
+    for (int64_t a = 0; a < num_apart; ++a) {
+      const int64_t j = w.apart[a];
+      if (columns.begin <= j && j < columns.end)
+        add_multiple(o, to_f32(p_row[j]), v + j * params.v.stride_seqlen, params.problem.head_dim_v);
+    }
   }
 
   // The same for a handful of rows, without packing K and V (see decode.h).
@@ -209,14 +245,24 @@ struct Forward {
           __builtin_memset(s, 0, c1 * sizeof(float));
           continue;
         }
-        const float alpha = softmax_row(s, s, 0, c1, begin, end, needs_transform(p) ? 1.0f : p.scale, w.row_max[r],
-                                        w.row_sum + r * kLanes);
+        const float alpha =
+            softmax_row(s, s, 0, c1, begin, end, softmax_scale(p), w.row_max[r], w.row_sum + r * kLanes);
         float* o = w.o + r * plan.dv_ld;
         if (alpha != 1.0f)
           for (int64_t c = 0; c < plan.dv_ld; c += kLanes) store(o + c, load(o + c) * alpha);
       }
-      Decode<Input>::accumulate(num_rows, num_keys, p.head_dim_v, w.s, kBlockKV, v + first * params.v.stride_seqlen,
-                                params.v.stride_seqlen, w.o, plan.dv_ld);
+      const Input* values = v + first * params.v.stride_seqlen;
+      const int64_t num_apart = set_apart(params, w, v, first, num_keys, num_rows);
+      auto accumulate = [&](int64_t begin, int64_t end) {
+        Decode<Input>::accumulate(num_rows, end - begin, p.head_dim_v, w.s + begin, kBlockKV,
+                                  values + begin * params.v.stride_seqlen, params.v.stride_seqlen, w.o, plan.dv_ld);
+      };
+      int64_t begin = 0;
+      for (int64_t a = 0; a < num_apart; begin = w.apart[a++] + 1) accumulate(begin, w.apart[a]);
+      accumulate(begin, num_keys);
+      for (int64_t r = 0; num_apart > 0 && r < num_rows; ++r)
+        add_apart(params, w, values, num_apart, {w.keys[r].begin - first, w.keys[r].end - first}, w.s + r * kBlockKV,
+                  w.o + r * plan.dv_ld);
     }
   }
 
@@ -224,6 +270,8 @@ struct Forward {
   struct KeyBlock {
     int64_t kv, num_keys;
     OperandB<Element> k, v;
+    const Input* values;  // of the first key
+    int64_t num_apart;    // of them whose values are zeros in v
   };
 
   // Rows [r, r + m) of the task and the columns [c0, c1) of a key block that some of them see.
@@ -261,11 +309,9 @@ struct Forward {
     const int64_t c0 = tile.c0, c1 = tile.c1, m_padded = round_up(tile.m, G::kAlignM);
     int64_t next_column = next.c0;
     if (c0 < c1) {
-      float scale = p.scale;
-      if (needs_transform(p)) {
+      const float scale = softmax_scale(p);
+      if (needs_transform(p))
         for (int64_t i = 0; i < tile.m; ++i) transform_scores(p, tile.s + i * kBlockKV + c0, c1 - c0);
-        scale = 1.0f;
-      }
       for (int64_t i = 0; i < tile.m; ++i) {
         const int64_t row = tile.r + i;
         Element* p_row = w.p + i * kBlockKV;
@@ -294,13 +340,20 @@ struct Forward {
       G::gemm(m_padded, plan.dv_ld, c1 - c0, {w.p + c0, kBlockKV, 1},
               {block.v.data + c0 * block.v.stride_k, block.v.stride_k, block.v.stride_panel}, w.o + tile.r * plan.dv_ld,
               plan.dv_ld, true);
+      for (int64_t i = 0; block.num_apart > 0 && i < tile.m; ++i) {
+        const Interval keys = w.keys[tile.r + i];
+        add_apart(params, w, block.values, block.num_apart, {keys.begin - block.kv, keys.end - block.kv},
+                  w.p + i * kBlockKV, w.o + (tile.r + i) * plan.dv_ld);
+      }
     }
     scores(plan, w, block, next, next_column, next.c1);
   }
 
-  // A positive scale is applied by the multiply-add in front of exp; anything else (softcap, a scale that is negative
-  // or so small that the -inf of a masked score would not survive it) takes a pass of its own.
+  // A positive scale is applied in front of exp; anything else (softcap, a scale that is negative or so small that the
+  // -inf of a masked score would not survive it) takes a pass of its own.
   static bool needs_transform(const Problem& p) { return p.softcap > 0.0f || !(p.scale > 1e-20f); }
+
+  static float softmax_scale(const Problem& p) { return needs_transform(p) ? 1.0f : p.scale; }
 
   static void transform_scores(const Problem& p, float* s, int64_t n) {
     for (int64_t j = 0; j < n; j += kLanes) {
@@ -330,11 +383,11 @@ struct Forward {
       max1 = max(max1, load(s + j + kLanes));
     }
     if (j < v1) max0 = max(max0, load(s + j));
-    const float block_max = horizontal_max(max(max0, max1)) * scale;
+    const float block_max = horizontal_max(max(max0, max1));
 
     float alpha = 1.0f;
     if (block_max > row_max) {
-      alpha = exp1(row_max - block_max);  // 0 for the first block, where row_max is -inf
+      alpha = exp1((row_max - block_max) * scale);  // 0 for the first block, where row_max is -inf
       row_max = block_max;
     }
     const float shift = row_max == -kInf ? 0.0f : row_max;  // every visible score is -inf: P = 0, not exp(-inf + inf)
@@ -343,14 +396,14 @@ struct Forward {
     VecF sum0 = {}, sum1 = {};
     if constexpr (sizeof(P) == sizeof(float)) {
       for (j = v0; j < v1; j += kLanes) {
-        const VecF x = exp<G::kExpDegree>(fma(load(s + j), set1(scale), set1(-shift)));
+        const VecF x = exp<G::kExpDegree>((load(s + j) - shift) * scale);
         sum0 += x;
         store(p + j, x);
       }
     } else {
       for (j = v0; j < v1; j += 2 * kLanes) {
-        const VecF x0 = exp<G::kExpDegree>(fma(load(s + j), set1(scale), set1(-shift)));
-        const VecF x1 = exp<G::kExpDegree>(fma(load(s + j + kLanes), set1(scale), set1(-shift)));
+        const VecF x0 = exp<G::kExpDegree>((load(s + j) - shift) * scale);
+        const VecF x1 = exp<G::kExpDegree>((load(s + j + kLanes) - shift) * scale);
         sum0 += x0;
         sum1 += x1;
         G::store_pair(p + j, x0, x1);
@@ -370,11 +423,17 @@ struct Forward {
     RowCursor cursor(plan.group, first_row);
     for (int64_t r = 0; r < num_rows; ++r, cursor.next()) {
       // In double: one logarithm per row, and a sink far above or below the scores must neither overflow nor vanish.
-      double m = w.row_max[r], l = horizontal_sum(load(w.row_sum + r * kLanes)), o_scale = 1.0;
+      double m = static_cast<double>(w.row_max[r]) * softmax_scale(p);
+      double l = horizontal_sum(load(w.row_sum + r * kLanes)), o_scale = 1.0;
       if (p.sinks != nullptr) {
         const double sink = p.sinks[head_q + cursor.member];
-        const double shifted = sink > m ? sink : m;
-        if (shifted > -__builtin_inf()) {
+        if (!(sink < __builtin_inf())) {
+          // NaN or infinity: softmax is NaN, of no keys at all the sum of nothing. lse is the sink (or NaN already).
+          o_scale = sequence.seqlen_kv > 0 ? __builtin_nan("") : 0.0;
+          l = l == l ? 1.0 : l;
+          m = sink;
+        } else if (sink > m || m > -__builtin_inf()) {
+          const double shifted = sink > m ? sink : m;
           o_scale = __builtin_exp(m - shifted);
           l = l * o_scale + __builtin_exp(sink - shifted);
           m = shifted;

@@ -178,6 +178,10 @@ struct GemmBF16 {
   }
   static OperandB<uint16_t> operand_ds(const uint16_t* data, int64_t n, int64_t k) { return operand_b(data, n, k); }
 
+  static const uint16_t* ds_at(const uint16_t* data, int64_t query, int64_t key, int64_t num_keys) {
+    return data + round_down(query, kPanel) * num_keys + round_down(key, 2) * kPanel + query % kPanel * 2 + key % 2;
+  }
+
   static void gemm(int64_t m, int64_t n, int64_t k, OperandA<uint16_t> a, OperandB<uint16_t> b, float* c, int64_t ldc,
                    bool accumulate) {
     Unit::gemm(m, n, k, a.data, a.stride_m, b.data, b.stride_panel, c, ldc, accumulate);

@@ -54,6 +54,10 @@ struct GemmF32 {
   // dS^T [kv, q] as a B operand, where it was written as an A operand with rows of `n` numbers.
   static OperandB<float> operand_ds(const float* data, int64_t n, int64_t /*k*/) { return {data, n, kPanel}; }
 
+  static const float* ds_at(const float* data, int64_t query, int64_t key, int64_t /*num_keys*/) {
+    return data + key * kBackwardBlockQ + query;
+  }
+
   // One row of A: n elements, zero up to the leading dimension `ld`.
   static void pack_row(float* dst, const Input* src, int64_t n, int64_t ld) {
     int64_t i = 0;

@@ -30,6 +30,15 @@ inline Sequence sequence_of(const Problem& p, int64_t b) {
   return {b, q, kv, p.cu_seqlens_q[b + 1] - q, p.cu_seqlens_kv[b + 1] - kv};
 }
 
+// Rows of the batch before the sequence's first one. Where each sequence of n rows is cut into blocks of m, block i of
+// a sequence is number rows_before / m + b + i of at most rows / m + batch: no two have the same, however ragged.
+inline int64_t queries_before(const Problem& p, const Sequence& s) {
+  return p.cu_seqlens_q == nullptr ? s.b * p.seqlen_q : s.q_offset;
+}
+inline int64_t keys_before(const Problem& p, const Sequence& s) {
+  return p.cu_seqlens_q == nullptr ? s.b * p.seqlen_kv : s.kv_offset;
+}
+
 // Keys seen by query i: p = i + seqlen_kv - seqlen_q sees p - window_left ... p + window_right (see params.h).
 inline Interval keys_of_query(const Problem& p, const Sequence& s, int64_t i) {
   const int64_t position = i + s.seqlen_kv - s.seqlen_q;

@@ -55,6 +55,13 @@ inline VecF fma(VecF a, VecF b, VecF c) {
   return a * b + c;
 }
 
+// a * b, rounded before anything is added to it.
+inline VecF rounded_product(VecF a, VecF b) {
+  VecF x = a * b;
+  __asm__("" : "+m"(x));
+  return x;
+}
+
 // NaN in b is kept, NaN in a is not: fold data into b.
 inline VecF max(VecF a, VecF b) {
 #if defined(__AVX512F__)
@@ -243,6 +250,37 @@ inline void store_from_f32(T* p, VecF x, int64_t n) {
   T buffer[kLanes];
   store_from_f32(buffer, x);
   for (int64_t i = 0; i < n; ++i) p[i] = buffer[i];
+}
+
+template <typename T>
+inline float element_as_f32(const T* p) {
+  return load_as_f32(p, 1)[0];
+}
+
+// Has a row of n elements neither infinity nor NaN? Times 0 they are NaN, and anything else is 0.
+template <typename T>
+inline bool is_finite(const T* p, int64_t n) {
+  VecF sum = {};
+  for (int64_t i = 0; i < n; i += kLanes) sum = fma(load_as_f32(p + i, n - i), VecF{}, sum);
+  return horizontal_sum(sum) == 0.0f;
+}
+
+// y += factor * x, n elements; y is fp32.
+template <typename T>
+inline void add_multiple(float* y, float factor, const T* x, int64_t n) {
+  for (int64_t i = 0; i < n; i += kLanes)
+    store_from_f32(y + i, fma(load_as_f32(x + i, n - i), set1(factor), load_as_f32(y + i, n - i)), n - i);
+}
+
+// A number of a packed operand: fp32, or the bits of a bf16.
+inline float to_f32(float x) {
+  return x;
+}
+inline float to_f32(uint16_t bits) {
+  const uint32_t u = static_cast<uint32_t>(bits) << 16;
+  float x;
+  __builtin_memcpy(&x, &u, sizeof x);
+  return x;
 }
 
 // In place transpose of kLanes x kLanes.

@@ -33,7 +33,7 @@ constexpr int kCpu = 0, kCuda = 1, kNumDeviceTypes = 2;
 const DLPackExchangeAPI* exchange = nullptr;
 Library libraries[kNumDeviceTypes];
 PyTypeObject *tensor_type, *parameter_type;
-PyObject *empty_like, *like_contiguous, *as_float32;                                    // a function, keywords
+PyObject *empty_like, *like_contiguous, *as_float32, *as_bytes;                         // a function, keywords
 PyObject *name_untyped_storage, *name_nbytes, *name_storage_offset, *name_is_neg;       // of methods
 PyObject *name_requires_grad, *name_new_empty, *name_current_level;                     // of attributes
 PyObject *is_grad_enabled, *len_dispatch_stack, *has_function_mode, *peek_interpreter;  // functions
@@ -190,17 +190,6 @@ void check_count(Py_ssize_t count, Py_ssize_t expected) {
   throw PythonError{};
 }
 
-// Others may run Python meanwhile: a kernel of the CPU takes its time, and so may a full launch queue.
-template <class Function, class Call>
-void run(Function* function, const Call& call) {
-  char message[512] = "";
-  PyThreadState* const state = PyEval_SaveThread();
-  const DirectResult result = function(call, message, sizeof(message));  // throws nothing
-  PyEval_RestoreThread(state);
-  if (result == kDirectNot) throw NotPlain{};
-  if (result == kDirectFailed) throw std::runtime_error(message);
-}
-
 // What `body` makes, None where the call is not for this way, or null with an exception set.
 template <class Body>
 PyObject* answer(const Body& body) {
@@ -233,6 +222,30 @@ PyObject* make_like(PyObject* x, std::initializer_list<int64_t> shape, PyObject*
   return call_with(method.get(), sizes.get(), keywords);
 }
 
+// Others may run Python meanwhile: a kernel of the CPU takes its time, and so may a full launch queue.
+template <class Function, class Call>
+DirectResult run_unlocked(Function* function, const Call& call, DirectError& failure) {
+  PyThreadState* const state = PyEval_SaveThread();
+  const DirectResult result = function(call, failure);  // throws nothing
+  PyEval_RestoreThread(state);
+  return result;
+}
+
+template <class Function, class Call>
+void run(PyObject* q, Function* function, const Call& call) {
+  DirectError failure;
+  DirectResult result = run_unlocked(function, call, failure);
+  if (result == kDirectOutOfMemory) {
+    // Torch's own error, by the same allocation; if there is memory now, once more.
+    Owned(make_like(q, {failure.bytes}, as_bytes));
+    result = run_unlocked(function, call, failure);
+    if (result == kDirectOutOfMemory)
+      throw std::runtime_error("out of memory: torch could not allocate " + std::to_string(failure.bytes) + " bytes");
+  }
+  if (result == kDirectNot) throw NotPlain{};
+  if (result == kDirectFailed) throw std::runtime_error(failure.message);
+}
+
 // (out, lse) of the call, allocated and computed; lse is None where nobody wants it.
 PyObject* compute(PyObject* q, const Arguments& arguments, bool wants_lse) {
   const Library& library = library_for(arguments.q);
@@ -252,10 +265,10 @@ PyObject* compute(PyObject* q, const Arguments& arguments, bool wants_lse) {
     const Owned made(rank == 4 ? make_like(q, {sizes[0], sizes[2], sizes[1]}, as_float32)
                                : make_like(q, {sizes[1], sizes[0]}, as_float32));
     call.lse = info_of(made.get(), true);
-    run(library.forward, call);
+    run(q, library.forward, call);
     return PyTuple_Pack(2, out.get(), made.get());
   }
-  run(library.forward, call);
+  run(q, library.forward, call);
   return PyTuple_Pack(2, out.get(), lse.get());
 }
 
@@ -289,7 +302,7 @@ PyObject* backward(PyObject*, PyObject* const* values, Py_ssize_t count) {
       }
       PyTuple_SetItem(gradients.get(), i, gradient);
     }
-    run(library.backward, call);
+    run(inputs[0], library.backward, call);
     return gradients.release();
   });
 }
@@ -442,9 +455,11 @@ void find_torch() {
   peek_interpreter = find(torch.get(), {"_C", "_functorch", "peek_interpreter_stack"});
   is_profiling = find(torch.get(), {"_C", "_autograd", "_profiler_enabled"});
   tracing_state = find(torch.get(), {"_C", "_get_tracing_state"});
-  const Owned contiguous(find(torch.get(), {"contiguous_format"})), float32(find(torch.get(), {"float32"}));
+  const Owned contiguous(find(torch.get(), {"contiguous_format"})), float32(find(torch.get(), {"float32"})),
+      uint8(find(torch.get(), {"uint8"}));
   like_contiguous = Owned(Py_BuildValue("{sO}", "memory_format", contiguous.get())).release();
   as_float32 = Owned(Py_BuildValue("{sO}", "dtype", float32.get())).release();
+  as_bytes = Owned(Py_BuildValue("{sO}", "dtype", uint8.get())).release();
   const std::pair<PyObject**, const char*> names[] = {
       {&name_untyped_storage, "untyped_storage"}, {&name_nbytes, "nbytes"},
       {&name_storage_offset, "storage_offset"},   {&name_is_neg, "is_neg"},
