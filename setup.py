@@ -8,7 +8,7 @@ works under build isolation and finds the torch of the environment it installs i
 
 Environment:
 
-FLASHMLA_BUILD        auto (CUDA where possible, else one sentence says why not), cpu, or cuda (fail without it)
+FLASHMLA_BUILD        auto (CUDA if it can be compiled, else one sentence says why not), cpu, or cuda (fail without it)
 MAX_JOBS              compilers at a time; all cores otherwise
 CXX                   the C++ compiler, nvcc's host compiler too
 CUDA_HOME             the CUDA toolkit, where nvcc is not on PATH
@@ -45,8 +45,8 @@ CSRC = ROOT / "csrc"
 MINIMUM_TORCH = (2, 10)
 # The oldest torch whose stable ABI the libraries use (torch/csrc/stable/version.h).
 TORCH_TARGET_VERSION = "0x020a000000000000"
-# The oldest nvcc that compiles CUTLASS's Hopper kernels well.
-MINIMUM_NVCC = (12, 3)
+# The oldest nvcc that was seen to compile the kernels; csrc/check_headers.py compiles host code with its headers.
+MINIMUM_NVCC = (12, 4)
 CPU, SM90, DIRECT = "flashmla_hf.libflashmla_cpu", "flashmla_hf.libflashmla_sm90", "flashmla_hf._direct"
 BACKENDS = {CPU: "cpu", SM90: "sm90", DIRECT: "direct"}  # directories of csrc
 
@@ -57,6 +57,10 @@ def fail(sentence: str) -> None:
 
 class NoCuda(Exception):
     """One sentence: why libflashmla_sm90.so cannot be built here, and the way out."""
+
+
+class CompilerError(Exception):
+    """What a compiler or linker failed on: its exit code and the first error it printed."""
 
 
 def site_packages() -> Iterator[Path]:
@@ -243,6 +247,15 @@ def sources_of(backend: str) -> list[tuple[Path, list[str]]]:
     ]
 
 
+def macros_and_includes(name: str, torch_dir: Path) -> list[str]:
+    """Options of every source of a library; csrc/check_headers.py compiles with them, too."""
+    # -isystem: warnings in the headers of others are not ours to see.
+    options = [f"-DFLASHMLA_DIRECT_ABI={direct_abi()}u", f"-I{CSRC}", "-isystem", str(torch_dir / "include")]
+    if name == DIRECT:  # of torch it sees DLPack's structures, which are an ABI of their own
+        return [*options, "-isystem", sysconfig.get_path("include")]
+    return [*options, f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}"]
+
+
 @dataclass(frozen=True)
 class Job:
     """One object. ``object`` with the suffix .json is its record: the command, what the compiler said, and how long."""
@@ -264,6 +277,7 @@ class BuildLibraries(build_ext):
         self.torch_dir = find_torch()
         self.cxx = find_cxx()
         self.cuda, self.no_cuda = self._decide_on_cuda()
+        self.nvcc_failed = False
         self.no_direct = missing_for_direct(self.torch_dir)
         if self.no_direct is not None:
             print(
@@ -272,51 +286,71 @@ class BuildLibraries(build_ext):
             )
         for name, reason in ((SM90, self.no_cuda), (DIRECT, self.no_direct)):
             if reason is not None:
-                self.extensions = [ext for ext in self.extensions if ext.name != name]
-                # Of an earlier build, and a wheel takes whatever lies there.
-                (Path(self.build_lib) / self.get_ext_filename(name)).unlink(missing_ok=True)
+                self._leave_out(name)
         super().run()
+
+    def _leave_out(self, name: str) -> None:
+        self.extensions = [ext for ext in self.extensions if ext.name != name]
+        # Of an earlier build, and a wheel takes whatever lies there.
+        (Path(self.build_lib) / self.get_ext_filename(name)).unlink(missing_ok=True)
 
     def _decide_on_cuda(self) -> tuple[Cuda | None, str | None]:
         """What to build the CUDA library with, or why there will be none."""
-        mode = os.environ.get("FLASHMLA_BUILD", "auto")
-        if mode not in ("auto", "cpu", "cuda"):
-            fail(f"FLASHMLA_BUILD: expected auto, cpu or cuda, got {mode!r}.")
-        if mode == "cpu":
+        self.mode = os.environ.get("FLASHMLA_BUILD", "auto")
+        if self.mode not in ("auto", "cpu", "cuda"):
+            fail(f"FLASHMLA_BUILD: expected auto, cpu or cuda, got {self.mode!r}.")
+        if self.mode == "cpu":
             return None, "FLASHMLA_BUILD=cpu asked for the CPU library alone."
         try:
             return find_cuda(Path(self.get_finalized_command("build").build_base)), None
         except NoCuda as reason:
-            if mode == "cuda":
-                fail(f"FLASHMLA_BUILD=cuda: {reason}")
-            print(f"flashmla_hf: building the CPU library alone: {reason}", flush=True)
-            return None, str(reason)
+            return None, self._without_cuda(str(reason))
+
+    def _without_cuda(self, reason: str) -> str:
+        """The reason, printed, if the CPU library alone will do; else the end of the build."""
+        if self.mode == "cuda":
+            fail(f"FLASHMLA_BUILD=cuda: {reason}")
+        print(f"flashmla_hf: building the CPU library alone: {reason}", flush=True)
+        return reason
 
     def build_extensions(self) -> None:
         jobs = {ext.name: self._jobs(ext.name) for ext in self.extensions}
-        # One pool for all, the CUDA sources first: they take longest.
-        every = sorted((job for group in jobs.values() for job in group), key=lambda job: job.source.suffix != ".cu")
-        with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", os.cpu_count() or 1))) as pool:
-            list(pool.map(compile_one, every))
-        for ext in self.extensions:
-            library = Path(self.get_ext_fullpath(ext.name))
-            library.parent.mkdir(parents=True, exist_ok=True)
-            # Linked under a temporary name: a process that has the old library mapped keeps it.
-            temporary = library.with_suffix(".tmp")
-            link = {CPU: self._link_cpu, SM90: self._link_sm90, DIRECT: self._link_direct}[ext.name]
-            run([*link([str(job.object) for job in jobs[ext.name]]), "-o", str(temporary)])
-            temporary.replace(library)
+        for name, error in compile_all(jobs, dispensable={SM90} if self.mode == "auto" else set()).items():
+            self._give_up(name, error)
+        for ext in list(self.extensions):
+            try:
+                self._link(ext.name, [str(job.object) for job in jobs[ext.name]])
+            except CompilerError as error:
+                self._give_up(ext.name, error)
         self._write_manifest()
 
+    def _give_up(self, name: str, error: CompilerError) -> None:
+        """Goes on without the CUDA library if FLASHMLA_BUILD does not ask for it; any other library ends the build."""
+        if name != SM90:
+            fail(f"compiling failed with {error}; the compiler's message is above.")
+        if self.mode == "cuda":
+            fail(
+                f"compiling failed with {error}; the compiler's message is above; FLASHMLA_BUILD=cpu builds without CUDA."
+            )
+        self.no_cuda = self._without_cuda(
+            f"nvcc {self.cuda.release} failed with {error}; FLASHMLA_BUILD=cuda pip install -v . shows its whole message."
+        )
+        self.cuda, self.nvcc_failed = None, True
+        self._leave_out(SM90)
+
+    def _link(self, name: str, objects: list[str]) -> None:
+        library = Path(self.get_ext_fullpath(name))
+        library.parent.mkdir(parents=True, exist_ok=True)
+        # Linked under a temporary name: a process that has the old library mapped keeps it.
+        temporary = library.with_suffix(".tmp")
+        link = {CPU: self._link_cpu, SM90: self._link_sm90, DIRECT: self._link_direct}[name]
+        run([*link(objects), "-o", str(temporary)])
+        temporary.replace(library)
+
     def _jobs(self, name: str) -> list[Job]:
-        # -isystem: warnings in torch's headers are not ours to see.
-        common = [f"-DFLASHMLA_DIRECT_ABI={direct_abi()}u", f"-I{CSRC}", "-isystem", str(self.torch_dir / "include")]
-        if name == DIRECT:  # of torch it sees DLPack's structures, which are an ABI of their own
-            common += ["-isystem", sysconfig.get_path("include")]
-        else:
-            common.append(f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}")
+        common = macros_and_includes(name, self.torch_dir)
         backend = BACKENDS[name]
-        compiler = [*self._nvcc(), f"-I{self.cuda.cutlass}"] if name == SM90 else self.cxx
+        compiler = [*self._nvcc(), "-isystem", str(self.cuda.cutlass)] if name == SM90 else self.cxx
         files = (*CSRC.glob("*"), *(CSRC / backend).rglob("*"))
         newest_header = max(path.stat().st_mtime for path in files if path.suffix in {".h", ".inc", ".cuh"})
         objects = Path(self.build_temp) / name
@@ -393,6 +427,8 @@ class BuildLibraries(build_ext):
     def copy_extensions_to_source(self) -> None:
         """In-place and editable builds: the manifest goes beside the library there too."""
         super().copy_extensions_to_source()
+        if self.nvcc_failed:  # a library of older sources would pass for this build's
+            Path(self.get_ext_fullpath(SM90)).unlink(missing_ok=True)
         self._write_manifest()
 
 
@@ -406,6 +442,28 @@ class WheelForEveryPython(bdist_wheel):
 def direct_abi() -> int:
     """Of the types that csrc/direct/direct.cpp and the libraries share: of another build they are not called directly."""
     return zlib.crc32(b"".join((CSRC / name).read_bytes() for name in ("direct.h", "checks.h")))
+
+
+def compile_all(jobs: dict[str, list[Job]], dispensable: set[str]) -> dict[str, CompilerError]:
+    """The first error of each library that has one. No job of that library begins afterwards, and no job at all if the
+    library is not dispensable."""
+    failed: dict[str, CompilerError] = {}
+
+    def compile_unless_failed(task: tuple[str, Job]) -> None:
+        name, job = task
+        if name in failed or failed.keys() - dispensable:
+            return
+        try:
+            compile_one(job)
+        except CompilerError as error:
+            failed.setdefault(name, error)
+
+    # One pool for all, the CUDA sources first: they take longest.
+    tasks = [(name, job) for name, group in jobs.items() for job in group]
+    tasks.sort(key=lambda task: task[1].source.suffix != ".cu")
+    with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", os.cpu_count() or 1))) as pool:
+        list(pool.map(compile_unless_failed, tasks))
+    return failed
 
 
 def compile_one(job: Job) -> None:
@@ -433,8 +491,9 @@ def run(command: list[str]) -> str:
     if lines:
         print("\n".join(lines), flush=True)
     if result.returncode != 0:
-        way_out = "; FLASHMLA_BUILD=cpu builds without CUDA" if Path(command[0]).name == "nvcc" else ""
-        fail(f"compiling failed with exit code {result.returncode}; the compiler's message is above{way_out}.")
+        said = [line.strip() for line in lines if line.strip()] or ["no message"]
+        errors = [line for line in said if re.search(r"\b(?:error|fatal|undefined reference)\b", line)]
+        raise CompilerError(f"exit code {result.returncode} ({[*errors, said[-1]][0][:300]})")
     return result.stdout
 
 

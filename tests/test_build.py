@@ -247,7 +247,7 @@ PTXAS = (
 )
 
 
-def toolkit(directory, version="Cuda compilation tools, release 12.3, V12.3.107", ptxas=PTXAS):
+def toolkit(directory, version="Cuda compilation tools, release 12.4, V12.4.131", ptxas=PTXAS):
     """The directory for CUDA_HOME of an nvcc that compiles with g++ and says what it is told to."""
     nvcc = directory / "toolkit" / "bin" / "nvcc"
     nvcc.parent.mkdir(parents=True, exist_ok=True)
@@ -258,13 +258,13 @@ def toolkit(directory, version="Cuda compilation tools, release 12.3, V12.3.107"
 
 def test_nvcc_is_taken_from_cuda_home(build, monkeypatch, tmp_path):
     monkeypatch.setenv("CUDA_HOME", toolkit(tmp_path))
-    assert build.find_nvcc() == (str(tmp_path / "toolkit/bin/nvcc"), "12.3")
+    assert build.find_nvcc() == (str(tmp_path / "toolkit/bin/nvcc"), "12.4")
 
 
 @pytest.mark.parametrize(
     ("version", "sentence"),
     [
-        ("release 12.2, V12.2.1", "nvcc 12.2 is too old: expected CUDA >= 12.3; install a newer toolkit, or name one in CUDA_HOME."),
+        ("release 12.3, V12.3.107", "nvcc 12.3 is too old: expected CUDA >= 12.4; install a newer toolkit, or name one in CUDA_HOME."),
         ("nothing", "nvcc --version: expected a line with its release, got 'nothing': reinstall the toolkit."),
     ],
 )  # fmt: skip
@@ -283,7 +283,7 @@ def test_a_cuda_home_without_nvcc_is_a_reason(build, monkeypatch, tmp_path):
 def test_no_nvcc_at_all_is_a_reason(build, monkeypatch):
     monkeypatch.setattr(build.shutil, "which", lambda *_, **__: None)
     assert refusal(build, build.find_nvcc) == (
-        "nvcc was not found: put a CUDA toolkit >= 12.3 on PATH, or name its directory in CUDA_HOME."
+        "nvcc was not found: put a CUDA toolkit >= 12.4 on PATH, or name its directory in CUDA_HOME."
     )
 
 
@@ -432,7 +432,7 @@ def test_auto_builds_cuda_where_it_can(package):
     package.build(FLASHMLA_BUILD="auto")
     manifest = package.manifest()
     assert manifest["libraries"] == LIBRARIES
-    assert (manifest["cuda"], manifest["archs"], manifest["no_cuda"]) == ("12.3", ["90a"], None)
+    assert (manifest["cuda"], manifest["archs"], manifest["no_cuda"]) == ("12.4", ["90a"], None)
 
 
 def test_an_editable_build_leaves_every_library_in_place(package):
@@ -541,16 +541,84 @@ def test_without_its_headers_the_direct_way_is_left_out_with_a_reason(package, t
 
 
 def test_a_compiler_error_in_a_kernel_names_the_way_out(package):
-    (package.directory / "csrc/sm90/kernel.cu").write_text("#error the sky falls\n")
+    spoil_the_compiler(package)
     stdout = package.run("setup.py", "build_ext", "--inplace", FLASHMLA_BUILD="cuda")
     assert package.exit_code == 1
     assert "the sky falls" in stdout
     assert "the compiler's message is above; FLASHMLA_BUILD=cpu builds without CUDA." in package.stderr
 
 
-def test_a_symbol_of_torch_that_is_not_listed_ends_the_link(package):
+def spoil_the_compiler(package):
+    (package.directory / "csrc/sm90/kernel.cu").write_text("#error the sky falls\n")
+
+
+def spoil_the_link(package):
     with (package.directory / "csrc/sm90/kernel.cu").open("a") as file:
         file.write('extern "C" int aoti_torch_unlisted();\nextern "C" int other() { return aoti_torch_unlisted(); }\n')
+
+
+def spoil_nvcc(package):
+    nvcc = Path(package.defaults["CUDA_HOME"]) / "bin/nvcc"
+    answer = 'if [ "$1" = --version ]; then echo "release 12.4"; else echo "nvcc fatal   : no licence"; exit 255; fi\n'
+    nvcc.write_text("#!/bin/sh\n" + answer)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "code", "error"),
+    [
+        (spoil_the_compiler, 1, "error: #error the sky falls"),
+        (spoil_the_link, 1, "aoti_torch_unlisted"),
+        (spoil_nvcc, 255, "nvcc fatal   : no licence"),
+    ],
+)
+@pytest.mark.parametrize("arguments", [("build_ext", "--inplace"), ("bdist_wheel",)])
+def test_auto_builds_the_cpu_library_alone_if_nvcc_fails_and_records_why(package, spoil, code, error, arguments):
+    package.build(*arguments, FLASHMLA_BUILD="cuda")
+    spoil(package)
+    stdout = package.run("setup.py", *arguments, FLASHMLA_BUILD="auto")
+    assert package.exit_code == 0, stdout + package.stderr
+    (line,) = [line for line in stdout.splitlines() if "building the CPU library alone" in line]
+    reason = line.removeprefix("flashmla_hf: building the CPU library alone: ")
+    assert reason.startswith(f"nvcc 12.4 failed with exit code {code} (")
+    assert error in reason
+    assert reason.endswith("); FLASHMLA_BUILD=cuda pip install -v . shows its whole message.")
+    built = package.directory if "--inplace" in arguments else next(package.directory.glob("build/lib*"))
+    manifest = json.loads((built / "flashmla_hf/_build.json").read_text())
+    assert (manifest["no_cuda"], manifest["cuda"], manifest["archs"]) == (reason, None, [])
+    assert manifest["libraries"] == ["libflashmla_cpu.so", "_direct.abi3.so"]
+    # The library of the sources before them is gone: it would pass for this build's.
+    assert not (built / "flashmla_hf/libflashmla_sm90.so").exists()
+    if arguments == ("bdist_wheel",):
+        assert "flashmla_hf/libflashmla_sm90.so" not in package.wheel_names()
+
+    package.run("setup.py", *arguments, FLASHMLA_BUILD="cuda")
+    assert package.exit_code == 1
+
+
+@pytest.mark.parametrize("source", ["csrc/cpu/cpu.cpp", "csrc/direct/direct.cpp"])
+def test_auto_ends_with_the_error_of_a_source_that_is_not_cuda_s(package, source):
+    (package.directory / source).write_text("#error the sky falls\n")
+    stdout = package.run("setup.py", "build_ext", "--inplace", FLASHMLA_BUILD="auto")
+    assert package.exit_code == 1
+    assert "building the CPU library alone" not in stdout
+    assert re.search(r"flashmla_hf: compiling failed with exit code 1 \(.*the sky falls\)", package.stderr)
+    assert "FLASHMLA_BUILD" not in package.stderr
+
+
+def test_what_remains_of_a_library_is_not_compiled_after_its_first_error(package):
+    names = [f"csrc/sm90/kernel_{number}.cu" for number in range(4)]
+    for name in names:
+        (package.directory / name).write_text("#error the sky falls\n")
+    path = package.directory / "csrc/sm90/sources.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"sources": [{"file": name} for name in names]}))
+    stdout = package.run("setup.py", "build_ext", "--inplace", FLASHMLA_BUILD="auto", MAX_JOBS="1")
+    assert package.exit_code == 0
+    assert stdout.count("error: #error the sky falls") == 2  # the compiler's and the reason's
+    assert package.manifest()["libraries"] == ["libflashmla_cpu.so", "_direct.abi3.so"]
+
+
+def test_a_symbol_of_torch_that_is_not_listed_ends_the_link(package):
+    spoil_the_link(package)
     stdout = package.run("setup.py", "build_ext", "--inplace", FLASHMLA_BUILD="cuda")
     assert package.exit_code == 1
     assert "aoti_torch_unlisted" in stdout
@@ -606,3 +674,114 @@ def test_make_cuda_fails_on_what_ptxas_reports(package, tmp_path, ptxas, sentenc
         package.run("csrc/sm90/check_build.py")
         assert package.exit_code == 1
         assert re.search(rf"flashmla_hf: csrc/sm90/kernel.cu: .*{re.escape(sentence)}\n", package.stderr)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "warning"),
+    [
+        ("csrc/cpu/cpu.cpp", "static int spare() { return 0; }\n", r"csrc/cpu/cpu.cpp: csrc/cpu/cpu.cpp:2:12: warning: .*spare"),
+        ("csrc/direct.h", "#warning old\n", r"csrc/direct/direct.cpp: csrc/direct.h:1:2: warning: #warning old"),
+        ("csrc/sm90/host.cpp", "#warning old\n", r"csrc/sm90/host.cpp: csrc/sm90/host.cpp:2:2: warning: #warning old"),
+    ],
+)  # fmt: skip
+def test_make_cuda_fails_on_a_warning_of_the_host_compiler_in_csrc(package, name, text, warning):
+    if name == "csrc/direct.h":
+        with (package.directory / "csrc/direct/direct.cpp").open("a") as file:
+            file.write('#include "direct.h"\n')
+    with (package.directory / name).open("a") as file:
+        file.write(text)
+    for _ in range(2):  # the second time the object is up to date
+        package.run("csrc/sm90/check_build.py")
+        assert package.exit_code == 1
+        assert re.search(rf"flashmla_hf: {warning}", package.stderr), package.stderr
+
+
+@pytest.mark.parametrize(
+    ("said", "failure"),
+    [
+        ("{csrc}/sm90/kernel.cuh(71): warning #20050-D: inline qualifier ignored", "csrc/sm90/kernel.cuh(71): warning #20050-D: inline qualifier ignored (2 times)"),
+        ("{csrc}/sm90/kernel.cuh(71): remark #1-D: that line", "csrc/sm90/kernel.cuh(71): remark #1-D: that line (2 times)"),
+        ("ptxas warning : Value of threads per SM is out of range", "ptxas warning : Value of threads per SM is out of range (2 times)"),
+        ("nvcc warning : that option", "nvcc warning : that option (2 times)"),
+        ("/elsewhere/cute/tensor.hpp(71): warning #20050-D: inline qualifier ignored", None),
+    ],
+)  # fmt: skip
+def test_make_cuda_fails_on_a_warning_of_nvcc_unless_another_project_s_file_has_it(package, tmp_path, said, failure):
+    said = said.format(csrc=package.directory.resolve() / "csrc")
+    toolkit(tmp_path, ptxas=f"{PTXAS}\n{said}\n{said}")
+    package.run("csrc/sm90/check_build.py")
+    assert package.exit_code == (failure is not None), package.stderr
+    assert failure is None or f"flashmla_hf: csrc/sm90/kernel.cu: {failure}\n" in package.stderr
+
+
+def test_headers_of_other_projects_do_not_warn(package):
+    """Of CUTLASS, of torch and of Python, whose include directories come after -isystem."""
+    (Path(package.defaults["FLASHMLA_CUTLASS_DIR"]) / "include/cutlass/cutlass.h").write_text(
+        "inline int theirs() { return 1 / 0; }\n"
+    )
+    with (package.directory / "csrc/sm90/kernel.cu").open("a") as file:
+        file.write("#include <cutlass/cutlass.h>\n")
+    stdout = package.run("csrc/sm90/check_build.py")
+    assert package.exit_code == 0, stdout + package.stderr
+    assert "theirs" not in stdout
+
+
+# ---- make headers ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def headers(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT))
+    return load(ROOT / "csrc/check_headers.py")
+
+
+def test_the_oldest_releases_are_those_that_the_build_and_the_readme_name(headers, build):
+    assert headers.TORCH[0].startswith(".".join(map(str, build.MINIMUM_TORCH)) + ".")
+    assert tuple(map(int, next(iter(headers.CUDA)).split("."))) == build.MINIMUM_NVCC
+    text = (ROOT / "README.md").read_text()
+    assert f"torch >= {'.'.join(map(str, build.MINIMUM_TORCH))} already there" in text
+    assert f"`nvcc` ≥ {'.'.join(map(str, build.MINIMUM_NVCC))} is found" in text
+
+
+def test_every_minor_release_of_torch_up_to_the_installed_one_is_compiled_against(headers):
+    minors = [tuple(map(int, release.split(".")[:2])) for release in headers.TORCH]
+    installed = tuple(map(int, torch.__version__.split(".")[:2]))
+    assert minors == [(2, minor) for minor in range(10, minors[-1][1] + 1)]
+    assert installed <= minors[-1]
+
+
+def test_every_host_source_that_sees_torch_or_cuda_is_compiled_against_each(headers, build, monkeypatch, tmp_path):
+    monkeypatch.setattr(headers, "HEADERS", tmp_path)
+    torches = [tmp_path / release for release in headers.TORCH]
+    names = [name for name, _ in headers.jobs(torches, [[tmp_path]] * len(headers.CUDA))]
+    seers = {
+        str(path.relative_to(build.CSRC))
+        for backend in build.BACKENDS.values()
+        for path, _ in build.sources_of(backend)
+        if path.suffix == ".cpp" and re.search(r"#include (?:<torch|<ATen|\"host\.h)", path.read_text())
+    }
+    assert seers == {"ops_cpu.cpp", "ops_sm90.cpp", "direct/direct.cpp"}
+    for release in headers.TORCH:
+        assert {name.split(": ")[1] for name in names if name.startswith(f"torch {release}")} == seers
+    for release in headers.CUDA:
+        assert f"CUDA {release}: dispatch.cpp" in names
+    text = (tmp_path / "sm90_headers.cpp").read_text()
+    assert all(f'"sm90/{path.name}"' in text for path in (ROOT / "csrc/sm90").glob("*.h"))
+
+
+@pytest.mark.parametrize(
+    ("text", "error"),
+    [
+        ("#include <torch/here.h>\n", None),
+        ("#include <torch/gone.h>\n", "torch/gone.h: No such file"),
+        ("#include <torch/here.h>\nint use() { return kGone; }\n", "kGone"),
+        ("void use() { int spare; }\n", "spare"),  # warnings, too
+    ],
+)
+def test_make_headers_fails_on_what_a_release_lacks(headers, build, tmp_path, text, error):
+    (tmp_path / "torch/include/torch").mkdir(parents=True)
+    (tmp_path / "torch/include/torch/here.h").write_text("inline void theirs() { int spare; }\n")
+    source = tmp_path / "source.cpp"
+    source.write_text(text)
+    output = headers.compile_one(headers.command(build.CPU, tmp_path / "torch", source))
+    assert (output is None) if error is None else (error in output)

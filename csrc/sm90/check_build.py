@@ -1,7 +1,8 @@
-"""Builds the libraries with CUDA and fails on what ptxas reports against a kernel: `make cuda` (no GPU is needed).
+"""Builds the libraries with CUDA and fails on what the compilers report: `make cuda` (no GPU is needed).
 
 A kernel that spills registers or whose wgmma instructions are serialized gives right results at a fraction of the speed, so
-no test would notice. setup.py keeps what the compiler said beside each object: what is up to date is checked as well.
+no test would notice. A warning in csrc, of any compiler, is a failure too: among warnings that are always there nobody sees
+a new one. setup.py keeps what the compiler said beside each object: what is up to date is checked as well.
 """
 
 import json
@@ -9,11 +10,14 @@ import os
 import re
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+import setup as build  # noqa: E402
+
 BUILD = ROOT / "build" / "cuda"
-LIBRARY = "flashmla_hf.libflashmla_sm90"
 # Not in ptxas's report: shared memory of a size chosen at launch.
 COLUMNS = ("kernel", "registers", "spilled bytes", "stack bytes", "static shared bytes", "barriers")
 
@@ -23,21 +27,27 @@ def main() -> None:
     built = subprocess.run(command, cwd=ROOT, env={**os.environ, "FLASHMLA_BUILD": "cuda"})
     if built.returncode != 0:
         sys.exit(built.returncode)
-    sources = [row["file"] for row in json.loads((ROOT / "csrc/sm90/sources.json").read_text())["sources"]]
-    failures, total = [], 0.0
-    for source in sources:
-        record = json.loads((BUILD / LIBRARY / f"{Path(source).stem}.json").read_text())
-        total += record["seconds"]
+    failures, total, count = [], 0.0, 0
+    for source, record in records():
+        total, count = total + record["seconds"], count + 1
         kernels = parse(record["output"])
         print(f"\n{source}: {record['seconds']} s, {len(kernels)} kernels")
         show(kernels)
-        failures += [f"{source}: {failure}" for failure in judge(kernels, record["output"], source.endswith(".cu"))]
-    print(
-        f"\n{len(sources)} sources, {total:.0f} s of compiling, counting what is up to date with the time it once took"
-    )
+        found = [*judge(kernels, record["output"], source.endswith(".cu")), *warnings_of_ours(record["output"])]
+        failures += [f"{source}: {failure}" for failure in found]
+    print(f"\n{count} sources, {total:.0f} s of compiling, counting what is up to date with the time it once took")
     for failure in failures:
         print(f"flashmla_hf: {failure}", file=sys.stderr)
     sys.exit(1 if failures else 0)
+
+
+def records() -> list[tuple[str, dict]]:
+    """(source, what setup.py kept of its compilation) of every library."""
+    return [
+        (str(source.relative_to(ROOT)), json.loads((BUILD / library / f"{source.stem}.json").read_text()))
+        for library, backend in build.BACKENDS.items()
+        for source, _ in build.sources_of(backend)
+    ]
 
 
 def parse(output: str) -> dict[str, dict[str, int]]:
@@ -69,6 +79,19 @@ def judge(kernels: dict[str, dict[str, int]], output: str, expects_kernels: bool
     if expects_kernels and not any("registers" in row and "spilled bytes" in row for row in kernels.values()):
         failures.append("ptxas reported no kernel: expected -Xptxas -v among the flags of sources.json")
     return failures
+
+
+def warnings_of_ours(output: str) -> list[str]:
+    """Warnings that name a place in csrc, and those of ptxas and nvcc, which name no place; each once, and how often."""
+    found: Counter[str] = Counter()
+    for line in output.splitlines():
+        # g++: file:line:column: warning: text; nvcc: file(line): warning #number: text
+        located = re.match(r"(?P<file>.+?)(?:\(\d+\)|:\d+(?::\d+)?): (?:warning|remark)\b", line)
+        if located and Path(located["file"]).resolve().is_relative_to(ROOT / "csrc"):
+            found[line.strip().replace(f"{ROOT}/", "")] += 1
+        elif re.match(r"(?:ptxas|nvlink|nvcc)\b.*\bwarning\b", line):
+            found[line.strip()] += 1
+    return [f"{line} ({count} times)" if count > 1 else line for line, count in found.items()]
 
 
 def show(kernels: dict[str, dict[str, int]]) -> None:
