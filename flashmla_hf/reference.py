@@ -55,7 +55,7 @@ def _sum_over_visible(a: torch.Tensor, b: torch.Tensor, visible: torch.Tensor | 
     if visible is None:
         return a @ b
     is_finite = b.isfinite()
-    if _can_read(b) and bool(is_finite.all()):
+    if can_read(b) and bool(is_finite.all()):
         return a @ b
     sum_of_finite = a @ torch.where(is_finite, b, 0.0)
     dtype = b.dtype
@@ -67,7 +67,7 @@ def _sum_over_visible(a: torch.Tensor, b: torch.Tensor, visible: torch.Tensor | 
     return torch.where(is_nan, math.nan, torch.where(count > 0, net * math.inf, sum_of_finite))
 
 
-def _can_read(x: torch.Tensor) -> bool:
+def can_read(x: torch.Tensor) -> bool:
     """Whether a decision may depend on values of x: not while something traces, transforms, fakes or captures."""
     return (
         not torch.compiler.is_compiling()
