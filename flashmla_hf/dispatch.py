@@ -21,7 +21,10 @@ from __future__ import annotations
 
 import logging
 import math
+import numbers
+import operator
 import os
+import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -145,7 +148,29 @@ def _sdpa_refusal(call: Call) -> str | None:
         return f"{'softcap' if call.softcap > 0.0 else 'sinks'} is given: torch's SDPA has none (impl='reference' computes it)"
     if call.return_lse:
         return "return_lse=True: torch's SDPA returns none (impl='reference' does)"
+    if _autocast_rounds_backward(call):
+        return (
+            f"autocast to {_name(torch.get_autocast_dtype(call.q.device.type))} is on and torch's SDPA has no fused kernel for "
+            f"this call: its backward would not be in {_name(call.q.dtype)} (impl='reference' keeps it)"
+        )
     return None
+
+
+def _autocast_rounds_backward(call: Call) -> bool:
+    """Whether the backward of SDPA would be products of matrices, which autocast rewrites; a fused kernel's is not."""
+    device = call.q.device
+    if device.type == "meta" or torch.compiler.is_compiling() or not torch.is_autocast_enabled(device.type):
+        return False
+    tensors = [x for x in (call.q, call.k, call.v, call.attn_mask) if x is not None]
+    if torch.get_autocast_dtype(device.type) == _sdpa_dtype(call) or not torch.is_grad_enabled():
+        return False
+    if ops.has_transforms():  # which say nothing true of requires_grad, and are no tensors to ask a kernel about
+        return True
+    if not any(x.requires_grad for x in tensors):
+        return False
+    q, k, v, mask, _ = _sdpa_inputs(call)
+    choice = torch._fused_sdp_choice(q, k, v, mask, call.dropout_p, False, scale=call.scale, enable_gqa=_has_groups(call))
+    return choice == int(torch.nn.attention.SDPBackend.MATH)
 
 
 def _run_operator(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
@@ -189,34 +214,57 @@ def _run_reference(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
     )
 
 
-def _run_sdpa(call: Call) -> tuple[torch.Tensor, None]:
-    mask = reference.visible_keys(call.q.shape[1], call.k.shape[1], call.window_left, call.window_right, call.q.device)
-    is_dead = None  # rows that see no key: SDPA's answer there depends on the backend, ours is zero
-    if mask is not None:
-        is_dead = ~mask.any(dim=-1)[None, None, :, None]
+def _has_groups(call: Call) -> bool:
+    return call.q.shape[2] != call.k.shape[2]
+
+
+def _sdpa_dtype(call: Call) -> torch.dtype:
+    """Of q, but that a bias of more precision is not rounded."""
+    if call.attn_mask is None or call.attn_mask.dtype == torch.bool:
+        return call.q.dtype
+    return torch.promote_types(call.q.dtype, call.attn_mask.dtype)
+
+
+def _sdpa_inputs(call: Call) -> tuple[torch.Tensor | None, ...]:
+    """q, k, v and the mask as SDPA takes them, and which rows see no key; there it answers what its kernels like."""
+    seqlen_q, seqlen_kv, dtype = call.q.shape[1], call.k.shape[1], _sdpa_dtype(call)
+    mask = reference.visible_keys(seqlen_q, seqlen_kv, call.window_left, call.window_right, call.q.device)
+    is_dead = None if mask is None else ~mask.any(dim=-1)[None, None, :, None]
     if call.attn_mask is not None:
-        if call.attn_mask.dtype == torch.bool:
-            mask = call.attn_mask if mask is None else call.attn_mask & mask
+        attn_mask = call.attn_mask[(None,) * (4 - call.attn_mask.dim())]
+        if attn_mask.shape[-1] != seqlen_kv:
+            attn_mask = attn_mask.expand(*attn_mask.shape[:-1], seqlen_kv).contiguous()
+        if attn_mask.dtype == torch.bool:
+            mask = attn_mask if mask is None else attn_mask & mask
             is_dead = ~mask.any(dim=-1, keepdim=True)
         else:
-            bias = call.attn_mask.to(call.q.dtype)
+            bias = attn_mask.to(dtype)
             mask = bias if mask is None else bias.masked_fill(~mask, -math.inf)
             is_dead = (mask == -math.inf).all(dim=-1, keepdim=True)
-    if mask is not None and is_dead is not None:
-        # Let a dead row see everything, so that no backend makes a NaN of it, and clear it below (gradients included).
+    if mask is not None:
+        # Let a dead row see everything, so that no backend makes a NaN of it; it is cleared afterwards (gradients included).
         mask = mask | is_dead if mask.dtype == torch.bool else mask.masked_fill(is_dead, 0.0)
-    out = torch.nn.functional.scaled_dot_product_attention(
-        call.q.transpose(1, 2),
-        call.k.transpose(1, 2),
-        call.v.transpose(1, 2),
-        attn_mask=mask,
-        dropout_p=call.dropout_p,
-        scale=call.scale,
-        enable_gqa=call.q.shape[2] != call.k.shape[2],
-    )
-    if is_dead is not None:
-        out = out.masked_fill(is_dead, 0.0)
-    return out.transpose(1, 2), None
+    return *(x.transpose(1, 2).to(dtype) for x in (call.q, call.k, call.v)), mask, is_dead
+
+
+def _run_sdpa(call: Call) -> tuple[torch.Tensor, None]:
+    with ops.without_autocast(call.q.device):
+        q, k, v, mask, is_dead = _sdpa_inputs(call)
+        out = torch.nn.functional.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, dropout_p=call.dropout_p, scale=call.scale, enable_gqa=_has_groups(call)
+        )
+        if is_dead is not None:
+            out = out.masked_fill(is_dead, 0.0)
+    return out.transpose(1, 2).to(call.q.dtype), None
+
+
+def _hides_what_is_not_finite(call: Call) -> bool:
+    """Whether SDPA might carry a NaN to rows that do not see it: its products know no mask, and 0 * NaN is NaN. Reads values,
+    which on a GPU waits for them; ``False`` while something traces, transforms or captures the call, which has no values."""
+    if call.attn_mask is None and call.window_left < 0 and call.window_right < 0:
+        return False
+    tensors = (call.q, call.k, call.v)
+    return all(map(reference.can_read, tensors)) and not bool(torch.stack([x.isfinite().all() for x in tensors]).all())
 
 
 _SM90 = Implementation(_sm90_refusal, _run_operator, _unaligned)
@@ -333,7 +381,7 @@ def _choose(call: Call, impl: str | None) -> tuple[str, Call]:
 
     if call.attn_mask is not None or call.dropout_p > 0.0:
         argument = "attn_mask" if call.attn_mask is not None else "dropout_p"
-        choice = "sdpa" if _sdpa_refusal(call) is None else "reference"
+        choice = "reference" if _sdpa_refusal(call) is not None or _hides_what_is_not_finite(call) else "sdpa"
         _warn_once(
             f"flashmla attention: {argument} is computed by impl={choice!r}, exactly but not by the fused kernel: memory "
             f"grows with seqlen_q * seqlen_kv and speed falls. Without {argument} the fused kernel runs."
@@ -391,6 +439,9 @@ def _validate(
 ) -> Call:  # fmt: skip
     """Every argument checked and every default resolved; the values of cu_seqlens are the implementations' to check."""
     is_packed = cu_seqlens_q is not None or cu_seqlens_kv is not None
+    # Strides inside a transform of torch.func are not those of memory: the operators' rules see to these.
+    looks_at_strides = not ops.has_transforms()
+    has_empty_strides = False
     for name, x in (("q", q), ("k", k), ("v", v)):
         _check_tensor(name, x)
         if x.dim() != (3 if is_packed else 4):
@@ -404,8 +455,13 @@ def _validate(
             _fail(ValueError, name, f"device {q.device} (that of q)", x.device)
         if x.shape[-1] == 0 or x.shape[-2] == 0:
             _fail(ValueError, name, "at least one head and one dimension", f"shape {[*x.shape]}")
-        if x.stride(-1) != 1 and x.shape[-1] != 1:
-            _fail(ValueError, name, "a contiguous last dimension (call .contiguous())", f"stride {x.stride(-1)}")
+        if looks_at_strides and x.stride(-1) != 1 and x.shape[-1] != 1:
+            if x.numel() != 0:
+                _fail(ValueError, name, "a contiguous last dimension (call .contiguous())", f"stride {x.stride(-1)}")
+            has_empty_strides = True
+    if has_empty_strides:
+        # Without elements no stride means anything, and contiguous() changes none.
+        q, k, v = (x.clone(memory_format=torch.contiguous_format) if x.numel() == 0 else x for x in (q, k, v))
     if not q.dtype.is_floating_point:
         _fail(TypeError, "q", "a floating dtype", _name(q.dtype))
     if k.shape[-1] != q.shape[-1]:
@@ -418,6 +474,9 @@ def _validate(
     if heads_q % heads_kv != 0:
         _fail(ValueError, "k", f"a number of heads that divides q's {heads_q}", heads_kv)
 
+    if not is_packed and (max_seqlen_q is not None or max_seqlen_kv is not None):
+        name, value = ("max_seqlen_kv", max_seqlen_kv) if max_seqlen_q is None else ("max_seqlen_q", max_seqlen_q)
+        _fail(ValueError, name, "none without cu_seqlens", value)
     if scale is None:
         scale = q.shape[-1] ** -0.5
     softcap, dropout_p, scale = _number("softcap", softcap), _number("dropout_p", dropout_p), _number("scale", scale)
@@ -425,6 +484,9 @@ def _validate(
         _fail(ValueError, "softcap", "0 (none) or a positive number", softcap)
     if not 0.0 <= dropout_p < 1.0:
         _fail(ValueError, "dropout_p", "a number in [0, 1)", dropout_p)
+    if isinstance(scale, torch.SymFloat):
+        # Of a symbolic head dim: an operator's number would make it a constant.
+        q, scale = (q * scale).to(q.dtype), 1.0
     window_left, window_right = _resolve_window(window, is_causal)
 
     if sinks is not None:
@@ -445,9 +507,6 @@ def _validate(
         max_seqlen_q = _max_seqlen("max_seqlen_q", max_seqlen_q, q.shape[0])
         max_seqlen_kv = _max_seqlen("max_seqlen_kv", max_seqlen_kv, k.shape[0])
     else:
-        for name, value in (("max_seqlen_q", max_seqlen_q), ("max_seqlen_kv", max_seqlen_kv)):
-            if value is not None:
-                _fail(ValueError, name, "none without cu_seqlens", value)
         max_seqlen_q, max_seqlen_kv = q.shape[1], k.shape[1]
     if attn_mask is not None:
         _check_attn_mask(attn_mask, (q.shape[0], heads_q, q.shape[1], k.shape[1]), q.device)
@@ -468,11 +527,40 @@ def _check_tensor(name: str, x: object) -> None:
 
 
 def _number(name: str, value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        _fail(TypeError, name, "a number", type(value).__name__)
-    if not -math.inf < value < math.inf:  # torch.compile traces a comparison, not math.isfinite
+    """A number of Python's, numpy's, a symbolic one, or one in a tensor, as a float; a symbolic one stays that."""
+    if isinstance(value, torch.Tensor):
+        if value.dim() != 0 or value.dtype == torch.bool or value.is_complex():
+            _fail(TypeError, name, "a number", f"a tensor {[*value.shape]} of {_name(value.dtype)}")
+        if value.requires_grad:
+            _fail(TypeError, name, "a number, for which no gradient is computed (multiply q by it)", "a tensor that requires one")
+        value = value.item()
+    if not isinstance(value, (int, float)):
+        if isinstance(value, (torch.SymFloat, torch.SymInt)):
+            return torch.sym_float(value)
+        if not isinstance(value, numbers.Real):
+            _fail(TypeError, name, "a number", type(value).__name__)
+        value = float(value)
+    if isinstance(value, bool):
+        _fail(TypeError, name, "a number", "bool")
+    if not -_LARGEST <= value <= _LARGEST:  # torch.compile traces a comparison, not math.isfinite
         _fail(ValueError, name, "a finite number", value)
     return float(value)
+
+
+_LARGEST = sys.float_info.max  # an int may be larger
+
+
+def _integer(name: str, value: object, expected: str) -> int:
+    """An int of Python's, numpy's, a symbolic one, or one in a tensor."""
+    if isinstance(value, torch.Tensor):  # some data collators hand a zero-dimensional tensor
+        if value.dim() != 0 or value.dtype == torch.bool or value.is_floating_point() or value.is_complex():
+            _fail(TypeError, name, expected, f"a tensor {[*value.shape]} of {_name(value.dtype)}")
+        return value.item()
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        if isinstance(value, bool) or not hasattr(type(value), "__index__"):
+            _fail(TypeError, name, expected, repr(value))
+        value = operator.index(value)
+    return value
 
 
 def _resolve_window(window: object, is_causal: bool) -> tuple[int, int]:
@@ -482,13 +570,14 @@ def _resolve_window(window: object, is_causal: bool) -> tuple[int, int]:
         _fail(TypeError, "window", "a pair (left, right)", window)
     bounds = []
     for side, bound in zip(("left", "right"), window, strict=True):
-        bound = -1 if bound is None else bound
-        if isinstance(bound, (bool, float)):
-            _fail(TypeError, f"window {side}", "an int or None", bound)
+        bound = -1 if bound is None else _integer(f"window {side}", bound, "an int or None")
         if bound < -1:
             _fail(ValueError, f"window {side}", "a bound >= 0, or -1 or None for unbounded", bound)
-        bounds.append(bound)
+        bounds.append(min(bound, _FARTHEST))
     return bounds[0], 0 if is_causal else bounds[1]
+
+
+_FARTHEST = 2**62  # reaches every key, and fits the operators' 64 bits
 
 
 def _check_cu_seqlens(cu_seqlens_q: object, cu_seqlens_kv: object, q: torch.Tensor) -> None:
@@ -513,11 +602,15 @@ def _check_cu_seqlens(cu_seqlens_q: object, cu_seqlens_kv: object, q: torch.Tens
 def _max_seqlen(name: str, value: object, bound: int) -> int:
     if value is None:
         return bound
-    if isinstance(value, torch.Tensor):  # some data collators hand a zero-dimensional tensor
-        value = value.item()
-    if isinstance(value, (bool, float)):
-        _fail(TypeError, name, "an int", value)
-    if value < 0:
+    value = _integer(name, value, "an int")
+    if torch.compiler.is_compiling():
+        # A length that comes from the data has no value yet; the host compares it with the boundaries.
+        from torch.fx.experimental.symbolic_shapes import guard_or_false
+
+        is_negative = guard_or_false(value < 0)
+    else:
+        is_negative = value < 0
+    if is_negative:
         _fail(ValueError, name, "a length >= 0", value)
     return value
 

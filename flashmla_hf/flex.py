@@ -124,6 +124,7 @@ def attention(
             try:
                 with torch.autocast(q.device.type, enabled=False):  # the dtype is q's; and one graph less
                     out, lse = kernel(q, k, v, sinks, *scalars, mask, block, _is_small_gpu(q.device))
+                _allow_retain_graph(out)
             except torch._dynamo.exc.FailOnRecompileLimitHit as error:
                 raise RuntimeError(
                     "flashmla attention: impl='flex': torch.compile reached its recompile limit for one kind of call "
@@ -405,10 +406,12 @@ def _fused(
     if sinks is not None:
         # One more key of logit sinks[h] and value zero scales what the others sum to: out * exp(lse - new lse). A row
         # that sees no other key has lse -inf; it is taken out first, since logaddexp has no gradient at -inf.
+        # Softmax of a sink of +inf is NaN, as of one that is NaN, in all of a row.
         is_dead = lse == -math.inf
         sink = sinks[None, :, None].expand_as(lse)
         live_lse = lse.masked_fill(is_dead, 0.0)
         share = torch.sigmoid(live_lse - sink)  # of the keys in the denominator
+        share = torch.where(sink == math.inf, math.nan, share)
         out = (out * share.transpose(1, 2)[..., None]).to(q.dtype)
         lse = torch.where(is_dead, sink, torch.logaddexp(live_lse, sink))
         is_outside = (begin > end)[: q.shape[1]]  # no sequence, no sink
@@ -475,10 +478,25 @@ class _FirstCall:
     def __call__(self, *args):
         # Without this, lengths that are equal in the first call by coincidence (batch and number of blocks, queries and
         # keys) are taken to be equal always, and the next call compiles again.
-        with torch.fx.experimental._config.patch(use_duck_shape=False):
+        with torch.fx.experimental._config.patch(use_duck_shape=False), _without_donated_buffers():
             results = self.compiled(*args)
         _kernels[self.signature] = self.compiled
         return results
+
+
+def _without_donated_buffers():
+    """A context in which a backward is compiled that writes over nothing it was given, so that it can run again."""
+    return torch._functorch.config.patch(donated_buffer=False)
+
+
+def _allow_retain_graph(out: torch.Tensor) -> None:
+    """Says of the compiled backward of ``out`` that no buffer is donated to it, which torch otherwise takes for unknown, and
+    refuses ``retain_graph=True``."""
+    node = out.grad_fn
+    while node is not None and not hasattr(getattr(node, "_forward_cls", None), "metadata"):
+        node = node.next_functions[0][0] if node.next_functions else None
+    if node is not None and getattr(node._forward_cls.metadata, "bw_donated_idxs", []) is None:
+        node._forward_cls.metadata.bw_donated_idxs = []
 
 
 def _signature(q, k, v, sinks, has_softcap: bool, block: int) -> tuple:

@@ -3,6 +3,9 @@
 :func:`attention` materialises the scores, so it needs O(seqlen²) memory; tests decide by it (in float64), and the few cases
 no fused kernel covers (dropout, dense masks together with sinks or softcap) are computed by it. It is never chosen
 silently. :func:`streaming_attention` is the teaching version of what the compiled kernels do.
+
+What is hidden from a row never reaches it, whatever it holds, forward and backward: every product of matrices here sums over
+visible pairs alone, where ``0 * NaN`` would be NaN (:func:`_product`). Autocast changes nothing, in backward either.
 """
 
 from __future__ import annotations
@@ -11,6 +14,8 @@ import math
 from itertools import pairwise
 
 import torch
+
+from flashmla_hf import ops
 
 
 def visible_keys(
@@ -25,50 +30,194 @@ def visible_keys(
         return None
     position = torch.arange(seqlen_q, device=device)[:, None] + (seqlen_kv - seqlen_q)
     key = torch.arange(seqlen_kv, device=device)[None, :]
-    visible = torch.ones(seqlen_q, seqlen_kv, dtype=torch.bool, device=device)
-    if window_left >= 0:
-        visible &= key >= position - window_left
-    if window_right >= 0:
-        visible &= key <= position + window_right
-    return visible
+    # No length comes near this, and int64 holds the sum with one.
+    window_left, window_right = min(window_left, _FAR), min(window_right, _FAR)
+    if window_left < 0:
+        return key <= position + window_right
+    if window_right < 0:
+        return key >= position - window_left
+    return (key >= position - window_left) & (key <= position + window_right)
+
+
+_FAR = 2**40
+
+
+# ---- Products over visible pairs -------------------------------------------------------------------------------------
+
+
+def _sum_over_visible(a: torch.Tensor, b: torch.Tensor, visible: torch.Tensor | None) -> torch.Tensor:
+    """``a @ b``, where what ``visible`` hides adds nothing. a [..., m, n] is exactly 0 there (not NaN), b [..., n, d] may be
+    anything; ``visible`` [..., m, n] broadcasts to a; ``None`` hides nothing.
+
+    The finite part of b is multiplied as it is. Of the others it is counted, for each element of the result, how many are
+    visible and which way they point: what IEEE arithmetic makes of a sum with them is known from that.
+    """
+    if visible is None:
+        return a @ b
+    is_finite = b.isfinite()
+    if can_read(b) and bool(is_finite.all()):
+        return a @ b
+    sum_of_finite = a @ torch.where(is_finite, b, 0.0)
+    dtype = b.dtype
+    direction = (b == math.inf).to(dtype) - (b == -math.inf).to(dtype)
+    sign = a.detach().sign()
+    net, count = sign @ direction, sign.abs() @ direction.abs()
+    no_number = visible.to(dtype) @ b.isnan().to(dtype) + (visible & (a == 0)).to(dtype) @ direction.abs()
+    is_nan = (no_number > 0) | (net.abs() != count)
+    return torch.where(is_nan, math.nan, torch.where(count > 0, net * math.inf, sum_of_finite))
+
+
+def can_read(x: torch.Tensor) -> bool:
+    """Whether a decision may depend on values of x: not while something traces, transforms, fakes or captures."""
+    return (
+        not torch.compiler.is_compiling()
+        and type(x) in (torch.Tensor, torch.nn.Parameter)
+        and not x.is_meta
+        and not ops.has_transforms()
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._get_tracing_state() is None
+        and not (x.is_cuda and torch.cuda.is_current_stream_capturing())
+    )
+
+
+class _Product(torch.autograd.Function):
+    """:func:`_sum_over_visible`. With :class:`_Scores`, each the derivative of the other, to any order."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(a, b, visible):
+        with ops.without_autocast(a.device):
+            return _sum_over_visible(a, b, visible)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
+
+    @staticmethod
+    def backward(ctx, grad):
+        a, b, visible = ctx.saved_tensors
+        need_a, need_b, _ = ctx.needs_input_grad
+        return (
+            _Scores.apply(grad, b, visible) if need_a else None,
+            _Product.apply(a.mT, grad, None if visible is None else visible.mT) if need_b else None,
+            None,
+        )
+
+    @staticmethod
+    def jvp(ctx, a_tangent, b_tangent, _):
+        a, b, visible = ctx.saved_tensors
+        parts = []
+        if a_tangent is not None:
+            a_tangent = a_tangent if visible is None else a_tangent.masked_fill(~visible, 0.0)
+            parts.append(_Product.apply(a_tangent, b, visible))
+        if b_tangent is not None:
+            parts.append(_Product.apply(a, b_tangent, visible))
+        return sum(parts)
+
+
+class _Scores(torch.autograd.Function):
+    """``a @ b.mT`` where visible, 0 where hidden."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(a, b, visible):
+        with ops.without_autocast(a.device):
+            scores = a @ b.mT
+        return scores if visible is None else scores.masked_fill(~visible, 0.0)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
+
+    @staticmethod
+    def backward(ctx, grad):
+        a, b, visible = ctx.saved_tensors
+        need_a, need_b, _ = ctx.needs_input_grad
+        if visible is not None:
+            grad = grad.masked_fill(~visible, 0.0)
+        return (
+            _Product.apply(grad, b, visible) if need_a else None,
+            _Product.apply(grad.mT, a, None if visible is None else visible.mT) if need_b else None,
+            None,
+        )
+
+    @staticmethod
+    def jvp(ctx, a_tangent, b_tangent, _):
+        a, b, visible = ctx.saved_tensors
+        parts = []
+        if a_tangent is not None:
+            parts.append(_Scores.apply(a_tangent, b, visible))
+        if b_tangent is not None:
+            parts.append(_Scores.apply(a, b_tangent, visible))
+        return sum(parts)
+
+
+def _applied(function: type[torch.autograd.Function], a, b, visible) -> torch.Tensor:
+    """Dynamo and functionalize take no such functions: there autograd goes through the forward pass (the values are the
+    same; a gradient that is not finite may reach what is hidden from its row)."""
+    if torch.compiler.is_compiling() or ops.is_functionalizing():
+        return function.forward(a, b, visible)
+    return function.apply(a, b, visible)
+
+
+# ---- Attention -------------------------------------------------------------------------------------------------------
 
 
 def _sequence_attention(q, k, v, sinks, attn_mask, scale, window_left, window_right, softcap, dropout_p):
     """One dense batch: q [batch, seqlen_q, heads_q, head_dim_qk] -> out, lse [batch, heads_q, seqlen_q], weights."""
-    compute_dtype = torch.promote_types(q.dtype, torch.float32)
+    seqlen_q, seqlen_kv = q.shape[1], k.shape[1]
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    lse_dtype = dtype
+    visible = visible_keys(seqlen_q, seqlen_kv, window_left, window_right, q.device)
+    bias = None
+    if attn_mask is not None:
+        is_kept = attn_mask
+        if attn_mask.dtype != torch.bool:
+            dtype = torch.promote_types(dtype, attn_mask.dtype)
+            bias = attn_mask.to(dtype)
+            is_kept = bias != -math.inf
+        visible = is_kept if visible is None else is_kept & visible
+        visible = visible.expand(*visible.shape[:-2], seqlen_q, seqlen_kv)
     group = q.shape[2] // k.shape[2]
-    query = q.transpose(1, 2).to(compute_dtype)  # [batch, heads_q, seqlen_q, head_dim_qk]
-    key = k.transpose(1, 2).to(compute_dtype).repeat_interleave(group, dim=1)
-    value = v.transpose(1, 2).to(compute_dtype).repeat_interleave(group, dim=1)
+    query = q.transpose(1, 2).to(dtype)  # [batch, heads_q, seqlen_q, head_dim_qk]
+    key = k.transpose(1, 2).to(dtype).repeat_interleave(group, dim=1)
+    value = v.transpose(1, 2).to(dtype).repeat_interleave(group, dim=1)
 
-    scores = query @ key.transpose(-1, -2) * scale  # [batch, heads_q, seqlen_q, seqlen_kv]
+    scores = _applied(_Scores, query, key, visible) * scale  # [batch, heads_q, seqlen_q, seqlen_kv]
     if softcap > 0.0:
         scores = softcap * torch.tanh(scores / softcap)
-    visible = visible_keys(q.shape[1], k.shape[1], window_left, window_right, q.device)
+    if bias is not None:
+        scores = scores + bias
     if visible is not None:
         scores = scores.masked_fill(~visible, -math.inf)
-    if attn_mask is not None:
-        if attn_mask.dtype == torch.bool:
-            scores = scores.masked_fill(~attn_mask, -math.inf)
-        else:
-            scores = scores + attn_mask.to(compute_dtype)
-    if sinks is not None:
-        # A sink is one more key of logit sinks[h] whose value is zero.
-        column = sinks.to(compute_dtype)[None, :, None, None].expand(*scores.shape[:3], 1)
-        scores = torch.cat([scores, column], dim=-1)
+    # A sink is one more key of logit sinks[h] whose value is zero; one of -inf is none, and stands here if there is none, since
+    # a row needs a column. After softmax a sink of NaN or +inf leaves NaN in all of a row, hidden keys included.
+    is_hidden = None if visible is None else ~visible
+    if sinks is None:
+        column = scores.new_full((1, 1, 1, 1), -math.inf)
+    else:
+        column = sinks.to(dtype)[None, :, None, None]
+        is_hidden = None if visible is None else is_hidden & (column < math.inf)
+    scores = torch.cat([scores, column.expand(*scores.shape[:3], 1)], dim=-1)
 
     # A row that sees nothing would give NaN, in the value (-inf - -inf) and in the gradient: it is computed on zeros and
     # cleared, which also cuts its gradient.
-    is_dead = (scores == -math.inf).all(dim=-1)
-    scores = scores.masked_fill(is_dead[..., None], 0.0)
-    lse = torch.logsumexp(scores, dim=-1)
-    weights = torch.exp(scores - lse[..., None]).masked_fill(is_dead[..., None], 0.0)
-    lse = lse.masked_fill(is_dead, -math.inf)
-    if sinks is not None:
-        weights = weights[..., :-1]
+    is_dead = (scores == -math.inf).all(dim=-1, keepdim=True)
+    scores = scores.masked_fill(is_dead, 0.0)
+    # Relative to the largest: exp(scores - lse) would not do, lse being rounded as coarsely as scores of finfo.min are.
+    largest = scores.detach().amax(dim=-1, keepdim=True)
+    lse = (largest + (scores - largest).exp().sum(dim=-1, keepdim=True).log()).masked_fill(is_dead, -math.inf)
+    lse = torch.where(largest == math.inf, math.inf, lse)
+    weights = torch.softmax(scores, dim=-1)[..., :-1].masked_fill(is_dead, 0.0)
+    if is_hidden is not None:
+        weights = weights.masked_fill(is_hidden, 0.0)
     dropped = torch.nn.functional.dropout(weights, dropout_p) if dropout_p > 0.0 else weights
-    out = (dropped @ value).transpose(1, 2)  # [batch, seqlen_q, heads_q, head_dim_v]
-    return out.to(q.dtype), lse, weights
+    out = _applied(_Product, dropped, value, visible).transpose(1, 2)  # [batch, seqlen_q, heads_q, head_dim_v]
+    return out.to(q.dtype), lse[..., 0].to(lse_dtype), weights
 
 
 def attention(
@@ -96,10 +245,14 @@ def attention(
     Source: Vaswani et al. 2017, equation 1; attention sinks as in GPT-OSS; softcap as in Gemma 2.
     """
     options = (scale, window_left, window_right, softcap, dropout_p)
-    if cu_seqlens_q is None:
+    with ops.without_autocast(q.device):
+        if cu_seqlens_q is not None:
+            return _packed_attention(q, k, v, sinks, cu_seqlens_q, cu_seqlens_kv, options)
         out, lse, weights = _sequence_attention(q, k, v, sinks, attn_mask, *options)
-        return (out, lse, weights) if return_weights else (out, lse)
+    return (out, lse, weights) if return_weights else (out, lse)
 
+
+def _packed_attention(q, k, v, sinks, cu_seqlens_q, cu_seqlens_kv, options) -> tuple[torch.Tensor, torch.Tensor]:
     bounds_q, bounds_kv = _sequence_bounds(cu_seqlens_q, q, "q"), _sequence_bounds(cu_seqlens_kv, k, "kv")
     outs, lses = [], []
     for (q0, q1), (k0, k1) in zip(bounds_q, bounds_kv, strict=True):

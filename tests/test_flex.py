@@ -17,7 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._dynamo.backends.debugging import aot_eager
 
-from flashmla_hf import flex
+import flashmla_hf
+from flashmla_hf import flex, reference
 from flashmla_hf.reference import visible_keys
 
 
@@ -381,3 +382,51 @@ def test_grad_modes_have_graphs_of_their_own_and_agree(graphs):
     results.append(attention(q.clone().requires_grad_(), q, q)[0].detach())
     assert all(torch.equal(result, results[0]) for result in results)
     assert len(graphs) == len(flex._kernels) == 4
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["retained first", "freed first"])
+def test_a_graph_that_is_retained_gives_its_gradients_again(first, graphs):
+    q, k, v = (torch.randn(2, 40, 2, 16, requires_grad=True) for _ in range(3))
+
+    def gradients(out, keeps):
+        return torch.autograd.grad(out.square().sum(), (q, k, v), retain_graph=keeps)
+
+    expected = gradients(numerics.eager(q, k, v)[0], False)
+    if not first:
+        gradients(attention(q, k, v)[0], False)
+    for _ in range(2):
+        out, _lse = attention(q, k, v)
+        for keeps in (True, True, False):
+            for mine, other in zip(gradients(out, keeps), expected, strict=True):
+                torch.testing.assert_close(mine, other)
+    assert torch._functorch.config.donated_buffer, "what others compile is theirs"
+    assert len(graphs) == 1
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_on_a_gpu_graphs_are_retained_and_autocast_changes_nothing():
+    """What Triton computes; dense stand-ins on the CPU follow autocast in backward."""
+    q, k, v = (torch.randn(1, 256, 4, 64, device="cuda", requires_grad=True) for _ in range(3))
+
+    def gradients():
+        out = flashmla_hf.attention(q, k, v, is_causal=True, impl="flex")
+        assert out.dtype == q.dtype
+        return [torch.autograd.grad(out.square().sum(), (q, k, v), retain_graph=True) for _ in range(2)]
+
+    outside = gradients()
+    with torch.autocast("cuda", dtype=torch.bfloat16):
+        inside = gradients()
+    for results in zip(*outside, *inside, strict=True):
+        for result in results:
+            torch.testing.assert_close(result, results[0])
+
+
+@pytest.mark.parametrize("sink", [math.nan, math.inf, -math.inf])
+def test_sinks_that_are_no_number_are_those_of_the_reference(sink, monkeypatch):
+    simulate(monkeypatch)
+    q, k, v = torch.randn(1, 8, 2, 16), torch.randn(1, 5, 2, 16), torch.randn(1, 5, 2, 16)
+    sinks = torch.tensor([sink, 0.5])
+    expected = reference.attention(q, k, v, sinks=sinks, scale=0.25, window_right=0)
+    found = attention(q, k, v, sinks=sinks, scale=0.25, is_causal=True)
+    for mine, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(mine, other, equal_nan=True)
