@@ -56,6 +56,11 @@ PARTS: dict[str, tuple[Step, ...]] = {
         Step("sm90 elements", (*PYTEST, "tests/test_sm90.py", "tests/test_sm90_backward.py", "-k", "elements"), 240),
         Step("sm90 contract", (*PARALLEL, "tests/test_gpu.py", "tests/test_direct.py", "-k", "sm90 or not flex"), 240),
     ),
+    "robust": (
+        Step("robust", (*PARALLEL, "tests/test_gpu_robust.py", "-k", "not without_memory and not more_"), 400),
+        # Each of these wants the GPU's memory, or torch's allocator, to itself.
+        Step("robust memory", (*PYTEST, "tests/test_gpu_robust.py", "-k", "without_memory or more_"), 300),
+    ),
     "sweep": (Step("sweep", (*PARALLEL, "tests/test_fuzz.py", "-k", "sm90"), 300),),
     "hf": (Step("hf", (*PARALLEL, "tests/test_hf_gpu.py"), 300),),
     "patches": (Step("patches", (*PYTEST, "tests/test_patches_gpu.py"), 180),),
@@ -69,7 +74,7 @@ PARTS: dict[str, tuple[Step, ...]] = {
     "bench": (Step("bench", ("benchmarks/bench_attention.py", "--device", "cuda", "--time_budget", "240"), 420),),
     "profile": (Step("profile", ("benchmarks/profile_attention.py",), 200),),
 }
-NEED_SM90 = ("sm90", "sweep", "hf", "finetune", "sanitize", "profile")
+NEED_SM90 = ("sm90", "robust", "sweep", "hf", "finetune", "sanitize", "profile")
 
 
 def find_sanitizer() -> str | None:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import math
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -52,6 +55,21 @@ def offset_by(x: torch.Tensor, elements: int) -> torch.Tensor:
 
 def cu(*values: int) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.int32, device=DEVICE)
+
+
+def in_subprocess(module: str, call: str, timeout: float = 120) -> str:
+    """Runs ``call`` of the test module ``module`` in a fresh Python; its standard output. Fails with its standard error."""
+    tests = Path(__file__).resolve().parent
+    result = subprocess.run(
+        [sys.executable, "-c", f"import {module} as t; t.{call}"],
+        env=os.environ
+        | {"PYTHONPATH": os.pathsep.join([str(tests), str(tests.parent), os.environ.get("PYTHONPATH", "")])},
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
+    assert result.returncode == 0, result.stderr[-4000:]
+    return result.stdout.strip()
 
 
 def exact(q, k, v, scale: float, first_key: int = 0, chunk: int = 2**15) -> tuple[torch.Tensor, torch.Tensor]:

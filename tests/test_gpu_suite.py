@@ -27,6 +27,7 @@ def test_every_test_of_a_file_that_is_split_is_in_exactly_one_step():
     assert selections("tests/test_gpu.py") == ["sm90 or not flex", "flex"]
     for path in ("tests/test_sm90.py", "tests/test_sm90_backward.py"):
         assert selections(path) == ["not elements", "elements"]
+    assert selections("tests/test_gpu_robust.py") == ["not without_memory and not more_", "without_memory or more_"]
 
 
 def test_a_step_that_hangs_is_ended_and_what_it_printed_is_kept(tmp_path, capsys):
@@ -62,4 +63,4 @@ def test_exit_codes_and_words_become_verdicts(tmp_path):
 def test_an_unknown_part_is_refused_with_the_known_ones(capsys):
     with pytest.raises(SystemExit):
         gpu_suite.main(["sm91"])
-    assert "unknown part 'sm91': expected some of doctor, sm90, sweep" in capsys.readouterr().err
+    assert "unknown part 'sm91': expected some of doctor, sm90, robust, sweep" in capsys.readouterr().err
