@@ -87,7 +87,7 @@ def attention_forward(
         max_length_q, max_length_k: the longest packed sequences, or tensors of them.
         output_attentions: also return the weights, computed exactly outside the kernel, with one warning.
         deterministic: as in :func:`flashmla_hf.attention`; ``None`` and ``False`` leave it to torch's switches.
-        **kwargs: ``cache`` and its indices (continuous batching), and the arguments of ``IGNORED_KWARGS``.
+        **kwargs: the arguments of continuous batching (:mod:`hf_paged`), and those of ``IGNORED_KWARGS``.
 
     Returns:
         ``(out, weights)``: out [batch, seqlen_q, heads_q, head_dim_v]; weights [batch, heads_q, seqlen_q, seqlen_kv] in
@@ -98,11 +98,9 @@ def attention_forward(
         ignore them would be silently wrong). NotImplementedError: active context parallelism, or DTensor inputs.
         Everything :func:`flashmla_hf.attention` raises.
     """
-    cache = kwargs.pop("cache", None)
-    if cache is not None:
-        paged = hf_paged.update(module, key, value, cache, cu_seq_lens_k, max_length_k, kwargs)
-        key, value, cu_seq_lens_k, max_length_k, max_length_q_5_17 = paged
-        max_length_q = max_length_q if max_length_q is not None else max_length_q_5_17
+    gathered = hf_paged.gather(module, key, value, cu_seq_lens_k, max_length_q, max_length_k, kwargs)
+    if gathered is not None:
+        key, value, cu_seq_lens_k, max_length_q, max_length_k = gathered
         attention_mask = None  # the boundaries say everything
     _refuse_unknown(module, kwargs)
     _refuse_parallel(module, query)
