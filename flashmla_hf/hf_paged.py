@@ -18,9 +18,10 @@ import inspect
 from typing import NamedTuple
 
 import torch
+from transformers.generation.continuous_batching import PagedAttentionCache
 
 # The arguments of continuous batching that say nothing in any other call.
-_ARGUMENTS = ("cache", "read_index", "write_index", "block_table", "k_cache", "v_cache", "max_seqlen_q", "max_seqlen_k")
+_ARGUMENTS = ("cache", "read_index", "write_index", "block_table", "k_cache", "v_cache")
 
 
 class Gathered(NamedTuple):
@@ -41,9 +42,11 @@ def gather(module, key, value, cu_seq_lens_k, max_length_q, max_length_k, kwargs
         key, value: [1, heads_kv, new tokens, dim], or all of them if the layer has updated its cache.
         kwargs: the other arguments of the attention function; those of continuous batching are taken out.
     """
-    if kwargs.get("cache") is None and kwargs.get("read_index") is None and kwargs.get("block_table") is None:
+    if not isinstance(kwargs.get("cache"), PagedAttentionCache):
+        kwargs.pop("cache", None)  # an ordinary one, which the layer has updated
+    if all(kwargs.get(name) is None for name in _ARGUMENTS):
         return None
-    given = {name: kwargs.pop(name, None) for name in _ARGUMENTS}
+    given = {name: kwargs.pop(name, None) for name in (*_ARGUMENTS, "max_seqlen_q", "max_seqlen_k")}
     _refuse_block_table(module, given)
     cache, longest_q, longest_k = given["cache"], given["max_seqlen_q"], given["max_seqlen_k"]
     max_length_q = max_length_q if longest_q is None else longest_q
