@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import inspect
 import sys
+import threading
 from collections.abc import Iterator
 
 from transformers import modeling_flash_attention_utils, modeling_utils
@@ -92,7 +93,7 @@ def _class_dictionaries(model_class: type) -> Iterator[tuple[str, dict]]:
     """The dictionaries from an attention implementation to a class beside ``model_class`` and its bases. They know no
     registered names: Falcon, GPT-J, Bark in 5.17, SAM, SAM-HQ."""
     for cls in _model_classes(model_class):
-        for name, classes in vars(sys.modules[cls.__module__]).items():
+        for name, classes in list(vars(sys.modules[cls.__module__]).items()):  # other threads load models, too
             if name.endswith("_ATTENTION_CLASSES") and isinstance(classes, dict) and "eager" in classes:
                 yield name, classes
 
@@ -133,22 +134,30 @@ def _provide_flash_path(model_class: type) -> None:
             classes.setdefault(ours, classes.get("flash_attention_2", _own_class(classes)))
 
 
+# What of Transformers is replaced, and by what.
+_WRAPPED = (
+    (modeling_flash_attention_utils, "_lazy_imports", _wrap_lazy_imports),
+    (modeling_utils.PreTrainedModel, "_check_and_adjust_attn_implementation", _wrap_check_and_adjust),
+    (modeling_utils.PreTrainedModel, "get_correct_attn_implementation", _wrap_get_correct),
+)
+_lock = threading.Lock()
+
+
 def register() -> None:
-    """Makes ``attn_implementation="flashmla"`` (and ``"fmla"``) known to Transformers. Calling it again changes
-    nothing."""
-    for name in NAMES:
-        AttentionMaskInterface.register(name, hf_masks.flashmla_mask)
-        modeling_utils.AttentionInterface.register(name, hf.attention_forward)
-        # The paged names get no mask function, as in Transformers: continuous batching then builds no mask at all.
-        modeling_utils.AttentionInterface.register(PAGED_PREFIX + name, hf.attention_forward)
-    for owner, name, wrap in (
-        (modeling_flash_attention_utils, "_lazy_imports", _wrap_lazy_imports),
-        (modeling_utils.PreTrainedModel, "_check_and_adjust_attn_implementation", _wrap_check_and_adjust),
-        (modeling_utils.PreTrainedModel, "get_correct_attn_implementation", _wrap_get_correct),
-    ):
-        current = getattr(owner, name)
-        if not hasattr(current, "_flashmla_wraps"):
-            setattr(owner, name, wrap(current))
+    """Makes our names known to Transformers as ``attn_implementation``. Calling it again changes nothing.
+
+    Raises: AttributeError if this release of Transformers lacks something that is wrapped; nothing is changed then.
+    """
+    with _lock:
+        current = [getattr(owner, name) for owner, name, _ in _WRAPPED]
+        for (owner, name, wrap), original in zip(_WRAPPED, current, strict=True):
+            if not hasattr(original, "_flashmla_wraps"):
+                setattr(owner, name, wrap(original))
+        for name in NAMES:
+            AttentionMaskInterface.register(name, hf_masks.flashmla_mask)
+            modeling_utils.AttentionInterface.register(name, hf.attention_forward)
+            # The paged names get no mask function, as in Transformers: continuous batching then builds no mask at all.
+            modeling_utils.AttentionInterface.register(PAGED_PREFIX + name, hf.attention_forward)
 
 
 # Whoever imports this module wants that; the import hook of autoload.py relies on it.
