@@ -1,39 +1,21 @@
-"""The integration layer: ``attn_implementation="flashmla"`` in Hugging Face Transformers.
-
-:func:`register` tells Transformers about two names:
-
-``flashmla``
-    The name to use. It contains "flash" on purpose: Transformers then hands vision towers, continuous batching and
-    static caches what a flash kernel wants (packed boundaries, 2-D masks) instead of what SDPA wants.
-``fmla``
-    The same function under a name without "flash", for the few models that refuse or redirect flash names: Llama 4
-    beyond one attention chunk, HRM-Text's prefix masks, ESM-C's sequence ids.
+"""The forward of ``attn_implementation="flashmla"`` in Hugging Face Transformers.
 
 :func:`attention_forward` is what the attention layers of a model call. It turns Transformers' calling convention
 (masks in four forms, window conventions, packed rows, caches, autocast) into one call of :func:`flashmla_hf.attention`.
-Beside it: :mod:`hf_masks` makes the masks, :mod:`hf_layout` turns them into what the kernel takes, :mod:`hf_check`
-tells which layers of a model use the kernel. Checked against Transformers 5.17 and 5.23.
+Beside it: :mod:`hf_register` gives it to Transformers under its names, :mod:`hf_masks` makes the masks,
+:mod:`hf_layout` turns them into what the kernel takes, :mod:`hf_paged` reads the caches of continuous batching,
+:mod:`hf_check` tells which layers of a model use the kernel.
 """
 
 from __future__ import annotations
 
-import functools
-import inspect
 import sys
 import warnings
 
 import torch
-from transformers import modeling_flash_attention_utils, modeling_utils
-from transformers.masking_utils import AttentionMaskInterface
 
-from flashmla_hf import hf_check, hf_layout, hf_masks, reference
-from flashmla_hf.dispatch import attention, flash_attn_func, flash_attn_varlen_func
-
-NAME = "flashmla"
-ALIAS = "fmla"
-# Transformers 5.17 switches to this key for continuous batching; 5.23 strips the prefix.
-PAGED_NAME = f"paged|{NAME}"
-PAGED_ALIAS = f"paged|{ALIAS}"
+from flashmla_hf import hf_layout, hf_paged, reference
+from flashmla_hf.dispatch import attention
 
 # Keyword arguments that Transformers passes down to every attention layer and that say nothing about attention.
 IGNORED_KWARGS = frozenset(
@@ -105,7 +87,7 @@ def attention_forward(
         max_length_q, max_length_k: the longest packed sequences, or tensors of them.
         output_attentions: also return the weights, computed exactly outside the kernel, with one warning.
         deterministic: as in :func:`flashmla_hf.attention`; ``None`` and ``False`` leave it to torch's switches.
-        **kwargs: ``cache`` and its indices (continuous batching), and the arguments of ``IGNORED_KWARGS``.
+        **kwargs: the arguments of continuous batching (:mod:`hf_paged`), and those of ``IGNORED_KWARGS``.
 
     Returns:
         ``(out, weights)``: out [batch, seqlen_q, heads_q, head_dim_v]; weights [batch, heads_q, seqlen_q, seqlen_kv] in
@@ -116,11 +98,9 @@ def attention_forward(
         ignore them would be silently wrong). NotImplementedError: active context parallelism, or DTensor inputs.
         Everything :func:`flashmla_hf.attention` raises.
     """
-    cache = kwargs.pop("cache", None)
-    if cache is not None:
-        paged = _update_paged_cache(module, key, value, cache, cu_seq_lens_k, max_length_k, kwargs)
-        key, value, cu_seq_lens_k, max_length_k, max_length_q_5_17 = paged
-        max_length_q = max_length_q if max_length_q is not None else max_length_q_5_17
+    gathered = hf_paged.gather(module, key, value, cu_seq_lens_k, max_length_q, max_length_k, kwargs)
+    if gathered is not None:
+        key, value, cu_seq_lens_k, max_length_q, max_length_k = gathered
         attention_mask = None  # the boundaries say everything
     _refuse_unknown(module, kwargs)
     _refuse_parallel(module, query)
@@ -351,38 +331,6 @@ def _as_int(length: int | torch.Tensor | None) -> int | None:
     return length
 
 
-def _update_paged_cache(module, key, value, cache, cu_seq_lens_k, max_length_k, kwargs):
-    """Continuous batching: writes key and value [1, heads_kv, new tokens, dim] to the cache and returns all the keys
-    of the batch [1, heads_kv, total_kv, dim], their boundaries and longest sequences."""
-    if kwargs.get("block_table") is not None:
-        raise ValueError(
-            f"flashmla in {type(module).__name__}: block_table: expected none; this attention reads gathered keys. "
-            "Leave use_cuda_graph and the block-table decode path of continuous batching off"
-        )
-    read_index, write_index = kwargs.pop("read_index", None), kwargs.pop("write_index", None)
-    kwargs.pop("block_table", None)
-    longest_q, longest_k = kwargs.pop("max_seqlen_q", None), kwargs.pop("max_seqlen_k", None)  # names of 5.17
-    if "kwargs" in inspect.signature(cache.update).parameters:
-        updated = {
-            "cu_seq_lens_k": cu_seq_lens_k, "max_length_k": max_length_k, "read_index": read_index,
-            "write_index": write_index,
-        }  # fmt: skip
-        key, value = cache.update(key_states=key, value_states=value, layer_idx=module.layer_idx, kwargs=updated)
-        return key, value, updated["cu_seq_lens_k"], updated["max_length_k"], longest_q
-    key, value = cache.update(
-        key_states=key, value_states=value, layer_idx=module.layer_idx, read_index=read_index, write_index=write_index
-    )
-    kind = "sliding_attention" if getattr(module, "sliding_window", None) else "full_attention"
-    if isinstance(cu_seq_lens_k, dict):
-        cu_seq_lens_k = cu_seq_lens_k[kind]
-    longest_k = max_length_k if longest_k is None else longest_k
-    if isinstance(longest_k, dict):
-        longest_k = longest_k[kind]
-    # [total_kv, heads_kv, dim] -> [1, heads_kv, total_kv, dim]
-    key, value = (x.transpose(0, 1)[None] for x in (key, value))
-    return key, value, cu_seq_lens_k, longest_k, longest_q
-
-
 def _refuse_unknown(module, kwargs: dict) -> None:
     for name, given in kwargs.items():
         if given is not None and name not in IGNORED_KWARGS:
@@ -427,83 +375,3 @@ def _context_parallel_is_active() -> bool:
         if handlers is not None and state.DTensor._op_dispatcher._custom_op_handlers is not handlers:
             return True
     return False
-
-
-def _wrap_lazy_imports(original):
-    """Transformers preloads a flash library for every name that contains "flash", from the hub if it does not know the
-    name, and model init then fails. For our names this gives our functions; they also serve models that call
-    Transformers' own flash path (Falcon, remote code)."""
-
-    @functools.wraps(original)
-    def lazy_imports(implementation, *args, **kwargs):
-        if implementation in (NAME, PAGED_NAME):
-            pad, unpad = modeling_flash_attention_utils._pad_input, modeling_flash_attention_utils._unpad_input
-            return flash_attn_func, flash_attn_varlen_func, None, pad, unpad
-        return original(implementation, *args, **kwargs)
-
-    lazy_imports._flashmla_wraps = original
-    return lazy_imports
-
-
-def _wrap_check_and_adjust(original):
-    """Every route to an attention implementation ends in this method of the model."""
-
-    @functools.wraps(original)
-    def check_and_adjust(self, attn_implementation, *args, **kwargs):
-        if attn_implementation in (NAME, ALIAS, PAGED_NAME, PAGED_ALIAS):
-            reason = hf_check.reason_for_eager(type(self))
-            if reason is not None:
-                _warn_once(
-                    f"flashmla: {reason}. attn_implementation={attn_implementation!r} has no effect there: "
-                    '"eager" is used. flashmla_hf.check(model) lists the layers.'
-                )
-                return original(self, "eager", *args, **kwargs)
-            _declare_compatible(type(self))
-            _provide_flash_path(type(self))
-        return original(self, attn_implementation, *args, **kwargs)
-
-    check_and_adjust._flashmla_wraps = original
-    return check_and_adjust
-
-
-def _declare_compatible(model_class: type) -> None:
-    """Adds our name to ``_compatible_flash_implementations``: GPT-OSS and its kin list the kernels that know sinks and
-    replace every other flash name by one from the hub. On first use, so that classes imported later are covered."""
-    for cls in model_class.__mro__:
-        names = cls.__dict__.get("_compatible_flash_implementations")
-        if names is not None and NAME not in names:
-            cls._compatible_flash_implementations = [*names, NAME]
-
-
-def _provide_flash_path(model_class: type) -> None:
-    """Falcon, GPT-J and Bark import Transformers' flash path only where flash-attn is installed, use it unasked,
-    and in 5.17 choose their attention class from a dictionary that knows no registered names."""
-    if not hf_check.uses_flash_path(model_class):
-        return
-    contents = vars(sys.modules[model_class.__module__])
-    contents.setdefault("_flash_attention_forward", modeling_flash_attention_utils._flash_attention_forward)
-    for name, classes in contents.items():
-        if name.endswith("_ATTENTION_CLASSES") and "flash_attention_2" in classes:
-            for ours in (NAME, ALIAS):
-                classes.setdefault(ours, classes["flash_attention_2"])
-
-
-def register() -> None:
-    """Makes ``attn_implementation="flashmla"`` (and ``"fmla"``) known to Transformers. Calling it again changes
-    nothing."""
-    for name in (NAME, ALIAS, PAGED_NAME, PAGED_ALIAS):
-        modeling_utils.AttentionInterface.register(name, attention_forward)
-    # The paged names get no mask function, as in Transformers: continuous batching then builds no mask at all.
-    for name in (NAME, ALIAS):
-        AttentionMaskInterface.register(name, hf_masks.flashmla_mask)
-    for owner, name, wrap in (
-        (modeling_flash_attention_utils, "_lazy_imports", _wrap_lazy_imports),
-        (modeling_utils.PreTrainedModel, "_check_and_adjust_attn_implementation", _wrap_check_and_adjust),
-    ):
-        current = getattr(owner, name)
-        if not hasattr(current, "_flashmla_wraps"):
-            setattr(owner, name, wrap(current))
-
-
-# Whoever imports this module wants that; the import hook of autoload.py relies on it.
-register()

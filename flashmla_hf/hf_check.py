@@ -17,6 +17,8 @@ from types import CodeType
 
 import torch
 
+from flashmla_hf import hf_names
+
 _INTERFACE = "ALL_ATTENTION_FUNCTIONS"
 _FLASH_PATH = "_flash_attention_forward"
 # Arguments by which sparse models tell an attention function which keys to read; see hf._refuse_unknown.
@@ -102,7 +104,7 @@ def _verdict(module: torch.nn.Module) -> tuple[bool, str]:
     implementation = getattr(config, "_attn_implementation", None)
     if implementation == "eager" and (reason := _module_reason(type(module).__module__)) is not None:
         return False, f"{reason}; 'eager' is used"
-    if implementation is None or implementation.removeprefix("paged|") not in ("flashmla", "fmla"):
+    if not hf_names.is_ours(implementation):
         return False, f'its attn_implementation is {implementation!r}; set_attn_implementation("flashmla") changes it'
     if sparse := sorted(_SPARSE_KWARGS & _keywords_passed(type(module))):
         return False, f"it selects keys by {', '.join(sparse)}, which is refused with an error"
