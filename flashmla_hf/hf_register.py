@@ -42,7 +42,7 @@ def _wrap_check_and_adjust(original):
     def check_and_adjust(self, attn_implementation, *args, **kwargs):
         if not is_ours(attn_implementation):
             return original(self, attn_implementation, *args, **kwargs)
-        if _must_run_with_eager(type(self), attn_implementation):
+        if _must_run_with_eager(self, attn_implementation):
             return original(self, "eager", *args, **kwargs)
         _declare_compatible(type(self))
         _provide_flash_path(type(self))
@@ -61,7 +61,7 @@ def _wrap_get_correct(original):
     @functools.wraps(original)
     def get_correct(self, requested_attention, *args, **kwargs):
         if is_ours(requested_attention):
-            if _must_run_with_eager(type(self), requested_attention):
+            if _must_run_with_eager(self, requested_attention):
                 return original(self, "eager", *args, **kwargs)
             _provide_flash_path(type(self))
         return original(self, requested_attention, *args, **kwargs)
@@ -70,8 +70,8 @@ def _wrap_get_correct(original):
     return get_correct
 
 
-def _must_run_with_eager(model_class: type, implementation: str) -> bool:
-    reason = hf_check.reason_for_eager(model_class) or _reason_by_classes(model_class)
+def _must_run_with_eager(model: modeling_utils.PreTrainedModel, implementation: str) -> bool:
+    reason = hf_check.reason_for_eager(type(model), model.config) or _reason_by_classes(type(model))
     if reason is not None:
         hf._warn_once(
             f"flashmla: {reason}. attn_implementation={implementation!r} has no effect there: "
