@@ -1,12 +1,13 @@
 """Runs the sweep: one process per class, so that a crash or a hang ends that class alone.
 
-    python -m model_sweep --output build/model_sweep.json                  every class, two at a time
-    python -m model_sweep --only '^Llama' --output /tmp/llama.json
+python -m model_sweep --output build/model_sweep.json                  every class, two at a time
+python -m model_sweep --only '^Llama' --output /tmp/llama.json
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import re
@@ -14,6 +15,7 @@ import resource
 import signal
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -62,11 +64,15 @@ def finish(candidate: Candidate, child: int, reader: int) -> dict:
         return json.loads(text)
     result = probes.Result(candidate.class_name, candidate.model_type, "failed")
     number = os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
-    result.reason = "took too long" if number == signal.SIGALRM else f"the process died: signal {number}, status {status}"
+    result.reason = (
+        "took too long" if number == signal.SIGALRM else f"the process died: signal {number}, status {status}"
+    )
     return result.as_dict()
 
 
-def sweep(chosen: list[Candidate], jobs: int, seconds: int, only_forward: bool = False, on_result=lambda r: None) -> list[dict]:
+def sweep(
+    chosen: list[Candidate], jobs: int, seconds: int, only_forward: bool = False, on_result=lambda r: None
+) -> list[dict]:
     import select
 
     pending, running, results = list(chosen), {}, []
@@ -88,23 +94,50 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--seconds", type=int, default=180, help="limit of one class")
     parser.add_argument("--only_forward", action="store_true")
+    parser.add_argument("--again", nargs="*", help="only classes of these statuses in the output, and new ones")
     parser.add_argument("--output", type=Path, required=True)
     options = parser.parse_args()
     torch.set_num_threads(1)
+    gc.freeze()  # what is there already is not copied into every process
+    known = {}
+    if options.output.exists():
+        known = {r["class_name"]: r for r in json.loads(options.output.read_text())["classes"]}
     chosen = [c for c in candidates() if re.search(options.only, c.class_name)]
-    done = 0
+    if options.again:
+        chosen = [c for c in chosen if known.get(c.class_name, {}).get("status") in (None, *options.again)]
+    chosen = one_of_each_type_first(chosen)
+    results = {name: known[name] for name in known if name in {c.class_name for c in candidates()}}
+    count = 0
 
-    def show(result):
-        nonlocal done
-        done += 1
-        print(f"[{done}/{len(chosen)}] {result['class_name']}: {result['status']} ({result['seconds']} s) {result['reason'][:300]}", flush=True)
+    def show(result: dict) -> None:
+        nonlocal count
+        count += 1
+        results[result["class_name"]] = result
+        print(
+            f"[{count}/{len(chosen)}] {result['class_name']}: {result['status']} ({result['seconds']} s) "
+            f"{result['reason'][:1500]}",
+            flush=True,
+        )
+        if count % 20 == 0 or count == len(chosen):
+            write(options.output, results)
 
-    began = time.time()
-    results = sweep(chosen, options.jobs, options.seconds, options.only_forward, show)
-    results.sort(key=lambda r: (r["model_type"], r["class_name"]))
-    options.output.write_text(
-        json.dumps({"transformers": transformers.__version__, "torch": torch.__version__, "seconds": round(time.time() - began), "classes": results}, indent=1) + "\n"
-    )
+    sweep(chosen, options.jobs, options.seconds, options.only_forward, show)
+
+
+def one_of_each_type_first(chosen: list[Candidate]) -> list[Candidate]:
+    """The same classes, so that an interrupted sweep has seen most model types."""
+    seen: Counter[str] = Counter()
+    rank = {}
+    for candidate in chosen:
+        rank[candidate] = seen[candidate.model_type]
+        seen[candidate.model_type] += 1
+    return sorted(chosen, key=rank.get)
+
+
+def write(path: Path, results: dict[str, dict]) -> None:
+    classes = sorted(results.values(), key=lambda r: (r["model_type"], r["class_name"]))
+    content = {"transformers": transformers.__version__, "torch": torch.__version__, "classes": classes}
+    path.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n")
 
 
 if __name__ == "__main__":

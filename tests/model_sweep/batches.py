@@ -67,7 +67,9 @@ def _pair(value, default: int) -> tuple[int, int]:
 
 
 def _image_sizes(config) -> list[tuple[int, int]]:
-    sizes = [getattr(owner, name, None) for owner in configs_of(config) for name in ("image_size", "img_size", "input_size")]
+    sizes = [
+        getattr(owner, name, None) for owner in configs_of(config) for name in ("image_size", "img_size", "input_size")
+    ]
     sizes = [_pair(size, 32) for size in sizes if size]
     return list(dict.fromkeys([*sizes[::-1], (32, 32), (64, 64), (224, 224)]))[:4]
 
@@ -84,7 +86,9 @@ def _patches(config) -> tuple[torch.Tensor, torch.Tensor]:
 def _bands(config) -> list[int]:
     names = ("num_mel_bins", "feature_size", "input_feat_per_channel", "n_mels", "mel_bins", "input_dim", "num_mels",
              "feat_in", "input_feat_size", "input_size", "feature_projection_input_dim", "idim", "n_mel_channels")  # fmt: skip
-    found = [v for owner in configs_of(config) for n in names if isinstance(v := getattr(owner, n, None), int) and v > 1]
+    found = [
+        v for owner in configs_of(config) for n in names if isinstance(v := getattr(owner, n, None), int) and v > 1
+    ]
     return list(dict.fromkeys([*found, 80]))[:3]
 
 
@@ -98,6 +102,7 @@ def _spectrograms(config) -> Iterator[Callable[[], torch.Tensor]]:
         for bands in _bands(config):
             yield lambda length=length, bands=bands: _noise(BATCH, length, bands)
             yield lambda length=length, bands=bands: _noise(BATCH, bands, length)
+    yield lambda: _noise(BATCH, 1, lengths[0], _bands(config)[0])
 
 
 def _alternatives(name: str, config) -> list[Callable[[], torch.Tensor]]:
@@ -107,7 +112,8 @@ def _alternatives(name: str, config) -> list[Callable[[], torch.Tensor]]:
     patches = lambda: _patches(config)[0]  # noqa: E731
     frames = setting(config, "num_frames", "frames_per_clip", default=2)
     if name in ("input_ids", "input"):
-        return [lambda s=s: _tokens(config, s) for s in (SEQLEN, 16, 32, 64, 8)]
+        choices = [lambda: torch.stack([_tokens(config), _tokens(config, seed=1)], 1)]  # of a multiple choice
+        return [lambda s=s: _tokens(config, s) for s in (SEQLEN, 16, 32, 64)] + choices
     if name.endswith("input_ids"):
         length = DECODER_SEQLEN if name.startswith("decoder") else 12
         codebooks = setting(config, "num_codebooks", "n_codebooks", default=1)
@@ -141,7 +147,8 @@ def _alternatives(name: str, config) -> list[Callable[[], torch.Tensor]]:
         grid = torch.stack(torch.meshgrid(torch.arange(4), torch.arange(4), indexing="xy"), -1).reshape(1, 16, 2)
         return [lambda: grid.expand(BATCH, -1, -1).contiguous()]
     if name in ("input_features", "audio_mel", "speech_inputs"):
-        return list(_spectrograms(config))[:16]
+        found = list(_spectrograms(config))
+        return [*found[:12], found[-1]]
     if name == "input_values":
         found = [lambda: _noise(BATCH, 4000), lambda: _noise(BATCH, 1, 4000), lambda: _noise(BATCH, 1, 16000)]
         return [*found, *list(_spectrograms(config))[:6]]
@@ -206,7 +213,8 @@ def _name_sets(model) -> list[list[str]]:
     required = [
         name
         for name, parameter in parameters.items()
-        if parameter.default is parameter.empty and parameter.kind not in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL)
+        if parameter.default is parameter.empty
+        and parameter.kind not in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL)
     ]
     main = getattr(type(model), "main_input_name", "input_ids")
     main = [main] if isinstance(main, str) else list(main)
@@ -234,6 +242,8 @@ def _name_sets(model) -> list[list[str]]:
     for name in ("input_features", "input_values", "inputs_embeds"):
         if name in parameters and name not in base:
             sets.append([name, *decoder])
+    masks = [n for n in ("input_features_mask", "feature_attention_mask", "pixel_attention_mask") if n in parameters]
+    sets += [[*names, n] for n in masks for names in sets[:1] if n not in names]
     unique = []
     for names in sets:
         if names and names not in unique:

@@ -10,6 +10,7 @@ import contextlib
 import copy
 import functools
 import inspect
+import time
 import traceback
 import warnings
 from collections import Counter
@@ -21,7 +22,7 @@ import transformers
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import flashmla_hf
-from flashmla_hf import dispatch, hf, reference
+from flashmla_hf import dispatch, hf
 
 from . import batches
 from .classes import Candidate
@@ -29,6 +30,7 @@ from .tiny_configs import PLANS, tiny
 
 TOLERANCE = 1e-3
 MAX_PARAMETERS = 40_000_000
+BUILD_SECONDS = 20  # after these no further plan is tried
 KERNELS = ("cpu", "sm90", "flex")
 _NO_OUTPUT = ("cache", "past_key_values", "attentions", "memory", "mems")
 
@@ -65,7 +67,7 @@ def examine(candidate: Candidate, only_forward: bool = False) -> Result:
     transformers.logging.set_verbosity_error()
     try:
         model_class = getattr(transformers, candidate.class_name)
-        config_class = CONFIG_MAPPING[candidate.model_type]
+        config_class = getattr(model_class, "config_class", None) or CONFIG_MAPPING[candidate.model_type]
         inspect.signature(model_class.forward)
     except Exception as error:
         result.reason = _first_line(error)
@@ -80,8 +82,7 @@ def examine(candidate: Candidate, only_forward: bool = False) -> Result:
 
 
 def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0][:300] if lines else ''}"
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
 # Building
@@ -90,8 +91,10 @@ def _first_line(error: BaseException) -> str:
 def _build_eager(model_class, config_class, result: Result):
     """(model, its configuration, a batch that it answers) by the first plan that leads to all three."""
     first = None
-    tried = set()
+    tried, began = set(), time.monotonic()
     for plan in PLANS:
+        if time.monotonic() - began > BUILD_SECONDS:
+            break
         try:
             config = tiny(config_class, plan)
             text = repr(config)
@@ -271,7 +274,9 @@ class Pair:
         """How far eager in float64 is from eager in float32: nobody can ask for less."""
         try:
             double = copy.deepcopy(self.eager).double()
-            batch = {n: v.double() if isinstance(v, torch.Tensor) and v.is_floating_point() else v for n, v in batch.items()}
+            batch = {
+                n: v.double() if isinstance(v, torch.Tensor) and v.is_floating_point() else v for n, v in batch.items()
+            }
             return difference(run(double, batch, **options), want, real)[0]
         except Exception:
             return 0.0
@@ -412,7 +417,7 @@ def _mask_probes(pair: Pair, batch: dict) -> None:
     pair.probe("bool ones", batch | {"attention_mask": ones.bool()})
     right, left, hole = ones.clone(), ones.clone(), ones.clone()
     right[0, -7:] = 0
-    left[0, :2 if media else 7] = 0
+    left[0, : 2 if media else 7] = 0
     hole[0, -9], hole[1, -5] = 0, 0
     for probe, mask in (("right", right), ("left", left), ("hole", hole)):
         pair.probe(probe, batch | {"attention_mask": mask}, mask.bool())
@@ -514,10 +519,13 @@ def _training(pair: Pair, batch: dict) -> None:
 def _training_noise(eager, batch, want, largest) -> float:
     try:
         double = copy.deepcopy(eager).double()
-        batch = {n: v.double() if isinstance(v, torch.Tensor) and v.is_floating_point() else v for n, v in batch.items()}
+        batch = {
+            n: v.double() if isinstance(v, torch.Tensor) and v.is_floating_point() else v for n, v in batch.items()
+        }
         _, exact = _step(double, batch)
         return max(
-            float((exact[n] - g).abs().max()) / max(float(g.abs().max()), 1e-3 * largest, 1e-12) for n, g in want.items()
+            float((exact[n] - g).abs().max()) / max(float(g.abs().max()), 1e-3 * largest, 1e-12)
+            for n, g in want.items()
         )
     except Exception:
         return 0.0

@@ -9,9 +9,12 @@ whose model runs.
 from __future__ import annotations
 
 import dataclasses
+import functools
+import inspect
 import math
 import re
 from dataclasses import dataclass
+from pathlib import Path
 
 from transformers import PreTrainedConfig
 
@@ -52,16 +55,18 @@ PLANS = (
     Plan("kept", all_layers=True, images=False, windows=False),
 )
 
-_BASE_FIELDS = {field.name for field in dataclasses.fields(PreTrainedConfig)} if dataclasses.is_dataclass(
-    PreTrainedConfig
-) else set(vars(PreTrainedConfig()))
+_BASE_FIELDS = (
+    {field.name for field in dataclasses.fields(PreTrainedConfig)}
+    if dataclasses.is_dataclass(PreTrainedConfig)
+    else set(vars(PreTrainedConfig()))
+)
 _TOKEN = re.compile(r"(_token_id|_token_index|_token|_patch_id|_token_ids|^(bos|eos|pad|sep|cls|mask|blank|unk)_id)$")
 _VOCAB = re.compile(r"vocab|codebook_size$|^num_embeddings$|^n_vocab$|num_codes$|num_atom|num_edges|num_spatial")
 _KV_HEADS = re.compile(r"(key_value|kv)_heads|^num_kv|_kv_heads?|multi_query_group")
 _HEADS = re.compile(r"(attention_|_|^)heads?$|(^|_)n_heads?(_|$)|num_(key|value|query|attention)?_?heads")
-_HEAD_DIM = re.compile(r"head_dim|^d_kv$|head_size|kv_channels|head_hidden|_head_width|head_channels")
+_HEAD_DIM = re.compile(r"head_dim|^d_kv$|d_head|head_size|kv_channels|head_hidden|_head_width|head_channels")
 _RANK = re.compile(r"lora_(rank|dim)|_rank$|^rank$|lora_r$")
-_PER_TOKEN = re.compile(r"per_tok|top_?k|num_selected|n_activated|k_proj$")
+_PER_TOKEN = re.compile(r"per_tok|top_?k|num_selected|n_activated|^moe_k$")
 _EXPERTS = re.compile(r"experts?$|^num_experts|^n_experts|num_local_experts|n_routed")
 _LAYERS = re.compile(
     r"(^|_)(num_|n_)?(hidden_|encoder_|decoder_|block_|transformer_|self_attention_|cross_)*(layers?|blocks|depth)$"
@@ -70,7 +75,9 @@ _POSITIONS = re.compile(
     r"position_embeddings|n_positions|^n_ctx$|max_.*position|max_seq|max_.*len|context_length|num_position"
 )
 _IMAGE = re.compile(r"image_size$|img_size$|^input_size$|crop_size$|image_height$|image_width$|^img_(height|width)$")
-_WINDOW = re.compile(r"^sliding_window(_size)?$|^local_attention$|local_window|attention_window(_size)?$|^window_length$")
+_WINDOW = re.compile(
+    r"^sliding_window(_size)?$|^local_attention$|local_window|attention_window(_size)?$|^window_length$"
+)
 _CHUNKS = re.compile(r"attention_chunk_size$")
 _EVERY = re.compile(r"(_pattern|_interval|_every_n_layers|_frequency|_freq|_step|_period|_stride_layers)$")
 _QUERIES = re.compile(r"num_queries|num_query|n_queries|num_latents|num_denoising|image_seq|num_image_tokens")
@@ -86,6 +93,18 @@ _DROP = re.compile(r"drop|pdrop|jitter|mask_time_prob|mask_feature_prob|label_no
 _INDICES = re.compile(r"(indexes|indices|_layers|layer_ids|_blocks|_idx|_layer_index|_index|layer_idxs?)$")
 
 
+_RESNET = {
+    "embedding_size": 16, "hidden_sizes": [16, 32, 48, 64], "depths": [1, 1, 1, 1], "layer_type": "basic",
+    "out_features": ["stage2", "stage3", "stage4"],
+}  # fmt: skip
+# What a model needs although its configuration has no default for it.
+_WHERE_NONE = {
+    "pad_token_id": 0, "prediction_length": 8, "num_experts_per_tok": 2, "n_routed_experts": 4, "n_shared_experts": 1,
+    "attn_layer_indices": [1], "vocab_size": VOCAB,
+    "image_token_index": 120, "image_token_id": 120,
+}  # fmt: skip
+
+
 def tiny(config_class: type[PreTrainedConfig], plan: Plan) -> PreTrainedConfig:
     """A configuration of ``config_class`` shrunk by ``plan``."""
     return config_class(**_shrunk(config_class(), plan, {}))
@@ -98,14 +117,19 @@ def _shrunk(config: PreTrainedConfig, plan: Plan, token_ids: dict[str, int]) -> 
     rows = _rows(values, plan)
     arguments = {}
     for name, value in values.items():
+        if name == "rope_parameters" and isinstance(value, dict) and _rotates_in_sections(type(config)):
+            value = {"mrope_section": [16, 24, 24], **value}
         if isinstance(value, PreTrainedConfig):
+            if value.model_type == "timm_backbone":  # timm may not be there
+                arguments[name] = {"model_type": "resnet", **_RESNET}
+                continue
             arguments[name] = {"model_type": value.model_type, **_shrunk(value, plan, token_ids)}
             continue
         if name in _BASE_FIELDS and not _TOKEN.search(name):
             continue
         small = _small(name, value, values, plan, rows, token_ids)
         is_derived = name in defaults and defaults[name] is None and not isinstance(value, list)
-        if small != value and not (is_derived and _WIDTH.search(name) and not _KV_HEADS.search(name)):
+        if small != values[name] and not (is_derived and _WIDTH.search(name) and not _KV_HEADS.search(name)):
             arguments[name] = small
     if plan.windows:
         if "use_sliding_window" in values:  # the kinds of layers follow from these
@@ -113,9 +137,17 @@ def _shrunk(config: PreTrainedConfig, plan: Plan, token_ids: dict[str, int]) -> 
             arguments.pop("layer_types", None)
         elif values.get("sliding_window", 0) is None:
             arguments["sliding_window"] = WINDOW
+    arguments |= {name: small for name, small in _WHERE_NONE.items() if values.get(name, 0) is None}
     if plan.width == "constant" and defaults.get("num_key_value_heads", 0) is None and "kv_lora_rank" not in values:
         arguments["num_key_value_heads"] = 2
     return arguments
+
+
+@functools.cache
+def _rotates_in_sections(config_class: type) -> bool:
+    """Whether the models beside ``config_class`` split their rotation into sections, asked for or not."""
+    folder = Path(inspect.getfile(config_class)).parent
+    return any("mrope_section" in file.read_text() for file in folder.glob("modeling_*.py"))
 
 
 def _defaults(config_class: type) -> dict:
@@ -156,12 +188,14 @@ def _small(name: str, value, values: dict, plan: Plan, rows: tuple, token_ids: d
         return _small_list(name, value, plan, rows)
     if not isinstance(value, int):
         return value
+    if name.endswith("_offset") and isinstance(values.get(name.replace("_offset", "_period")), int):
+        return min(value, 1)
     if _EVERY.search(name):
-        return min(value, 2)
-    if _PER_TOKEN.search(name):
         return min(value, 2)
     if name in ("n_group", "topk_group", "num_expert_group", "num_expert_groups"):
         return 1
+    if _PER_TOKEN.search(name):
+        return min(value, 2)
     if _EXPERTS.search(name) and "size" not in name:
         return min(value, 1 if "shared" in name else 4)
     if _WINDOW.search(name):
@@ -181,7 +215,9 @@ def _small(name: str, value, values: dict, plan: Plan, rows: tuple, token_ids: d
     if _KV_HEADS.search(name):
         heads = next((values[n] for n in ("num_attention_heads", "n_head", "num_heads") if n in values), None)
         return (4 if value == heads else min(value, 2)) if plan.width == "constant" else value
-    if _HEADS.search(name):
+    if _HEADS.search(name) and not _HEAD_DIM.search(name):
+        if name.startswith("mamba") and plan.width == "constant":
+            return min(value, 8)  # times the head dimension of 16: the inner width, twice the outer one
         return min(value, 4) if plan.width == "constant" else value
     if _POSITIONS.search(name):
         return min(value, 256)
@@ -191,6 +227,8 @@ def _small(name: str, value, values: dict, plan: Plan, rows: tuple, token_ids: d
         return min(value, 4)
     if _QUERIES.search(name):
         return min(value, 8)
+    if name == "head_dim" and value == values.get("qk_rope_head_dim"):
+        name = "qk_rope_head_dim"
     return _small_width(name, value, plan)
 
 
@@ -234,6 +272,8 @@ def _small_list(name: str, value, plan: Plan, rows: tuple):
         return value if plan.all_layers else kind(min(item, 2) for item in value)
     if _INDICES.search(name) and count is not None and not plan.all_layers:
         return kind(min(item, len(kept) - 1) for item in value)
+    if name == "hidden_sizes":
+        kind = list  # ConvNeXt adds lists to it
     if _WIDTH.search(name) and not _NO_WIDTH.search(name) and plan.width != "kept":
         return kind(max(4, item // 8) if item >= 32 else item for item in value)
     return value
