@@ -16,7 +16,7 @@ _PUBLIC = {
     "attention": "flashmla_hf.dispatch",
     "flash_attn_func": "flashmla_hf.dispatch",
     "flash_attn_varlen_func": "flashmla_hf.dispatch",
-    "register": "flashmla_hf.hf",
+    "register": "flashmla_hf.hf_register",
     "check": "flashmla_hf.hf_check",
     "patch": "flashmla_hf.patches",
     "unpatch": "flashmla_hf.patches",

@@ -89,7 +89,7 @@ def _remove() -> None:
 def _register() -> None:
     """A failure to register must not break somebody else's ``import transformers``: it is a warning there."""
     try:
-        importlib.import_module("flashmla_hf.hf")  # registers at its end
+        importlib.import_module("flashmla_hf.hf_register")  # registers at its end
     except Exception as error:
         import warnings
 

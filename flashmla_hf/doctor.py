@@ -214,12 +214,12 @@ def _examine_transformers(problems: list[str]) -> dict:
     if importlib.util.find_spec("transformers") is None:
         return state
     try:
-        # The one module that knows Transformers; importing it registers.
-        from flashmla_hf import hf
+        # Importing it registers.
+        from flashmla_hf import hf_register
 
-        wanted = (hf.NAME, hf.ALIAS)
-        state["registered names"] = [name for name in wanted if name in hf.modeling_utils.ALL_ATTENTION_FUNCTIONS]
-        missing = [name for name in wanted if name not in state["registered names"]]
+        known = hf_register.modeling_utils.ALL_ATTENTION_FUNCTIONS
+        state["registered names"] = [name for name in hf_register.NAMES if name in known]
+        missing = [name for name in hf_register.NAMES if name not in known]
         if missing:
             problems.append(f"attn_implementation {missing} is not registered with Transformers")
     except Exception as error:  # a Transformers we do not know: report it, do not die of it

@@ -1,53 +1,21 @@
-"""The integration layer: ``attn_implementation="flashmla"`` in Hugging Face Transformers.
-
-:func:`register` tells Transformers about two names:
-
-``flashmla``
-    The name to use. It contains "flash" on purpose: Transformers then hands vision towers, continuous batching and
-    static caches what a flash kernel wants (packed boundaries, 2-D masks) instead of what SDPA wants.
-``fmla``
-    The same function under a name without "flash", for the few models that refuse or redirect flash names: Llama 4
-    beyond one attention chunk, HRM-Text's prefix masks, ESM-C's sequence ids.
+"""The forward of ``attn_implementation="flashmla"`` in Hugging Face Transformers.
 
 :func:`attention_forward` is what the attention layers of a model call. It turns Transformers' calling convention
-(masks in four forms, window conventions, packed rows, caches, autocast) into one call of :func:`flashmla_hf.attention`.
-Beside it: :mod:`hf_masks` makes the masks, :mod:`hf_layout` turns them into what the kernel takes, :mod:`hf_check`
-tells which layers of a model use the kernel. Checked against Transformers 5.17 and 5.23.
+(masks, window conventions, packed rows, caches, autocast) into one call of :func:`flashmla_hf.attention`.
+Beside it: :mod:`hf_register` gives it to Transformers under its names, :mod:`hf_masks` makes the masks,
+:mod:`hf_layout` turns them into what the kernel takes, :mod:`hf_paged` reads the caches of continuous batching,
+:mod:`hf_check` tells which layers of a model use the kernel.
 """
 
 from __future__ import annotations
 
-import functools
-import inspect
 import sys
 import warnings
 
 import torch
-from transformers import modeling_flash_attention_utils, modeling_utils
-from transformers.masking_utils import AttentionMaskInterface
 
-from flashmla_hf import hf_check, hf_layout, hf_masks, reference
-from flashmla_hf.dispatch import attention, flash_attn_func, flash_attn_varlen_func
-
-NAME = "flashmla"
-ALIAS = "fmla"
-# Transformers 5.17 switches to this key for continuous batching; 5.23 strips the prefix.
-PAGED_NAME = f"paged|{NAME}"
-PAGED_ALIAS = f"paged|{ALIAS}"
-
-# Keyword arguments that Transformers passes down to every attention layer and that say nothing about attention.
-IGNORED_KWARGS = frozenset(
-    {
-        "use_cache", "past_key_values", "cache_position", "encoder_hidden_states", "encoder_attention_mask",
-        "output_hidden_states", "output_router_logits", "return_dict", "num_items_in_batch", "logits_to_keep", "labels",
-        "shift_labels", "seq_idx", "input_ids", "inputs_embeds", "token_type_ids", "mm_token_type_ids",
-        "position_embeddings", "layer_idx", "debug_io", "debug_io_dir", "return_loss", "image_sizes", "pixel_values",
-        "pixel_values_videos", "image_grid_thw", "video_grid_thw", "second_per_grid_ts", "vision_feature_layer",
-        "vision_feature_select_strategy", "interpolate_pos_encoding",
-        # continuous batching: what the model runner reads, and the numbers of its buffers
-        "logits_indices", "logits_processor_args", "past_lens", "num_logits_to_keep",
-    }
-)  # fmt: skip
+from flashmla_hf import hf_check, hf_layout, hf_masks, hf_paged, reference
+from flashmla_hf.dispatch import attention
 
 _warned: set[str] = set()
 
@@ -89,36 +57,37 @@ def attention_forward(
             three as autocast leaves it.
         key, value: [batch, heads_kv, seqlen_kv, head_dim_qk or head_dim_v]; heads not repeated. A static cache hands
             over all its rows.
-        attention_mask: one of the forms of :mod:`hf_masks`, or a user's 4-D mask [batch, 1 or heads_q, seqlen_q,
-            seqlen_kv], boolean (true keeps) or additive. A 4-D mask is all there is to say: no causal mask or window is
-            put on top.
+        attention_mask: a mask of :mod:`hf_masks`, or a user's [batch, 1 or heads_q, seqlen_q, seqlen_kv], boolean (true
+            keeps) or additive. Either is all there is to say: no causal mask or window is put on top. Or key padding
+            [batch, seqlen_kv], bool or any number that is not 0 for a real token, from models that go around the mask
+            layer.
         dropout: probability of dropping a weight; exact, outside the fused kernel, with one warning.
         scaling: factor on the scores, ``None`` is ``head_dim_qk ** -0.5``.
-        is_causal: ``None`` is ``module.is_causal``, and causal where there is no such attribute.
-        sliding_window: a causal query sees this many keys, itself included.
+        is_causal, sliding_window: causality, ``None`` is ``module.is_causal``, and the number of keys that a causal query
+            sees, itself included. Both count if the mask does not say it (:func:`_without_mask`).
         softcap: as in :func:`flashmla_hf.attention`. s_aux: [heads_q] sinks, with gradient.
         position_bias: [1 or batch, heads_q, seqlen_q, at least seqlen_kv], added to the scores (T5); exact, outside the
             fused kernel, with one warning.
-        position_ids: [1 or batch, seqlen_q]; read to find packed rows where the mask says nothing.
+        position_ids: [1 or batch, seqlen_q]; read to find packed rows if the mask says nothing of them.
         cu_seq_lens_q, cu_seq_lens_k: [num_sequences + 1] boundaries of packed sequences over the flattened tokens; they
             say more than a 2-D mask and are taken instead of it.
         max_length_q, max_length_k: the longest packed sequences, or tensors of them.
         output_attentions: also return the weights, computed exactly outside the kernel, with one warning.
         deterministic: as in :func:`flashmla_hf.attention`; ``None`` and ``False`` leave it to torch's switches.
-        **kwargs: ``cache`` and its indices (continuous batching), and the arguments of ``IGNORED_KWARGS``.
+        **kwargs: ``cache`` and its indices (continuous batching), and whatever else a model hands down.
 
     Returns:
         ``(out, weights)``: out [batch, seqlen_q, heads_q, head_dim_v]; weights [batch, heads_q, seqlen_q, seqlen_kv] in
         out's dtype if asked for, else ``None``. Padding queries are 0.
 
     Raises:
-        ValueError: an argument that is not known here (sparse models pass the indices of the keys they selected: to
-        ignore them would be silently wrong). NotImplementedError: active context parallelism, or DTensor inputs.
+        ValueError: an argument about attention that is not known here (sparse models pass the indices of the keys they
+        selected: to ignore them would be silently wrong). NotImplementedError: active context parallelism, or DTensor inputs.
         Everything :func:`flashmla_hf.attention` raises.
     """
     cache = kwargs.pop("cache", None)
     if cache is not None:
-        paged = _update_paged_cache(module, key, value, cache, cu_seq_lens_k, max_length_k, kwargs)
+        paged = hf_paged.update(module, key, value, cache, cu_seq_lens_k, max_length_k, kwargs)
         key, value, cu_seq_lens_k, max_length_k, max_length_q_5_17 = paged
         max_length_q = max_length_q if max_length_q is not None else max_length_q_5_17
         attention_mask = None  # the boundaries say everything
@@ -131,69 +100,107 @@ def attention_forward(
         query, key, value = (x.expand(batch, -1, -1, -1) for x in (query, key, value))
     if isinstance(scaling, torch.Tensor):  # a learned scale: let autograd see it
         query, scaling = query * scaling.to(query.dtype), 1.0
-    if is_causal is None:
-        is_causal = getattr(module, "is_causal", True)
-    options = {
-        "scale": scaling,
-        "is_causal": bool(is_causal),
-        "window": _window(module, bool(is_causal), sliding_window),
-        "softcap": float(softcap or 0.0),
-        "sinks": s_aux,
-        "deterministic": True if deterministic else None,
-    }
     # Layout of the kernel: [batch, seqlen, heads, dim]. These are views.
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
     q, k, v = (x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous() for x in (q, k, v))
 
-    if (
-        cu_seq_lens_q is not None
-        and cu_seq_lens_k is not None
-        and (attention_mask is None or attention_mask.dim() == 2)
-    ):
+    is_causal, window = _without_mask(module, is_causal, sliding_window, is_paged=cache is not None)
+    pattern, mask = _read_mask(module, attention_mask, hf_masks.Pattern(is_causal, window), q, k.shape[1])
+    options = {
+        "scale": scaling,
+        "softcap": float(softcap or 0.0),
+        "sinks": s_aux,
+        "deterministic": True if deterministic else None,
+    }
+    if cu_seq_lens_q is not None and cu_seq_lens_k is not None and pattern is not None:
         boundaries = (hf_layout.as_boundaries(cu_seq_lens_q), hf_layout.as_boundaries(cu_seq_lens_k))
-        if output_attentions or position_bias is not None:
-            attention_mask = _dense_from_boundaries(module, q, k, *boundaries)
-        else:
+        if not output_attentions and position_bias is None:
+            options |= {"is_causal": pattern.is_causal, "window": pattern.window}
             longest = (_as_int(max_length_q), _as_int(max_length_k))
             return _packed(q, k, v, boundaries, longest, dropout_p=dropout, **options), None
-    elif attention_mask is None:
-        if q.shape[1] == k.shape[1] and position_ids is not None:
-            # With a cache (the default outside Trainer) Transformers' mask layer does not look for packed rows.
-            attention_mask = hf_layout.segments_from_positions(
-                position_ids, q.shape[0], q.shape[1], options["is_causal"]
-            )
-    else:
-        attention_mask = _recognised(module, attention_mask, q, k.shape[1])
+        segments = _segments_from_boundaries(module, q, k, *boundaries)
+        pattern = pattern._replace(padding=None, segments=segments)
+    elif position_ids is not None and pattern is not None and (attention_mask is None or pattern.is_causal):
+        pattern = _cut_by_positions(pattern, position_ids, q, k.shape[1])
 
     needs_dense = bool(output_attentions) or position_bias is not None or dropout > 0.0
-    if not needs_dense:
-        out = _fused(q, k, v, attention_mask, options)
+    if pattern is not None and not needs_dense:
+        out = _fused(q, k, v, pattern, options)
         if out is not None:
             return out, None
-    return _dense(module, q, k, v, attention_mask, position_bias, dropout, bool(output_attentions), options)
+    return _dense(module, q, k, v, pattern, mask, position_bias, dropout, bool(output_attentions), options)
 
 
-def _fused(q, k, v, mask, options) -> torch.Tensor | None:
-    """The kernel's answer for q, k, v [batch, seqlen, heads, dim] under ``mask``; ``None`` if it needs a dense mask."""
+def _without_mask(
+    module, is_causal: bool | None, sliding_window: int | None, is_paged: bool
+) -> tuple[bool, tuple[int, int] | None]:
+    """Causality and window of a layer whose mask does not say them: it has none, or one of key padding.
+
+    That is what the layer says, as for SDPA: the argument, else its attribute ``is_causal``. A layer without one sees
+    everything, as in eager attention, and so does every layer of a model for which Transformers declares neither SDPA
+    nor a flash implementation: nobody has checked what it says.
+    """
+    if is_paged:  # continuous batching makes no masks, for causal models
+        is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    elif not hf_masks.is_trusted(type(getattr(module, "config", None))):
+        return False, None
+    elif is_causal is None:
+        is_causal = getattr(module, "is_causal", False)
+    return bool(is_causal), _window(module, bool(is_causal), sliding_window)
+
+
+def _read_mask(
+    module, mask, without_mask: hf_masks.Pattern, q, seqlen_kv: int
+) -> tuple[hf_masks.Pattern | None, torch.Tensor | None]:
+    """``mask`` as a pattern, or, if only its numbers describe it, as 4-D mask. q [batch, seqlen_q, ...]."""
     if mask is None:
-        return attention(q, k, v, **options)
-    seqlen_q = q.shape[1]
-    if mask.dtype == torch.int32:
-        boundaries = hf_layout.segment_boundaries(mask)
-        return _packed(q, k, v, (boundaries, boundaries), (None, None), **options)
-
-    if mask.dim() == 4:
-        if mask.dtype != torch.bool or mask.shape[1] != 1 or mask.shape[2] != 1:
-            return None
+        return without_mask, None
+    pattern = hf_masks.pattern_of(mask)
+    if pattern is not None and mask.shape[2] == q.shape[1] and mask.shape[3] == seqlen_kv:
+        padding, segments = (
+            x if x is None or x.shape[0] == q.shape[0] else x.expand(q.shape[0], -1)
+            for x in (pattern.padding, pattern.segments)
+        )
+        return pattern._replace(padding=padding, segments=segments), None
+    mask = _recognised(module, mask.dense() if isinstance(mask, hf_masks.LazyMask) else mask, q, seqlen_kv)
+    if mask.dim() == 2:
+        return without_mask._replace(padding=mask), None
+    if mask.dtype == torch.bool and mask.shape[1] == mask.shape[2] == 1:
         # The keys that every query sees: causal and window do not count any more.
-        options = options | {"is_causal": False, "window": None}
-        mask = hf_layout.view_with_memo(mask, mask[:, 0, 0, :].expand(q.shape[0], -1))
-    k, v = k[:, : mask.shape[1]], v[:, : mask.shape[1]]
+        padding = hf_layout.view_with_memo(mask, mask[:, 0, 0, :].expand(q.shape[0], -1))
+        return hf_masks.Pattern(False, None, padding), None
+    return None, mask
+
+
+def _cut_by_positions(pattern: hf_masks.Pattern, position_ids, q, seqlen_kv: int) -> hf_masks.Pattern:
+    """``pattern`` with the packed rows that only the positions tell: with a cache (the default outside Trainer) or a
+    padding mask, Transformers' mask layer does not look for them."""
+    num_keys = seqlen_kv if pattern.padding is None else pattern.padding.shape[1]
+    if pattern.segments is not None or q.shape[1] != num_keys:
+        return pattern
+    segments = hf_layout.segments_from_positions(
+        position_ids, q.shape[0], q.shape[1], pattern.is_causal, pattern.padding
+    )
+    return pattern if segments is None else pattern._replace(segments=segments)
+
+
+def _fused(q, k, v, pattern: hf_masks.Pattern, options) -> torch.Tensor | None:
+    """The kernel's answer for q, k, v [batch, seqlen, heads, dim]; ``None`` if it needs a dense mask."""
+    seqlen_q = q.shape[1]
+    padding = pattern.padding
+    options = options | {"is_causal": pattern.is_causal, "window": pattern.window}
+    if padding is None:
+        if pattern.segments is None:
+            return attention(q, k, v, **options)
+        return _packed(q, k, v, hf_layout.segment_boundaries(pattern.segments), (None, None), **options)
+    k, v = k[:, : padding.shape[1]], v[:, : padding.shape[1]]
     seqlen_kv = k.shape[1]
-    ranges = hf_layout.key_ranges(mask)
+    ranges = hf_layout.key_ranges(padding)
     if ranges.has_holes:
         return None
-    queries_are_keys = options["is_causal"] or options["window"] is not None
+    if pattern.segments is not None:
+        return _packed(q, k, v, hf_layout.segment_boundaries(pattern.segments, padding), (None, None), **options)
+    queries_are_keys = pattern.is_causal or pattern.window is not None
     if queries_are_keys and seqlen_q > seqlen_kv:
         return None
     if ranges.uniform is not None:
@@ -224,16 +231,19 @@ def _packed(q, k, v, boundaries, longest, **options) -> torch.Tensor:
     return out.unflatten(0, (batch, seqlen_q))
 
 
-def _dense(module, q, k, v, mask, position_bias, dropout, wants_weights, options):
-    """Exact attention with a materialised mask: what no fused kernel computes. Shapes as in :func:`_fused`."""
+def _dense(module, q, k, v, pattern, mask, position_bias, dropout, wants_weights, options):
+    """Exact attention with a materialised mask: what no fused kernel computes. Either ``pattern`` or the 4-D ``mask``
+    says who sees whom; the shapes of q, k, v are as in :func:`_fused`."""
     num_keys = k.shape[1]
-    if mask is not None and mask.dtype == torch.int32:
-        mask = mask[:, None, :, None] == mask[:, None, None, :]  # packed: causal and window stay on
-    elif mask is not None and mask.dim() == 2:
-        k, v = k[:, : mask.shape[1]], v[:, : mask.shape[1]]
-        mask = mask[:, None, None, :]
-    elif mask is not None:
-        options = options | {"is_causal": False, "window": None}
+    options = options | {"is_causal": False, "window": None}
+    if pattern is not None:
+        options |= {"is_causal": pattern.is_causal, "window": pattern.window}
+        if pattern.padding is not None:
+            k, v = k[:, : pattern.padding.shape[1]], v[:, : pattern.padding.shape[1]]
+            mask = pattern.padding[:, None, None, :]
+        if pattern.segments is not None:
+            is_same = pattern.segments[:, None, :, None] == pattern.segments[:, None, None, :]
+            mask = is_same if mask is None else mask & is_same
     if position_bias is not None:
         _warn_once(
             f"flashmla: {type(module).__name__} adds a position_bias to its scores. This is computed exactly, but "
@@ -272,7 +282,7 @@ def _dense(module, q, k, v, mask, position_bias, dropout, wants_weights, options
     return out, weights
 
 
-def _dense_from_boundaries(module, q, k, cu_seqlens_q, cu_seqlens_kv) -> torch.Tensor:
+def _segments_from_boundaries(module, q, k, cu_seqlens_q, cu_seqlens_kv) -> torch.Tensor:
     if q.shape[0] != 1 or q.shape[1] != k.shape[1]:
         raise ValueError(
             f"flashmla in {type(module).__name__}: output_attentions and position_bias with cu_seq_lens: expected "
@@ -283,7 +293,8 @@ def _dense_from_boundaries(module, q, k, cu_seqlens_q, cu_seqlens_kv) -> torch.T
 
 
 def _recognised(module, mask, q: torch.Tensor, seqlen_kv: int) -> torch.Tensor:
-    """``mask`` in one of the forms of :mod:`hf_masks`, for q [batch, seqlen_q, ...] and at most ``seqlen_kv`` keys."""
+    """The user's ``mask`` as bool [batch, num_keys] or as 4-D mask, for q [batch, seqlen_q, ...] and at most
+    ``seqlen_kv`` keys."""
     if not isinstance(mask, torch.Tensor) or mask.dim() not in (2, 4):
         what = f"{mask.dim()} dimensions" if isinstance(mask, torch.Tensor) else type(mask).__name__
         raise ValueError(
@@ -296,9 +307,8 @@ def _recognised(module, mask, q: torch.Tensor, seqlen_kv: int) -> torch.Tensor:
         )
     if mask.dim() == 2 and mask.shape[0] != q.shape[0]:
         mask = mask.expand(q.shape[0], -1)
-    is_segments = mask.dtype == torch.int32 and mask.shape[1] == q.shape[1] == seqlen_kv
-    if mask.dim() == 2 and mask.dtype != torch.bool and not is_segments:
-        # Models that go around the mask layer pass the tokenizer's int64 mask of ones and zeros.
+    if mask.dim() == 2 and mask.dtype != torch.bool:
+        # Models that go around the mask layer pass the tokenizer's mask of ones and zeros, in whatever dtype.
         kept = hf_layout.memo(mask)
         if "as bool" not in kept:
             kept["as bool"] = hf_layout.adopt(mask != 0)
@@ -308,6 +318,8 @@ def _recognised(module, mask, q: torch.Tensor, seqlen_kv: int) -> torch.Tensor:
     # Of a 2-D mask a sliding cache holds the last keys. A 4-D mask may be made for the rows of a whole static cache.
     cut = mask[:, -seqlen_kv:] if mask.dim() == 2 else mask[..., :seqlen_kv]
     if mask.dim() == 4 and mask.shape[2] > 1:
+        return cut
+    if torch.compiler.is_compiling():
         return cut
     kept, key = hf_layout.memo(mask), ("cut", seqlen_kv)
     if key not in kept:
@@ -325,7 +337,7 @@ def _window(module, is_causal: bool, sliding_window: int | None) -> tuple[int, i
     # + 1. The mask that eager follows is |i - j| <= config.sliding_window. Layers that pass the config's value as it
     # is (the encoder of T5Gemma; causal models switched to is_causal=False) are off by one under Transformers' flash
     # path.
-    is_config_value = sliding_window == getattr(getattr(module, "config", None), "sliding_window", None)
+    is_config_value = sliding_window == hf_masks.attribute(getattr(module, "config", None), "sliding_window")
     reach = sliding_window if is_config_value else sliding_window - 1
     return (reach, reach)
 
@@ -351,42 +363,15 @@ def _as_int(length: int | torch.Tensor | None) -> int | None:
     return length
 
 
-def _update_paged_cache(module, key, value, cache, cu_seq_lens_k, max_length_k, kwargs):
-    """Continuous batching: writes key and value [1, heads_kv, new tokens, dim] to the cache and returns all the keys
-    of the batch [1, heads_kv, total_kv, dim], their boundaries and longest sequences."""
-    if kwargs.get("block_table") is not None:
-        raise ValueError(
-            f"flashmla in {type(module).__name__}: block_table: expected none; this attention reads gathered keys. "
-            "Leave use_cuda_graph and the block-table decode path of continuous batching off"
-        )
-    read_index, write_index = kwargs.pop("read_index", None), kwargs.pop("write_index", None)
-    kwargs.pop("block_table", None)
-    longest_q, longest_k = kwargs.pop("max_seqlen_q", None), kwargs.pop("max_seqlen_k", None)  # names of 5.17
-    if "kwargs" in inspect.signature(cache.update).parameters:
-        updated = {
-            "cu_seq_lens_k": cu_seq_lens_k, "max_length_k": max_length_k, "read_index": read_index,
-            "write_index": write_index,
-        }  # fmt: skip
-        key, value = cache.update(key_states=key, value_states=value, layer_idx=module.layer_idx, kwargs=updated)
-        return key, value, updated["cu_seq_lens_k"], updated["max_length_k"], longest_q
-    key, value = cache.update(
-        key_states=key, value_states=value, layer_idx=module.layer_idx, read_index=read_index, write_index=write_index
-    )
-    kind = "sliding_attention" if getattr(module, "sliding_window", None) else "full_attention"
-    if isinstance(cu_seq_lens_k, dict):
-        cu_seq_lens_k = cu_seq_lens_k[kind]
-    longest_k = max_length_k if longest_k is None else longest_k
-    if isinstance(longest_k, dict):
-        longest_k = longest_k[kind]
-    # [total_kv, heads_kv, dim] -> [1, heads_kv, total_kv, dim]
-    key, value = (x.transpose(0, 1)[None] for x in (key, value))
-    return key, value, cu_seq_lens_k, longest_k, longest_q
-
-
 def _refuse_unknown(module, kwargs: dict) -> None:
+    """Raises for an argument that eager attention would honour, or that the layer passes in eager's place.
+
+    Whatever else arrives was given to the model for somebody else: Transformers hands it down to every layer, and
+    eager's attention function ignores it.
+    """
     for name, given in kwargs.items():
-        if given is not None and name not in IGNORED_KWARGS:
-            model = getattr(getattr(module, "config", None), "model_type", "unknown")
+        if given is not None and hf_check.is_about_attention(type(module), name):
+            model = hf_masks.attribute(getattr(module, "config", None), "model_type") or "unknown"
             raise ValueError(
                 f"flashmla: {type(module).__name__} of model type {model!r} passes the argument {name!r}, which this "
                 "attention does not know; ignoring it could be silently wrong (sparse models pass their selected keys "
@@ -427,83 +412,3 @@ def _context_parallel_is_active() -> bool:
         if handlers is not None and state.DTensor._op_dispatcher._custom_op_handlers is not handlers:
             return True
     return False
-
-
-def _wrap_lazy_imports(original):
-    """Transformers preloads a flash library for every name that contains "flash", from the hub if it does not know the
-    name, and model init then fails. For our names this gives our functions; they also serve models that call
-    Transformers' own flash path (Falcon, remote code)."""
-
-    @functools.wraps(original)
-    def lazy_imports(implementation, *args, **kwargs):
-        if implementation in (NAME, PAGED_NAME):
-            pad, unpad = modeling_flash_attention_utils._pad_input, modeling_flash_attention_utils._unpad_input
-            return flash_attn_func, flash_attn_varlen_func, None, pad, unpad
-        return original(implementation, *args, **kwargs)
-
-    lazy_imports._flashmla_wraps = original
-    return lazy_imports
-
-
-def _wrap_check_and_adjust(original):
-    """Every route to an attention implementation ends in this method of the model."""
-
-    @functools.wraps(original)
-    def check_and_adjust(self, attn_implementation, *args, **kwargs):
-        if attn_implementation in (NAME, ALIAS, PAGED_NAME, PAGED_ALIAS):
-            reason = hf_check.reason_for_eager(type(self))
-            if reason is not None:
-                _warn_once(
-                    f"flashmla: {reason}. attn_implementation={attn_implementation!r} has no effect there: "
-                    '"eager" is used. flashmla_hf.check(model) lists the layers.'
-                )
-                return original(self, "eager", *args, **kwargs)
-            _declare_compatible(type(self))
-            _provide_flash_path(type(self))
-        return original(self, attn_implementation, *args, **kwargs)
-
-    check_and_adjust._flashmla_wraps = original
-    return check_and_adjust
-
-
-def _declare_compatible(model_class: type) -> None:
-    """Adds our name to ``_compatible_flash_implementations``: GPT-OSS and its kin list the kernels that know sinks and
-    replace every other flash name by one from the hub. On first use, so that classes imported later are covered."""
-    for cls in model_class.__mro__:
-        names = cls.__dict__.get("_compatible_flash_implementations")
-        if names is not None and NAME not in names:
-            cls._compatible_flash_implementations = [*names, NAME]
-
-
-def _provide_flash_path(model_class: type) -> None:
-    """Falcon, GPT-J and Bark import Transformers' flash path only where flash-attn is installed, use it unasked,
-    and in 5.17 choose their attention class from a dictionary that knows no registered names."""
-    if not hf_check.uses_flash_path(model_class):
-        return
-    contents = vars(sys.modules[model_class.__module__])
-    contents.setdefault("_flash_attention_forward", modeling_flash_attention_utils._flash_attention_forward)
-    for name, classes in contents.items():
-        if name.endswith("_ATTENTION_CLASSES") and "flash_attention_2" in classes:
-            for ours in (NAME, ALIAS):
-                classes.setdefault(ours, classes["flash_attention_2"])
-
-
-def register() -> None:
-    """Makes ``attn_implementation="flashmla"`` (and ``"fmla"``) known to Transformers. Calling it again changes
-    nothing."""
-    for name in (NAME, ALIAS, PAGED_NAME, PAGED_ALIAS):
-        modeling_utils.AttentionInterface.register(name, attention_forward)
-    # The paged names get no mask function, as in Transformers: continuous batching then builds no mask at all.
-    for name in (NAME, ALIAS):
-        AttentionMaskInterface.register(name, hf_masks.flashmla_mask)
-    for owner, name, wrap in (
-        (modeling_flash_attention_utils, "_lazy_imports", _wrap_lazy_imports),
-        (modeling_utils.PreTrainedModel, "_check_and_adjust_attn_implementation", _wrap_check_and_adjust),
-    ):
-        current = getattr(owner, name)
-        if not hasattr(current, "_flashmla_wraps"):
-            setattr(owner, name, wrap(current))
-
-
-# Whoever imports this module wants that; the import hook of autoload.py relies on it.
-register()

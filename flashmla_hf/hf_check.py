@@ -17,10 +17,13 @@ from types import CodeType
 
 import torch
 
+from flashmla_hf import hf_names
+
 _INTERFACE = "ALL_ATTENTION_FUNCTIONS"
 _FLASH_PATH = "_flash_attention_forward"
-# Arguments by which sparse models tell an attention function which keys to read; see hf._refuse_unknown.
+# Arguments by which sparse models and paged caches tell an attention function which keys to read.
 _SPARSE_KWARGS = {"indices", "block_indices", "sinks"}
+_SELECTING_KWARGS = _SPARSE_KWARGS | {"block_table"}
 
 
 @dataclass(frozen=True)
@@ -102,7 +105,7 @@ def _verdict(module: torch.nn.Module) -> tuple[bool, str]:
     implementation = getattr(config, "_attn_implementation", None)
     if implementation == "eager" and (reason := _module_reason(type(module).__module__)) is not None:
         return False, f"{reason}; 'eager' is used"
-    if implementation is None or implementation.removeprefix("paged|") not in ("flashmla", "fmla"):
+    if not hf_names.is_ours(implementation):
         return False, f'its attn_implementation is {implementation!r}; set_attn_implementation("flashmla") changes it'
     if sparse := sorted(_SPARSE_KWARGS & _keywords_passed(type(module))):
         return False, f"it selects keys by {', '.join(sparse)}, which is refused with an error"
@@ -158,14 +161,37 @@ def _names_used(cls: type) -> frozenset[str]:
     return frozenset(name for code in _codes(cls) for name in code.co_names)
 
 
+@torch.compiler.assume_constant_result
+def is_about_attention(layer_class: type, name: str) -> bool:
+    """Whether ``name``, an argument that :func:`flashmla_hf.hf.attention_forward` does not know, may change the attention
+    of a layer: it selects keys, the layer itself names it in its call, or eager's attention function beside it does."""
+    return name in _SELECTING_KWARGS or name in _keywords_passed(layer_class) or name in _eager_arguments(layer_class)
+
+
 @functools.cache
 def _keywords_passed(cls: type) -> frozenset[str]:
-    """Names of keyword arguments in calls made by ``cls.forward``: Python keeps them as constant tuples of strings."""
-    code = getattr(inspect.unwrap(cls.forward), "__code__", None)
-    constants = code.co_consts if code is not None else ()
+    """Names of the keyword arguments in calls of the attention interface by ``cls``: Python keeps those of a call as a
+    constant tuple of strings, and every such call names the scale or the dropout."""
+    constants = (constant for code in _codes(cls) for constant in code.co_consts if isinstance(constant, tuple))
     return frozenset(
-        name for constant in constants if isinstance(constant, tuple) for name in constant if isinstance(name, str)
+        name
+        for names in constants
+        if {"scaling", "dropout"} & {name for name in names if isinstance(name, str)}
+        for name in names
     )
+
+
+@functools.cache
+def _eager_arguments(cls: type) -> frozenset[str]:
+    """Names of the parameters of eager's attention functions that the code of ``cls`` mentions."""
+    names = set()
+    for base in cls.__mro__:
+        contents = vars(sys.modules.get(base.__module__, object))
+        for name in _names_used(cls):
+            function = contents.get(name)
+            if "eager" in name and inspect.isfunction(function):
+                names |= inspect.signature(function).parameters.keys()
+    return frozenset(names)
 
 
 def _codes(cls: type) -> Iterator[CodeType]:

@@ -105,9 +105,9 @@ def key_ranges(valid: torch.Tensor) -> KeyRanges:
 
     Raises: RuntimeError from the running graph (on a GPU a device assertion) if compiled code meets a mask with holes.
     """
-    kept, key = memo(valid), ("ranges", valid.shape)
-    if key in kept:
-        return kept[key]
+    kept = memo(valid)
+    if "ranges" in kept:
+        return kept["ranges"]
     seqlen = valid.shape[1]
     position = torch.arange(seqlen, device=valid.device, dtype=torch.int32)
     start = torch.where(valid, position, seqlen).amin(dim=1).to(torch.int32)
@@ -128,8 +128,8 @@ def key_ranges(valid: torch.Tensor) -> KeyRanges:
             "flashmla: a compiled model met a key mask whose valid keys are not one range per row; run this model "
             "without torch.compile, or give the mask as 4-D",
         )
-    kept[key] = KeyRanges(start, end, uniform, has_holes)
-    return kept[key]
+    kept["ranges"] = KeyRanges(start, end, uniform, has_holes)
+    return kept["ranges"]
 
 
 def range_boundaries(
@@ -141,8 +141,9 @@ def range_boundaries(
     padding where that key is. Otherwise (cross-attention, or an encoder without window) every query sees the valid
     keys.
     """
-    key = (seqlen_q, seqlen_kv, queries_are_keys)
-    if key not in ranges.boundaries:
+    # As the key of a dictionary, a length would be a constant of a compiled graph: one graph for each.
+    key = None if torch.compiler.is_compiling() else (seqlen_q, seqlen_kv, queries_are_keys)
+    if key is None or key not in ranges.boundaries:
         start, end = ranges.start, ranges.end
         if queries_are_keys:
             shift = seqlen_kv - seqlen_q
@@ -164,33 +165,50 @@ def range_boundaries(
     return ranges.boundaries[key]
 
 
-def segment_boundaries(segments: torch.Tensor) -> torch.Tensor:
-    """cu_seqlens, int32 [num_segments + 1], of ``segments``, int32 [batch, seqlen]: a packed sequence ends where the
-    number changes and at the end of a row.
+def segment_boundaries(
+    segments: torch.Tensor, padding: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """cu_seqlens_q, cu_seqlens_kv of ``segments``, int32 [batch, seqlen]: a packed sequence ends where the number
+    changes and at the end of a row.
 
-    Under torch.compile the tensor has a fixed size and repeats its last boundary (empty sequences). Raises:
+    padding: bool [batch, seqlen], true for real tokens; those of a row are one range. A run of padding is then two
+    sequences, as in the table above: its queries without keys and its keys without queries.
+
+    Under torch.compile the tensors have a fixed size and repeat their last boundary (empty sequences). Raises:
     RuntimeError from the running graph if there are more sequences than room was made for.
     """
     kept = memo(segments)
-    if "boundaries" not in kept:
-        total = segments.numel()
-        is_first = torch.ones_like(segments, dtype=torch.bool)
-        is_first[:, 1:] = segments[:, 1:] != segments[:, :-1]
-        number = is_first.flatten().cumsum(0, dtype=torch.int32)  # 1, 1, 1, 2, 2, 3, ...
-        if values_are_readable(segments):
-            capacity = int(number[-1])  # the one synchronisation of this mask
-        else:
-            capacity = min(total, max(MIN_COMPILED_SEGMENTS, total // MIN_COMPILED_TOKENS_PER_SEGMENT))
-            if not segments.is_meta:
-                torch._assert_async(
-                    number[-1] <= capacity,
-                    "flashmla: more packed sequences than a compiled graph has room for; pass cu_seq_lens_q/k "
-                    "(DataCollatorWithFlattening(return_flash_attn_kwargs=True)) or run without torch.compile",
-                )
-        wanted = torch.arange(1, capacity + 2, device=segments.device, dtype=torch.int32)
-        # Where number first reaches 1, 2, 3, ...; past the last one that is total.
-        kept["boundaries"] = torch.searchsorted(number, wanted, out_int32=True)
-    return kept["boundaries"]
+    if "boundaries" in kept and kept["boundaries"][0] is padding:
+        return kept["boundaries"][1]
+    total = segments.numel()
+    is_first = torch.ones_like(segments, dtype=torch.bool)
+    is_first[:, 1:] = segments[:, 1:] != segments[:, :-1]
+    if padding is not None:
+        is_first[:, 1:] |= padding[:, 1:] != padding[:, :-1]
+    number = is_first.flatten().cumsum(0, dtype=torch.int32)  # 1, 1, 1, 2, 2, 3, ...
+    if values_are_readable(segments):
+        capacity = int(number[-1])  # the one synchronisation of this mask
+    else:
+        # Every row begins a sequence, and may have padding at both ends.
+        capacity = min(total, max(MIN_COMPILED_SEGMENTS, total // MIN_COMPILED_TOKENS_PER_SEGMENT) + 3 * len(segments))
+        if not segments.is_meta:
+            torch._assert_async(
+                number[-1] <= capacity,
+                "flashmla: more packed sequences than a compiled graph has room for; pass cu_seq_lens_q/k "
+                "(DataCollatorWithFlattening(return_flash_attn_kwargs=True)) or run without torch.compile",
+            )
+    wanted = torch.arange(1, capacity + 2, device=segments.device, dtype=torch.int32)
+    # Where number first reaches 1, 2, 3, ...; past the last one that is total.
+    ends = torch.searchsorted(number, wanted, out_int32=True)
+    boundaries = (ends, ends)
+    if padding is not None:
+        begin, end = ends[:-1], ends[1:]
+        is_real = padding.flatten()[begin.clamp(max=total - 1)]
+        ends_q = torch.stack([end, end], dim=1).flatten()
+        ends_kv = torch.stack([torch.where(is_real, end, begin), end], dim=1).flatten()
+        boundaries = tuple(torch.nn.functional.pad(x, (1, 0)) for x in (ends_q, ends_kv))
+    kept["boundaries"] = (padding, boundaries)
+    return boundaries
 
 
 def as_boundaries(cu_seqlens: torch.Tensor) -> torch.Tensor:
@@ -205,15 +223,20 @@ def as_boundaries(cu_seqlens: torch.Tensor) -> torch.Tensor:
 
 
 def segments_from_positions(
-    position_ids: torch.Tensor, batch: int, seqlen: int, is_causal: bool
+    position_ids: torch.Tensor | None, batch: int, seqlen: int, is_causal: bool, padding: torch.Tensor | None = None
 ) -> torch.Tensor | None:
-    """Segment numbers, int32 [batch, seqlen], where position_ids say that rows are packed; ``None`` where they do not.
+    """Segment numbers, int32 [batch, seqlen], if position_ids say that rows are packed; ``None`` if they do not.
 
-    position_ids [batch or 1, seqlen]. In a causal model a sequence begins wherever the position is not the one before
-    plus one, which is how Transformers' mask layer reads them; that layer does not look at all when there is a cache,
-    and eager attention then mixes the sequences. Elsewhere positions may jump inside a sequence (patches of an
-    image), and a sequence begins at each return to the lowest position, which is how Transformers' flash path reads
-    them.
+    position_ids [batch or 1, seqlen]. padding: bool [batch, seqlen], true for real tokens, or ``None``.
+
+    This is for masks that do not say it: Transformers' mask layer looks for packed rows if there is neither a padding
+    mask nor a cache, and eager attention mixes the sequences otherwise. So a causal row is cut only where it begins
+    anew, which is how Transformers' flash path reads positions: where the position returns to that of the row's first
+    token, the row's lowest. Nothing else cuts, as in eager attention: positions may skip, repeat and fall. A position
+    that repeats the lowest one begins a sequence (after one of a single token) in a row that otherwise only counts.
+
+    Without causality positions are those of patches, which jump inside an image, and a sequence begins at each lowest
+    position (Pixtral).
     """
     if seqlen == 1 or position_ids is None or position_ids.is_floating_point():
         return None
@@ -222,23 +245,41 @@ def segments_from_positions(
         position_ids.dim() != 2 or position_ids.shape[0] not in (1, batch) or position_ids.shape[1] != seqlen
     ):
         return None  # three-dimensional rotary positions and the like say nothing about packing
-    kept, key = memo(position_ids), ("segments", batch, is_causal)
-    if key not in kept:
-        if is_patch_grid:
-            # Pixtral in Transformers 5.17: (row, column) of each patch, each image beginning at (0, 0).
-            is_first = (position_ids == 0).all(dim=-1)[None]
-        elif is_causal:
-            step = position_ids.diff(dim=-1, prepend=position_ids[:, :1] - 1)
-            is_first = step != 1
-        else:
-            is_first = position_ids == position_ids.amin(dim=-1, keepdim=True)
-        is_first = is_first.clone()
+    kept, key = memo(position_ids), None if torch.compiler.is_compiling() else ("segments", batch, is_causal)
+    if key in kept and kept[key][0] is padding:
+        return kept[key][1]
+    if is_patch_grid:
+        # Pixtral in Transformers 5.17: (row, column) of each patch, each image beginning at (0, 0).
+        is_first = (position_ids == 0).all(dim=-1)[None].clone()
         is_first[:, 0] = True
-        if values_are_readable(position_ids) and not bool(is_first[:, 1:].any()):
-            kept[key] = None
-        else:
-            kept[key] = is_first.cumsum(-1, dtype=torch.int32).expand(batch, -1)
-    return kept[key]
+    elif is_causal:
+        is_first = _begins_anew(position_ids, padding)
+    else:
+        is_first = position_ids == position_ids.amin(dim=-1, keepdim=True)
+        is_first[:, 0] = True
+    segments = None
+    if not values_are_readable(position_ids) or bool(is_first[:, 1:].any()):
+        segments = is_first.cumsum(-1, dtype=torch.int32).expand(batch, -1)
+    kept[key] = (padding, segments)
+    return segments
+
+
+def _begins_anew(position_ids: torch.Tensor, padding: torch.Tensor | None) -> torch.Tensor:
+    """Bool [batch or 1, seqlen], true for the first token of a row and of each sequence packed into it."""
+    if padding is None:
+        first, lowest = position_ids[:, :1], position_ids.amin(dim=-1, keepdim=True)
+        is_pair = torch.ones_like(position_ids[:, 1:], dtype=torch.bool)
+    else:
+        position_ids = position_ids.expand(len(padding), -1)
+        first = position_ids.gather(1, padding.to(torch.int8).argmax(dim=1, keepdim=True))
+        lowest = position_ids.masked_fill(~padding, torch.iinfo(position_ids.dtype).max).amin(dim=-1, keepdim=True)
+        is_pair = padding[:, 1:] & padding[:, :-1]
+    step = position_ids.diff(dim=-1)
+    is_lowest = (position_ids[:, 1:] == first) & (first == lowest) & is_pair
+    is_count = (step == 1) & is_pair
+    only_counts = (is_count | is_lowest | ~is_pair).all(dim=-1, keepdim=True) & is_count.any(dim=-1, keepdim=True)
+    begins = is_lowest & ((step < 0) | ((step == 0) & only_counts))
+    return torch.nn.functional.pad(begins, (1, 0), value=True)
 
 
 def segments_from_boundaries(cu_seqlens: torch.Tensor, total: int) -> torch.Tensor:

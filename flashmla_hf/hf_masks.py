@@ -1,50 +1,45 @@
-"""The mask function registered with Transformers, and the four forms of mask that it hands to the attention layers.
+"""The mask function registered with Transformers, and the masks that it hands to the attention layers.
 
 Transformers builds one mask per forward pass and kind of layer, by calling the function registered for the attention
 implementation with a *mask function* (who sees whom, as a closure over batch, head, query and key indices) and the
-2-D padding mask. Its own function for flash implementations ignores the closure, which is silently wrong for images in
-Gemma 3, PaliGemma's prefix, packed rows and static caches. This one answers exactly, with the cheapest form that says
-it:
+2-D padding mask. Eager attention applies that mask and nothing else: whether a layer is causal, has a window or sees
+everything stands in its mask. Transformers' own functions for SDPA and flash implementations leave out what "the layer
+says by itself", and not every layer says it: some decoders never set ``is_causal``, some never pass their window on.
 
-===============================  =======================================================================================
-form                             meaning for the attention layer
-===============================  =======================================================================================
-``None``                         causal, window or everything, as the layer's own arguments say
-bool [batch, seqlen]             key padding besides that; ``seqlen`` is the number of keys to read, the last query
-                                 standing at the last of them (a static cache holds more rows than that)
-int32 [batch, seqlen]            numbers of packed sequences; causal and window count inside each
-bool [batch, 1, 1, seqlen_kv]    the keys that every query of the row sees: nothing else counts
-bool [batch, 1, seqlen_q, ...]   who sees whom, dense: nothing else counts
-===============================  =======================================================================================
+So a mask of ours always says everything. It has the shape and dtype of the mask that the model's class is written for,
+[batch, 1, seqlen_q, seqlen_kv], and carries a :class:`Pattern`, which the attention function reads instead of it:
 
-The last one costs seqlen_q * seqlen_kv bytes and leaves the fused kernel; it is for patterns that nothing else
-expresses.
+===================  ===================================================================================================
+in eager mode        :class:`LazyMask`: no memory until somebody computes with it. A model that slices it, adds to it or
+                     concatenates it gets the dense mask, exactly, and its layer then computes under that.
+under torch.compile  the dense mask, with the pattern as an attribute. Nobody reads the dense one, so the compiler drops
+                     it, unless the model computes with it.
+===================  ===================================================================================================
+
+What no pattern says (images that see themselves, custom overlays, holes in the padding of a causal row) is a dense mask
+without one: it costs seqlen_q * seqlen_kv bytes and leaves the fused kernel. ``None`` is what eager's mask function
+returns for it: every query sees every key.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import torch
-from transformers import masking_utils
+from torch.utils import _pytree as pytree
+from transformers import masking_utils, modeling_utils
 
 from flashmla_hf import hf_layout
 
 # The building blocks of transformers.masking_utils by the names of their closures.
 _CAUSAL = "causal_mask_function"
 _BIDIRECTIONAL = "bidirectional_mask_function"
+_WINDOW = "sliding_window_overlay.<locals>.inner_mask"
+_WINDOW_BOTH_WAYS = "sliding_window_bidirectional_overlay.<locals>.inner_mask"
 _CHUNKED = "chunked_overlay.<locals>.inner_mask"
 _PACKED = "packed_sequence_mask_function.<locals>.inner_mask"
 _REMAP = "remap_positions_for_packed_sequence.<locals>.inner_mask"
-_KNOWN = {
-    _CAUSAL,
-    _BIDIRECTIONAL,
-    _CHUNKED,
-    _PACKED,
-    _REMAP,
-    "sliding_window_overlay.<locals>.inner_mask",
-    "sliding_window_bidirectional_overlay.<locals>.inner_mask",
-}
 _AND = "and_masks.<locals>.and_mask"
 _AND_CODE = masking_utils.and_masks().__code__
 
@@ -52,40 +47,271 @@ _AND_CODE = masking_utils.and_masks().__code__
 # (The last three are Bark's.)
 LEGACY_FLASH_MODEL_TYPES = frozenset({"falcon", "gptj", "semantic", "coarse_acoustics", "fine_acoustics"})
 
+_ATTRIBUTE = "_flashmla_pattern"
 
-def _names(mask_function: Callable) -> set[str]:
-    """The names of the conditions that ``mask_function`` is the conjunction of (a disjunction is one unknown name)."""
-    name = getattr(mask_function, "__qualname__", "unknown")
+
+class Pattern(NamedTuple):
+    """Who sees whom, in a form that the kernel computes. What holds of a pair (query, key) is the conjunction of all.
+
+    is_causal: no key after the query. window: ``(left, right)``, both included, -1 is unbounded; ``None``: no window.
+    padding: bool [batch, num_keys], true where a key may be seen; ``num_keys`` is the number of keys that there are,
+    the last query standing at the last of them (a static cache holds more rows than that). ``None``: all keys.
+    segments: int32 [batch, seqlen], the numbers of packed sequences, which do not see each other, or ``None``.
+    """
+
+    is_causal: bool
+    window: tuple[int, int] | None = None
+    padding: torch.Tensor | None = None
+    segments: torch.Tensor | None = None
+
+    def dense(self, seqlen_q: int, seqlen_kv: int, device: torch.device) -> torch.Tensor:
+        """Bool [batch or 1, 1, seqlen_q, seqlen_kv], true where the query sees the key."""
+        num_keys = seqlen_kv if self.padding is None else self.padding.shape[1]
+        key = torch.arange(seqlen_kv, device=device)[None]
+        query = torch.arange(seqlen_q, device=device)[:, None] + (num_keys - seqlen_q)
+        mask = (key < num_keys).expand(seqlen_q, -1)
+        if self.is_causal:
+            mask = mask & (key <= query)
+        left, right = (-1, -1) if self.window is None else self.window
+        if left >= 0:
+            mask = mask & (key >= query - left)
+        if right >= 0:
+            mask = mask & (key <= query + right)
+        mask = mask[None, None]
+        if self.padding is not None:
+            mask = mask & torch.nn.functional.pad(self.padding, (0, seqlen_kv - num_keys))[:, None, None, :]
+        if self.segments is not None:
+            mask = mask & (self.segments[:, None, :, None] == self.segments[:, None, None, :])
+        return mask
+
+
+def _in_dtype(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The boolean ``mask`` as the mask of eager attention if ``dtype`` is floating: 0 or the lowest number, added."""
+    if dtype == torch.bool:
+        return mask
+    zero = torch.zeros((), dtype=dtype, device=mask.device)
+    return torch.where(mask, zero, torch.finfo(dtype).min)
+
+
+class LazyMask(torch.Tensor):
+    """A mask [batch, 1, seqlen_q, seqlen_kv] that is made when somebody computes with it.
+
+    It holds its pattern and no numbers. Every operation on it gets the dense mask in its place, which is then kept. A
+    view of that, or a change in place, makes the pattern void: :func:`pattern_of` answers ``None`` from then on.
+    """
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @staticmethod
+    def __new__(cls, pattern: Pattern, size, dtype: torch.dtype, anchor: torch.Tensor, state: dict | None = None):
+        return torch.Tensor._make_wrapper_subclass(cls, size, dtype=dtype, device=anchor.device)
+
+    def __init__(self, pattern: Pattern, size, dtype: torch.dtype, anchor: torch.Tensor, state: dict | None = None):
+        # torch.compile takes a subclass apart into the tensors that it holds, of which there must be one.
+        self._anchor, self._padding, self._segments = anchor, pattern.padding, pattern.segments
+        self._state = {"pattern": pattern, "dense": None} if state is None else state  # one for all aliases
+
+    def dense(self) -> torch.Tensor:
+        """The mask itself, bool (true keeps) or floating (added), made once."""
+        if self._state["dense"] is None:
+            mask = self._state["pattern"].dense(self.shape[2], self.shape[3], self.device)
+            self._state["dense"] = _in_dtype(mask.expand(self.shape), self.dtype).contiguous()
+        return self._state["dense"]
+
+    def __repr__(self, *, tensor_contents=None) -> str:
+        return f"LazyMask({self._state['pattern']}, size={[*self.shape]}, dtype={self.dtype})"
+
+    def __deepcopy__(self, memo):
+        return self.dense().clone()
+
+    def __reduce_ex__(self, protocol):
+        return self.dense().__reduce_ex__(protocol)
+
+    def __tensor_flatten__(self):
+        pattern = self._state["pattern"]
+        if pattern is None:
+            self._void = self._state["dense"]
+            return ["_anchor", "_void"], (None, self.dtype)
+        names = [name for name in ("_anchor", "_padding", "_segments") if getattr(self, name) is not None]
+        return names, (Pattern(pattern.is_causal, pattern.window), self.dtype)
+
+    @staticmethod
+    def __tensor_unflatten__(inner, context, size, stride):
+        pattern, dtype = context
+        if pattern is None:
+            state = {"pattern": None, "dense": inner["_void"]}
+            return LazyMask(Pattern(False), size, dtype, inner["_anchor"], state)
+        pattern = Pattern(pattern.is_causal, pattern.window, inner.get("_padding"), inner.get("_segments"))
+        return LazyMask(pattern, size, dtype, inner["_anchor"])
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        mask = args[0] if args and isinstance(args[0], LazyMask) else None
+        if mask is not None and mask._state["pattern"] is not None and _says_the_same(func, mask, args, kwargs):
+            return mask._alias(kwargs.get("device"))
+        if func._schema.is_mutable or any(r.alias_info is not None for r in func._schema.returns):
+            for lazy in (x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, LazyMask)):
+                lazy.dense()
+                lazy._state["pattern"] = None
+        return func(*pytree.tree_map_only(LazyMask, LazyMask.dense, args),
+                    **pytree.tree_map_only(LazyMask, LazyMask.dense, kwargs))  # fmt: skip
+
+    def _alias(self, device: torch.device | None) -> LazyMask:
+        pattern = self._state["pattern"]
+        if device is None or device == self.device:
+            return LazyMask(pattern, self.shape, self.dtype, self._anchor, self._state)
+        moved = [x if x is None else x.to(device) for x in (pattern.padding, pattern.segments, self._anchor)]
+        return LazyMask(Pattern(pattern.is_causal, pattern.window, *moved[:2]), self.shape, self.dtype, moved[2])
+
+
+def _says_the_same(func, mask: LazyMask, args, kwargs) -> bool:
+    """Whether ``func`` gives another tensor of the same numbers and shape."""
+    aten = torch.ops.aten
+    if func in (aten.detach.default, aten.alias.default):
+        return True
+    if func is aten._to_copy.default:  # to another device
+        return all(
+            value in (None, mask.dtype) for name, value in kwargs.items() if name not in ("device", "non_blocking")
+        )
+    if func is aten.slice.Tensor:  # [:, :, :, :seqlen_kv]
+        dim, start, end, step = (*args[1:], *(0, None, None, 1)[len(args) - 1 :])
+        return not start and step == 1 and (end is None or end >= mask.shape[dim])
+    return False
+
+
+def pattern_of(mask: torch.Tensor | None) -> Pattern | None:
+    """The pattern that ``mask`` stands for, ``None`` for a mask that only its numbers describe."""
+    if isinstance(mask, LazyMask):
+        return mask._state["pattern"]
+    return getattr(mask, _ATTRIBUTE, None)
+
+
+class _Declared(NamedTuple):
+    """What Transformers declares for the models of a configuration class."""
+
+    sdpa: bool
+    flash: bool
+
+
+_declared: dict[type, _Declared] = {}
+
+
+def _declarations(config_class: type) -> _Declared:
+    if config_class not in _declared:
+        models = [cls for cls in _subclasses(modeling_utils.PreTrainedModel) if cls.config_class is config_class]
+        if not models:
+            return _Declared(True, True)  # no model of Transformers: a user's class, a test's
+        _declared[config_class] = _Declared(
+            any(getattr(cls, "_supports_sdpa", False) for cls in models),
+            any(getattr(cls, "_supports_flash_attn", False) for cls in models),
+        )
+    return _declared[config_class]
+
+
+@torch.compiler.assume_constant_result
+def is_trusted(config_class: type) -> bool:
+    """Whether the layers of these models are known to say by themselves whether they are causal: Transformers declares
+    SDPA or a flash implementation for them, which rely on it."""
+    return any(_declarations(config_class))
+
+
+@torch.compiler.assume_constant_result
+def _takes_boolean_masks(config_class: type) -> bool:
+    """Whether these models are written for SDPA's masks as well. Others may do with a mask what only eager's floating
+    one allows, such as adding it to their scores (DeepSeek-V4 concatenates it with one)."""
+    return _declarations(config_class).sdpa
+
+
+def _subclasses(cls: type) -> Iterator[type]:
+    for subclass in cls.__subclasses__():
+        yield subclass
+        yield from _subclasses(subclass)
+
+
+class _Conditions(NamedTuple):
+    """What a mask function of Transformers is the conjunction of. ``chunk``: the size of the chunks that do not see each
+    other. ``is_packed``: there may be packed sequences."""
+
+    is_causal: bool = False
+    window: tuple[int, int] | None = None
+    chunk: int | None = None
+    is_packed: bool = False
+
+
+def _conditions(mask_function: Callable) -> _Conditions | None:
+    """The conditions of ``mask_function``; ``None`` if there are others."""
     if getattr(mask_function, "__module__", "") != masking_utils.__name__:
-        return {"unknown"}
-    if name not in (_AND, _REMAP):
-        return {name}
-    cells = dict(zip(mask_function.__code__.co_freevars, mask_function.__closure__, strict=True))
+        return None
+    name = mask_function.__qualname__
+    cells = {}
+    if mask_function.__closure__:
+        values = (cell.cell_contents for cell in mask_function.__closure__)
+        cells = dict(zip(mask_function.__code__.co_freevars, values, strict=True))
+    if name == _CAUSAL:
+        return _Conditions(is_causal=True)
+    if name == _BIDIRECTIONAL:
+        return _Conditions()
+    if name == _WINDOW:
+        return _Conditions(window=(cells["sliding_window"] - 1, -1))
+    if name == _WINDOW_BOTH_WAYS:
+        return _Conditions(window=(cells["sliding_window"], cells["sliding_window"]))
+    if name == _CHUNKED:
+        return _Conditions(chunk=cells["chunk_size"])
+    if name == _PACKED:
+        return _Conditions(is_packed=True)
     if name == _REMAP:
-        return {name} | _names(cells["mask_function"].cell_contents)
-    return set().union(*(_names(part) for part in cells["mask_functions"].cell_contents))
+        return _conditions(cells["mask_function"])
+    if name != _AND:
+        return None
+    parts = [_conditions(part) for part in cells["mask_functions"]]
+    if None in parts:
+        return None
+    windows = [part.window for part in parts if part.window is not None]
+    chunks = [part.chunk for part in parts if part.chunk is not None]
+    if len(windows) > 1 or len(chunks) > 1:
+        return None
+    return _Conditions(
+        any(part.is_causal for part in parts),
+        windows[0] if windows else None,
+        chunks[0] if chunks else None,
+        any(part.is_packed for part in parts),
+    )
 
 
-def _names_while_compiling(mask_function: Callable, local_size: int | None, config, is_bidirectional: bool) -> set[str]:
-    """As :func:`_names`, from what dynamo can see: a closure's cells are not readable under torch.compile, its code is
-    (its ``__qualname__`` from torch 2.13 on)."""
+def _conditions_while_compiling(
+    mask_function: Callable, local_size: int | None, config, is_bidirectional: bool
+) -> _Conditions | None:
+    """As :func:`_conditions`, from what dynamo can see: a closure's cells are not readable under torch.compile, its code
+    is (its ``__qualname__`` from torch 2.13 on)."""
     if mask_function is masking_utils.causal_mask_function:
-        return {_CAUSAL}
+        return _Conditions(is_causal=True)
     if mask_function is masking_utils.bidirectional_mask_function:
-        return {_BIDIRECTIONAL}
+        return _Conditions()
     if mask_function.__code__ is not _AND_CODE:
-        return {"unknown"}
+        return None
     # Conjunctions reach us from the create_* functions alone (custom ones set use_vmap): a window or chunks if
-    # local_size is given, packed sequences, or both.
-    if is_bidirectional:
-        return {_BIDIRECTIONAL} if local_size is not None else {"unknown"}
+    # local_size is given, packed sequences, or both. Whether there are packed ones cannot be told; looking for them is
+    # exact either way.
     if local_size is None:
-        return {_CAUSAL, _PACKED}
-    is_window = getattr(config, "sliding_window", None) == local_size
-    if not is_window and getattr(config, "attention_chunk_size", None) == local_size:
-        return {_CAUSAL, _CHUNKED, _PACKED}
-    # Whether a windowed or chunked mask is also packed cannot be told; looking for segments is exact either way.
-    return {_CAUSAL, _PACKED}
+        return None if is_bidirectional else _Conditions(is_causal=True, is_packed=True)
+    is_window = attribute(config, "sliding_window") == local_size
+    is_chunk = attribute(config, "attention_chunk_size") == local_size
+    if is_window == is_chunk:
+        return None
+    if is_bidirectional:
+        return _Conditions(window=(local_size, local_size)) if is_window else None
+    if is_window:
+        return _Conditions(is_causal=True, window=(local_size - 1, -1), is_packed=True)
+    return _Conditions(is_causal=True, chunk=local_size, is_packed=True)
+
+
+def attribute(config, name: str):
+    """``config.name``, or ``None`` if the configuration does not say it for all layers alike (some raise then)."""
+    try:
+        return getattr(config, name, None)
+    except Exception:
+        return None
 
 
 def flashmla_mask(
@@ -100,10 +326,11 @@ def flashmla_mask(
     allow_is_causal_skip: bool = True,
     use_vmap: bool = False,
     device: torch.device | str | None = None,
+    dtype: torch.dtype = torch.float32,
     config=None,
     **kwargs,
 ) -> torch.Tensor | None:
-    """A mask in one of the forms of this module's table; the signature is that of ``AttentionMaskInterface``.
+    """A mask as this module's head describes it; the signature is that of ``AttentionMaskInterface``.
 
     attention_mask: bool [batch, tokens seen so far], true where a token is real, or ``None``. Queries stand at
     positions ``q_offset ...`` (a tensor under a static cache), keys at ``kv_offset ...``.
@@ -111,36 +338,76 @@ def flashmla_mask(
     if device is None:
         device = attention_mask.device if attention_mask is not None else "cpu"
     is_bidirectional = "allow_is_bidirectional_skip" in kwargs
-    dense = {
+    arguments = {
         "batch_size": batch_size, "q_length": q_length, "kv_length": kv_length, "q_offset": q_offset,
         "kv_offset": kv_offset, "mask_function": mask_function, "attention_mask": attention_mask, "use_vmap": use_vmap,
         "device": device,
     }  # fmt: skip
-    if getattr(config, "model_type", None) in LEGACY_FLASH_MODEL_TYPES:
-        return masking_utils.flash_attention_mask(**dense)
+    if attribute(config, "model_type") in LEGACY_FLASH_MODEL_TYPES:
+        return masking_utils.flash_attention_mask(**arguments)
     if use_vmap:
-        names = {"unknown"}
-    elif torch.compiler.is_compiling():
-        names = _names_while_compiling(mask_function, local_size, config, is_bidirectional)
+        conditions = None
+    elif is_tracing():
+        conditions = _conditions_while_compiling(mask_function, local_size, config, is_bidirectional)
     else:
-        names = _names(mask_function)
-    may_skip = kwargs.get("allow_is_bidirectional_skip", True) if is_bidirectional else allow_is_causal_skip
-    if _PACKED in names:
-        may_skip = True  # Transformers forbids the skip for packed rows since its own masks would lose them
+        conditions = _conditions(mask_function)
+    if q_length == 1 and not (allow_is_causal_skip or is_bidirectional):
+        conditions = None  # for a compiled decoding step: described by values, which change from step to step
 
-    if names <= _KNOWN and may_skip:
-        if is_bidirectional and _BIDIRECTIONAL in names:
-            return _bidirectional(batch_size, q_length, kv_length, kv_offset, attention_mask, local_size, dense)
-        if _CAUSAL in names:
-            return _causal(names, attention_mask, local_size, dense)
-    return _dense(dense)
-
-
-def _dense(arguments: dict) -> torch.Tensor:
-    """Bool [batch, 1, q_length, kv_length]. With one query this is O(seqlen) and read as a range of keys, not as
-    dense."""
+    dtype = torch.bool if config is None or _takes_boolean_masks(type(config)) else dtype
+    pattern = None if conditions is None else _pattern(conditions, arguments)
+    if pattern is not None and not is_tracing():
+        size = (batch_size, 1, q_length, kv_length)
+        return LazyMask(pattern, size, dtype, torch.empty(0, device=device))
     mask = masking_utils.sdpa_mask(**arguments, allow_is_causal_skip=False, allow_is_bidirectional_skip=False)
-    return hf_layout.adopt(mask)
+    mask = hf_layout.adopt(_in_dtype(mask, dtype))
+    if pattern is not None:
+        setattr(mask, _ATTRIBUTE, pattern)
+    return mask
+
+
+def is_tracing() -> bool:
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
+
+
+def _pattern(conditions: _Conditions, arguments: dict) -> Pattern | None:
+    """The pattern of ``conditions``, which stand for the mask function in ``arguments``; ``None`` if there is none."""
+    q_length, kv_length, q_offset, kv_offset, attention_mask = (
+        arguments[name] for name in ("q_length", "kv_length", "q_offset", "kv_offset", "attention_mask")
+    )
+    is_positional = conditions.is_causal or conditions.window is not None or conditions.chunk is not None
+    if isinstance(q_offset, torch.Tensor) and is_positional:
+        # Static caches count their tokens in a tensor. The kernel reads keys up to a length known to Python, so either
+        # look (one synchronisation per forward), or describe the keys of a single query by values: the compiled decode.
+        if not hf_layout.values_are_readable(q_offset):
+            return None
+        q_offset = int(q_offset)
+    # Keys past the last query are seen by nobody in a causal row: the unused end of a static cache.
+    num_keys = q_offset + q_length - kv_offset if conditions.is_causal else kv_length
+    if num_keys > kv_length:
+        return None
+    if is_positional and not conditions.is_causal and (q_length != kv_length or q_offset != kv_offset):
+        return None  # the kernel's queries stand at the last keys
+    padding = None
+    if attention_mask is not None:
+        padding = _padding(attention_mask, kv_offset, num_keys)
+        if hf_layout.values_are_readable(padding) and hf_layout.key_ranges(padding).uniform == (0, num_keys):
+            padding = None
+    segments = None
+    if conditions.chunk is not None and kv_offset + num_keys > conditions.chunk:
+        if padding is not None or q_length != num_keys:
+            return None
+        segments = _segments(arguments)
+    elif conditions.is_packed and attention_mask is None:
+        if q_length == num_keys == kv_length:
+            segments = _segments(arguments)
+        elif not is_tracing():
+            return None  # Transformers packs without a cache only; while compiling the condition is a guess
+    if padding is None and num_keys != kv_length:
+        padding = hf_layout.adopt(
+            torch.ones(arguments["batch_size"], num_keys, dtype=torch.bool, device=arguments["device"])
+        )
+    return Pattern(conditions.is_causal, conditions.window, padding, segments)
 
 
 def _padding(attention_mask: torch.Tensor, kv_offset: int, kv_length: int) -> torch.Tensor:
@@ -150,65 +417,14 @@ def _padding(attention_mask: torch.Tensor, kv_offset: int, kv_length: int) -> to
     return hf_layout.adopt(padding[:, kv_offset : kv_offset + kv_length])
 
 
-def _bidirectional(
-    batch_size, q_length, kv_length, kv_offset, attention_mask, local_size, dense
-) -> torch.Tensor | None:
-    if attention_mask is None:
-        return None
-    padding = _padding(attention_mask, kv_offset, kv_length)
-    if hf_layout.values_are_readable(padding) and hf_layout.key_ranges(padding).uniform == (0, kv_length):
-        return None
-    if local_size is None or q_length == 1:
-        # Four dimensions say by themselves that no causal mask belongs on top: T5's cross-attention modules, for one,
-        # do not say so.
-        return hf_layout.view_with_memo(padding, padding[:, None, None, :])
-    if hf_layout.values_are_readable(padding) and hf_layout.key_ranges(padding).has_holes:
-        return _dense(dense)
-    return padding if q_length == kv_length else _dense(dense)
-
-
-def _causal(names: set[str], attention_mask, local_size, dense) -> torch.Tensor | None:
-    batch_size, q_length, kv_length = dense["batch_size"], dense["q_length"], dense["kv_length"]
-    q_offset, kv_offset = dense["q_offset"], dense["kv_offset"]
-    if isinstance(q_offset, torch.Tensor):
-        # Static caches count their tokens in a tensor. The kernel reads keys up to a length known to Python, so either
-        # look (one synchronisation per forward), or describe the keys of a single query by values: the compiled decode.
-        if not hf_layout.values_are_readable(q_offset):
-            return _dense(dense)
-        q_offset = int(q_offset)
-    # Keys past the last query are seen by nobody: the unused end of a static cache.
-    num_keys = q_offset + q_length - kv_offset
-    if num_keys > kv_length:
-        return _dense(dense)
-    padding = None
-    if attention_mask is not None:
-        padding = _padding(attention_mask, kv_offset, num_keys)
-        if hf_layout.values_are_readable(padding):
-            ranges = hf_layout.key_ranges(padding)
-            if ranges.has_holes:
-                return _dense(dense)
-            if ranges.uniform == (0, num_keys):
-                padding = None
-    if _CHUNKED in names and kv_offset + num_keys > (local_size or 0):
-        return _segments(dense) if padding is None and q_length == num_keys else _dense(dense)
-    if _PACKED in names and attention_mask is None:
-        if q_length == num_keys == kv_length:
-            return _segments(dense)
-        if not torch.compiler.is_compiling():
-            return _dense(dense)  # Transformers packs without a cache only; while compiling the name is a guess
-    if padding is not None or num_keys == kv_length:
-        return padding
-    return hf_layout.adopt(torch.ones(batch_size, num_keys, dtype=torch.bool, device=dense["device"]))
-
-
-def _segments(dense: dict) -> torch.Tensor:
+def _segments(arguments: dict) -> torch.Tensor:
     """Int32 [batch, seqlen]: a new number wherever a query does not see the key before it. O(seqlen), and traceable."""
     batch, head, query, key = (
-        torch.arange(dense["batch_size"], device=dense["device"])[:, None],
-        torch.zeros(1, 1, dtype=torch.long, device=dense["device"]),
-        torch.arange(1, dense["q_length"], device=dense["device"])[None],
-        torch.arange(dense["q_length"] - 1, device=dense["device"])[None],
+        torch.arange(arguments["batch_size"], device=arguments["device"])[:, None],
+        torch.zeros(1, 1, dtype=torch.long, device=arguments["device"]),
+        torch.arange(1, arguments["q_length"], device=arguments["device"])[None],
+        torch.arange(arguments["q_length"] - 1, device=arguments["device"])[None],
     )
-    is_same = dense["mask_function"](batch, head, query, key).expand(dense["batch_size"], -1)
+    is_same = arguments["mask_function"](batch, head, query, key).expand(arguments["batch_size"], -1)
     number = (~is_same).cumsum(-1, dtype=torch.int32) + 1
     return hf_layout.adopt(torch.nn.functional.pad(number, (1, 0), value=1))

@@ -54,9 +54,9 @@ def test_registration_is_reported(report):
 
 def test_an_unregistered_name_is_a_problem(monkeypatch):
     pytest.importorskip("transformers")
-    from flashmla_hf import hf
+    from flashmla_hf import hf_register
 
-    monkeypatch.setattr(hf.modeling_utils, "ALL_ATTENTION_FUNCTIONS", {"fmla": None})
+    monkeypatch.setattr(hf_register.modeling_utils, "ALL_ATTENTION_FUNCTIONS", {"fmla": None})
     problems = []
     doctor._examine_transformers(problems)
     assert problems == ["attn_implementation ['flashmla'] is not registered with Transformers"]

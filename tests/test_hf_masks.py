@@ -19,6 +19,10 @@ from flashmla_hf import hf, hf_layout, hf_masks, reference  # noqa: E402
 needs_kernel = pytest.mark.skipif(not hf_support.is_built(), reason="the kernel of this device is not built")
 
 
+def is_in_memory(mask: torch.Tensor) -> bool:
+    return not isinstance(mask, hf_masks.LazyMask) or mask._state["dense"] is not None
+
+
 class Layer(torch.nn.Module):
     """What an attention layer of a model is to the attention function."""
 
@@ -126,9 +130,12 @@ def test_every_pattern_and_padding_is_exact(name, padding, hole):
         attention_mask=mask, **size, allow_is_causal_skip=False, use_vmap=arguments.get("use_vmap", False)
     )
     q, k, v = qkv(3, length, length)
-    layer = Layer(options.get("is_causal", True))
+    is_causal = options.get("is_causal", True)
     with counted_calls() as calls:
-        got, _ = hf.attention_forward(layer, q, k, v, form, sliding_window=options.get("sliding_window"))
+        got, _ = hf.attention_forward(Layer(is_causal), q, k, v, form, sliding_window=options.get("sliding_window"))
+    # The mask is the truth: it counts for a layer that does not say the same, or says nothing.
+    for layer in (Layer(not is_causal), torch.nn.Module()):
+        assert torch.equal(hf.attention_forward(layer, q, k, v, form)[0], got)
     want = oracle(q, k, v, allowed)
     is_padding = None if mask is None else ~mask[:, :, None, None]
     if is_padding is not None:  # padding queries are nobody's business, but they are finite
@@ -139,7 +146,8 @@ def test_every_pattern_and_padding_is_exact(name, padding, hole):
     needs_dense |= name == "chunked" and hole
     assert (kernel_calls(calls) == 0) == needs_dense
     if not needs_dense:
-        assert form is None or form.numel() <= 3 * length, "no n x n mask"
+        assert not is_in_memory(form), "no n x n mask"
+    assert torch.equal(form.clone(), allowed)
 
 
 @needs_kernel
@@ -222,13 +230,13 @@ def test_a_tokenizers_integer_mask_is_key_padding():
     q, k, v = qkv(3, 12, 12)
     mask = padding_mask("both", 12)
     want, _ = hf.attention_forward(Layer(), q, k, v, mask)
-    for dtype in (torch.int64, torch.uint8, torch.float32):
+    for dtype in (torch.int64, torch.int32, torch.int16, torch.uint8, torch.float32):
         got, _ = hf.attention_forward(Layer(), q, k, v, mask.to(dtype))
         assert torch.equal(got, want)
     one_row = mask[:1].expand(3, -1)
     want_alike, _ = hf.attention_forward(Layer(), q, k, v, one_row)
     assert torch.equal(hf.attention_forward(Layer(), q, k, v, mask[:1].long())[0], want_alike)
-    last = q[:, :, -2:]  # fewer queries than keys: int32 is no form of packed rows then
+    last = q[:, :, -2:]
     decoded = [hf.attention_forward(Layer(), last, k, v, mask.to(dtype))[0] for dtype in (torch.bool, torch.int32)]
     assert torch.equal(*decoded)
     longer = torch.cat([torch.ones(3, 4, dtype=torch.long, device=DEVICE), mask.long()], dim=1)  # a sliding cache
@@ -274,7 +282,8 @@ def test_all_layers_of_a_forward_pass_share_one_synchronisation(kind, inference,
             mask[0, :3] = False
             form = hf_masks.flashmla_mask(2, 12, 12, attention_mask=mask, device=DEVICE)
         elif kind == "segments":
-            form = hf_layout.adopt(torch.tensor([[1] * 5 + [2] * 7] * 2, dtype=torch.int32, device=DEVICE))
+            function = mu.packed_sequence_mask_function(torch.tensor([[1] * 5 + [2] * 7] * 2, device=DEVICE))
+            form = hf_masks.flashmla_mask(2, 12, 12, mask_function=mu.and_masks(mu.causal_mask_function, function))
         else:
             options = {"position_ids": positions}
         outs = [hf.attention_forward(Layer(), q, k, v, form, **options)[0] for _ in range(4)]

@@ -304,7 +304,7 @@ def test_a_failure_to_register_does_not_break_transformers(tmp_path):
     out = _run(
         """
         import sys, torch
-        sys.modules["flashmla_hf.hf"] = None  # any import of it fails
+        sys.modules["flashmla_hf.hf_register"] = None  # any import of it fails
         import warnings
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")

@@ -10,11 +10,12 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # Top to bottom. A module may import modules of its own layer and of those below.
 LAYERS = [
-    {"__init__", "__main__", "doctor", "autoload", "hf", "hf_check", "hf_layout", "hf_masks", "patches"},
+    {"__init__", "__main__", "doctor", "autoload", "patches"}
+    | {"hf", "hf_check", "hf_layout", "hf_masks", "hf_names", "hf_paged", "hf_register"},
     {"dispatch", "reference", "flex"},
     {"ops"},
 ]
-MAY_IMPORT_TRANSFORMERS = {"hf", "hf_masks", "patches"}
+MAY_IMPORT_TRANSFORMERS = {"hf_masks", "hf_register", "patches"}
 
 
 def modules():
