@@ -22,7 +22,7 @@ import transformers
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import flashmla_hf
-from flashmla_hf import dispatch, hf
+from flashmla_hf import dispatch
 
 from . import batches
 from .classes import Candidate
@@ -313,7 +313,6 @@ def copy_state(source: torch.nn.Module, target: torch.nn.Module) -> None:
 
 
 def _compare(model_class, eager, config, batch, result: Result, only_forward: bool) -> None:
-    hf._warned.clear() if hasattr(hf, "_warned") else None
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
@@ -333,8 +332,6 @@ def _compare(model_class, eager, config, batch, result: Result, only_forward: bo
         pair.probe("forward", batch)
     result.calls = dict(calls)
     result.probes["check"] = _check_is_true(report, called)
-    for name in batch if not only_forward else ():
-        del name
     if not only_forward:
         _more_probes(pair, batch)
     _judge(result, ours, pair, batch, said)
@@ -529,6 +526,7 @@ def _training_noise(eager, batch, want, largest) -> float:
             float((exact[n] - g).abs().max()) / max(float(g.abs().max()), 1e-3 * largest, 1e-12)
             for n, g in want.items()
         )
+        return noise if noise <= MOST_NOISE else 0.0
     except Exception:
         return 0.0
 
@@ -601,23 +599,27 @@ def _generation(pair: Pair, batch: dict) -> None:
 
 
 def _judge(result: Result, ours, pair: Pair, batch: dict, said: list[str]) -> None:
-    probes = result.probes
-    bad = {n: v for n, v in probes.items() if v.startswith(("DIFFERS", "RAISES", "UNTRUE"))}
-    refusals = {n: v for n, v in probes.items() if v.startswith("REFUSED")}
-    if bad:
-        result.status = "failed"
-        result.reason = "; ".join(f"{n}: {v}" for n, v in bad.items())
-    elif refusals:
-        result.status = "refused"
-        result.reason = "; ".join(f"{n}: {v}" for n, v in refusals.items())
-    elif not result.calls:
-        result.status = "eager" if said else "no attention" if result.layers[1] == 0 else "own attention"
-        result.reason = said[0] if said else ""
-    else:
+    if result.calls:
         with counted(zeros):
             try:
                 error, _ = difference(run(ours, batch), run(pair.eager, batch))
             except Exception:
                 error = float("inf")
-        result.status = "equal" if error > TOLERANCE else "not discriminating"
-        result.reason = said[0] if said else "" if error > TOLERANCE else f"zeros differ by {error:.1e} only"
+        result.probes["control of zeros"] = "noticed" if error > TOLERANCE else f"PASSES, {error:.1e}"
+    result.status, result.reason = verdict(result, said[0] if said else "")
+
+
+def verdict(result: Result, said: str = "") -> tuple[str, str]:
+    """(status, reason) by what the probes found; ``said`` is our warning at load."""
+    probes = {n: v for n, v in result.probes.items() if n not in ("check", "control of zeros")}
+    bad = {n: v for n, v in probes.items() if v.startswith(("DIFFERS", "RAISES"))}
+    refusals = {n: v for n, v in probes.items() if v.startswith("REFUSED")}
+    if bad:
+        return "failed", "; ".join(f"{n}: {v}" for n, v in bad.items())
+    if refusals:
+        return "refused", "; ".join(f"{n}: {v}" for n, v in refusals.items())
+    if not result.calls:
+        return ("eager", said) if said else ("no attention", "")
+    if result.probes["control of zeros"] != "noticed":
+        return "not discriminating", f"zeros instead of attention: {result.probes['control of zeros']}"
+    return "equal", said
