@@ -77,8 +77,8 @@ def _image_sizes(config) -> list[tuple[int, int]]:
 def _patches(config) -> tuple[torch.Tensor, torch.Tensor]:
     """Flattened patches of two images, 4 x 4 and 4 x 8, with their grid."""
     patch = _pair(setting(config, "patch_size", last=True), 4)[0]
-    temporal = setting(config, "temporal_patch_size", default=1)
-    channels = setting(config, "in_channels", "num_channels", "in_chans", default=3)
+    temporal = _pair(setting(config, "temporal_patch_size"), 1)[0]
+    channels = _pair(setting(config, "in_channels", "num_channels", "in_chans"), 3)[0]
     grid = torch.tensor([[1, 4, 4], [1, 4, 8]])
     return _noise(int(grid.prod(1).sum()), channels * temporal * patch * patch), grid
 
@@ -148,7 +148,7 @@ def _alternatives(name: str, config) -> list[Callable[[], torch.Tensor]]:
         return [lambda: grid.expand(BATCH, -1, -1).contiguous()]
     if name in ("input_features", "audio_mel", "speech_inputs"):
         found = list(_spectrograms(config))
-        return [*found[:12], found[-1]]
+        return [found[0], found[-1], *found[1:12]]
     if name == "input_values":
         found = [lambda: _noise(BATCH, 4000), lambda: _noise(BATCH, 1, 4000), lambda: _noise(BATCH, 1, 16000)]
         return [*found, *list(_spectrograms(config))[:6]]

@@ -71,6 +71,7 @@ _EXPERTS = re.compile(r"experts?$|^num_experts|^n_experts|num_local_experts|n_ro
 _LAYERS = re.compile(
     r"(^|_)(num_|n_)?(hidden_|encoder_|decoder_|block_|transformer_|self_attention_|cross_)*(layers?|blocks|depth)$"
 )
+_NO_LAYERS = re.compile(r"feat_extract|conv|^tdnn|lstm|residual|mlp_only")
 _POSITIONS = re.compile(
     r"position_embeddings|n_positions|^n_ctx$|max_.*position|max_seq|max_.*len|context_length|num_position"
 )
@@ -206,7 +207,9 @@ def _small(name: str, value, values: dict, plan: Plan, rows: tuple, token_ids: d
         return 1
     if name in ("first_k_dense_replace", "num_dense_layers", "moe_layer_start_index"):
         return min(value, 1)
-    if _LAYERS.search(name):
+    if name == "num_pos_feats" and plan.width == "constant":
+        return min(value, 32)  # twice that is a width
+    if _LAYERS.search(name) and not _NO_LAYERS.search(name):
         if plan.all_layers:
             return value
         return len(kept) if value == count else min(value, 2)
