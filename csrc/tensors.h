@@ -88,14 +88,16 @@ inline Tensor make_copy(const TensorInfo& info, const Tensor& t) {
   return copy;
 }
 
-// Throws what torch throws for an allocation of so many bytes on the device of `like`: a c10::OutOfMemoryError on a
-// GPU, a c10::Error on a CPU, which Python sees as torch.OutOfMemoryError and RuntimeError. Returns where memory has
+// Throws what torch throws for an allocation of so many bytes on the device of `t`: a c10::OutOfMemoryError on a GPU,
+// a c10::Error on a CPU, which Python sees as torch.OutOfMemoryError and RuntimeError. Returns where memory has
 // become free meanwhile, or where this torch does not have the function.
 //
 // at::repeat is called, whose C++ name and arguments have been the same since torch 2.0 and name no type that moves
 // between headers; at::Tensor is one pointer, c10::ArrayRef<c10::SymInt> a pointer and a length. That is no part of the
 // stable ABI: the symbol is looked up, and only after an allocation has failed.
-inline void throw_torch_error(const AllocationFailure& failure, const TensorInfo& like) {
+//
+// What is repeated is one element of `t`: there may not be memory for even one of its own.
+inline void throw_torch_error(const AllocationFailure& failure, const Tensor& t) {
   struct Object {
     void* implementation = nullptr;
     ~Object() {}  // torch frees it; not trivial, as at::Tensor, so that it is returned in memory
@@ -107,15 +109,22 @@ inline void throw_torch_error(const AllocationFailure& failure, const TensorInfo
   using Repeat = Object(const Object&, Sizes);
   void* const symbol = dlsym(RTLD_DEFAULT, "_ZN2at4_ops6repeat4callERKNS_6TensorEN3c108ArrayRefINS5_6SymIntEEE");
   if (symbol == nullptr) return;
-  const Tensor byte = make_tensor(like, {1}, ScalarType::Byte);
+  if (t.numel() == 0) return;
+  std::vector<int64_t> sizes(t.dim(), 1);
+  AtenTensorHandle handle = nullptr;
+  expect_success(aoti_torch_as_strided(t.get(), sizes.data(), sizes.data(), &handle), "aoti_torch_as_strided");
+  const Tensor element(handle);
+  const int64_t element_bytes = element_size(t.scalar_type());
+  sizes[0] = (failure.bytes + element_bytes - 1) / element_bytes;
   const auto repeat = reinterpret_cast<Repeat*>(symbol);
-  Object* const repeated = new Object(repeat(*reinterpret_cast<const Object*>(byte.get()), {&failure.bytes, 1}));
+  Object* const repeated =
+      new Object(repeat(*reinterpret_cast<const Object*>(element.get()), {sizes.data(), sizes.size()}));
   Tensor(reinterpret_cast<AtenTensorHandle>(repeated));  // owned, and given back
 }
 
 // What an operator's body gives; torch's own error where memory is short.
 template <class Body>
-auto with_torch_errors(const TensorInfo& like, const Body& body) {
+auto with_torch_errors(const Tensor& like, const Body& body) {
   try {
     return body();
   } catch (const AllocationFailure& failure) {

@@ -210,7 +210,10 @@ struct BackwardQueries {
         } else {
           hide();
           CUTE_UNROLL
-          for (int i = 0; i < kScores; ++i) rS(i) = exp2f(rS(i) * scale_log2 - lse_log2[i / 2 % 2]);
+          for (int i = 0; i < kScores; ++i) {  // as in backward_tile.cuh
+            float const p = exp2f(rS(i) * scale_log2 - lse_log2[i / 2 % 2]);
+            asm("min.NaN.f32 %0, %1, %2;" : "=f"(rS(i)) : "f"(p), "f"(1.0f));
+          }
         }
         warpgroup_wait<0>();
         warpgroup_fence_operand(rDP);

@@ -16,6 +16,10 @@ namespace flashmla::sm90 {
 
 constexpr int kRowThreads = 256;
 
+// From here on neighbouring numbers are 2 apart; four of them cover the roundings on the way from a row's maximum.
+constexpr float kLargeLse = 16777216.0f;        // 2^24, in base 2
+constexpr float kLseRounding = 4.76837158e-7f;  // 2^-21
+
 struct PrepareArguments {
   TensorView out, dout;
   RowView lse, dlse;  // dlse.data may be null
@@ -129,6 +133,9 @@ __global__ void __launch_bounds__(kRowThreads) prepare_kernel(__grid_constant__ 
           if (has_sink) sink_term = -exp2f((problem.sinks[head] - natural) * kLog2e) * gradient;
           if (sees_key) {
             lse = natural == INFINITY ? NAN : natural * kLog2e;  // inf is said of rows whose P is 0
+            // A large lse is rounded by more than P bears. It then errs to the side on which the row's largest P, cut
+            // to 1, is right, and not 0.
+            if (fabsf(lse) > kLargeLse) lse -= fabsf(lse) * kLseRounding;
             delta = gradient;
           }
         }

@@ -379,7 +379,9 @@ __device__ void probabilities(BackwardArguments const& arguments, BackwardTile c
   } else {
     float const scale_log2 = problem.scale * kLog2e;
     each_pair([&](float a, float b, float2 lse, uint32_t& pair_p, uint32_t& pair_w) {
-      pair_p = pair_w = pack<Element>(exp2f(a * scale_log2 - lse.x), exp2f(b * scale_log2 - lse.y));
+      // Not above 1, which rounding a large lse would let it be (prepare_kernel).
+      pair_p = pair_w =
+          at_most_one<Element>(pack<Element>(exp2f(a * scale_log2 - lse.x), exp2f(b * scale_log2 - lse.y)));
     });
   }
   constexpr int kBlockQ = 2 * kScores;

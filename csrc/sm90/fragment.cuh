@@ -25,6 +25,18 @@ __device__ uint32_t pack(float low, float high) {
   }
 }
 
+// Two packed elements, cut to 1; NaN stays.
+template <class Element>
+__device__ uint32_t at_most_one(uint32_t pair) {
+  uint32_t cut;
+  if constexpr (std::is_same_v<Element, cutlass::half_t>) {
+    asm("min.NaN.f16x2 %0, %1, %2;" : "=r"(cut) : "r"(pair), "r"(0x3c003c00u));
+  } else {
+    asm("min.NaN.bf16x2 %0, %1, %2;" : "=r"(cut) : "r"(pair), "r"(0x3f803f80u));
+  }
+  return cut;
+}
+
 template <class Element>
 __device__ float2 unpack(uint32_t pair) {
   if constexpr (std::is_same_v<Element, cutlass::half_t>) {

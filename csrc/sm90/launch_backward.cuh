@@ -159,7 +159,8 @@ const char* launch_heads(BackwardParams const& params, BackwardPlan const& plan,
 
   // One dimension: the others end at 65,535.
   int64_t const row_blocks = plan.blocks * problem.heads_q;
-  int64_t const parts = rows_kv > 0 ? int64_t{arguments.schedule.num_blocks} * problem.heads_kv * problem.batch : 0;
+  int64_t const parts =
+      plan.num_splits > 1 && rows_kv > 0 ? arguments.schedule.num_blocks * problem.heads_kv * problem.batch : 0;
   if (std::max(row_blocks, parts) >= int64_t{1} << 31)
     return "expected fewer than 2^31 blocks of rows; split the batch";
   dim3 const row_grid(static_cast<unsigned>(row_blocks));
@@ -201,7 +202,7 @@ const char* launch_heads(BackwardParams const& params, BackwardPlan const& plan,
     }
     if (error != nullptr) return error;
   }
-  if (plan.num_splits > 1 && rows_kv > 0) {
+  if (parts > 0) {
     error = launch_kernel<BackwardArguments>(
         merge_kernel<Tiles::kBlockKV, kHeadDimQK, kHeadDimV, Tiles::kSplitsColumns, Element>,
         dim3(static_cast<unsigned>(parts)), kRowThreads, 0, stream, Launch::kAlone, arguments);

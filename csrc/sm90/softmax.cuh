@@ -39,7 +39,8 @@ struct Softmax {
   // everything summed before is to be multiplied by `correction`.
   template <class Scores>
   __device__ bool update(Scores& scores, float (&correction)[2]) {
-    bool has_grown = false;
+    float largest_here[2];
+    bool is_large = false;
     CUTE_UNROLL
     for (int row = 0; row < 2; ++row) {
       // Two chains: the warp has little else to do while one comparison waits for the last.
@@ -49,23 +50,31 @@ struct Softmax {
         CUTE_UNROLL
         for (int c = 0; c < 2; ++c) largest[c] = fmaxf(largest[c], scores(j * 4 + row * 2 + c));
       }
-      float largest_here = fmaxf(largest[0], largest[1]);
-      largest_here = fmaxf(largest_here, __shfl_xor_sync(0xffffffff, largest_here, 1));
-      largest_here = fmaxf(largest_here, __shfl_xor_sync(0xffffffff, largest_here, 2));
+      largest_here[row] = fmaxf(largest[0], largest[1]);
+      float const size = fabsf(largest_here[row] * scale_log2);
+      is_large |= size > kLargestOffset && size < INFINITY;
+    }
+    // Asked before the row's other lanes are, so that the answer has come when theirs has.
+    bool const subtracts_first = __any_sync(0xffffffff, is_large);
+    bool has_grown = false;
+    CUTE_UNROLL
+    for (int row = 0; row < 2; ++row) {
+      largest_here[row] = fmaxf(largest_here[row], __shfl_xor_sync(0xffffffff, largest_here[row], 1));
+      largest_here[row] = fmaxf(largest_here[row], __shfl_xor_sync(0xffffffff, largest_here[row], 2));
       // -inf - -inf is NaN and grows nothing: a row that has seen no key keeps -inf.
-      bool const grows = (largest_here - row_max[row]) * scale_log2 > kLogSlack;
-      float const new_max = grows ? largest_here : row_max[row];
+      bool const grows = (largest_here[row] - row_max[row]) * scale_log2 > kLogSlack;
+      float const new_max = grows ? largest_here[row] : row_max[row];
       correction[row] = grows ? exp2f((row_max[row] - new_max) * scale_log2) : 1.0f;
       row_max[row] = new_max;
       has_grown |= grows;
     }
-    // Against 0 if nothing is seen yet, so that exp2(-inf) = 0 and not NaN.
+    // Against 0 where nothing is seen yet, so that exp2(-inf) = 0 and not NaN.
     float offset[2];
     CUTE_UNROLL
     for (int row = 0; row < 2; ++row) offset[row] = row_max[row] == -INFINITY ? 0.0f : row_max[row] * scale_log2;
-    // Of large scores the rounded product is far from the exact one that the multiply-add below subtracts it from: the
-    // largest P would be anything but 1. Differences come first there.
-    if (__any_sync(0xffffffff, fmaxf(fabsf(offset[0]), fabsf(offset[1])) > kLargestOffset)) {
+    // The multiply-add below subtracts a rounded product from an exact one. Of large scores they are far apart, and the
+    // largest P would be anything but 1: there the scores are subtracted first.
+    if (subtracts_first) {
       CUTE_UNROLL
       for (int row = 0; row < 2; ++row) {
         float const subtrahend = offset[row] == 0.0f ? 0.0f : row_max[row];
