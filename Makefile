@@ -2,7 +2,11 @@
 # make test      every test this machine can run
 # make gpu       the one entry for a GPU host: doctor, correctness, sanitizer, benchmark; PARTS="sm90 sweep" runs some of it
 # make sanitize  the CPU kernel under AddressSanitizer and UBSan
-# make cuda      the CUDA library, compiled on any machine that has nvcc; fails where a kernel spills registers
+# make cuda      the CUDA library, compiled on any machine that has nvcc; fails on a spilled register, and on any warning in csrc
+# make headers   host code against the headers of every supported torch, and of the oldest CUDA and a new one
+# make test-other-torch           doctor and the operator tests on the oldest torch; OTHER_TORCH=2.12.0 on another one
+# make test-older-transformers    the integration tests on older releases
+# make test-newest                the integration tests on the newest torch, Transformers, accelerate and peft there are
 # make support   the README's table of models, from the parity suite's results
 # make bench     attention and model benchmarks on this machine
 # make memory    on a GPU host: memory and speed of long training steps beside the ledger, per model
@@ -14,48 +18,69 @@
 # not run there. `make cuda` compiles them all the same.
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
-# The older Transformers release the integration is also tested on, and what it needs that differs from requirements.txt.
-OLDER_TRANSFORMERS := 5.17.0
-OLDER_PACKAGES := transformers==$(OLDER_TRANSFORMERS) huggingface_hub==1.33.0 httpx==0.28.1 httpcore==1.0.9 h11==0.16.0
+OTHER_TORCH ?= 2.10.0
+# Older releases of Transformers that the integration is also tested on, the oldest first: what each needs that differs from
+# requirements.txt, and its tests.
+OLDER_TRANSFORMERS := 5.17.0 5.23.0
+PACKAGES_5.17.0 := huggingface_hub==1.33.0 httpx==0.28.1 httpcore==1.0.9 h11==0.16.0
+TESTS_5.17.0 := tests/test_hf_*.py
+PACKAGES_5.23.0 :=
+TESTS_5.23.0 := tests/test_hf_register.py tests/test_hf_masks.py tests/test_hf_features.py
 
-HAS_GPU := $(shell $(PYTHON) -c "import torch; print(int(torch.cuda.is_available()))" 2>/dev/null)
+# Asked once, and only by a target that needs the answer: importing torch takes seconds.
+HAS_GPU = $(eval HAS_GPU := $(shell $(PYTHON) -c "import torch; print(int(torch.cuda.is_available()))" 2>/dev/null))$(HAS_GPU)
+on_gpu_or = $(if $(filter 1,$(HAS_GPU)),$(1),$(2))
 VENV := .venv
-ifeq ($(HAS_GPU),1)
-  RUN := PYTHONPATH=$(CURDIR) $(PYTHON)
-  TORCH_READY :=
-  READY := build/in-place.stamp
-else
-  RUN := $(VENV)/bin/python
-  TORCH_READY := $(VENV)/requirements.stamp
-  READY := $(VENV)/package.stamp
-endif
+RUN = $(call on_gpu_or,PYTHONPATH=$(CURDIR) $(PYTHON),$(VENV)/bin/python)
+TORCH_READY = $(call on_gpu_or,,$(VENV)/requirements.stamp)
+READY = $(call on_gpu_or,build/in-place.stamp,$(VENV)/package.stamp)
 SOURCES := $(shell find csrc -type f) setup.py pyproject.toml
 CXX_FILES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo test test-older-transformers support gpu sanitize cuda bench memory lint format clean
-demo: $(READY)
+.PHONY: demo test test-other-torch test-older-transformers test-newest support gpu sanitize cuda headers bench memory lint \
+  format clean
+demo: ready
 	$(RUN) scripts/demo.py
 
-test: $(READY)
+test: ready
 	$(RUN) -m pytest tests
 
-test-older-transformers: $(READY) build/transformers-$(OLDER_TRANSFORMERS).stamp
-	PYTHONPATH=$(CURDIR)/build/transformers-$(OLDER_TRANSFORMERS) $(RUN) -m pytest tests/test_hf_*.py
+test-other-torch: $(VENV)/requirements.stamp
+	$(VENV)/bin/python tests/other_torch.py $(OTHER_TORCH)
 
-support: $(READY)
+OLDER_TARGETS := $(addprefix test-transformers-,$(OLDER_TRANSFORMERS))
+.PHONY: $(OLDER_TARGETS)
+test-older-transformers: $(OLDER_TARGETS)
+$(OLDER_TARGETS): test-transformers-%: $(VENV)/package.stamp build/transformers-%.stamp
+	PYTHONPATH=$(CURDIR)/build/transformers-$* $(VENV)/bin/python -m pytest $(TESTS_$*)
+
+# Nothing is pinned but what the tests alone need. A copy of the tracked files, so the package in place stays as it is.
+NEWEST := build/newest
+NEWEST_TESTS ?= tests/test_hf_*.py tests/test_patches*.py tests/test_operator.py
+test-newest:
+	rm -rf $(NEWEST) && mkdir -p $(NEWEST)/source
+	git ls-files -z | xargs -0 cp --parents --target-directory=$(NEWEST)/source
+	$(PYTHON) -m venv $(NEWEST)/venv
+	grep -vE '^(transformers|accelerate|peft)==' requirements.txt > $(NEWEST)/requirements.txt
+	$(NEWEST)/venv/bin/pip install -q torch transformers accelerate peft -r $(NEWEST)/requirements.txt
+	$(NEWEST)/venv/bin/pip list | grep -E '^(torch|transformers|accelerate|peft) '
+	cd $(NEWEST)/source && FLASHMLA_BUILD=cpu ../venv/bin/pip install -q --no-build-isolation --no-deps -e . && \
+	  ../venv/bin/python -m flashmla_hf doctor && ../venv/bin/python -m pytest $(NEWEST_TESTS)
+
+support: ready
 	FLASHMLA_SUPPORT_JSON=tests/support.json $(RUN) -m pytest tests/test_hf_parity.py
 	$(RUN) tests/support_table.py
 
-gpu: $(READY)
+gpu: ready
 	$(RUN) tests/gpu_suite.py $(PARTS)
 
-bench: $(READY)
+bench: ready
 	$(RUN) benchmarks/bench_attention.py --time_budget 600
 	$(RUN) benchmarks/bench_model.py
 
 # On a GPU host; each file is a model, SHAPES="llama-8b" runs one. Run again, it measures only what is still missing.
 SHAPES ?= llama-8b llama-1b-full mistral-7b llama-8b-window llama-1b-full-window
-memory: $(READY)
+memory: ready
 	for shape in $(SHAPES); do $(RUN) scripts/memory_report.py --config scripts/configs/memory/$$shape.yaml || exit 1; done
 	$(RUN) benchmarks/render_results.py
 
@@ -63,8 +88,11 @@ sanitize:
 	$(PYTHON) csrc/cpu/sanitize.py
 
 # Leaves flashmla_hf/libflashmla_sm90.so in place: it may be carried to a GPU host that has no nvcc.
-cuda: $(TORCH_READY)
+cuda: torch-ready
 	$(RUN) csrc/sm90/check_build.py
+
+headers: torch-ready
+	$(RUN) csrc/check_headers.py
 
 lint: $(VENV)/requirements.stamp
 	$(VENV)/bin/ruff check .
@@ -79,9 +107,17 @@ format: $(VENV)/requirements.stamp
 clean:
 	rm -rf build dist *.egg-info flashmla_hf/*.so flashmla_hf/_build.json
 
+# Prerequisites that depend on HAS_GPU: recipes are expanded only if they run, prerequisites always.
+.PHONY: ready torch-ready
+ready:
+	@$(MAKE) --no-print-directory $(READY)
+
+torch-ready:
+	@$(if $(TORCH_READY),$(MAKE) --no-print-directory $(TORCH_READY))
+
 $(VENV)/requirements.stamp: requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
-	  { echo "flashmla_hf: Python 3.10 or newer is needed; name one: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
+	  { echo "flashmla_hf: Python 3.10 or newer is needed; name one: make PYTHON=python3.12 TARGET"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/pip install -q '$(TORCH)'
 	$(VENV)/bin/pip install -q -r requirements.txt
@@ -95,6 +131,6 @@ build/in-place.stamp: $(SOURCES)
 	$(PYTHON) setup.py -q build_ext --inplace
 	mkdir -p build && touch $@
 
-build/transformers-$(OLDER_TRANSFORMERS).stamp: $(VENV)/requirements.stamp
-	$(VENV)/bin/pip install -q --no-deps --target build/transformers-$(OLDER_TRANSFORMERS) $(OLDER_PACKAGES)
+build/transformers-%.stamp: $(VENV)/requirements.stamp
+	$(VENV)/bin/pip install -q --no-deps --target build/transformers-$* transformers==$* $(PACKAGES_$*)
 	touch $@

@@ -726,13 +726,58 @@ def test_headers_of_other_projects_do_not_warn(package):
     assert "theirs" not in stdout
 
 
-# ---- make headers ----------------------------------------------------------------------------------------------------
+# ---- The Makefile ----------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def headers(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT))
     return load(ROOT / "csrc/check_headers.py")
+
+
+def make_without_running(tmp_path, *goals, sees_a_gpu=False):
+    """(what make would run, how often it asked PYTHON whether it sees a GPU)."""
+    program = tmp_path / "python"
+    program.write_text(f"#!/bin/sh\necho asked >> {tmp_path}/asked\necho {int(sees_a_gpu)}\n")
+    program.chmod(0o755)
+    (tmp_path / "asked").write_text("")
+    command = ["make", "--dry-run", f"PYTHON={program}", *goals]
+    kept = {key: value for key, value in os.environ.items() if key not in ("MAKEFLAGS", "MFLAGS", "MAKELEVEL")}
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, env=kept)
+    return result.stdout, (tmp_path / "asked").read_text().count("asked")
+
+
+@pytest.mark.parametrize("goal", ["clean", "lint", "format", "sanitize", "test-older-transformers", "test-newest"])
+def test_make_imports_torch_for_no_target_that_does_without(tmp_path, goal):
+    assert make_without_running(tmp_path, goal)[1] == 0
+
+
+@pytest.mark.parametrize(
+    ("goal", "program"),
+    [("demo", "scripts/demo.py"), ("gpu", "tests/gpu_suite.py"), ("cuda", "csrc/sm90/check_build.py")],
+)
+def test_make_asks_once_for_a_gpu_and_uses_the_python_that_sees_one(tmp_path, goal, program):
+    commands, asked = make_without_running(tmp_path, goal, sees_a_gpu=True)
+    assert asked == 1
+    assert f"PYTHONPATH={ROOT} {tmp_path}/python {program}" in commands
+    assert "pip install" not in commands
+    assert ("setup.py -q build_ext --inplace" in commands) == (goal != "cuda")
+    commands, asked = make_without_running(tmp_path, goal)
+    assert asked == 1
+    assert f".venv/bin/python {program}" in commands
+
+
+def test_the_oldest_torch_and_every_older_transformers_have_their_tests(headers):
+    makefile = (ROOT / "Makefile").read_text()
+    assert f"OTHER_TORCH ?= {headers.TORCH[0]}\n" in makefile
+    oldest, *others = re.search(r"^OLDER_TRANSFORMERS := (.+)$", makefile, re.M)[1].split()
+    pyproject = (ROOT / "pyproject.toml").read_text()
+    assert f'"transformers>={oldest.removesuffix(".0")}"' in pyproject
+    for release in (oldest, *others):
+        assert re.search(rf"^TESTS_{re.escape(release)} := tests/test_hf_", makefile, re.M)
+
+
+# ---- make headers ----------------------------------------------------------------------------------------------------
 
 
 def test_the_oldest_releases_are_those_that_the_build_and_the_readme_name(headers, build):
