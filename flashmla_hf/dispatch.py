@@ -532,7 +532,8 @@ def _number(name: str, value: object) -> float:
         if value.dim() != 0 or value.dtype == torch.bool or value.is_complex():
             _fail(TypeError, name, "a number", f"a tensor {[*value.shape]} of {_name(value.dtype)}")
         if value.requires_grad:
-            _fail(TypeError, name, "a number, for which no gradient is computed (multiply q by it)", "a tensor that requires one")
+            expected = "a number, for which no gradient is computed (multiply q by it)"
+            _fail(TypeError, name, expected, "a tensor that requires one")
         value = value.item()
     if not isinstance(value, (int, float)):
         if isinstance(value, (torch.SymFloat, torch.SymInt)):

@@ -8,11 +8,13 @@ The CPU kernel on every machine; the Hopper kernel on more than 2,000 calls of i
 A failing call of the sweep prints a command that runs it alone.
 """
 
+import dataclasses
 import os
 import random
 from collections import Counter
 
 import gpu_support
+import numerics
 import pytest
 import torch
 from cases import SM90_ROWS, Case, calls, random_case
@@ -45,7 +47,22 @@ def test_random_calls_keep_the_error_rule(dtype):
     def property_(case, seed):
         check("cpu", case, dtype, seed=seed)
 
+    before = dataclasses.replace(numerics.looks)
     property_()
+    judged = numerics.looks - before
+    assert judged.calls >= CASES_PER_DTYPE[dtype]
+    assert judged.second <= numerics.MOST_SECOND_LOOKS * judged.calls, judged
+
+
+def test_second_looks_are_counted():
+    """A call that is right and unlucky, by eager that was lucky; and one that is wrong, which looks do not save."""
+    case = Case(seqlen_q=9, head_dim_qk=8)
+    before = dataclasses.replace(numerics.looks)
+    check("cpu", case, torch.float32)
+    assert numerics.looks - before == numerics.Looks(1, 0)
+    with pytest.raises(AssertionError):
+        check(WRONG["output rows shifted"], case, torch.float32)
+    assert numerics.looks - before == numerics.Looks(2, 1)
 
 
 def reproducer(impl, case, dtype, device, case_seed) -> str:

@@ -128,3 +128,176 @@ def test_gradients_agree_with_finite_differences():
         return reference.attention(q, k, v, sinks=sinks, scale=0.7, softcap=3.0, window_left=2, window_right=0)
 
     assert torch.autograd.gradcheck(function, (q, k, v, sinks))
+
+
+# ---- What is hidden from a row never reaches it ----------------------------------------------------------------------
+
+NO_NUMBERS = (math.nan, math.inf, -math.inf)
+
+
+def gradients_of(function, tensors, dout, dlse):
+    leaves = [x.detach().clone().requires_grad_() for x in tensors]
+    out, lse = function(*leaves)
+    found = torch.autograd.grad((out, lse), leaves, (dout, dlse))
+    return [out.detach(), lse.detach(), *found]
+
+
+@pytest.mark.parametrize("bad", NO_NUMBERS)
+@pytest.mark.parametrize("kind", ["bool", "bias", "causal", "window"])
+def test_what_is_hidden_from_a_row_never_reaches_it(kind, bad):
+    """Rows 0 to 4 see nothing of keys 5 to 8, rows 5 to 8 nothing of keys 0 to 2: each side is computed alone, whatever
+    the other holds, in values and in gradients."""
+    visible = torch.zeros(9, 9, dtype=torch.bool)
+    visible[:5, :5] = torch.ones(5, 5).tril().bool()
+    visible[5:, 3:] = True
+    options = {
+        "bool": {"attn_mask": visible},
+        "bias": {"attn_mask": torch.zeros(9, 9, dtype=torch.float64).masked_fill(~visible, -math.inf)},
+        "causal": {"window_right": 0},
+        "window": {"window_right": 0, "window_left": 2},
+    }[kind]
+    if kind == "causal":
+        visible = torch.ones(9, 9).tril().bool()
+    if kind == "window":
+        visible = torch.ones(9, 9).tril().bool() & ~torch.ones(9, 9).tril(-3).bool()
+    generator = torch.Generator().manual_seed(0)
+    tensors = [torch.randn(1, 9, 2, 4, generator=generator, dtype=torch.float64) for _ in range(3)]
+    dout = torch.randn(1, 9, 2, 4, generator=generator, dtype=torch.float64)
+    dlse = torch.randn(1, 2, 9, generator=generator, dtype=torch.float64)
+
+    def function(q, k, v):
+        return reference.attention(q, k, v, scale=0.5, softcap=5.0, **options)
+
+    sound = gradients_of(function, tensors, dout, dlse)
+    assert all(x.isfinite().all() for x in sound)
+    for key in range(9):
+        # A key that is not a number: rows that do not see it are as they were.
+        rows = ~visible[:, key]
+        changed = [x.clone() for x in tensors]
+        changed[1][:, key, :, 1] = bad
+        changed[2][:, key, :, 2] = bad
+        out, lse, dq, *_ = gradients_of(function, changed, dout, dlse)
+        assert torch.equal(out[:, rows], sound[0][:, rows])
+        assert torch.equal(lse[:, :, rows], sound[1][:, :, rows])
+        assert torch.equal(dq[:, rows], sound[2][:, rows])
+        assert not out[:, ~rows].isfinite().all(dim=-1).any(), "a row that sees it"
+    for row in range(9):
+        # A query, or a gradient that arrives at it, that is not a number: keys hidden from it are as they were.
+        keys = ~visible[row]
+        for where in ("q", "dout", "dlse"):
+            changed, grads = [x.clone() for x in tensors], {"dout": dout.clone(), "dlse": dlse.clone()}
+            if where == "q":
+                changed[0][:, row] = bad
+            elif where == "dout":
+                grads["dout"][:, row] = bad
+            else:
+                grads["dlse"][:, :, row] = bad
+            out, _, dq, dk, dv = gradients_of(function, changed, **grads)
+            others = torch.arange(9) != row
+            assert torch.equal(dq[:, others], sound[2][:, others])
+            assert torch.equal(dk[:, keys], sound[3][:, keys])
+            assert torch.equal(dv[:, keys], sound[4][:, keys])
+            if visible[row].any():
+                assert not dk[:, ~keys].isfinite().all()
+
+
+@pytest.mark.parametrize("bad", NO_NUMBERS)
+def test_rows_that_see_nothing_take_no_gradient_and_sequences_no_neighbour(bad):
+    q, k, v = (torch.randn(12, 2, 4, dtype=torch.float64) for _ in range(3))
+    cu_q, cu_kv = torch.tensor([0, 4, 9], dtype=torch.int32), torch.tensor([0, 2, 9], dtype=torch.int32)
+
+    def function(q, k, v):
+        return reference.attention(q, k, v, cu_seqlens_q=cu_q, cu_seqlens_kv=cu_kv, scale=0.5, window_right=0)
+
+    dout, dlse = torch.randn(12, 2, 4, dtype=torch.float64), torch.randn(2, 12, dtype=torch.float64)
+    sound = gradients_of(function, (q, k, v), dout, dlse)
+    changed = [x.clone() for x in (q, k, v)]
+    for x in (*changed, dout):
+        x[9:] = bad  # no sequence's
+    changed[0][:2], dout[:2] = bad, bad  # rows before the first key
+    dlse[:, :2] = dlse[:, 9:] = bad
+    for mine, expected in zip(gradients_of(function, changed, dout, dlse), sound, strict=True):
+        assert torch.equal(mine, expected)
+    for x in changed:
+        x[4:9] = bad  # the second sequence
+    found = gradients_of(function, changed, dout, dlse)
+    for mine, expected, last in zip(found, sound, (4, 4, 4, 2, 2), strict=True):
+        rows = (slice(None), slice(last)) if mine.dim() == 2 else slice(last)
+        assert torch.equal(mine[rows], expected[rows])
+
+
+def test_values_that_are_no_number_are_summed_as_ieee_arithmetic_sums_them():
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(200):
+        a = torch.randn(3, 4, generator=generator, dtype=torch.float64)
+        a[torch.rand(3, 4, generator=generator) < 0.2] = 0.0
+        b = torch.randn(4, 5, generator=generator, dtype=torch.float64)
+        for bad in NO_NUMBERS:
+            b[torch.rand(4, 5, generator=generator) < 0.15] = bad
+        visible = torch.rand(3, 4, generator=generator) < 0.6
+        expected = torch.stack(
+            [torch.stack([(a[i] * b[:, d])[visible[i]].sum() for d in range(5)]) for i in range(3)]
+        )  # fmt: skip
+        found = reference._sum_over_visible(a.masked_fill(~visible, 0.0), b, visible)
+        torch.testing.assert_close(found, expected, equal_nan=True)
+
+
+@pytest.mark.parametrize("way", ["function", "traced"])
+def test_derivatives_of_any_order_agree_with_finite_differences(way, monkeypatch):
+    if way == "traced":
+        monkeypatch.setattr(reference.ops, "is_functionalizing", lambda: True)
+    generator = torch.Generator().manual_seed(1)
+    q, k, v = (torch.randn(1, 3, 1, 2, generator=generator, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    bias = torch.randn(3, 3, generator=generator, dtype=torch.float64)
+    bias[0, 1:] = -math.inf
+    bias.requires_grad_()
+
+    def function(q, k, v, bias):
+        return reference.attention(q, k, v, attn_mask=bias, scale=0.7, softcap=3.0)
+
+    assert torch.autograd.gradcheck(function, (q, k, v, bias), check_forward_ad=True, masked=True)
+    assert torch.autograd.gradgradcheck(
+        lambda q, k, v: function(q, k, v, bias.detach()), (q, k, v), check_fwd_over_rev=True
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_finite_minimum_in_all_of_a_row_gives_the_mean(dtype):
+    """The padding of Transformers' four-dimensional masks. -inf in all of a row gives 0."""
+    q, k, v = (torch.randn(1, 64, 2, 16).to(dtype) for _ in range(3))
+    statistics = torch.promote_types(dtype, torch.float32)
+    mask = torch.zeros(64, 64, dtype=statistics)
+    mask[0], mask[1] = torch.finfo(statistics).min, -math.inf
+    mask.requires_grad_()
+    q.requires_grad_()
+    out, lse = reference.attention(q, k, v, attn_mask=mask, scale=0.25, softcap=50.0)
+    torch.testing.assert_close(out[0, 0], v[0].double().mean(0).to(dtype))
+    assert (out[0, 1] == 0).all()
+    assert (lse[0, :, 1] == -math.inf).all()
+    grad_q, grad_mask = torch.autograd.grad(lse[0, :, 0].sum(), (q, mask))
+    torch.testing.assert_close(grad_mask[0], torch.full((64,), 2 / 64, dtype=statistics))
+    assert grad_q.isfinite().all()
+
+
+def test_windows_that_reach_beyond_all_numbers_are_no_windows():
+    for far in (2**40, 2**62, 2**63 - 1):
+        assert reference.visible_keys(4, 6, far, 0).equal(reference.visible_keys(4, 6, -1, 0))
+        assert reference.visible_keys(4, 6, 1, far).equal(reference.visible_keys(4, 6, 1, -1))
+        assert reference.visible_keys(4, 6, -1, far).all()
+
+
+@pytest.mark.parametrize("sink", [math.nan, math.inf, -math.inf])
+def test_sinks_that_are_no_number_are_eager_s(sink):
+    q, k, v = (torch.randn(1, n, 2, 4, dtype=torch.float64) for n in (8, 5, 5))
+    sinks = torch.tensor([sink, 0.5], dtype=torch.float64)
+    out, lse = reference.attention(q, k, v, sinks=sinks, scale=0.5, window_right=0)
+    scores = torch.einsum("bihd,bjhd->bhij", q, k) * 0.5
+    scores = scores.masked_fill(~reference.visible_keys(8, 5, -1, 0), -math.inf)
+    scores = torch.cat([scores, sinks[None, :, None, None].expand(1, 2, 8, 1)], dim=-1)
+    weights = torch.softmax(scores, dim=-1)[..., :-1]
+    expected, expected_lse = torch.einsum("bhij,bjhd->bihd", weights, v), torch.logsumexp(scores, dim=-1)
+    if sink == -math.inf:  # rows that see nothing: zero is ours
+        expected = expected.nan_to_num(0.0)
+    torch.testing.assert_close(out, expected, equal_nan=True)
+    torch.testing.assert_close(lse, expected_lse, equal_nan=True)
+    assert (reference.attention(q, k[:, :0], v[:, :0], sinks=sinks, scale=0.5)[0] == 0).all()

@@ -233,7 +233,7 @@ def test_boundaries_of_their_own_in_each_copy_are_refused():
     def function(q, k, v, cu):
         return attention(q, k, v, cu_seqlens_q=cu, cu_seqlens_kv=cu)
 
-    with pytest.raises(RuntimeError, match="cu_seqlens_q: expected boundaries that all of torch.vmap share"):
+    with pytest.raises(RuntimeError, match=r"cu_seqlens_q: expected boundaries that all of torch\.vmap share"):
         torch.vmap(function)(q, k, v, boundaries)
 
 
@@ -254,7 +254,7 @@ def test_forward_mode_is_refused_by_the_kernels_and_right_by_the_reference(trans
     def by(way):
         return lambda x: way(x, x * 2, x.sin()).square().sum()
 
-    with pytest.raises(RuntimeError, match="expected no tangent, got a dual tensor.*impl='reference'"):
+    with pytest.raises(RuntimeError, match=r"expected no tangent, got a dual tensor.*impl='reference'"):
         FORWARD_MODE[transform](by(attention), x)
     mine = FORWARD_MODE[transform](by(functools.partial(attention, impl="reference")), x)
     assert_same(mine, FORWARD_MODE[transform](by(lambda *x: eager(*x)[0]), x))
