@@ -119,7 +119,7 @@ def output_embeddings(model: nn.Module, patch: str) -> nn.Module:
 
 
 def cache_name(module: nn.Module) -> str:
-    """The argument of ``module``'s forward that takes a cache: ``cache`` from Transformers 5.24 on, ``past_key_values`` before."""
+    """The argument of ``module``'s forward that takes a cache: one of :data:`CACHE_NAMES`."""
     parameters = inspect.signature(inspect.unwrap(type(module).forward)).parameters
     return next((name for name in CACHE_NAMES if name in parameters), CACHE_NAMES[-1])
 
