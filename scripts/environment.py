@@ -14,6 +14,10 @@ from pathlib import Path
 import torch
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+SAYS_OUT_OF_MEMORY = re.compile(
+    r"DefaultCPUAllocator: (?:not enough memory|can't allocate memory)|CUDA error: out of memory|"
+    r"CUDA out of memory\. Tried to allocate|patch 'offload': host memory"
+)
 NO_HOST_MEMORY = "patch 'offload': host memory"  # flashmla_hf's error before it would take the host's reserve
 PACKAGES = ("torch", "transformers", "accelerate", "peft", "flashmla_hf", "flash-attn-4", "liger-kernel")
 # Part of torch.cuda.get_device_name() -> dense 16-bit tensor-core FLOP/s by the vendor's data sheet. The first match counts.
@@ -136,12 +140,11 @@ def _free_on_gpu() -> int:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an allocation failed: torch has a class for the GPU's alone."""
+    """Whether an allocation failed. torch has a class for the GPU's alone: the CPU's allocator and the driver's pinned memory
+    are known by their words."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
-    text = str(error).lower()
-    said = ("not enough memory", "alloc", NO_HOST_MEMORY)
-    return isinstance(error, RuntimeError) and any(part in text for part in said)
+    return isinstance(error, RuntimeError) and SAYS_OUT_OF_MEMORY.search(str(error)) is not None
 
 
 def commit() -> str:

@@ -657,12 +657,16 @@ def save_checkpoint(accelerator: Accelerator, args: TrainingArguments, state: Tr
 
 def fingerprint(model_args: ModelArguments, args: TrainingArguments, packs: list[Pack], processes: int) -> str:
     """Changes where a resumed run would not continue the interrupted one: other data, batches, optimizer or adapter."""
+    # The number of steps bends every schedule but the constant one: max_steps, or epochs if that does not say it.
+    length: tuple[str, ...] = ("max_steps",) if args.max_steps > 0 else ("num_train_epochs",)
+    if args.lr_scheduler_type == "constant":
+        length = ()
     decisive: dict[str, object] = {"processes": processes}
     decisive |= {
         name: getattr(args, name)
         for name in (
             "per_device_train_batch_size", "gradient_accumulation_steps", "seed", "learning_rate", "weight_decay",
-            "max_grad_norm", "lr_scheduler_type", "warmup_steps", "bf16",
+            "max_grad_norm", "lr_scheduler_type", "warmup_steps", "bf16", *length,
         )
     }  # fmt: skip
     adapter = ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules") if model_args.use_peft else ()
@@ -977,7 +981,8 @@ def train(model_args: ModelArguments, data_args: DataArguments, args: TrainingAr
         batches, num_items = step_batches(train_packs, state.step, accelerator, args)
         step_loss = run_batches(model, batches, num_items, collate, accelerator)
         if args.max_grad_norm > 0:
-            accelerator.clip_grad_norm_(trainable, args.max_grad_norm)
+            # Not the list from before prepare: sharding replaces parameters.
+            accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
         learning_rate = scheduler.get_last_lr()[0]
         optimizer.step()
         scheduler.step()
@@ -1078,7 +1083,7 @@ def try_length(model_args: ModelArguments, args: TrainingArguments) -> None:
         ]
         run_batches(model, batches, length, collate, accelerator)
         if args.max_grad_norm > 0:
-            accelerator.clip_grad_norm_(trainable, args.max_grad_norm)
+            accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()
 

@@ -22,6 +22,10 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+import racecheck
+
 ROOT = Path(__file__).resolve().parent.parent
 PYTEST = ("-m", "pytest", "-q", "-p", "no:cacheprovider")
 # Small calls leave a GPU idle most of the time: where pytest-xdist is installed, four processes share it.
@@ -122,9 +126,20 @@ def verdict(step: Step, code: int | None, output: str) -> str:
         return "not run: this torch cannot compile the control"
     if code not in step.expected:
         return f"FAILED (exit code {code})"
+    if step.tool == "racecheck" and (problem := racecheck_problem(output)):
+        return f"FAILED: {problem}"
     if PYTEST[1] in step.arguments and " passed" not in last_line(output):
         return "not run: every test was skipped"
     return "passed"
+
+
+def racecheck_problem(output: str) -> str | None:
+    """What is wrong with the hazards of ``output``; those of the accepted list are not."""
+    try:
+        new = racecheck.new_hazards(output)
+    except ValueError as error:
+        return str(error)
+    return f"{len(new)} new hazards (python3 tests/racecheck.py says which)" if new else None
 
 
 def last_line(output: str) -> str:

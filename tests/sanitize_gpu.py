@@ -1,7 +1,7 @@
 """Tiny calls of the compiled operators that reach every kernel, for compute-sanitizer; exits with 1 on a wrong result.
 
     compute-sanitizer --tool memcheck --error-exitcode 86 python3 tests/sanitize_gpu.py
-    (likewise racecheck, synccheck; `python3 tests/gpu_suite.py sanitize` runs all three)
+    (likewise racecheck, synccheck; `python3 tests/gpu_suite.py sanitize` runs all three, and tests/racecheck.py reads the second)
 
 The first thing that touches the GPU is a copy and the last one is a copy: every kernel launched here is ours, nothing is
 uninitialised but what they allocate, and every tensor is an allocation of its own, so that memcheck sees an overrun by one

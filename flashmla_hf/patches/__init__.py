@@ -23,7 +23,7 @@ from collections.abc import Iterable
 
 from torch import nn
 
-from flashmla_hf.patches import attention, checkpointing, lora, loss, mlp, rope, structure
+from flashmla_hf.patches import attention, checkpointing, lora, loss, mlp, rope, structure, weights
 from flashmla_hf.patches.replacements import Replacements
 from flashmla_hf.patches.structure import PatchError
 
@@ -119,6 +119,7 @@ def patch(
             f"flashmla_hf.patch({type(inner).__name__}): expected an unpatched model, got one that is patched already "
             f"({', '.join(vars(inner)[_RECORD].names)}). Call flashmla_hf.unpatch(model) first"
         )
+    weights.refuse_sharded(inner)
     replacements = Replacements(names)
     try:
         if "mlp" in names:

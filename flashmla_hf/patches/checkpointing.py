@@ -274,13 +274,13 @@ def _refuse_cache(layers: list[nn.Module]):
     """Transformers' layers that checkpoint leave a cache out, with a line in the log: a prefix in it would have no effect."""
 
     def check(decoder, args, kwargs):
-        cache = kwargs.get("past_key_values")
+        cache = structure.cache_of(kwargs)
         if cache is None or not any(layer.gradient_checkpointing and layer.training for layer in layers):
             return
         if (length := cache.get_seq_length()) > 0:
             raise structure.PatchError(
-                f"flashmla_hf.patch: patch 'checkpointing': {type(decoder).__name__} in training: expected past_key_values "
-                f"that are empty, got {length} tokens (peft's prefix tuning gives some), which checkpointed layers leave out. "
+                f"flashmla_hf.patch: patch 'checkpointing': {type(decoder).__name__} in training: expected an empty cache, "
+                f"got {length} tokens in past_key_values (peft's prefix tuning gives some), which checkpointed layers leave out. "
                 "Call model.eval(), or leave it out: patches=[...] without 'checkpointing', 'keep_attention' and 'offload'"
             )
 

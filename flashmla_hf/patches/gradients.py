@@ -46,8 +46,9 @@ class Unchanged:
             if self.before[what] != now:
                 raise structure.PatchError(
                     f"flashmla_hf.patch: {type(self.module).__name__}: expected it in backward as it was in the forward pass, "
-                    f"because it runs again: {what} were changed in between. Call backward before that, or leave the patch "
-                    "out that runs it again ('mlp', 'norm', 'attention' or 'checkpointing')"
+                    f"because it runs again: {what} were changed in between (or taken away, by accelerate's offloading or a "
+                    "shard). Call backward before that, or leave the patch out that runs it again ('mlp', 'norm', "
+                    "'attention' or 'checkpointing')"
                 )
 
     def _state(self) -> dict[str, tuple]:
@@ -62,7 +63,9 @@ def _weights(module: nn.Module, parts: tuple[nn.Module, ...]) -> dict[str, tuple
     has_versions = wrapper is None or not any(isinstance(m, wrapper) for m in parts)
     return {
         "weights": tuple(
-            (id(p), p._version if has_versions and not p.is_inference() else 0) for p in module.parameters()
+            # On the meta device: offloaded, and another tensor after every call, which brings the same values again.
+            "meta" if p.is_meta else (id(p), p._version if has_versions and not p.is_inference() else 0)
+            for p in module.parameters()
         ),
         "dropout layers": tuple(m.training for m in parts if _drops(m)),
     }

@@ -17,7 +17,7 @@ import weakref
 import torch
 from torch import nn
 
-from flashmla_hf.patches import gradients
+from flashmla_hf.patches import gradients, weights
 
 
 class _Keep(torch.autograd.Function):
@@ -154,7 +154,8 @@ def note_result(module: nn.Module, out: torch.Tensor) -> None:
 @contextlib.contextmanager
 def without_result_of(module: nn.Module | None):
     """Within, in this thread: ``module`` (``None``: none) need not compute its result; it does where a hook would see it."""
-    before, _thread.without = _thread.without, None if module is None or has_hooks(module) else module
+    is_left_out = module is not None and not has_hooks(module) and weights.unreadable(module) is None
+    before, _thread.without = _thread.without, module if is_left_out else None
     try:
         yield
     finally:
@@ -177,12 +178,13 @@ def in_one_dtype(*tensors: torch.Tensor | None) -> list[torch.Tensor | None] | N
 
 
 def is_plain(module: nn.Module) -> bool:
-    """Whether calling ``module`` is ``torch.nn.Linear.forward`` alone: somebody's hook or forward would not be called."""
+    """Whether calling ``module`` is ``torch.nn.Linear.forward`` alone: somebody's hook or forward would not be called, and
+    weights that come for the call would be missing."""
     return (
         type(module) is nn.Linear
-        and type(module.weight) is nn.Parameter
         and "forward" not in vars(module)
         and not has_hooks(module)
+        and weights.unreadable(module) is None
     )
 
 

@@ -21,7 +21,7 @@ import torch
 from torch import nn
 from transformers.loss.loss_utils import ForCausalLMLoss
 
-from flashmla_hf.patches import gradients, structure
+from flashmla_hf.patches import gradients, structure, weights
 from flashmla_hf.patches.replacements import Replacements
 
 # Tokens per chunk: [2048, 128256] fp32 are 1 GiB, and a GPU's matrix products are at full speed.
@@ -29,7 +29,9 @@ CHUNK = 2048
 
 
 class _State(threading.local):
-    has_labels = False
+    # Not as an attribute of the class: torch.compile guards the instance's dictionary, which the first assignment would change.
+    def __init__(self):
+        self.has_labels = False
 
 
 _state = _State()
@@ -112,12 +114,22 @@ def patch_loss(model: nn.Module, replacements: Replacements, chunk: int | None) 
     head = structure.output_embeddings(model, "loss")
     if "labels" not in inspect.signature(model.forward).parameters:
         raise structure.refuse(model, "loss", "forward", "an argument 'labels'", "none")
+    reason = weights.unreadable(head)
+    if reason is None and "forward" in vars(head) and getattr(head, "_hf_hook", None) is None:
+        reason = "a forward that somebody has set (it would not be called)"
+    if reason is not None:
+        raise structure.refuse(
+            model, "loss", "get_output_embeddings()", "a torch.nn.Linear whose weights can be read in the loss", reason
+        )
     head_forward, model_forward, chunk = head.forward, model.forward, chunk or CHUNK
 
     @wraps(head_forward)
     def promise(hidden_states):
-        if not _state.has_labels or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or not _state.has_labels:
             return head_forward(hidden_states)
+        _refuse_unreadable(model, head, hidden_states)
+        if getattr(head, "_hf_hook", None) is not None:  # one that moves the input to the weights
+            hidden_states = hidden_states.to(head.weight.device)
         return PromisedLogits(hidden_states, head.weight, head.bias)
 
     signature = inspect.signature(model_forward)
@@ -126,6 +138,8 @@ def patch_loss(model: nn.Module, replacements: Replacements, chunk: int | None) 
     def forward(*args, **kwargs):
         if args and args[0] is model:  # accelerate's unwrap_model binds the function it finds
             args = args[1:]
+        if torch.compiler.is_compiling():  # the logits are the model's own
+            return model_forward(*args, **kwargs)
         before = _state.has_labels
         _state.has_labels = signature.bind_partial(*args, **kwargs).arguments.get("labels") is not None
         try:
@@ -140,6 +154,7 @@ def patch_loss(model: nn.Module, replacements: Replacements, chunk: int | None) 
         if not isinstance(logits, PromisedLogits):
             return ForCausalLMLoss(logits, labels, vocab_size, num_items_in_batch, ignore_index, shift_labels, **kwargs)
         hidden, weight, bias = logits._parts
+        _refuse_unreadable(model, head, hidden)  # again: a shard's weight is gone when the module's call is over
         if weight.shape[0] != vocab_size:
             raise structure.refuse(
                 model, "loss", "vocab_size", f"{weight.shape[0]} (rows of the weight)", str(vocab_size)
@@ -161,6 +176,18 @@ def patch_loss(model: nn.Module, replacements: Replacements, chunk: int | None) 
     replacements.set(model, "forward", forward)
 
 
+def _refuse_unreadable(model: nn.Module, head: nn.Module, hidden: torch.Tensor) -> None:
+    reason = weights.unreadable(head, hidden)
+    if reason is None and type(head) is not nn.Linear:
+        reason = type(head).__name__
+    if reason is None and (head._backward_hooks or head._backward_pre_hooks):
+        reason = "a backward hook, which needs logits"
+    if reason is not None:
+        raise structure.refuse(
+            model, "loss", "get_output_embeddings()", "a torch.nn.Linear whose weights can be read in the loss", reason
+        )
+
+
 def linear_cross_entropy(
     hidden, weight, bias, labels, *, num_items=None, ignore_index=-100, steps=(), chunk=CHUNK
 ) -> torch.Tensor:
@@ -170,11 +197,6 @@ def linear_cross_entropy(
     where there is none. The sum over tokens is divided by ``num_items``, or by the number of labels where that is ``None``.
     Under autocast the product is in autocast's dtype. Gradients in hidden, weight and bias, once (no ``retain_graph``).
     """
-    if type(weight).__name__ == "DTensor":
-        raise NotImplementedError(
-            "flashmla_hf.patch: patch 'loss': the output embeddings are sharded (DTensor) after their forward: expected a "
-            "local weight. Leave it out: patches=[...] without 'loss'"
-        )
     device = hidden.device.type
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)

@@ -10,7 +10,7 @@ from functools import wraps
 import torch
 from torch import nn
 
-from flashmla_hf.patches import gradients, linear, memory, structure, tiles
+from flashmla_hf.patches import gradients, linear, memory, structure, tiles, weights
 from flashmla_hf.patches.replacements import Replacements
 
 # A gated MLP's backward holds, per token, gate, up, activation, product and the gradients of three of them.
@@ -152,9 +152,11 @@ def patch_norm(model: nn.Module, replacements: Replacements) -> None:
 
 
 def _is_row_wise(module: nn.Module, weight: torch.Tensor) -> bool:
-    if weight.device.type == "meta":
+    offloaded = weight.is_meta and getattr(module, "_hf_hook", None)
+    if weight.is_meta and not offloaded:
         return True
-    rows = torch.linspace(-1.0, 2.0, 3 * weight.shape[0], device=weight.device).to(weight.dtype).view(3, -1)
+    device = offloaded.execution_device if offloaded else weight.device
+    rows = torch.linspace(-1.0, 2.0, 3 * weight.shape[0], device=device).to(weight.dtype).view(3, -1)
     with torch.no_grad():
         together = module.forward(rows)
         # A GPU may sum one row in another order than three.
@@ -167,7 +169,10 @@ def _rms_norm_eps(module: nn.Module) -> float | None:
     """The eps with which ``torch.nn.functional.rms_norm`` is this norm (Llama's kind; Gemma's adds 1 to its weight)."""
     eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
     weight = module.weight
-    if not isinstance(eps, float) or weight.device.type == "meta":
+    # Its one parameter is the weight: a bias would be left out, and is zero at the beginning of training.
+    if not isinstance(eps, float) or weight.is_meta or len(list(module.parameters())) != 1:
+        return None
+    if weights.unreadable(module) is not None:
         return None
     rows = torch.linspace(-1.0, 2.0, 3 * weight.shape[0], device=weight.device).to(weight.dtype).view(3, -1)
     with torch.no_grad():
@@ -183,7 +188,12 @@ def _norm_in_tiles(module: nn.Module):
     def norm_forward(hidden_states):
         if torch.compiler.is_compiling() or not torch.is_grad_enabled():
             return forward(hidden_states)
-        if eps is not None and hidden_states.is_cuda and hidden_states.dtype == module.weight.dtype:
+        if (
+            eps is not None
+            and hidden_states.is_cuda
+            and hidden_states.dtype == module.weight.dtype
+            and weights.unreadable(module, hidden_states) is None
+        ):
             # One kernel each way there, which saves its input and a number a row. It multiplies by the weight before it
             # rounds, not after.
             with torch.autocast("cuda", enabled=False):

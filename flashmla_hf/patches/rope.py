@@ -81,7 +81,9 @@ def rotate_in_place(q, k, cos, sin):
 
 
 class _State(threading.local):
-    is_patched_block = False
+    # Not as an attribute of the class: torch.compile guards the instance's dictionary, which the first assignment would change.
+    def __init__(self):
+        self.is_patched_block = False
 
 
 _state = _State()
@@ -99,7 +101,7 @@ def _inside_patched_block():
 def _dispatcher(original):
     @wraps(original)
     def apply_rotary_pos_emb(*args, **kwargs):
-        if not _state.is_patched_block or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or not _state.is_patched_block:
             return original(*args, **kwargs)
         given = inspect.signature(original).bind(*args, **kwargs).arguments
         if given.get("unsqueeze_dim", 1) != 1 or given.get("position_ids") is not None:
@@ -152,8 +154,8 @@ def _unwrapped_names(attention: nn.Module) -> tuple[str, ...]:
 def _marked(attention: nn.Module, forward):
     @wraps(forward)
     def marked_forward(*args, **kwargs):
-        # Who looks at a projection's result may hold it: then it must not be overwritten.
-        if any(map(linear.has_hooks, attention.children())):
+        # Compiled, the original rotates. Who looks at a projection's result may hold it: it must not be overwritten.
+        if torch.compiler.is_compiling() or any(map(linear.has_hooks, attention.children())):
             return forward(*args, **kwargs)
         with _inside_patched_block():
             return forward(*args, **kwargs)

@@ -6,6 +6,7 @@ has an attention block (a child with query, key and value projections) and a tok
 
 from __future__ import annotations
 
+import inspect
 import sys
 from dataclasses import dataclass
 
@@ -16,6 +17,7 @@ from flashmla_hf import hf_names
 
 ATTENTION_PROJECTIONS = ({"q_proj", "k_proj", "v_proj"}, {"qkv_proj"}, {"query_key_value"}, {"W_pack"})
 OURS = hf_names.NAMES  # as attn_implementation
+CACHE_NAMES = ("cache", "past_key_values")  # of the argument: since Transformers 5.24, and before
 MLP_NAMES = ("mlp", "block_sparse_moe", "feed_forward")
 
 
@@ -116,6 +118,17 @@ def output_embeddings(model: nn.Module, patch: str) -> nn.Module:
     if type(head) is not nn.Linear:
         raise refuse(model, patch, "get_output_embeddings()", "a torch.nn.Linear", type(head).__name__)
     return head
+
+
+def cache_name(module: nn.Module) -> str:
+    """The argument of ``module``'s forward that takes a cache: one of :data:`CACHE_NAMES`."""
+    parameters = inspect.signature(inspect.unwrap(type(module).forward)).parameters
+    return next((name for name in CACHE_NAMES if name in parameters), CACHE_NAMES[-1])
+
+
+def cache_of(arguments: dict):
+    """The cache among keyword arguments, under either of its names."""
+    return next((arguments[name] for name in CACHE_NAMES if arguments.get(name) is not None), None)
 
 
 def row_width(module: nn.Module) -> int:

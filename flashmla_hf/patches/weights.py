@@ -1,0 +1,76 @@
+"""Whether a module's weights may be read in place of calling the module: they are there, whole, and nobody brings them.
+
+Weights that come for each call and go after it (accelerate's offloading, a unit of ``fully_shard``, DeepSpeed's ZeRO-3) are
+right inside the module's own call alone. A patch that computes with ``module.weight`` asks here first, when it is applied and
+in every call, because such hooks may come later.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+from torch import nn
+
+from flashmla_hf.patches.structure import PatchError
+
+
+def unreadable(module: nn.Module, x: torch.Tensor | None = None) -> str | None:
+    """Why the parameters of ``module`` itself may not be read; ``None`` if they may. ``x`` is what they are to be computed
+    with: without it, weights on the meta device pass (a model that is loaded later)."""
+    if _is_a(module, "torch.distributed.fsdp", "FSDPModule"):
+        return "a unit of fully_shard of its own (its weights are gathered for its own call alone)"
+    hook = getattr(module, "_hf_hook", None)
+    if hook is not None and not _places_only(hook):
+        return f"accelerate's {type(hook).__name__} (offloading: the weights come for each call)"
+    if "weight" not in module._parameters:
+        return "a weight that something computes for each call (parametrization, pruning)"
+    for name, parameter in module._parameters.items():
+        reason = None if parameter is None else _unreadable_parameter(parameter, x)
+        if reason is not None:
+            return f"{name} {reason}"
+    return None
+
+
+def _unreadable_parameter(parameter: nn.Parameter, x: torch.Tensor | None) -> str | None:
+    if hasattr(parameter, "ds_id"):
+        return "partitioned by DeepSpeed (ZeRO-3)"
+    if type(parameter) is not nn.Parameter:
+        sharded = " (sharded)" if type(parameter).__name__ == "DTensor" else ""
+        return f"of class {type(parameter).__name__}{sharded}"
+    if parameter.is_meta:
+        return "on the meta device" if x is not None and not x.is_meta else None
+    if parameter.numel() > 0 and parameter.untyped_storage().nbytes() == 0:
+        return "without memory (a shard's, freed after its own call)"
+    return None
+
+
+def _places_only(hook: object) -> bool:
+    """Whether accelerate's hook moves inputs to the device of weights that stay there, and does nothing else."""
+    if type(hook).__name__ == "SequentialHook":
+        return all(map(_places_only, hook.hooks))
+    return type(hook).__name__ == "AlignDevicesHook" and not hook.offload
+
+
+def refuse_sharded(model: nn.Module) -> None:
+    """Raises if ``model`` is sharded already: what patches look at and call would be shards."""
+    reason = next(
+        (
+            f"{name or 'the model'}: {type(module).__name__}"
+            for name, module in model.named_modules()
+            if _is_a(module, "torch.distributed.fsdp", "FSDPModule")
+            or _is_a(module, "torch.distributed.fsdp", "FullyShardedDataParallel")
+        ),
+        None,
+    ) or next((f"{n}: a DTensor" for n, p in model.named_parameters() if type(p).__name__ == "DTensor"), None)
+    if reason is not None:
+        raise PatchError(
+            f"flashmla_hf.patch({type(model).__name__}): expected a model that is not sharded, got {reason}. Call "
+            "flashmla_hf.patch before fully_shard, accelerator.prepare or any other sharding"
+        )
+
+
+def _is_a(module: nn.Module, package: str, name: str) -> bool:
+    """Whether ``module`` is a ``package.name``; false if nobody has imported that."""
+    found = getattr(sys.modules.get(package), name, None)
+    return isinstance(found, type) and isinstance(module, found)
