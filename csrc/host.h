@@ -33,7 +33,7 @@ struct Host {
     const char* op = "flash_attn_forward";
     const Arguments arguments = arguments_of(q, k, v, sinks, cu_seqlens_q, cu_seqlens_kv, max_seqlen_q, max_seqlen_kv,
                                              scale, window_left, window_right, softcap, deterministic);
-    return with_torch_errors(q, [&] { return forward_of(op, arguments); });
+    return with_torch_errors([&] { return forward_of(op, arguments); });
   }
 
   static std::tuple<Tensor, Tensor> forward_of(const char* op, const Arguments& arguments) {
@@ -60,9 +60,8 @@ struct Host {
     const char* op = "flash_attn_backward";
     const Arguments arguments = arguments_of(q, k, v, sinks, cu_seqlens_q, cu_seqlens_kv, max_seqlen_q, max_seqlen_kv,
                                              scale, window_left, window_right, softcap, deterministic);
-    return with_torch_errors(q, [&] {
-      return backward_of(op, arguments, dout, dlse, out, lse, needs_dq, needs_dk, needs_dv, needs_dsinks);
-    });
+    return with_torch_errors(
+        [&] { return backward_of(op, arguments, dout, dlse, out, lse, needs_dq, needs_dk, needs_dv, needs_dsinks); });
   }
 
   static std::tuple<Tensor, Tensor, Tensor, Tensor> backward_of(const char* op, const Arguments& arguments,

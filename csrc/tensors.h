@@ -46,13 +46,16 @@ inline std::optional<TensorInfo> info_of(const std::optional<Tensor>& t) {
   return info_of(*t);
 }
 
-// Thrown by make_tensor. It passes everything of ours; with_torch_errors, or direct/direct.cpp, makes it torch's error.
+// Thrown by make_tensor to direct/direct.cpp, which has Python raise torch's error.
 struct AllocationFailure : std::runtime_error {
   int64_t bytes;
   explicit AllocationFailure(int64_t bytes_)
       : std::runtime_error("out of memory: torch could not allocate " + std::to_string(bytes_) + " bytes"),
         bytes(bytes_) {}
 };
+
+// Whether make_tensor throws torch's own error in this thread: in an operator's body (with_torch_errors).
+inline thread_local bool throws_torch_errors = false;
 
 inline int32_t dtype_code(ScalarType dtype) {
   switch (dtype) {
@@ -67,37 +70,16 @@ inline int32_t dtype_code(ScalarType dtype) {
   }
 }
 
-// A contiguous tensor on the device of `like`, uninitialised; Half, BFloat16, Float or Byte. torch::stable::new_empty
-// goes by way of the dispatcher, boxed, and takes several times as long: on a GPU longer than the launch.
-inline Tensor make_tensor(const TensorInfo& like, const std::vector<int64_t>& shape, ScalarType dtype) {
-  std::vector<int64_t> strides(shape.size());
-  int64_t stride = 1, count = 1;  // check_sizes keeps both far from overflow
-  for (size_t i = shape.size(); i-- > 0; stride *= std::max<int64_t>(1, shape[i])) strides[i] = stride;
-  for (const int64_t size : shape) count *= size;
-  AtenTensorHandle handle = nullptr;
-  if (aoti_torch_empty_strided(static_cast<int64_t>(shape.size()), shape.data(), strides.data(), dtype_code(dtype),
-                               like.device_type, like.device_index, &handle) != TORCH_SUCCESS)
-    throw AllocationFailure(count * (dtype == ScalarType::Byte ? 1 : element_size(dtype)));
-  return Tensor(handle);
-}
-
-// A copy without holes, as torch's contiguous() makes one, but for the error where memory is short.
-inline Tensor make_copy(const TensorInfo& info, const Tensor& t) {
-  Tensor copy = make_tensor(info, info.shape(), info.dtype);
-  torch::stable::copy_(copy, t);
-  return copy;
-}
-
-// Throws what torch throws for an allocation of so many bytes on the device of `t`: a c10::OutOfMemoryError on a GPU,
-// a c10::Error on a CPU, which Python sees as torch.OutOfMemoryError and RuntimeError. Returns where memory has
-// become free meanwhile, or where this torch does not have the function.
+// Throws what torch throws for an allocation of so many bytes on the device of `like`: a c10::OutOfMemoryError on a
+// GPU, a c10::Error on a CPU, which Python sees as torch.OutOfMemoryError and RuntimeError. Returns if memory has
+// become free meanwhile, or if this torch does not have the function. It is called while everything that was allocated
+// before is still there.
 //
 // at::repeat is called, whose C++ name and arguments have been the same since torch 2.0 and name no type that moves
 // between headers; at::Tensor is one pointer, c10::ArrayRef<c10::SymInt> a pointer and a length. That is no part of the
-// stable ABI: the symbol is looked up, and only after an allocation has failed.
-//
-// What is repeated is one element of `t`: there may not be memory for even one of its own.
-inline void throw_torch_error(const AllocationFailure& failure, const Tensor& t) {
+// stable ABI: the symbol is looked up, and only after an allocation has failed. What is repeated is the first element
+// of `like`: there may not be memory for even one of its own.
+inline void throw_torch_error(int64_t bytes, const TensorInfo& like) {
   struct Object {
     void* implementation = nullptr;
     ~Object() {}  // torch frees it; not trivial, as at::Tensor, so that it is returned in memory
@@ -108,28 +90,50 @@ inline void throw_torch_error(const AllocationFailure& failure, const Tensor& t)
   };
   using Repeat = Object(const Object&, Sizes);
   void* const symbol = dlsym(RTLD_DEFAULT, "_ZN2at4_ops6repeat4callERKNS_6TensorEN3c108ArrayRefINS5_6SymIntEEE");
-  if (symbol == nullptr) return;
-  if (t.numel() == 0) return;
-  std::vector<int64_t> sizes(t.dim(), 1);
+  if (symbol == nullptr || like.numel() == 0) return;
+  const int64_t one = 1;
   AtenTensorHandle handle = nullptr;
-  expect_success(aoti_torch_as_strided(t.get(), sizes.data(), sizes.data(), &handle), "aoti_torch_as_strided");
+  expect_success(aoti_torch_create_tensor_from_blob(like.data, 1, &one, &one, 0, dtype_code(like.dtype),
+                                                    like.device_type, like.device_index, &handle),
+                 "aoti_torch_create_tensor_from_blob");
   const Tensor element(handle);
-  const int64_t element_bytes = element_size(t.scalar_type());
-  sizes[0] = (failure.bytes + element_bytes - 1) / element_bytes;
+  const int64_t count = (bytes + element_size(like.dtype) - 1) / element_size(like.dtype);
   const auto repeat = reinterpret_cast<Repeat*>(symbol);
-  Object* const repeated =
-      new Object(repeat(*reinterpret_cast<const Object*>(element.get()), {sizes.data(), sizes.size()}));
+  Object* const repeated = new Object(repeat(*reinterpret_cast<const Object*>(element.get()), {&count, 1}));
   Tensor(reinterpret_cast<AtenTensorHandle>(repeated));  // owned, and given back
 }
 
-// What an operator's body gives; torch's own error where memory is short.
-template <class Body>
-auto with_torch_errors(const Tensor& like, const Body& body) {
-  try {
-    return body();
-  } catch (const AllocationFailure& failure) {
-    throw_torch_error(failure, like);
+// A contiguous tensor on the device of `like`, uninitialised; Half, BFloat16, Float or Byte. torch::stable::new_empty
+// goes by way of the dispatcher, boxed, and takes several times as long: on a GPU longer than the launch.
+inline Tensor make_tensor(const TensorInfo& like, const std::vector<int64_t>& shape, ScalarType dtype) {
+  std::vector<int64_t> strides(shape.size());
+  int64_t stride = 1, count = 1;  // check_sizes keeps both far from overflow
+  for (size_t i = shape.size(); i-- > 0; stride *= std::max<int64_t>(1, shape[i])) strides[i] = stride;
+  for (const int64_t size : shape) count *= size;
+  AtenTensorHandle handle = nullptr;
+  if (aoti_torch_empty_strided(static_cast<int64_t>(shape.size()), shape.data(), strides.data(), dtype_code(dtype),
+                               like.device_type, like.device_index, &handle) != TORCH_SUCCESS) {
+    const int64_t bytes = count * (dtype == ScalarType::Byte ? 1 : element_size(dtype));
+    if (throws_torch_errors) throw_torch_error(bytes, like);
+    throw AllocationFailure(bytes);
   }
+  return Tensor(handle);
+}
+
+// A copy without holes, as torch's contiguous() makes one, but for the error where memory is short.
+inline Tensor make_copy(const TensorInfo& info, const Tensor& t) {
+  Tensor copy = make_tensor(info, info.shape(), info.dtype);
+  torch::stable::copy_(copy, t);
+  return copy;
+}
+
+// What an operator's body gives; torch's own error if memory is short.
+template <class Body>
+auto with_torch_errors(const Body& body) {
+  struct Scope {
+    Scope() { throws_torch_errors = true; }
+    ~Scope() { throws_torch_errors = false; }
+  } const scope;
   return body();
 }
 

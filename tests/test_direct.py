@@ -217,11 +217,12 @@ def test_who_watches_backward_alone_sees_the_operator(direct):
     assert "backward" not in direct.done
 
 
-def test_torch_func_is_refused(direct):
+def test_torch_func_takes_the_operators(direct):
     q, k, v, _ = tensors(dtype=torch.float32).values()
-    with pytest.raises(RuntimeError, match="functorch transforms"):
-        torch.func.grad(lambda q: attention(q, k, v).square().sum())(q)
+    got = torch.func.grad(lambda q: attention(q, k, v).square().sum())(q)
     assert direct.done == []
+    leaf = q.detach().clone().requires_grad_()
+    torch.testing.assert_close(got, torch.autograd.grad(attention(leaf, k, v).square().sum(), leaf)[0])
 
 
 @pytest.mark.parametrize("name", ["q", "k", "v", "sinks"])

@@ -114,6 +114,7 @@ struct Backward {
     alignas(128) float dq[2][kStagesDQ ? kPartDQ : 4];
     alignas(128) float lse_log2[kNumStages][kBlockQ];
     alignas(128) float delta[kNumStages][kBlockQ];
+    int32_t is_large[kNumStages];
     uint64_t kv_full, kv_empty, tile_wanted, tile_full[kNumBackwardTiles], tile_empty[kNumBackwardTiles];
     uint64_t q_full[kNumStages], q_empty[kNumStages], dout_full[kNumStages], dout_empty[kNumStages];
     BlockToClear to_clear[2];  // Q, dO
@@ -242,7 +243,8 @@ struct Backward {
         ClusterBarrier::wait(&shared.dout_full[stage], ring.phase);
         if constexpr (!kIsNarrow) multiply_dp(stage);
         probabilities<Element, kHasSoftcap, kScores>(arguments, tile, step.q_block * kBlockQ, rS, pairs_p, pairs_w,
-                                                     lse_log2, warpgroup * 64, row_in_tile, column_in_block);
+                                                     lse_log2, shared.is_large[stage] != 0, warpgroup * 64, row_in_tile,
+                                                     column_in_block);
         if constexpr (kIsNarrow) {
           store_scores<kBlockKV>(shared.p, pairs_p, warpgroup * 64);
           cutlass::arch::fence_view_async_shared();

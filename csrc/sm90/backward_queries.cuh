@@ -188,6 +188,8 @@ struct BackwardQueries {
         position[r] = row.query + tile.sequence.seqlen_kv - tile.sequence.seqlen_q;
       }
 
+      bool const is_large = __any_sync(0xffffffff, is_large_lse(lse_log2[0]) || is_large_lse(lse_log2[1]));
+
       // Of the products in `ring`; to be called where S, and nothing issued before it, may still be on its way.
       auto gradients = [&] {
         warpgroup_fence_operand(rS);
@@ -210,9 +212,10 @@ struct BackwardQueries {
         } else {
           hide();
           CUTE_UNROLL
-          for (int i = 0; i < kScores; ++i) {  // as in backward_tile.cuh
-            float const p = exp2f(rS(i) * scale_log2 - lse_log2[i / 2 % 2]);
-            asm("min.NaN.f32 %0, %1, %2;" : "=f"(rS(i)) : "f"(p), "f"(1.0f));
+          for (int i = 0; i < kScores; ++i) rS(i) = exp2f(rS(i) * scale_log2 - lse_log2[i / 2 % 2]);
+          if (is_large) {  // as in backward_tile.cuh
+            CUTE_UNROLL
+            for (int i = 0; i < kScores; ++i) asm("min.NaN.f32 %0, %0, %1;" : "+f"(rS(i)) : "f"(1.0f));
           }
         }
         warpgroup_wait<0>();

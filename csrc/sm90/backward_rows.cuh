@@ -16,10 +16,6 @@ namespace flashmla::sm90 {
 
 constexpr int kRowThreads = 256;
 
-// From here on neighbouring numbers are 2 apart; four of them cover the roundings on the way from a row's maximum.
-constexpr float kLargeLse = 16777216.0f;        // 2^24, in base 2
-constexpr float kLseRounding = 4.76837158e-7f;  // 2^-21
-
 struct PrepareArguments {
   TensorView out, dout;
   RowView lse, dlse;  // dlse.data may be null
@@ -97,6 +93,7 @@ __global__ void __launch_bounds__(kRowThreads) prepare_kernel(__grid_constant__ 
   int32_t const lane = threadIdx.x % lanes;
   bool const has_sink = problem.sinks != nullptr && !(problem.cu_seqlens_q != nullptr && block.number == problem.batch);
   __shared__ float sink_terms[kBlockQ];
+  bool is_large = false;
 
   for (int32_t row = threadIdx.x / lanes; row < kBlockQ; row += kRowThreads / lanes) {
     int32_t const query = block.q_begin + row;
@@ -135,7 +132,10 @@ __global__ void __launch_bounds__(kRowThreads) prepare_kernel(__grid_constant__ 
             lse = natural == INFINITY ? NAN : natural * kLog2e;  // inf is said of rows whose P is 0
             // A large lse is rounded by more than P bears. It then errs to the side on which the row's largest P, cut
             // to 1, is right, and not 0.
-            if (fabsf(lse) > kLargeLse) lse -= fabsf(lse) * kLseRounding;
+            if (is_large_lse(lse)) {
+              lse -= fabsf(lse) * kLseRounding;
+              is_large = true;
+            }
             delta = gradient;
           }
         }
@@ -151,9 +151,10 @@ __global__ void __launch_bounds__(kRowThreads) prepare_kernel(__grid_constant__ 
     for (int32_t i = threadIdx.x; i < kBlockQ * kHeadDimQK / 4; i += kRowThreads) dq[i] = float4{0, 0, 0, 0};
   }
   if (rows.turns != nullptr && threadIdx.x == 0) rows.turns[workspace_block] = 0;
-  if (arguments.dsink_parts != nullptr) {
-    __syncthreads();
-    if (threadIdx.x == 0) {
+  is_large = __syncthreads_or(is_large);
+  if (threadIdx.x == 0) {
+    rows.is_large[workspace_block] = is_large;
+    if (arguments.dsink_parts != nullptr) {
       float sum = 0.0f;
       for (int row = 0; row < kBlockQ; ++row) sum += sink_terms[row];
       arguments.dsink_parts[blockIdx.x] = sum;

@@ -20,12 +20,22 @@ namespace flashmla::sm90 {
 
 // Query rows in the workspace: of each head, the sequences behind each other, each from a multiple of block_q on.
 struct BackwardRows {
-  int64_t per_head;  // a multiple of block_q
-  float* lse_log2;   // [heads_q, per_head]; +inf where a row sees no key, so that P is 0
-  float* delta;      // [heads_q, per_head]
-  float* dq;         // [heads_q, per_head / block_q, fragments of block_q x head_dim_qk], fp32; null: not wanted
-  int32_t* turns;    // [heads_q, per_head / block_q], how many tiles have added their part of dQ; null: any order
+  int64_t per_head;   // a multiple of block_q
+  float* lse_log2;    // [heads_q, per_head]; +inf where a row sees no key, so that P is 0
+  float* delta;       // [heads_q, per_head]
+  float* dq;          // [heads_q, per_head / block_q, fragments of block_q x head_dim_qk], fp32; null: not wanted
+  int32_t* turns;     // [heads_q, per_head / block_q], how many tiles have added their part of dQ; null: any order
+  int32_t* is_large;  // [heads_q, per_head / block_q], whether some lse is so large that P has to be cut to 1
 };
+
+// From here on neighbouring numbers are 2 apart in base 2; four of them cover the roundings on the way from a row's
+// maximum to what the backward reads.
+constexpr float kLargeLse = 16777216.0f;        // 2^24
+constexpr float kLseRounding = 4.76837158e-7f;  // 2^-21
+
+__device__ inline bool is_large_lse(float lse_log2) {
+  return fabsf(lse_log2) >= kLargeLse && fabsf(lse_log2) < INFINITY;
+}
 
 // Where lse and delta of a row lie among those of 16: as the threads of a quad hold columns of scores, four beside each
 // other for each of them.
@@ -166,7 +176,7 @@ __device__ void load_backward_tiles(BackwardArguments const& arguments, typename
                                     Element (&kv)[kSizeKV], Element (&q)[Kernel::kNumStages][kSizeQ],
                                     float (&shared_statistics)[Kernel::kNumStages][Kernel::kBlockQ],
                                     uint64_t (&full)[Kernel::kNumStages], uint64_t (&empty)[Kernel::kNumStages],
-                                    BlockToClear& to_clear) {
+                                    BlockToClear& to_clear, int32_t const* is_large) {
   constexpr int kBlockQ = Kernel::kBlockQ, kColumns = Kernel::kSwizzleColumns;
   Ring<Kernel::kNumStages> ring;
   Ring<kNumBackwardTiles> slot;
@@ -197,6 +207,8 @@ __device__ void load_backward_tiles(BackwardArguments const& arguments, typename
       int const stage = ring.stage;
       ClusterBarrier::wait(&empty[stage], ring.phase ^ 1);
       int32_t const first_query = step.q_block * kBlockQ;
+      int64_t const row = step.head * arguments.rows.per_head + tile.first_row + first_query;
+      if (is_large != nullptr) shared.is_large[stage] = is_large[row / kBlockQ];
       if (first_query >= tile.first_visible_query) {
         ClusterTransactionBarrier::arrive_and_expect_tx(&full[stage], sizeof(q[0]) + sizeof(shared_statistics[0]));
         load(map_q, full[stage], q[stage], kBlockQ, tile.queries, first_query, step.head);
@@ -217,9 +229,8 @@ __device__ void load_backward_tiles(BackwardArguments const& arguments, typename
         cutlass::arch::fence_view_async_shared();
         ClusterTransactionBarrier::arrive_and_expect_tx(&full[stage], sizeof(shared_statistics[0]));
       }
-      cute::SM90_BULK_COPY_G2S::copy(
-          statistics + (step.head * arguments.rows.per_head + tile.first_row + step.q_block * kBlockQ), &full[stage],
-          shared_statistics[stage], sizeof(shared_statistics[0]));
+      cute::SM90_BULK_COPY_G2S::copy(statistics + row, &full[stage], shared_statistics[stage],
+                                     sizeof(shared_statistics[0]));
     }
     ClusterBarrier::arrive(&shared.tile_wanted);
     ClusterBarrier::arrive(&shared.tile_empty[slot.stage]);
@@ -310,13 +321,13 @@ __device__ void produce_backward_tiles(BackwardArguments const& arguments, typen
   if (threadIdx.x == 0) {
     load_backward_tiles<Kernel, kHeadDimQK>(arguments, shared, arguments.k, arguments.q, arguments.rows.lse_log2,
                                             shared.k, shared.q, shared.lse_log2, shared.q_full, shared.q_empty,
-                                            shared.to_clear[0]);
+                                            shared.to_clear[0], arguments.rows.is_large);
   } else if (threadIdx.x == 32) {
     announce_backward_tiles<Kernel>(arguments, shared);
   } else if (threadIdx.x == 64) {
     load_backward_tiles<Kernel, kHeadDimV>(arguments, shared, arguments.v, arguments.dout, arguments.rows.delta,
                                            shared.v, shared.dout, shared.delta, shared.dout_full, shared.dout_empty,
-                                           shared.to_clear[1]);
+                                           shared.to_clear[1], nullptr);
   } else if (threadIdx.x == 96) {
     if constexpr (Kernel::kSumsDQ) keep_turns<Kernel>(arguments, shared);
   }
@@ -352,7 +363,7 @@ struct ColumnValues {
 template <class Element, bool kHasSoftcap, int kScores, class Scores, class Values>
 __device__ void probabilities(BackwardArguments const& arguments, BackwardTile const& tile, int32_t first_query,
                               Scores const& scores, uint32_t (&pairs_p)[kScores / 2], uint32_t (&pairs_w)[kScores / 2],
-                              Values& lse_log2, int first_key, int row, int column) {
+                              Values& lse_log2, bool is_large, int first_key, int row, int column) {
   Problem const& problem = arguments.problem;
   auto each_pair = [&](auto&& function) {
     CUTE_UNROLL
@@ -379,9 +390,7 @@ __device__ void probabilities(BackwardArguments const& arguments, BackwardTile c
   } else {
     float const scale_log2 = problem.scale * kLog2e;
     each_pair([&](float a, float b, float2 lse, uint32_t& pair_p, uint32_t& pair_w) {
-      // Not above 1, which rounding a large lse would let it be (prepare_kernel).
-      pair_p = pair_w =
-          at_most_one<Element>(pack<Element>(exp2f(a * scale_log2 - lse.x), exp2f(b * scale_log2 - lse.y)));
+      pair_p = pair_w = pack<Element>(exp2f(a * scale_log2 - lse.x), exp2f(b * scale_log2 - lse.y));
     });
   }
   constexpr int kBlockQ = 2 * kScores;
@@ -391,7 +400,11 @@ __device__ void probabilities(BackwardArguments const& arguments, BackwardTile c
   bool const is_masked = key + 64 > tile.sequence.seqlen_kv ||
                          (window.right >= 0 && key + 63 > first_query + shift + window.right) ||
                          (window.left >= 0 && key < first_query + kBlockQ - 1 + shift - window.left);
-  if (!is_masked) return;
+  if (!is_masked && !is_large) return;
+  if (is_large && problem.softcap <= 0.0f) {
+    CUTE_UNROLL
+    for (int i = 0; i < kScores / 2; ++i) pairs_p[i] = pairs_w[i] = at_most_one<Element>(pairs_p[i]);
+  }
   CUTE_UNROLL
   for (int r = 0; r < 2; ++r) {
     // Queries [begin, end) see the key; relative to this thread's first column.

@@ -60,6 +60,7 @@ struct BackwardWide {
     alignas(1024) Element w[kBlockKV * kBlockQ];  // what dP - delta is multiplied by, where that is not P (softcap)
     alignas(128) float lse_log2[kNumStages][kBlockQ];
     alignas(128) float delta[kNumStages][kBlockQ];
+    int32_t is_large[kNumStages];
     uint64_t kv_full, kv_empty, tile_wanted, tile_full[kNumBackwardTiles], tile_empty[kNumBackwardTiles];
     uint64_t q_full[kNumStages], q_empty[kNumStages], dout_full[kNumStages], dout_empty[kNumStages];
     BlockToClear to_clear[2];  // Q, dO
@@ -133,7 +134,7 @@ struct BackwardWide {
         if (is_first) {
           uint32_t pairs_p[kScores / 2], pairs_w[kScores / 2];
           probabilities<Element, true, kScores>(arguments, tile, step.q_block * kBlockQ, rS, pairs_p, pairs_w, values,
-                                                0, row_in_tile, column_in_block);
+                                                shared.is_large[stage] != 0, 0, row_in_tile, column_in_block);
           store_scores<kBlockKV>(shared.p[stage], pairs_p, 0);
           if (has_softcap) store_scores<kBlockKV>(shared.w, pairs_w, 0);
           cutlass::arch::fence_view_async_shared();

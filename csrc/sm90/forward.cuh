@@ -68,6 +68,7 @@ struct Forward {
 
   static constexpr int kScores = kBlockKV / 2;  // per thread
   static constexpr int kOutputs = kHeadDimV / 2;
+  using RowSoftmax = Softmax<kScores, (kNumConsumers > 2)>;
 
   using BlockShapeS = cute::Shape<cute::Int<kBlockQ>, cute::Int<kBlockKV>, cute::Int<kHeadDimQK>>;
   using BlockShapeO = cute::Shape<cute::Int<kBlockQ>, cute::Int<kHeadDimV>, cute::Int<kBlockKV>>;
@@ -145,7 +146,7 @@ struct Forward {
   }
 
   // Ends the softmax and writes lse.
-  __device__ static void finish_rows(ForwardArguments const& arguments, Tile const& tile, Softmax<kScores>& softmax,
+  __device__ static void finish_rows(ForwardArguments const& arguments, Tile const& tile, RowSoftmax& softmax,
                                      int warpgroup, int first_row, OutputRows& rows) {
     Problem const& problem = arguments.problem;
     Schedule const& schedule = arguments.schedule;
@@ -310,7 +311,7 @@ struct Forward {
     };
 
     if (Tiles::kPingPong && warpgroup == kNumConsumers - 1) pass_turn();  // the first turn is warpgroup 0's
-    Softmax<kScores> softmax(scale_log2);
+    RowSoftmax softmax(scale_log2);
     float correction[2];
     OutputRows rows;
     int stage_o = 0;          // of the V of the last O += P V
@@ -367,7 +368,7 @@ struct Forward {
       std::conditional_t<(kHeadDimV > 128 || kNumConsumers > 2), VisibleBlocks const&, VisibleBlocks const> visible =
           tile.visible[warpgroup];
       int32_t block = visible.end - 1;
-      auto finish_scores = [&] {
+      auto finish_scores = [&](auto is_first) {
         if (has_transform) transform_scores<kScores>(rS, problem.scale, problem.softcap);
         if (block < visible.unmasked_begin || block >= visible.unmasked_end) {
           int32_t const shift = tile.sequence.seqlen_kv - tile.sequence.seqlen_q;
@@ -375,7 +376,7 @@ struct Forward {
                                        query_row(schedule, tile, first_row + 8).query + shift};
           mask_scores<kMask, kScores>(rS, arguments.window, tile.sequence.seqlen_kv, block * kBlockKV, position);
         }
-        return softmax.update(rS, correction);
+        return softmax.template update<is_first()>(rS, correction);
       };
       auto release_s = [&] {
         release(shared.k_empty[ring.stage]);
@@ -385,7 +386,7 @@ struct Forward {
       warpgroup_wait<0>();
       warpgroup_fence_operand(rS);
       release_s();
-      finish_scores();
+      finish_scores(std::true_type{});
       convert_p();
       release_q();
       bool is_first = true;
@@ -402,7 +403,7 @@ struct Forward {
         warpgroup_wait<1>();
         warpgroup_fence_operand(rS);
         release_s();
-        bool const has_grown = finish_scores();
+        bool const has_grown = finish_scores(std::false_type{});
         // ptxas moves the wait up, ahead of exponentials that should overlap the product, but not past a barrier. This
         // one is never reached, and needs them all to know.
         asm volatile("{ .reg .pred p; setp.lt.f32 p, %0, 0f00000000; @p bar.arrive 15, 32; }" ::"f"(softmax.row_sum[0] +
@@ -411,6 +412,7 @@ struct Forward {
         warpgroup_wait<0>();
         warpgroup_fence_operand(rO);
         release(shared.v_empty[ring_o.stage]);
+        if (has_grown) softmax.settle(rS);
         convert_p();
         if (has_grown) {
           CUTE_UNROLL

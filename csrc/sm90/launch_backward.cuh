@@ -22,7 +22,7 @@ struct BackwardPlan {
   int64_t heads_q;     // that they serve
   int64_t blocks;      // of query rows of one head
   int64_t num_splits;  // tiles that share a group's query heads
-  int64_t schedule, query_schedule, lse, delta, dq, turns, dsink_parts, parts, bytes;
+  int64_t schedule, query_schedule, lse, delta, dq, turns, is_large, dsink_parts, parts, bytes;
 };
 
 template <int kHeadDimQK, int kHeadDimV>
@@ -63,6 +63,7 @@ BackwardPlan plan_backward(BackwardParams const& params, int num_sms) {
   plan.delta = take(rows * 4);
   plan.dq = take(kSumsDQ && params.dq.data != nullptr ? rows * kHeadDimQK * 4 : 0);
   plan.turns = take(kSumsDQ && problem.deterministic ? plan.blocks * plan.heads_q * 4 : 0);
+  plan.is_large = take(plan.blocks * plan.heads_q * 4);
   plan.dsink_parts = take(params.dsinks != nullptr ? plan.blocks * plan.heads_q * 4 : 0);
   plan.parts = take(plan.num_splits > 1 ? tiles * plan.num_splits * Tiles::kBlockKV * (kHeadDimQK + kHeadDimV) * 4 : 0);
   return plan;
@@ -133,9 +134,12 @@ const char* launch_heads(BackwardParams const& params, BackwardPlan const& plan,
   BackwardArguments arguments{};
   arguments.dk = params.dk;
   arguments.dv = params.dv;
-  arguments.rows = {plan.blocks * Tiles::kBlockQ, at(plan.lse), at(plan.delta),
+  arguments.rows = {plan.blocks * Tiles::kBlockQ,
+                    at(plan.lse),
+                    at(plan.delta),
                     kSumsDQ && params.dq.data != nullptr ? at(plan.dq) : nullptr,
-                    kSumsDQ && problem.deterministic ? reinterpret_cast<int32_t*>(at(plan.turns)) : nullptr};
+                    kSumsDQ && problem.deterministic ? reinterpret_cast<int32_t*>(at(plan.turns)) : nullptr,
+                    reinterpret_cast<int32_t*>(at(plan.is_large))};
   arguments.problem = problem;
   arguments.window = window_of(problem);
   arguments.num_splits = static_cast<int32_t>(plan.num_splits);
