@@ -45,7 +45,9 @@ def test_a_tensor_on_another_device_is_refused(operator, name, is_packed):
         {**tensors, name: tensors[name].to("meta")},
         {**arguments(is_packed, "meta"), name: tensors[name]},
     ):
-        with pytest.raises(RuntimeError, match=rf"flash_attn_\w+: \w+: expected a tensor on (cpu|meta) \(the device of q\)"):
+        with pytest.raises(
+            RuntimeError, match=r"flash_attn_\w+: \w+: expected a tensor on (cpu|meta) \(the device of q\)"
+        ):
             call(operator, changed)
 
 
