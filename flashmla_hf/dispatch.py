@@ -5,7 +5,7 @@ Which implementation runs when ``impl`` is ``None``:
 =====================================================  ===========================================================
 the call has                                           implementation
 =====================================================  ===========================================================
-``attn_mask`` or ``dropout_p > 0``                     ``sdpa`` where torch's SDPA computes the case exactly, else
+``attn_mask`` or ``dropout_p > 0``                     ``sdpa`` if torch's SDPA computes the case exactly, else
                                                        ``reference``; one warning, since memory grows as seqlen²
 fp16 or bf16 tensors on a Hopper GPU, head dims of     ``sm90``, where its library is built; q, k or v whose strides
 multiples of 8 up to 256                               or address TMA cannot read (not multiples of 16 bytes) is copied
@@ -169,7 +169,9 @@ def _autocast_rounds_backward(call: Call) -> bool:
     if not any(x.requires_grad for x in tensors):
         return False
     q, k, v, mask, _ = _sdpa_inputs(call)
-    choice = torch._fused_sdp_choice(q, k, v, mask, call.dropout_p, False, scale=call.scale, enable_gqa=_has_groups(call))
+    choice = torch._fused_sdp_choice(
+        q, k, v, mask, call.dropout_p, False, scale=call.scale, enable_gqa=_has_groups(call)
+    )
     return choice == int(torch.nn.attention.SDPBackend.MATH)
 
 
@@ -316,7 +318,8 @@ def attention(
         softcap: if positive, scores become ``softcap * tanh(scores / softcap)`` before masking.
         sinks: [heads_q] logits, each one more key without a value in its head's softmax.
         attn_mask: broadcasts to [batch, heads_q, seqlen_q, seqlen_kv]; boolean (true keeps) or floating (added to the
-            scores after softcap); joins ``is_causal`` and ``window``. No fused kernel takes one: see the table above.
+            scores after softcap, in the wider of its dtype and q's; -inf hides); joins ``is_causal`` and ``window``. No
+            fused kernel takes one: see the table above.
         dropout_p: probability of dropping a weight. No fused kernel drops: see the table above.
         cu_seqlens_q, cu_seqlens_kv: int32 [num_sequences + 1] boundaries of packed sequences, from 0, never falling;
             both or neither. Sequences may be empty; rows past the last boundary belong to none. On a GPU the values
@@ -332,6 +335,14 @@ def attention(
         out [batch, seqlen_q, heads_q, head_dim_v] (packed: [total_q, heads_q, head_dim_v]) in q's dtype; with
         ``return_lse`` also lse fp32 [batch, heads_q, seqlen_q] (packed: [heads_q, total_q]). A query that sees no key has
         out 0 and lse -inf (the sink's logit where there is a sink).
+
+    What is hidden from a query never reaches it, whatever it holds (NaN, infinity), by every implementation but ``"sdpa"``,
+    which is torch's own. Automatic dispatch looks at the values of q, k and v before it takes ``"sdpa"`` for a call that hides
+    something, and takes ``"reference"`` if one is not finite; torch.compile, torch.func and CUDA graphs allow no look.
+    Autocast changes nothing: the result has q's dtype.
+
+    ``torch.func`` and ``torch.vmap`` work, first derivatives included; forward mode and second derivatives raise by the fused
+    kernels (``impl="reference"`` has both). Boundaries of packed sequences cannot be vmapped.
 
     Raises:
         TypeError: an argument of the wrong type or dtype. ValueError: a wrong shape or value. RuntimeError: the

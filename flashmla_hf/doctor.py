@@ -13,6 +13,7 @@ import json
 import math
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -30,12 +31,17 @@ PACKAGES = ("flashmla_hf", "torch", "triton", "transformers", "accelerate", "pef
 # The implementations that compute attention by this package's own means; the others are torch's and the oracle.
 TESTED = ("cpu", "sm90", "flex")
 
+# The newest releases that the tests ran with, by package.
+NEWEST_TESTED = {"torch": "2.13", "transformers": "5.24"}
+
 
 def examine() -> dict:
     """The whole report, made of str, int, float, bool, None, list and dict; ``problems`` is empty where all is well."""
     problems: list[str] = []
+    versions = _versions()
     report = {
-        "versions": _versions(),
+        "versions": versions,
+        "newer than tested": _newer_than_tested(versions),
         "gpus": _gpus(),
         "built": _built(problems),
         "implementations": {name: _examine_implementation(name, problems) for name in TESTED},
@@ -59,6 +65,20 @@ def _versions() -> dict:
     versions["cuda of torch"] = torch.version.cuda
     versions["flashmla_hf at"] = str(Path(__file__).parent)
     return versions
+
+
+def _newer_than_tested(versions: dict[str, str | None]) -> list[str]:
+    """A sentence for each release that is newer than the tests have seen: no problem, but where to look first."""
+
+    def number(version: str) -> tuple[int, ...]:
+        return tuple(int(part) for part in re.findall(r"\d+", version)[:2])
+
+    return [
+        f"{name} {versions[name]} is newer than {newest}, the newest release that flashmla_hf {flashmla_hf.__version__} was "
+        "tested with"
+        for name, newest in NEWEST_TESTED.items()
+        if versions[name] is not None and number(versions[name]) > number(newest)
+    ]
 
 
 def _gpus() -> list[dict]:
@@ -101,7 +121,8 @@ def _built(problems: list[str]) -> dict:
         if not exists and built["manifest"] and built["manifest"].get(absent.get(name)):
             built["libraries"][filename] += f": {built['manifest'][absent[name]]}"
         # A torch without CUDA has no use for the CUDA library: one wheel is for both.
-        if exists and name in ops.unavailable and (name != "sm90" or torch.version.cuda):
+        is_off = name == "direct" and not ops.is_tested_torch()  # by choice
+        if exists and name in ops.unavailable and not is_off and (name != "sm90" or torch.version.cuda):
             problems.append(f"{ops.unavailable[name]}; reinstall flashmla_hf into this environment")
     # Defined by the CPU library; raises where FLASHMLA_CPU_ISA names what this CPU lacks.
     built["cpu instruction set"] = None
@@ -274,6 +295,7 @@ def _sections(report: dict) -> list[tuple[str, list[tuple[str, str, bool | None]
         return [(name, "not installed" if value is None else str(value), None) for name, value in values.items()]
 
     versions = plain(report["versions"])
+    versions += [("note", sentence, None) for sentence in report["newer than tested"]]
     for index, gpu in enumerate(report["gpus"]):
         versions.append((f"GPU {index}", ", ".join(f"{k} {v}" if k != "name" else v for k, v in gpu.items()), None))
     if not report["gpus"]:

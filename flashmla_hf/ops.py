@@ -12,6 +12,9 @@ The operators are strict and carry no policy. Arguments are already resolved (a 
 ``window_right=0``), tensors are checked for memory safety by the C++ host code, and anything a backend cannot do is an error.
 Choosing a backend, defaults and friendly messages are :mod:`flashmla_hf.dispatch`'s job.
 
+They have autograd and batching rules of their own, by torch's dispatcher, so that transforms of ``torch.func`` in any order and
+under ``torch.compile`` come to the right derivative; second and forward-mode derivatives are refused.
+
 Shapes (dense layout; the packed layout drops ``batch`` and reads ``total`` for ``seqlen``):
 
 =========  ==========================================  =====================
@@ -35,7 +38,7 @@ import threading
 from pathlib import Path
 
 import torch
-from torch._functorch.autograd_function import enable_single_level_autograd_function
+from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 
 FORWARD_SCHEMA = (

@@ -4,6 +4,7 @@ import dataclasses
 import os
 import sys
 
+import pytest
 from hypothesis import settings
 
 # Read by OpenMP when torch is imported. Spinning threads make tests ten times slower where something else runs too.
@@ -26,6 +27,7 @@ def pytest_sessionfinish(session):
         session.config.workeroutput["looks"] = dataclasses.astuple(_looks())
 
 
+@pytest.hookimpl(optionalhook=True)  # pytest-xdist's
 def pytest_testnodedown(node, error):
     if "looks" in getattr(node, "workeroutput", {}):
         import numerics

@@ -217,12 +217,12 @@ def test_who_watches_backward_alone_sees_the_operator(direct):
     assert "backward" not in direct.done
 
 
-def test_torch_func_takes_the_operators(direct):
+def test_torch_func_goes_by_the_operators(direct):
     q, k, v, _ = tensors(dtype=torch.float32).values()
-    got = torch.func.grad(lambda q: attention(q, k, v).square().sum())(q)
+    found = torch.func.grad(lambda q: attention(q, k, v).square().sum())(q)
     assert direct.done == []
-    leaf = q.detach().clone().requires_grad_()
-    torch.testing.assert_close(got, torch.autograd.grad(attention(leaf, k, v).square().sum(), leaf)[0])
+    q.requires_grad_()
+    torch.testing.assert_close(found, torch.autograd.grad(attention(q, k, v).square().sum(), q)[0])
 
 
 @pytest.mark.parametrize("name", ["q", "k", "v", "sinks"])
@@ -244,10 +244,7 @@ def test_gradients_in_batches(direct):
     dout = torch.randn(3, *out.shape)
     with by_the_operator():
         expected = [torch.autograd.grad(out, arguments["q"], d, retain_graph=True)[0] for d in dout]
-    try:
-        (found,) = torch.autograd.grad(out, arguments["q"], dout, is_grads_batched=True)
-    except RuntimeError:
-        return  # refused is right, too
+    (found,) = torch.autograd.grad(out, arguments["q"], dout, is_grads_batched=True)
     torch.testing.assert_close(found, torch.stack(expected))
 
 

@@ -193,7 +193,9 @@ def test_masks_of_any_shape_are_exact_with_gradients(feature, kind):
     options = FEATURES[feature]
     for number, shape in enumerate(SHAPES):
         generator = torch.Generator().manual_seed(number)
-        q, k, v = (torch.randn(s, generator=generator, requires_grad=True) for s in ((2, 5, 4, 8), (2, 6, 2, 8), (2, 6, 2, 8)))
+        q, k, v = (
+            torch.randn(s, generator=generator, requires_grad=True) for s in ((2, 5, 4, 8), (2, 6, 2, 8), (2, 6, 2, 8))
+        )
         mask = torch.randn(shape, generator=generator) * 3
         if kind == "bool":
             mask = mask > -1.0
@@ -279,7 +281,9 @@ def test_autocast_changes_neither_dtype_nor_precision(kind, to, backward):
 def test_sdpa_whose_backward_autocast_would_round_is_refused():
     mask = torch.randn(5, 6, requires_grad=True)
     with torch.autocast("cpu", torch.bfloat16):
-        with pytest.raises(RuntimeError, match="autocast to bfloat16 is on and torch's SDPA has no fused kernel for this call"):
+        with pytest.raises(
+            RuntimeError, match="autocast to bfloat16 is on and torch's SDPA has no fused kernel for this call"
+        ):
             attention(**qkv(attn_mask=mask), impl="sdpa")
         with torch.no_grad():
             assert attention(**qkv(attn_mask=mask), impl="sdpa").dtype == torch.float32
@@ -324,7 +328,9 @@ EMPTY = {"no batch": (0, 5, 5), "no queries": (2, 0, 5), "no keys": (2, 5, 0), "
 @pytest.mark.parametrize("shape", EMPTY.values(), ids=EMPTY.keys())
 def test_empty_calls_have_a_backward_for_any_gradient(shape, impl):
     batch, seqlen_q, seqlen_kv = shape
-    masks = (None,) if impl == "cpu" else (None, torch.ones(seqlen_q, seqlen_kv, dtype=torch.bool), torch.zeros(seqlen_kv))
+    masks = (
+        (None,) if impl == "cpu" else (None, torch.ones(seqlen_q, seqlen_kv, dtype=torch.bool), torch.zeros(seqlen_kv))
+    )
     for mask in masks:
         for is_causal in (False, True):
             q = torch.randn(batch, seqlen_q, 2, 8, requires_grad=True)
@@ -332,8 +338,14 @@ def test_empty_calls_have_a_backward_for_any_gradient(shape, impl):
             out = attention(q, k, v, attn_mask=mask, is_causal=is_causal, impl=impl)
             assert out.shape == q.shape
             assert (out == 0).all()
-            for dout in (torch.ones_like(out), torch.ones(()).expand(out.shape), torch.ones(8, 2, 1, 1).expand(8, 2, *out.shape[1::-1]).permute(3, 2, 1, 0)):
-                for grad, like in zip(torch.autograd.grad(out, (q, k, v), dout, retain_graph=True), (q, k, v), strict=True):
+            for dout in (
+                torch.ones_like(out),
+                torch.ones(()).expand(out.shape),
+                torch.ones(8, 2, 1, 1).expand(8, 2, *out.shape[1::-1]).permute(3, 2, 1, 0),
+            ):
+                for grad, like in zip(
+                    torch.autograd.grad(out, (q, k, v), dout, retain_graph=True), (q, k, v), strict=True
+                ):
                     assert grad.shape == like.shape
                     assert (grad == 0).all()
 
@@ -356,7 +368,13 @@ def test_strides_of_tensors_without_elements_mean_nothing():
 def test_numbers_may_be_numpy_s_and_tensors_without_dimensions(impl):
     tensors = {name: torch.randn(t.shape) for name, t in qkv().items()}
     expected = attention(**tensors, scale=0.25, softcap=2.0, window=(2, 1), impl=impl)
-    for scale in (torch.tensor(0.25), torch.tensor(0.25, dtype=torch.float64), numpy.float32(0.25), numpy.float64(0.25), Fraction(1, 4)):
+    for scale in (
+        torch.tensor(0.25),
+        torch.tensor(0.25, dtype=torch.float64),
+        numpy.float32(0.25),
+        numpy.float64(0.25),
+        Fraction(1, 4),
+    ):
         for two, one in ((2, 1), (torch.tensor(2), torch.tensor(1)), (numpy.int64(2), numpy.int32(1))):
             found = attention(**tensors, scale=scale, softcap=numpy.float16(2.0), window=(two, one), impl=impl)
             assert torch.equal(found, expected)
@@ -409,7 +427,11 @@ def test_a_length_from_the_data_compiles_into_one_graph():
             compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
             torch.testing.assert_close(compiled(q, boundaries), function(q, boundaries))
             with pytest.raises(RuntimeError, match="max_seqlen_q"):
-                torch.compile(lambda q, b: flash_attn_varlen_func(q, q, q, b, b, b.min().item() - 1, 9), fullgraph=True, backend="aot_eager")(q, boundaries)
+                torch.compile(
+                    lambda q, b: flash_attn_varlen_func(q, q, q, b, b, b.min().item() - 1, 9),
+                    fullgraph=True,
+                    backend="aot_eager",
+                )(q, boundaries)
 
 
 @pytest.mark.parametrize("count", [65_536, 70_001])
@@ -418,7 +440,9 @@ def test_more_heads_or_sequences_than_a_grid_has_columns(count):
     torch.testing.assert_close(attention(q, q, q, is_causal=True), attention(q, q, q, is_causal=True, impl="sdpa"))
     rows = torch.randn(count, 1, 2)
     boundaries = torch.arange(count + 1, dtype=torch.int32)
-    out = attention(rows, rows, rows, cu_seqlens_q=boundaries, cu_seqlens_kv=boundaries, max_seqlen_q=1, max_seqlen_kv=1)
+    out = attention(
+        rows, rows, rows, cu_seqlens_q=boundaries, cu_seqlens_kv=boundaries, max_seqlen_q=1, max_seqlen_kv=1
+    )
     torch.testing.assert_close(out, rows)  # each sees itself
 
 

@@ -39,6 +39,44 @@ def test_a_sound_machine_passes(report):
         assert all(0 < x["error"] <= x["allowed"] for x in test["errors"].values())
 
 
+def test_releases_newer_than_the_tests_have_seen_are_named(report, capsys):
+    newest = doctor.NEWEST_TESTED
+    for name in newest:
+        versions = dict.fromkeys(newest) | {name: "99.1.0+cpu"}
+        (sentence,) = doctor._newer_than_tested(versions)
+        assert sentence.startswith(f"{name} 99.1.0+cpu is newer than {newest[name]}")
+        assert doctor._newer_than_tested({**versions, name: f"{newest[name]}.7"}) == []
+        doctor.show({**report, "newer than tested": [sentence]})
+        assert "newer than" in capsys.readouterr().out
+    assert doctor._newer_than_tested({"torch": "2.9.1", "transformers": "5.3.0"}) == []  # numbers, not text
+    assert "2.13" in ops.DIRECT_TESTED_WITH
+
+
+def test_the_way_past_the_dispatcher_is_off_with_a_torch_it_was_not_tested_with():
+    """In a process of its own, where torch says it is another."""
+    program = (
+        "import json, logging, torch\n"
+        "logging.basicConfig(level=logging.INFO)\n"
+        "torch.__version__ = torch.torch_version.TorchVersion('9.1.0')\n"
+        "from flashmla_hf import attention, doctor, ops\n"
+        "assert ops._direct is None\n"
+        "q = torch.randn(1, 5, 2, 8, requires_grad=True)\n"
+        "attention(q, q, q).sum().backward()\n"
+        "problems = []\n"
+        "print(json.dumps([doctor._built(problems)['libraries'][ops.DIRECT], problems]))\n"
+    )
+    for log, level in (("0", "INFO"), ("1", "WARNING")):
+        environment = {**os.environ, "FLASHMLA_LOG": log, "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
+        result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
+        assert result.returncode == 0, result.stderr
+        state, problems = json.loads(result.stdout.strip().splitlines()[-1])
+        assert state.startswith("off: tested with torch ")
+        assert "this is 9.1.0" in state
+        assert problems == []
+        lines = [line for line in result.stderr.splitlines() if ops.DIRECT in line]
+        assert lines == [f"{level}:flashmla_hf:{ops.DIRECT}: {state}"]
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_what_is_not_available_says_why(report):
     for name in ("sm90", "flex"):

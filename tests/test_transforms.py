@@ -108,16 +108,20 @@ TRANSFORMS = {
     "functionalize of grad": lambda f, n: func.functionalize(func.grad(f, argnums=tuple(range(n)))),
     "make_fx of grad": lambda f, n: lambda *x: make_fx(func.grad(f, argnums=tuple(range(n))))(*x)(*x),
     "per-sample gradients": lambda f, n: torch.vmap(func.grad(f, argnums=tuple(range(n)))),
-    "per-sample gradients of a part": lambda f, n: lambda *x: torch.vmap(
-        func.grad(f, argnums=tuple(range(n))), in_dims=(0, *(None,) * (n - 1))
-    )(x[0], *(y[0] for y in x[1:])),
-    "grad of vmap": lambda f, n: func.grad(lambda *x: torch.vmap(f)(*x).sum(), argnums=tuple(range(n))),
-    "vmap of vmap of grad": lambda f, n: lambda *x: torch.vmap(torch.vmap(func.grad(f, argnums=tuple(range(n)))))(
-        *(y[None] for y in x)
+    "per-sample gradients of a part": lambda f, n: (
+        lambda *x: torch.vmap(func.grad(f, argnums=tuple(range(n))), in_dims=(0, *(None,) * (n - 1)))(
+            x[0], *(y[0] for y in x[1:])
+        )
     ),
-    "vmap of grad of vmap": lambda f, n: lambda *x: torch.vmap(
-        func.grad(lambda *y: torch.vmap(f)(*y).sum(), argnums=tuple(range(n)))
-    )(*(y[None] for y in x)),
+    "grad of vmap": lambda f, n: func.grad(lambda *x: torch.vmap(f)(*x).sum(), argnums=tuple(range(n))),
+    "vmap of vmap of grad": lambda f, n: (
+        lambda *x: torch.vmap(torch.vmap(func.grad(f, argnums=tuple(range(n)))))(*(y[None] for y in x))
+    ),
+    "vmap of grad of vmap": lambda f, n: (
+        lambda *x: torch.vmap(func.grad(lambda *y: torch.vmap(f)(*y).sum(), argnums=tuple(range(n))))(
+            *(y[None] for y in x)
+        )
+    ),
 }
 OF_COPIES = {name for name in TRANSFORMS if "vmap" in name or "per-sample" in name}
 
