@@ -336,9 +336,11 @@ def attention(
         ``return_lse`` also lse fp32 [batch, heads_q, seqlen_q] (packed: [heads_q, total_q]). A query that sees no key has
         out 0 and lse -inf (the sink's logit where there is a sink).
 
-    What is hidden from a query never reaches it, whatever it holds (NaN, infinity), by every implementation but ``"sdpa"``,
-    which is torch's own. Automatic dispatch looks at the values of q, k and v before it takes ``"sdpa"`` for a call that hides
-    something, and takes ``"reference"`` if one is not finite; torch.compile, torch.func and CUDA graphs allow no look.
+    What is hidden from a query never reaches it, whatever it holds (NaN, infinity), by ``"cpu"`` and ``"reference"``.
+    ``"sm90"`` promises that of everything outside the query's sequence. Inside it, and by ``"flex"`` and ``"sdpa"``, a hidden
+    value that is not finite can make 0·NaN of a weight of 0, as in eager attention. Automatic dispatch looks at the values of
+    q, k and v before it takes ``"sdpa"`` for a call that hides something, and takes ``"reference"`` if one is not finite;
+    torch.compile, torch.func and CUDA graphs allow no look.
     Autocast changes nothing: the result has q's dtype.
 
     ``torch.func`` and ``torch.vmap`` work, first derivatives included; forward mode and second derivatives raise by the fused
