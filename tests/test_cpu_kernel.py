@@ -26,10 +26,10 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 TESTS = Path(__file__).parent
 
 
-def in_subprocess(call: str, **environment: str) -> str:
-    """Run ``test_cpu_kernel.<call>`` in a fresh Python; its standard output. Fails with its standard error."""
+def in_subprocess(call: str, module: str = "test_cpu_kernel", **environment: str) -> str:
+    """Run ``<module>.<call>`` in a fresh Python; its standard output. Fails with its standard error."""
     result = subprocess.run(
-        [sys.executable, "-c", f"import test_cpu_kernel as t; t.{call}"],
+        [sys.executable, "-c", f"import {module} as t; t.{call}"],
         env=os.environ | {"PYTHONPATH": f"{TESTS}{os.pathsep}{TESTS.parent}"} | environment,
         capture_output=True,
         text=True,

@@ -35,6 +35,7 @@
 
 #include <sched.h>
 
+#include "decode.h"
 #include "gemm_f32.h"
 #include "kernel.h"
 #include "rows.h"
@@ -98,6 +99,7 @@ struct Backward {
   struct Tile {
     int64_t num_apart;  // in queries_apart
     bool has_huge_lse;
+    float slack;  // of a huge lse: the forward may have summed the same score in another order
   };
 
   static Plan make_plan(const BackwardParams& params) {
@@ -415,7 +417,7 @@ struct Backward {
           G::gemm(m_padded, width, plan.dv_k, {w.v + j * plan.dv_k, plan.dv_k, 1},
                   {b_dot.data + n / G::kPanel * b_dot.stride_panel, b_dot.stride_k, b_dot.stride_panel}, dp, ld, false);
         const Block block = {s, dp, ld, m, m_padded, n, width, w.p + n, ds + n, w.ds_b, j};
-        if (p.softcap == 0.0f && m == m_padded && !tile.has_huge_lse && num_apart == 0 &&
+        if (p.softcap == 0.0f && m == m_padded && !tile.has_huge_lse &&
             is_visible(p, sequence, plan, kv + j, m, r + n, min64(width, num_rows - n))) {
           if (!plan.needs_ds) {
             probabilities<false, false>(p, w, plan, block);
@@ -425,7 +427,15 @@ struct Backward {
             probabilities<true, true>(p, w, plan, block);
           }
         } else {
-          masked_probabilities(p, w, sequence, plan, block, kv + j, r + n, tile.has_huge_lse);
+          masked_probabilities(p, w, sequence, plan, block, kv + j, r + n, tile);
+        }
+        // A key that is not finite times the zeros of lanes without a query.
+        for (int64_t a = 0; a < num_apart; ++a) {
+          const int64_t l = w.keys_apart[a] - j;
+          for (int64_t i = max64(n, num_rows); 0 <= l && l < m && i < n + width; ++i) {
+            w.p[l * kBlockQ + i] = Element{};
+            if (plan.needs_ds) ds[l * kBlockQ + i] = Element{};
+          }
         }
       }
       if (params.dv.data != nullptr)
@@ -513,7 +523,8 @@ struct Backward {
     const float* lse = sequence_base(params.lse, sequence.b, sequence.q_offset, head_q);
     const float* delta = sequence_base(c.delta, sequence.b, sequence.q_offset, head_q);
     RowCursor cursor(c.plan.group, r);
-    Tile tile = {0, false};
+    const bool is_decoded = sequence.seqlen_q * c.plan.group <= Decode<Input>::kMaxRows;
+    Tile tile = {0, false, is_decoded ? 0x1p-20f : 0.0f};
     for (int64_t i = 0; i < num_rows; ++i, cursor.next()) {
       w.rows[i] = q + cursor.offset(params.q);
       if (is_cut &&
@@ -622,12 +633,13 @@ struct Backward {
     }
   }
 
-  // x - lse where x = a * b is a score: in one rounding, or in two where lse is huge. Not above 0 there: another order
-  // of summation may have given the forward a smaller score.
-  static VecF shifted_score(VecF a, VecF b, VecF lse, bool has_huge_lse) {
+  // x - lse where x = a * b is a score: in one rounding, or in two where lse is huge. Not above 0 there.
+  static VecF shifted_score(VecF a, VecF b, VecF lse, const Tile& tile) {
     const VecF shifted = fma(a, b, -lse);
-    if (!has_huge_lse) return shifted;
-    const VecF magnitude = lse < VecF{} ? -lse : lse, rounded = rounded_product(a, b) - lse;
+    if (!tile.has_huge_lse) return shifted;
+    const VecF magnitude = lse < VecF{} ? -lse : lse;
+    const VecF slack = magnitude >= set1(16 * kHugeLse) ? magnitude * tile.slack : VecF{};
+    const VecF rounded = rounded_product(a, b) - lse + slack;
     const VecI is_huge = (magnitude >= set1(kHugeLse)) & (magnitude < set1(kInf));
     return is_huge ? (rounded > VecF{} ? VecF{} : rounded) : shifted;
   }
@@ -635,7 +647,7 @@ struct Backward {
   // The same where the mask, the end of the keys, softcap, a huge lse or keys set apart have a say; in place first,
   // then rounded.
   static void masked_probabilities(const Problem& p, const Scratch& w, const Sequence& sequence, const Plan& plan,
-                                   const Block& block, int64_t key, int64_t row, bool has_huge_lse) {
+                                   const Block& block, int64_t key, int64_t row, const Tile& tile) {
     for (int64_t j = 0; j < block.m_padded; ++j) {
       Interval lanes = {0, 0};
       if (j < block.m) {
@@ -648,10 +660,10 @@ struct Backward {
         VecF derivative = set1(1.0f), shifted;
         if (p.softcap > 0.0f) {
           const VecF t = tanh(load(s) * p.scale / p.softcap);
-          shifted = shifted_score(t, set1(p.softcap), lse, has_huge_lse);
+          shifted = shifted_score(t, set1(p.softcap), lse, tile);
           derivative = 1.0f - t * t;
         } else {
-          shifted = shifted_score(load(s), set1(p.scale), lse, has_huge_lse);
+          shifted = shifted_score(load(s), set1(p.scale), lse, tile);
         }
         const VecF x = keep_lanes(exp<G::kExpDegree>(shifted), lanes.begin - n, lanes.end - n, VecF{});
         if (plan.needs_ds) {

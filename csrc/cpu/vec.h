@@ -55,8 +55,10 @@ inline VecF fma(VecF a, VecF b, VecF c) {
   return a * b + c;
 }
 
-// a * b, rounded before anything is added to it.
+// a * b, rounded before anything is added to it; a product of its own, so that the compiler still fuses others of a and
+// b.
 inline VecF rounded_product(VecF a, VecF b) {
+  __asm__("" : "+m"(a));
   VecF x = a * b;
   __asm__("" : "+m"(x));
   return x;
