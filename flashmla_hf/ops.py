@@ -62,7 +62,7 @@ LIBRARIES = {"CPU": ("cpu", "libflashmla_cpu.so"), "CUDA": ("sm90", "libflashmla
 DIRECT = "_direct.abi3.so"
 
 # It goes past all that watches calls in these releases. Others may have more to go past: there it is off.
-DIRECT_TESTED_WITH = ("2.11", "2.13")
+DIRECT_TESTED_WITH = ("2.10", "2.11", "2.12", "2.13", "2.14")
 
 # Why an implementation's library is not loaded; no entry means it is loaded and registered. "direct" is
 # that module: without it every call goes by way of the operators.

@@ -18,7 +18,7 @@ from functools import wraps
 import torch
 from torch import nn
 
-from flashmla_hf import hf_layout
+from flashmla_hf import hf_check, hf_layout, hf_masks
 from flashmla_hf.patches import gradients, structure, tiles
 from flashmla_hf.patches.replacements import Replacements
 
@@ -186,7 +186,7 @@ def _refuse_what_chunks_cannot(attention, name, hidden_states, mask, cache, posi
         reason = f"attn_implementation={implementation!r} (its causal mask is aligned at the beginning)"
     elif cache is not None:
         reason = "a cache (use_cache=False in training)"
-    elif mask is not None and not _hides_nothing(mask, seqlen):
+    elif mask is not None and not _says_what_the_layer_says(attention, mask):
         reason = "an attention mask (padding or packed documents)"
     elif position_ids is not None and hf_layout.segments_from_positions(position_ids, batch, seqlen, True) is not None:
         reason = "packed documents (position_ids that restart)"
@@ -204,9 +204,17 @@ def _refuse_what_chunks_cannot(attention, name, hidden_states, mask, cache, posi
         )
 
 
-def _hides_nothing(mask: torch.Tensor, seqlen: int) -> bool:
-    """Whether a 2-D mask [batch, seqlen] of :mod:`hf_masks` keeps every key."""
-    if mask.dim() != 2 or mask.dtype != torch.bool or mask.shape[1] != seqlen:
+def _says_what_the_layer_says(attention: nn.Module, mask: torch.Tensor) -> bool:
+    """Whether a mask of :mod:`hf_masks` is causal, with the window that the layer passes on, and nothing else: chunks run
+    without a mask."""
+    pattern = hf_masks.pattern_of(mask)
+    if pattern is None or not pattern.is_causal or pattern.segments is not None:
         return False
-    ranges = hf_layout.key_ranges(mask)
-    return not ranges.has_holes and ranges.uniform == (0, seqlen)
+    passes_window = "sliding_window" in hf_check.keywords_passed(type(attention))
+    window = getattr(attention, "sliding_window", None) if passes_window else None
+    if pattern.window != (None if window is None else (window - 1, -1)):
+        return False
+    if pattern.padding is None:
+        return True
+    ranges = hf_layout.key_ranges(pattern.padding)
+    return not ranges.has_holes and ranges.uniform == (0, mask.shape[-1])

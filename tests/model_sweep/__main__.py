@@ -64,9 +64,9 @@ def finish(candidate: Candidate, child: int, reader: int) -> dict:
         return json.loads(text)
     result = probes.Result(candidate.class_name, candidate.model_type, "failed")
     number = os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
-    result.reason = (
-        "took too long" if number == signal.SIGALRM else f"the process died: signal {number}, status {status}"
-    )
+    result.reason = f"the process died: signal {number}, status {status}"
+    if number == signal.SIGALRM:
+        result.status, result.reason = "cannot build", "took too long"
     return result.as_dict()
 
 

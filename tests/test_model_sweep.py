@@ -1,0 +1,125 @@
+"""The sweep over Transformers' classes: its probes can fail, and a part of the classes passes them. `make sweep` runs all."""
+
+from __future__ import annotations
+
+import os
+import zlib
+from dataclasses import replace
+
+import pytest
+import torch
+import transformers
+from model_sweep import __main__ as sweeper
+from model_sweep import page, probes
+from model_sweep.classes import Candidate, candidates
+from model_sweep.known import KNOWN
+
+# Each stands for a kind that was wrong once: masks that alone say causal, bidirectional or a window; compressed keys; class
+# dictionaries; per-layer configurations; sparse selections; chunked audio; composites.
+TRICKY = (
+    "NllbMoeForConditionalGeneration", "SplinterModel", "PhimoeForCausalLM", "DeepseekV4ForCausalLM", "SamModel",
+    "NeoMMEForMaskedLM", "FalconForCausalLM", "AfmoeForCausalLM", "BridgeTowerModel", "Gemma3ForConditionalGeneration",
+    "GptOssForCausalLM", "WhisperForConditionalGeneration", "T5ForConditionalGeneration", "LlamaForCausalLM",
+    "MistralForCausalLM", "ModernBertForMaskedLM", "Qwen2VLForConditionalGeneration", "BloomForCausalLM",
+)  # fmt: skip
+# One class in so many of those that stand first for their model type; SHARDS=1 takes all of them.
+SHARDS = int(os.environ.get("FLASHMLA_SWEEP_SHARDS", "5"))
+LIMIT = 120  # seconds a class
+
+
+def chosen() -> list[Candidate]:
+    everything = candidates()
+    first, seen = [], set()
+    for candidate in everything:
+        if candidate.model_type not in seen:
+            seen.add(candidate.model_type)
+            first.append(candidate)
+    of_shard = {c for c in first if zlib.crc32(c.class_name.encode()) % SHARDS == 0}
+    return [c for c in everything if c in of_shard or c.class_name in TRICKY]
+
+
+@pytest.mark.slow
+def test_every_class_of_the_shard_equals_eager_or_says_why_not():
+    found = chosen()
+    assert len(found) > 40
+    results = {r["class_name"]: r for r in sweeper.sweep(found, jobs=2, seconds=LIMIT)}
+    wrong = {
+        name: f"{r['status']}: {r['reason'][:500]}"
+        for name, r in results.items()
+        if r["status"] in ("failed", "refused") and (KNOWN.get(name, ("",))[0] != r["status"] or KNOWN[name][1] not in r["reason"])
+    }  # fmt: skip
+    gone = {name for name in KNOWN if name in results and results[name]["status"] not in ("failed", "refused")}
+    assert not wrong, "\n".join(f"{name}: {reason}" for name, reason in wrong.items())
+    assert not gone, f"equal now, and still among model_sweep.known: {sorted(gone)}"
+    equal = sum(r["status"] == "equal" for r in results.values())
+    assert equal > len(found) / 2, f"{equal} of {len(found)} classes are equal: the sweep builds too few"
+
+
+def test_the_layers_of_the_sweeps_check_are_told_truly():
+    """check(model) says of each layer whether it calls the kernel; the sweep counts the calls."""
+    for name in ("LlamaForCausalLM", "T5ForConditionalGeneration"):
+        candidate = next(c for c in candidates() if c.class_name == name)
+        assert probes.examine(candidate, only_forward=True).probes["check"] == "true", name
+
+
+def half(call, run):
+    out, *rest = run(call)
+    return (out / 2, *rest)
+
+
+def flips_causal(call, run):
+    return run(replace(call, window_right=-1 if call.window_right == 0 else 0))
+
+
+def forgets_the_window(call, run):
+    return run(replace(call, window_left=-1))
+
+
+def ignores_padding(call, run):
+    """Packed boundaries become one sequence, so that padding and neighbours are seen."""
+    if call.cu_seqlens_q is None:
+        return run(call)
+    ends = [x[[0, -1]].contiguous() for x in (call.cu_seqlens_q, call.cu_seqlens_kv)]
+    return run(replace(call, cu_seqlens_q=ends[0], cu_seqlens_kv=ends[1], max_seqlen_q=call.q.shape[0], max_seqlen_kv=call.k.shape[0]))  # fmt: skip
+
+
+CONTROLS = [
+    ("LlamaForCausalLM", probes.zeros), ("LlamaForCausalLM", half), ("LlamaForCausalLM", flips_causal),
+    ("LlamaForCausalLM", ignores_padding), ("MistralForCausalLM", forgets_the_window), ("BertModel", flips_causal),
+    ("BertModel", ignores_padding), ("WhisperForConditionalGeneration", flips_causal),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "wrong"), CONTROLS, ids=[f"{name}-{wrong.__name__}" for name, wrong in CONTROLS])
+def test_a_wrong_attention_fails_its_probe(name, wrong):
+    candidate = next(c for c in candidates() if c.class_name == name)
+    model_class = getattr(transformers, name)
+    result = probes.Result(name, candidate.model_type)
+    eager, config, batch = probes._build_eager(model_class, model_class.config_class, result)
+    ours = probes.build(model_class, config, "flashmla")
+    probes.copy_state(eager, ours)
+    pair = probes.Pair(eager, ours, result)
+    with torch.no_grad():
+        pair.probe("forward", batch)
+        probes._more_probes(pair, batch)
+    assert not [v for v in result.probes.values() if v.startswith(("DIFFERS", "RAISES"))], result.probes
+    result.probes.clear()
+    with probes.counted(wrong):
+        pair.probe("forward", batch)
+        if "input_ids" in batch:
+            probes._mask_probes(pair, batch)
+    assert any(v.startswith("DIFFERS") for v in result.probes.values()), result.probes
+
+
+def test_a_page_counts_classes_and_gives_reasons():
+    results = {
+        "transformers": "1", "torch": "2",
+        "classes": [
+            {"class_name": "A", "model_type": "a", "status": "equal", "reason": "", "layers": [2, 2]},
+            {"class_name": "B", "model_type": "b", "status": "eager", "reason": "selects | keys", "layers": []},
+        ],
+    }  # fmt: skip
+    text = page.page(results)
+    assert "2 classes of 2 model types" in text
+    assert "| a | 2/2 | A |" in text
+    assert "| B | eager | selects \\| keys |" in text
