@@ -110,7 +110,9 @@ def check_hidden_values(num_trials):
         spared_dq = row_is_spared.clone()
         spared_dq[[row for row in bad_dout if sees_any[row]]] = False
         spared_keys = ~is_bad_key & ~(visible & ~spared_dq[:, None]).any(0)
-        what = f"trial {trial}: {dtype} q {lengths_q} kv {lengths_kv} window {window} heads {heads_kv}x{group} d {d} {dv} "
+        what = (
+            f"trial {trial}: {dtype} q {lengths_q} kv {lengths_kv} window {window} heads {heads_kv}x{group} d {d} {dv} "
+        )
         what += f"softcap {softcap} bad q {bad_q} k {bad_k} v {bad_v} dout {bad_dout} dlse {bad_dlse}"
         assert torch.equal(found[0][row_is_spared], clean[0][row_is_spared]), f"out, {what}"
         assert torch.equal(found[1][:, row_is_spared], clean[1][:, row_is_spared]), f"lse, {what}"
