@@ -1,0 +1,492 @@
+"""The name of a hub kernel's shape, put before the real checks that it is for; continuous batching under every name that
+may be used there; registration that fails, and registration by many threads."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import textwrap
+import time
+import urllib.request
+from pathlib import Path
+
+import hf_support
+import pytest
+import torch
+from counting import counted_calls
+from hf_support import DEVICE, close, kernel_calls
+
+import flashmla_hf
+
+transformers = pytest.importorskip("transformers")
+pytestmark = [
+    pytest.mark.skipif(not hf_support.is_built(), reason="the kernel of this device is not built"),
+    pytest.mark.filterwarnings("ignore::FutureWarning"),  # the paged| prefix after 5.17
+]
+transformers.logging.set_verbosity_error()
+
+from transformers import modeling_flash_attention_utils, modeling_utils  # noqa: E402
+from transformers.integrations import hub_kernels  # noqa: E402
+from transformers.utils.generic import is_flash_attention_requested  # noqa: E402
+
+from flashmla_hf import hf, hf_names  # noqa: E402
+
+ROOT = Path(__file__).parent.parent
+SHAPED = "flashmla/flash-attn3"
+SIZES = {
+    "vocab_size": 96, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "initializer_range": 0.3, "eos_token_id": None, "pad_token_id": 0, "bos_token_id": 1,
+}  # fmt: skip
+
+
+def build(implementation, family="Llama", **options):
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{family}Config")(**SIZES, **options)
+    cls = getattr(transformers, f"{family}ForCausalLM")
+    return cls._from_config(config, attn_implementation=implementation).to(DEVICE).eval()
+
+
+def ids(*shape, seed=0):
+    return torch.randint(3, 90, shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
+
+
+@pytest.fixture(params=[False, True], ids=["without kernels", "with kernels"])
+def no_hub(request, monkeypatch):
+    """Any look at the hub fails the test, whether the package ``kernels`` is installed or not."""
+
+    def download(*args, **kwargs):
+        raise AssertionError(f"a kernel is looked up on the hub: {args} {kwargs}")
+
+    monkeypatch.setattr(hub_kernels, "is_kernels_available", lambda *args, **kwargs: request.param)
+    monkeypatch.setattr(modeling_utils, "is_kernels_available", lambda *args, **kwargs: request.param, raising=False)
+    for name in ("get_kernel", "load_and_register_attn_kernel"):
+        monkeypatch.setattr(hub_kernels, name, download)
+
+
+def test_the_shaped_name_has_the_shape_that_others_look_for():
+    assert hf_names.KERNEL_NAME == SHAPED
+    assert hub_kernels.is_kernel(SHAPED)
+    assert is_flash_attention_requested(requested_attention_implementation=SHAPED, version=3)
+    assert not hub_kernels.is_kernel("flashmla")
+
+
+def test_the_hub_is_asked_for_names_of_others_only(no_hub):
+    with pytest.raises(AssertionError, match="looked up"):
+        build("somebody/flash-attn3")
+    build(SHAPED)
+
+
+def test_every_route_takes_the_shaped_name_without_a_look_at_the_hub(no_hub, tmp_path):
+    x = ids(2, 9)
+    eager = build("eager")
+    eager.save_pretrained(tmp_path)
+    switched = build("eager")
+    switched.set_attn_implementation(SHAPED)
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    routes = [
+        build(SHAPED), switched, load(tmp_path, attn_implementation=SHAPED), load(tmp_path, attn_implementation={"": SHAPED}),
+        transformers.AutoModelForCausalLM.from_config(
+            transformers.AutoConfig.from_pretrained(tmp_path, attn_implementation=SHAPED)
+        ),
+    ]  # fmt: skip
+    for model in routes:
+        assert model.config._attn_implementation == SHAPED
+        model.to(DEVICE).eval().load_state_dict(eager.state_dict())
+        with counted_calls() as calls, torch.no_grad():
+            assert close(model(x).logits, eager(x).logits)
+        assert kernel_calls(calls) == 2
+        assert flashmla_hf.check(model)
+    paged = build("eager")
+    paged.set_attn_implementation(f"paged|{SHAPED}")
+    assert paged.config._attn_implementation.removeprefix("paged|") == SHAPED
+
+
+def test_a_saved_model_holds_no_name(tmp_path):
+    build(SHAPED).save_pretrained(tmp_path)
+    assert "flash" not in (tmp_path / "config.json").read_text()
+    assert transformers.AutoModelForCausalLM.from_pretrained(tmp_path).config._attn_implementation == "sdpa"
+
+
+def test_models_that_list_their_kernels_take_the_shaped_name(no_hub):
+    """GPT-OSS and its kin replace other flash names by a kernel from the hub."""
+    found = []
+    for path in sorted(Path(transformers.__file__).parent.glob("models/*/modeling_*.py")):
+        if "_compatible_flash_implementations = [" not in path.read_text():
+            continue
+        module = __import__(f"transformers.models.{path.parent.name}.{path.stem}", fromlist=["x"])
+        for cls in vars(module).values():
+            if isinstance(cls, type) and cls.__dict__.get("_compatible_flash_implementations"):
+                bare = cls.__new__(cls)
+                torch.nn.Module.__init__(bare)
+                bare.config = transformers.LlamaConfig()
+                assert cls._check_and_adjust_attn_implementation(bare, SHAPED) == SHAPED, cls
+                found.append(cls.__name__)
+    assert "GptOssPreTrainedModel" in found
+
+
+# ---- the checks of others ------------------------------------------------------------------------------------------
+
+
+def test_transformers_serve_takes_the_shaped_name_only():
+    manager = pytest.importorskip("transformers.cli.serving.model_manager")
+    assert manager.ModelManager(attn_implementation=SHAPED).attn_implementation == SHAPED
+    with pytest.raises(ValueError, match="Unsupported attention implementation: 'flashmla'"):
+        manager.ModelManager(attn_implementation="flashmla")
+
+
+@pytest.mark.parametrize("continuous_batching", [False, True])
+def test_a_server_answers_with_the_tokens_of_generate(continuous_batching, tmp_path):
+    from transformers.utils import import_utils
+
+    if not getattr(import_utils, "is_serve_available", lambda: False)():
+        pytest.skip("needs transformers[serving]")
+    tokenizers = pytest.importorskip("tokenizers")
+    from transformers.cli.serve import Serve
+
+    words = {"<unk>": 0, **{f"w{i}": i for i in range(1, 96)}}
+    plain = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<unk>"))
+    plain.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=plain, unk_token="<unk>", pad_token="<unk>")
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
+    tokenizer.save_pretrained(tmp_path)
+    eager = build("eager")
+    eager.save_pretrained(tmp_path)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    sizes = {"cb_num_blocks": 8, "cb_max_batch_tokens": 64, "cb_use_cuda_graph": False} if continuous_batching else {}
+    server = Serve(
+        force_model=str(tmp_path), attn_implementation=SHAPED, host="127.0.0.1", port=port, non_blocking=True,
+        device=str(DEVICE), continuous_batching=continuous_batching, **sizes,
+    )  # fmt: skip
+    try:
+        for _ in range(300):
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5)
+                break
+            except OSError:
+                time.sleep(0.1)
+        message = {"role": "user", "content": "w5 w6 w7"}
+        body = {"model": str(tmp_path), "messages": [message], "max_tokens": 6, "stream": False, "temperature": 0.0}
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{port}/v1/chat/completions",
+            json.dumps(body).encode(),
+            {"Content-Type": "application/json"},
+        )
+        with counted_calls() as calls:
+            answer = json.loads(urllib.request.urlopen(request, timeout=120).read())
+    finally:
+        server.kill_server()
+    want = eager.generate(torch.tensor([[5, 6, 7]], device=DEVICE), max_new_tokens=6, do_sample=False)[0, 3:]
+    assert kernel_calls(calls) > 0
+    assert answer["choices"][0]["message"]["content"] == tokenizer.decode(want)
+
+
+def test_accelerates_sequence_parallelism_takes_the_shaped_name_only():
+    config = pytest.importorskip("accelerate.utils").DeepSpeedSequenceParallelConfig
+    assert config(sp_seq_length_is_variable=True, sp_attn_implementation=SHAPED).sp_attn_implementation == SHAPED
+    with pytest.raises(ValueError, match="Invalid sp_attn_implementation: flashmla"):
+        config(sp_seq_length_is_variable=True, sp_attn_implementation="flashmla")
+
+
+ULYSSES = """
+    import os, sys, torch
+    rank = int(sys.argv[1])
+    os.environ.update(RANK=sys.argv[1], LOCAL_RANK=sys.argv[1], WORLD_SIZE="2", MASTER_ADDR="127.0.0.1",
+                      MASTER_PORT=sys.argv[2], DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1")
+    torch.set_num_threads(1)
+    import flashmla_hf, transformers, deepspeed
+    # DeepSpeed compiles a shared-memory operator at this point; gloo does without.
+    sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None
+    deepspeed.init_distributed("gloo")
+    from deepspeed.runtime.sequence_parallel.ulysses_sp import UlyssesSPAttentionHF
+
+    def build(implementation):
+        torch.manual_seed(0)
+        config = transformers.LlamaConfig(vocab_size=96, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
+                                          num_attention_heads=4, num_key_value_heads=2, initializer_range=0.3)
+        return transformers.LlamaForCausalLM._from_config(config, attn_implementation=implementation)
+
+    eager, ours = build("eager"), build("flashmla/flash-attn3")
+    torch.manual_seed(1)
+    x, part = torch.randint(3, 90, (1, 16)), slice(rank * 8, rank * 8 + 8)
+    rows = [torch.arange(16)[None], torch.cat([torch.arange(6), torch.arange(10)])[None]]  # one sequence, two packed
+    want = []
+    for positions in rows:
+        logits = eager(x, position_ids=positions, use_cache=False).logits
+        eager.zero_grad()
+        logits.square().sum().backward()
+        want.append((logits.detach(), eager.model.embed_tokens.weight.grad.clone()))
+    UlyssesSPAttentionHF.register_with_transformers(ours, "flashmla/flash-attn3", 2, 1, seq_length_is_variable=True)
+    for positions, (logits, gradient) in zip(rows, want):
+        ours.zero_grad()
+        got = ours(x[:, part], position_ids=positions[:, part], use_cache=False).logits
+        got.square().sum().backward()
+        total = ours.model.embed_tokens.weight.grad
+        torch.distributed.all_reduce(total)
+        torch.testing.assert_close(got.detach(), logits[:, part], atol=1e-3, rtol=1e-3)
+        torch.testing.assert_close(total, gradient, atol=1e-3 * float(gradient.abs().max()), rtol=1e-3)
+    print("equal", flush=True)
+    os._exit(0)
+"""
+
+
+def test_deepspeeds_ulysses_attention_calls_ours():
+    """Two processes hold half of a sequence each; logits and gradients are those of eager on all of it."""
+    if DEVICE.type != "cpu":
+        pytest.skip("runs its processes on the CPU")
+    pytest.importorskip("einops")
+    pytest.importorskip("deepspeed")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    processes = [start(ULYSSES, str(rank), port) for rank in range(2)]
+    outs = [process.communicate(timeout=240) for process in processes]
+    assert [out.split()[-1:] for out, _ in outs] == [["equal"]] * 2, outs[0][1] + outs[1][1]
+
+
+def start(script: str, *arguments: str, **environment) -> subprocess.Popen:
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    return subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(script), *arguments], text=True, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, env={**os.environ, "PYTHONPATH": path, **environment},
+    )  # fmt: skip
+
+
+# ---- continuous batching -------------------------------------------------------------------------------------------
+
+
+def batched(model, prompts, sizes=None, **options) -> list[list[int]]:
+    settings = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": -1, "pad_token_id": 0, **options}
+    config = transformers.ContinuousBatchingConfig(
+        **{"num_blocks": 64, "max_batch_tokens": 64, "use_cuda_graph": False, **(sizes or {})}
+    )
+    outputs = model.generate_batch(
+        inputs=prompts, generation_config=transformers.GenerationConfig(**settings), continuous_batching_config=config,
+        progress_bar=False,
+    )  # fmt: skip
+    assert all(output.error is None for output in outputs.values())
+    return [
+        list(outputs[key].generated_tokens) for key in sorted(outputs, key=lambda k: [int(n) for n in k if n.isdigit()])
+    ]
+
+
+def one_by_one(model, prompts) -> list[list[int]]:
+    return [
+        model.generate(torch.tensor([p], device=DEVICE), max_new_tokens=6, do_sample=False)[0, len(p) :].tolist()
+        for p in prompts
+    ]
+
+
+def prompts_of(*lengths):
+    return [ids(1, n, seed=n)[0].tolist() for n in lengths]
+
+
+@pytest.mark.parametrize("name", ["flashmla", SHAPED])
+@pytest.mark.parametrize(
+    ("family", "options"), [("Llama", {}), ("Mistral", {"sliding_window": 5}), ("Qwen3", {"head_dim": 16})], ids=str
+)
+def test_continuous_batching_gives_the_tokens_of_generate(family, options, name):
+    prompts = prompts_of(5, 19, 3)
+    ours = build(name, family, **options)
+    with counted_calls() as calls:
+        got = batched(ours, prompts)
+    assert kernel_calls(calls) > 0
+    assert got == one_by_one(build("eager", family, **options), prompts)
+    assert ours.config._attn_implementation == name
+
+
+def test_a_prompt_longer_than_a_batch_is_read_in_parts():
+    """Mistral's window lies across the parts."""
+    for family, options in (("Llama", {}), ("Mistral", {"sliding_window": 9})):
+        prompts = prompts_of(41, 7)
+        got = batched(build("flashmla", family, **options), prompts, {"max_batch_tokens": 16})
+        assert got == one_by_one(build("eager", family, **options), prompts)
+
+
+@pytest.mark.parametrize("is_shared", [False, True])
+def test_prompts_with_the_same_beginning_share_their_blocks(is_shared):
+    size = "page_size" if "page_size" in transformers.ContinuousBatchingConfig.__dataclass_fields__ else "block_size"
+    beginning = prompts_of(32)[0]
+    prompts = [beginning + rest for rest in prompts_of(3, 5)]
+    sizes = {size: 16, "allow_block_sharing": is_shared, "max_batch_tokens": 48}
+    assert batched(build("flashmla"), prompts, sizes) == one_by_one(build("eager"), prompts)
+
+
+def test_requests_that_fork_from_one_prompt_go_on_by_themselves():
+    prompts = prompts_of(9)
+    got = batched(build("flashmla"), prompts, do_sample=True, top_k=1, num_return_sequences=2)
+    assert got == one_by_one(build("eager"), prompts) * 2
+
+
+def test_adapters_of_peft_take_part():
+    peft = pytest.importorskip("peft")
+    prompts = prompts_of(5, 9)
+
+    def adapted(name):
+        model = peft.get_peft_model(build(name), peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"]))
+        torch.manual_seed(1)
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data.normal_(0, 0.3)
+        return model.base_model.model.eval()
+
+    got = batched(adapted("flashmla"), prompts)
+    assert got == one_by_one(adapted("eager"), prompts)
+    assert got != one_by_one(build("eager"), prompts), "the adapter changes nothing"
+
+
+def test_the_decode_path_is_told_that_there_is_no_function_for_block_tables(monkeypatch):
+    """On a GPU it looks for flash_attn_with_kvcache under names with a 2 or 3."""
+    from transformers.generation.continuous_batching import initialization
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    asked = []
+    wrapped = modeling_flash_attention_utils._lazy_imports
+    monkeypatch.setattr(
+        modeling_flash_attention_utils, "_lazy_imports", lambda *a, **k: asked.append(a[0]) or wrapped(*a, **k)
+    )
+    monkeypatch.setattr(modeling_flash_attention_utils, "_loaded_implementation", None)
+    for name in (SHAPED, f"paged|{SHAPED}"):
+        config = transformers.LlamaConfig(**SIZES)
+        config._attn_implementation = name
+        batching = transformers.ContinuousBatchingConfig(max_blocks_per_request=4)
+        initialization.ensure_decode_fast_path_is_available(config, batching, True)
+        assert batching.max_blocks_per_request == 0
+        assert name in asked
+
+
+@pytest.mark.parametrize("name", ["block_table", "k_cache", "v_cache"])
+def test_a_block_table_is_refused_by_name(name):
+    x = torch.randn(1, 2, 4, 8, device=DEVICE)
+    with pytest.raises(ValueError, match=rf"{name}: expected none.*max_blocks_per_request=0"):
+        hf.attention_forward(torch.nn.Module(), x, x, x, **{name: torch.zeros(1, 2, device=DEVICE)})
+
+
+def test_boundaries_of_every_kind_of_layer_are_refused_if_the_layer_chose_none():
+    x = torch.randn(1, 2, 4, 8, device=DEVICE)
+    boundaries = torch.tensor([0, 4], dtype=torch.int32, device=DEVICE)
+    kinds = {"full_attention": boundaries}
+    with pytest.raises(ValueError, match="cu_seq_lens_k: expected the boundaries of this layer's keys, got dict"):
+        hf.attention_forward(
+            torch.nn.Module(), x, x, x, cu_seq_lens_q=boundaries, cu_seq_lens_k=kinds, max_length_q=4,
+            max_length_k={"full_attention": 4}, read_index=[torch.arange(4)], write_index=[torch.arange(4)],
+        )  # fmt: skip
+
+
+def test_an_ordinary_cache_among_the_arguments_is_left_alone():
+    x = torch.randn(1, 2, 4, 8, device=DEVICE)
+    cache = transformers.DynamicCache()
+    out, _ = hf.attention_forward(torch.nn.Module(), x, x, x, cache=cache)
+    assert torch.equal(out, hf.attention_forward(torch.nn.Module(), x, x, x)[0])
+    assert cache.get_seq_length() == 0
+
+
+# ---- models that choose a class, and submodels ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", hf_names.NAMES)
+def test_sam_chooses_its_own_class_and_stays_exact(name):
+    config = {
+        "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 32, "patch_size": 8,
+        "output_channels": 16, "num_pos_feats": 8, "mlp_dim": 96, "window_size": 2, "global_attn_indexes": [1],
+        "initializer_range": 0.3,
+    }  # fmt: skip
+    built = []
+    for implementation in ("eager", name):
+        torch.manual_seed(0)
+        cls = transformers.SamVisionModel
+        built.append(
+            cls._from_config(transformers.SamVisionConfig(**config), attn_implementation=implementation).eval()
+        )
+    pixels = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        assert close(built[1](pixels).last_hidden_state, built[0](pixels).last_hidden_state)
+    assert not flashmla_hf.check(built[1])
+
+
+def test_a_submodel_that_computes_attention_itself_goes_to_eager_when_its_model_is_switched():
+    """``set_attn_implementation`` asks submodels through another method than the model itself."""
+    bloom = transformers.BloomConfig(vocab_size=64, hidden_size=32, n_layer=1, n_head=4)
+    inner = transformers.BloomForCausalLM._from_config(bloom, attn_implementation="eager")
+    hf._warned.clear()
+    with pytest.warns(UserWarning, match="compute attention by themselves"):
+        assert inner.get_correct_attn_implementation("flashmla") == "eager"
+
+
+# ---- registration --------------------------------------------------------------------------------------------------
+
+
+FAILED = """
+    import sys, torch, warnings
+    warnings.simplefilter("ignore")
+    sys.modules["flashmla_hf.hf_register"] = None  # any import of it fails
+    import flashmla_hf, transformers
+    config = transformers.LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=1)
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
+    model.set_attn_implementation(attn_implementation="eager")
+
+    def built(name):
+        transformers.AutoModelForCausalLM.from_config(config, attn_implementation=name)
+
+    def switched(name):
+        model.set_attn_implementation(name)
+
+    def by_part(name):
+        model.set_attn_implementation({"": name})
+
+    for ask in (built, switched, by_part):
+        for name in ("flashmla", "fmla", "flashmla/flash-attn3"):
+            try:
+                ask(name)
+            except ImportError as error:
+                print(type(error.__cause__).__name__, "did not register" in str(error), "sdpa" in str(error))
+"""
+
+
+def test_who_asks_for_a_name_that_could_not_be_registered_is_told_why():
+    out, errors = start(FAILED).communicate(timeout=240)
+    assert out.splitlines() == ["ModuleNotFoundError True True"] * 9, errors
+
+
+THREADS = """
+    import sys, threading, torch
+    sys.setswitchinterval(1e-6)
+    torch.set_num_threads(1)
+    go, results = threading.Barrier(8), []
+
+    def work(number):
+        go.wait()
+        import flashmla_hf
+        flashmla_hf.register()
+        import transformers
+        name = ("flashmla", "fmla", "flashmla/flash-attn3")[number % 3]
+        def build(cls, implementation, **options):
+            config = getattr(transformers, cls + "Config")(vocab_size=96, hidden_size=64, num_hidden_layers=2,
+                                                           num_attention_heads=4, **options)
+            return getattr(transformers, cls + "ForCausalLM")._from_config(config, attn_implementation=implementation)
+        for cls, options in (("Llama", {"intermediate_size": 96}), ("Falcon", {})):
+            eager, ours = build(cls, "eager", **options).eval(), build(cls, name, **options).eval()
+            ours.load_state_dict(eager.state_dict())
+            x, mask = torch.randint(3, 90, (2, 12)), torch.ones(2, 12, dtype=torch.long)
+            mask[0, :number] = 0
+            with torch.no_grad():
+                got, want = (m(x, attention_mask=mask).logits * mask[..., None] for m in (ours, eager))
+            assert (got - want).abs().max() < 1e-3, (name, cls)
+        results.append(number)
+
+    threads = [threading.Thread(target=work, args=(n,)) for n in range(8)]
+    [t.start() for t in threads]
+    [t.join() for t in threads]
+    print(sorted(results))
+"""
+
+
+def test_eight_threads_import_register_and_run_their_first_forward_at_once():
+    if DEVICE.type != "cpu":
+        pytest.skip("runs on the CPU")
+    out, errors = start(THREADS).communicate(timeout=240)
+    assert out.split("\n")[-2:-1] == [str(list(range(8)))], errors
