@@ -154,6 +154,8 @@ def _read_mask(
     if mask is None:
         return without_mask, None
     pattern = hf_masks.pattern_of(mask)
+    if pattern == hf_masks.Pattern(False):
+        return pattern, None  # eager gets no mask there, which fits whatever length
     if pattern is not None and mask.shape[2] == q.shape[1] and mask.shape[3] == seqlen_kv:
         padding, segments = (
             x if x is None or x.shape[0] == q.shape[0] else x.expand(q.shape[0], -1)
@@ -255,7 +257,8 @@ def _dense(module, q, k, v, pattern, mask, position_bias, dropout, wants_weights
         else:
             mask = bias + mask.to(q.dtype)
     if not wants_weights:
-        return attention(q, k, v, attn_mask=mask, dropout_p=dropout, **options), None
+        # Models call .view on what comes back.
+        return attention(q, k, v, attn_mask=mask, dropout_p=dropout, **options).contiguous(), None
 
     _warn_once(
         "flashmla: output_attentions=True is answered exactly, but not by the fused kernel, which never holds the "
@@ -277,7 +280,7 @@ def _dense(module, q, k, v, pattern, mask, position_bias, dropout, wants_weights
     )
     # A static cache's unused rows have weight 0.
     weights = torch.nn.functional.pad(weights.to(q.dtype), (0, num_keys - k.shape[1]))
-    return out, weights
+    return out.contiguous(), weights
 
 
 def _segments_from_boundaries(module, q, k, cu_seqlens_q, cu_seqlens_kv) -> torch.Tensor:
