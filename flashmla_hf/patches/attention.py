@@ -18,7 +18,7 @@ from functools import wraps
 import torch
 from torch import nn
 
-from flashmla_hf import hf_layout, hf_masks
+from flashmla_hf import hf_check, hf_layout, hf_masks
 from flashmla_hf.patches import gradients, structure, tiles
 from flashmla_hf.patches.replacements import Replacements
 
@@ -208,11 +208,7 @@ def _refuse_what_chunks_cannot(attention, name, hidden_states, mask, past_key_va
 def _hides_nothing(attention: nn.Module, mask: torch.Tensor, seqlen: int) -> bool:
     """Whether ``mask`` says only what ``attention`` says by itself in a call without one: causal, and its window."""
     pattern = hf_masks.pattern_of(mask)
-    if pattern is None or mask.shape[2:] != (seqlen, seqlen) or pattern.padding is not None:
+    if pattern is None or mask.shape[2:] != (seqlen, seqlen):
         return False
-    window = getattr(attention, "sliding_window", None)
-    return (
-        pattern.is_causal
-        and pattern.segments is None
-        and (pattern.window or (None,))[0] == (None if window is None else window - 1)
-    )
+    says_window = pattern.window is None or hf_check.passes(type(attention), "sliding_window")
+    return pattern.is_causal and says_window and pattern.padding is None and pattern.segments is None
