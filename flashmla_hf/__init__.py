@@ -24,12 +24,15 @@ _PUBLIC = {
     "PATCHES": "flashmla_hf.patches",
     "PATCH_OPTIONS": "flashmla_hf.patches",
 }
+_WITHOUT_TRANSFORMERS = {"flashmla_hf.dispatch", "flashmla_hf.hf_check"}
 __all__ = ["__version__", *_PUBLIC]
 
 
 def __getattr__(name: str):
     if name not in _PUBLIC:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if _PUBLIC[name] not in _WITHOUT_TRANSFORMERS:
+        autoload.import_transformers()
     return getattr(importlib.import_module(_PUBLIC[name]), name)
 
 

@@ -10,6 +10,7 @@ Off with ``FLASHMLA_AUTOLOAD=0`` (or ``TORCH_DEVICE_BACKEND_AUTOLOAD=0``, which 
 
 from __future__ import annotations
 
+import functools
 import importlib.abc
 import importlib.util
 import os
@@ -17,6 +18,7 @@ import sys
 
 # The last module that registration needs: it imports the mask and flash modules before it.
 _TRIGGER = "transformers.modeling_utils"
+_REGISTRATION = "flashmla_hf.hf_register"
 
 
 class _Hook(importlib.abc.MetaPathFinder):
@@ -86,11 +88,50 @@ def _remove() -> None:
         sys.meta_path.remove(_hook)
 
 
+def import_transformers() -> None:
+    """Imports Transformers, and so registers. It comes before any module of ours that needs Transformers: two threads
+    that took the import locks of the two in different orders would see each other's modules half done."""
+    importlib.import_module(_TRIGGER)
+
+
 def _register() -> None:
-    """A failure to register must not break somebody else's ``import transformers``: it is a warning there."""
+    """A failure to register must not break somebody else's ``import transformers``: it is a warning there, and an error
+    for whoever asks for one of our names."""
     try:
-        importlib.import_module("flashmla_hf.hf_register")  # registers at its end
+        importlib.import_module(_REGISTRATION)  # registers at its end
     except Exception as error:
         import warnings
 
-        warnings.warn(f"flashmla_hf did not register with Transformers: {type(error).__name__}: {error}", stacklevel=2)
+        reason = f"flashmla_hf did not register with Transformers: {type(error).__name__}: {error}"
+        _refuse_our_names(reason, error)
+        warnings.warn(reason, stacklevel=2)
+
+
+def _refuse_our_names(reason: str, cause: Exception) -> None:
+    """Models that are built with, or switched to, one of our names raise ``reason``. Without this, Transformers would say
+    that it finds no flash attention of that name. Only what no release of Transformers can leave out is wrapped."""
+    from flashmla_hf.hf_names import is_ours
+
+    def refuse(implementation) -> None:
+        asked = implementation.values() if isinstance(implementation, dict) else [implementation]
+        for name in filter(is_ours, asked):
+            if sys.modules.get(_REGISTRATION) is not None:
+                return  # somebody mended it and registered since
+            raise ImportError(
+                f"attn_implementation={name!r} cannot be used: {reason}. Install a release of Transformers that this "
+                "flashmla_hf supports (python -m flashmla_hf says what is installed), a newer flashmla_hf, or use "
+                'attn_implementation="sdpa"'
+            ) from cause
+
+    def guard(method, implementation_of):
+        @functools.wraps(method)
+        def guarded(self, *args, **kwargs):
+            refuse(implementation_of(next(iter([*args, *kwargs.values()]), None)))
+            return method(self, *args, **kwargs)
+
+        return guarded
+
+    model = getattr(sys.modules[_TRIGGER], "PreTrainedModel", None)
+    if model is not None:
+        model.__init__ = guard(model.__init__, lambda config: getattr(config, "_attn_implementation", None))
+        model.set_attn_implementation = guard(model.set_attn_implementation, lambda implementation: implementation)

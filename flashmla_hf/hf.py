@@ -74,7 +74,7 @@ def attention_forward(
         max_length_q, max_length_k: the longest packed sequences, or tensors of them.
         output_attentions: also return the weights, computed exactly outside the kernel, with one warning.
         deterministic: as in :func:`flashmla_hf.attention`; ``None`` and ``False`` leave it to torch's switches.
-        **kwargs: ``cache`` and its indices (continuous batching), and whatever else a model hands down.
+        **kwargs: the arguments of continuous batching (:mod:`hf_paged`), and whatever else a model hands down.
 
     Returns:
         ``(out, weights)``: out [batch, seqlen_q, heads_q, head_dim_v]; weights [batch, heads_q, seqlen_q, seqlen_kv] in
@@ -82,14 +82,12 @@ def attention_forward(
 
     Raises:
         ValueError: an argument about attention that is not known here (sparse models pass the indices of the keys they
-        selected: to ignore them would be silently wrong). NotImplementedError: active context parallelism, or DTensor inputs.
-        Everything :func:`flashmla_hf.attention` raises.
+        selected: to ignore them would be silently wrong). NotImplementedError: active context parallelism, or DTensor
+        inputs. Everything :func:`flashmla_hf.attention` raises.
     """
-    cache = kwargs.pop("cache", None)
-    if cache is not None:
-        paged = hf_paged.update(module, key, value, cache, cu_seq_lens_k, max_length_k, kwargs)
-        key, value, cu_seq_lens_k, max_length_k, max_length_q_5_17 = paged
-        max_length_q = max_length_q if max_length_q is not None else max_length_q_5_17
+    gathered = hf_paged.gather(module, key, value, cu_seq_lens_k, max_length_q, max_length_k, kwargs)
+    if gathered is not None:
+        key, value, cu_seq_lens_k, max_length_q, max_length_k = gathered
         attention_mask = None  # the boundaries say everything
     _refuse_unknown(module, kwargs)
     _refuse_parallel(module, query)
@@ -104,7 +102,7 @@ def attention_forward(
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
     q, k, v = (x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous() for x in (q, k, v))
 
-    is_causal, window = _without_mask(module, is_causal, sliding_window, is_paged=cache is not None)
+    is_causal, window = _without_mask(module, is_causal, sliding_window, is_paged=gathered is not None)
     pattern, mask = _read_mask(module, attention_mask, hf_masks.Pattern(is_causal, window), q, k.shape[1])
     options = {
         "scale": scaling,
@@ -156,6 +154,8 @@ def _read_mask(
     if mask is None:
         return without_mask, None
     pattern = hf_masks.pattern_of(mask)
+    if pattern == hf_masks.Pattern(False):
+        return pattern, None  # eager gets no mask there, which fits whatever length
     if pattern is not None and mask.shape[2] == q.shape[1] and mask.shape[3] == seqlen_kv:
         padding, segments = (
             x if x is None or x.shape[0] == q.shape[0] else x.expand(q.shape[0], -1)
@@ -257,7 +257,8 @@ def _dense(module, q, k, v, pattern, mask, position_bias, dropout, wants_weights
         else:
             mask = bias + mask.to(q.dtype)
     if not wants_weights:
-        return attention(q, k, v, attn_mask=mask, dropout_p=dropout, **options), None
+        # Models call .view on what comes back.
+        return attention(q, k, v, attn_mask=mask, dropout_p=dropout, **options).contiguous(), None
 
     _warn_once(
         "flashmla: output_attentions=True is answered exactly, but not by the fused kernel, which never holds the "
@@ -279,7 +280,7 @@ def _dense(module, q, k, v, pattern, mask, position_bias, dropout, wants_weights
     )
     # A static cache's unused rows have weight 0.
     weights = torch.nn.functional.pad(weights.to(q.dtype), (0, num_keys - k.shape[1]))
-    return out, weights
+    return out.contiguous(), weights
 
 
 def _segments_from_boundaries(module, q, k, cu_seqlens_q, cu_seqlens_kv) -> torch.Tensor:

@@ -8,9 +8,11 @@ or Transformers' flash path ``_flash_attention_forward``.
 
 from __future__ import annotations
 
+import ast
 import functools
 import inspect
 import sys
+import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
 from types import CodeType
@@ -22,8 +24,17 @@ from flashmla_hf import hf_names
 _INTERFACE = "ALL_ATTENTION_FUNCTIONS"
 _FLASH_PATH = "_flash_attention_forward"
 # Arguments by which sparse models and paged caches tell an attention function which keys to read.
-_SPARSE_KWARGS = {"indices", "block_indices", "sinks"}
-_SELECTING_KWARGS = _SPARSE_KWARGS | {"block_table"}
+_SELECTING_KWARGS = {"indices", "block_indices", "sinks", "block_table"}
+# What the calls of attention layers may name: the parameters of hf.attention_forward.
+HONOURED_KWARGS = frozenset(
+    {
+        "module", "query", "key", "value", "attention_mask", "dropout", "scaling", "is_causal", "sliding_window",
+        "softcap", "s_aux", "position_bias", "position_ids", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q",
+        "max_length_k", "output_attentions", "deterministic",
+    }
+)  # fmt: skip
+# A call by which a layer only looks at its mask from another side.
+_HARMLESS_CALLS = {"to", "contiguous", "type", "get", "pop"}
 
 
 @dataclass(frozen=True)
@@ -69,12 +80,12 @@ def check(model: torch.nn.Module) -> Report:
     return Report(type(model).__name__, tuple(layers))
 
 
-def reason_for_eager(model_class: type) -> str | None:
-    """Why a model class must run with ``"eager"`` when our name is asked for; ``None`` for every other class.
+def reason_for_eager(model_class: type, config=None) -> str | None:
+    """Why a model of ``model_class`` must run with ``"eager"`` when our name is asked for; ``None`` for every other.
 
     Transformers checks no flag for registered names. But an attention class of its own that never calls us still reads
-    the masks of Transformers' mask layer, which are made for the name: no mask at all for a plain causal row, and
-    boolean ones which it would add to its scores. Bloom with our masks is silently not causal.
+    the masks of Transformers' mask layer, which are made for the name: boolean ones, which it would add to its scores.
+    And some layers pass what they selected, or weights of their own, in place of eager's masks.
     """
     classes = _attention_classes(model_class.__module__)
     own = [cls for cls in classes if not _names_used(cls) & {_INTERFACE, _FLASH_PATH}]
@@ -82,6 +93,14 @@ def reason_for_eager(model_class: type) -> str | None:
         return f"the attention layers of {model_class.__name__} compute attention by themselves and never call others"
     if model_class.__module__.endswith(".modeling_gpt_neo"):
         return f"the flash path of {model_class.__name__} in Transformers leaves out its local windows"
+    if uses_flash_path(model_class) and getattr(config, "alibi", False):
+        return f"the flash path of {model_class.__name__} in Transformers has no ALiBi"
+    unknown = sorted(set().union(*(_keywords_passed(cls) for cls in classes)) - HONOURED_KWARGS)
+    if unknown:
+        return (
+            f"attention layers of {model_class.__name__} pass {', '.join(unknown)}, which eager's attention honours "
+            "(sparse models select keys this way)"
+        )
     declares_masks = getattr(model_class, "_supports_sdpa", False) or getattr(
         model_class, "_supports_flash_attn", False
     )
@@ -103,14 +122,16 @@ def _verdict(module: torch.nn.Module) -> tuple[bool, str]:
         return False, "its class computes attention by itself and never asks for an attn_implementation"
     config = getattr(module, "config", None)
     implementation = getattr(config, "_attn_implementation", None)
-    if implementation == "eager" and (reason := _module_reason(type(module).__module__)) is not None:
+    if implementation == "eager" and (reason := _module_reason(type(module).__module__, config)) is not None:
         return False, f"{reason}; 'eager' is used"
     if not hf_names.is_ours(implementation):
         return False, f'its attn_implementation is {implementation!r}; set_attn_implementation("flashmla") changes it'
-    if sparse := sorted(_SPARSE_KWARGS & _keywords_passed(type(module))):
-        return False, f"it selects keys by {', '.join(sparse)}, which is refused with an error"
+    if unknown := sorted(_keywords_passed(type(module)) - HONOURED_KWARGS):
+        return False, f"it passes {', '.join(unknown)}, which is refused with an error"
     if "position_bias" in _keywords_passed(type(module)):
         return False, "it adds a position_bias to the scores: exact, but computed outside the fused kernel"
+    if _changes_its_mask(type(module)):
+        return False, "it changes the mask that it is given: exact, but computed outside the fused kernel"
     notes = []
     if names & {_FLASH_PATH} and _INTERFACE not in names:
         notes.append("through Transformers' flash path")
@@ -122,13 +143,13 @@ def _verdict(module: torch.nn.Module) -> tuple[bool, str]:
     return True, "; ".join(["it calls the kernel", *notes])
 
 
-def _module_reason(module_name: str) -> str | None:
+def _module_reason(module_name: str, config) -> str | None:
     models = [
         cls
         for cls in vars(sys.modules[module_name]).values()
         if inspect.isclass(cls) and cls.__module__ == module_name and hasattr(cls, "_supports_sdpa")
     ]
-    return next((reason for cls in models if (reason := reason_for_eager(cls)) is not None), None)
+    return next((reason for cls in models if (reason := reason_for_eager(cls, config)) is not None), None)
 
 
 def _is_attention(cls: type) -> bool:
@@ -168,17 +189,57 @@ def is_about_attention(layer_class: type, name: str) -> bool:
     return name in _SELECTING_KWARGS or name in _keywords_passed(layer_class) or name in _eager_arguments(layer_class)
 
 
+def passes(layer_class: type, name: str) -> bool:
+    """Whether a layer names ``name`` in its call of the attention interface."""
+    return name in _keywords_passed(layer_class)
+
+
 @functools.cache
 def _keywords_passed(cls: type) -> frozenset[str]:
     """Names of the keyword arguments in calls of the attention interface by ``cls``: Python keeps those of a call as a
     constant tuple of strings, and every such call names the scale or the dropout."""
-    constants = (constant for code in _codes(cls) for constant in code.co_consts if isinstance(constant, tuple))
+    codes = (code for code in _codes(cls) if _INTERFACE in code.co_names)
+    constants = (constant for code in codes for constant in code.co_consts if isinstance(constant, tuple))
     return frozenset(
         name
         for names in constants
         if {"scaling", "dropout"} & {name for name in names if isinstance(name, str)}
         for name in names
     )
+
+
+@functools.cache
+def _changes_its_mask(cls: type) -> bool:
+    """Whether the mask in the interface's call of ``cls.forward`` is computed there: concatenated, added to, made."""
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(cls.forward))))
+    except (OSError, TypeError, SyntaxError):
+        return False
+    for call in (node for node in ast.walk(tree) if isinstance(node, ast.Call)):
+        keywords = {keyword.arg: keyword.value for keyword in call.keywords}
+        mask = keywords.get("attention_mask", call.args[4] if len(call.args) > 4 else None)
+        if not keywords.keys() & {"scaling", "dropout"} or mask is None:
+            continue
+        values = [mask]
+        if isinstance(mask, ast.Name):
+            values = [
+                node.value
+                for node in ast.walk(tree)
+                if isinstance(node, (ast.Assign, ast.AugAssign))
+                and any(name.id == mask.id for name in ast.walk(node) if isinstance(name, ast.Name)
+                        and isinstance(name.ctx, ast.Store))
+            ]  # fmt: skip
+        if any(_computes(value) for value in values):
+            return True
+    return False
+
+
+def _computes(value: ast.expr) -> bool:
+    if isinstance(value, ast.IfExp):
+        return _computes(value.body) or _computes(value.orelse)
+    if isinstance(value, ast.Call):
+        return not isinstance(value.func, ast.Attribute) or value.func.attr not in _HARMLESS_CALLS
+    return isinstance(value, (ast.BinOp, ast.UnaryOp))
 
 
 @functools.cache

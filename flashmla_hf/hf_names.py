@@ -6,7 +6,11 @@ NAME = "flashmla"
 # A name without "flash", for the few models that refuse or redirect flash names: Llama 4 beyond one attention chunk,
 # HRM-Text's prefix masks, ESM-C's sequence ids.
 ALIAS = "fmla"
-NAMES = (NAME, ALIAS)
+# A name for the places that check names and take built-in ones or those of hub kernels: "transformers serve", sequence
+# parallelism of accelerate and DeepSpeed. It has the shape of a hub kernel of FlashAttention 3, but is no repository:
+# nothing is ever downloaded for it.
+KERNEL_NAME = "flashmla/flash-attn3"
+NAMES = (NAME, ALIAS, KERNEL_NAME)
 # Transformers 5.17 puts this before a name for continuous batching; later releases strip it.
 PAGED_PREFIX = "paged|"
 

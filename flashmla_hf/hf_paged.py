@@ -1,37 +1,83 @@
-"""The caches of continuous batching (``generate_batch``), in every supported release of Transformers."""
+"""The caches of continuous batching (``generate_batch``), in every supported release of Transformers.
+
+The batch is one row of tokens, and its sequences are boundaries. Who writes the new keys to the paged cache and gathers
+the keys of all sequences depends on the release:
+
+* 5.17: the attention function, with a cache that takes and returns its own shapes; lengths are named ``max_seqlen_*``.
+* 5.23: the attention function, with a cache that also picks this layer's boundaries out of ``cu_seq_lens_k``.
+* 5.24: the layer, before it calls the attention function, which gets the gathered keys and their boundaries.
+
+In decoding Transformers may hand over a block table in place of gathered keys. It does so only if it finds a
+``flash_attn_with_kvcache`` under the model's name, and for our names it is told that there is none
+(:mod:`hf_register`). A block table that comes all the same is refused.
+"""
 
 from __future__ import annotations
 
 import inspect
+from typing import NamedTuple
+
+import torch
+from transformers.generation.continuous_batching import PagedAttentionCache
+
+# The arguments of continuous batching that say nothing in any other call.
+_ARGUMENTS = ("cache", "read_index", "write_index", "block_table", "k_cache", "v_cache")
 
 
-def update(module, key, value, cache, cu_seq_lens_k, max_length_k, kwargs):
-    """Continuous batching: writes key and value [1, heads_kv, new tokens, dim] to the cache and returns all the keys
-    of the batch [1, heads_kv, total_kv, dim], their boundaries and longest sequences."""
-    if kwargs.get("block_table") is not None:
-        raise ValueError(
-            f"flashmla in {type(module).__name__}: block_table: expected none; this attention reads gathered keys. "
-            "Leave use_cuda_graph and the block-table decode path of continuous batching off"
-        )
-    read_index, write_index = kwargs.pop("read_index", None), kwargs.pop("write_index", None)
-    kwargs.pop("block_table", None)
-    longest_q, longest_k = kwargs.pop("max_seqlen_q", None), kwargs.pop("max_seqlen_k", None)  # names of 5.17
+class Gathered(NamedTuple):
+    """All keys and values of a batch [1, heads_kv, total_kv, dim], their boundaries [num_sequences + 1], and the
+    longest sequences of queries and keys."""
+
+    key: torch.Tensor
+    value: torch.Tensor
+    cu_seq_lens_k: torch.Tensor
+    max_length_q: int | None
+    max_length_k: int | None
+
+
+def gather(module, key, value, cu_seq_lens_k, max_length_q, max_length_k, kwargs: dict) -> Gathered | None:
+    """What to attend to in continuous batching; ``None`` in every other call.
+
+    Args:
+        key, value: [1, heads_kv, new tokens, dim], or all of them if the layer has updated its cache.
+        kwargs: the other arguments of the attention function; those of continuous batching are taken out.
+    """
+    if not isinstance(kwargs.get("cache"), PagedAttentionCache):
+        kwargs.pop("cache", None)  # an ordinary one, which the layer has updated
+    if all(kwargs.get(name) is None for name in _ARGUMENTS):
+        return None
+    given = {name: kwargs.pop(name, None) for name in (*_ARGUMENTS, "max_seqlen_q", "max_seqlen_k")}
+    _refuse_block_table(module, given)
+    cache, longest_q, longest_k = given["cache"], given["max_seqlen_q"], given["max_seqlen_k"]
+    max_length_q = max_length_q if longest_q is None else longest_q
+    max_length_k = max_length_k if longest_k is None else longest_k
+    if cache is None:
+        if not isinstance(cu_seq_lens_k, torch.Tensor):
+            raise ValueError(
+                f"flashmla in {type(module).__name__}: cu_seq_lens_k: expected the boundaries of this layer's keys, "
+                f"got {type(cu_seq_lens_k).__name__}; the layer has not updated the cache of continuous batching. Use "
+                "generate for this model, or another attn_implementation"
+            )
+        return Gathered(key, value, cu_seq_lens_k, max_length_q, max_length_k)
+
+    indices = {"read_index": given["read_index"], "write_index": given["write_index"]}
     if "kwargs" in inspect.signature(cache.update).parameters:
-        updated = {
-            "cu_seq_lens_k": cu_seq_lens_k, "max_length_k": max_length_k, "read_index": read_index,
-            "write_index": write_index,
-        }  # fmt: skip
+        updated = {"cu_seq_lens_k": cu_seq_lens_k, "max_length_k": max_length_k, **indices}
         key, value = cache.update(key_states=key, value_states=value, layer_idx=module.layer_idx, kwargs=updated)
-        return key, value, updated["cu_seq_lens_k"], updated["max_length_k"], longest_q
-    key, value = cache.update(
-        key_states=key, value_states=value, layer_idx=module.layer_idx, read_index=read_index, write_index=write_index
-    )
-    kind = "sliding_attention" if getattr(module, "sliding_window", None) else "full_attention"
-    if isinstance(cu_seq_lens_k, dict):
-        cu_seq_lens_k = cu_seq_lens_k[kind]
-    longest_k = max_length_k if longest_k is None else longest_k
-    if isinstance(longest_k, dict):
-        longest_k = longest_k[kind]
+        return Gathered(key, value, updated["cu_seq_lens_k"], max_length_q, updated["max_length_k"])
+
+    key, value = cache.update(key_states=key, value_states=value, layer_idx=module.layer_idx, **indices)
     # [total_kv, heads_kv, dim] -> [1, heads_kv, total_kv, dim]
     key, value = (x.transpose(0, 1)[None] for x in (key, value))
-    return key, value, cu_seq_lens_k, longest_k, longest_q
+    kind = "sliding_attention" if getattr(module, "sliding_window", None) else "full_attention"
+    cu_seq_lens_k, max_length_k = (x[kind] if isinstance(x, dict) else x for x in (cu_seq_lens_k, max_length_k))
+    return Gathered(key, value, cu_seq_lens_k, max_length_q, max_length_k)
+
+
+def _refuse_block_table(module, given: dict) -> None:
+    for name in ("block_table", "k_cache", "v_cache"):
+        if given[name] is not None:
+            raise ValueError(
+                f"flashmla in {type(module).__name__}: {name}: expected none, got one: this attention reads gathered "
+                "keys. Set max_blocks_per_request=0 in ContinuousBatchingConfig, which turns the block tables off"
+            )

@@ -244,7 +244,7 @@ def ledger(shape: Shape, switches: Switches) -> Ledger:
     s, a = switches, switches.activation_bytes
     h, q, kv = shape.hidden * a, shape.heads_q * shape.head_dim * a, shape.heads_kv * shape.head_dim * a
     f, lse = shape.intermediate * a, FP32 * shape.heads_q
-    is_ours = s.attn_implementation in ("flashmla", "fmla")
+    is_ours = s.attn_implementation in ("flashmla", "fmla", "flashmla/flash-attn3")
     is_lean = is_ours or s.attn_implementation in ("flash_attention_2", "flash_attention_3")
     terms = list(_fixed(shape, s))
 

@@ -49,14 +49,14 @@ def test_what_is_not_available_says_why(report):
 
 def test_registration_is_reported(report):
     pytest.importorskip("transformers")
-    assert report["transformers"]["registered names"] == ["flashmla", "fmla"]
+    assert report["transformers"]["registered names"] == ["flashmla", "fmla", "flashmla/flash-attn3"]
 
 
 def test_an_unregistered_name_is_a_problem(monkeypatch):
     pytest.importorskip("transformers")
     from flashmla_hf import hf_register
 
-    monkeypatch.setattr(hf_register.modeling_utils, "ALL_ATTENTION_FUNCTIONS", {"fmla": None})
+    monkeypatch.setattr(hf_register.modeling_utils, "ALL_ATTENTION_FUNCTIONS", dict.fromkeys(hf_register.NAMES[1:]))
     problems = []
     doctor._examine_transformers(problems)
     assert problems == ["attn_implementation ['flashmla'] is not registered with Transformers"]

@@ -148,7 +148,6 @@ GPT_NEO = {
 OWN_ATTENTION = {
     "Bloom": ("BloomForCausalLM", {"vocab_size": 64, "hidden_size": 32, "n_layer": 2, "n_head": 4}),
     "MPT": ("MptForCausalLM", {"vocab_size": 64, "d_model": 32, "n_layers": 2, "n_heads": 4, "max_seq_len": 64}),
-    "CodeGen": ("CodeGenForCausalLM", {**families.GPT2, "rotary_dim": 4}),
     "GPTNeo": ("GPTNeoForCausalLM", GPT_NEO),
     "BigBirdPegasus": ("BigBirdPegasusForConditionalGeneration", BIG_BIRD),
 }

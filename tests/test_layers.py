@@ -15,7 +15,7 @@ LAYERS = [
     {"dispatch", "reference", "flex"},
     {"ops"},
 ]
-MAY_IMPORT_TRANSFORMERS = {"hf_masks", "hf_register", "patches"}
+MAY_IMPORT_TRANSFORMERS = {"hf_masks", "hf_paged", "hf_register", "patches"}
 
 
 def modules():

@@ -18,7 +18,7 @@ from functools import wraps
 import torch
 from torch import nn
 
-from flashmla_hf import hf_layout
+from flashmla_hf import hf_check, hf_layout, hf_masks
 from flashmla_hf.patches import gradients, structure, tiles
 from flashmla_hf.patches.replacements import Replacements
 
@@ -187,7 +187,7 @@ def _refuse_what_chunks_cannot(attention, name, hidden_states, mask, past_key_va
         reason = f"attn_implementation={implementation!r} (its causal mask is aligned at the beginning)"
     elif past_key_values is not None:
         reason = "a cache (use_cache=False in training)"
-    elif mask is not None and not _hides_nothing(mask, seqlen):
+    elif mask is not None and not _hides_nothing(attention, mask, seqlen):
         reason = "an attention mask (padding or packed documents)"
     elif position_ids is not None and hf_layout.segments_from_positions(position_ids, batch, seqlen, True) is not None:
         reason = "packed documents (position_ids that restart)"
@@ -205,9 +205,10 @@ def _refuse_what_chunks_cannot(attention, name, hidden_states, mask, past_key_va
         )
 
 
-def _hides_nothing(mask: torch.Tensor, seqlen: int) -> bool:
-    """Whether a 2-D mask [batch, seqlen] of :mod:`hf_masks` keeps every key."""
-    if mask.dim() != 2 or mask.dtype != torch.bool or mask.shape[1] != seqlen:
+def _hides_nothing(attention: nn.Module, mask: torch.Tensor, seqlen: int) -> bool:
+    """Whether ``mask`` says only what ``attention`` says by itself in a call without one: causal, and its window."""
+    pattern = hf_masks.pattern_of(mask)
+    if pattern is None or mask.shape[2:] != (seqlen, seqlen):
         return False
-    ranges = hf_layout.key_ranges(mask)
-    return not ranges.has_holes and ranges.uniform == (0, seqlen)
+    says_window = pattern.window is None or hf_check.passes(type(attention), "sliding_window")
+    return pattern.is_causal and says_window and pattern.padding is None and pattern.segments is None

@@ -12,8 +12,10 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from flashmla_hf import hf_names
+
 ATTENTION_PROJECTIONS = ({"q_proj", "k_proj", "v_proj"}, {"qkv_proj"}, {"query_key_value"}, {"W_pack"})
-OURS = ("flashmla", "fmla")  # as attn_implementation
+OURS = hf_names.NAMES  # as attn_implementation
 MLP_NAMES = ("mlp", "block_sparse_moe", "feed_forward")
 
 
