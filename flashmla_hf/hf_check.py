@@ -189,6 +189,11 @@ def is_about_attention(layer_class: type, name: str) -> bool:
     return name in _SELECTING_KWARGS or name in keywords_passed(layer_class) or name in _eager_arguments(layer_class)
 
 
+def passes(layer_class: type, name: str) -> bool:
+    """Whether a layer names ``name`` in its call of the attention interface."""
+    return name in _keywords_passed(layer_class)
+
+
 @functools.cache
 def keywords_passed(cls: type) -> frozenset[str]:
     """Names of the keyword arguments in calls of the attention interface by ``cls``: Python keeps those of a call as a

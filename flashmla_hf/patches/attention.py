@@ -142,23 +142,24 @@ def patch_attention(model: nn.Module, replacements: Replacements, chunk: int | N
 
 
 def _chunked(attention: nn.Module, name: str, chunk: int):
-    forward, cache_name = attention.forward, structure.cache_name(attention)
+    forward = attention.forward
 
     @wraps(forward)
-    def chunked_forward(hidden_states, position_embeddings=None, attention_mask=None, **kwargs):
+    def chunked_forward(hidden_states, position_embeddings=None, attention_mask=None, past_key_values=None, **kwargs):
         is_whole = hidden_states.shape[1] <= chunk or not torch.is_grad_enabled() or torch.compiler.is_compiling()
         if is_whole:
             return forward(
                 hidden_states,
                 position_embeddings=position_embeddings,
                 attention_mask=attention_mask,
+                past_key_values=past_key_values,
                 **kwargs,
             )
         gradients.refuse_arguments_by_hook(attention, "attention")
-        position_ids, cache = kwargs.pop("position_ids", None), structure.cache_of(kwargs)
-        for either in structure.CACHE_NAMES:
-            kwargs.pop(either, None)
-        _refuse_what_chunks_cannot(attention, name, hidden_states, attention_mask, cache, position_ids, kwargs)
+        position_ids = kwargs.pop("position_ids", None)
+        _refuse_what_chunks_cannot(
+            attention, name, hidden_states, attention_mask, past_key_values, position_ids, kwargs
+        )
         cos, sin = position_embeddings
 
         def on_chunk(piece, start, prefix):
@@ -167,7 +168,7 @@ def _chunked(attention: nn.Module, name: str, chunk: int):
                 piece,
                 position_embeddings=(cos[:, tokens], sin[:, tokens]),
                 attention_mask=None,
-                **{cache_name: prefix},
+                past_key_values=prefix,
                 **kwargs,
             )[0]
 
@@ -178,15 +179,15 @@ def _chunked(attention: nn.Module, name: str, chunk: int):
     return chunked_forward
 
 
-def _refuse_what_chunks_cannot(attention, name, hidden_states, mask, cache, position_ids, kwargs) -> None:
+def _refuse_what_chunks_cannot(attention, name, hidden_states, mask, past_key_values, position_ids, kwargs) -> None:
     batch, seqlen = hidden_states.shape[:2]
     reason = None
     implementation = getattr(getattr(attention, "config", None), "_attn_implementation", None)
     if implementation not in structure.OURS:  # set after patch
         reason = f"attn_implementation={implementation!r} (its causal mask is aligned at the beginning)"
-    elif cache is not None:
+    elif past_key_values is not None:
         reason = "a cache (use_cache=False in training)"
-    elif mask is not None and not _says_what_the_layer_says(attention, mask):
+    elif mask is not None and not _hides_nothing(attention, mask, seqlen):
         reason = "an attention mask (padding or packed documents)"
     elif position_ids is not None and hf_layout.segments_from_positions(position_ids, batch, seqlen, True) is not None:
         reason = "packed documents (position_ids that restart)"
@@ -204,17 +205,10 @@ def _refuse_what_chunks_cannot(attention, name, hidden_states, mask, cache, posi
         )
 
 
-def _says_what_the_layer_says(attention: nn.Module, mask: torch.Tensor) -> bool:
-    """Whether a mask of :mod:`hf_masks` is causal, with the window that the layer passes on, and nothing else: chunks run
-    without a mask."""
+def _hides_nothing(attention: nn.Module, mask: torch.Tensor, seqlen: int) -> bool:
+    """Whether ``mask`` says only what ``attention`` says by itself in a call without one: causal, and its window."""
     pattern = hf_masks.pattern_of(mask)
-    if pattern is None or not pattern.is_causal or pattern.segments is not None:
+    if pattern is None or mask.shape[2:] != (seqlen, seqlen):
         return False
-    passes_window = "sliding_window" in hf_check.keywords_passed(type(attention))
-    window = getattr(attention, "sliding_window", None) if passes_window else None
-    if pattern.window != (None if window is None else (window - 1, -1)):
-        return False
-    if pattern.padding is None:
-        return True
-    ranges = hf_layout.key_ranges(pattern.padding)
-    return not ranges.has_holes and ranges.uniform == (0, mask.shape[-1])
+    says_window = pattern.window is None or hf_check.passes(type(attention), "sliding_window")
+    return pattern.is_causal and says_window and pattern.padding is None and pattern.segments is None
