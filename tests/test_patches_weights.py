@@ -183,7 +183,7 @@ def run(m):
     loss = m(input_ids=ids, labels=ids, use_cache=False).loss
     loss.backward()
     norms = [p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad for p in m.parameters()]
-    return [round(float(loss), 5), round(float(sum(g.double().square().sum() for g in norms)), 4)]
+    return [float(loss), float(sum(g.double().square().sum() for g in norms))]
 def tell(*things):
     if dist.get_rank() == 0: print(*things, flush=True)
 {program}
@@ -224,10 +224,12 @@ except flashmla_hf.patches.PatchError as error:
 """
     )
     expected, *cases, after = printed
-    for line in cases:
-        assert line.endswith(expected) or "refused" in line, (line, expected)
-    assert cases[0].endswith(expected)
-    assert cases[1].endswith(expected)
+    for n, line in enumerate(cases):
+        if n < 2 or "refused" not in line:
+            found, wanted = (
+                [float(x) for x in text.rpartition("[")[2].strip("]").split(", ")] for text in (line, expected)
+            )
+            assert found == pytest.approx(wanted, rel=1e-4), line
     assert "['loss'] ['lm_head'] refused" in cases[2]
     assert "a unit of fully_shard of its own" in cases[2]
     assert "expected a model that is not sharded" in after
