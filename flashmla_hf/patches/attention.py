@@ -142,24 +142,23 @@ def patch_attention(model: nn.Module, replacements: Replacements, chunk: int | N
 
 
 def _chunked(attention: nn.Module, name: str, chunk: int):
-    forward = attention.forward
+    forward, cache_name = attention.forward, structure.cache_name(attention)
 
     @wraps(forward)
-    def chunked_forward(hidden_states, position_embeddings=None, attention_mask=None, past_key_values=None, **kwargs):
+    def chunked_forward(hidden_states, position_embeddings=None, attention_mask=None, **kwargs):
         is_whole = hidden_states.shape[1] <= chunk or not torch.is_grad_enabled() or torch.compiler.is_compiling()
         if is_whole:
             return forward(
                 hidden_states,
                 position_embeddings=position_embeddings,
                 attention_mask=attention_mask,
-                past_key_values=past_key_values,
                 **kwargs,
             )
         gradients.refuse_arguments_by_hook(attention, "attention")
-        position_ids = kwargs.pop("position_ids", None)
-        _refuse_what_chunks_cannot(
-            attention, name, hidden_states, attention_mask, past_key_values, position_ids, kwargs
-        )
+        position_ids, cache = kwargs.pop("position_ids", None), structure.cache_of(kwargs)
+        for either in structure.CACHE_NAMES:
+            kwargs.pop(either, None)
+        _refuse_what_chunks_cannot(attention, name, hidden_states, attention_mask, cache, position_ids, kwargs)
         cos, sin = position_embeddings
 
         def on_chunk(piece, start, prefix):
@@ -168,7 +167,7 @@ def _chunked(attention: nn.Module, name: str, chunk: int):
                 piece,
                 position_embeddings=(cos[:, tokens], sin[:, tokens]),
                 attention_mask=None,
-                past_key_values=prefix,
+                **{cache_name: prefix},
                 **kwargs,
             )[0]
 
@@ -179,13 +178,13 @@ def _chunked(attention: nn.Module, name: str, chunk: int):
     return chunked_forward
 
 
-def _refuse_what_chunks_cannot(attention, name, hidden_states, mask, past_key_values, position_ids, kwargs) -> None:
+def _refuse_what_chunks_cannot(attention, name, hidden_states, mask, cache, position_ids, kwargs) -> None:
     batch, seqlen = hidden_states.shape[:2]
     reason = None
     implementation = getattr(getattr(attention, "config", None), "_attn_implementation", None)
     if implementation not in structure.OURS:  # set after patch
         reason = f"attn_implementation={implementation!r} (its causal mask is aligned at the beginning)"
-    elif past_key_values is not None:
+    elif cache is not None:
         reason = "a cache (use_cache=False in training)"
     elif mask is not None and not _hides_nothing(attention, mask, seqlen):
         reason = "an attention mask (padding or packed documents)"
