@@ -1,4 +1,4 @@
-"""Runs the sweep: one process per class, so that a crash or a hang ends that class alone.
+"""Runs the sweep in forked processes: a crash or a hang ends one class, and the rest goes on in another process.
 
 python -m model_sweep --output build/model_sweep.json                  every class, two at a time
 python -m model_sweep --only '^Llama' --output /tmp/llama.json
@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import argparse
 import gc
+import importlib
 import json
 import os
 import re
 import resource
+import select
 import signal
 import sys
 import time
@@ -28,64 +30,89 @@ from model_sweep import probes
 from model_sweep.classes import Candidate, candidates
 
 MEMORY = 10 << 30
+PER_PROCESS = 24  # classes: the first one of a process pays for imports, many leave memory behind
 
 
-def start(candidate: Candidate, seconds: int, only_forward: bool) -> tuple[int, int]:
-    """Forks a process that examines ``candidate``; (its id, where it writes the result)."""
-    reader, writer = os.pipe()
-    child = os.fork()
-    if child:
-        os.close(writer)
-        return child, reader
-    status = 1
-    try:
-        os.close(reader)
-        signal.alarm(seconds)
-        resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
-        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-        null = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(null, 1)
-        os.dup2(null, 2)
-        began = time.time()
-        result = probes.examine(candidate, only_forward)
-        result.seconds = round(time.time() - began, 2)
-        with os.fdopen(writer, "w") as file:
-            json.dump(result.as_dict(), file)
-        status = 0
-    finally:
-        os._exit(status)
+class Worker:
+    """A forked process that examines ``chosen`` one after the other and writes a line of JSON for each."""
 
+    def __init__(self, chosen: list[Candidate], seconds: int, only_forward: bool):
+        self.left = list(chosen)
+        self.text = b""
+        self.reader, writer = os.pipe()
+        self.child = os.fork()
+        if self.child:
+            os.close(writer)
+            return
+        status = 1
+        try:
+            os.close(self.reader)
+            resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+            resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+            null = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, 1)
+            os.dup2(null, 2)
+            for candidate in chosen:
+                signal.alarm(seconds)  # ends the process
+                began = time.time()
+                result = probes.examine(candidate, only_forward)
+                result.seconds = round(time.time() - began, 2)
+                os.write(writer, (json.dumps(result.as_dict()) + "\n").encode())
+                gc.collect()
+            status = 0
+        finally:
+            os._exit(status)
 
-def finish(candidate: Candidate, child: int, reader: int) -> dict:
-    with os.fdopen(reader) as file:
-        text = file.read()
-    _, status = os.waitpid(child, 0)
-    if text:
-        return json.loads(text)
-    result = probes.Result(candidate.class_name, candidate.model_type, "failed")
-    number = os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
-    result.reason = f"the process died: signal {number}, status {status}"
-    if number == signal.SIGALRM:
-        result.status, result.reason = "cannot build", "took too long"
-    return result.as_dict()
+    def read(self) -> tuple[list[dict], bool]:
+        """(new results, whether the process has ended). A process that died did so in the first class that is left."""
+        data = os.read(self.reader, 1 << 16)
+        self.text += data
+        *lines, self.text = self.text.split(b"\n")
+        results = [json.loads(line) for line in lines]
+        self.left = self.left[len(results) :]
+        if data:
+            return results, False
+        os.close(self.reader)
+        _, status = os.waitpid(self.child, 0)
+        if self.left:
+            candidate = self.left.pop(0)
+            lost = probes.Result(candidate.class_name, candidate.model_type, "failed")
+            number = os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
+            lost.reason = f"the process died with status {status}"
+            if number == signal.SIGALRM:
+                lost.status, lost.reason = "cannot build", "took too long"
+            results.append(lost.as_dict())
+        return results, True
 
 
 def sweep(
     chosen: list[Candidate], jobs: int, seconds: int, only_forward: bool = False, on_result=lambda r: None
 ) -> list[dict]:
-    import select
-
-    pending, running, results = list(chosen), {}, []
+    """The results of ``chosen``, in the order in which they are found."""
+    torch.set_num_threads(1)
+    import_what_every_class_needs()
+    pending = [chosen[i : i + PER_PROCESS] for i in range(0, len(chosen), PER_PROCESS)]
+    running: dict[int, Worker] = {}
+    found = []
     while pending or running:
         while pending and len(running) < jobs:
-            candidate = pending.pop(0)
-            child, reader = start(candidate, seconds, only_forward)
-            running[reader] = (candidate, child)
+            worker = Worker(pending.pop(0), seconds, only_forward)
+            running[worker.reader] = worker
         for reader in select.select(list(running), [], [])[0]:
-            candidate, child = running.pop(reader)
-            results.append(finish(candidate, child, reader))
-            on_result(results[-1])
-    return results
+            results, has_ended = running[reader].read()
+            for result in results:
+                found.append(result)
+                on_result(result)
+            if has_ended and (left := running.pop(reader).left):
+                pending.insert(0, left)
+    return found
+
+
+def import_what_every_class_needs() -> None:
+    """In the process that forks, once. It runs no autograd: its threads would not survive a fork."""
+    importlib.import_module("torch._dynamo")
+    importlib.import_module("transformers.generation.utils")
+    gc.freeze()  # what is there already is not copied into every process
 
 
 def main() -> None:
@@ -97,8 +124,6 @@ def main() -> None:
     parser.add_argument("--again", nargs="*", help="only classes of these statuses in the output, and new ones")
     parser.add_argument("--output", type=Path, required=True)
     options = parser.parse_args()
-    torch.set_num_threads(1)
-    gc.freeze()  # what is there already is not copied into every process
     known = {}
     if options.output.exists():
         known = {r["class_name"]: r for r in json.loads(options.output.read_text())["classes"]}

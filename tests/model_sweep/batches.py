@@ -54,6 +54,13 @@ def _tokens(config, seqlen=SEQLEN, seed=0) -> torch.Tensor:
     return torch.randint(low, max(low + 1, min(vocab, FIRST_SPECIAL - 5)), (BATCH, seqlen), generator=generator)
 
 
+def _ended(config) -> torch.Tensor:
+    """As :func:`_tokens`, the last one being the end of the sequence, which some heads look for."""
+    ids, end = _tokens(config), setting(config, "eos_token_id", default=0)
+    ids[:, -1] = end if isinstance(end, int) else end[0]
+    return ids
+
+
 def _noise(*shape: int, seed=1) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
@@ -113,7 +120,8 @@ def _alternatives(name: str, config) -> list[Callable[[], torch.Tensor]]:
     frames = setting(config, "num_frames", "frames_per_clip", default=2)
     if name in ("input_ids", "input"):
         choices = [lambda: torch.stack([_tokens(config), _tokens(config, seed=1)], 1)]  # of a multiple choice
-        return [lambda s=s: _tokens(config, s) for s in (SEQLEN, 16, 32, 64)] + choices
+        found = [lambda s=s: _tokens(config, s) for s in (SEQLEN, 16, 32, 64)]
+        return [found[0], lambda: _ended(config), *found[1:], *choices]
     if name.endswith("input_ids"):
         length = DECODER_SEQLEN if name.startswith("decoder") else 12
         codebooks = setting(config, "num_codebooks", "n_codebooks", default=1)
@@ -256,12 +264,15 @@ def runnable(model, answers: Callable[[dict], bool]) -> dict[str, torch.Tensor]:
     config, complaints = model.config, []
     for names in _name_sets(model):
         ways = [_alternatives(name, config) for name in names]
+        if any(name.endswith("grid_thw") for name in names):
+            flat = [lambda: _patches(config)[0]]
+            ways = [flat if n.startswith("pixel_values") else way for n, way in zip(names, ways, strict=True)]
         if not all(ways):
             complaints.append(f"no rule for the argument {names[[bool(w) for w in ways].index(False)]!r}")
             continue
         for choice in itertools.islice(_product(ways), MAX_TRIES):
             batch = {name: make() for name, make in zip(names, choice, strict=True)}
-            for _ in range(3):  # as many kinds of media
+            for _ in range(4):  # as many kinds of media, and their token types
                 try:
                     if answers(batch):
                         return batch
@@ -290,6 +301,9 @@ def _placed(batch: dict, config, error: Exception) -> bool:
     """Puts the placeholder tokens that ``error`` asks for into ``input_ids``. Says whether there is something new."""
     if "input_ids" not in batch or "token" not in str(error):
         return False
+    if "mm_token_type_ids" in str(error) and "mm_token_type_ids" not in batch:
+        batch["mm_token_type_ids"] = media_tokens(batch["input_ids"], config)
+        return True
     traceback = error.__traceback__
     frames = []
     while traceback is not None:
@@ -318,6 +332,16 @@ def _placed(batch: dict, config, error: Exception) -> bool:
             batch["input_ids"] = ids
             return True
     return False
+
+
+def media_tokens(ids: torch.Tensor, config) -> torch.Tensor:
+    """1 at the placeholders of images, 2 at those of videos, 0 at text."""
+    kinds = torch.zeros_like(ids)
+    for kind, medium in ((1, "image"), (2, "video")):
+        token = setting(config, f"{medium}_token_id", f"{medium}_token_index")
+        if isinstance(token, int):
+            kinds[ids == token] = kind
+    return kinds
 
 
 def _with_placeholders(ids: torch.Tensor, token: int, count: int) -> torch.Tensor | None:

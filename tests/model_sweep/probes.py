@@ -331,6 +331,10 @@ def _compare(model_class, eager, config, batch, result: Result, only_forward: bo
     said = [str(w.message) for w in caught if str(w.message).startswith("flashmla")]
     copy_state(eager, ours)
     pair = Pair(eager, ours, result)
+    if result.implementation == "flashmla" and _refuses_flash_names(ours, batch):
+        result.implementation = "fmla"
+        _compare(model_class, eager, config, batch, result, only_forward)
+        return
     report = flashmla_hf.check(ours)
     result.layers = [sum(layer.uses_kernel for layer in report.layers), len(report.layers)]
 
@@ -341,6 +345,15 @@ def _compare(model_class, eager, config, batch, result: Result, only_forward: bo
     if not only_forward:
         _more_probes(pair, batch)
     _judge(result, ours, pair, batch, said)
+
+
+def _refuses_flash_names(ours, batch: dict) -> bool:
+    """Whether Transformers itself refuses every name that contains "flash" here: our other name is for that."""
+    try:
+        run(ours, batch)
+    except Exception as error:
+        return str(error).startswith("Flash attention") or ("flash" in str(error) and "flashmla" not in str(error))
+    return False
 
 
 @contextlib.contextmanager
@@ -424,10 +437,16 @@ def _mask_probes(pair: Pair, batch: dict) -> None:
     right[0, -7:] = 0
     left[0, : 2 if media else 7] = 0
     hole[0, -9], hole[1, -5] = 0, 0
-    for probe, mask in (("right", right), ("left", left), ("hole", hole)):
-        pair.probe(probe, batch | {"attention_mask": mask}, mask.bool())
-    pair.probe("bool left", batch | {"attention_mask": left.bool()}, left.bool())
-    pair.probe("int32 right", batch | {"attention_mask": right.int()}, right.bool())
+    pad = batches.setting(pair.eager.config, "pad_token_id", default=0)
+
+    def padded(mask):  # the tokens behind the mask are padding, as a tokenizer makes it: some heads look for them
+        return batch | {"input_ids": ids.masked_fill(mask == 0, pad), "attention_mask": mask}
+
+    for probe, mask in (("right", right), ("left", left)):
+        pair.probe(probe, padded(mask), mask.bool())
+    pair.probe("hole", batch | {"attention_mask": hole}, hole.bool())
+    pair.probe("bool left", padded(left.bool()), left.bool())
+    pair.probe("int32 right", padded(right.int()), right.bool())
     pair.probe("int32 hole", batch | {"attention_mask": hole.int()}, hole.bool())
 
 
@@ -479,6 +498,11 @@ def _training(pair: Pair, batch: dict) -> None:
     """The gradient of every parameter, of a random projection of all outputs; the model's own loss where it has one."""
     results = []
     labels = _labels(pair.eager, batch)
+    if "token_type_ids" in inspect.signature(pair.eager.forward).parameters and len(batch) > 1 and "input_ids" in batch:
+        with contextlib.suppress(Exception):  # some need to know which tokens are images, in training alone
+            kinds = {"token_type_ids": batches.media_tokens(batch["input_ids"], pair.eager.config)}
+            run(pair.eager, batch | kinds)
+            batch = batch | kinds
     for model in (pair.eager, pair.ours):
         try:
             results.append(_step(model, batch | labels))
