@@ -7,6 +7,7 @@
 # make test-other-torch           doctor and the operator tests on the oldest torch; OTHER_TORCH=2.12.0 on another one
 # make test-older-transformers    the integration tests on older releases
 # make test-newest                the integration tests on the newest torch, Transformers, accelerate and peft there are
+# make sweep     every model class of Transformers against eager, and docs/models.md of it (half an hour on 2 cores)
 # make support   the README's table of models, from the parity suite's results
 # make bench     attention and model benchmarks on this machine
 # make memory    on a GPU host: memory and speed of long training steps beside the ledger, per model
@@ -39,7 +40,7 @@ READY = $(call on_gpu_or,build/in-place.stamp,$(VENV)/package.stamp)
 SOURCES := $(shell find csrc -type f) setup.py pyproject.toml
 CXX_FILES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo test test-other-torch test-older-transformers test-newest support gpu sanitize cuda headers bench memory lint \
+.PHONY: demo test test-other-torch test-older-transformers test-newest sweep support gpu sanitize cuda headers bench memory lint \
   format clean
 demo: ready
 	$(RUN) scripts/demo.py
@@ -72,6 +73,11 @@ test-newest:
 support: ready
 	FLASHMLA_SUPPORT_JSON=tests/support.json $(RUN) -m pytest tests/test_hf_parity.py
 	$(RUN) tests/support_table.py
+
+SWEEP := tests/model_sweep/results.json
+sweep: ready
+	$(RUN) tests/model_sweep/__main__.py --output $(SWEEP)
+	$(RUN) tests/model_sweep/page.py $(SWEEP) docs/models.md
 
 gpu: ready
 	$(RUN) tests/gpu_suite.py $(PARTS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import os
 import zlib
 from dataclasses import replace
@@ -22,20 +23,14 @@ TRICKY = (
     "GptOssForCausalLM", "WhisperForConditionalGeneration", "T5ForConditionalGeneration", "LlamaForCausalLM",
     "MistralForCausalLM", "ModernBertForMaskedLM", "Qwen2VLForConditionalGeneration", "BloomForCausalLM",
 )  # fmt: skip
-# One class in so many of those that stand first for their model type; SHARDS=1 takes all of them.
-SHARDS = int(os.environ.get("FLASHMLA_SWEEP_SHARDS", "5"))
+# One class in so many, another part every day; FLASHMLA_SWEEP_SHARD=n takes the n-th again, SHARDS=1 all of them.
+SHARDS = int(os.environ.get("FLASHMLA_SWEEP_SHARDS", "10"))
+SHARD = int(os.environ.get("FLASHMLA_SWEEP_SHARD", datetime.date.today().toordinal())) % SHARDS
 LIMIT = 120  # seconds a class
 
 
 def chosen() -> list[Candidate]:
-    everything = candidates()
-    first, seen = [], set()
-    for candidate in everything:
-        if candidate.model_type not in seen:
-            seen.add(candidate.model_type)
-            first.append(candidate)
-    of_shard = {c for c in first if zlib.crc32(c.class_name.encode()) % SHARDS == 0}
-    return [c for c in everything if c in of_shard or c.class_name in TRICKY]
+    return [c for c in candidates() if zlib.crc32(c.class_name.encode()) % SHARDS == SHARD or c.class_name in TRICKY]
 
 
 @pytest.mark.slow
@@ -49,7 +44,7 @@ def test_every_class_of_the_shard_equals_eager_or_says_why_not():
         if r["status"] in ("failed", "refused") and (KNOWN.get(name, ("",))[0] != r["status"] or KNOWN[name][1] not in r["reason"])
     }  # fmt: skip
     gone = {name for name in KNOWN if name in results and results[name]["status"] not in ("failed", "refused")}
-    assert not wrong, "\n".join(f"{name}: {reason}" for name, reason in wrong.items())
+    assert not wrong, f"FLASHMLA_SWEEP_SHARD={SHARD}\n" + "\n".join(f"{name}: {reason}" for name, reason in wrong.items())
     assert not gone, f"equal now, and still among model_sweep.known: {sorted(gone)}"
     equal = sum(r["status"] == "equal" for r in results.values())
     assert equal > len(found) / 2, f"{equal} of {len(found)} classes are equal: the sweep builds too few"
@@ -112,14 +107,15 @@ def test_a_wrong_attention_fails_its_probe(name, wrong):
 
 
 def test_a_page_counts_classes_and_gives_reasons():
+    common = {"implementation": "flashmla", "probes": {"forward": "equal", "hole": "eager refuses: no"}}
     results = {
         "transformers": "1", "torch": "2",
         "classes": [
-            {"class_name": "A", "model_type": "a", "status": "equal", "reason": "", "layers": [2, 2]},
-            {"class_name": "B", "model_type": "b", "status": "eager", "reason": "selects | keys", "layers": []},
+            {"class_name": "A", "model_type": "a", "status": "equal", "reason": "", "calls": {"cpu": 2, "sdpa": 1}, **common},
+            {"class_name": "B", "model_type": "b", "status": "eager", "reason": "B selects | keys", "calls": {}, **common},
         ],
     }  # fmt: skip
     text = page.page(results)
     assert "2 classes of 2 model types" in text
-    assert "| a | 2/2 | A |" in text
-    assert "| B | eager | selects \\| keys |" in text
+    assert "| a | A | equal | 1 of 1 | 2 of 3 |  |" in text
+    assert "| the class selects \\| keys | eager | B |" in text

@@ -17,7 +17,6 @@ import select
 import signal
 import sys
 import time
-from collections import Counter
 from pathlib import Path
 
 import torch
@@ -30,7 +29,7 @@ from model_sweep import probes
 from model_sweep.classes import Candidate, candidates
 
 MEMORY = 10 << 30
-PER_PROCESS = 24  # classes: the first one of a process pays for imports, many leave memory behind
+PER_PROCESS = 24  # classes: the first one of a model type pays for imports, many leave memory behind
 
 
 class Worker:
@@ -130,7 +129,6 @@ def main() -> None:
     chosen = [c for c in candidates() if re.search(options.only, c.class_name)]
     if options.again:
         chosen = [c for c in chosen if known.get(c.class_name, {}).get("status") in (None, *options.again)]
-    chosen = one_of_each_type_first(chosen)
     results = {name: known[name] for name in known if name in {c.class_name for c in candidates()}}
     count = 0
 
@@ -147,16 +145,6 @@ def main() -> None:
             write(options.output, results)
 
     sweep(chosen, options.jobs, options.seconds, options.only_forward, show)
-
-
-def one_of_each_type_first(chosen: list[Candidate]) -> list[Candidate]:
-    """The same classes, so that an interrupted sweep has seen most model types."""
-    seen: Counter[str] = Counter()
-    rank = {}
-    for candidate in chosen:
-        rank[candidate] = seen[candidate.model_type]
-        seen[candidate.model_type] += 1
-    return sorted(chosen, key=rank.get)
 
 
 def write(path: Path, results: dict[str, dict]) -> None:

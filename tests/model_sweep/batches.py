@@ -165,14 +165,13 @@ def _alternatives(name: str, config) -> list[Callable[[], torch.Tensor]]:
         lags = setting(config, "lags_sequence")
         length = length + max(lags) if lags else length
         variates = setting(config, "num_input_channels", "input_size", default=1)
-        features = setting(config, "num_time_features", default=0) + 0
+        features = setting(config, "num_time_features", default=0)
         if name == "past_time_features":
-            return [lambda: _noise(BATCH, length, max(1, features))]
+            return [lambda: _noise(BATCH, length, features)]
         if name.startswith("future"):
             ahead = setting(config, "prediction_length", default=8)
             ahead = ahead if isinstance(ahead, int) else 8
-            last = max(1, features) if name == "future_time_features" else 0
-            return [lambda: _noise(BATCH, ahead, *((last,) if last else ()))]
+            return [lambda: _noise(BATCH, ahead, *([features] if name == "future_time_features" else []))]
         if name == "past_observed_mask":
             return [lambda: torch.ones(BATCH, length), lambda: torch.ones(BATCH, length, variates)]
         return [lambda: _noise(BATCH, length), lambda: _noise(BATCH, length, variates)]
@@ -188,7 +187,8 @@ def _alternatives(name: str, config) -> list[Callable[[], torch.Tensor]]:
         return [lambda: torch.ones(BATCH, 1, setting(config, "max_num_tiles", default=4), dtype=torch.long)]
     if name in ("query_embeds", "inputs_embeds", "inputs", "latents", "encoder_hidden_states", "noise_embeds",
                 "context_hidden_states", "action_embeds", "state"):  # fmt: skip
-        width = setting(config, "hidden_size", "d_model", "d_latents", default=64)
+        names = ("encoder_hidden_size",) if name == "encoder_hidden_states" else ()
+        width = setting(config, *names, "hidden_size", "d_model", "d_latents", default=64)
         return [lambda: _noise(BATCH, 12, width), lambda: _noise(BATCH, width, 12)]
     if name == "visual_feats":
         return [lambda: _noise(BATCH, 8, setting(config, "visual_feat_dim", default=64))]
@@ -280,9 +280,25 @@ def runnable(model, answers: Callable[[dict], bool]) -> dict[str, torch.Tensor]:
                     break
                 except Exception as error:
                     complaints.append(f"{type(error).__name__}: {str(error).strip()[:200]}")
-                    if not _placed(batch, config, error):
+                    if not (_placed(batch, config, error) or _named(batch, model, error)):
                         break
     raise NoBatch(complaints[0] if complaints else "forward takes nothing that the rules know")
+
+
+def _named(batch: dict, model, error: Exception) -> bool:
+    """Adds an optional argument that ``error`` names, as "encoder_hidden_states must be given" does."""
+    words = set(re.findall(r"\w+", str(error)))
+    for name in inspect.signature(model.forward).parameters:
+        if (
+            name in words
+            and name not in batch
+            and name not in ("inputs_embeds", "labels", "cache", "decoder_inputs_embeds")
+        ):
+            ways = _alternatives(name, model.config)
+            if ways:
+                batch[name] = ways[0]()
+                return True
+    return False
 
 
 def _product(ways: list[list]) -> Iterator[tuple]:
@@ -346,11 +362,11 @@ def media_tokens(ids: torch.Tensor, config) -> torch.Tensor:
 
 def _with_placeholders(ids: torch.Tensor, token: int, count: int) -> torch.Tensor | None:
     """``ids`` [batch, seqlen] with ``count`` tokens ``token`` in all, half of them in each row, behind three others."""
-    if count % BATCH or count > 4000 or count == 0:
+    if ids.dim() != 2 or count % BATCH or count > 4000 or count == 0:
         return None
     rows = []
     for row in ids:
-        row = row[row != token]
+        row = row.masked_fill(row == token, 3)
         rows.append(torch.cat([row[:3], torch.full((count // BATCH,), token), row[3:]]))
     return torch.stack(rows)
 

@@ -523,7 +523,7 @@ def _training(pair: Pair, batch: dict) -> None:
     largest = max((float(g.abs().max()) for g in want.values()), default=0.0)
     worst, worst_name = 0.0, ""
     for name, gradient in want.items():
-        floor = 1e-1 if name.endswith("bias") and "k" in name.rsplit(".", 2)[-2] else 1e-3
+        floor = 1e-1 if name.endswith("bias") and "k" in name.rsplit(".", 2)[-2] else 1e-2
         size = max(float(gradient.abs().max()), floor * largest, 1e-12)
         relative = float((got[name] - gradient).abs().max()) / size
         relative = float("inf") if relative != relative else relative
@@ -553,7 +553,7 @@ def _training_noise(eager, batch, want, largest) -> float:
         }
         _, exact = _step(double, batch)
         noise = max(
-            float((exact[n] - g).abs().max()) / max(float(g.abs().max()), 1e-3 * largest, 1e-12)
+            float((exact[n] - g).abs().max()) / max(float(g.abs().max()), 1e-2 * largest, 1e-12)
             for n, g in want.items()
         )
         return noise if noise <= MOST_NOISE else 0.0

@@ -90,6 +90,7 @@ _NO_WIDTH = re.compile(
     r"audio_channels|pool|merge|grid|group|factor|pretrain|conv_kernel|dilation|max_|min_|_length|temporal|token|"
     r"input_feat|state_size|d_state"
 )
+_NO_WIDTH_LIST = re.compile(f"{_NO_WIDTH.pattern}|^stage_|^stem_|encoder_in_channels")
 _DROP = re.compile(r"drop|pdrop|jitter|mask_time_prob|mask_feature_prob|label_noise|layerdrop")
 _INDICES = re.compile(r"(indexes|indices|_layers|layer_ids|_blocks|_idx|_layer_index|_index|layer_idxs?)$")
 
@@ -100,9 +101,10 @@ _RESNET = {
 }  # fmt: skip
 # What a model needs although its configuration has no default for it.
 _WHERE_NONE = {
-    "pad_token_id": 0, "prediction_length": 8, "num_experts_per_tok": 2, "n_routed_experts": 4, "n_shared_experts": 1,
+    "pad_token_id": 0, "decoder_start_token_id": 0, "prediction_length": 8, "num_experts_per_tok": 2, "n_routed_experts": 4, "n_shared_experts": 1,
     "attn_layer_indices": [1], "vocab_size": VOCAB,
     "image_token_index": 120, "image_token_id": 120,
+    "vocabulary_map": {"<image>": 120},
 }  # fmt: skip
 
 
@@ -118,7 +120,12 @@ def _shrunk(config: PreTrainedConfig, plan: Plan, token_ids: dict[str, int]) -> 
     rows = _rows(values, plan)
     arguments = {}
     for name, value in values.items():
-        if name == "rope_parameters" and isinstance(value, dict) and _rotates_in_sections(type(config)):
+        if (
+            name == "rope_parameters"
+            and isinstance(value, dict)
+            and "rope_type" in value
+            and _rotates_in_sections(type(config))
+        ):
             value = {"mrope_section": [16, 24, 24], **value}
         if isinstance(value, PreTrainedConfig):
             if value.model_type == "timm_backbone":  # timm may not be there
@@ -277,7 +284,7 @@ def _small_list(name: str, value, plan: Plan, rows: tuple):
         return kind(min(item, len(kept) - 1) for item in value)
     if name == "hidden_sizes":
         kind = list  # ConvNeXt adds lists to it
-    if _WIDTH.search(name) and not _NO_WIDTH.search(name) and plan.width != "kept":
+    if _WIDTH.search(name) and not _NO_WIDTH_LIST.search(name) and plan.width != "kept":
         return kind(max(4, item // 8) if item >= 32 else item for item in value)
     return value
 
