@@ -319,6 +319,11 @@ def test_a_patched_model_compiles_first_thing_in_a_process_at_several_lengths(pa
 # ---------------------------------------------------------------- combinations
 
 
+def prepared(model):
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)  # an earlier test's bf16 would stay
+    return accelerate.Accelerator(cpu=True, mixed_precision="no").prepare(model)
+
+
 SITUATIONS = {
     "as it is": lambda model: model,
     "tied": lambda model: (setattr(model.lm_head, "weight", model.model.embed_tokens.weight), model)[1],
@@ -335,7 +340,7 @@ AFTERWARDS = {
     "nothing": lambda model: model,
     "moved": lambda model: model.to("cpu", torch.float64).to(torch.float32),
     "state read and loaded": lambda model: (model.load_state_dict(model.state_dict()), model)[1],
-    "prepared": lambda model: accelerate.Accelerator(cpu=True).prepare(model),
+    "prepared": prepared,
     "checkpointing switched on": lambda model: (model.gradient_checkpointing_enable(), model)[1],
     "evaluated in between": lambda model: (model.eval(), loss_of(model, batch_of("Llama")), model.train())[-1],
 }
