@@ -44,7 +44,9 @@ def test_every_class_of_the_shard_equals_eager_or_says_why_not():
         if r["status"] in ("failed", "refused") and (KNOWN.get(name, ("",))[0] != r["status"] or KNOWN[name][1] not in r["reason"])
     }  # fmt: skip
     gone = {name for name in KNOWN if name in results and results[name]["status"] not in ("failed", "refused")}
-    assert not wrong, f"FLASHMLA_SWEEP_SHARD={SHARD}\n" + "\n".join(f"{name}: {reason}" for name, reason in wrong.items())
+    assert not wrong, f"FLASHMLA_SWEEP_SHARD={SHARD}\n" + "\n".join(
+        f"{name}: {reason}" for name, reason in wrong.items()
+    )
     assert not gone, f"equal now, and still among model_sweep.known: {sorted(gone)}"
     equal = sum(r["status"] == "equal" for r in results.values())
     assert equal > len(found) / 2, f"{equal} of {len(found)} classes are equal: the sweep builds too few"
