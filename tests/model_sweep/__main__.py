@@ -54,7 +54,11 @@ class Worker:
             for candidate in chosen:
                 signal.alarm(seconds)  # ends the process
                 began = time.time()
-                result = probes.examine(candidate, only_forward)
+                try:
+                    result = probes.examine(candidate, only_forward)
+                except Exception as error:  # of the sweep itself
+                    result = probes.Result(candidate.class_name, candidate.model_type, "failed")
+                    result.reason = f"the sweep itself raises: {probes.raised(error)}"
                 result.seconds = round(time.time() - began, 2)
                 os.write(writer, (json.dumps(result.as_dict()) + "\n").encode())
                 gc.collect()
@@ -120,6 +124,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--seconds", type=int, default=180, help="limit of one class")
     parser.add_argument("--only_forward", action="store_true")
+    parser.add_argument("--first", action="store_true", help="one class of every model type")
     parser.add_argument("--again", nargs="*", help="only classes of these statuses in the output, and new ones")
     parser.add_argument("--output", type=Path, required=True)
     options = parser.parse_args()
@@ -127,6 +132,8 @@ def main() -> None:
     if options.output.exists():
         known = {r["class_name"]: r for r in json.loads(options.output.read_text())["classes"]}
     chosen = [c for c in candidates() if re.search(options.only, c.class_name)]
+    if options.first:
+        chosen = list({c.model_type: c for c in reversed(chosen)}.values())[::-1]
     if options.again:
         chosen = [c for c in chosen if known.get(c.class_name, {}).get("status") in (None, *options.again)]
     results = {name: known[name] for name in known if name in {c.class_name for c in candidates()}}

@@ -25,6 +25,7 @@ KNOWN: dict[str, tuple[str, str]] = {
     "GroundingDinoModel": _BOOLEAN,
     "MMGroundingDinoForObjectDetection": _BOOLEAN,
     "MMGroundingDinoModel": _BOOLEAN,
+    "Lfm2VlModel": _SIGLIP2,
     "DoryForCausalLM": ("generate", "its loops amplify rounding: eager in float64 is as far from eager"),
     "MobileBertForMaskedLM": (
         "gradient", "scores of 2e5 in a saturated softmax: rowsum(dO o O) rounds where eager's backward cancels exactly"

@@ -29,6 +29,7 @@ from .classes import Candidate
 from .tiny_configs import PLANS, tiny
 
 TOLERANCE = 1e-3
+FORWARD_SECONDS = 3
 MOST_NOISE = 1e-2  # an eager model that is further from itself in float64 cannot be judged by
 MAX_PARAMETERS = 40_000_000
 BUILD_SECONDS = 20  # after these no further plan is tried
@@ -175,7 +176,10 @@ def run(model, batch: dict, **options) -> dict[str, torch.Tensor]:
 
 
 def _is_finite(model, batch: dict) -> bool:
+    began = time.monotonic()
     got = run(model, batch)
+    if time.monotonic() - began > FORWARD_SECONDS:
+        raise TimeoutError("the forward pass is slow: the model or its inputs are not tiny")
     floats = [value for value in got.values() if value.is_floating_point() and value.numel()]
     if not floats:
         raise ValueError(f"no floating output: {sorted(got)}")
@@ -258,7 +262,7 @@ class Pair:
         try:
             got = run(self.ours, batch, **options)
         except Exception as error:
-            self.result.probes[name] = _raised(error)
+            self.result.probes[name] = raised(error)
             return
         error, where = difference(got, want, real)
         if error <= TOLERANCE:
@@ -302,7 +306,7 @@ class Pair:
             return type(error).__name__
 
 
-def _raised(error: Exception) -> str:
+def raised(error: Exception) -> str:
     text = str(error)
     if text.startswith("flashmla"):
         return f"REFUSED {text.strip().splitlines()[0][:400]}"
@@ -328,7 +332,7 @@ def _compare(model_class, eager, config, batch, result: Result, only_forward: bo
         try:
             ours = build(model_class, config, result.implementation)
         except Exception as error:
-            result.status, result.reason = "failed", f"load: {_raised(error)}"
+            result.status, result.reason = "failed", f"load: {raised(error)}"
             if "REFUSED" in result.reason:
                 result.status = "refused"
             return
@@ -514,7 +518,7 @@ def _training(pair: Pair, batch: dict) -> None:
             if model is pair.eager:
                 pair.result.probes["training"] = f"eager refuses: {_first_line(error)[:100]}"
             else:
-                pair.result.probes["training"] = _raised(error)
+                pair.result.probes["training"] = raised(error)
             return
         finally:
             model.eval()
@@ -650,7 +654,7 @@ def _generation(pair: Pair, batch: dict) -> None:
                 got.append({f"step {i}": step for i, step in enumerate(out.logits)})
             except Exception as error:
                 if model is pair.ours:
-                    pair.result.probes[name] = _raised(error)
+                    pair.result.probes[name] = raised(error)
                 break
         if len(got) == 2:
             error, where = difference(*got[::-1])
