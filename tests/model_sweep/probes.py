@@ -547,7 +547,7 @@ def _gradient_difference(got: dict, want: dict, largest: float) -> tuple[float, 
     """(largest difference as a fraction of the parameter's largest gradient, the parameter)."""
     worst, worst_name = 0.0, ""
     for name, gradient in want.items():
-        floor = 1e-1 if name.endswith("bias") and "k" in name.rsplit(".", 2)[-2] else 1e-2
+        floor = 1e-1 if name.endswith(".bias") and "k" in name.split(".")[-2] else 1e-2
         size = max(float(gradient.abs().max()), floor * largest, 1e-12)
         relative = float((got[name] - gradient).abs().max()) / size
         relative = float("inf") if relative != relative else relative
