@@ -144,11 +144,7 @@ def _verdict(module: torch.nn.Module) -> tuple[bool, str]:
 
 
 def _module_reason(module_name: str, config) -> str | None:
-    models = [
-        cls
-        for cls in vars(sys.modules[module_name]).values()
-        if inspect.isclass(cls) and cls.__module__ == module_name and hasattr(cls, "_supports_sdpa")
-    ]
+    models = [cls for cls in _classes_in(module_name) if hasattr(cls, "_supports_sdpa")]
     return next((reason for cls in models if (reason := reason_for_eager(cls, config)) is not None), None)
 
 
@@ -164,15 +160,14 @@ def _contains_attention(module: torch.nn.Module) -> bool:
     return any(_is_attention(type(child)) for child in module.modules() if child is not module)
 
 
+def _classes_in(module_name: str) -> list[type]:
+    """The classes that the module ``module_name`` defines, of a copy: other threads may be adding names to it."""
+    members = list(vars(sys.modules[module_name]).values()) if module_name in sys.modules else []
+    return [cls for cls in members if inspect.isclass(cls) and cls.__module__ == module_name]
+
+
 def _attention_classes(module_name: str) -> list[type]:
-    module = sys.modules.get(module_name)
-    members = vars(module).values() if module is not None else ()
-    return [
-        cls
-        for cls in members
-        if inspect.isclass(cls) and issubclass(cls, torch.nn.Module) and "Attention" in cls.__name__
-        and cls.__module__ == module_name
-    ]  # fmt: skip
+    return [cls for cls in _classes_in(module_name) if issubclass(cls, torch.nn.Module) and "Attention" in cls.__name__]
 
 
 @functools.cache

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import textwrap
 import time
+import types
 import urllib.request
 from pathlib import Path
 
@@ -32,7 +33,7 @@ from transformers import modeling_flash_attention_utils, modeling_utils  # noqa:
 from transformers.integrations import hub_kernels  # noqa: E402
 from transformers.utils.generic import is_flash_attention_requested  # noqa: E402
 
-from flashmla_hf import hf, hf_names  # noqa: E402
+from flashmla_hf import hf, hf_check, hf_names  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
 SHAPED = "flashmla/flash-attn3"
@@ -486,6 +487,22 @@ THREADS = """
     [t.join() for t in threads]
     print(sorted(results))
 """
+
+
+def test_a_modules_classes_are_found_while_names_are_added_to_it(monkeypatch):
+    """As another thread does that loads a model; here looking at a class does it."""
+    module = types.ModuleType("a_module_that_grows")
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+
+    class Grows(type):
+        @property
+        def __module__(cls):
+            setattr(module, f"added_{len(vars(module))}", None)
+            return module.__name__
+
+    layers = {f"Attention{n}": Grows(f"Attention{n}", (torch.nn.Module,), {}) for n in range(20)}
+    vars(module).update(layers)
+    assert hf_check._attention_classes(module.__name__) == list(layers.values())
 
 
 def test_eight_threads_import_register_and_run_their_first_forward_at_once():
