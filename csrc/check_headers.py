@@ -2,7 +2,7 @@
 
 Nothing is linked or run: a name that one release lacks is found in seconds, without installing that release. The headers are
 of packages of the registry, fetched once into build/headers. A torch wheel for macOS is the smallest that has them, and what
-this package includes of them is the same on every platform. Kernels need an nvcc of the release: `make cuda-oldest`.
+this package includes of them is the same on every platform. Kernels need an nvcc of the release: `make cuda`.
 """
 
 import os

@@ -32,6 +32,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from flashmla_hf import flex, ops, reference
+from flashmla_hf.ops import dtype_name
 
 logger = logging.getLogger("flashmla_hf")
 
@@ -90,7 +91,7 @@ def _kernel_refusal(call: Call) -> str | None:
     if call.dropout_p > 0.0:
         return f"dropout_p={call.dropout_p}: expected 0 (impl='sdpa' and impl='reference' compute dropout)"
     if call.q.dtype not in KERNEL_DTYPES:
-        return f"dtype {_name(call.q.dtype)}: expected float32, float16 or bfloat16 (impl='reference' computes float64)"
+        return f"dtype {dtype_name(call.q.dtype)}: expected float32, float16 or bfloat16 (impl='reference' computes float64)"
     return None
 
 
@@ -111,7 +112,7 @@ def _sm90_refusal(call: Call) -> str | None:
     if (properties.major, properties.minor) != (9, 0):
         return f"{properties.name} is not a Hopper GPU (compute capability 9.0)"
     if call.q.dtype not in (torch.float16, torch.bfloat16):
-        return f"dtype {_name(call.q.dtype)}: expected float16 or bfloat16"
+        return f"dtype {dtype_name(call.q.dtype)}: expected float16 or bfloat16"
     for name, head_dim in (("q and k", call.q.shape[-1]), ("v", call.v.shape[-1])):
         if head_dim % 8 != 0 or head_dim > 256:
             return f"{name}: head_dim {head_dim}: expected a multiple of 8 up to 256"
@@ -149,9 +150,10 @@ def _sdpa_refusal(call: Call) -> str | None:
     if call.return_lse:
         return "return_lse=True: torch's SDPA returns none (impl='reference' does)"
     if _autocast_rounds_backward(call):
+        rounded, kept = dtype_name(torch.get_autocast_dtype(call.q.device.type)), dtype_name(call.q.dtype)
         return (
-            f"autocast to {_name(torch.get_autocast_dtype(call.q.device.type))} is on and torch's SDPA has no fused kernel for "
-            f"this call: its backward would not be in {_name(call.q.dtype)} (impl='reference' keeps it)"
+            f"autocast to {rounded} is on and torch's SDPA has no fused kernel for this call: its backward would not be in "
+            f"{kept} (impl='reference' keeps it)"
         )
     return None
 
@@ -428,7 +430,7 @@ def _log(call: Call, choice: str, reason: str) -> None:
     if key not in _logged:
         _logged.add(key)
         logger.warning(
-            "q%s k%s head_dim_v=%d %s -> %s (%s)", [*key[0]], [*key[1]], key[2], _name(key[3]), choice, reason
+            "q%s k%s head_dim_v=%d %s -> %s (%s)", [*key[0]], [*key[1]], key[2], dtype_name(key[3]), choice, reason
         )
 
 
@@ -436,10 +438,6 @@ def _warn_once(message: str) -> None:
     if message not in _warned and not torch.compiler.is_compiling():
         _warned.add(message)
         warnings.warn(message, stacklevel=4)
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def _fail(kind: type[Exception], argument: str, expected: str, got: object) -> None:
@@ -463,7 +461,7 @@ def _validate(
             )
             _fail(ValueError, name, layout, f"{x.dim()} dimensions {[*x.shape]}")
         if x.dtype != q.dtype:
-            _fail(TypeError, name, f"dtype {_name(q.dtype)} (that of q)", _name(x.dtype))
+            _fail(TypeError, name, f"dtype {dtype_name(q.dtype)} (that of q)", dtype_name(x.dtype))
         if x.device != q.device:
             _fail(ValueError, name, f"device {q.device} (that of q)", x.device)
         if x.shape[-1] == 0 or x.shape[-2] == 0:
@@ -476,7 +474,7 @@ def _validate(
         # Without elements no stride means anything, and contiguous() changes none.
         q, k, v = (x.clone(memory_format=torch.contiguous_format) if x.numel() == 0 else x for x in (q, k, v))
     if not q.dtype.is_floating_point:
-        _fail(TypeError, "q", "a floating dtype", _name(q.dtype))
+        _fail(TypeError, "q", "a floating dtype", dtype_name(q.dtype))
     if k.shape[-1] != q.shape[-1]:
         _fail(ValueError, "k", f"head_dim {q.shape[-1]} (that of q)", k.shape[-1])
     if k.shape[:-1] != v.shape[:-1]:
@@ -507,7 +505,7 @@ def _validate(
         if tuple(sinks.shape) != (heads_q,):
             _fail(ValueError, "sinks", f"shape [{heads_q}] (one logit per query head)", [*sinks.shape])
         if not sinks.dtype.is_floating_point:
-            _fail(TypeError, "sinks", "a floating dtype", _name(sinks.dtype))
+            _fail(TypeError, "sinks", "a floating dtype", dtype_name(sinks.dtype))
         if sinks.device != q.device:
             _fail(ValueError, "sinks", f"device {q.device} (that of q)", sinks.device)
         # fp32 statistics, except for float64 inputs, which only the reference takes.
@@ -543,7 +541,7 @@ def _number(name: str, value: object) -> float:
     """A number of Python's, numpy's, a symbolic one, or one in a tensor, as a float; a symbolic one stays that."""
     if isinstance(value, torch.Tensor):
         if value.dim() != 0 or value.dtype == torch.bool or value.is_complex():
-            _fail(TypeError, name, "a number", f"a tensor {[*value.shape]} of {_name(value.dtype)}")
+            _fail(TypeError, name, "a number", f"a tensor {[*value.shape]} of {dtype_name(value.dtype)}")
         if value.requires_grad:
             expected = "a number, for which no gradient is computed (multiply q by it)"
             _fail(TypeError, name, expected, "a tensor that requires one")
@@ -568,7 +566,7 @@ def _integer(name: str, value: object, expected: str) -> int:
     """An int of Python's, numpy's, a symbolic one, or one in a tensor."""
     if isinstance(value, torch.Tensor):  # some data collators hand a zero-dimensional tensor
         if value.dim() != 0 or value.dtype == torch.bool or value.is_floating_point() or value.is_complex():
-            _fail(TypeError, name, expected, f"a tensor {[*value.shape]} of {_name(value.dtype)}")
+            _fail(TypeError, name, expected, f"a tensor {[*value.shape]} of {dtype_name(value.dtype)}")
         return value.item()
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
         if isinstance(value, bool) or not hasattr(type(value), "__index__"):
@@ -600,7 +598,7 @@ def _check_cu_seqlens(cu_seqlens_q: object, cu_seqlens_kv: object, q: torch.Tens
             _fail(ValueError, name, "a tensor, since the other cu_seqlens is given (pass both or neither)", None)
         _check_tensor(name, x)
         if x.dtype != torch.int32:
-            _fail(TypeError, name, "dtype int32", _name(x.dtype))
+            _fail(TypeError, name, "dtype int32", dtype_name(x.dtype))
         if x.dim() != 1 or x.shape[0] < 1 or not x.is_contiguous():
             _fail(
                 ValueError, name, "a contiguous tensor [num_sequences + 1]", f"shape {[*x.shape]}, stride {x.stride()}"
@@ -632,7 +630,12 @@ def _max_seqlen(name: str, value: object, bound: int) -> int:
 def _check_attn_mask(attn_mask: object, shape: tuple[int, ...], device: torch.device) -> None:
     _check_tensor("attn_mask", attn_mask)
     if attn_mask.dtype != torch.bool and not attn_mask.dtype.is_floating_point:
-        _fail(TypeError, "attn_mask", "dtype bool (true keeps) or a floating dtype (added)", _name(attn_mask.dtype))
+        _fail(
+            TypeError,
+            "attn_mask",
+            "dtype bool (true keeps) or a floating dtype (added)",
+            dtype_name(attn_mask.dtype),
+        )
     if attn_mask.dim() > 4 or any(
         mine not in (1, full) for mine, full in zip(reversed(attn_mask.shape), reversed(shape), strict=False)
     ):

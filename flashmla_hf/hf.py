@@ -14,7 +14,7 @@ import warnings
 
 import torch
 
-from flashmla_hf import hf_check, hf_layout, hf_masks, hf_paged, reference
+from flashmla_hf import hf_check, hf_layout, hf_masks, hf_paged, ops, reference
 from flashmla_hf.dispatch import attention
 
 _warned: set[str] = set()
@@ -360,7 +360,7 @@ def _one_dtype(query, key, value):
 def _as_int(length: int | torch.Tensor | None) -> int | None:
     """A length Python knows, or ``None`` (then the packed length is the bound): never a synchronisation."""
     if isinstance(length, torch.Tensor):
-        return int(length) if length.device.type == "cpu" and hf_layout.values_are_readable(length) else None
+        return int(length) if length.device.type == "cpu" and ops.values_are_readable(length) else None
     return length
 
 

@@ -30,19 +30,12 @@ from dataclasses import dataclass, field
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from flashmla_hf.ops import values_are_readable
+
 # Under torch.compile the number of packed sequences is data, the shape of cu_seqlens is not: room is made for this many
 # sequences, the unused ones empty. Running out raises (see segment_boundaries), it is never silently wrong.
 MIN_COMPILED_SEGMENTS = 256
 MIN_COMPILED_TOKENS_PER_SEGMENT = 16
-
-
-def values_are_readable(x: torch.Tensor) -> bool:
-    """Whether Python may look at the values of ``x`` now: not while compiling, tracing or capturing, nor on meta."""
-    if torch.compiler.is_compiling() or x.is_meta or torch.jit.is_tracing():
-        return False
-    if isinstance(x, torch._subclasses.FakeTensor):
-        return False
-    return not (x.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
 # Beside the tensor, not on it: an attribute would be pickled with a tensor that the user saves. What is kept must not

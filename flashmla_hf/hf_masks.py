@@ -30,7 +30,7 @@ import torch
 from torch.utils import _pytree as pytree
 from transformers import masking_utils, modeling_utils
 
-from flashmla_hf import hf_layout
+from flashmla_hf import hf_layout, ops
 
 # The building blocks of transformers.masking_utils by the names of their closures.
 _CAUSAL = "causal_mask_function"
@@ -379,7 +379,7 @@ def _pattern(conditions: _Conditions, arguments: dict) -> Pattern | None:
     if isinstance(q_offset, torch.Tensor) and is_positional:
         # Static caches count their tokens in a tensor. The kernel reads keys up to a length known to Python, so either
         # look (one synchronisation per forward), or describe the keys of a single query by values: the compiled decode.
-        if not hf_layout.values_are_readable(q_offset):
+        if not ops.values_are_readable(q_offset):
             return None
         q_offset = int(q_offset)
     # Keys past the last query are seen by nobody in a causal row: the unused end of a static cache.
@@ -391,7 +391,7 @@ def _pattern(conditions: _Conditions, arguments: dict) -> Pattern | None:
     padding = None
     if attention_mask is not None:
         padding = _padding(attention_mask, kv_offset, num_keys)
-        if hf_layout.values_are_readable(padding) and hf_layout.key_ranges(padding).uniform == (0, num_keys):
+        if ops.values_are_readable(padding) and hf_layout.key_ranges(padding).uniform == (0, num_keys):
             padding = None
     segments = None
     if conditions.chunk is not None and kv_offset + num_keys > conditions.chunk:

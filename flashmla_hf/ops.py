@@ -98,6 +98,19 @@ def without_autocast(device: torch.device):
     return torch.autocast(device.type, enabled=False)
 
 
+def values_are_readable(x: torch.Tensor) -> bool:
+    """Whether Python may look at the values of ``x`` now: not while compiling, tracing or capturing, nor on meta."""
+    if torch.compiler.is_compiling() or x.is_meta or torch.jit.is_tracing():
+        return False
+    if isinstance(x, torch._subclasses.FakeTensor):
+        return False
+    return not (x.is_cuda and torch.cuda.is_current_stream_capturing())
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
 # ---- Fake kernels ----------------------------------------------------------------------------------------------------
 
 
@@ -124,13 +137,9 @@ def _check_tensor(operator: str, name: str, x: torch.Tensor | None, q: torch.Ten
         # Torch sends a call with one tensor on "meta" here, whatever the others are on.
         _refuse(operator, name, f"a tensor on {q.device} (the device of q)", f"one on {x.device}")
     if x.dtype != dtype:
-        _refuse(operator, name, f"dtype {_name(dtype)}", _name(x.dtype))
+        _refuse(operator, name, f"dtype {dtype_name(dtype)}", dtype_name(x.dtype))
     if len(x.shape) != len(shape) or any(guard_or_false(a != b) for a, b in zip(x.shape, shape, strict=True)):
         _refuse(operator, name, f"shape {[*shape]}", f"shape {[*x.shape]}")
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def _check_inputs(operator: str, q, k, v, sinks, cu_seqlens_q, cu_seqlens_kv):
@@ -144,7 +153,7 @@ def _check_inputs(operator: str, q, k, v, sinks, cu_seqlens_q, cu_seqlens_kv):
         if x.dim() != rank:
             _refuse(operator, name, f"{rank} dimensions", f"shape {[*x.shape]}")
     if q.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        _refuse(operator, "q", "dtype float32, float16 or bfloat16", _name(q.dtype))
+        _refuse(operator, "q", "dtype float32, float16 or bfloat16", dtype_name(q.dtype))
     rows = (q.shape[0], k.shape[1]) if rank == 4 else (k.shape[0],)
     heads_q, heads_kv = q.shape[-2], k.shape[-2]
     _check_tensor(operator, "k", k, q, q.dtype, (*rows, heads_kv, q.shape[-1]))

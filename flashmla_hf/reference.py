@@ -68,32 +68,33 @@ def _sum_over_visible(a: torch.Tensor, b: torch.Tensor, visible: torch.Tensor | 
 
 
 def can_read(x: torch.Tensor) -> bool:
-    """Whether a decision may depend on values of x: not while something traces, transforms, fakes or captures."""
+    """Whether a decision may depend on values of x: not while something traces, transforms, fakes, watches or captures."""
     return (
-        not torch.compiler.is_compiling()
+        ops.values_are_readable(x)
         and type(x) in (torch.Tensor, torch.nn.Parameter)
-        and not x.is_meta
         and not ops.has_transforms()
         and torch._C._len_torch_dispatch_stack() == 0
-        and torch._C._get_tracing_state() is None
-        and not (x.is_cuda and torch.cuda.is_current_stream_capturing())
     )
 
 
-class _Product(torch.autograd.Function):
-    """:func:`_sum_over_visible`. With :class:`_Scores`, each the derivative of the other, to any order."""
+class _OverVisible(torch.autograd.Function):
+    """A function of (a, b, visible) whose derivatives, backward and forward, need all three."""
 
     generate_vmap_rule = True
-
-    @staticmethod
-    def forward(a, b, visible):
-        with ops.without_autocast(a.device):
-            return _sum_over_visible(a, b, visible)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
         ctx.save_for_backward(*inputs)
         ctx.save_for_forward(*inputs)
+
+
+class _Product(_OverVisible):
+    """:func:`_sum_over_visible`. With :class:`_Scores`, each the derivative of the other, to any order."""
+
+    @staticmethod
+    def forward(a, b, visible):
+        with ops.without_autocast(a.device):
+            return _sum_over_visible(a, b, visible)
 
     @staticmethod
     def backward(ctx, grad):
@@ -117,21 +118,14 @@ class _Product(torch.autograd.Function):
         return sum(parts)
 
 
-class _Scores(torch.autograd.Function):
+class _Scores(_OverVisible):
     """``a @ b.mT`` where visible, 0 where hidden."""
-
-    generate_vmap_rule = True
 
     @staticmethod
     def forward(a, b, visible):
         with ops.without_autocast(a.device):
             scores = a @ b.mT
         return scores if visible is None else scores.masked_fill(~visible, 0.0)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.save_for_backward(*inputs)
-        ctx.save_for_forward(*inputs)
 
     @staticmethod
     def backward(ctx, grad):

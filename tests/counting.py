@@ -1,31 +1,42 @@
-"""How often each implementation behind ``attention()`` was called."""
+"""What stands in for the implementations behind ``attention()``, and how often each was called."""
 
 from __future__ import annotations
 
 import contextlib
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 
 from flashmla_hf import dispatch
 
 
 @contextlib.contextmanager
-def counted_calls(stub: tuple[str, ...] = ()):
-    """Counts, by implementation, the calls inside the block. Those of ``stub`` are not computed: zeros come back."""
-    calls: Counter[str] = Counter()
+def standing_in(around: Callable):
+    """Inside the block ``around(name, call, run)`` answers every call of the implementation ``name``; ``run(call)`` is its own
+    answer."""
     saved = dict(dispatch.IMPLEMENTATIONS)
 
-    def counting(name, implementation):
-        def run(call):
-            calls[name] += 1
-            if name in stub:
-                return call.q.new_zeros((*call.q.shape[:-1], call.v.shape[-1])), None
-            return implementation.run(call)
+    def stand_in(name, implementation):
+        return replace(implementation, run=lambda call: around(name, call, implementation.run))
 
-        return replace(implementation, run=run)
-
-    dispatch.IMPLEMENTATIONS.update({name: counting(name, item) for name, item in saved.items()})
+    dispatch.IMPLEMENTATIONS.update({name: stand_in(name, item) for name, item in saved.items()})
     try:
-        yield calls
+        yield
     finally:
         dispatch.IMPLEMENTATIONS.update(saved)
+
+
+@contextlib.contextmanager
+def counted_calls(stub: tuple[str, ...] = (), wrong: Callable | None = None):
+    """Counts, by implementation, the calls inside the block. Those of ``stub`` are not computed: zeros come back.
+    ``wrong(call, run)`` answers in place of every other, as a negative control."""
+    calls: Counter[str] = Counter()
+
+    def counting(name, call, run):
+        calls[name] += 1
+        if name in stub:
+            return call.q.new_zeros((*call.q.shape[:-1], call.v.shape[-1])), None
+        return run(call) if wrong is None else wrong(call, run)
+
+    with standing_in(counting):
+        yield calls

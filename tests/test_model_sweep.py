@@ -10,6 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 import transformers
+from counting import counted_calls
 from model_sweep import __main__ as sweeper
 from model_sweep import page, probes
 from model_sweep.classes import Candidate, candidates
@@ -92,19 +93,19 @@ def test_a_wrong_attention_fails_its_probe(name, wrong):
     candidate = next(c for c in candidates() if c.class_name == name)
     model_class = getattr(transformers, name)
     result = probes.Result(name, candidate.model_type)
-    eager, config, batch = probes._build_eager(model_class, model_class.config_class, result)
+    eager, config, batch = probes.build_eager(model_class, model_class.config_class, result)
     ours = probes.build(model_class, config, "flashmla")
     probes.copy_state(eager, ours)
     pair = probes.Pair(eager, ours, result)
     with torch.no_grad():
         pair.probe("forward", batch)
-        probes._more_probes(pair, batch)
+        probes.more_probes(pair, batch)
     assert not [v for v in result.probes.values() if v.startswith(("DIFFERS", "RAISES"))], result.probes
     result.probes.clear()
-    with probes.counted(wrong):
+    with counted_calls(wrong=wrong):
         pair.probe("forward", batch)
         if "input_ids" in batch:
-            probes._mask_probes(pair, batch)
+            probes.mask_probes(pair, batch)
     assert any(v.startswith("DIFFERS") for v in result.probes.values()), result.probes
 
 

@@ -17,6 +17,7 @@ import weakref
 import torch
 from torch import nn
 
+from flashmla_hf import ops
 from flashmla_hf.patches import gradients, weights
 
 
@@ -53,7 +54,8 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     @gradients.first_derivatives
     def backward(ctx, grad):
-        with without_autocast(grad.device):
+        # The backward may run under autocast though the forward pass did not: dtypes are those of the forward pass.
+        with ops.without_autocast(grad.device):
             return _gradients(ctx, grad)
 
 
@@ -80,13 +82,6 @@ def _gradients(ctx, grad):
         None,
         None,
     )
-
-
-def without_autocast(device: torch.device):
-    """For a backward that runs where autocast is on though the forward pass did not: dtypes are those of the forward pass."""
-    if device.type == "meta" or not torch.is_autocast_enabled(device.type):
-        return contextlib.nullcontext()
-    return torch.autocast(device.type, enabled=False)
 
 
 def _product(x, weight, bias, b, low, scaling):

@@ -18,6 +18,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
+from flashmla_hf import ops
 from flashmla_hf.patches import gradients, linear
 
 
@@ -95,7 +96,7 @@ class Run:
 
     def _autocast(self):
         if self.autocast is None:
-            return linear.without_autocast(self.device)
+            return ops.without_autocast(self.device)
         return torch.autocast(self.device.type, **self.autocast)
 
     @contextlib.contextmanager

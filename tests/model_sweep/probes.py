@@ -13,16 +13,15 @@ import inspect
 import time
 import traceback
 import warnings
-from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
 
 import torch
 import transformers
+from counting import counted_calls, standing_in
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import flashmla_hf
-from flashmla_hf import dispatch
 
 from . import batches
 from .classes import Candidate
@@ -74,7 +73,7 @@ def examine(candidate: Candidate, only_forward: bool = False) -> Result:
     except Exception as error:
         result.reason = _first_line(error)
         return result
-    built = _build_eager(model_class, config_class, result)
+    built = build_eager(model_class, config_class, result)
     if built is None:
         return result
     eager, config, batch = built
@@ -90,7 +89,7 @@ def _first_line(error: BaseException) -> str:
 # Building
 
 
-def _build_eager(model_class, config_class, result: Result):
+def build_eager(model_class, config_class, result: Result):
     """(model, its configuration, a batch that it answers) by the first plan that leads to all three."""
     first = None
     tried, began = set(), time.monotonic()
@@ -216,26 +215,6 @@ def difference(got: dict, want: dict, real: torch.Tensor | None = None) -> tuple
     return worst, where
 
 
-@contextlib.contextmanager
-def counted(wrong: Callable | None = None):
-    """Counts the calls by implementation; ``wrong(call, run)`` stands in for each, as a negative control."""
-    calls: Counter[str] = Counter()
-    saved = dict(dispatch.IMPLEMENTATIONS)
-
-    def counting(name, implementation):
-        def run(call):
-            calls[name] += 1
-            return implementation.run(call) if wrong is None else wrong(call, implementation.run)
-
-        return replace(implementation, run=run)
-
-    dispatch.IMPLEMENTATIONS.update({name: counting(name, item) for name, item in saved.items()})
-    try:
-        yield calls
-    finally:
-        dispatch.IMPLEMENTATIONS.update(saved)
-
-
 def zeros(call, run):
     out, *rest = run(call)
     return (torch.zeros_like(out) + 0.0 * out, *rest)
@@ -346,12 +325,12 @@ def _compare(model_class, eager, config, batch, result: Result, only_forward: bo
     report = flashmla_hf.check(ours)
     result.layers = [sum(layer.uses_kernel for layer in report.layers), len(report.layers)]
 
-    with counted() as calls, _callers(ours, report) as called:
+    with counted_calls() as calls, _callers(ours, report) as called:
         pair.probe("forward", batch)
     result.calls = dict(calls)
     result.probes["check"] = _check_is_true(report, called)
     if not only_forward:
-        _more_probes(pair, batch)
+        more_probes(pair, batch)
     _judge(result, ours, pair, batch, said)
 
 
@@ -382,21 +361,16 @@ def _callers(model, report):
             stack.pop()
 
         handles += [module.register_forward_pre_hook(enter), module.register_forward_hook(leave, always_call=True)]
-    saved = dict(dispatch.IMPLEMENTATIONS)
 
-    def noting(name, implementation):
-        def run(call):
-            if stack and name in KERNELS:
-                ran[stack[-1]] += 1
-            return implementation.run(call)
+    def noting(name, call, run):
+        if stack and name in KERNELS:
+            ran[stack[-1]] += 1
+        return run(call)
 
-        return replace(implementation, run=run)
-
-    dispatch.IMPLEMENTATIONS.update({name: noting(name, item) for name, item in saved.items()})
     try:
-        yield ran
+        with standing_in(noting):
+            yield ran
     finally:
-        dispatch.IMPLEMENTATIONS.update(saved)
         for handle in handles:
             handle.remove()
 
@@ -410,15 +384,15 @@ def _check_is_true(report, called: dict[str, int]) -> str:
     return "true"
 
 
-def _more_probes(pair: Pair, batch: dict) -> None:
+def more_probes(pair: Pair, batch: dict) -> None:
     """Masks, lengths, causality, training, generation: those that the class takes."""
     eager = pair.eager
     parameters = inspect.signature(eager.forward).parameters
     name = batches.text_mask_name(batch)
     if name == "input_ids" and "attention_mask" in parameters:
-        _mask_probes(pair, batch)
+        mask_probes(pair, batch)
     elif "attention_mask" in parameters and "input_ids" not in batch:
-        _frame_mask_probes(pair, batch)
+        frame_mask_probes(pair, batch)
     if "decoder_input_ids" in batch and "decoder_attention_mask" in parameters:
         length = batch["decoder_input_ids"].shape[-1]
         mask = torch.ones(batches.BATCH, length, dtype=torch.long)
@@ -433,7 +407,7 @@ def _more_probes(pair: Pair, batch: dict) -> None:
     _generation(pair, batch)
 
 
-def _mask_probes(pair: Pair, batch: dict) -> None:
+def mask_probes(pair: Pair, batch: dict) -> None:
     ids = batch["input_ids"]
     if ids.dim() != 2:
         return
@@ -458,7 +432,7 @@ def _mask_probes(pair: Pair, batch: dict) -> None:
     pair.probe("int32 hole", batch | {"attention_mask": hole.int()}, hole.bool())
 
 
-def _frame_mask_probes(pair: Pair, batch: dict) -> None:
+def frame_mask_probes(pair: Pair, batch: dict) -> None:
     """Padding of sounds and features: the mask is as long as one of the dimensions of the input."""
     name = next((n for n in batch if n.startswith(("input_", "inputs"))), None)
     if name is None:
@@ -663,7 +637,7 @@ def _generation(pair: Pair, batch: dict) -> None:
 
 def _judge(result: Result, ours, pair: Pair, batch: dict, said: list[str]) -> None:
     if result.calls:
-        with counted(zeros):
+        with counted_calls(wrong=zeros):
             try:
                 error, _ = difference(run(ours, batch), run(pair.eager, batch))
             except Exception:
