@@ -380,6 +380,8 @@ class Job:
     peers: dict[str, list[str]]  # of each mode
 
 
+# "bwd" repeats the backward of one kept forward, which compiled graphs that give their buffers away refuse.
+@torch._functorch.config.patch(donated_buffer=False)
 def measure_shape(job: Job, device: str, repeats: int, seconds: float) -> list[dict]:
     """One record per peer and mode: seconds, spread, FLOP/s, memory and errors, or why there are none."""
     shape = job.shape
@@ -568,8 +570,6 @@ def main(argv: list[str] | None = None) -> None:
         todo = jobs(args, earlier)
     except ValueError as error:
         sys.exit(f"bench_attention: --shape: {error}")
-    # "bwd" repeats the backward of one kept forward, which compiled graphs that give their buffers away refuse.
-    torch._functorch.config.donated_buffer = False
     seconds = args.seconds or (0.2 if args.device == "cuda" else 1.0)
 
     started = time.monotonic()

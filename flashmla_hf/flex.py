@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import threading
 import types
 import weakref
 from collections import OrderedDict
@@ -469,6 +470,9 @@ def _kernel(q, k, v, sinks, has_softcap: bool, block: int) -> Callable:
     return kernel
 
 
+_first_calls = threading.RLock()
+
+
 class _FirstCall:
     """A compiled function before the call that traces it; then puts the function itself into its place."""
 
@@ -477,8 +481,9 @@ class _FirstCall:
 
     def __call__(self, *args):
         # Without this, lengths that are equal in the first call by coincidence (batch and number of blocks, queries and
-        # keys) are taken to be equal always, and the next call compiles again.
-        with torch.fx.experimental._config.patch(use_duck_shape=False), _without_donated_buffers():
+        # keys) are taken to be equal always, and the next call compiles again. One thread at a time: in releases of torch
+        # where these settings belong to the process, two that overlap would leave theirs behind.
+        with _first_calls, torch.fx.experimental._config.patch(use_duck_shape=False), _without_donated_buffers():
             results = self.compiled(*args)
         _kernels[self.signature] = self.compiled
         return results

@@ -14,6 +14,19 @@ settings.register_profile("no deadline", deadline=None)
 settings.load_profile("no deadline")
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _compilers_are_left_as_they_were():
+    """A setting of torch's compilers that a file leaves behind changes what the tests of the next one compile."""
+    yield
+    for name in ("torch._functorch.config", "torch._dynamo.config"):
+        config = sys.modules.get(name)
+        if config is not None:
+            changed = {
+                key: value for key, value in config.get_config_copy().items() if value != config._config[key].default
+            }
+            assert not changed, f"{name} is left changed: {changed}"
+
+
 # How often the error rule needed its second look (tests/numerics.py), in this process and in those of pytest-xdist.
 
 
