@@ -146,6 +146,8 @@ def _shrunk(config: PreTrainedConfig, plan: Plan, token_ids: dict[str, int]) -> 
         elif values.get("sliding_window", 0) is None:
             arguments["sliding_window"] = WINDOW
     arguments |= {name: small for name, small in _WHERE_NONE.items() if values.get(name, 0) is None}
+    if plan.width == "constant" and values.get("head_dim", 0) is None and "hidden_size" in values:
+        arguments["head_dim"] = 16
     if plan.width == "constant" and defaults.get("num_key_value_heads", 0) is None and "kv_lora_rank" not in values:
         arguments["num_key_value_heads"] = 2
     return arguments
@@ -203,7 +205,7 @@ def _small(name: str, value, values: dict, plan: Plan, rows: tuple, token_ids: d
     if name in ("n_group", "topk_group", "num_expert_group", "num_expert_groups"):
         return 1
     if _PER_TOKEN.search(name):
-        return min(value, 2)
+        return min(value, values.get("index_kpool", 2) if name == "index_topk" else 2)
     if _EXPERTS.search(name) and "size" not in name:
         return min(value, 1 if "shared" in name else 4)
     if _WINDOW.search(name):
