@@ -48,6 +48,9 @@ TORCH_TARGET_VERSION = "0x020a000000000000"
 # The oldest nvcc that was seen to compile the kernels; csrc/check_headers.py compiles host code with its headers.
 MINIMUM_NVCC = (12, 4)
 CPU, SM90, DIRECT = "flashmla_hf.libflashmla_cpu", "flashmla_hf.libflashmla_sm90", "flashmla_hf._direct"
+# Some compilers link their C++ runtime statically. Seen by others, it would be mixed with the one that torch has loaded, of
+# another release, and the first exception would end the process.
+LOCAL_RUNTIME = ["-Wl,--exclude-libs,ALL"] if sys.platform == "linux" else []
 BACKENDS = {CPU: "cpu", SM90: "sm90", DIRECT: "direct"}  # directories of csrc
 
 
@@ -368,7 +371,8 @@ class BuildLibraries(build_ext):
 
     def _link_cpu(self, objects: list[str]) -> list[str]:
         return [*self.cxx, "-shared", *objects, f"-L{self.torch_dir / 'lib'}", "-ltorch_cpu",
-                "-Wl,--as-needed", "-Wl,-z,defs" if sys.platform == "linux" else "-Wl,-undefined,dynamic_lookup"]  # fmt: skip
+                "-Wl,--as-needed", *LOCAL_RUNTIME,
+                "-Wl,-z,defs" if sys.platform == "linux" else "-Wl,-undefined,dynamic_lookup"]  # fmt: skip
 
     def _link_direct(self, objects: list[str]) -> list[str]:
         """Python's symbols are the interpreter's; torch's are asked for by name when the module is imported."""
@@ -376,6 +380,7 @@ class BuildLibraries(build_ext):
             *self.cxx,
             "-shared",
             *objects,
+            *LOCAL_RUNTIME,
             *(["-Wl,-undefined,dynamic_lookup"] if sys.platform == "darwin" else []),
         ]
 

@@ -95,7 +95,7 @@ def reason_for_eager(model_class: type, config=None) -> str | None:
         return f"the flash path of {model_class.__name__} in Transformers leaves out its local windows"
     if uses_flash_path(model_class) and getattr(config, "alibi", False):
         return f"the flash path of {model_class.__name__} in Transformers has no ALiBi"
-    unknown = sorted(set().union(*(keywords_passed(cls) for cls in classes)) - HONOURED_KWARGS)
+    unknown = sorted(set().union(*(_keywords_passed(cls) for cls in classes)) - HONOURED_KWARGS)
     if unknown:
         return (
             f"attention layers of {model_class.__name__} pass {', '.join(unknown)}, which eager's attention honours "
@@ -126,9 +126,9 @@ def _verdict(module: torch.nn.Module) -> tuple[bool, str]:
         return False, f"{reason}; 'eager' is used"
     if not hf_names.is_ours(implementation):
         return False, f'its attn_implementation is {implementation!r}; set_attn_implementation("flashmla") changes it'
-    if unknown := sorted(keywords_passed(type(module)) - HONOURED_KWARGS):
+    if unknown := sorted(_keywords_passed(type(module)) - HONOURED_KWARGS):
         return False, f"it passes {', '.join(unknown)}, which is refused with an error"
-    if "position_bias" in keywords_passed(type(module)):
+    if "position_bias" in _keywords_passed(type(module)):
         return False, "it adds a position_bias to the scores: exact, but computed outside the fused kernel"
     if _changes_its_mask(type(module)):
         return False, "it changes the mask that it is given: exact, but computed outside the fused kernel"
@@ -186,11 +186,16 @@ def _names_used(cls: type) -> frozenset[str]:
 def is_about_attention(layer_class: type, name: str) -> bool:
     """Whether ``name``, an argument that :func:`flashmla_hf.hf.attention_forward` does not know, may change the attention
     of a layer: it selects keys, the layer itself names it in its call, or eager's attention function beside it does."""
-    return name in _SELECTING_KWARGS or name in keywords_passed(layer_class) or name in _eager_arguments(layer_class)
+    return name in _SELECTING_KWARGS or name in _keywords_passed(layer_class) or name in _eager_arguments(layer_class)
+
+
+def passes(layer_class: type, name: str) -> bool:
+    """Whether a layer names ``name`` in its call of the attention interface."""
+    return name in _keywords_passed(layer_class)
 
 
 @functools.cache
-def keywords_passed(cls: type) -> frozenset[str]:
+def _keywords_passed(cls: type) -> frozenset[str]:
     """Names of the keyword arguments in calls of the attention interface by ``cls``: Python keeps those of a call as a
     constant tuple of strings, and every such call names the scale or the dropout."""
     codes = (code for code in _codes(cls) if _INTERFACE in code.co_names)

@@ -155,7 +155,8 @@ OWN_ATTENTION = {
 
 @pytest.mark.parametrize("name", OWN_ATTENTION)
 def test_models_with_attention_of_their_own_stay_exact(name):
-    """Under our masks, which are not made for them, Bloom is silently not causal, BigBird-Pegasus silently wrong."""
+    """Under our masks, which are not made for them, Bloom is silently not causal, BigBird-Pegasus silently wrong. CodeGen
+    calls us from Transformers 5.24 on."""
     model, options = OWN_ATTENTION[name]
     config = getattr(transformers, {"MPT": "MptConfig"}.get(name, f"{name}Config"))
     built = []
@@ -168,14 +169,17 @@ def test_models_with_attention_of_their_own_stay_exact(name):
     families._spread(eager)
     ours.load_state_dict(eager.state_dict())
     family = families.Family(name, model, None, inputs="seq2seq" if name == "BigBirdPegasus" else "text")
+    asks_us = bool(flashmla_hf.check(ours))
+    assert asks_us == (name == "CodeGen" and "ALL_ATTENTION_FUNCTIONS" in vars(sys.modules[type(ours).__module__]))
     for padding in ("none", "left"):
         batch = families.inputs(family, padding, DEVICE)
+        shown = batch["attention_mask"][..., None] if asks_us else 1
         with torch.no_grad():
-            assert torch.equal(ours(**batch).logits, eager(**batch).logits)
+            got, want = (m(**batch).logits * shown for m in (ours, eager))
+        assert close(got, want) if asks_us else torch.equal(got, want)
     ids = batch["input_ids"][:, :4]
     if family.inputs == "text":
-        assert torch.equal(ours(ids).logits, eager(ids).logits)
-    assert not flashmla_hf.check(ours)
+        assert close(ours(ids).logits, eager(ids).logits)
 
 
 def test_check_tells_which_layers_use_the_kernel_and_why_not():

@@ -395,13 +395,50 @@ def test_a_result_is_whole_however_often_it_was_interrupted(tiny_model, corpus, 
 
 
 @pytest.mark.parametrize(
-    "change", [{"lora_dropout": 0.1}, {"max_grad_norm": 0.5}, {"lr_scheduler_type": "linear"}], ids=str
+    "change",
+    [{"lora_dropout": 0.1}, {"max_grad_norm": 0.5}, {"lr_scheduler_type": "linear"}, {"max_steps": 2}],
+    ids=str,
 )
 def test_resuming_with_other_options_is_refused(change, tiny_model, corpus, tmp_path):
     shared = {"max_steps": 1, "save_steps": 1, "use_peft": True}
     finetune.main(options(tiny_model, corpus, tmp_path, **shared))
     with pytest.raises(SystemExit, match="belongs to another run"):
-        finetune.main(options(tiny_model, corpus, tmp_path, **shared, **change, resume_from_checkpoint="latest"))
+        finetune.main(options(tiny_model, corpus, tmp_path, **shared | change, resume_from_checkpoint="latest"))
+
+
+def test_out_of_memory_is_what_torch_says_and_nothing_that_sounds_like_it():
+    with pytest.raises(RuntimeError) as torchs_own:
+        torch.empty(2**45)
+    assert environment.is_out_of_memory(torchs_own.value)
+    assert environment.is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"))
+    assert environment.is_out_of_memory(MemoryError())
+    for text in (
+        "Expected tensor allocated on cuda:0", "not enough memory of the past", "cannot allocate a name", "memory format"
+    ):  # fmt: skip
+        assert not environment.is_out_of_memory(RuntimeError(text))
+
+
+def test_clipping_sees_the_parameters_that_prepare_has_put_in_place(tiny_model, corpus, tmp_path, monkeypatch):
+    """As sharding does: prepare replaces every parameter."""
+    from accelerate import Accelerator
+
+    prepare, clip, seen = Accelerator.prepare, Accelerator.clip_grad_norm_, []
+
+    def replacing(self, model, optimizer):
+        for module in model.modules():
+            for name, parameter in list(module.named_parameters(recurse=False)):
+                setattr(module, name, torch.nn.Parameter(parameter.detach().clone(), parameter.requires_grad))
+        return prepare(self, model, optimizer)
+
+    def clipping(self, parameters, *args):
+        parameters = list(parameters)
+        seen.append(any(p.grad is not None for p in parameters))
+        return clip(self, parameters, *args)
+
+    monkeypatch.setattr(Accelerator, "prepare", replacing)
+    monkeypatch.setattr(Accelerator, "clip_grad_norm_", clipping)
+    finetune.main(options(tiny_model, corpus, tmp_path, max_steps=1))
+    assert seen == [True]
 
 
 def test_resuming_on_another_base_model_or_from_a_damaged_checkpoint_is_refused(tiny_model, corpus, tmp_path):

@@ -186,7 +186,7 @@ def _refuse_what_chunks_cannot(attention, name, hidden_states, mask, cache, posi
         reason = f"attn_implementation={implementation!r} (its causal mask is aligned at the beginning)"
     elif cache is not None:
         reason = "a cache (use_cache=False in training)"
-    elif mask is not None and not _says_what_the_layer_says(attention, mask):
+    elif mask is not None and not _hides_nothing(attention, mask, seqlen):
         reason = "an attention mask (padding or packed documents)"
     elif position_ids is not None and hf_layout.segments_from_positions(position_ids, batch, seqlen, True) is not None:
         reason = "packed documents (position_ids that restart)"
@@ -204,17 +204,10 @@ def _refuse_what_chunks_cannot(attention, name, hidden_states, mask, cache, posi
         )
 
 
-def _says_what_the_layer_says(attention: nn.Module, mask: torch.Tensor) -> bool:
-    """Whether a mask of :mod:`hf_masks` is causal, with the window that the layer passes on, and nothing else: chunks run
-    without a mask."""
+def _hides_nothing(attention: nn.Module, mask: torch.Tensor, seqlen: int) -> bool:
+    """Whether ``mask`` says only what ``attention`` says by itself in a call without one: causal, and its window."""
     pattern = hf_masks.pattern_of(mask)
-    if pattern is None or not pattern.is_causal or pattern.segments is not None:
+    if pattern is None or mask.shape[2:] != (seqlen, seqlen):
         return False
-    passes_window = "sliding_window" in hf_check.keywords_passed(type(attention))
-    window = getattr(attention, "sliding_window", None) if passes_window else None
-    if pattern.window != (None if window is None else (window - 1, -1)):
-        return False
-    if pattern.padding is None:
-        return True
-    ranges = hf_layout.key_ranges(pattern.padding)
-    return not ranges.has_holes and ranges.uniform == (0, mask.shape[-1])
+    says_window = pattern.window is None or hf_check.passes(type(attention), "sliding_window")
+    return pattern.is_causal and says_window and pattern.padding is None and pattern.segments is None

@@ -279,10 +279,9 @@ def _refuse_cache(layers: list[nn.Module]):
             return
         if (length := cache.get_seq_length()) > 0:
             raise structure.PatchError(
-                f"flashmla_hf.patch: patch 'checkpointing': {type(decoder).__name__} in training: expected an empty cache, "
-                f"got {length} tokens in past_key_values (peft's prefix tuning gives some), which checkpointed layers leave "
-                "out. Call model.eval(), or leave it out: patches=[...] without 'checkpointing', 'keep_attention' and "
-                "'offload'"
+                f"flashmla_hf.patch: patch 'checkpointing': {type(decoder).__name__} in training: expected past_key_values "
+                f"that are empty, got {length} tokens (peft's prefix tuning gives some), which checkpointed layers leave out. "
+                "Call model.eval(), or leave it out: patches=[...] without 'checkpointing', 'keep_attention' and 'offload'"
             )
 
     return check

@@ -154,8 +154,7 @@ def note_result(module: nn.Module, out: torch.Tensor) -> None:
 @contextlib.contextmanager
 def without_result_of(module: nn.Module | None):
     """Within, in this thread: ``module`` (``None``: none) need not compute its result; it does where a hook would see it."""
-    is_left_out = module is not None and not has_hooks(module) and weights.unreadable(module) is None
-    before, _thread.without = _thread.without, module if is_left_out else None
+    before, _thread.without = _thread.without, None if module is None or has_hooks(module) else module
     try:
         yield
     finally:

@@ -96,7 +96,7 @@ def _noting(module: nn.Linear):
     def noting_forward(x):
         if torch.compiler.is_compiling():
             return forward(x)
-        if linear.is_unneeded(module):
+        if linear.is_unneeded(module) and weights.unreadable(module, x) is None:
             return linear.apply(module, *linear.in_one_dtype(x, module.weight, module.bias))
         out = forward(x)
         linear.note_result(module, out)

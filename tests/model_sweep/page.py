@@ -13,7 +13,7 @@ MEANINGS = {
     "eager": 'runs with "eager", with a warning at load that says why',
     "refused": "raises an error of ours that says why",
     "no attention": "calls no attention function in the forward pass (a convolution, a state space, a head without one)",
-    "not discriminating": "equal, but zeros in the attention's place would be, too",
+    "not discriminating": "zeros in the attention's place pass as well, or eager differs from itself in float64: not judged",
     "cannot build": "no tiny configuration or no inputs were found: not judged",
     "failed": "differs from eager, or raises where eager does not",
 }

@@ -1,0 +1,209 @@
+"""The mask is the truth: layers that do not say what their masks say, masks that models compute with, positions that jump,
+arguments meant for somebody else. Eager in float32 decides."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import warnings
+
+import hf_support
+import pytest
+import torch
+from hf_support import DEVICE, close
+
+import flashmla_hf
+from flashmla_hf import hf, hf_check, hf_masks
+
+transformers = pytest.importorskip("transformers")
+transformers.logging.set_verbosity_error()
+pytestmark = pytest.mark.skipif(not hf_support.is_built(), reason="the kernel of this device is not built")
+
+TEXT = {
+    "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "initializer_range": 0.3, "max_position_embeddings": 128,
+}  # fmt: skip
+UNSAID = {
+    "window in the mask alone": ("PhimoeForCausalLM", "PhimoeConfig", {
+        **TEXT, "num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 6}),
+    "no is_causal": ("SplinterModel", "SplinterConfig", {
+        **TEXT, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "question_token_id": 5}),
+    "per-layer configuration": ("NeoMMEForMaskedLM", "NeoMMEConfig", {
+        **TEXT, "num_key_value_heads": 2, "head_dim": 16, "pad_token_id": 0}),
+    "concatenated masks": ("DeepseekV4ForCausalLM", "DeepseekV4Config", {
+        "vocab_size": 64, "hidden_size": 64, "moe_intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 1, "head_dim": 16, "q_lora_rank": 16, "n_routed_experts": 4, "num_experts_per_tok": 2,
+        "qk_rope_head_dim": 8, "sliding_window": 8,
+        "layer_types": ["heavily_compressed_attention", "compressed_sparse_attention"], "compress_rate_csa": 4,
+        "compress_rate_hca": 8, "o_groups": 2, "o_lora_rank": 16, "index_n_heads": 2, "index_head_dim": 16,
+        "index_topk": 2, "hc_mult": 2, "mlp_layer_types": ["moe", "moe"], "initializer_range": 0.3,
+        "max_position_embeddings": 256}),
+    "ALiBi on a flash path": ("FalconForCausalLM", "FalconConfig", {
+        "vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "alibi": True,
+        "new_decoder_architecture": False, "multi_query": False, "initializer_range": 0.3}),
+}  # fmt: skip
+
+
+def pair(model, config):
+    built = []
+    for implementation in ("eager", "flashmla"):
+        torch.manual_seed(0)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            built.append(
+                getattr(transformers, model)._from_config(copy.deepcopy(config), attn_implementation=implementation)
+            )
+    built[1].load_state_dict(built[0].state_dict())
+    return [m.to(DEVICE).eval() for m in built]
+
+
+def ids(*shape, seed=1):
+    return torch.randint(6, 60, shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
+
+
+@pytest.mark.parametrize("name", UNSAID)
+def test_what_only_the_mask_says_is_exact(name):
+    model, config, options = UNSAID[name]
+    if not hasattr(transformers, config):
+        pytest.skip("not in this Transformers")
+    eager, ours = pair(model, getattr(transformers, config)(**options))
+    x = ids(2, 24)
+    ones = torch.ones_like(x)
+    padded = ones.clone()
+    padded[0, -5:] = 0  # on the right: behind every token that counts in a causal row
+    for mask in (None, ones, ones.int(), ones.bool(), padded):
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            got, want = (m(input_ids=x, attention_mask=mask)[0] for m in (ours, eager))
+        kept = (padded if mask is padded else ones)[..., None]
+        assert close(got * kept, want * kept), mask
+    # NeoMME's other attention class computes by itself.
+    expected = {
+        "concatenated masks": {False},
+        "ALiBi on a flash path": {False},
+        "per-layer configuration": {True, False},
+    }
+    assert {layer.uses_kernel for layer in flashmla_hf.check(ours).layers} == expected.get(name, {True})
+
+
+def test_a_decoder_that_never_says_causal_does_not_see_the_future():
+    config = transformers.NllbMoeConfig(
+        vocab_size=64, d_model=32, encoder_layers=1, decoder_layers=2, encoder_attention_heads=4,
+        decoder_attention_heads=4, encoder_ffn_dim=48, decoder_ffn_dim=48, max_position_embeddings=64, init_std=0.3,
+        num_experts=4, decoder_sparse_step=2,
+    )  # fmt: skip
+    eager, ours = pair("NllbMoeForConditionalGeneration", config)
+    source, target = ids(2, 12), ids(2, 9, seed=2)
+    with torch.no_grad():
+        got, want = (m(input_ids=source, decoder_input_ids=target).logits for m in (ours, eager))
+        last = target.clone()
+        last[:, -1] = 5
+        moved = ours(input_ids=source, decoder_input_ids=last).logits
+    assert close(got, want)
+    assert torch.equal(got[:, :-1], moved[:, :-1])
+
+
+POSITIONS = {
+    "skips": torch.cat([torch.arange(10), torch.arange(60, 70)]),
+    "shared by three": torch.arange(20) // 3,
+    "strided": torch.arange(20) * 3,
+    "fall": torch.arange(20).flip(0),
+    "shared prefix": torch.cat([torch.arange(12), torch.arange(4, 12)]),
+    "all alike": torch.zeros(20, dtype=torch.long),
+}
+
+
+@pytest.fixture(scope="module")
+def llamas():
+    return pair("LlamaForCausalLM", transformers.LlamaConfig(**TEXT, num_key_value_heads=2))
+
+
+@pytest.mark.parametrize("use_cache", [False, True])
+@pytest.mark.parametrize("mask", ["none", "ones", "one row padded"])
+@pytest.mark.parametrize("kind", POSITIONS)
+def test_positions_that_jump_cut_what_eager_cuts(kind, mask, use_cache, llamas):
+    x = ids(2, 20)
+    batch = {"input_ids": x, "position_ids": POSITIONS[kind].to(DEVICE).expand(2, -1), "use_cache": use_cache}
+    kept = torch.ones_like(x)
+    if mask == "one row padded":
+        kept[0, :2] = 0
+    if mask != "none":
+        batch["attention_mask"] = kept
+    with torch.no_grad():
+        want, got = (m(**batch).logits * kept[..., None] for m in llamas)
+    assert close(got, want)
+
+
+@pytest.mark.parametrize("use_cache", [False, True])
+def test_packed_rows_stay_exact_beside_a_padded_row(use_cache, llamas):
+    eager, ours = llamas
+    x = ids(2, 20)
+    packed = torch.cat([torch.arange(n) for n in (8, 1, 11)])
+    positions = torch.stack([packed, (torch.arange(20) - 4).clamp(min=0)]).to(DEVICE)
+    mask = torch.ones_like(x)
+    mask[1, :4] = 0
+    with torch.no_grad():
+        got = ours(x, attention_mask=mask, position_ids=positions, use_cache=use_cache).logits
+        want = torch.cat([eager(part).logits for part in x[:1].split([8, 1, 11], dim=1)], dim=1)
+        assert close(got[:1], want)
+        assert close(got[1:, 4:], eager(x[1:, 4:]).logits)
+
+
+def test_arguments_for_somebody_else_are_ignored_and_selected_keys_are_refused(llamas):
+    ours = llamas[1]
+    x = ids(1, 8)
+    with torch.no_grad():
+        want = ours(x).logits
+        other = ours(x, generation_mode="text", decoder_attention_mask=torch.ones(1, 3, device=DEVICE)).logits
+        assert torch.equal(other, want)
+        for name in ("indices", "block_indices", "sinks", "block_table"):
+            with pytest.raises(ValueError, match=name):
+                hf._refuse_unknown(ours.model.layers[0].self_attn, {name: x})
+
+
+def test_the_honoured_arguments_are_those_of_the_attention_function():
+    parameters = inspect.signature(hf.attention_forward).parameters.keys()
+    assert parameters - {"kwargs"} == hf_check.HONOURED_KWARGS
+
+
+def lazy(dtype=torch.bool):
+    pattern = hf_masks.Pattern(True, (2, 0))
+    return hf_masks.LazyMask(pattern, (2, 1, 6, 6), dtype, torch.empty(0)), pattern.dense(6, 6, torch.device("cpu"))
+
+
+def test_a_lazy_mask_is_the_dense_one_to_whoever_computes_with_it():
+    mask, dense = lazy()
+    assert torch.equal(torch.cat([mask, mask], dim=-1), torch.cat([dense, dense], dim=-1).expand(2, -1, -1, -1))
+    assert torch.equal(mask[:, :, 1:3, :2], dense.expand(2, 1, 6, 6)[:, :, 1:3, :2])
+    additive, _ = lazy(torch.float32)
+    scores = torch.randn(2, 4, 6, 6)
+    assert torch.equal(scores + additive, scores + torch.where(dense, 0.0, torch.finfo(torch.float32).min))
+    mask, _ = lazy()
+    for whole in (mask[:, :, :, :6], mask.detach()):
+        assert type(whole) is hf_masks.LazyMask
+
+
+def test_a_lazy_mask_that_somebody_writes_to_loses_its_pattern():
+    for write in (lambda m: m[..., 0].fill_(False), lambda m: m.fill_(True), lambda m: m[:, :, :, :6].fill_(False)):
+        mask, _ = lazy()
+        write(mask)
+        assert hf_masks.pattern_of(mask) is None
+        q = torch.randn(2, 2, 6, 8)
+        got, _ = hf.attention_forward(torch.nn.Module(), q, q, q, mask)
+        want, _ = hf.attention_forward(torch.nn.Module(), q, q, q, mask.dense())
+        assert torch.equal(got, want)
+
+
+def test_padded_batches_of_many_lengths_compile_to_two_graphs():
+    torch._dynamo.reset()
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    eager, ours = pair("LlamaForCausalLM", transformers.LlamaConfig(**TEXT, num_key_value_heads=2))
+    compiled = torch.compile(ours, backend="eager")
+    for length in (16, 24, 17, 33, 40, 21):
+        x, mask = ids(2, length), torch.ones(2, length, dtype=torch.long, device=DEVICE)
+        mask[0, : length // 4] = 0
+        with torch.no_grad():
+            got, want = (m(input_ids=x, attention_mask=mask, use_cache=False).logits for m in (compiled, eager))
+        assert close(got * mask[..., None], want * mask[..., None])
+    assert counters["stats"]["unique_graphs"] <= 2
