@@ -175,6 +175,10 @@ def _alternatives(name: str, config) -> list[Callable[[], torch.Tensor]]:
         if name == "past_observed_mask":
             return [lambda: torch.ones(BATCH, length), lambda: torch.ones(BATCH, length, variates)]
         return [lambda: _noise(BATCH, length), lambda: _noise(BATCH, length, variates)]
+    if name == "past_values_padding":
+        return [lambda: torch.zeros(BATCH, setting(config, "context_length", default=32), dtype=torch.long)]
+    if name == "freq":
+        return [lambda: torch.zeros(BATCH, 1, dtype=torch.long)]
     if name in ("bbox", "input_shape_ids_"):
         return [_boxes]
     if name == "image":
