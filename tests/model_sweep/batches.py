@@ -175,12 +175,17 @@ def _alternatives(name: str, config) -> list[Callable[[], torch.Tensor]]:
         if name == "past_observed_mask":
             return [lambda: torch.ones(BATCH, length), lambda: torch.ones(BATCH, length, variates)]
         return [lambda: _noise(BATCH, length), lambda: _noise(BATCH, length, variates)]
+    if name == "past_values_padding":
+        return [lambda: torch.zeros(BATCH, setting(config, "context_length", default=32), dtype=torch.long)]
+    if name == "freq":
+        return [lambda: torch.zeros(BATCH, 1, dtype=torch.long)]
     if name in ("bbox", "input_shape_ids_"):
         return [_boxes]
     if name == "image":
         return [lambda s=s: _noise(BATCH, 3, *s) for s in ((224, 224), *_image_sizes(config))]
     if name in ("input_features_mask", "feature_attention_mask", "audio_mel_mask"):
-        return [lambda n=n: torch.ones(BATCH, n, dtype=torch.long) for n in (64, 256)]
+        kinds = itertools.product((torch.long, torch.bool), (64, 256))
+        return [lambda n=n, kind=kind: torch.ones(BATCH, n, dtype=kind) for kind, n in kinds]
     if name in ("aspect_ratio_ids",):
         return [lambda: torch.ones(BATCH, 1, dtype=torch.long)]
     if name in ("aspect_ratio_mask",):
@@ -270,6 +275,8 @@ def runnable(model, answers: Callable[[dict], bool]) -> dict[str, torch.Tensor]:
         if not all(ways):
             complaints.append(f"no rule for the argument {names[[bool(w) for w in ways].index(False)]!r}")
             continue
+        if "spatial_shapes" in names:
+            ways = [way[-1:] if n == "pixel_values" else way for n, way in zip(names, ways, strict=True)]
         for choice in itertools.islice(_product(ways), MAX_TRIES):
             batch = {name: make() for name, make in zip(names, choice, strict=True)}
             for _ in range(4):  # as many kinds of media, and their token types

@@ -9,6 +9,7 @@ from pathlib import Path
 
 MEANINGS = {
     "equal": "equal to eager in every probe",
+    "not as eager": "equal to Transformers' own SDPA (or its default), which differs from eager: one of the two is wrong there",
     "eager": 'runs with "eager", with a warning at load that says why',
     "refused": "raises an error of ours that says why",
     "no attention": "calls no attention function in the forward pass (a convolution, a state space, a head without one)",
@@ -62,7 +63,7 @@ def _by_reason(classes: list[dict]) -> dict[tuple[str, str], list[str]]:
     """Classes by (reason, status); what differs between reasons is the class's own name alone."""
     found: dict[tuple[str, str], list[str]] = defaultdict(list)
     for r in classes:
-        if r["status"] in ("eager", "refused", "failed", "not discriminating", "cannot build"):
+        if r["status"] in ("not as eager", "eager", "refused", "failed", "not discriminating", "cannot build"):
             reason = r["reason"].removeprefix("flashmla: ").split(". attn_implementation=")[0]
             found[_cell(reason.replace(r["class_name"], "the class")), r["status"]].append(r["class_name"])
     return dict(sorted(found.items(), key=lambda item: (list(MEANINGS).index(item[0][1]), -len(item[1]))))

@@ -104,7 +104,7 @@ _WHERE_NONE = {
     "pad_token_id": 0, "decoder_start_token_id": 0, "prediction_length": 8, "num_experts_per_tok": 2, "n_routed_experts": 4, "n_shared_experts": 1,
     "attn_layer_indices": [1], "vocab_size": VOCAB,
     "image_token_index": 120, "image_token_id": 120,
-    "vocabulary_map": {"<image>": 120},
+    "vocabulary_map": {"<image>": 120}, "default_language": "en_XX",
 }  # fmt: skip
 
 
@@ -140,12 +140,18 @@ def _shrunk(config: PreTrainedConfig, plan: Plan, token_ids: dict[str, int]) -> 
         if small != values[name] and not (is_derived and _WIDTH.search(name) and not _KV_HEADS.search(name)):
             arguments[name] = small
     if plan.windows:
+        layers = arguments.get("num_hidden_layers", 2)
+        for name, kind in (("layer_types", "full_attention"), ("mlp_layer_types", "sparse")):
+            if values.get(name, 0) is None:
+                arguments[name] = [kind] * layers
         if "use_sliding_window" in values:  # the kinds of layers follow from these
             arguments |= {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 1}
             arguments.pop("layer_types", None)
         elif values.get("sliding_window", 0) is None:
             arguments["sliding_window"] = WINDOW
     arguments |= {name: small for name, small in _WHERE_NONE.items() if values.get(name, 0) is None}
+    if plan.width == "constant" and values.get("head_dim", 0) is None and "hidden_size" in values:
+        arguments["head_dim"] = 16
     if plan.width == "constant" and defaults.get("num_key_value_heads", 0) is None and "kv_lora_rank" not in values:
         arguments["num_key_value_heads"] = 2
     return arguments
@@ -190,7 +196,7 @@ def _small(name: str, value, values: dict, plan: Plan, rows: tuple, token_ids: d
         return 0.0 if isinstance(value, float) else 0
     if isinstance(value, dict):
         return _small_rope(value, values, plan)
-    if _TOKEN.search(name):
+    if _TOKEN.search(name) and not _PER_TOKEN.search(name):
         return _small_token(name, value, token_ids)
     if isinstance(value, list | tuple):
         return _small_list(name, value, plan, rows)
@@ -203,7 +209,7 @@ def _small(name: str, value, values: dict, plan: Plan, rows: tuple, token_ids: d
     if name in ("n_group", "topk_group", "num_expert_group", "num_expert_groups"):
         return 1
     if _PER_TOKEN.search(name):
-        return min(value, 2)
+        return min(value, values.get("index_kpool", 2) if name == "index_topk" else 2)
     if _EXPERTS.search(name) and "size" not in name:
         return min(value, 1 if "shared" in name else 4)
     if _WINDOW.search(name):
@@ -251,6 +257,8 @@ def _small_width(name: str, value: int, plan: Plan) -> int:
         return min(value, 8 if "rope" in name else 24 if name == "qk_head_dim" else 16)
     if _RANK.search(name):
         return min(value, 16)
+    if name == "upsample_groups":
+        name = "hidden_size"
     if not _WIDTH.search(name) or _NO_WIDTH.search(name):
         return value
     if plan.width == "divided":
