@@ -48,9 +48,10 @@ TORCH_TARGET_VERSION = "0x020a000000000000"
 # The oldest nvcc that was seen to compile the kernels; csrc/check_headers.py compiles host code with its headers.
 MINIMUM_NVCC = (12, 4)
 CPU, SM90, DIRECT = "flashmla_hf.libflashmla_cpu", "flashmla_hf.libflashmla_sm90", "flashmla_hf._direct"
-# Some compilers link their C++ runtime statically. Seen by others, it would be mixed with the one that torch has loaded, of
-# another release, and the first exception would end the process.
-LOCAL_RUNTIME = ["-Wl,--exclude-libs,ALL"] if sys.platform == "linux" else []
+# Some compilers link their C++ runtime statically. If other libraries saw it, it would mix with the one that torch has loaded,
+# of another release, and the first exception would end the process. The unwinder must be the process's own: an exception of
+# ours passes through torch's frames, and an unwinder that never ran has no table of registers yet.
+LOCAL_RUNTIME = ["-Wl,--exclude-libs,ALL", "-lgcc_s"] if sys.platform == "linux" else []
 BACKENDS = {CPU: "cpu", SM90: "sm90", DIRECT: "direct"}  # directories of csrc
 
 
@@ -399,7 +400,7 @@ class BuildLibraries(build_ext):
         # The CUDA runtime is inside and exports nothing: torch's own, of whatever release, stays apart from it.
         return [*self._nvcc(), "-shared", "-cudart", "static", *objects, f"-L{directory}", f"-L{self.torch_dir / 'lib'}",
                 "-ltorch_cuda", "-ltorch_cpu", "-Xlinker", "-z", "-Xlinker", "defs",
-                "-Xlinker", "--exclude-libs=ALL"]  # fmt: skip
+                "-Xlinker", "--exclude-libs=ALL", "-lgcc_s"]  # fmt: skip
 
     def _write_manifest(self) -> None:
         """What was built, for ``python -m flashmla_hf doctor``."""

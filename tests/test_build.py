@@ -195,6 +195,29 @@ def refusal(build, function, *arguments):
     return str(error.value)
 
 
+@pytest.mark.parametrize("is_ours", [True, False], ids=["our link arguments", "without them"])
+def test_an_exception_reaches_torch_from_a_compiler_that_links_its_runtime_statically(build, tmp_path, is_ours):
+    """The library that throws is linked as ours, torch is played by one of the shared runtime that catches."""
+    (tmp_path / "throws.cpp").write_text(
+        '#include <stdexcept>\nextern "C" void throws() { throw std::runtime_error("refused"); }\n'
+    )
+    (tmp_path / "catches.cpp").write_text(
+        '#include <exception>\nextern "C" int catches(void (*call)()) {\n'
+        "  try { call(); } catch (const std::exception&) { return 7; }\n  return 0;\n}\n"
+    )
+    ours = ["-static-libstdc++", "-static-libgcc", "-Wl,--as-needed", *(build.LOCAL_RUNTIME if is_ours else [])]
+    for name, arguments in (("throws", ours), ("catches", [])):
+        command = ["g++", "-shared", "-fPIC", str(tmp_path / f"{name}.cpp"), "-o", str(tmp_path / f"{name}.so")]
+        subprocess.run([*command, *arguments], check=True)
+    program = (
+        "import ctypes\n"
+        "throws, catches = (ctypes.CDLL(f'./{name}.so') for name in ('throws', 'catches'))\n"
+        "print(catches.catches(throws.throws))\n"
+    )
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=tmp_path)
+    assert (result.stdout.strip() == "7") == is_ours, result.stderr
+
+
 @pytest.mark.parametrize("listed", ["9.0", "9.0a", "9.0+PTX", "Hopper", " 9.0a; ", ""])
 def test_an_architecture_list_with_hopper_is_silent(build, monkeypatch, capsys, listed):
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", listed)
