@@ -16,15 +16,15 @@ _PUBLIC = {
     "attention": "flashmla_hf.dispatch",
     "flash_attn_func": "flashmla_hf.dispatch",
     "flash_attn_varlen_func": "flashmla_hf.dispatch",
-    "register": "flashmla_hf.hf_register",
-    "check": "flashmla_hf.hf_check",
+    "register": "flashmla_hf.hf.register",
+    "check": "flashmla_hf.hf.check",
     "patch": "flashmla_hf.patches",
     "unpatch": "flashmla_hf.patches",
     "DEFAULT_PATCHES": "flashmla_hf.patches",
     "PATCHES": "flashmla_hf.patches",
     "PATCH_OPTIONS": "flashmla_hf.patches",
 }
-_WITHOUT_TRANSFORMERS = {"flashmla_hf.dispatch", "flashmla_hf.hf_check"}
+_WITHOUT_TRANSFORMERS = {"flashmla_hf.dispatch", "flashmla_hf.hf.check"}
 __all__ = ["__version__", *_PUBLIC]
 
 

@@ -18,7 +18,7 @@ import sys
 
 # The last module that registration needs: it imports the mask and flash modules before it.
 _TRIGGER = "transformers.modeling_utils"
-_REGISTRATION = "flashmla_hf.hf_register"
+_REGISTRATION = "flashmla_hf.hf.register"
 
 
 class _Hook(importlib.abc.MetaPathFinder):
@@ -110,7 +110,7 @@ def _register() -> None:
 def _refuse_our_names(reason: str, cause: Exception) -> None:
     """Models that are built with, or switched to, one of our names raise ``reason``. Without this, Transformers would say
     that it finds no flash attention of that name. Only what no release of Transformers can leave out is wrapped."""
-    from flashmla_hf.hf_names import is_ours
+    from flashmla_hf.hf.names import is_ours
 
     def refuse(implementation) -> None:
         asked = implementation.values() if isinstance(implementation, dict) else [implementation]

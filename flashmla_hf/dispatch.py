@@ -31,7 +31,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from flashmla_hf import flex, ops, reference
+from flashmla_hf import ops, reference
+from flashmla_hf.backends import flex
 from flashmla_hf.ops import dtype_name
 
 logger = logging.getLogger("flashmla_hf")

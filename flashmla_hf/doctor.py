@@ -236,11 +236,11 @@ def _examine_transformers(problems: list[str]) -> dict:
         return state
     try:
         # Importing it registers.
-        from flashmla_hf import hf_register
+        from flashmla_hf.hf import register
 
-        known = hf_register.modeling_utils.ALL_ATTENTION_FUNCTIONS
-        state["registered names"] = [name for name in hf_register.NAMES if name in known]
-        missing = [name for name in hf_register.NAMES if name not in known]
+        known = register.modeling_utils.ALL_ATTENTION_FUNCTIONS
+        state["registered names"] = [name for name in register.NAMES if name in known]
+        missing = [name for name in register.NAMES if name not in known]
         if missing:
             problems.append(f"attn_implementation {missing} is not registered with Transformers")
     except Exception as error:  # a Transformers we do not know: report it, do not die of it

@@ -92,9 +92,9 @@ def test_registration_is_reported(report):
 
 def test_an_unregistered_name_is_a_problem(monkeypatch):
     pytest.importorskip("transformers")
-    from flashmla_hf import hf_register
+    from flashmla_hf.hf import register
 
-    monkeypatch.setattr(hf_register.modeling_utils, "ALL_ATTENTION_FUNCTIONS", dict.fromkeys(hf_register.NAMES[1:]))
+    monkeypatch.setattr(register.modeling_utils, "ALL_ATTENTION_FUNCTIONS", dict.fromkeys(register.NAMES[1:]))
     problems = []
     doctor._examine_transformers(problems)
     assert problems == ["attn_implementation ['flashmla'] is not registered with Transformers"]

@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 from torch._dynamo.backends.debugging import aot_eager
 
 import flashmla_hf
-from flashmla_hf import flex, reference
+from flashmla_hf import reference
+from flashmla_hf.backends import flex
 from flashmla_hf.reference import visible_keys
 
 

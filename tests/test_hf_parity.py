@@ -166,7 +166,7 @@ def _unmasked(call):
         return replace(call, attn_mask=torch.ones_like(call.attn_mask, dtype=torch.bool))
     if call.cu_seqlens_q is None or call.cu_seqlens_q.numel() < 5 * families.BATCH:
         return call
-    # Five sequences per row (hf_layout): keep the rows, forget the ranges in them.
+    # Five sequences per row (boundaries.py): keep the rows, forget the ranges in them.
     q, kv = call.cu_seqlens_q, call.cu_seqlens_kv
     per_row = (q.numel() - 1) // families.BATCH
     return replace(call, cu_seqlens_q=q[::per_row].contiguous(), cu_seqlens_kv=kv[::per_row].contiguous())

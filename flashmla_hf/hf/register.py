@@ -1,6 +1,6 @@
 """Registration with Transformers, and everything of it that is private or differs between its releases.
 
-A new release of Transformers is checked against this file and :mod:`hf_paged`. Checked against 5.17, 5.23 and 5.24.
+A new release of Transformers is checked against this file and :mod:`paged`. Checked against 5.17, 5.23 and 5.24.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from collections.abc import Iterator
 from transformers import modeling_flash_attention_utils, modeling_utils
 from transformers.masking_utils import AttentionMaskInterface
 
-from flashmla_hf import hf, hf_check, hf_masks
 from flashmla_hf.dispatch import flash_attn_func, flash_attn_varlen_func
-from flashmla_hf.hf_names import KERNEL_NAME, NAME, NAMES, PAGED_PREFIX, is_ours
+from flashmla_hf.hf import check, forward, masks
+from flashmla_hf.hf.names import KERNEL_NAME, NAME, NAMES, PAGED_PREFIX, is_ours
 
 
 def _wrap_lazy_imports(original):
@@ -71,9 +71,9 @@ def _wrap_get_correct(original):
 
 
 def _must_run_with_eager(model: modeling_utils.PreTrainedModel, implementation: str) -> bool:
-    reason = hf_check.reason_for_eager(type(model), model.config) or _reason_by_classes(type(model))
+    reason = check.reason_for_eager(type(model), model.config) or _reason_by_classes(type(model))
     if reason is not None:
-        hf._warn_once(
+        forward._warn_once(
             f"flashmla: {reason}. attn_implementation={implementation!r} has no effect there: "
             '"eager" is used. flashmla_hf.check(model) lists the layers.'
         )
@@ -127,7 +127,7 @@ def _provide_flash_path(model_class: type) -> None:
     Dictionaries of classes get our names."""
     forward = modeling_flash_attention_utils._flash_attention_forward
     for cls in _model_classes(model_class):
-        if hf_check.uses_flash_path(cls):
+        if check.uses_flash_path(cls):
             vars(sys.modules[cls.__module__]).setdefault("_flash_attention_forward", forward)
     for _, classes in _class_dictionaries(model_class):
         for ours in NAMES:
@@ -154,10 +154,10 @@ def register() -> None:
             if not hasattr(original, "_flashmla_wraps"):
                 setattr(owner, name, wrap(original))
         for name in NAMES:
-            AttentionMaskInterface.register(name, hf_masks.flashmla_mask)
-            modeling_utils.AttentionInterface.register(name, hf.attention_forward)
+            AttentionMaskInterface.register(name, masks.flashmla_mask)
+            modeling_utils.AttentionInterface.register(name, forward.attention_forward)
             # The paged names get no mask function, as in Transformers: continuous batching then builds no mask at all.
-            modeling_utils.AttentionInterface.register(PAGED_PREFIX + name, hf.attention_forward)
+            modeling_utils.AttentionInterface.register(PAGED_PREFIX + name, forward.attention_forward)
 
 
 # Whoever imports this module wants that; the import hook of autoload.py relies on it.

@@ -30,7 +30,8 @@ import torch
 from torch.utils import _pytree as pytree
 from transformers import masking_utils, modeling_utils
 
-from flashmla_hf import hf_layout, ops
+from flashmla_hf import ops
+from flashmla_hf.hf import boundaries
 
 # The building blocks of transformers.masking_utils by the names of their closures.
 _CAUSAL = "causal_mask_function"
@@ -360,7 +361,7 @@ def flashmla_mask(
         size = (batch_size, 1, q_length, kv_length)
         return LazyMask(pattern, size, dtype, torch.empty(0, device=device))
     mask = masking_utils.sdpa_mask(**arguments, allow_is_causal_skip=False, allow_is_bidirectional_skip=False)
-    mask = hf_layout.adopt(_in_dtype(mask, dtype))
+    mask = boundaries.adopt(_in_dtype(mask, dtype))
     if pattern is not None:
         setattr(mask, _ATTRIBUTE, pattern)
     return mask
@@ -391,7 +392,7 @@ def _pattern(conditions: _Conditions, arguments: dict) -> Pattern | None:
     padding = None
     if attention_mask is not None:
         padding = _padding(attention_mask, kv_offset, num_keys)
-        if ops.values_are_readable(padding) and hf_layout.key_ranges(padding).uniform == (0, num_keys):
+        if ops.values_are_readable(padding) and boundaries.key_ranges(padding).uniform == (0, num_keys):
             padding = None
     segments = None
     if conditions.chunk is not None and kv_offset + num_keys > conditions.chunk:
@@ -404,7 +405,7 @@ def _pattern(conditions: _Conditions, arguments: dict) -> Pattern | None:
         elif not is_tracing():
             return None  # Transformers packs without a cache only; while compiling the condition is a guess
     if padding is None and num_keys != kv_length:
-        padding = hf_layout.adopt(
+        padding = boundaries.adopt(
             torch.ones(arguments["batch_size"], num_keys, dtype=torch.bool, device=arguments["device"])
         )
     return Pattern(conditions.is_causal, conditions.window, padding, segments)
@@ -414,7 +415,7 @@ def _padding(attention_mask: torch.Tensor, kv_offset: int, kv_length: int) -> to
     """Bool [batch, kv_length]: the part of the padding mask that the keys of this layer are; beyond its end is
     padding."""
     padding = masking_utils.prepare_padding_mask(attention_mask, kv_length, kv_offset)
-    return hf_layout.adopt(padding[:, kv_offset : kv_offset + kv_length])
+    return boundaries.adopt(padding[:, kv_offset : kv_offset + kv_length])
 
 
 def _segments(arguments: dict) -> torch.Tensor:
@@ -427,4 +428,4 @@ def _segments(arguments: dict) -> torch.Tensor:
     )
     is_same = arguments["mask_function"](batch, head, query, key).expand(arguments["batch_size"], -1)
     number = (~is_same).cumsum(-1, dtype=torch.int32) + 1
-    return hf_layout.adopt(torch.nn.functional.pad(number, (1, 0), value=1))
+    return boundaries.adopt(torch.nn.functional.pad(number, (1, 0), value=1))

@@ -2,9 +2,9 @@
 
 :func:`attention_forward` is what the attention layers of a model call. It turns Transformers' calling convention
 (masks, window conventions, packed rows, caches, autocast) into one call of :func:`flashmla_hf.attention`.
-Beside it: :mod:`hf_register` gives it to Transformers under its names, :mod:`hf_masks` makes the masks,
-:mod:`hf_layout` turns them into what the kernel takes, :mod:`hf_paged` reads the caches of continuous batching,
-:mod:`hf_check` tells which layers of a model use the kernel.
+Beside it: :mod:`register` gives it to Transformers under its names, :mod:`masks` makes the masks,
+:mod:`boundaries` turns them into what the kernel takes, :mod:`paged` reads the caches of continuous batching,
+:mod:`check` tells which layers of a model use the kernel.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ import warnings
 
 import torch
 
-from flashmla_hf import hf_check, hf_layout, hf_masks, hf_paged, ops, reference
+from flashmla_hf import ops, reference
 from flashmla_hf.dispatch import attention
+from flashmla_hf.hf import boundaries, check, masks, paged
 
 _warned: set[str] = set()
 
@@ -57,7 +58,7 @@ def attention_forward(
             three as autocast leaves it.
         key, value: [batch, heads_kv, seqlen_kv, head_dim_qk or head_dim_v]; heads not repeated. A static cache hands
             over all its rows.
-        attention_mask: a mask of :mod:`hf_masks`, or a user's [batch, 1 or heads_q, seqlen_q, seqlen_kv], boolean (true
+        attention_mask: a mask of :mod:`masks`, or a user's [batch, 1 or heads_q, seqlen_q, seqlen_kv], boolean (true
             keeps) or additive. Either is all there is to say: no causal mask or window is put on top. Or key padding
             [batch, seqlen_kv], bool or any number that is not 0 for a real token, from models that go around the mask
             layer.
@@ -74,7 +75,7 @@ def attention_forward(
         max_length_q, max_length_k: the longest packed sequences, or tensors of them.
         output_attentions: also return the weights, computed exactly outside the kernel, with one warning.
         deterministic: as in :func:`flashmla_hf.attention`; ``None`` and ``False`` leave it to torch's switches.
-        **kwargs: the arguments of continuous batching (:mod:`hf_paged`), and whatever else a model hands down.
+        **kwargs: the arguments of continuous batching (:mod:`paged`), and whatever else a model hands down.
 
     Returns:
         ``(out, weights)``: out [batch, seqlen_q, heads_q, head_dim_v]; weights [batch, heads_q, seqlen_q, seqlen_kv] in
@@ -85,7 +86,7 @@ def attention_forward(
         selected: to ignore them would be silently wrong). NotImplementedError: active context parallelism, or DTensor
         inputs. Everything :func:`flashmla_hf.attention` raises.
     """
-    gathered = hf_paged.gather(module, key, value, cu_seq_lens_k, max_length_q, max_length_k, kwargs)
+    gathered = paged.gather(module, key, value, cu_seq_lens_k, max_length_q, max_length_k, kwargs)
     if gathered is not None:
         key, value, cu_seq_lens_k, max_length_q, max_length_k = gathered
         attention_mask = None  # the boundaries say everything
@@ -103,7 +104,7 @@ def attention_forward(
     q, k, v = (x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous() for x in (q, k, v))
 
     is_causal, window = _without_mask(module, is_causal, sliding_window, is_paged=gathered is not None)
-    pattern, mask = _read_mask(module, attention_mask, hf_masks.Pattern(is_causal, window), q, k.shape[1])
+    pattern, mask = _read_mask(module, attention_mask, masks.Pattern(is_causal, window), q, k.shape[1])
     options = {
         "scale": scaling,
         "softcap": float(softcap or 0.0),
@@ -111,12 +112,12 @@ def attention_forward(
         "deterministic": True if deterministic else None,
     }
     if cu_seq_lens_q is not None and cu_seq_lens_k is not None and pattern is not None:
-        boundaries = (hf_layout.as_boundaries(cu_seq_lens_q), hf_layout.as_boundaries(cu_seq_lens_k))
+        cu_seqlens = (boundaries.as_boundaries(cu_seq_lens_q), boundaries.as_boundaries(cu_seq_lens_k))
         if not output_attentions and position_bias is None:
             options |= {"is_causal": pattern.is_causal, "window": pattern.window}
             longest = (_as_int(max_length_q), _as_int(max_length_k))
-            return _packed(q, k, v, boundaries, longest, dropout_p=dropout, **options), None
-        segments = _segments_from_boundaries(module, q, k, *boundaries)
+            return _packed(q, k, v, cu_seqlens, longest, dropout_p=dropout, **options), None
+        segments = _segments_from_boundaries(module, q, k, *cu_seqlens)
         pattern = pattern._replace(padding=None, segments=segments)
     elif position_ids is not None and pattern is not None and (attention_mask is None or pattern.is_causal):
         pattern = _cut_by_positions(pattern, position_ids, q, k.shape[1])
@@ -140,7 +141,7 @@ def _without_mask(
     """
     if is_paged:  # continuous batching makes no masks, for causal models
         is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    elif not hf_masks.is_trusted(type(getattr(module, "config", None))):
+    elif not masks.is_trusted(type(getattr(module, "config", None))):
         return False, None
     elif is_causal is None:
         is_causal = getattr(module, "is_causal", False)
@@ -148,13 +149,13 @@ def _without_mask(
 
 
 def _read_mask(
-    module, mask, without_mask: hf_masks.Pattern, q, seqlen_kv: int
-) -> tuple[hf_masks.Pattern | None, torch.Tensor | None]:
+    module, mask, without_mask: masks.Pattern, q, seqlen_kv: int
+) -> tuple[masks.Pattern | None, torch.Tensor | None]:
     """``mask`` as a pattern, or, if only its numbers describe it, as 4-D mask. q [batch, seqlen_q, ...]."""
     if mask is None:
         return without_mask, None
-    pattern = hf_masks.pattern_of(mask)
-    if pattern == hf_masks.Pattern(False):
+    pattern = masks.pattern_of(mask)
+    if pattern == masks.Pattern(False):
         return pattern, None  # eager gets no mask there, which fits whatever length
     if pattern is not None and mask.shape[2] == q.shape[1] and mask.shape[3] == seqlen_kv:
         padding, segments = (
@@ -162,29 +163,29 @@ def _read_mask(
             for x in (pattern.padding, pattern.segments)
         )
         return pattern._replace(padding=padding, segments=segments), None
-    mask = _recognised(module, mask.dense() if isinstance(mask, hf_masks.LazyMask) else mask, q, seqlen_kv)
+    mask = _recognised(module, mask.dense() if isinstance(mask, masks.LazyMask) else mask, q, seqlen_kv)
     if mask.dim() == 2:
         return without_mask._replace(padding=mask), None
     if mask.dtype == torch.bool and mask.shape[1] == mask.shape[2] == 1:
         # The keys that every query sees: causal and window do not count any more.
-        padding = hf_layout.view_with_memo(mask, mask[:, 0, 0, :].expand(q.shape[0], -1))
-        return hf_masks.Pattern(False, None, padding), None
+        padding = boundaries.view_with_memo(mask, mask[:, 0, 0, :].expand(q.shape[0], -1))
+        return masks.Pattern(False, None, padding), None
     return None, mask
 
 
-def _cut_by_positions(pattern: hf_masks.Pattern, position_ids, q, seqlen_kv: int) -> hf_masks.Pattern:
+def _cut_by_positions(pattern: masks.Pattern, position_ids, q, seqlen_kv: int) -> masks.Pattern:
     """``pattern`` with the packed rows that only the positions tell: with a cache (the default outside Trainer) or a
     padding mask, Transformers' mask layer does not look for them."""
     num_keys = seqlen_kv if pattern.padding is None else pattern.padding.shape[1]
     if pattern.segments is not None or q.shape[1] != num_keys:
         return pattern
-    segments = hf_layout.segments_from_positions(
+    segments = boundaries.segments_from_positions(
         position_ids, q.shape[0], q.shape[1], pattern.is_causal, pattern.padding
     )
     return pattern if segments is None else pattern._replace(segments=segments)
 
 
-def _fused(q, k, v, pattern: hf_masks.Pattern, options) -> torch.Tensor | None:
+def _fused(q, k, v, pattern: masks.Pattern, options) -> torch.Tensor | None:
     """The kernel's answer for q, k, v [batch, seqlen, heads, dim]; ``None`` if it needs a dense mask."""
     seqlen_q = q.shape[1]
     padding = pattern.padding
@@ -192,14 +193,14 @@ def _fused(q, k, v, pattern: hf_masks.Pattern, options) -> torch.Tensor | None:
     if padding is None:
         if pattern.segments is None:
             return attention(q, k, v, **options)
-        return _packed(q, k, v, hf_layout.segment_boundaries(pattern.segments), (None, None), **options)
+        return _packed(q, k, v, boundaries.segment_boundaries(pattern.segments), (None, None), **options)
     k, v = k[:, : padding.shape[1]], v[:, : padding.shape[1]]
     seqlen_kv = k.shape[1]
-    ranges = hf_layout.key_ranges(padding)
+    ranges = boundaries.key_ranges(padding)
     if ranges.has_holes:
         return None
     if pattern.segments is not None:
-        return _packed(q, k, v, hf_layout.segment_boundaries(pattern.segments, padding), (None, None), **options)
+        return _packed(q, k, v, boundaries.segment_boundaries(pattern.segments, padding), (None, None), **options)
     queries_are_keys = pattern.is_causal or pattern.window is not None
     if queries_are_keys and seqlen_q > seqlen_kv:
         return None
@@ -208,11 +209,11 @@ def _fused(q, k, v, pattern: hf_masks.Pattern, options) -> torch.Tensor | None:
         start, end = ranges.uniform
         if not queries_are_keys or (end == seqlen_kv and start <= seqlen_kv - seqlen_q):
             return attention(q, k[:, start:end], v[:, start:end], **options)
-    boundaries = hf_layout.range_boundaries(ranges, seqlen_q, seqlen_kv, queries_are_keys)
-    return _packed(q, k, v, boundaries, (seqlen_q, seqlen_kv), **options)
+    cu_seqlens = boundaries.range_boundaries(ranges, seqlen_q, seqlen_kv, queries_are_keys)
+    return _packed(q, k, v, cu_seqlens, (seqlen_q, seqlen_kv), **options)
 
 
-def _packed(q, k, v, boundaries, longest, **options) -> torch.Tensor:
+def _packed(q, k, v, cu_seqlens, longest, **options) -> torch.Tensor:
     """Attention over flattened tokens. q [batch, seqlen_q, heads_q, dim] -> [batch, seqlen_q, heads_q, head_dim_v].
 
     Training and prefill without a cache keep tokens dense in memory, and a batch of one always does: flattening is a
@@ -222,8 +223,8 @@ def _packed(q, k, v, boundaries, longest, **options) -> torch.Tensor:
     packed = [x.squeeze(0) if x.shape[0] == 1 else x.flatten(0, 1) for x in (q, k, v)]
     out = attention(
         *packed,
-        cu_seqlens_q=boundaries[0],
-        cu_seqlens_kv=boundaries[1],
+        cu_seqlens_q=cu_seqlens[0],
+        cu_seqlens_kv=cu_seqlens[1],
         max_seqlen_q=longest[0],
         max_seqlen_kv=longest[1],
         **options,
@@ -290,7 +291,7 @@ def _segments_from_boundaries(module, q, k, cu_seqlens_q, cu_seqlens_kv) -> torc
             f"one packed row of equal query and key lengths, got query {[*q.shape]} and key {[*k.shape]} "
             "[batch, seqlen, heads, dim]"
         )
-    return hf_layout.segments_from_boundaries(cu_seqlens_q, q.shape[1])
+    return boundaries.segments_from_boundaries(cu_seqlens_q, q.shape[1])
 
 
 def _recognised(module, mask, q: torch.Tensor, seqlen_kv: int) -> torch.Tensor:
@@ -310,9 +311,9 @@ def _recognised(module, mask, q: torch.Tensor, seqlen_kv: int) -> torch.Tensor:
         mask = mask.expand(q.shape[0], -1)
     if mask.dim() == 2 and mask.dtype != torch.bool:
         # Models that go around the mask layer pass the tokenizer's mask of ones and zeros, in whatever dtype.
-        kept = hf_layout.memo(mask)
+        kept = boundaries.memo(mask)
         if "as bool" not in kept:
-            kept["as bool"] = hf_layout.adopt(mask != 0)
+            kept["as bool"] = boundaries.adopt(mask != 0)
         mask = kept["as bool"]
     if mask.shape[-1] <= seqlen_kv:
         return mask
@@ -322,9 +323,9 @@ def _recognised(module, mask, q: torch.Tensor, seqlen_kv: int) -> torch.Tensor:
         return cut
     if torch.compiler.is_compiling():
         return cut
-    kept, key = hf_layout.memo(mask), ("cut", seqlen_kv)
+    kept, key = boundaries.memo(mask), ("cut", seqlen_kv)
     if key not in kept:
-        kept[key] = hf_layout.adopt(cut.clone())
+        kept[key] = boundaries.adopt(cut.clone())
     return kept[key]
 
 
@@ -338,7 +339,7 @@ def _window(module, is_causal: bool, sliding_window: int | None) -> tuple[int, i
     # + 1. The mask that eager follows is |i - j| <= config.sliding_window. Layers that pass the config's value as it
     # is (the encoder of T5Gemma; causal models switched to is_causal=False) are off by one under Transformers' flash
     # path.
-    is_config_value = sliding_window == hf_masks.attribute(getattr(module, "config", None), "sliding_window")
+    is_config_value = sliding_window == masks.attribute(getattr(module, "config", None), "sliding_window")
     reach = sliding_window if is_config_value else sliding_window - 1
     return (reach, reach)
 
@@ -371,8 +372,8 @@ def _refuse_unknown(module, kwargs: dict) -> None:
     eager's attention function ignores it.
     """
     for name, given in kwargs.items():
-        if given is not None and hf_check.is_about_attention(type(module), name):
-            model = hf_masks.attribute(getattr(module, "config", None), "model_type") or "unknown"
+        if given is not None and check.is_about_attention(type(module), name):
+            model = masks.attribute(getattr(module, "config", None), "model_type") or "unknown"
             raise ValueError(
                 f"flashmla: {type(module).__name__} of model type {model!r} passes the argument {name!r}, which this "
                 "attention does not know; ignoring it could be silently wrong (sparse models pass their selected keys "

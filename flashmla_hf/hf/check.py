@@ -19,13 +19,13 @@ from types import CodeType
 
 import torch
 
-from flashmla_hf import hf_names
+from flashmla_hf.hf.names import is_ours
 
 _INTERFACE = "ALL_ATTENTION_FUNCTIONS"
 _FLASH_PATH = "_flash_attention_forward"
 # Arguments by which sparse models and paged caches tell an attention function which keys to read.
 _SELECTING_KWARGS = {"indices", "block_indices", "sinks", "block_table"}
-# What the calls of attention layers may name: the parameters of hf.attention_forward.
+# What the calls of attention layers may name: the parameters of hf.forward.attention_forward.
 HONOURED_KWARGS = frozenset(
     {
         "module", "query", "key", "value", "attention_mask", "dropout", "scaling", "is_causal", "sliding_window",
@@ -124,7 +124,7 @@ def _verdict(module: torch.nn.Module) -> tuple[bool, str]:
     implementation = getattr(config, "_attn_implementation", None)
     if implementation == "eager" and (reason := _module_reason(type(module).__module__, config)) is not None:
         return False, f"{reason}; 'eager' is used"
-    if not hf_names.is_ours(implementation):
+    if not is_ours(implementation):
         return False, f'its attn_implementation is {implementation!r}; set_attn_implementation("flashmla") changes it'
     if unknown := sorted(_keywords_passed(type(module)) - HONOURED_KWARGS):
         return False, f"it passes {', '.join(unknown)}, which is refused with an error"
@@ -179,7 +179,7 @@ def _names_used(cls: type) -> frozenset[str]:
 
 @torch.compiler.assume_constant_result
 def is_about_attention(layer_class: type, name: str) -> bool:
-    """Whether ``name``, an argument that :func:`flashmla_hf.hf.attention_forward` does not know, may change the attention
+    """Whether ``name``, an argument unknown to :func:`flashmla_hf.hf.forward.attention_forward`, may change the attention
     of a layer: it selects keys, the layer itself names it in its call, or eager's attention function beside it does."""
     return name in _SELECTING_KWARGS or name in _keywords_passed(layer_class) or name in _eager_arguments(layer_class)
 

@@ -9,7 +9,7 @@ the keys of all sequences depends on the release:
 
 In decoding Transformers may hand over a block table in place of gathered keys. It does so only if it finds a
 ``flash_attn_with_kvcache`` under the model's name, and for our names it is told that there is none
-(:mod:`hf_register`). A block table that comes all the same is refused.
+(:mod:`register`). A block table that comes all the same is refused.
 """
 
 from __future__ import annotations
