@@ -23,8 +23,9 @@ from pathlib import Path
 import torch
 
 import flashmla_hf
-from flashmla_hf import ops, reference
-from flashmla_hf.dispatch import IMPLEMENTATIONS, Call
+from flashmla_hf import direct, libraries, reference
+from flashmla_hf.dispatch import IMPLEMENTATIONS
+from flashmla_hf.validation import Call
 
 PACKAGES = ("flashmla_hf", "torch", "triton", "transformers", "accelerate", "peft", "trl")
 
@@ -115,15 +116,15 @@ def _built(problems: list[str]) -> dict:
             problems.append(f"{manifest} is not JSON ({error}): reinstall flashmla_hf")
     built["libraries"] = {}
     absent = {"sm90": "no_cuda", "direct": "no_direct"}  # where the manifest says why
-    for name, filename in (*ops.LIBRARIES.values(), ("direct", ops.DIRECT)):
+    for name, filename in (*libraries.LIBRARIES.values(), ("direct", direct.FILENAME)):
         exists = (directory / filename).exists()
-        built["libraries"][filename] = ops.unavailable.get(name, "loaded")
+        built["libraries"][filename] = libraries.unavailable.get(name, "loaded")
         if not exists and built["manifest"] and built["manifest"].get(absent.get(name)):
             built["libraries"][filename] += f": {built['manifest'][absent[name]]}"
         # A torch without CUDA has no use for the CUDA library: one wheel is for both.
-        is_off = name == "direct" and not ops.is_tested_torch()  # by choice
-        if exists and name in ops.unavailable and not is_off and (name != "sm90" or torch.version.cuda):
-            problems.append(f"{ops.unavailable[name]}; reinstall flashmla_hf into this environment")
+        is_off = name == "direct" and not direct.is_tested_torch()  # by choice
+        if exists and name in libraries.unavailable and not is_off and (name != "sm90" or torch.version.cuda):
+            problems.append(f"{libraries.unavailable[name]}; reinstall flashmla_hf into this environment")
     # Defined by the CPU library; raises where FLASHMLA_CPU_ISA names what this CPU lacks.
     built["cpu instruction set"] = None
     if hasattr(torch.ops.flashmla, "cpu_isa"):
@@ -138,8 +139,8 @@ def _examine_implementation(name: str, problems: list[str]) -> dict:
     device = "cpu" if name == "cpu" else "cuda"
     if device == "cuda" and not torch.cuda.is_available():
         return {"available": False, "reason": "no GPU that torch can use", "self-tests": []}
-    if name == "cpu" and name in ops.unavailable:
-        problems.append(f"{ops.unavailable[name]}: reinstall flashmla_hf where a C++17 compiler is present")
+    if name == "cpu" and name in libraries.unavailable:
+        problems.append(f"{libraries.unavailable[name]}: reinstall flashmla_hf where a C++17 compiler is present")
     dtypes = (torch.bfloat16,) if device == "cuda" else (torch.float32, torch.bfloat16)
     tests = []
     for dtype in dtypes:
@@ -165,7 +166,7 @@ def _example(dtype: torch.dtype, device: str) -> Call:
     return Call(
         q=q, k=k, v=v, sinks=None, attn_mask=None, cu_seqlens_q=None, cu_seqlens_kv=None, max_seqlen_q=q.shape[1],
         max_seqlen_kv=k.shape[1], scale=0.125, window_left=200, window_right=0, softcap=0.0, dropout_p=0.0,
-        deterministic=False, return_lse=False,
+        deterministic=False, return_lse=False, impl=None,
     )  # fmt: skip
 
 

@@ -15,7 +15,7 @@ from itertools import pairwise
 
 import torch
 
-from flashmla_hf import ops
+from flashmla_hf.torch_state import has_transforms, is_functionalizing, values_are_readable, without_autocast
 
 
 def visible_keys(
@@ -70,9 +70,9 @@ def _sum_over_visible(a: torch.Tensor, b: torch.Tensor, visible: torch.Tensor | 
 def can_read(x: torch.Tensor) -> bool:
     """Whether a decision may depend on values of x: not while something traces, transforms, fakes, watches or captures."""
     return (
-        ops.values_are_readable(x)
+        values_are_readable(x)
         and type(x) in (torch.Tensor, torch.nn.Parameter)
-        and not ops.has_transforms()
+        and not has_transforms()
         and torch._C._len_torch_dispatch_stack() == 0
     )
 
@@ -93,7 +93,7 @@ class _Product(_OverVisible):
 
     @staticmethod
     def forward(a, b, visible):
-        with ops.without_autocast(a.device):
+        with without_autocast(a.device):
             return _sum_over_visible(a, b, visible)
 
     @staticmethod
@@ -123,7 +123,7 @@ class _Scores(_OverVisible):
 
     @staticmethod
     def forward(a, b, visible):
-        with ops.without_autocast(a.device):
+        with without_autocast(a.device):
             scores = a @ b.mT
         return scores if visible is None else scores.masked_fill(~visible, 0.0)
 
@@ -153,7 +153,7 @@ class _Scores(_OverVisible):
 def _applied(function: type[torch.autograd.Function], a, b, visible) -> torch.Tensor:
     """Dynamo and functionalize take no such functions: there autograd goes through the forward pass (the values are the
     same; a gradient that is not finite may reach what is hidden from its row)."""
-    if torch.compiler.is_compiling() or ops.is_functionalizing():
+    if torch.compiler.is_compiling() or is_functionalizing():
         return function.forward(a, b, visible)
     return function.apply(a, b, visible)
 
@@ -239,7 +239,7 @@ def attention(
     Source: Vaswani et al. 2017, equation 1; attention sinks as in GPT-OSS; softcap as in Gemma 2.
     """
     options = (scale, window_left, window_right, softcap, dropout_p)
-    with ops.without_autocast(q.device):
+    with without_autocast(q.device):
         if cu_seqlens_q is not None:
             return _packed_attention(q, k, v, sinks, cu_seqlens_q, cu_seqlens_kv, options)
         out, lse, weights = _sequence_attention(q, k, v, sinks, attn_mask, *options)

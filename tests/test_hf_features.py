@@ -18,6 +18,7 @@ transformers = pytest.importorskip("transformers")
 pytestmark = pytest.mark.skipif(not hf_support.is_built(), reason="the kernel of this device is not built")
 transformers.logging.set_verbosity_error()
 
+from flashmla_hf import notices  # noqa: E402
 from flashmla_hf.hf import forward  # noqa: E402
 
 # On a GPU the attention is FlexAttention, which exists compiled by inductor only.
@@ -261,7 +262,7 @@ def test_attention_weights_are_those_of_eager(name, monkeypatch):
     eager, ours = pair(name)
     padding = next(p for p in ("right", "left", "none") if p in FAMILY[name].paddings)
     batch = families.inputs(FAMILY[name], padding, DEVICE)
-    monkeypatch.setattr(forward, "_warned", set())
+    monkeypatch.setattr(notices, "_warned", set())
     with pytest.warns(UserWarning, match="output_attentions=True is answered exactly"), torch.no_grad():
         got = ours(**batch, output_attentions=True)
     with torch.no_grad():

@@ -33,6 +33,7 @@ from transformers import modeling_flash_attention_utils, modeling_utils  # noqa:
 from transformers.integrations import hub_kernels  # noqa: E402
 from transformers.utils.generic import is_flash_attention_requested  # noqa: E402
 
+from flashmla_hf import notices  # noqa: E402
 from flashmla_hf.hf import check, forward, names  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
@@ -416,7 +417,7 @@ def test_a_submodel_that_computes_attention_itself_goes_to_eager_when_its_model_
     """``set_attn_implementation`` asks submodels through another method than the model itself."""
     bloom = transformers.BloomConfig(vocab_size=64, hidden_size=32, n_layer=1, n_head=4)
     inner = transformers.BloomForCausalLM._from_config(bloom, attn_implementation="eager")
-    forward._warned.clear()
+    notices._warned.clear()
     with pytest.warns(UserWarning, match="compute attention by themselves"):
         assert inner.get_correct_attn_implementation("flashmla") == "eager"
 

@@ -18,9 +18,9 @@ import families
 import hf_support
 import pytest
 import torch
-from counting import counted_calls
+from counting import counted_calls, standing_in
 from families import FAMILIES
-from hf_support import DEVICE, TOLERANCE, close, dispatch, kernel_calls
+from hf_support import DEVICE, TOLERANCE, close, kernel_calls
 
 transformers = pytest.importorskip("transformers")
 pytestmark = pytest.mark.skipif(not hf_support.is_built(), reason="the kernel of this device is not built")
@@ -181,16 +181,10 @@ def test_wrong_attention_fails(family):
         padding = "none"
         if name == "mask ignored":
             padding = "left" if "left" in family.paddings else "right"
-        saved = dict(dispatch.IMPLEMENTATIONS)
-        for impl, implementation in saved.items():
-            run = functools.partial(_wrong_calls()[name], run=implementation.run)
-            dispatch.IMPLEMENTATIONS[impl] = replace(implementation, run=run)
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                got = step(ours, family, padding)
-        finally:
-            dispatch.IMPLEMENTATIONS.update(saved)
+        wrong = _wrong_calls()[name]
+        with standing_in(lambda _, call, run, wrong=wrong: wrong(call, run)), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            got = step(ours, family, padding)
         assert "logits" in differences(got, expected(family, padding)), f"attention with {name} passes the comparison"
         record(family, f"fails with {name}")
 

@@ -18,6 +18,7 @@ from families import FAMILIES
 from hf_support import DEVICE, close, kernel_calls
 
 import flashmla_hf
+from flashmla_hf import notices
 
 transformers = pytest.importorskip("transformers")
 transformers.logging.set_verbosity_error()
@@ -128,12 +129,11 @@ def bloom(attn_implementation="flashmla"):
 
 
 def test_a_model_that_never_asks_for_an_implementation_warns_at_load(monkeypatch):
-    from flashmla_hf.hf import forward
 
-    monkeypatch.setattr(forward, "_warned", set())
+    monkeypatch.setattr(notices, "_warned", set())
     with pytest.warns(UserWarning, match="BloomForCausalLM compute attention by themselves"):
         bloom()
-    monkeypatch.setattr(forward, "_warned", set())
+    monkeypatch.setattr(notices, "_warned", set())
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         tiny_llama()

@@ -11,8 +11,8 @@ ROOT = Path(__file__).resolve().parent.parent
 # Top to bottom, by the first part of a module's name. A module may import modules of its own layer and of those below.
 LAYERS = [
     {"__init__", "__main__", "doctor", "autoload", "hf", "patches"},
-    {"dispatch", "backends", "reference"},
-    {"ops"},
+    {"dispatch", "flash_attn_api", "backends", "backend", "validation", "notices", "reference"},
+    {"ops", "direct", "recompute_cache", "libraries", "torch_state"},
 ]
 MAY_IMPORT_TRANSFORMERS = {"hf.masks", "hf.paged", "hf.register", "patches"}
 

@@ -30,7 +30,7 @@ from dataclasses import dataclass, field
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from flashmla_hf.ops import values_are_readable
+from flashmla_hf.torch_state import values_are_readable
 
 # Under torch.compile the number of packed sequences is data, the shape of cu_seqlens is not: room is made for this many
 # sequences, the unused ones empty. Running out raises (see segment_boundaries), it is never silently wrong.

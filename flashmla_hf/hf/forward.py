@@ -10,21 +10,14 @@ Beside it: :mod:`register` gives it to Transformers under its names, :mod:`masks
 from __future__ import annotations
 
 import sys
-import warnings
 
 import torch
 
-from flashmla_hf import ops, reference
+from flashmla_hf import reference
 from flashmla_hf.dispatch import attention
 from flashmla_hf.hf import boundaries, check, masks, paged
-
-_warned: set[str] = set()
-
-
-def _warn_once(message: str) -> None:
-    if message not in _warned and not torch.compiler.is_compiling():
-        _warned.add(message)
-        warnings.warn(message, stacklevel=3)
+from flashmla_hf.notices import warn_once
+from flashmla_hf.torch_state import values_are_readable
 
 
 def attention_forward(
@@ -246,9 +239,10 @@ def _dense(module, q, k, v, pattern, mask, position_bias, dropout, wants_weights
             is_same = pattern.segments[:, None, :, None] == pattern.segments[:, None, None, :]
             mask = is_same if mask is None else mask & is_same
     if position_bias is not None:
-        _warn_once(
+        warn_once(
             f"flashmla: {type(module).__name__} adds a position_bias to its scores. This is computed exactly, but "
-            "not by the fused kernel: memory grows with seqlen_q * seqlen_kv."
+            "not by the fused kernel: memory grows with seqlen_q * seqlen_kv.",
+            stacklevel=3,
         )
         bias = position_bias[..., : k.shape[1]].to(q.dtype)
         if mask is None:
@@ -261,9 +255,10 @@ def _dense(module, q, k, v, pattern, mask, position_bias, dropout, wants_weights
         # Models call .view on what comes back.
         return attention(q, k, v, attn_mask=mask, dropout_p=dropout, **options).contiguous(), None
 
-    _warn_once(
+    warn_once(
         "flashmla: output_attentions=True is answered exactly, but not by the fused kernel, which never holds the "
-        "weights: memory grows with seqlen_q * seqlen_kv."
+        "weights: memory grows with seqlen_q * seqlen_kv.",
+        stacklevel=3,
     )
     window = options["window"] or (-1, -1)
     out, _, weights = reference.attention(
@@ -361,7 +356,7 @@ def _one_dtype(query, key, value):
 def _as_int(length: int | torch.Tensor | None) -> int | None:
     """A length Python knows, or ``None`` (then the packed length is the bound): never a synchronisation."""
     if isinstance(length, torch.Tensor):
-        return int(length) if length.device.type == "cpu" and ops.values_are_readable(length) else None
+        return int(length) if length.device.type == "cpu" and values_are_readable(length) else None
     return length
 
 

@@ -30,8 +30,8 @@ import torch
 from torch.utils import _pytree as pytree
 from transformers import masking_utils, modeling_utils
 
-from flashmla_hf import ops
 from flashmla_hf.hf import boundaries
+from flashmla_hf.torch_state import values_are_readable
 
 # The building blocks of transformers.masking_utils by the names of their closures.
 _CAUSAL = "causal_mask_function"
@@ -380,7 +380,7 @@ def _pattern(conditions: _Conditions, arguments: dict) -> Pattern | None:
     if isinstance(q_offset, torch.Tensor) and is_positional:
         # Static caches count their tokens in a tensor. The kernel reads keys up to a length known to Python, so either
         # look (one synchronisation per forward), or describe the keys of a single query by values: the compiled decode.
-        if not ops.values_are_readable(q_offset):
+        if not values_are_readable(q_offset):
             return None
         q_offset = int(q_offset)
     # Keys past the last query are seen by nobody in a causal row: the unused end of a static cache.
@@ -392,7 +392,7 @@ def _pattern(conditions: _Conditions, arguments: dict) -> Pattern | None:
     padding = None
     if attention_mask is not None:
         padding = _padding(attention_mask, kv_offset, num_keys)
-        if ops.values_are_readable(padding) and boundaries.key_ranges(padding).uniform == (0, num_keys):
+        if values_are_readable(padding) and boundaries.key_ranges(padding).uniform == (0, num_keys):
             padding = None
     segments = None
     if conditions.chunk is not None and kv_offset + num_keys > conditions.chunk:

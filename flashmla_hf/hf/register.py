@@ -14,9 +14,10 @@ from collections.abc import Iterator
 from transformers import modeling_flash_attention_utils, modeling_utils
 from transformers.masking_utils import AttentionMaskInterface
 
-from flashmla_hf.dispatch import flash_attn_func, flash_attn_varlen_func
+from flashmla_hf.flash_attn_api import flash_attn_func, flash_attn_varlen_func
 from flashmla_hf.hf import check, forward, masks
 from flashmla_hf.hf.names import KERNEL_NAME, NAME, NAMES, PAGED_PREFIX, is_ours
+from flashmla_hf.notices import warn_once
 
 
 def _wrap_lazy_imports(original):
@@ -73,9 +74,10 @@ def _wrap_get_correct(original):
 def _must_run_with_eager(model: modeling_utils.PreTrainedModel, implementation: str) -> bool:
     reason = check.reason_for_eager(type(model), model.config) or _reason_by_classes(type(model))
     if reason is not None:
-        forward._warn_once(
+        warn_once(
             f"flashmla: {reason}. attn_implementation={implementation!r} has no effect there: "
-            '"eager" is used. flashmla_hf.check(model) lists the layers.'
+            '"eager" is used. flashmla_hf.check(model) lists the layers.',
+            stacklevel=3,
         )
     return reason is not None
 
