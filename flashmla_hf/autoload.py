@@ -40,7 +40,7 @@ class _Hook(importlib.abc.MetaPathFinder):
                     raise
                 _register()
 
-            spec.loader.exec_module = exec_module
+            spec.loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec
 
 

@@ -130,7 +130,7 @@ def attention(
             return output
     call = validate(*request, attn_mask)
     out, lse = IMPLEMENTATIONS[_choose(call)].run(call)
-    return (out, lse) if return_lse else out
+    return (out, lse) if return_lse else out  # type: ignore[return-value]
 
 
 def _is_deterministic(wanted: bool | None) -> bool:

@@ -19,6 +19,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -40,7 +41,7 @@ def examine() -> dict:
     """The whole report, made of str, int, float, bool, None, list and dict; ``problems`` is empty where all is well."""
     problems: list[str] = []
     versions = _versions()
-    report = {
+    report: dict[str, Any] = {
         "versions": versions,
         "newer than tested": _newer_than_tested(versions),
         "gpus": _gpus(),
@@ -71,8 +72,8 @@ def _versions() -> dict:
 def _newer_than_tested(versions: dict[str, str | None]) -> list[str]:
     """A sentence for each release that is newer than the tests have seen: no problem, but where to look first."""
 
-    def number(version: str) -> tuple[int, ...]:
-        return tuple(int(part) for part in re.findall(r"\d+", version)[:2])
+    def number(version: str | None) -> tuple[int, ...]:
+        return tuple(int(part) for part in re.findall(r"\d+", version or "")[:2])
 
     return [
         f"{name} {versions[name]} is newer than {newest}, the newest release that flashmla_hf {flashmla_hf.__version__} was "
@@ -142,7 +143,7 @@ def _examine_implementation(name: str, problems: list[str]) -> dict:
     if name == "cpu" and name in libraries.unavailable:
         problems.append(f"{libraries.unavailable[name]}: reinstall flashmla_hf where a C++17 compiler is present")
     dtypes = (torch.bfloat16,) if device == "cuda" else (torch.float32, torch.bfloat16)
-    tests = []
+    tests: list[dict] = []
     for dtype in dtypes:
         call = _example(dtype, device)
         reason = IMPLEMENTATIONS[name].refusal(call)
@@ -187,7 +188,11 @@ def _self_test(name: str, call: Call) -> dict:
         return [out.detach(), *torch.autograd.grad(out, inputs, dout.to(out.dtype))]
 
     def truth(q, k, v):
-        options = {"scale": call.scale, "window_left": call.window_left, "window_right": call.window_right}
+        options: dict[str, Any] = {
+            "scale": call.scale,
+            "window_left": call.window_left,
+            "window_right": call.window_right,
+        }
         return reference.attention(q, k, v, **options)[0]
 
     start = time.perf_counter()
@@ -203,12 +208,12 @@ def _self_test(name: str, call: Call) -> dict:
     eager = run(lambda q, k, v: _eager(q, k, v, call), *leaves)
     exact = run(truth, *(x.detach().double().requires_grad_() for x in leaves))
     for tensor, mine, theirs, ref in zip(("out", "dq", "dk", "dv"), got, eager, exact, strict=True):
-        error, allowed = ((x.double() - ref).abs().max().item() for x in (mine, theirs))
+        difference, allowed = ((x.double() - ref).abs().max().item() for x in (mine, theirs))
         # Besides twice eager's error, half a unit in the last place, which rounding the result costs anybody.
         allowed = 2 * allowed + 0.5 * torch.finfo(mine.dtype).eps * ref.abs().max().item()
-        result["errors"][tensor] = {"error": error, "allowed": allowed}
-        if result["failure"] is None and not error <= allowed:  # a NaN fails, too
-            result["failure"] = f"{tensor}: error {error:.2e} against float64, allowed {allowed:.2e}"
+        result["errors"][tensor] = {"error": difference, "allowed": allowed}
+        if result["failure"] is None and not difference <= allowed:  # a NaN fails, too
+            result["failure"] = f"{tensor}: error {difference:.2e} against float64, allowed {allowed:.2e}"
     return result
 
 
@@ -219,6 +224,7 @@ def _eager(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call) -> tor
     key, value = (x.transpose(1, 2).repeat_interleave(group, dim=1) for x in (k, v))
     scores = query @ key.transpose(-1, -2) * call.scale
     visible = reference.visible_keys(q.shape[1], k.shape[1], call.window_left, call.window_right, q.device)
+    assert visible is not None  # the call of _example has a window
     weights = torch.softmax(scores.masked_fill(~visible, -math.inf).float(), dim=-1).to(q.dtype)
     return (weights @ value).transpose(1, 2)
 
@@ -309,7 +315,7 @@ def _sections(report: dict) -> list[tuple[str, list[tuple[str, str, bool | None]
     # What is not there is not listed; why it is not stands beside the library.
     built_rows += plain({name: value for name, value in manifest.items() if value and not name.startswith("no_")})
 
-    implementations = []
+    implementations: list[tuple[str, str, bool | None]] = []
     for name, entry in report["implementations"].items():
         implementations.append(
             (name, "available" if entry["available"] else entry["reason"], entry["available"] or None)
@@ -324,7 +330,7 @@ def _sections(report: dict) -> list[tuple[str, list[tuple[str, str, bool | None]
 
     state = report["transformers"]
     names = state["registered names"]
-    transformers = [
+    transformers: list[tuple[str, str, bool | None]] = [
         (
             "attn_implementation",
             "Transformers is not installed" if names is None else ", ".join(names),

@@ -162,12 +162,12 @@ def _number(name: str, value: object) -> float:
 _LARGEST = sys.float_info.max  # an int may be larger
 
 
-def _integer(name: str, value: object, expected: str) -> int:
+def _integer(name: str, value: Any, expected: str) -> int:
     """An int of Python's, numpy's, a symbolic one, or one in a tensor."""
     if isinstance(value, torch.Tensor):  # some data collators hand a zero-dimensional tensor
         if value.dim() != 0 or value.dtype == torch.bool or value.is_floating_point() or value.is_complex():
             fail(TypeError, name, expected, f"a tensor {[*value.shape]} of {dtype_name(value.dtype)}")
-        return value.item()
+        return value.item()  # type: ignore[return-value]
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
         if isinstance(value, bool) or not hasattr(type(value), "__index__"):
             fail(TypeError, name, expected, repr(value))
@@ -192,7 +192,7 @@ def _resolve_window(window: object, is_causal: bool) -> tuple[int, int]:
 _FARTHEST = 2**62  # reaches every key, and fits the operators' 64 bits
 
 
-def _check_cu_seqlens(cu_seqlens_q: object, cu_seqlens_kv: object, q: torch.Tensor) -> None:
+def _check_cu_seqlens(cu_seqlens_q: Any, cu_seqlens_kv: Any, q: torch.Tensor) -> None:
     for name, x in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_kv", cu_seqlens_kv)):
         if x is None:
             fail(ValueError, name, "a tensor, since the other cu_seqlens is given (pass both or neither)", None)
@@ -227,7 +227,7 @@ def _max_seqlen(name: str, value: object, bound: int) -> int:
     return value
 
 
-def _check_attn_mask(attn_mask: object, shape: tuple[int, ...], device: torch.device) -> None:
+def _check_attn_mask(attn_mask: Any, shape: tuple[int, ...], device: torch.device) -> None:
     _check_tensor("attn_mask", attn_mask)
     if attn_mask.dtype != torch.bool and not attn_mask.dtype.is_floating_point:
         fail(

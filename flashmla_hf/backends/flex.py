@@ -110,7 +110,7 @@ def attention(
     is_packed = cu_seqlens_q is not None
     if is_packed:
         q, k, v = q[None], k[None], v[None]
-    if q.numel() == 0 or k.numel() == 0 or (is_packed and cu_seqlens_q.shape[0] == 1):
+    if q.numel() == 0 or k.numel() == 0 or (cu_seqlens_q is not None and cu_seqlens_q.shape[0] == 1):
         out, lse = _nothing_visible(q, k, v, sinks, cu_seqlens_q)
     else:
         mask, block = flex_mask.find(q, k, cu_seqlens_q, cu_seqlens_kv, window_left, window_right)
@@ -160,30 +160,34 @@ def _pad_head_dim(x: torch.Tensor) -> torch.Tensor:
 
 # ---- The kernel -----------------------------------------------------------------------------------------------------
 
+_Scalars = tuple[torch.Tensor, torch.Tensor | None]
 
-def _scalars(scale: float, softcap: float, device: torch.device) -> tuple[torch.Tensor, torch.Tensor | None]:
+
+def _scalars(scale: float, softcap: float, device: torch.device) -> _Scalars:
     """inner, softcap: fp32 tensors [], so that their values are not compiled into a kernel. The score of a product is
     ``inner * product``, or ``softcap * tanh(inner * product)``."""
     values = (scale / softcap, softcap) if softcap > 0.0 else (scale, None)
 
-    def full(value: float | None) -> torch.Tensor | None:
+    def tensors() -> _Scalars:
         # A fill is a kernel: it copies nothing from the host, does not synchronise, and can be captured.
-        return None if value is None else torch.full((), value, dtype=torch.float32, device=device)
+        inner, cap = (None if x is None else torch.full((), x, dtype=torch.float32, device=device) for x in values)
+        assert inner is not None
+        return inner, cap
 
     if torch.compiler.is_compiling() or (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
-        return full(values[0]), full(values[1])  # for the reasons in flex_mask.find
+        return tensors()  # for the reasons in flex_mask.find
     stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else None
     key = (*values, device, stream)
     found = _scalar_tensors.get(key)
     if found is None:
         with torch.inference_mode(False):
-            found = _scalar_tensors[key] = (full(values[0]), full(values[1]))
+            found = _scalar_tensors[key] = tensors()
         if len(_scalar_tensors) > _MAX_CACHED_SCALARS:
             _scalar_tensors.popitem(last=False)
     return found
 
 
-_scalar_tensors: OrderedDict[tuple, tuple[torch.Tensor, torch.Tensor | None]] = OrderedDict()
+_scalar_tensors: OrderedDict[tuple, _Scalars] = OrderedDict()
 
 
 def _require_fused() -> None:
@@ -218,7 +222,7 @@ def _fused(
         return product * inner
 
     def capped_score(product, batch, head, row, key):
-        return torch.tanh(product * inner) * softcap
+        return torch.tanh(product * inner) * softcap  # type: ignore[operator]
 
     block_mask = BlockMask(
         seq_lengths=(q.shape[1], k.shape[1]),
@@ -233,7 +237,7 @@ def _fused(
         BLOCK_SIZE=(block, block),
         mask_mod=is_visible,
     )
-    out, statistics = flex_attention(
+    out, statistics = flex_attention(  # type: ignore[call-overload]
         q.transpose(1, 2),
         k.transpose(1, 2),
         v.transpose(1, 2),
@@ -326,13 +330,19 @@ class _FirstCall:
         # Without use_duck_shape=False, dynamo assumes that lengths which are equal in the first call by coincidence (batch and
         # number of blocks, queries and keys) are always equal, and the next call compiles again. The lock is for releases of
         # torch in which these settings belong to the process: two threads that overlap would leave theirs behind.
-        with _first_calls, torch.fx.experimental._config.patch(use_duck_shape=False), _without_donated_buffers():
+        with _first_calls, _without_duck_shapes(), _without_donated_buffers():
             results = self.compiled(*args)
         _kernels[self.signature] = self.compiled
         return results
 
 
-def _without_donated_buffers():
+def _without_duck_shapes() -> Any:
+    """A context in which dynamo does not assume that lengths which are equal once are always equal."""
+    config: Any = torch.fx.experimental._config
+    return config.patch(use_duck_shape=False)
+
+
+def _without_donated_buffers() -> Any:
     """A context in which the compiled backward overwrites none of its inputs, so that it can run again."""
     return torch._functorch.config.patch(donated_buffer=False)
 
@@ -342,7 +352,7 @@ def _allow_retain_graph(out: torch.Tensor) -> None:
 
     Otherwise torch does not know whether one is, and refuses ``retain_graph=True``.
     """
-    node = out.grad_fn
+    node: Any = out.grad_fn
     while node is not None and not hasattr(getattr(node, "_forward_cls", None), "metadata"):
         node = node.next_functions[0][0] if node.next_functions else None
     if node is not None and getattr(node._forward_cls.metadata, "bw_donated_idxs", []) is None:

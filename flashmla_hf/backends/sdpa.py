@@ -23,21 +23,21 @@ def refusal(call: Call) -> str | None:
     if _autocast_rounds_backward(call):
         rounded, kept = dtype_name(torch.get_autocast_dtype(call.q.device.type)), dtype_name(call.q.dtype)
         return (
-            f"autocast to {rounded} is on and torch's SDPA has no fused kernel for this call: its backward would not be in "
-            f"{kept} (impl='reference' keeps it)"
+            f"autocast to {rounded} is on and torch's SDPA has no fused kernel for this call: its backward would compute in "
+            f"{rounded}, not in {kept} (impl='reference' computes in {kept})"
         )
     return None
 
 
 def _autocast_rounds_backward(call: Call) -> bool:
-    """Whether the backward of SDPA would be products of matrices, which autocast rewrites; a fused kernel's is not."""
+    """Whether SDPA's backward would consist of matrix products, which autocast rewrites; a fused kernel's does not."""
     device = call.q.device
     if device.type == "meta" or torch.compiler.is_compiling() or not torch.is_autocast_enabled(device.type):
         return False
     tensors = [x for x in (call.q, call.k, call.v, call.attn_mask) if x is not None]
     if torch.get_autocast_dtype(device.type) == _sdpa_dtype(call) or not torch.is_grad_enabled():
         return False
-    if has_transforms():  # which say nothing true of requires_grad, and are no tensors to ask a kernel about
+    if has_transforms():  # requires_grad is not known, and _fused_sdp_choice takes no wrapped tensors
         return True
     if not any(x.requires_grad for x in tensors):
         return False
@@ -45,7 +45,7 @@ def _autocast_rounds_backward(call: Call) -> bool:
     choice = torch._fused_sdp_choice(
         q, k, v, mask, call.dropout_p, False, scale=call.scale, enable_gqa=_has_groups(call)
     )
-    return choice == int(torch.nn.attention.SDPBackend.MATH)
+    return choice == int(torch.nn.attention.SDPBackend.MATH)  # type: ignore[call-overload]
 
 
 def _has_groups(call: Call) -> bool:
@@ -53,14 +53,16 @@ def _has_groups(call: Call) -> bool:
 
 
 def _sdpa_dtype(call: Call) -> torch.dtype:
-    """Of q, but that a bias of more precision is not rounded."""
+    """The dtype of q, or that of a bias with more precision, which must not be rounded."""
     if call.attn_mask is None or call.attn_mask.dtype == torch.bool:
         return call.q.dtype
     return torch.promote_types(call.q.dtype, call.attn_mask.dtype)
 
 
-def _sdpa_inputs(call: Call) -> tuple[torch.Tensor | None, ...]:
-    """q, k, v and the mask as SDPA takes them, and which rows see no key; there it answers what its kernels like."""
+def _sdpa_inputs(
+    call: Call,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """q, k, v and the mask as SDPA takes them, and which rows see no key. SDPA does not define its result for those."""
     seqlen_q, seqlen_kv, dtype = call.q.shape[1], call.k.shape[1], _sdpa_dtype(call)
     mask = reference.visible_keys(seqlen_q, seqlen_kv, call.window_left, call.window_right, call.q.device)
     is_dead = None if mask is None else ~mask.any(dim=-1)[None, None, :, None]
@@ -75,10 +77,11 @@ def _sdpa_inputs(call: Call) -> tuple[torch.Tensor | None, ...]:
             bias = attn_mask.to(dtype)
             mask = bias if mask is None else bias.masked_fill(~mask, -math.inf)
             is_dead = (mask == -math.inf).all(dim=-1, keepdim=True)
-    if mask is not None:
-        # Let a dead row see everything, so that no backend makes a NaN of it; it is cleared afterwards (gradients included).
+    if mask is not None and is_dead is not None:
+        # Let a dead row see everything, so that no backend computes NaN for it; it is cleared afterwards, gradients included.
         mask = mask | is_dead if mask.dtype == torch.bool else mask.masked_fill(is_dead, 0.0)
-    return *(x.transpose(1, 2).to(dtype) for x in (call.q, call.k, call.v)), mask, is_dead
+    q, k, v = (x.transpose(1, 2).to(dtype) for x in (call.q, call.k, call.v))
+    return q, k, v, mask, is_dead
 
 
 def run(call: Call) -> tuple[torch.Tensor, None]:
@@ -93,8 +96,10 @@ def run(call: Call) -> tuple[torch.Tensor, None]:
 
 
 def hides_values_that_are_not_finite(call: Call) -> bool:
-    """Whether SDPA might carry a NaN to rows that do not see it: its products know no mask, and 0 * NaN is NaN. Reads values,
-    which on a GPU waits for them; ``False`` while something traces, transforms or captures the call, which has no values."""
+    """Whether SDPA could carry a NaN to rows that do not see it: its products ignore the mask, and 0 * NaN is NaN.
+
+    Reads values, for which it waits on a GPU; ``False`` if the call is traced, transformed or captured and has no values.
+    """
     if call.attn_mask is None and call.window_left < 0 and call.window_right < 0:
         return False
     tensors = (call.q, call.k, call.v)

@@ -199,7 +199,7 @@ def segment_boundaries(
         is_real = padding.flatten()[begin.clamp(max=total - 1)]
         ends_q = torch.stack([end, end], dim=1).flatten()
         ends_kv = torch.stack([torch.where(is_real, end, begin), end], dim=1).flatten()
-        boundaries = tuple(torch.nn.functional.pad(x, (1, 0)) for x in (ends_q, ends_kv))
+        boundaries = (torch.nn.functional.pad(ends_q, (1, 0)), torch.nn.functional.pad(ends_kv, (1, 0)))
     kept["boundaries"] = (padding, boundaries)
     return boundaries
 

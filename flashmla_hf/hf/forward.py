@@ -10,6 +10,7 @@ Beside it: :mod:`register` gives it to Transformers under its names, :mod:`masks
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 import torch
 
@@ -98,7 +99,7 @@ def attention_forward(
 
     is_causal, window = _without_mask(module, is_causal, sliding_window, is_paged=gathered is not None)
     pattern, mask = _read_mask(module, attention_mask, masks.Pattern(is_causal, window), q, k.shape[1])
-    options = {
+    options: dict[str, Any] = {
         "scale": scaling,
         "softcap": float(softcap or 0.0),
         "sinks": s_aux,
@@ -185,7 +186,7 @@ def _fused(q, k, v, pattern: masks.Pattern, options) -> torch.Tensor | None:
     options = options | {"is_causal": pattern.is_causal, "window": pattern.window}
     if padding is None:
         if pattern.segments is None:
-            return attention(q, k, v, **options)
+            return _attention(q, k, v, **options)
         return _packed(q, k, v, boundaries.segment_boundaries(pattern.segments), (None, None), **options)
     k, v = k[:, : padding.shape[1]], v[:, : padding.shape[1]]
     seqlen_kv = k.shape[1]
@@ -201,9 +202,16 @@ def _fused(q, k, v, pattern: masks.Pattern, options) -> torch.Tensor | None:
         # All rows alike, as in an unpadded batch under a static cache: a slice, and no copy of the cache below.
         start, end = ranges.uniform
         if not queries_are_keys or (end == seqlen_kv and start <= seqlen_kv - seqlen_q):
-            return attention(q, k[:, start:end], v[:, start:end], **options)
+            return _attention(q, k[:, start:end], v[:, start:end], **options)
     cu_seqlens = boundaries.range_boundaries(ranges, seqlen_q, seqlen_kv, queries_are_keys)
     return _packed(q, k, v, cu_seqlens, (seqlen_q, seqlen_kv), **options)
+
+
+def _attention(*tensors: torch.Tensor, **options: Any) -> torch.Tensor:
+    """:func:`flashmla_hf.attention` without the lse."""
+    out = attention(*tensors, **options)
+    assert isinstance(out, torch.Tensor)
+    return out
 
 
 def _packed(q, k, v, cu_seqlens, longest, **options) -> torch.Tensor:
@@ -214,7 +222,7 @@ def _packed(q, k, v, cu_seqlens, longest, **options) -> torch.Tensor:
     """
     batch, seqlen_q = q.shape[:2]
     packed = [x.squeeze(0) if x.shape[0] == 1 else x.flatten(0, 1) for x in (q, k, v)]
-    out = attention(
+    out = _attention(
         *packed,
         cu_seqlens_q=cu_seqlens[0],
         cu_seqlens_kv=cu_seqlens[1],
@@ -253,7 +261,7 @@ def _dense(module, q, k, v, pattern, mask, position_bias, dropout, wants_weights
             mask = bias + mask.to(q.dtype)
     if not wants_weights:
         # Models call .view on what comes back.
-        return attention(q, k, v, attn_mask=mask, dropout_p=dropout, **options).contiguous(), None
+        return _attention(q, k, v, attn_mask=mask, dropout_p=dropout, **options).contiguous(), None
 
     warn_once(
         "flashmla: output_attentions=True is answered exactly, but not by the fused kernel, which never holds the "

@@ -24,7 +24,7 @@ returns for it: every query sees every key.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch.utils import _pytree as pytree
@@ -101,7 +101,8 @@ class LazyMask(torch.Tensor):
     view of that, or a change in place, makes the pattern void: :func:`pattern_of` answers ``None`` from then on.
     """
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+    _state: dict[str, Any]  # "pattern" and "dense", shared by all aliases of the mask
 
     @staticmethod
     def __new__(cls, pattern: Pattern, size, dtype: torch.dtype, anchor: torch.Tensor, state: dict | None = None):
@@ -110,7 +111,7 @@ class LazyMask(torch.Tensor):
     def __init__(self, pattern: Pattern, size, dtype: torch.dtype, anchor: torch.Tensor, state: dict | None = None):
         # torch.compile takes a subclass apart into the tensors that it holds, of which there must be one.
         self._anchor, self._padding, self._segments = anchor, pattern.padding, pattern.segments
-        self._state = {"pattern": pattern, "dense": None} if state is None else state  # one for all aliases
+        self._state = {"pattern": pattern, "dense": None} if state is None else state
 
     def dense(self) -> torch.Tensor:
         """The mask itself, bool (true keeps) or floating (added), made once."""
@@ -119,7 +120,7 @@ class LazyMask(torch.Tensor):
             self._state["dense"] = _in_dtype(mask.expand(self.shape), self.dtype).contiguous()
         return self._state["dense"]
 
-    def __repr__(self, *, tensor_contents=None) -> str:
+    def __repr__(self, *, tensor_contents=None) -> str:  # type: ignore[override]
         return f"LazyMask({self._state['pattern']}, size={[*self.shape]}, dtype={self.dtype})"
 
     def __deepcopy__(self, memo):
@@ -146,7 +147,7 @@ class LazyMask(torch.Tensor):
         return LazyMask(pattern, size, dtype, inner["_anchor"])
 
     @classmethod
-    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):  # type: ignore[override]
         kwargs = kwargs or {}
         mask = args[0] if args and isinstance(args[0], LazyMask) else None
         if mask is not None and mask._state["pattern"] is not None and _says_the_same(func, mask, args, kwargs):
@@ -162,11 +163,12 @@ class LazyMask(torch.Tensor):
         pattern = self._state["pattern"]
         if device is None or device == self.device:
             return LazyMask(pattern, self.shape, self.dtype, self._anchor, self._state)
-        moved = [x if x is None else x.to(device) for x in (pattern.padding, pattern.segments, self._anchor)]
-        return LazyMask(Pattern(pattern.is_causal, pattern.window, *moved[:2]), self.shape, self.dtype, moved[2])
+        padding, segments = (x if x is None else x.to(device) for x in (pattern.padding, pattern.segments))
+        moved = Pattern(pattern.is_causal, pattern.window, padding, segments)
+        return LazyMask(moved, self.shape, self.dtype, self._anchor.to(device))
 
 
-def _says_the_same(func, mask: LazyMask, args, kwargs) -> bool:
+def _says_the_same(func, mask: LazyMask, args: tuple, kwargs: dict) -> bool:
     """Whether ``func`` gives another tensor of the same numbers and shape."""
     aten = torch.ops.aten
     if func in (aten.detach.default, aten.alias.default):
@@ -176,7 +178,7 @@ def _says_the_same(func, mask: LazyMask, args, kwargs) -> bool:
             value in (None, mask.dtype) for name, value in kwargs.items() if name not in ("device", "non_blocking")
         )
     if func is aten.slice.Tensor:  # [:, :, :, :seqlen_kv]
-        dim, start, end, step = (*args[1:], *(0, None, None, 1)[len(args) - 1 :])
+        dim, start, end, step = (*args[1:], *(0, None, None, 1)[len(args) - 1 :])  # type: ignore[misc]
         return not start and step == 1 and (end is None or end >= mask.shape[dim])
     return False
 
@@ -200,7 +202,11 @@ _declared: dict[type, _Declared] = {}
 
 def _declarations(config_class: type) -> _Declared:
     if config_class not in _declared:
-        models = [cls for cls in _subclasses(modeling_utils.PreTrainedModel) if cls.config_class is config_class]
+        models = [
+            cls
+            for cls in _subclasses(modeling_utils.PreTrainedModel)
+            if getattr(cls, "config_class", None) is config_class
+        ]
         if not models:
             return _Declared(True, True)  # no model of Transformers: a user's class, a test's
         _declared[config_class] = _Declared(
@@ -225,6 +231,7 @@ def _takes_boolean_masks(config_class: type) -> bool:
 
 
 def _subclasses(cls: type) -> Iterator[type]:
+    subclass: type
     for subclass in cls.__subclasses__():
         yield subclass
         yield from _subclasses(subclass)
@@ -265,9 +272,11 @@ def _conditions(mask_function: Callable) -> _Conditions | None:
         return _conditions(cells["mask_function"])
     if name != _AND:
         return None
-    parts = [_conditions(part) for part in cells["mask_functions"]]
-    if None in parts:
-        return None
+    parts = []
+    for part in map(_conditions, cells["mask_functions"]):
+        if part is None:
+            return None
+        parts.append(part)
     windows = [part.window for part in parts if part.window is not None]
     chunks = [part.chunk for part in parts if part.chunk is not None]
     if len(windows) > 1 or len(chunks) > 1:

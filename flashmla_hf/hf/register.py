@@ -11,6 +11,7 @@ import sys
 import threading
 from collections.abc import Iterator
 
+import torch
 from transformers import modeling_flash_attention_utils, modeling_utils
 from transformers.masking_utils import AttentionMaskInterface
 
@@ -32,7 +33,7 @@ def _wrap_lazy_imports(original):
             return flash_attn_func, flash_attn_varlen_func, None, pad, unpad
         return original(implementation, *args, **kwargs)
 
-    lazy_imports._flashmla_wraps = original
+    lazy_imports._flashmla_wraps = original  # type: ignore[attr-defined]
     return lazy_imports
 
 
@@ -52,7 +53,7 @@ def _wrap_check_and_adjust(original):
         chosen = original(self, checked, *args, **kwargs)
         return chosen if checked == attn_implementation else chosen.replace(NAME, KERNEL_NAME)
 
-    check_and_adjust._flashmla_wraps = original
+    check_and_adjust._flashmla_wraps = original  # type: ignore[attr-defined]
     return check_and_adjust
 
 
@@ -67,7 +68,7 @@ def _wrap_get_correct(original):
             _provide_flash_path(type(self))
         return original(self, requested_attention, *args, **kwargs)
 
-    get_correct._flashmla_wraps = original
+    get_correct._flashmla_wraps = original  # type: ignore[attr-defined]
     return get_correct
 
 
@@ -88,7 +89,7 @@ def _declare_compatible(model_class: type) -> None:
     for cls in model_class.__mro__:
         names = cls.__dict__.get("_compatible_flash_implementations")
         if names is not None and NAME not in names:
-            cls._compatible_flash_implementations = [*names, NAME]
+            cls._compatible_flash_implementations = [*names, NAME]  # type: ignore[attr-defined]
 
 
 def _class_dictionaries(model_class: type) -> Iterator[tuple[str, dict]]:
@@ -115,12 +116,12 @@ def _reason_by_classes(model_class: type) -> str | None:
     return None
 
 
-def _own_class(classes: dict) -> type:
+def _own_class(classes: dict) -> type[torch.nn.Module]:
     """The class that computes attention by itself, in memory that is linear in the sequence if there is one."""
     return classes.get("sdpa", classes["eager"])
 
 
-def _reads_masks(attention_class: type) -> bool:
+def _reads_masks(attention_class: type[torch.nn.Module]) -> bool:
     return "attention_mask" in inspect.signature(attention_class.forward).parameters
 
 
