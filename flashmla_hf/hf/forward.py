@@ -9,14 +9,13 @@ Beside it: :mod:`register` gives it to Transformers under its names, :mod:`masks
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 import torch
 
 from flashmla_hf import reference
 from flashmla_hf.dispatch import attention
-from flashmla_hf.hf import boundaries, check, masks, paged
+from flashmla_hf.hf import boundaries, check, masks, paged, transformers_private
 from flashmla_hf.notices import warn_once
 from flashmla_hf.torch_state import values_are_readable
 
@@ -135,7 +134,7 @@ def _without_mask(
     """
     if is_paged:  # continuous batching makes no masks, for causal models
         is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    elif not masks.is_trusted(type(getattr(module, "config", None))):
+    elif not transformers_private.is_trusted(type(getattr(module, "config", None))):
         return False, None
     elif is_causal is None:
         is_causal = getattr(module, "is_causal", False)
@@ -342,7 +341,9 @@ def _window(module, is_causal: bool, sliding_window: int | None) -> tuple[int, i
     # + 1. The mask that eager follows is |i - j| <= config.sliding_window. Layers that pass the config's value as it
     # is (the encoder of T5Gemma; causal models switched to is_causal=False) are off by one under Transformers' flash
     # path.
-    is_config_value = sliding_window == masks.attribute(getattr(module, "config", None), "sliding_window")
+    is_config_value = sliding_window == transformers_private.attribute(
+        getattr(module, "config", None), "sliding_window"
+    )
     reach = sliding_window if is_config_value else sliding_window - 1
     return (reach, reach)
 
@@ -376,7 +377,7 @@ def _refuse_unknown(module, kwargs: dict) -> None:
     """
     for name, given in kwargs.items():
         if given is not None and check.is_about_attention(type(module), name):
-            model = masks.attribute(getattr(module, "config", None), "model_type") or "unknown"
+            model = transformers_private.attribute(getattr(module, "config", None), "model_type") or "unknown"
             raise ValueError(
                 f"flashmla: {type(module).__name__} of model type {model!r} passes the argument {name!r}, which this "
                 "attention does not know; ignoring it could be silently wrong (sparse models pass their selected keys "
@@ -390,30 +391,9 @@ def _refuse_parallel(module, query) -> None:
             f"flashmla in {type(module).__name__}: DTensor inputs. Expected local tensors: use "
             'tp_plan="auto" or FSDP, which hand over local tensors, or attn_implementation="sdpa"'
         )
-    if _context_parallel_is_active():
+    if transformers_private.context_parallel_is_active():
         raise NotImplementedError(
             f"flashmla in {type(module).__name__}: torch context parallelism is active. It shards the sequence and "
             "replaces torch's SDPA only, so this attention would silently see one shard of the keys. Use "
             'attn_implementation="sdpa" inside context_parallel, or leave context parallelism off'
         )
-
-
-@torch.compiler.assume_constant_result
-def _context_parallel_is_active() -> bool:
-    """Whether ``torch.distributed.tensor.experimental.context_parallel`` has replaced SDPA right now.
-
-    There is no public question to ask: its module keeps the functions it put in place (monkey-patch mode), or swaps the
-    handlers of DTensor's dispatcher (wrapper mode). A graph compiled outside of the region keeps its answer: compile
-    inside of it.
-    """
-    experimental = "torch.distributed.tensor.experimental"
-    for name in (f"{experimental}._context_parallel._attention", f"{experimental}._attention"):
-        state = sys.modules.get(name)
-        if state is None:
-            continue
-        if torch.nn.functional.scaled_dot_product_attention in getattr(state, "_replaced_functions", {}):
-            return True
-        handlers = getattr(state, "existing_custom_ops", None)
-        if handlers is not None and state.DTensor._op_dispatcher._custom_op_handlers is not handlers:
-            return True
-    return False

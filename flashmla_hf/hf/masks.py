@@ -23,30 +23,15 @@ returns for it: every query sees every key.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch.utils import _pytree as pytree
-from transformers import masking_utils, modeling_utils
+from transformers import masking_utils
 
-from flashmla_hf.hf import boundaries
+from flashmla_hf.hf import boundaries, transformers_private
 from flashmla_hf.torch_state import values_are_readable
-
-# The building blocks of transformers.masking_utils by the names of their closures.
-_CAUSAL = "causal_mask_function"
-_BIDIRECTIONAL = "bidirectional_mask_function"
-_WINDOW = "sliding_window_overlay.<locals>.inner_mask"
-_WINDOW_BOTH_WAYS = "sliding_window_bidirectional_overlay.<locals>.inner_mask"
-_CHUNKED = "chunked_overlay.<locals>.inner_mask"
-_PACKED = "packed_sequence_mask_function.<locals>.inner_mask"
-_REMAP = "remap_positions_for_packed_sequence.<locals>.inner_mask"
-_AND = "and_masks.<locals>.and_mask"
-_AND_CODE = masking_utils.and_masks().__code__
-
-# Their attention classes call Transformers' flash path instead of the interface, which unpads by a 2-D mask itself.
-# (The last three are Bark's.)
-LEGACY_FLASH_MODEL_TYPES = frozenset({"falcon", "gptj", "semantic", "coarse_acoustics", "fine_acoustics"})
 
 _ATTRIBUTE = "_flashmla_pattern"
 
@@ -190,140 +175,6 @@ def pattern_of(mask: torch.Tensor | None) -> Pattern | None:
     return getattr(mask, _ATTRIBUTE, None)
 
 
-class _Declared(NamedTuple):
-    """What Transformers declares for the models of a configuration class."""
-
-    sdpa: bool
-    flash: bool
-
-
-_declared: dict[type, _Declared] = {}
-
-
-def _declarations(config_class: type) -> _Declared:
-    if config_class not in _declared:
-        models = [
-            cls
-            for cls in _subclasses(modeling_utils.PreTrainedModel)
-            if getattr(cls, "config_class", None) is config_class
-        ]
-        if not models:
-            return _Declared(True, True)  # no model of Transformers: a user's class, a test's
-        _declared[config_class] = _Declared(
-            any(getattr(cls, "_supports_sdpa", False) for cls in models),
-            any(getattr(cls, "_supports_flash_attn", False) for cls in models),
-        )
-    return _declared[config_class]
-
-
-@torch.compiler.assume_constant_result
-def is_trusted(config_class: type) -> bool:
-    """Whether the layers of these models are known to say by themselves whether they are causal: Transformers declares
-    SDPA or a flash implementation for them, which rely on it."""
-    return any(_declarations(config_class))
-
-
-@torch.compiler.assume_constant_result
-def _takes_boolean_masks(config_class: type) -> bool:
-    """Whether these models are written for SDPA's masks as well. Others may do with a mask what only eager's floating
-    one allows, such as adding it to their scores (DeepSeek-V4 concatenates it with one)."""
-    return _declarations(config_class).sdpa
-
-
-def _subclasses(cls: type) -> Iterator[type]:
-    subclass: type
-    for subclass in cls.__subclasses__():
-        yield subclass
-        yield from _subclasses(subclass)
-
-
-class _Conditions(NamedTuple):
-    """What a mask function of Transformers is the conjunction of. ``chunk``: the size of the chunks that do not see each
-    other. ``is_packed``: there may be packed sequences."""
-
-    is_causal: bool = False
-    window: tuple[int, int] | None = None
-    chunk: int | None = None
-    is_packed: bool = False
-
-
-def _conditions(mask_function: Callable) -> _Conditions | None:
-    """The conditions of ``mask_function``; ``None`` if there are others."""
-    if getattr(mask_function, "__module__", "") != masking_utils.__name__:
-        return None
-    name = mask_function.__qualname__
-    cells = {}
-    if mask_function.__closure__:
-        values = (cell.cell_contents for cell in mask_function.__closure__)
-        cells = dict(zip(mask_function.__code__.co_freevars, values, strict=True))
-    if name == _CAUSAL:
-        return _Conditions(is_causal=True)
-    if name == _BIDIRECTIONAL:
-        return _Conditions()
-    if name == _WINDOW:
-        return _Conditions(window=(cells["sliding_window"] - 1, -1))
-    if name == _WINDOW_BOTH_WAYS:
-        return _Conditions(window=(cells["sliding_window"], cells["sliding_window"]))
-    if name == _CHUNKED:
-        return _Conditions(chunk=cells["chunk_size"])
-    if name == _PACKED:
-        return _Conditions(is_packed=True)
-    if name == _REMAP:
-        return _conditions(cells["mask_function"])
-    if name != _AND:
-        return None
-    parts = []
-    for part in map(_conditions, cells["mask_functions"]):
-        if part is None:
-            return None
-        parts.append(part)
-    windows = [part.window for part in parts if part.window is not None]
-    chunks = [part.chunk for part in parts if part.chunk is not None]
-    if len(windows) > 1 or len(chunks) > 1:
-        return None
-    return _Conditions(
-        any(part.is_causal for part in parts),
-        windows[0] if windows else None,
-        chunks[0] if chunks else None,
-        any(part.is_packed for part in parts),
-    )
-
-
-def _conditions_while_compiling(
-    mask_function: Callable, local_size: int | None, config, is_bidirectional: bool
-) -> _Conditions | None:
-    """As :func:`_conditions`, from what dynamo can see: a closure's cells are not readable under torch.compile, its code
-    is (its ``__qualname__`` from torch 2.13 on)."""
-    if mask_function is masking_utils.causal_mask_function:
-        return _Conditions(is_causal=True)
-    if mask_function is masking_utils.bidirectional_mask_function:
-        return _Conditions()
-    if mask_function.__code__ is not _AND_CODE:
-        return None
-    # Conjunctions reach us from the create_* functions alone (custom ones set use_vmap): a window or chunks if
-    # local_size is given, packed sequences, or both. Whether there are packed ones cannot be told; looking for them is
-    # exact either way.
-    if local_size is None:
-        return None if is_bidirectional else _Conditions(is_causal=True, is_packed=True)
-    is_window = attribute(config, "sliding_window") == local_size
-    is_chunk = attribute(config, "attention_chunk_size") == local_size
-    if is_window == is_chunk:
-        return None
-    if is_bidirectional:
-        return _Conditions(window=(local_size, local_size)) if is_window else None
-    if is_window:
-        return _Conditions(is_causal=True, window=(local_size - 1, -1), is_packed=True)
-    return _Conditions(is_causal=True, chunk=local_size, is_packed=True)
-
-
-def attribute(config, name: str):
-    """``config.name``, or ``None`` if the configuration does not say it for all layers alike (some raise then)."""
-    try:
-        return getattr(config, name, None)
-    except Exception:
-        return None
-
-
 def flashmla_mask(
     batch_size: int,
     q_length: int,
@@ -353,18 +204,20 @@ def flashmla_mask(
         "kv_offset": kv_offset, "mask_function": mask_function, "attention_mask": attention_mask, "use_vmap": use_vmap,
         "device": device,
     }  # fmt: skip
-    if attribute(config, "model_type") in LEGACY_FLASH_MODEL_TYPES:
+    if transformers_private.attribute(config, "model_type") in transformers_private.LEGACY_FLASH_MODEL_TYPES:
         return masking_utils.flash_attention_mask(**arguments)
     if use_vmap:
         conditions = None
     elif is_tracing():
-        conditions = _conditions_while_compiling(mask_function, local_size, config, is_bidirectional)
+        conditions = transformers_private.conditions_while_compiling(
+            mask_function, local_size, config, is_bidirectional
+        )
     else:
-        conditions = _conditions(mask_function)
+        conditions = transformers_private.conditions_of(mask_function)
     if q_length == 1 and not (allow_is_causal_skip or is_bidirectional):
         conditions = None  # for a compiled decoding step: described by values, which change from step to step
 
-    dtype = torch.bool if config is None or _takes_boolean_masks(type(config)) else dtype
+    dtype = torch.bool if config is None or transformers_private.takes_boolean_masks(type(config)) else dtype
     pattern = None if conditions is None else _pattern(conditions, arguments)
     if pattern is not None and not is_tracing():
         size = (batch_size, 1, q_length, kv_length)
@@ -380,7 +233,7 @@ def is_tracing() -> bool:
     return torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 
-def _pattern(conditions: _Conditions, arguments: dict) -> Pattern | None:
+def _pattern(conditions: transformers_private.Conditions, arguments: dict) -> Pattern | None:
     """The pattern of ``conditions``, which stand for the mask function in ``arguments``; ``None`` if there is none."""
     q_length, kv_length, q_offset, kv_offset, attention_mask = (
         arguments[name] for name in ("q_length", "kv_length", "q_offset", "kv_offset", "attention_mask")
