@@ -1,8 +1,8 @@
 """Exact, memory-efficient attention for Hugging Face Transformers: ``attn_implementation="flashmla"``.
 
-Importing this package registers it with Transformers: now if that is imported, else as soon as it will be; without
-Transformers nothing happens. Everything public is imported on first use (PEP 562): ``import torch`` itself calls
-:func:`flashmla_hf.autoload.install`, when torch is only partially there and every import would be paid by everybody.
+Importing this package registers it with Transformers: now if Transformers is imported, else when it will be. Everything public
+is imported on first use (PEP 562), because ``import torch`` itself calls :func:`flashmla_hf.autoload.install`: torch is only
+partially imported then, and every program that uses torch would wait for our imports.
 """
 
 import importlib

@@ -38,7 +38,7 @@ NEWEST_TESTED = {"torch": "2.13", "transformers": "5.24"}
 
 
 def examine() -> dict:
-    """The whole report, made of str, int, float, bool, None, list and dict; ``problems`` is empty where all is well."""
+    """The whole report, made of str, int, float, bool, None, list and dict; ``problems`` is empty if all is well."""
     problems: list[str] = []
     versions = _versions()
     report: dict[str, Any] = {
@@ -70,7 +70,7 @@ def _versions() -> dict:
 
 
 def _newer_than_tested(versions: dict[str, str | None]) -> list[str]:
-    """A sentence for each release that is newer than the tests have seen: no problem, but where to look first."""
+    """A sentence for each release newer than the tested ones: not a problem, but the first place to look."""
 
     def number(version: str | None) -> tuple[int, ...]:
         return tuple(int(part) for part in re.findall(r"\d+", version or "")[:2])
@@ -116,17 +116,17 @@ def _built(problems: list[str]) -> dict:
         except ValueError as error:
             problems.append(f"{manifest} is not JSON ({error}): reinstall flashmla_hf")
     built["libraries"] = {}
-    absent = {"sm90": "no_cuda", "direct": "no_direct"}  # where the manifest says why
+    absent = {"sm90": "no_cuda", "direct": "no_direct"}  # the manifest's entries with the reason
     for name, filename in (*libraries.LIBRARIES.values(), ("direct", direct.FILENAME)):
         exists = (directory / filename).exists()
         built["libraries"][filename] = libraries.unavailable.get(name, "loaded")
         if not exists and built["manifest"] and built["manifest"].get(absent.get(name)):
             built["libraries"][filename] += f": {built['manifest'][absent[name]]}"
-        # A torch without CUDA has no use for the CUDA library: one wheel is for both.
+        # A torch without CUDA does not need the CUDA library, but one wheel serves both.
         is_off = name == "direct" and not direct.is_tested_torch()  # by choice
         if exists and name in libraries.unavailable and not is_off and (name != "sm90" or torch.version.cuda):
             problems.append(f"{libraries.unavailable[name]}; reinstall flashmla_hf into this environment")
-    # Defined by the CPU library; raises where FLASHMLA_CPU_ISA names what this CPU lacks.
+    # The CPU library defines it. It raises if FLASHMLA_CPU_ISA names an instruction set that this CPU lacks.
     built["cpu instruction set"] = None
     if hasattr(torch.ops.flashmla, "cpu_isa"):
         try:
@@ -141,7 +141,7 @@ def _examine_implementation(name: str, problems: list[str]) -> dict:
     if device == "cuda" and not torch.cuda.is_available():
         return {"available": False, "reason": "no GPU that torch can use", "self-tests": []}
     if name == "cpu" and name in libraries.unavailable:
-        problems.append(f"{libraries.unavailable[name]}: reinstall flashmla_hf where a C++17 compiler is present")
+        problems.append(f"{libraries.unavailable[name]}: reinstall flashmla_hf on a machine with a C++17 compiler")
     dtypes = (torch.bfloat16,) if device == "cuda" else (torch.float32, torch.bfloat16)
     tests: list[dict] = []
     for dtype in dtypes:
@@ -172,7 +172,7 @@ def _example(dtype: torch.dtype, device: str) -> Call:
 
 
 def _self_test(name: str, call: Call) -> dict:
-    """Times, and errors against float64 beside those of eager; "failure" names what is wrong, or is ``None``."""
+    """Time, and errors against float64 beside those of eager; "failure" names what is wrong, or is ``None``."""
     result: dict = {
         "dtype": str(call.q.dtype).removeprefix("torch."),
         "seconds": None,
@@ -209,7 +209,7 @@ def _self_test(name: str, call: Call) -> dict:
     exact = run(truth, *(x.detach().double().requires_grad_() for x in leaves))
     for tensor, mine, theirs, ref in zip(("out", "dq", "dk", "dv"), got, eager, exact, strict=True):
         difference, allowed = ((x.double() - ref).abs().max().item() for x in (mine, theirs))
-        # Besides twice eager's error, half a unit in the last place, which rounding the result costs anybody.
+        # Twice eager's error, and half a unit in the last place, which rounding the result costs in any case.
         allowed = 2 * allowed + 0.5 * torch.finfo(mine.dtype).eps * ref.abs().max().item()
         result["errors"][tensor] = {"error": difference, "allowed": allowed}
         if result["failure"] is None and not difference <= allowed:  # a NaN fails, too
@@ -250,7 +250,7 @@ def _examine_transformers(problems: list[str]) -> dict:
         missing = [name for name in register.NAMES if name not in known]
         if missing:
             problems.append(f"attn_implementation {missing} is not registered with Transformers")
-    except Exception as error:  # a Transformers we do not know: report it, do not die of it
+    except Exception as error:  # an unknown Transformers is reported; it must not end the report
         problems.append(f"registering with Transformers fails: {type(error).__name__}: {error}")
     return state
 
@@ -259,7 +259,7 @@ def _examine_transformers(problems: list[str]) -> dict:
 
 
 def show(report: dict, as_json: bool = False) -> None:
-    """Prints the report to stdout: as JSON, with rich where that is installed, else as plain text."""
+    """Prints the report to stdout: as JSON, with rich if that is installed, else as plain text."""
     if as_json:
         print(json.dumps(report, indent=2))
         return
@@ -312,7 +312,7 @@ def _sections(report: dict) -> list[tuple[str, list[tuple[str, str, bool | None]
     built_rows = [(name, state, True if state == "loaded" else None) for name, state in built["libraries"].items()]
     built_rows += plain({"instruction set": built["cpu instruction set"] or "unknown"})
     manifest = built["manifest"] or {"manifest": "none (_build.json is missing)"}
-    # What is not there is not listed; why it is not stands beside the library.
+    # Absent parts are not listed; the library's line gives the reason.
     built_rows += plain({name: value for name, value in manifest.items() if value and not name.startswith("no_")})
 
     implementations: list[tuple[str, str, bool | None]] = []
@@ -347,7 +347,7 @@ def _sections(report: dict) -> list[tuple[str, list[tuple[str, str, bool | None]
 
 
 def main(as_json: bool = False) -> int:
-    """Examines, prints, and returns the exit code: 0 where nothing is wrong, else 1."""
+    """Examines, prints, and returns the exit code: 0 if nothing is wrong, else 1."""
     report = examine()
     show(report, as_json)
     sys.stdout.flush()

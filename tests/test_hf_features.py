@@ -263,7 +263,7 @@ def test_attention_weights_are_those_of_eager(name, monkeypatch):
     padding = next(p for p in ("right", "left", "none") if p in FAMILY[name].paddings)
     batch = families.inputs(FAMILY[name], padding, DEVICE)
     monkeypatch.setattr(notices, "_warned", set())
-    with pytest.warns(UserWarning, match="output_attentions=True is answered exactly"), torch.no_grad():
+    with pytest.warns(UserWarning, match="output_attentions=True is computed exactly"), torch.no_grad():
         got = ours(**batch, output_attentions=True)
     with torch.no_grad():
         want = eager(**batch, output_attentions=True)

@@ -1,10 +1,7 @@
 """The forward of ``attn_implementation="flashmla"`` in Hugging Face Transformers.
 
-:func:`attention_forward` is what the attention layers of a model call. It turns Transformers' calling convention
-(masks, window conventions, packed rows, caches, autocast) into one call of :func:`flashmla_hf.attention`.
-Beside it: :mod:`register` gives it to Transformers under its names, :mod:`masks` makes the masks,
-:mod:`boundaries` turns them into what the kernel takes, :mod:`paged` reads the caches of continuous batching,
-:mod:`check` tells which layers of a model use the kernel.
+The attention layers of a model call :func:`attention_forward`. It turns Transformers' calling convention (masks, window
+conventions, packed rows, caches, autocast) into one call of :func:`flashmla_hf.attention`.
 """
 
 from __future__ import annotations
@@ -20,6 +17,7 @@ from flashmla_hf.notices import warn_once
 from flashmla_hf.torch_state import values_are_readable
 
 
+# Longer than 80 lines: more than half of it is Transformers' signature and the meaning of its arguments.
 def attention_forward(
     module: torch.nn.Module,
     query: torch.Tensor,
@@ -47,37 +45,36 @@ def attention_forward(
 
     Args:
         module: the layer; read for ``is_causal``, ``config`` and ``layer_idx``.
-        query: [batch, heads_q, seqlen_q, head_dim_qk], any strides; float32, float16, bfloat16, or a mixture over the
-            three as autocast leaves it.
-        key, value: [batch, heads_kv, seqlen_kv, head_dim_qk or head_dim_v]; heads not repeated. A static cache hands
-            over all its rows.
+        query: [batch, heads_q, seqlen_q, head_dim_qk], any strides; float32, float16 or bfloat16. Under autocast query, key
+            and value may differ in dtype.
+        key, value: [batch, heads_kv, seqlen_kv, head_dim_qk or head_dim_v]; heads not repeated. A static cache passes all
+            its rows.
         attention_mask: a mask of :mod:`masks`, or a user's [batch, 1 or heads_q, seqlen_q, seqlen_kv], boolean (true
-            keeps) or additive. Either is all there is to say: no causal mask or window is put on top. Or key padding
-            [batch, seqlen_kv], bool or any number that is not 0 for a real token, from models that go around the mask
-            layer.
+            keeps) or additive. Either defines the visible keys alone: no causal mask or window is added. Or key padding
+            [batch, seqlen_kv], bool or a number that is not 0 for a real token, from models that skip the mask layer.
         dropout: probability of dropping a weight; exact, outside the fused kernel, with one warning.
-        scaling: factor on the scores, ``None`` is ``head_dim_qk ** -0.5``.
-        is_causal, sliding_window: causality, ``None`` is ``module.is_causal``, and the number of keys that a causal query
-            sees, itself included. Both count if the mask does not say it (:func:`_without_mask`).
+        scaling: factor on the scores; ``None`` means ``head_dim_qk ** -0.5``.
+        is_causal, sliding_window: causality (``None`` means ``module.is_causal``), and the number of keys that a causal query
+            sees, itself included. Both apply if the mask does not define them (:func:`_without_mask`).
         softcap: as in :func:`flashmla_hf.attention`. s_aux: [heads_q] sinks, with gradient.
         position_bias: [1 or batch, heads_q, seqlen_q, at least seqlen_kv], added to the scores (T5); exact, outside the
             fused kernel, with one warning.
-        position_ids: [1 or batch, seqlen_q]; read to find packed rows if the mask says nothing of them.
+        position_ids: [1 or batch, seqlen_q]; read to find packed rows if the mask does not define them.
         cu_seq_lens_q, cu_seq_lens_k: [num_sequences + 1] boundaries of packed sequences over the flattened tokens; they
-            say more than a 2-D mask and are taken instead of it.
-        max_length_q, max_length_k: the longest packed sequences, or tensors of them.
+            replace a 2-D mask, which says less.
+        max_length_q, max_length_k: the lengths of the longest packed sequences, as numbers or tensors.
         output_attentions: also return the weights, computed exactly outside the kernel, with one warning.
-        deterministic: as in :func:`flashmla_hf.attention`; ``None`` and ``False`` leave it to torch's switches.
-        **kwargs: the arguments of continuous batching (:mod:`paged`), and whatever else a model hands down.
+        deterministic: as in :func:`flashmla_hf.attention`; ``None`` and ``False`` follow torch's switches.
+        **kwargs: the arguments of continuous batching (:mod:`paged`), and everything else that a model passes down.
 
     Returns:
         ``(out, weights)``: out [batch, seqlen_q, heads_q, head_dim_v]; weights [batch, heads_q, seqlen_q, seqlen_kv] in
         out's dtype if asked for, else ``None``. Padding queries are 0.
 
     Raises:
-        ValueError: an argument about attention that is not known here (sparse models pass the indices of the keys they
-        selected: to ignore them would be silently wrong). NotImplementedError: active context parallelism, or DTensor
-        inputs. Everything :func:`flashmla_hf.attention` raises.
+        ValueError: an unsupported argument that may change attention (sparse models pass the indices of selected keys).
+        NotImplementedError: context parallelism is active, or an input is a DTensor. It also raises everything that
+        :func:`flashmla_hf.attention` raises.
     """
     gathered = paged.gather(module, key, value, cu_seq_lens_k, max_length_q, max_length_k, kwargs)
     if gathered is not None:
@@ -126,11 +123,11 @@ def attention_forward(
 def _without_mask(
     module, is_causal: bool | None, sliding_window: int | None, is_paged: bool
 ) -> tuple[bool, tuple[int, int] | None]:
-    """Causality and window of a layer whose mask does not say them: it has none, or one of key padding.
+    """Causality and window of a layer whose mask does not define them: it has no mask, or one of key padding.
 
-    That is what the layer says, as for SDPA: the argument, else its attribute ``is_causal``. A layer without one sees
-    everything, as in eager attention, and so does every layer of a model for which Transformers declares neither SDPA
-    nor a flash implementation: nobody has checked what it says.
+    The layer defines them, as for SDPA: by the argument, else by its attribute ``is_causal``. A layer without either sees every
+    key, as in eager attention. So does every layer of a model for which Transformers declares neither SDPA nor a flash
+    implementation: nobody has checked its ``is_causal``.
     """
     if is_paged:  # continuous batching makes no masks, for causal models
         is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
@@ -144,31 +141,33 @@ def _without_mask(
 def _read_mask(
     module, mask, without_mask: masks.Pattern, q, seqlen_kv: int
 ) -> tuple[masks.Pattern | None, torch.Tensor | None]:
-    """``mask`` as a pattern, or, if only its numbers describe it, as 4-D mask. q [batch, seqlen_q, ...]."""
+    """``mask`` as a pattern, or as a 4-D mask if only its numbers describe it. q [batch, seqlen_q, ...]."""
     if mask is None:
         return without_mask, None
     pattern = masks.pattern_of(mask)
     if pattern == masks.Pattern(False):
-        return pattern, None  # eager gets no mask there, which fits whatever length
+        return pattern, None  # eager gets no mask for it, so it fits any length
     if pattern is not None and mask.shape[2] == q.shape[1] and mask.shape[3] == seqlen_kv:
         padding, segments = (
             x if x is None or x.shape[0] == q.shape[0] else x.expand(q.shape[0], -1)
             for x in (pattern.padding, pattern.segments)
         )
         return pattern._replace(padding=padding, segments=segments), None
-    mask = _recognised(module, mask.dense() if isinstance(mask, masks.LazyMask) else mask, q, seqlen_kv)
+    mask = _checked_mask(module, mask.dense() if isinstance(mask, masks.LazyMask) else mask, q, seqlen_kv)
     if mask.dim() == 2:
         return without_mask._replace(padding=mask), None
     if mask.dtype == torch.bool and mask.shape[1] == mask.shape[2] == 1:
-        # The keys that every query sees: causal and window do not count any more.
+        # The mask names the keys that every query sees; causality and window do not apply.
         padding = boundaries.view_with_memo(mask, mask[:, 0, 0, :].expand(q.shape[0], -1))
         return masks.Pattern(False, None, padding), None
     return None, mask
 
 
 def _cut_by_positions(pattern: masks.Pattern, position_ids, q, seqlen_kv: int) -> masks.Pattern:
-    """``pattern`` with the packed rows that only the positions tell: with a cache (the default outside Trainer) or a
-    padding mask, Transformers' mask layer does not look for them."""
+    """``pattern`` with the packed rows that only the positions show.
+
+    Transformers' mask layer does not look for them if there is a cache (the default outside Trainer) or a padding mask.
+    """
     num_keys = seqlen_kv if pattern.padding is None else pattern.padding.shape[1]
     if pattern.segments is not None or q.shape[1] != num_keys:
         return pattern
@@ -179,7 +178,7 @@ def _cut_by_positions(pattern: masks.Pattern, position_ids, q, seqlen_kv: int) -
 
 
 def _fused(q, k, v, pattern: masks.Pattern, options) -> torch.Tensor | None:
-    """The kernel's answer for q, k, v [batch, seqlen, heads, dim]; ``None`` if it needs a dense mask."""
+    """The kernel's output for q, k, v [batch, seqlen, heads, dim]; ``None`` if the call needs a dense mask."""
     seqlen_q = q.shape[1]
     padding = pattern.padding
     options = options | {"is_causal": pattern.is_causal, "window": pattern.window}
@@ -198,7 +197,7 @@ def _fused(q, k, v, pattern: masks.Pattern, options) -> torch.Tensor | None:
     if queries_are_keys and seqlen_q > seqlen_kv:
         return None
     if ranges.uniform is not None:
-        # All rows alike, as in an unpadded batch under a static cache: a slice, and no copy of the cache below.
+        # All rows are alike, as in an unpadded batch under a static cache. A slice avoids the copy of the cache below.
         start, end = ranges.uniform
         if not queries_are_keys or (end == seqlen_kv and start <= seqlen_kv - seqlen_q):
             return _attention(q, k[:, start:end], v[:, start:end], **options)
@@ -233,8 +232,10 @@ def _packed(q, k, v, cu_seqlens, longest, **options) -> torch.Tensor:
 
 
 def _dense(module, q, k, v, pattern, mask, position_bias, dropout, wants_weights, options):
-    """Exact attention with a materialised mask: what no fused kernel computes. Either ``pattern`` or the 4-D ``mask``
-    says who sees whom; the shapes of q, k, v are as in :func:`_fused`."""
+    """Exact attention with a materialised mask, for calls that no fused kernel computes.
+
+    Either ``pattern`` or the 4-D ``mask`` defines the visible keys; the shapes of q, k, v are as in :func:`_fused`.
+    """
     num_keys = k.shape[1]
     options = options | {"is_causal": False, "window": None}
     if pattern is not None:
@@ -259,11 +260,11 @@ def _dense(module, q, k, v, pattern, mask, position_bias, dropout, wants_weights
         else:
             mask = bias + mask.to(q.dtype)
     if not wants_weights:
-        # Models call .view on what comes back.
+        # Models call .view on the result.
         return _attention(q, k, v, attn_mask=mask, dropout_p=dropout, **options).contiguous(), None
 
     warn_once(
-        "flashmla: output_attentions=True is answered exactly, but not by the fused kernel, which never holds the "
+        "flashmla: output_attentions=True is computed exactly, but not by the fused kernel, which never holds the "
         "weights: memory grows with seqlen_q * seqlen_kv.",
         stacklevel=3,
     )
@@ -289,20 +290,20 @@ def _dense(module, q, k, v, pattern, mask, position_bias, dropout, wants_weights
 def _segments_from_boundaries(module, q, k, cu_seqlens_q, cu_seqlens_kv) -> torch.Tensor:
     if q.shape[0] != 1 or q.shape[1] != k.shape[1]:
         raise ValueError(
-            f"flashmla in {type(module).__name__}: output_attentions and position_bias with cu_seq_lens: expected "
-            f"one packed row of equal query and key lengths, got query {[*q.shape]} and key {[*k.shape]} "
+            f"flashmla in {type(module).__name__}: cu_seq_lens with output_attentions or position_bias: expected "
+            f"one packed row with equally many queries and keys, got query {[*q.shape]} and key {[*k.shape]} "
             "[batch, seqlen, heads, dim]"
         )
     return boundaries.segments_from_boundaries(cu_seqlens_q, q.shape[1])
 
 
-def _recognised(module, mask, q: torch.Tensor, seqlen_kv: int) -> torch.Tensor:
+def _checked_mask(module, mask, q: torch.Tensor, seqlen_kv: int) -> torch.Tensor:
     """The user's ``mask`` as bool [batch, num_keys] or as 4-D mask, for q [batch, seqlen_q, ...] and at most
     ``seqlen_kv`` keys."""
     if not isinstance(mask, torch.Tensor) or mask.dim() not in (2, 4):
-        what = f"{mask.dim()} dimensions" if isinstance(mask, torch.Tensor) else type(mask).__name__
+        actual = f"{mask.dim()} dimensions" if isinstance(mask, torch.Tensor) else type(mask).__name__
         raise ValueError(
-            f"flashmla in {type(module).__name__}: attention_mask: expected None or 2 or 4 dimensions, got {what}"
+            f"flashmla in {type(module).__name__}: attention_mask: expected None or 2 or 4 dimensions, got {actual}"
         )
     if mask.dim() == 4 and mask.dtype != torch.bool and not mask.is_floating_point():
         raise ValueError(
@@ -312,14 +313,14 @@ def _recognised(module, mask, q: torch.Tensor, seqlen_kv: int) -> torch.Tensor:
     if mask.dim() == 2 and mask.shape[0] != q.shape[0]:
         mask = mask.expand(q.shape[0], -1)
     if mask.dim() == 2 and mask.dtype != torch.bool:
-        # Models that go around the mask layer pass the tokenizer's mask of ones and zeros, in whatever dtype.
+        # Models that skip Transformers' mask layer pass the tokenizer's mask of ones and zeros, in any dtype.
         kept = boundaries.memo(mask)
         if "as bool" not in kept:
-            kept["as bool"] = boundaries.adopt(mask != 0)
+            kept["as bool"] = boundaries.mark_constant(mask != 0)
         mask = kept["as bool"]
     if mask.shape[-1] <= seqlen_kv:
         return mask
-    # Of a 2-D mask a sliding cache holds the last keys. A 4-D mask may be made for the rows of a whole static cache.
+    # A sliding cache holds the last keys of a 2-D mask. A 4-D mask may cover all rows of a static cache.
     cut = mask[:, -seqlen_kv:] if mask.dim() == 2 else mask[..., :seqlen_kv]
     if mask.dim() == 4 and mask.shape[2] > 1:
         return cut
@@ -327,7 +328,7 @@ def _recognised(module, mask, q: torch.Tensor, seqlen_kv: int) -> torch.Tensor:
         return cut
     kept, key = boundaries.memo(mask), ("cut", seqlen_kv)
     if key not in kept:
-        kept[key] = boundaries.adopt(cut.clone())
+        kept[key] = boundaries.mark_constant(cut.clone())
     return kept[key]
 
 
@@ -349,10 +350,10 @@ def _window(module, is_causal: bool, sliding_window: int | None) -> tuple[int, i
 
 
 def _one_dtype(query, key, value):
-    """The three in one dtype. Autocast leaves mixtures: rotary embeddings and norms give fp32, projections bf16.
+    """query, key and value in one dtype. Autocast mixes dtypes: rotary embeddings and norms give fp32, projections bf16.
 
-    Under autocast that is autocast's dtype (as for any matrix product), elsewhere the dtype of ``value``, which no
-    norm or rotation has touched.
+    The dtype is autocast's under autocast, as for any matrix product. Otherwise it is that of ``value``, which no norm or
+    rotation has changed.
     """
     device_type = query.device.type
     if device_type != "meta" and torch.is_autocast_enabled(device_type) and query.dtype != torch.float64:
@@ -363,7 +364,7 @@ def _one_dtype(query, key, value):
 
 
 def _as_int(length: int | torch.Tensor | None) -> int | None:
-    """A length Python knows, or ``None`` (then the packed length is the bound): never a synchronisation."""
+    """The length if Python knows it without a synchronisation, else ``None`` (the packed length is then the bound)."""
     if isinstance(length, torch.Tensor):
         return int(length) if length.device.type == "cpu" and values_are_readable(length) else None
     return length
@@ -372,28 +373,28 @@ def _as_int(length: int | torch.Tensor | None) -> int | None:
 def _refuse_unknown(module, kwargs: dict) -> None:
     """Raises for an argument that eager attention would honour, or that the layer passes in eager's place.
 
-    Whatever else arrives was given to the model for somebody else: Transformers hands it down to every layer, and
-    eager's attention function ignores it.
+    Every other argument was given to the model for another part of it: Transformers passes it down to all layers, and eager's
+    attention function ignores it.
     """
     for name, given in kwargs.items():
         if given is not None and check.is_about_attention(type(module), name):
             model = transformers_private.attribute(getattr(module, "config", None), "model_type") or "unknown"
             raise ValueError(
-                f"flashmla: {type(module).__name__} of model type {model!r} passes the argument {name!r}, which this "
-                "attention does not know; ignoring it could be silently wrong (sparse models pass their selected keys "
-                'this way). Use attn_implementation="eager" or "sdpa" for this model, or leave it out of the call'
+                f"flashmla: {type(module).__name__} of model type {model!r} passed an unsupported argument {name!r}. It may "
+                "change the result (sparse models pass their selected keys this way), so it is not ignored. Use "
+                'attn_implementation="eager" or "sdpa" for this model, or leave the argument out of the call'
             )
 
 
 def _refuse_parallel(module, query) -> None:
     if type(query).__name__ == "DTensor":
         raise NotImplementedError(
-            f"flashmla in {type(module).__name__}: DTensor inputs. Expected local tensors: use "
-            'tp_plan="auto" or FSDP, which hand over local tensors, or attn_implementation="sdpa"'
+            f"flashmla in {type(module).__name__}: query: expected a local tensor, got a DTensor. Use "
+            'tp_plan="auto" or FSDP, which pass local tensors, or attn_implementation="sdpa"'
         )
     if transformers_private.context_parallel_is_active():
         raise NotImplementedError(
-            f"flashmla in {type(module).__name__}: torch context parallelism is active. It shards the sequence and "
-            "replaces torch's SDPA only, so this attention would silently see one shard of the keys. Use "
-            'attn_implementation="sdpa" inside context_parallel, or leave context parallelism off'
+            f"flashmla in {type(module).__name__}: torch's context parallelism is active. It shards the sequence and "
+            "replaces torch's SDPA only, so this attention would see one shard of the keys. Use "
+            'attn_implementation="sdpa" inside context_parallel, or switch context parallelism off'
         )

@@ -1,24 +1,24 @@
 """The mask function registered with Transformers, and the masks that it hands to the attention layers.
 
 Transformers builds one mask per forward pass and kind of layer, by calling the function registered for the attention
-implementation with a *mask function* (who sees whom, as a closure over batch, head, query and key indices) and the
-2-D padding mask. Eager attention applies that mask and nothing else: whether a layer is causal, has a window or sees
-everything stands in its mask. Transformers' own functions for SDPA and flash implementations leave out what "the layer
-says by itself", and not every layer says it: some decoders never set ``is_causal``, some never pass their window on.
+implementation with a *mask function* (a closure over batch, head, query and key indices that defines the visible keys) and
+the 2-D padding mask. Eager attention applies that mask and nothing else: the mask defines whether a layer is causal, has a
+window or sees every key. Transformers' own functions for SDPA and flash implementations leave out what the layer's own
+attributes define, but not every layer has them: some decoders never set ``is_causal``, some never pass their window on.
 
-So a mask of ours always says everything. It has the shape and dtype of the mask that the model's class is written for,
-[batch, 1, seqlen_q, seqlen_kv], and carries a :class:`Pattern`, which the attention function reads instead of it:
+So a mask of ours is always complete. It has the shape and dtype of the mask that the model's class is written for,
+[batch, 1, seqlen_q, seqlen_kv], and carries a :class:`Pattern`, which the attention function reads instead of the mask:
 
 ===================  ===================================================================================================
-in eager mode        :class:`LazyMask`: no memory until somebody computes with it. A model that slices it, adds to it or
-                     concatenates it gets the dense mask, exactly, and its layer then computes under that.
-under torch.compile  the dense mask, with the pattern as an attribute. Nobody reads the dense one, so the compiler drops
-                     it, unless the model computes with it.
+in eager mode        :class:`LazyMask`: it takes no memory until code computes with it. A model that slices it, adds to it
+                     or concatenates it gets the exact dense mask, and its layer then computes with that.
+under torch.compile  the dense mask, with the pattern as an attribute. The compiler drops the dense mask unless the model
+                     computes with it.
 ===================  ===================================================================================================
 
-What no pattern says (images that see themselves, custom overlays, holes in the padding of a causal row) is a dense mask
-without one: it costs seqlen_q * seqlen_kv bytes and leaves the fused kernel. ``None`` is what eager's mask function
-returns for it: every query sees every key.
+A mask that no pattern describes (images that see themselves, custom overlays, holes in the padding of a causal row) is dense
+and carries none: it costs seqlen_q * seqlen_kv bytes, and the fused kernel does not compute it. ``None`` means, as in eager
+attention, that every query sees every key.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _ATTRIBUTE = "_flashmla_pattern"
 
 
 class Pattern(NamedTuple):
-    """Who sees whom, in a form that the kernel computes. What holds of a pair (query, key) is the conjunction of all.
+    """The visible pairs (query, key), in a form that the kernel computes. A pair is visible if all fields allow it.
 
     is_causal: no key after the query. window: ``(left, right)``, both included, -1 is unbounded; ``None``: no window.
     padding: bool [batch, num_keys], true where a key may be seen; ``num_keys`` is the number of keys that there are,
@@ -80,10 +80,10 @@ def _in_dtype(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 class LazyMask(torch.Tensor):
-    """A mask [batch, 1, seqlen_q, seqlen_kv] that is made when somebody computes with it.
+    """A mask [batch, 1, seqlen_q, seqlen_kv] that is materialised by the first operation on it.
 
-    It holds its pattern and no numbers. Every operation on it gets the dense mask in its place, which is then kept. A
-    view of that, or a change in place, makes the pattern void: :func:`pattern_of` answers ``None`` from then on.
+    It holds its pattern and no numbers. Every operation gets the dense mask in its place, which is then kept. A view of the
+    dense mask, or a change in place, makes the pattern void: :func:`pattern_of` returns ``None`` from then on.
     """
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
@@ -169,7 +169,7 @@ def _says_the_same(func, mask: LazyMask, args: tuple, kwargs: dict) -> bool:
 
 
 def pattern_of(mask: torch.Tensor | None) -> Pattern | None:
-    """The pattern that ``mask`` stands for, ``None`` for a mask that only its numbers describe."""
+    """The pattern of ``mask``; ``None`` for a mask that only its numbers describe."""
     if isinstance(mask, LazyMask):
         return mask._state["pattern"]
     return getattr(mask, _ATTRIBUTE, None)
@@ -223,7 +223,7 @@ def flashmla_mask(
         size = (batch_size, 1, q_length, kv_length)
         return LazyMask(pattern, size, dtype, torch.empty(0, device=device))
     mask = masking_utils.sdpa_mask(**arguments, allow_is_causal_skip=False, allow_is_bidirectional_skip=False)
-    mask = boundaries.adopt(_in_dtype(mask, dtype))
+    mask = boundaries.mark_constant(_in_dtype(mask, dtype))
     if pattern is not None:
         setattr(mask, _ATTRIBUTE, pattern)
     return mask
@@ -240,12 +240,13 @@ def _pattern(conditions: transformers_private.Conditions, arguments: dict) -> Pa
     )
     is_positional = conditions.is_causal or conditions.window is not None or conditions.chunk is not None
     if isinstance(q_offset, torch.Tensor) and is_positional:
-        # Static caches count their tokens in a tensor. The kernel reads keys up to a length known to Python, so either
-        # look (one synchronisation per forward), or describe the keys of a single query by values: the compiled decode.
+        # Static caches count their tokens in a tensor, but the kernel reads keys up to a length that Python knows. So either
+        # read the tensor (one synchronisation per forward), or describe the keys of a single query by values (compiled
+        # decoding).
         if not values_are_readable(q_offset):
             return None
         q_offset = int(q_offset)
-    # Keys past the last query are seen by nobody in a causal row: the unused end of a static cache.
+    # No query of a causal row sees the keys past the last query, the unused end of a static cache.
     num_keys = q_offset + q_length - kv_offset if conditions.is_causal else kv_length
     if num_keys > kv_length:
         return None
@@ -267,7 +268,7 @@ def _pattern(conditions: transformers_private.Conditions, arguments: dict) -> Pa
         elif not is_tracing():
             return None  # Transformers packs without a cache only; while compiling the condition is a guess
     if padding is None and num_keys != kv_length:
-        padding = boundaries.adopt(
+        padding = boundaries.mark_constant(
             torch.ones(arguments["batch_size"], num_keys, dtype=torch.bool, device=arguments["device"])
         )
     return Pattern(conditions.is_causal, conditions.window, padding, segments)
@@ -277,7 +278,7 @@ def _padding(attention_mask: torch.Tensor, kv_offset: int, kv_length: int) -> to
     """Bool [batch, kv_length]: the part of the padding mask that the keys of this layer are; beyond its end is
     padding."""
     padding = masking_utils.prepare_padding_mask(attention_mask, kv_length, kv_offset)
-    return boundaries.adopt(padding[:, kv_offset : kv_offset + kv_length])
+    return boundaries.mark_constant(padding[:, kv_offset : kv_offset + kv_length])
 
 
 def _segments(arguments: dict) -> torch.Tensor:
@@ -290,4 +291,4 @@ def _segments(arguments: dict) -> torch.Tensor:
     )
     is_same = arguments["mask_function"](batch, head, query, key).expand(arguments["batch_size"], -1)
     number = (~is_same).cumsum(-1, dtype=torch.int32) + 1
-    return boundaries.adopt(torch.nn.functional.pad(number, (1, 0), value=1))
+    return boundaries.mark_constant(torch.nn.functional.pad(number, (1, 0), value=1))

@@ -44,8 +44,10 @@ LEGACY_FLASH_MODEL_TYPES = frozenset({"falcon", "gptj", "semantic", "coarse_acou
 
 
 class Conditions(NamedTuple):
-    """What a mask function of Transformers is the conjunction of. ``chunk``: the size of the chunks that do not see each
-    other. ``is_packed``: there may be packed sequences."""
+    """The conditions whose conjunction a mask function of Transformers is.
+
+    ``chunk``: the size of the chunks that do not see each other. ``is_packed``: there may be packed sequences.
+    """
 
     is_causal: bool = False
     window: tuple[int, int] | None = None
@@ -54,7 +56,7 @@ class Conditions(NamedTuple):
 
 
 def conditions_of(mask_function: Callable) -> Conditions | None:
-    """The conditions of ``mask_function``; ``None`` if there are others."""
+    """The conditions of ``mask_function``; ``None`` if it has others."""
     if getattr(mask_function, "__module__", "") != masking_utils.__name__:
         return None
     name = mask_function.__qualname__
@@ -98,17 +100,16 @@ def conditions_of(mask_function: Callable) -> Conditions | None:
 def conditions_while_compiling(
     mask_function: Callable, local_size: int | None, config, is_bidirectional: bool
 ) -> Conditions | None:
-    """As :func:`conditions_of`, from what dynamo can see: a closure's cells are not readable under torch.compile, its code
-    is (its ``__qualname__`` from torch 2.13 on)."""
+    """As :func:`conditions_of`, under torch.compile. Dynamo cannot read the cells of a closure, only its code (and its
+    ``__qualname__`` from torch 2.13 on)."""
     if mask_function is masking_utils.causal_mask_function:
         return Conditions(is_causal=True)
     if mask_function is masking_utils.bidirectional_mask_function:
         return Conditions()
     if mask_function.__code__ is not _AND_CODE:
         return None
-    # Conjunctions reach us from the create_* functions alone (custom ones set use_vmap): a window or chunks if
-    # local_size is given, packed sequences, or both. Whether there are packed ones cannot be told; looking for them is
-    # exact either way.
+    # Only the create_* functions pass conjunctions (custom ones set use_vmap): a window or chunks if local_size is given,
+    # packed sequences, or both. The code does not show whether sequences are packed; looking for them is exact in either case.
     if local_size is None:
         return None if is_bidirectional else Conditions(is_causal=True, is_packed=True)
     is_window = attribute(config, "sliding_window") == local_size
@@ -123,7 +124,7 @@ def conditions_while_compiling(
 
 
 def attribute(config, name: str):
-    """``config.name``, or ``None`` if the configuration does not say it for all layers alike (some raise then)."""
+    """``config.name``, or ``None`` if the configuration has no single value for all layers (some raise then)."""
     try:
         return getattr(config, name, None)
     except Exception:
@@ -151,7 +152,7 @@ def _declarations(config_class: type) -> _Declared:
             if getattr(cls, "config_class", None) is config_class
         ]
         if not models:
-            return _Declared(True, True)  # no model of Transformers: a user's class, a test's
+            return _Declared(True, True)  # not a model of Transformers but a user's or a test's class
         _declared[config_class] = _Declared(
             any(getattr(cls, "_supports_sdpa", False) for cls in models),
             any(getattr(cls, "_supports_flash_attn", False) for cls in models),
@@ -161,15 +162,17 @@ def _declarations(config_class: type) -> _Declared:
 
 @torch.compiler.assume_constant_result
 def is_trusted(config_class: type) -> bool:
-    """Whether the layers of these models are known to say by themselves whether they are causal: Transformers declares
-    SDPA or a flash implementation for them, which rely on it."""
+    """Whether the layers of these models define reliably whether they are causal.
+
+    Transformers declares SDPA or a flash implementation for such models, and both rely on it.
+    """
     return any(_declarations(config_class))
 
 
 @torch.compiler.assume_constant_result
 def takes_boolean_masks(config_class: type) -> bool:
-    """Whether these models are written for SDPA's masks as well. Others may do with a mask what only eager's floating
-    one allows, such as adding it to their scores (DeepSeek-V4 concatenates it with one)."""
+    """Whether these models also work with SDPA's masks. Others may use a mask as only eager's floating one allows: they add it
+    to their scores, or concatenate it with a floating mask (DeepSeek-V4)."""
     return _declarations(config_class).sdpa
 
 
@@ -184,9 +187,11 @@ def _subclasses(cls: type) -> Iterator[type]:
 
 
 def _wrap_lazy_imports(original):
-    """Transformers preloads a flash library for every name that contains "flash", from the hub if it does not know the
-    name, and model init then fails. For our names this gives our functions; they also serve models that call
-    Transformers' own flash path (Falcon, remote code)."""
+    """Gives our functions for our names.
+
+    Transformers preloads a flash library for every name that contains "flash". It looks on the hub for an unknown name, and
+    model init then fails. The functions also serve models that call Transformers' own flash path (Falcon, remote code).
+    """
 
     @functools.wraps(original)
     def lazy_imports(implementation, *args, **kwargs):
@@ -200,7 +205,7 @@ def _wrap_lazy_imports(original):
 
 
 def _wrap_check_and_adjust(original):
-    """Every route to an attention implementation of a model ends in this method."""
+    """Wraps the method in which every choice of a model's attention implementation ends."""
 
     @functools.wraps(original)
     def check_and_adjust(self, attn_implementation, *args, **kwargs):
@@ -210,7 +215,7 @@ def _wrap_check_and_adjust(original):
             return original(self, "eager", *args, **kwargs)
         _declare_compatible(type(self))
         _provide_flash_path(type(self))
-        # Transformers loads names of the shape of KERNEL_NAME from the hub, so the checks are made for NAME.
+        # Transformers loads names in the form of KERNEL_NAME from the hub, so it checks NAME instead.
         checked = attn_implementation.replace(KERNEL_NAME, NAME)
         chosen = original(self, checked, *args, **kwargs)
         return chosen if checked == attn_implementation else chosen.replace(NAME, KERNEL_NAME)
@@ -220,7 +225,7 @@ def _wrap_check_and_adjust(original):
 
 
 def _wrap_get_correct(original):
-    """What ``set_attn_implementation`` of a model asks its submodels, in place of the method above."""
+    """Wraps the method that ``set_attn_implementation`` of a model calls for its submodels, instead of the one above."""
 
     @functools.wraps(original)
     def get_correct(self, requested_attention, *args, **kwargs):
@@ -246,8 +251,11 @@ def _must_run_with_eager(model: modeling_utils.PreTrainedModel, implementation: 
 
 
 def _declare_compatible(model_class: type) -> None:
-    """Adds our name to ``_compatible_flash_implementations``: GPT-OSS and its kin list the kernels that know sinks and
-    replace every other flash name by one from the hub. On first use, so that classes imported later are covered."""
+    """Adds our name to ``_compatible_flash_implementations``.
+
+    GPT-OSS and similar models list the kernels that know sinks there, and replace every other flash name by one from the hub.
+    This runs on first use, so it covers classes that are imported later.
+    """
     for cls in model_class.__mro__:
         names = cls.__dict__.get("_compatible_flash_implementations")
         if names is not None and NAME not in names:
@@ -255,8 +263,10 @@ def _declare_compatible(model_class: type) -> None:
 
 
 def _class_dictionaries(model_class: type) -> Iterator[tuple[str, dict]]:
-    """The dictionaries from an attention implementation to a class beside ``model_class`` and its bases. They know no
-    registered names: Falcon, GPT-J, Bark in 5.17, SAM, SAM-HQ."""
+    """The dictionaries from an attention implementation to a class in the modules of ``model_class`` and its bases.
+
+    They contain no registered names: Falcon, GPT-J, Bark in 5.17, SAM, SAM-HQ.
+    """
     for cls in _model_classes(model_class):
         for name, classes in list(vars(sys.modules[cls.__module__]).items()):  # other threads load models, too
             if name.endswith("_ATTENTION_CLASSES") and isinstance(classes, dict) and "eager" in classes:
@@ -288,8 +298,10 @@ def _reads_masks(attention_class: type[torch.nn.Module]) -> bool:
 
 
 def _provide_flash_path(model_class: type) -> None:
-    """Falcon, GPT-J and Bark import Transformers' flash path only where flash-attn is installed, and use it unasked.
-    Dictionaries of classes get our names."""
+    """Gives ``model_class`` Transformers' flash path, and adds our names to its dictionaries of classes.
+
+    Falcon, GPT-J and Bark import the flash path only if flash-attn is installed, but use it in any case.
+    """
     forward = modeling_flash_attention_utils._flash_attention_forward
     for cls in _model_classes(model_class):
         if check.uses_flash_path(cls):
@@ -314,9 +326,8 @@ WRAPPED = (
 def context_parallel_is_active() -> bool:
     """Whether ``torch.distributed.tensor.experimental.context_parallel`` has replaced SDPA right now.
 
-    There is no public question to ask: its module keeps the functions it put in place (monkey-patch mode), or swaps the
-    handlers of DTensor's dispatcher (wrapper mode). A graph compiled outside of the region keeps its answer: compile
-    inside of it.
+    Torch has no public function for it. Its module keeps the functions that it replaced (monkey-patch mode), or swaps the
+    handlers of DTensor's dispatcher (wrapper mode). A graph compiled outside of the region keeps the value: compile inside.
     """
     experimental = "torch.distributed.tensor.experimental"
     for name in (f"{experimental}._context_parallel._attention", f"{experimental}._attention"):
