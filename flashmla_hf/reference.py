@@ -15,13 +15,13 @@ from itertools import pairwise
 
 import torch
 
-from flashmla_hf import ops
+from flashmla_hf.torch_state import has_transforms, is_functionalizing, values_are_readable, without_autocast
 
 
 def visible_keys(
     seqlen_q: int, seqlen_kv: int, window_left: int, window_right: int, device: torch.device | None = None
 ) -> torch.Tensor | None:
-    """Boolean [seqlen_q, seqlen_kv], true where a key is visible; ``None`` where every key is.
+    """Boolean [seqlen_q, seqlen_kv], true where a key is visible; ``None`` if every key is.
 
     Bottom-right aligned: query ``i`` stands at key position ``p = i + seqlen_kv - seqlen_q`` and sees keys
     ``p - window_left ... p + window_right``, both included; a negative bound is unbounded; causal is ``window_right=0``.
@@ -46,11 +46,11 @@ _FAR = 2**40
 
 
 def _sum_over_visible(a: torch.Tensor, b: torch.Tensor, visible: torch.Tensor | None) -> torch.Tensor:
-    """``a @ b``, where what ``visible`` hides adds nothing. a [..., m, n] is exactly 0 there (not NaN), b [..., n, d] may be
-    anything; ``visible`` [..., m, n] broadcasts to a; ``None`` hides nothing.
+    """``a @ b`` over the visible pairs. a [..., m, n] is exactly 0 (not NaN) at hidden pairs, b [..., n, d] may hold any
+    values; ``visible`` [..., m, n] broadcasts to a; ``None`` hides nothing.
 
-    The finite part of b is multiplied as it is. Of the others it is counted, for each element of the result, how many are
-    visible and which way they point: what IEEE arithmetic makes of a sum with them is known from that.
+    The finite part of b is multiplied as it is. For each element of the result, the visible values of b that are not finite are
+    counted by sign; the counts determine the result of a sum in IEEE arithmetic.
     """
     if visible is None:
         return a @ b
@@ -70,9 +70,9 @@ def _sum_over_visible(a: torch.Tensor, b: torch.Tensor, visible: torch.Tensor | 
 def can_read(x: torch.Tensor) -> bool:
     """Whether a decision may depend on values of x: not while something traces, transforms, fakes, watches or captures."""
     return (
-        ops.values_are_readable(x)
+        values_are_readable(x)
         and type(x) in (torch.Tensor, torch.nn.Parameter)
-        and not ops.has_transforms()
+        and not has_transforms()
         and torch._C._len_torch_dispatch_stack() == 0
     )
 
@@ -93,7 +93,7 @@ class _Product(_OverVisible):
 
     @staticmethod
     def forward(a, b, visible):
-        with ops.without_autocast(a.device):
+        with without_autocast(a.device):
             return _sum_over_visible(a, b, visible)
 
     @staticmethod
@@ -123,7 +123,7 @@ class _Scores(_OverVisible):
 
     @staticmethod
     def forward(a, b, visible):
-        with ops.without_autocast(a.device):
+        with without_autocast(a.device):
             scores = a @ b.mT
         return scores if visible is None else scores.masked_fill(~visible, 0.0)
 
@@ -151,9 +151,12 @@ class _Scores(_OverVisible):
 
 
 def _applied(function: type[torch.autograd.Function], a, b, visible) -> torch.Tensor:
-    """Dynamo and functionalize take no such functions: there autograd goes through the forward pass (the values are the
-    same; a gradient that is not finite may reach what is hidden from its row)."""
-    if torch.compiler.is_compiling() or ops.is_functionalizing():
+    """``function.apply``, or its forward under dynamo and functionalize, which do not support such functions.
+
+    Autograd then differentiates the forward pass. The values are the same, but a gradient that is not finite may reach values
+    that are hidden from its row.
+    """
+    if torch.compiler.is_compiling() or is_functionalizing():
         return function.forward(a, b, visible)
     return function.apply(a, b, visible)
 
@@ -239,7 +242,7 @@ def attention(
     Source: Vaswani et al. 2017, equation 1; attention sinks as in GPT-OSS; softcap as in Gemma 2.
     """
     options = (scale, window_left, window_right, softcap, dropout_p)
-    with ops.without_autocast(q.device):
+    with without_autocast(q.device):
         if cu_seqlens_q is not None:
             return _packed_attention(q, k, v, sinks, cu_seqlens_q, cu_seqlens_kv, options)
         out, lse, weights = _sequence_attention(q, k, v, sinks, attn_mask, *options)

@@ -7,23 +7,25 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 
-from flashmla_hf import dispatch
+from flashmla_hf import direct, dispatch
 
 
 @contextlib.contextmanager
 def standing_in(around: Callable):
     """Inside the block ``around(name, call, run)`` answers every call of the implementation ``name``; ``run(call)`` is its own
     answer."""
-    saved = dict(dispatch.IMPLEMENTATIONS)
+    saved, was_enabled = dict(dispatch.IMPLEMENTATIONS), direct.enabled
 
     def stand_in(name, implementation):
         return replace(implementation, run=lambda call: around(name, call, implementation.run))
 
     dispatch.IMPLEMENTATIONS.update({name: stand_in(name, item) for name, item in saved.items()})
+    direct.enabled = False  # the fast path calls the compiled kernels past the table
     try:
         yield
     finally:
         dispatch.IMPLEMENTATIONS.update(saved)
+        direct.enabled = was_enabled
 
 
 @contextlib.contextmanager

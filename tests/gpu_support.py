@@ -12,7 +12,7 @@ import pytest
 import torch
 from cases import SM90_ROWS, Case
 
-from flashmla_hf import ops
+from flashmla_hf import libraries
 
 HALF = (torch.bfloat16, torch.float16)
 DEVICE = os.environ.get("FLASHMLA_SM90_TESTS_ON", "cuda")  # "cpu": the code of the tests of sm90, without the kernel
@@ -25,7 +25,7 @@ def sm90_missing() -> str | None:
         return "no GPU"
     if torch.cuda.get_device_capability() != (9, 0):
         return "not a Hopper GPU"
-    return ops.unavailable.get("sm90")
+    return libraries.unavailable.get("sm90")
 
 
 needs_sm90 = pytest.mark.skipif(DEVICE == "cuda" and sm90_missing() is not None, reason=f"sm90: {sm90_missing()}")

@@ -14,7 +14,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 
 import flashmla_hf
-from flashmla_hf import dispatch, ops
+from flashmla_hf import direct, dispatch, libraries
+from flashmla_hf.backend import kernel_refusal
 
 torch.set_num_threads(2)
 DEVICE = torch.device(os.environ.get("FLASHMLA_TEST_DEVICE", "cpu"))
@@ -25,9 +26,10 @@ KERNELS = ("cpu", "sm90", "flex")
 
 if os.environ.get("FLASHMLA_TEST_IMPL") == "reference":
     # Plumbing without a compiled library: the kernel's place is taken by the oracle.
+    direct.enabled = False
     for _name in KERNELS:
         dispatch.IMPLEMENTATIONS[_name] = replace(
-            dispatch.IMPLEMENTATIONS["reference"], refusal=lambda call: dispatch._kernel_refusal(call)
+            dispatch.IMPLEMENTATIONS["reference"], refusal=lambda call: kernel_refusal(call)
         )
 
 flashmla_hf.register()
@@ -44,7 +46,11 @@ def kernel_calls(calls: Counter[str]) -> int:
 
 
 def is_built() -> bool:
-    return os.environ.get("FLASHMLA_TEST_IMPL") == "reference" or DEVICE.type != "cpu" or "cpu" not in ops.unavailable
+    return (
+        os.environ.get("FLASHMLA_TEST_IMPL") == "reference"
+        or DEVICE.type != "cpu"
+        or "cpu" not in libraries.unavailable
+    )
 
 
 def close(got: torch.Tensor, expected: torch.Tensor, tolerance: float = TOLERANCE) -> bool:

@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import torch
 from cases import SM90_ROWS, Case
 
-from flashmla_hf import ops, reference
+from flashmla_hf import libraries, reference
 
 # Largest error, relative to the largest value (at least 1): a wrong index, mask or stride is far beyond.
 TOLERANCES = {torch.bfloat16: (2e-2, 5e-2), torch.float16: (3e-3, 8e-3)}  # of out, of gradients
@@ -227,8 +227,8 @@ def main(arguments: list[str] | None = None) -> int:
         write_past_the_end()
         return 0
     impl = "cpu" if args.device == "cpu" else "sm90"
-    if impl in ops.unavailable:
-        print(f"sanitize_gpu: {ops.unavailable[impl]}")
+    if impl in libraries.unavailable:
+        print(f"sanitize_gpu: {libraries.unavailable[impl]}")
         return 2
     torch.set_num_threads(min(4, os.cpu_count() or 1))
     wrong = sweep(args.device)

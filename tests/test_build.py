@@ -71,7 +71,9 @@ def test_the_wheel_serves_every_python_and_holds_the_library(wheel):
     assert "flashmla_hf/libflashmla_cpu.so" in names
     assert "flashmla_hf/_direct.abi3.so" in names
     assert "flashmla_hf/_build.json" in names
-    assert "flashmla_hf/patches/__init__.py" in names
+    assert {f"flashmla_hf/{name}/__init__.py" for name in ("backends", "hf", "patches")} | {"flashmla_hf/py.typed"} <= {
+        *names
+    }
     assert not any(name.startswith(("tests/", "csrc/")) for name in names)
     entry_points = next(name for name in names if name.endswith("entry_points.txt"))
     assert "flashmla_hf.autoload:install" in zipfile.ZipFile(wheel).read(entry_points).decode()
@@ -380,7 +382,14 @@ class Package:
 
     def __init__(self, directory):
         self.directory = directory / "package"
-        for name in ("flashmla_hf/patches", "csrc/cpu", "csrc/sm90", "csrc/direct"):
+        for name in (
+            "flashmla_hf/backends",
+            "flashmla_hf/hf",
+            "flashmla_hf/patches",
+            "csrc/cpu",
+            "csrc/sm90",
+            "csrc/direct",
+        ):
             (self.directory / name).mkdir(parents=True)
         for name in (
             "setup.py", "pyproject.toml", "README.md", "LICENSE", "csrc/sm90/check_build.py", "csrc/direct/sources.json",
@@ -388,6 +397,8 @@ class Package:
             shutil.copy(ROOT / name, self.directory / name)
         for name, text in {
             "flashmla_hf/__init__.py": "__version__ = '1.0'\n",
+            "flashmla_hf/backends/__init__.py": "",
+            "flashmla_hf/hf/__init__.py": "",
             "flashmla_hf/patches/__init__.py": "",
             "csrc/params.h": "",
             "csrc/direct.h": "",

@@ -17,9 +17,9 @@ import pytest
 import torch
 from numerics import tolerance_floor
 
-import flashmla_hf.ops as ops
+from flashmla_hf import libraries
 
-pytestmark = pytest.mark.skipif("cpu" in ops.unavailable, reason=f"cpu: {ops.unavailable.get('cpu')}")
+pytestmark = pytest.mark.skipif("cpu" in libraries.unavailable, reason=f"cpu: {libraries.unavailable.get('cpu')}")
 
 ISAS = ("baseline", "avx2", "avx512", "avx512_bf16", "amx")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)

@@ -11,9 +11,9 @@ import pytest
 import torch
 from test_cpu_kernel import DTYPES, ISAS, in_subprocess, kernel, make_inputs
 
-import flashmla_hf.ops as ops
+from flashmla_hf import libraries
 
-pytestmark = pytest.mark.skipif("cpu" in ops.unavailable, reason=f"cpu: {ops.unavailable.get('cpu')}")
+pytestmark = pytest.mark.skipif("cpu" in libraries.unavailable, reason=f"cpu: {libraries.unavailable.get('cpu')}")
 
 on_every_isa = pytest.mark.parametrize("isa", ISAS)
 

@@ -14,9 +14,9 @@ from numerics import run
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from flashmla_hf import attention, ops
+from flashmla_hf import attention, direct, libraries
 
-pytestmark = pytest.mark.skipif(ops._direct is None, reason=str(ops.unavailable.get("direct")))
+pytestmark = pytest.mark.skipif(not direct.enabled, reason=str(libraries.unavailable.get("direct")))
 
 ON_GPU = pytest.param(
     "cuda", marks=pytest.mark.skipif(gpu_support.sm90_missing() is not None, reason=str(gpu_support.sm90_missing()))
@@ -42,19 +42,19 @@ class Spy:
 
 
 @pytest.fixture
-def direct(monkeypatch):
-    spy = Spy(ops._direct)
-    monkeypatch.setattr(ops, "_direct", spy)
-    return spy
+def spy(monkeypatch):
+    module = Spy(direct.module)
+    monkeypatch.setattr(direct, "module", module)
+    return module
 
 
 @contextlib.contextmanager
 def by_the_operator():
-    module, ops._direct = ops._direct, None
+    direct.enabled = False
     try:
         yield
     finally:
-        ops._direct = module
+        direct.enabled = True
 
 
 def tensors(device="cpu", dtype=torch.bfloat16, requires_grad=False, case=CASE):
@@ -79,12 +79,12 @@ def assert_same(mine, other):
 
 @on_each_device
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_it_gives_what_the_operators_give(case, device, direct):
+def test_it_gives_what_the_operators_give(case, device, spy):
     if device == "cuda" and case.sm90_row is None:
         pytest.skip("not for sm90")
     inputs = case.inputs(torch.bfloat16, device)
     mine = run(deterministic, case, inputs)
-    assert direct.done == ["attend", "backward"]
+    assert spy.done == ["attend", "backward"]
     with by_the_operator():
         assert_same(mine, run(deterministic, case, inputs))
 
@@ -92,44 +92,44 @@ def test_it_gives_what_the_operators_give(case, device, direct):
 @on_each_device
 @pytest.mark.parametrize("wants", [("q",), ("k",), ("v",), ("k", "v"), ("sinks",), ("q", "k", "v", "sinks")])
 @pytest.mark.parametrize("flows", [("dout",), ("dlse",), ("dout", "dlse")], ids="+".join)
-def test_gradients_of_every_subset(wants, flows, device, direct):
+def test_gradients_of_every_subset(wants, flows, device, spy):
     inputs = CASE.inputs(torch.bfloat16, device)
     options = {"wants": wants, "has_dout": "dout" in flows, "has_dlse": "dlse" in flows}
     mine = run(deterministic, CASE, inputs, **options)
-    assert direct.done == ["attend", "backward"]
+    assert spy.done == ["attend", "backward"]
     with by_the_operator():
         assert_same(mine, run(deterministic, CASE, inputs, **options))
 
 
 @on_each_device
-def test_without_gradients_nobody_writes_the_lse(device, direct):
+def test_without_gradients_nobody_writes_the_lse(device, spy):
     arguments = tensors(device)
     out = attention(**arguments, is_causal=True)
     out_too, lse = attention(**arguments, is_causal=True, return_lse=True)
-    assert direct.done == ["attend", "attend"]
+    assert spy.done == ["attend", "attend"]
     assert torch.equal(out, out_too)
     assert lse.shape == (2, 4, 40)
     assert lse.dtype == torch.float32
 
 
 @on_each_device
-def test_parameters_and_no_grad(device, direct):
+def test_parameters_and_no_grad(device, spy):
     arguments = {name: torch.nn.Parameter(x) for name, x in tensors(device).items()}
     with torch.no_grad():
         out = attention(**arguments)
-    assert direct.done == ["attend"]
+    assert spy.done == ["attend"]
     assert out.grad_fn is None
     assert attention(**arguments).grad_fn is not None
-    assert direct.done == ["attend", "attend"]
+    assert spy.done == ["attend", "attend"]
 
 
 @on_each_device
-def test_an_explicit_implementation_is_that_or_refused(device, direct):
+def test_an_explicit_implementation_is_that_or_refused(device, spy):
     arguments = tensors(device)
     attention(**arguments, impl={"cpu": "cpu", "cuda": "sm90"}[device])
-    assert direct.done == ["attend"]
+    assert spy.done == ["attend"]
     attention(**arguments, impl="reference")
-    assert direct.done == ["attend"]
+    assert spy.done == ["attend"]
     with pytest.raises(RuntimeError, match="cannot compute this call"):
         attention(**arguments, impl={"cpu": "sm90", "cuda": "cpu"}[device])
     with pytest.raises(ValueError, match="impl: expected one of"):
@@ -178,12 +178,12 @@ NOT_PLAIN = {
 
 @pytest.mark.filterwarnings("ignore:flashmla attention. attn_mask")
 @pytest.mark.parametrize("change", NOT_PLAIN.values(), ids=NOT_PLAIN.keys())
-def test_what_is_not_plain_goes_the_long_way_and_is_right(change, direct):
+def test_what_is_not_plain_goes_the_long_way_and_is_right(change, spy):
     arguments = change(tensors(dtype=torch.float32))
     # By the reference the sinks come with float64.
     options = {"impl": "reference"} if arguments["q"].dtype == torch.float64 else {}
     out = attention(**arguments, **options)
-    assert direct.done == []
+    assert spy.done == []
     expected = attention(**{n: x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x
                             for n, x in arguments.items()}, impl="reference")  # fmt: skip
     torch.testing.assert_close(
@@ -196,12 +196,12 @@ def profiler():
 
 
 @pytest.mark.parametrize("watch", [SeesOperators, SeesFunctions, profiler])
-def test_who_watches_sees_operators_forward_and_backward(watch, direct):
+def test_who_watches_sees_operators_forward_and_backward(watch, spy):
     arguments = tensors(requires_grad=True)
     with watch() as watcher:
         attention(**arguments).float().sum().backward()
     # Of a function mode backward is one function; what is inside is not seen by it anyhow.
-    assert direct.done == (["backward"] if watch is SeesFunctions else [])
+    assert spy.done == (["backward"] if watch is SeesFunctions else [])
     if watch is SeesOperators:
         assert {"flashmla::flash_attn_forward", "flashmla::flash_attn_backward"} <= set(watcher.names)
     if watch is profiler:
@@ -209,25 +209,25 @@ def test_who_watches_sees_operators_forward_and_backward(watch, direct):
         assert {"flashmla::flash_attn_forward", "flashmla::flash_attn_backward"} <= names
 
 
-def test_who_watches_backward_alone_sees_the_operator(direct):
+def test_who_watches_backward_alone_sees_the_operator(spy):
     out = attention(**tensors(requires_grad=True))
     with SeesOperators() as watcher:
         out.float().sum().backward()
     assert "flashmla::flash_attn_backward" in watcher.names
-    assert "backward" not in direct.done
+    assert "backward" not in spy.done
 
 
-def test_torch_func_goes_by_the_operators(direct):
+def test_torch_func_goes_by_the_operators(spy):
     q, k, v, _ = tensors(dtype=torch.float32).values()
     found = torch.func.grad(lambda q: attention(q, k, v).square().sum())(q)
-    assert direct.done == []
+    assert spy.done == []
     q.requires_grad_()
     torch.testing.assert_close(found, torch.autograd.grad(attention(q, k, v).square().sum(), q)[0])
 
 
 @pytest.mark.parametrize("name", ["q", "k", "v", "sinks"])
 @pytest.mark.parametrize("requires_grad", [False, True])
-def test_forward_mode_is_refused_and_not_dropped(name, requires_grad, direct):
+def test_forward_mode_is_refused_and_not_dropped(name, requires_grad, spy):
     arguments = tensors(dtype=torch.float32, requires_grad=requires_grad)
     with torch.autograd.forward_ad.dual_level():
         x = arguments[name]
@@ -235,10 +235,10 @@ def test_forward_mode_is_refused_and_not_dropped(name, requires_grad, direct):
         with pytest.raises(RuntimeError, match=f"flash_attn_forward: {name}: expected no tangent"):
             attention(**dual)
         assert attention(**arguments).shape == arguments["q"].shape
-    assert direct.done == []
+    assert spy.done == []
 
 
-def test_gradients_in_batches(direct):
+def test_gradients_in_batches(spy):
     arguments = tensors(dtype=torch.float32, requires_grad=True)
     out = attention(**arguments)
     dout = torch.randn(3, *out.shape)
@@ -248,7 +248,7 @@ def test_gradients_in_batches(direct):
     torch.testing.assert_close(found, torch.stack(expected))
 
 
-def test_a_gradient_of_zeros_without_memory(direct):
+def test_a_gradient_of_zeros_without_memory(spy):
     arguments = tensors(dtype=torch.float32, requires_grad=True)
     out = attention(**arguments)
     with pytest.raises(RuntimeError, match="dout: expected a contiguous last dimension"):
@@ -256,7 +256,7 @@ def test_a_gradient_of_zeros_without_memory(direct):
 
 
 @on_each_device
-def test_layouts_that_are_copied_first(device, direct):
+def test_layouts_that_are_copied_first(device, spy):
     """A gradient that is expanded, transposed or unaligned."""
     arguments = tensors(device, requires_grad=True)
     out = deterministic(**arguments, is_causal=True)
@@ -268,12 +268,12 @@ def test_layouts_that_are_copied_first(device, direct):
             assert torch.equal(x, y)
 
 
-def test_hooks_on_saved_tensors_may_hand_over_anything(direct):
+def test_hooks_on_saved_tensors_may_hand_over_anything(spy):
     arguments = tensors(requires_grad=True)
     with torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x.as_subclass(Subclass)):
         out = attention(**arguments)
     found = torch.autograd.grad(out, list(arguments.values()), torch.ones_like(out))
-    assert "backward" not in direct.done
+    assert "backward" not in spy.done
     with by_the_operator():
         out = attention(**arguments)
         expected = torch.autograd.grad(out, list(arguments.values()), torch.ones_like(out))
@@ -281,7 +281,7 @@ def test_hooks_on_saved_tensors_may_hand_over_anything(direct):
         torch.testing.assert_close(x.as_subclass(torch.Tensor), y)
 
 
-def test_a_second_derivative_is_refused(direct):
+def test_a_second_derivative_is_refused(spy):
     arguments = tensors(dtype=torch.float32, requires_grad=True)
     (dq,) = torch.autograd.grad(attention(**arguments).sum(), arguments["q"], create_graph=True)
     with pytest.raises(RuntimeError, match="flash_attn_backward: has no derivative"):
@@ -334,7 +334,7 @@ WRONG = {
 
 @pytest.mark.parametrize("requires_grad", [False, True], ids=["no gradients", "gradients"])
 @pytest.mark.parametrize("change", WRONG.values(), ids=WRONG.keys())
-def test_what_is_wrong_is_said_by_the_long_way(change, requires_grad, direct):
+def test_what_is_wrong_is_said_by_the_long_way(change, requires_grad, spy):
     def failure():
         arguments = {n: x.detach() if isinstance(x, torch.Tensor) else x for n, x in change(tensors()).items()}
         if requires_grad and isinstance(arguments["v"], torch.Tensor) and arguments["v"].is_floating_point():
@@ -344,12 +344,12 @@ def test_what_is_wrong_is_said_by_the_long_way(change, requires_grad, direct):
         return type(error.value), str(error.value)
 
     mine = failure()
-    assert direct.done == []
+    assert spy.done == []
     with by_the_operator():
         assert failure() == mine
 
 
-def test_windows_beyond_64_bits_mean_what_they_say(direct):
+def test_windows_beyond_64_bits_mean_what_they_say(spy):
     """An int has no largest value in Python."""
     arguments = tensors()
 
@@ -360,7 +360,7 @@ def test_windows_beyond_64_bits_mean_what_they_say(direct):
             return type(error), str(error)
 
     mine = outcome()
-    assert direct.done == []
+    assert spy.done == []
     with by_the_operator():
         other = outcome()
     assert torch.equal(mine, other) if isinstance(mine, torch.Tensor) else mine == other

@@ -13,7 +13,8 @@ from cases import Case
 from numerics import assert_close_to_reference, check
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from flashmla_hf import attention, dispatch, flash_attn_func, flash_attn_varlen_func, ops
+from flashmla_hf import attention, direct, dispatch, flash_attn_func, flash_attn_varlen_func, libraries, notices
+from flashmla_hf.backend import Backend
 
 P = "flashmla attention: "
 
@@ -131,8 +132,8 @@ def test_too_small_a_bound_on_the_sequence_length_raises():
 
 
 def test_a_missing_library_is_refused_with_the_reason_and_the_way_out(monkeypatch):
-    monkeypatch.setitem(ops.unavailable, "cpu", "libflashmla_cpu.so was not built")
-    monkeypatch.setattr(ops, "_direct", None)  # which had found the library
+    monkeypatch.setitem(libraries.unavailable, "cpu", "libflashmla_cpu.so was not built")
+    monkeypatch.setattr(direct, "enabled", False)  # which had found the library
     with pytest.raises(RuntimeError, match=re.escape("cpu: libflashmla_cpu.so was not built; reinstall flashmla_hf")):
         attention(**qkv())
 
@@ -461,7 +462,7 @@ def test_rows_masked_by_sdpa_masks_give_zero_and_no_nan_gradients():
 
 
 def test_masks_and_dropout_warn_once_and_name_the_implementation(monkeypatch):
-    monkeypatch.setattr(dispatch, "_warned", set())
+    monkeypatch.setattr(notices, "_warned", set())
     with pytest.warns(UserWarning, match="attn_mask is computed by impl='sdpa', exactly but not by the fused kernel"):
         attention(**qkv(attn_mask=x(5, 6)))
     with warnings.catch_warnings():
@@ -481,8 +482,8 @@ def test_dropout_keeps_the_expectation(impl):
 
 
 def test_choices_are_logged_once_with_the_reason(monkeypatch, caplog):
-    monkeypatch.setattr(dispatch, "_LOG_CHOICES", True)
-    monkeypatch.setattr(dispatch, "_logged", set())
+    monkeypatch.setattr(notices, "LOG_CHOICES", True)
+    monkeypatch.setattr(notices, "_logged", set())
     with caplog.at_level(logging.WARNING, logger="flashmla_hf"):
         for _ in range(2):
             attention(**qkv())
@@ -496,10 +497,11 @@ def test_choices_are_logged_once_with_the_reason(monkeypatch, caplog):
 
 def test_deterministic_follows_torch(monkeypatch):
     seen = []
+    monkeypatch.setattr(direct, "enabled", False)
     monkeypatch.setitem(
         dispatch.IMPLEMENTATIONS,
         "cpu",
-        dispatch.Implementation(lambda call: None, lambda call: (seen.append(call.deterministic), None)),
+        Backend(lambda call: None, lambda call: (seen.append(call.deterministic), None)),
     )
     attention(**qkv())
     attention(**qkv(deterministic=True))

@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from flashmla_hf import __main__, doctor, ops
-from flashmla_hf.dispatch import IMPLEMENTATIONS, Implementation
+from flashmla_hf import __main__, direct, doctor, libraries
+from flashmla_hf.backend import Backend
+from flashmla_hf.dispatch import IMPLEMENTATIONS
 
-needs_cpu_library = pytest.mark.skipif("cpu" in ops.unavailable, reason=str(ops.unavailable.get("cpu")))
+needs_cpu_library = pytest.mark.skipif("cpu" in libraries.unavailable, reason=str(libraries.unavailable.get("cpu")))
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +50,7 @@ def test_releases_newer_than_the_tests_have_seen_are_named(report, capsys):
         doctor.show({**report, "newer than tested": [sentence]})
         assert "newer than" in capsys.readouterr().out
     assert doctor._newer_than_tested({"torch": "2.9.1", "transformers": "5.3.0"}) == []  # numbers, not text
-    assert "2.13" in ops.DIRECT_TESTED_WITH
+    assert "2.13" in direct.TESTED_WITH
 
 
 def test_the_way_past_the_dispatcher_is_off_with_a_torch_it_was_not_tested_with():
@@ -58,12 +59,12 @@ def test_the_way_past_the_dispatcher_is_off_with_a_torch_it_was_not_tested_with(
         "import json, logging, torch\n"
         "logging.basicConfig(level=logging.INFO)\n"
         "torch.__version__ = torch.torch_version.TorchVersion('9.1.0')\n"
-        "from flashmla_hf import attention, doctor, ops\n"
-        "assert ops._direct is None\n"
+        "from flashmla_hf import attention, direct, doctor\n"
+        "assert not direct.enabled\n"
         "q = torch.randn(1, 5, 2, 8, requires_grad=True)\n"
         "attention(q, q, q).sum().backward()\n"
         "problems = []\n"
-        "print(json.dumps([doctor._built(problems)['libraries'][ops.DIRECT], problems]))\n"
+        "print(json.dumps([doctor._built(problems)['libraries'][direct.FILENAME], problems]))\n"
     )
     for log, level in (("0", "INFO"), ("1", "WARNING")):
         environment = {**os.environ, "FLASHMLA_LOG": log, "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
@@ -73,8 +74,8 @@ def test_the_way_past_the_dispatcher_is_off_with_a_torch_it_was_not_tested_with(
         assert state.startswith("off: tested with torch ")
         assert "this is 9.1.0" in state
         assert problems == []
-        lines = [line for line in result.stderr.splitlines() if ops.DIRECT in line]
-        assert lines == [f"{level}:flashmla_hf:{ops.DIRECT}: {state}"]
+        lines = [line for line in result.stderr.splitlines() if direct.FILENAME in line]
+        assert lines == [f"{level}:flashmla_hf:{direct.FILENAME}: {state}"]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -92,9 +93,9 @@ def test_registration_is_reported(report):
 
 def test_an_unregistered_name_is_a_problem(monkeypatch):
     pytest.importorskip("transformers")
-    from flashmla_hf import hf_register
+    from flashmla_hf.hf import register
 
-    monkeypatch.setattr(hf_register.modeling_utils, "ALL_ATTENTION_FUNCTIONS", dict.fromkeys(hf_register.NAMES[1:]))
+    monkeypatch.setattr(register.modeling_utils, "ALL_ATTENTION_FUNCTIONS", dict.fromkeys(register.NAMES[1:]))
     problems = []
     doctor._examine_transformers(problems)
     assert problems == ["attn_implementation ['flashmla'] is not registered with Transformers"]
@@ -106,7 +107,7 @@ def test_switched_off_autoload_is_named(monkeypatch):
 
 
 def replaced(monkeypatch, name, run):
-    monkeypatch.setitem(IMPLEMENTATIONS, name, Implementation(lambda call: None, run))
+    monkeypatch.setitem(IMPLEMENTATIONS, name, Backend(lambda call: None, run))
 
 
 @pytest.mark.parametrize(
@@ -126,7 +127,7 @@ def test_a_wrong_implementation_fails_its_self_test(wrong, failure, monkeypatch)
         return wrong(out), lse
 
     replaced(monkeypatch, "cpu", run)
-    monkeypatch.delitem(ops.unavailable, "cpu", raising=False)
+    monkeypatch.delitem(libraries.unavailable, "cpu", raising=False)
     problems = []
     entry = doctor._examine_implementation("cpu", problems)
     assert failure in entry["self-tests"][0]["failure"]
@@ -135,8 +136,8 @@ def test_a_wrong_implementation_fails_its_self_test(wrong, failure, monkeypatch)
 
 def test_a_library_that_does_not_load_is_a_problem(monkeypatch, tmp_path):
     monkeypatch.setattr(doctor, "__file__", str(tmp_path / "doctor.py"))
-    monkeypatch.setitem(ops.unavailable, "cpu", "libflashmla_cpu.so does not load into torch 9: missing symbol")
-    monkeypatch.setitem(ops.unavailable, "sm90", "libflashmla_sm90.so was not built")
+    monkeypatch.setitem(libraries.unavailable, "cpu", "libflashmla_cpu.so does not load into torch 9: missing symbol")
+    monkeypatch.setitem(libraries.unavailable, "sm90", "libflashmla_sm90.so was not built")
     (tmp_path / "libflashmla_cpu.so").touch()
     (tmp_path / "_build.json").write_text("{")
     problems = []
@@ -149,7 +150,7 @@ def test_a_library_that_does_not_load_is_a_problem(monkeypatch, tmp_path):
 
 def test_a_cuda_library_that_was_not_built_says_why(monkeypatch, tmp_path):
     monkeypatch.setattr(doctor, "__file__", str(tmp_path / "doctor.py"))
-    monkeypatch.setitem(ops.unavailable, "sm90", "libflashmla_sm90.so was not built")
+    monkeypatch.setitem(libraries.unavailable, "sm90", "libflashmla_sm90.so was not built")
     (tmp_path / "_build.json").write_text(json.dumps({"no_cuda": "nvcc was not found: put it on PATH."}))
     assert doctor._built([])["libraries"]["libflashmla_sm90.so"] == (
         "libflashmla_sm90.so was not built: nvcc was not found: put it on PATH."
@@ -160,7 +161,7 @@ def test_a_cuda_library_that_was_not_built_says_why(monkeypatch, tmp_path):
 def test_a_cuda_library_is_a_problem_only_where_torch_has_cuda(monkeypatch, tmp_path, cuda, count):
     monkeypatch.setattr(doctor, "__file__", str(tmp_path / "doctor.py"))
     monkeypatch.setattr(torch.version, "cuda", cuda)
-    monkeypatch.setitem(ops.unavailable, "sm90", "libflashmla_sm90.so does not load")
+    monkeypatch.setitem(libraries.unavailable, "sm90", "libflashmla_sm90.so does not load")
     (tmp_path / "libflashmla_sm90.so").touch()
     problems = []
     doctor._built(problems)
@@ -175,7 +176,7 @@ def test_a_torch_without_cuda_is_named_as_such(tmp_path):
     for path in Path(doctor.__file__).parent.glob("*.py"):
         shutil.copy(path, package)
     (package / "libflashmla_sm90.so").write_text("not a library")
-    program = "from flashmla_hf import ops; print(ops.unavailable['sm90'])"
+    program = "from flashmla_hf import libraries; print(libraries.unavailable['sm90'])"
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
     result = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, cwd=tmp_path, env=environment

@@ -18,7 +18,7 @@ import pytest
 import torch
 from counting import counted_calls
 from gpu_support import DEVICE, IMPL, needs_sm90
-from hf_support import dispatch
+from hf_support import direct, dispatch
 
 transformers = pytest.importorskip("transformers")
 transformers.logging.set_verbosity_error()
@@ -148,6 +148,7 @@ def test_wrong_attention_trains_otherwise(control, monkeypatch):
     right = dispatch.IMPLEMENTATIONS[IMPL]
     wrong = replace(right, run=functools.partial(CONTROLS[control], run=right.run))
     monkeypatch.setitem(dispatch.IMPLEMENTATIONS, IMPL, wrong)
+    monkeypatch.setattr(direct, "enabled", False)
     curve = train(build("flashmla", everything), torch.bfloat16)
     with pytest.raises(AssertionError, match="from eager in float32"):
         assert_trains_like_eager(curve, everything)

@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 from torch._dynamo.backends.debugging import aot_eager
 
 import flashmla_hf
-from flashmla_hf import flex, reference
+from flashmla_hf import reference
+from flashmla_hf.backends import flex, flex_mask
 from flashmla_hf.reference import visible_keys
 
 
@@ -37,8 +38,8 @@ def attention(
 
 @pytest.fixture(autouse=True)
 def fresh_caches(monkeypatch):
-    for cache in ("_masks", "_scalar_tensors", "_kernels"):
-        monkeypatch.setattr(flex, cache, type(getattr(flex, cache))())
+    for module, cache in ((flex_mask, "_masks"), (flex, "_scalar_tensors"), (flex, "_kernels")):
+        monkeypatch.setattr(module, cache, type(getattr(module, cache))())
 
 
 # ---- What is computed, with the kernel simulated ---------------------------------------------------------------------
@@ -102,7 +103,7 @@ def simulate(patch):
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_every_feature_equals_the_reference(case, block, monkeypatch):
     simulate(monkeypatch)
-    monkeypatch.setattr(flex, "_BLOCK", block)
+    monkeypatch.setattr(flex_mask, "BLOCK", block)
     numerics.check(attention, case, torch.float32)
 
 
@@ -111,8 +112,8 @@ def test_every_feature_equals_the_reference(case, block, monkeypatch):
 def test_any_call_equals_the_reference(case, block, dtype):
     with pytest.MonkeyPatch.context() as patch:
         simulate(patch)
-        patch.setattr(flex, "_BLOCK", block)
-        flex._masks.clear()
+        patch.setattr(flex_mask, "BLOCK", block)
+        flex_mask._masks.clear()
         numerics.check(attention, case, dtype)
 
 
@@ -122,7 +123,7 @@ def test_any_call_equals_the_reference(case, block, dtype):
     block=st.sampled_from([2, 4, 16, 128]),
 )  # fmt: skip
 def test_block_lists_hold_exactly_the_visible_keys(seqlen_q, seqlen_kv, left, right, block):
-    mask = flex._build_mask(seqlen_q, seqlen_kv, None, None, left, right, torch.device("cpu"), block)
+    mask = flex_mask.build(seqlen_q, seqlen_kv, None, None, left, right, torch.device("cpu"), block)
     block_mask = torch_flex.BlockMask(
         (seqlen_q, seqlen_kv), mask.kv_counts, mask.kv_indices, mask.full_kv_counts, mask.full_kv_indices,
         mask.q_counts, mask.q_indices, mask.full_q_counts, mask.full_q_indices, (block, block),
@@ -140,7 +141,7 @@ def test_block_lists_hold_exactly_the_visible_keys(seqlen_q, seqlen_kv, left, ri
 def test_boundaries_out_of_range_lead_no_list_out_of_the_keys():
     cu_seqlens_q = torch.tensor([0, 40, 20, 900], dtype=torch.int32)
     cu_seqlens_kv = torch.tensor([0, 5000, -7, 64], dtype=torch.int32)
-    mask = flex._build_mask(64, 64, cu_seqlens_q, cu_seqlens_kv, 9, 0, torch.device("cpu"), 16)
+    mask = flex_mask.build(64, 64, cu_seqlens_q, cu_seqlens_kv, 9, 0, torch.device("cpu"), 16)
     for indices, blocks in (
         (mask.kv_indices, 4),
         (mask.full_kv_indices, 4),
@@ -156,10 +157,10 @@ def test_boundaries_out_of_range_lead_no_list_out_of_the_keys():
 
 def test_a_mask_of_a_million_tokens_is_small():
     with pytest.MonkeyPatch.context() as patch:
-        build, seen = flex._build_mask, []
-        patch.setattr(flex, "_build_mask", lambda *arguments: seen.append(build(*arguments)) or seen[-1])
+        build, seen = flex_mask.build, []
+        patch.setattr(flex_mask, "build", lambda *arguments: seen.append(build(*arguments)) or seen[-1])
         q = torch.empty(1, 1 << 20, 1, 1)
-        flex._mask(q, q, None, None, -1, 0)
+        flex_mask.find(q, q, None, None, -1, 0)
     (mask,) = seen
     assert sum(x.numel() * x.element_size() for x in mask) < 16 * 2**20
 
@@ -171,7 +172,7 @@ def test_masks_are_shared_between_layers_and_follow_boundaries_changed_in_place(
     options = {"cu_seqlens_q": cu_seqlens, "cu_seqlens_kv": cu_seqlens}
     first, _ = attention(q, q, q, **options)
     attention(q, q, q, **options)
-    assert len(flex._masks) == 1
+    assert len(flex_mask._masks) == 1
     cu_seqlens[1] = 10
     changed, _ = attention(q, q, q, **options)
     assert not torch.allclose(first, changed)
@@ -183,7 +184,7 @@ def test_the_caches_are_bounded(monkeypatch):
     for n in range(1, 100):
         q = torch.randn(1, n, 1, 16)
         attention(q, q, q, scale=float(n))
-    assert len(flex._masks) <= flex._MAX_CACHED_MASKS
+    assert len(flex_mask._masks) <= flex_mask._MAX_CACHED_MASKS
     assert len(flex._scalar_tensors) <= flex._MAX_CACHED_SCALARS
 
 
@@ -194,8 +195,8 @@ def test_a_mask_made_in_inference_mode_serves_training_afterwards(monkeypatch):
         attention(q, q, q, is_causal=True)
     leaf = q.clone().requires_grad_()
     attention(leaf, q, q, is_causal=True)[0].sum().backward()
-    assert len(flex._masks) == 1
-    assert not any(x.is_inference() for mask, _ in flex._masks.values() for x in mask)
+    assert len(flex_mask._masks) == 1
+    assert not any(x.is_inference() for mask, _ in flex_mask._masks.values() for x in mask)
 
 
 @pytest.mark.parametrize(
@@ -212,12 +213,12 @@ def test_a_mask_made_in_inference_mode_serves_training_afterwards(monkeypatch):
 def test_refusals_name_the_reason(shape_q, shape_v, reason, monkeypatch):
     monkeypatch.setattr(flex, "_HAS_TRITON", True)
     q, v = torch.empty(shape_q, device="meta"), torch.empty(shape_v, device="meta")
-    assert flex.refusal(q, q, v) == reason
+    assert flex.size_refusal(q, q, v) == reason
 
 
 def test_without_triton_it_refuses(monkeypatch):
     monkeypatch.setattr(flex, "_HAS_TRITON", False)
-    assert "triton is not installed" in flex.refusal(*(torch.empty(1, 8, 2, 64),) * 3)
+    assert "triton is not installed" in flex.size_refusal(*(torch.empty(1, 8, 2, 64),) * 3)
 
 
 # ---- What is compiled ------------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ import pytest
 import torch
 from cases import Case
 
-from flashmla_hf import flex
+from flashmla_hf.backends import flex
 from flashmla_hf.dispatch import IMPLEMENTATIONS, attention
 from flashmla_hf.reference import visible_keys
 

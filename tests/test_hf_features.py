@@ -18,7 +18,8 @@ transformers = pytest.importorskip("transformers")
 pytestmark = pytest.mark.skipif(not hf_support.is_built(), reason="the kernel of this device is not built")
 transformers.logging.set_verbosity_error()
 
-from flashmla_hf import hf  # noqa: E402
+from flashmla_hf import notices  # noqa: E402
+from flashmla_hf.hf import forward  # noqa: E402
 
 # On a GPU the attention is FlexAttention, which exists compiled by inductor only.
 BACKEND = "aot_eager" if DEVICE.type == "cpu" else "inductor"
@@ -234,7 +235,7 @@ def test_autocast_with_its_mixed_dtypes(name, use_cache):
 
 def test_mixed_dtypes_without_autocast_follow_the_value():
     q, k, v = (torch.randn(1, 2, 6, 8, device=DEVICE) for _ in range(3))
-    out, _ = hf.attention_forward(torch.nn.Module(), q, k, v.bfloat16())
+    out, _ = forward.attention_forward(torch.nn.Module(), q, k, v.bfloat16())
     assert out.dtype == torch.bfloat16
 
 
@@ -261,8 +262,8 @@ def test_attention_weights_are_those_of_eager(name, monkeypatch):
     eager, ours = pair(name)
     padding = next(p for p in ("right", "left", "none") if p in FAMILY[name].paddings)
     batch = families.inputs(FAMILY[name], padding, DEVICE)
-    monkeypatch.setattr(hf, "_warned", set())
-    with pytest.warns(UserWarning, match="output_attentions=True is answered exactly"), torch.no_grad():
+    monkeypatch.setattr(notices, "_warned", set())
+    with pytest.warns(UserWarning, match="output_attentions=True is computed exactly"), torch.no_grad():
         got = ours(**batch, output_attentions=True)
     with torch.no_grad():
         want = eager(**batch, output_attentions=True)

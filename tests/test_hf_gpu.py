@@ -23,10 +23,10 @@ import gpu_support
 import hf_support
 import pytest
 import torch
-from counting import counted_calls
+from counting import counted_calls, standing_in
 from families import FAMILIES
 from gpu_support import DEVICE, IMPL, needs_sm90
-from hf_support import dispatch
+from hf_support import direct, dispatch
 
 transformers = pytest.importorskip("transformers")
 transformers.logging.set_verbosity_error()
@@ -161,21 +161,17 @@ def test_wrong_attention_breaks_the_rule(control):
     for family in FAMILIES:
         if family.name not in names.get(control, ("Llama", "Qwen3", "GPT-2")):
             continue
-        saved = dispatch.IMPLEMENTATIONS[IMPL]
-        wrong = functools.partial(CONTROLS[control], run=saved.run)
-        dispatch.IMPLEMENTATIONS[IMPL] = replace(saved, run=wrong)
-        try:
+        with standing_in(lambda name, call, run: CONTROLS[control](call, run) if name == IMPL else run(call)):
             missed = misses_the_rule(family, "none", torch.bfloat16)
-            is_of_forward = "gradient" not in control
-            assert missed, f"{family}: {control} passes"
-            assert any(text.startswith("logits") for text in missed) == is_of_forward, missed
-        finally:
-            dispatch.IMPLEMENTATIONS[IMPL] = saved
+        is_of_forward = "gradient" not in control
+        assert missed, f"{family}: {control} passes"
+        assert any(text.startswith("logits") for text in missed) == is_of_forward, missed
 
 
-def test_a_call_that_goes_elsewhere_is_noticed():
+def test_a_call_that_goes_elsewhere_is_noticed(monkeypatch):
     """The count above must see it: sm90 refuses, another implementation answers with the right numbers."""
     family = next(family for family in FAMILIES if family.name == "Llama")
+    monkeypatch.setattr(direct, "enabled", False)
     saved = dict(dispatch.IMPLEMENTATIONS)
     oracle = dispatch.IMPLEMENTATIONS["reference"]
     dispatch.IMPLEMENTATIONS[IMPL] = replace(saved[IMPL], refusal=lambda call: "a test")

@@ -13,7 +13,7 @@ import torch
 from hf_support import DEVICE, close
 
 import flashmla_hf
-from flashmla_hf import hf, hf_check, hf_masks
+from flashmla_hf.hf import check, forward, masks
 
 transformers = pytest.importorskip("transformers")
 transformers.logging.set_verbosity_error()
@@ -158,17 +158,17 @@ def test_arguments_for_somebody_else_are_ignored_and_selected_keys_are_refused(l
         assert torch.equal(other, want)
         for name in ("indices", "block_indices", "sinks", "block_table"):
             with pytest.raises(ValueError, match=name):
-                hf._refuse_unknown(ours.model.layers[0].self_attn, {name: x})
+                forward._refuse_unknown(ours.model.layers[0].self_attn, {name: x})
 
 
 def test_the_honoured_arguments_are_those_of_the_attention_function():
-    parameters = inspect.signature(hf.attention_forward).parameters.keys()
-    assert parameters - {"kwargs"} == hf_check.HONOURED_KWARGS
+    parameters = inspect.signature(forward.attention_forward).parameters.keys()
+    assert parameters - {"kwargs"} == check.HONOURED_KWARGS
 
 
 def lazy(dtype=torch.bool):
-    pattern = hf_masks.Pattern(True, (2, 0))
-    return hf_masks.LazyMask(pattern, (2, 1, 6, 6), dtype, torch.empty(0)), pattern.dense(6, 6, torch.device("cpu"))
+    pattern = masks.Pattern(True, (2, 0))
+    return masks.LazyMask(pattern, (2, 1, 6, 6), dtype, torch.empty(0)), pattern.dense(6, 6, torch.device("cpu"))
 
 
 def test_a_lazy_mask_is_the_dense_one_to_whoever_computes_with_it():
@@ -180,17 +180,17 @@ def test_a_lazy_mask_is_the_dense_one_to_whoever_computes_with_it():
     assert torch.equal(scores + additive, scores + torch.where(dense, 0.0, torch.finfo(torch.float32).min))
     mask, _ = lazy()
     for whole in (mask[:, :, :, :6], mask.detach()):
-        assert type(whole) is hf_masks.LazyMask
+        assert type(whole) is masks.LazyMask
 
 
 def test_a_lazy_mask_that_somebody_writes_to_loses_its_pattern():
     for write in (lambda m: m[..., 0].fill_(False), lambda m: m.fill_(True), lambda m: m[:, :, :, :6].fill_(False)):
         mask, _ = lazy()
         write(mask)
-        assert hf_masks.pattern_of(mask) is None
+        assert masks.pattern_of(mask) is None
         q = torch.randn(2, 2, 6, 8)
-        got, _ = hf.attention_forward(torch.nn.Module(), q, q, q, mask)
-        want, _ = hf.attention_forward(torch.nn.Module(), q, q, q, mask.dense())
+        got, _ = forward.attention_forward(torch.nn.Module(), q, q, q, mask)
+        want, _ = forward.attention_forward(torch.nn.Module(), q, q, q, mask.dense())
         assert torch.equal(got, want)
 
 

@@ -14,13 +14,14 @@ from hf_support import DEVICE, close, kernel_calls
 transformers = pytest.importorskip("transformers")
 from transformers import masking_utils as mu  # noqa: E402
 
-from flashmla_hf import hf, hf_layout, hf_masks, reference  # noqa: E402
+from flashmla_hf import reference  # noqa: E402
+from flashmla_hf.hf import boundaries, forward, masks  # noqa: E402
 
 needs_kernel = pytest.mark.skipif(not hf_support.is_built(), reason="the kernel of this device is not built")
 
 
 def is_in_memory(mask: torch.Tensor) -> bool:
-    return not isinstance(mask, hf_masks.LazyMask) or mask._state["dense"] is not None
+    return not isinstance(mask, masks.LazyMask) or mask._state["dense"] is not None
 
 
 class Layer(torch.nn.Module):
@@ -125,17 +126,19 @@ def test_every_pattern_and_padding_is_exact(name, padding, hole):
     function, arguments, options = patterns(3, length)[name]
     mask = padding_mask(padding, length, hole)
     size = {"batch_size": 3, "q_length": length, "kv_length": length, "device": DEVICE, "mask_function": function}
-    form = hf_masks.flashmla_mask(attention_mask=mask, **size, **arguments)
+    form = masks.flashmla_mask(attention_mask=mask, **size, **arguments)
     allowed = mu.sdpa_mask(
         attention_mask=mask, **size, allow_is_causal_skip=False, use_vmap=arguments.get("use_vmap", False)
     )
     q, k, v = qkv(3, length, length)
     is_causal = options.get("is_causal", True)
     with counted_calls() as calls:
-        got, _ = hf.attention_forward(Layer(is_causal), q, k, v, form, sliding_window=options.get("sliding_window"))
+        got, _ = forward.attention_forward(
+            Layer(is_causal), q, k, v, form, sliding_window=options.get("sliding_window")
+        )
     # The mask is the truth: it counts for a layer that does not say the same, or says nothing.
     for layer in (Layer(not is_causal), torch.nn.Module()):
-        assert torch.equal(hf.attention_forward(layer, q, k, v, form)[0], got)
+        assert torch.equal(forward.attention_forward(layer, q, k, v, form)[0], got)
     want = oracle(q, k, v, allowed)
     is_padding = None if mask is None else ~mask[:, :, None, None]
     if is_padding is not None:  # padding queries are nobody's business, but they are finite
@@ -167,10 +170,10 @@ def test_decoding_and_chunked_prefill_are_exact(cache, queries, padding, layout)
             "batch_size": 3, "q_length": queries, "kv_length": size, "q_offset": offset, "mask_function": function,
             "attention_mask": mask, "device": DEVICE,
         }  # fmt: skip
-        form = hf_masks.flashmla_mask(**arguments, **options)
+        form = masks.flashmla_mask(**arguments, **options)
         allowed = mu.sdpa_mask(**arguments, allow_is_causal_skip=False)
         with counted_calls() as calls:
-            got, _ = hf.attention_forward(Layer(), q, k, v, form, sliding_window=options.get("local_size"))
+            got, _ = forward.attention_forward(Layer(), q, k, v, form, sliding_window=options.get("local_size"))
         assert kernel_calls(calls) == 1
         want = oracle(q, k, v, allowed)
         if mask is not None:
@@ -183,8 +186,8 @@ def test_decoding_and_chunked_prefill_are_exact(cache, queries, padding, layout)
 def test_padding_queries_give_exactly_zero_and_get_no_gradient():
     q, k, v = (x.requires_grad_() for x in qkv(3, 12, 12))
     mask = padding_mask("both", 12)
-    form = hf_masks.flashmla_mask(3, 12, 12, attention_mask=mask, device=DEVICE)
-    out, _ = hf.attention_forward(Layer(), q, k, v, form)
+    form = masks.flashmla_mask(3, 12, 12, attention_mask=mask, device=DEVICE)
+    out, _ = forward.attention_forward(Layer(), q, k, v, form)
     assert (out[~mask] == 0).all()
     out.sum().backward()
     for x in (q, k, v):
@@ -203,7 +206,7 @@ def test_a_users_four_dimensional_mask_is_all_there_is_to_say():
     keys = torch.ones(2, 1, 1, 10, dtype=torch.bool, device=DEVICE)
     keys[0, ..., 7:] = False
     for mask in (kept, bias, keys, torch.where(kept, 0.0, torch.finfo(torch.float32).min)):
-        got, _ = hf.attention_forward(Layer(), q, k, v, mask, sliding_window=2)
+        got, _ = forward.attention_forward(Layer(), q, k, v, mask, sliding_window=2)
         assert close(got, oracle(q, k, v, mask.expand(2, 4 if mask is bias else 1, 10, 10)), 1e-5)
 
 
@@ -211,7 +214,7 @@ def test_a_users_four_dimensional_mask_is_all_there_is_to_say():
 @pytest.mark.parametrize("shape", [(3, 1, 1, 12), (1, 1, 1, 12), (3, 1, 12, 12), (3, 12)])
 def test_a_mask_that_shows_nothing_gives_zero(shape):
     q, k, v = (x.requires_grad_() for x in qkv(3, 12, 12))
-    out, _ = hf.attention_forward(Layer(), q, k, v, torch.zeros(shape, dtype=torch.bool, device=DEVICE))
+    out, _ = forward.attention_forward(Layer(), q, k, v, torch.zeros(shape, dtype=torch.bool, device=DEVICE))
     assert (out == 0).all()
     out.sum().backward()
     assert all((x.grad == 0).all() for x in (q, k, v))
@@ -221,7 +224,7 @@ def test_a_four_dimensional_mask_of_integers_raises():
     q, k, v = qkv(3, 12, 12)
     for dtype in (torch.int32, torch.int64):
         with pytest.raises(ValueError, match="expected bool"):
-            hf.attention_forward(Layer(), q, k, v, torch.ones(3, 1, 12, 12, dtype=dtype, device=DEVICE))
+            forward.attention_forward(Layer(), q, k, v, torch.ones(3, 1, 12, 12, dtype=dtype, device=DEVICE))
 
 
 @needs_kernel
@@ -229,25 +232,25 @@ def test_a_tokenizers_integer_mask_is_key_padding():
     """Layers of models that go around the mask layer hand it over as it is."""
     q, k, v = qkv(3, 12, 12)
     mask = padding_mask("both", 12)
-    want, _ = hf.attention_forward(Layer(), q, k, v, mask)
+    want, _ = forward.attention_forward(Layer(), q, k, v, mask)
     for dtype in (torch.int64, torch.int32, torch.int16, torch.uint8, torch.float32):
-        got, _ = hf.attention_forward(Layer(), q, k, v, mask.to(dtype))
+        got, _ = forward.attention_forward(Layer(), q, k, v, mask.to(dtype))
         assert torch.equal(got, want)
     one_row = mask[:1].expand(3, -1)
-    want_alike, _ = hf.attention_forward(Layer(), q, k, v, one_row)
-    assert torch.equal(hf.attention_forward(Layer(), q, k, v, mask[:1].long())[0], want_alike)
+    want_alike, _ = forward.attention_forward(Layer(), q, k, v, one_row)
+    assert torch.equal(forward.attention_forward(Layer(), q, k, v, mask[:1].long())[0], want_alike)
     last = q[:, :, -2:]
-    decoded = [hf.attention_forward(Layer(), last, k, v, mask.to(dtype))[0] for dtype in (torch.bool, torch.int32)]
+    decoded = [forward.attention_forward(Layer(), last, k, v, mask.to(dtype))[0] for dtype in (torch.bool, torch.int32)]
     assert torch.equal(*decoded)
     longer = torch.cat([torch.ones(3, 4, dtype=torch.long, device=DEVICE), mask.long()], dim=1)  # a sliding cache
-    assert torch.equal(hf.attention_forward(Layer(), q, k, v, longer)[0], want)
+    assert torch.equal(forward.attention_forward(Layer(), q, k, v, longer)[0], want)
 
 
 @needs_kernel
 def test_callers_that_insist_on_a_tensor_get_one():
-    form = hf_masks.flashmla_mask(2, 8, 8, allow_is_causal_skip=False, device=DEVICE)
+    form = masks.flashmla_mask(2, 8, 8, allow_is_causal_skip=False, device=DEVICE)
     assert torch.equal(form, mu.sdpa_mask(2, 8, 8, allow_is_causal_skip=False, device=DEVICE))
-    form = hf_masks.flashmla_mask(
+    form = masks.flashmla_mask(
         2, 8, 8, mask_function=mu.bidirectional_mask_function, allow_is_bidirectional_skip=False, device=DEVICE
     )
     assert form.shape == (2, 1, 8, 8)
@@ -280,13 +283,13 @@ def test_all_layers_of_a_forward_pass_share_one_synchronisation(kind, inference,
         if kind == "padding":
             mask = torch.ones(2, 12, dtype=torch.bool, device=DEVICE)
             mask[0, :3] = False
-            form = hf_masks.flashmla_mask(2, 12, 12, attention_mask=mask, device=DEVICE)
+            form = masks.flashmla_mask(2, 12, 12, attention_mask=mask, device=DEVICE)
         elif kind == "segments":
             function = mu.packed_sequence_mask_function(torch.tensor([[1] * 5 + [2] * 7] * 2, device=DEVICE))
-            form = hf_masks.flashmla_mask(2, 12, 12, mask_function=mu.and_masks(mu.causal_mask_function, function))
+            form = masks.flashmla_mask(2, 12, 12, mask_function=mu.and_masks(mu.causal_mask_function, function))
         else:
             options = {"position_ids": positions}
-        outs = [hf.attention_forward(Layer(), q, k, v, form, **options)[0] for _ in range(4)]
+        outs = [forward.attention_forward(Layer(), q, k, v, form, **options)[0] for _ in range(4)]
         # Positions: whether they pack at all, and how many sequences. A user's inference-mode tensor does not count its
         # changes, so nothing may be kept on it.
         if kind != "positions":
@@ -301,9 +304,9 @@ def test_a_mask_changed_in_place_is_read_again():
     q, k, v = qkv(2, 12, 12)
     mask = torch.ones(2, 12, dtype=torch.bool, device=DEVICE)
     mask[0, :3] = False
-    first, _ = hf.attention_forward(Layer(), q, k, v, mask)
+    first, _ = forward.attention_forward(Layer(), q, k, v, mask)
     mask[0, :6] = False
-    second, _ = hf.attention_forward(Layer(), q, k, v, mask)
+    second, _ = forward.attention_forward(Layer(), q, k, v, mask)
     assert (first[0, 3:6] != 0).any()
     assert (second[0, :6] == 0).all()
 
@@ -313,25 +316,25 @@ def test_a_mask_kept_from_inference_mode_can_be_trained_with():
     q, k, v = qkv(2, 12, 12)
     mask = padding_mask("left", 12)[:2].clone()
     with torch.inference_mode():
-        hf.attention_forward(Layer(), q, k, v, mask)
+        forward.attention_forward(Layer(), q, k, v, mask)
     q.requires_grad_()
-    hf.attention_forward(Layer(), q, k, v, mask)[0].sum().backward()
+    forward.attention_forward(Layer(), q, k, v, mask)[0].sum().backward()
 
 
 def test_flattening_copies_nothing_where_tokens_are_dense(monkeypatch):
     seen = []
-    monkeypatch.setattr(hf, "attention", lambda *tensors, **options: seen.append(tensors) or tensors[0])
+    monkeypatch.setattr(forward, "attention", lambda *tensors, **options: seen.append(tensors) or tensors[0])
     for batch, layout in ((3, "bshd"), (1, "cache")):
         q, k, v = qkv(batch, 12, 12, layout=layout)
         mask = torch.ones(batch, 12, dtype=torch.bool, device=DEVICE)
         mask[0, :4] = False
-        hf.attention_forward(Layer(), q, k, v, mask)
+        forward.attention_forward(Layer(), q, k, v, mask)
         assert [x.data_ptr() for x in seen[-1]] == [x.data_ptr() for x in (q, k, v)]
         assert seen[-1][0].dim() == 3
 
 
 def test_positions_are_read_as_packed_rows_only_where_they_are():
-    find = hf_layout.segments_from_positions
+    find = boundaries.segments_from_positions
     arange = torch.arange(8, device=DEVICE)[None]
     assert find(arange + 5, 1, 8, True) is None
     assert find(None, 1, 8, True) is None
@@ -349,9 +352,9 @@ def test_boundaries_of_any_padding_cover_every_token_once(batch):
         mask = torch.ones(batch, 6, dtype=torch.bool, device=DEVICE)
         for row, left in enumerate(lefts):
             mask[row, :left] = False
-        ranges = hf_layout.key_ranges(mask)
+        ranges = boundaries.key_ranges(mask)
         for seqlen_q in (1, 2, 6):
-            q, kv = hf_layout.range_boundaries(ranges, seqlen_q, 6, True)
+            q, kv = boundaries.range_boundaries(ranges, seqlen_q, 6, True)
             assert q.dtype == kv.dtype == torch.int32
             assert q.shape == kv.shape == (5 * batch + 1,)
             assert int(q[0]) == int(kv[0]) == 0

@@ -33,7 +33,8 @@ from transformers import modeling_flash_attention_utils, modeling_utils  # noqa:
 from transformers.integrations import hub_kernels  # noqa: E402
 from transformers.utils.generic import is_flash_attention_requested  # noqa: E402
 
-from flashmla_hf import hf, hf_check, hf_names  # noqa: E402
+from flashmla_hf import notices  # noqa: E402
+from flashmla_hf.hf import check, forward, names  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
 SHAPED = "flashmla/flash-attn3"
@@ -68,7 +69,7 @@ def no_hub(request, monkeypatch):
 
 
 def test_the_shaped_name_has_the_shape_that_others_look_for():
-    assert hf_names.KERNEL_NAME == SHAPED
+    assert names.KERNEL_NAME == SHAPED
     assert hub_kernels.is_kernel(SHAPED)
     assert is_flash_attention_requested(requested_attention_implementation=SHAPED, version=3)
     assert not hub_kernels.is_kernel("flashmla")
@@ -367,7 +368,7 @@ def test_the_decode_path_is_told_that_there_is_no_function_for_block_tables(monk
 def test_a_block_table_is_refused_by_name(name):
     x = torch.randn(1, 2, 4, 8, device=DEVICE)
     with pytest.raises(ValueError, match=rf"{name}: expected none.*max_blocks_per_request=0"):
-        hf.attention_forward(torch.nn.Module(), x, x, x, **{name: torch.zeros(1, 2, device=DEVICE)})
+        forward.attention_forward(torch.nn.Module(), x, x, x, **{name: torch.zeros(1, 2, device=DEVICE)})
 
 
 def test_boundaries_of_every_kind_of_layer_are_refused_if_the_layer_chose_none():
@@ -375,7 +376,7 @@ def test_boundaries_of_every_kind_of_layer_are_refused_if_the_layer_chose_none()
     boundaries = torch.tensor([0, 4], dtype=torch.int32, device=DEVICE)
     kinds = {"full_attention": boundaries}
     with pytest.raises(ValueError, match="cu_seq_lens_k: expected the boundaries of this layer's keys, got dict"):
-        hf.attention_forward(
+        forward.attention_forward(
             torch.nn.Module(), x, x, x, cu_seq_lens_q=boundaries, cu_seq_lens_k=kinds, max_length_q=4,
             max_length_k={"full_attention": 4}, read_index=[torch.arange(4)], write_index=[torch.arange(4)],
         )  # fmt: skip
@@ -384,15 +385,15 @@ def test_boundaries_of_every_kind_of_layer_are_refused_if_the_layer_chose_none()
 def test_an_ordinary_cache_among_the_arguments_is_left_alone():
     x = torch.randn(1, 2, 4, 8, device=DEVICE)
     cache = transformers.DynamicCache()
-    out, _ = hf.attention_forward(torch.nn.Module(), x, x, x, cache=cache)
-    assert torch.equal(out, hf.attention_forward(torch.nn.Module(), x, x, x)[0])
+    out, _ = forward.attention_forward(torch.nn.Module(), x, x, x, cache=cache)
+    assert torch.equal(out, forward.attention_forward(torch.nn.Module(), x, x, x)[0])
     assert cache.get_seq_length() == 0
 
 
 # ---- models that choose a class, and submodels ---------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", hf_names.NAMES)
+@pytest.mark.parametrize("name", names.NAMES)
 def test_sam_chooses_its_own_class_and_stays_exact(name):
     config = {
         "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 32, "patch_size": 8,
@@ -416,7 +417,7 @@ def test_a_submodel_that_computes_attention_itself_goes_to_eager_when_its_model_
     """``set_attn_implementation`` asks submodels through another method than the model itself."""
     bloom = transformers.BloomConfig(vocab_size=64, hidden_size=32, n_layer=1, n_head=4)
     inner = transformers.BloomForCausalLM._from_config(bloom, attn_implementation="eager")
-    hf._warned.clear()
+    notices._warned.clear()
     with pytest.warns(UserWarning, match="compute attention by themselves"):
         assert inner.get_correct_attn_implementation("flashmla") == "eager"
 
@@ -427,7 +428,7 @@ def test_a_submodel_that_computes_attention_itself_goes_to_eager_when_its_model_
 FAILED = """
     import sys, torch, warnings
     warnings.simplefilter("ignore")
-    sys.modules["flashmla_hf.hf_register"] = None  # any import of it fails
+    sys.modules["flashmla_hf.hf.register"] = None  # any import of it fails
     import flashmla_hf, transformers
     config = transformers.LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=1)
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
@@ -502,7 +503,7 @@ def test_a_modules_classes_are_found_while_names_are_added_to_it(monkeypatch):
 
     layers = {f"Attention{n}": Grows(f"Attention{n}", (torch.nn.Module,), {}) for n in range(20)}
     vars(module).update(layers)
-    assert hf_check._attention_classes(module.__name__) == list(layers.values())
+    assert check._attention_classes(module.__name__) == list(layers.values())
 
 
 def test_eight_threads_import_register_and_run_their_first_forward_at_once():

@@ -18,9 +18,9 @@ import families
 import hf_support
 import pytest
 import torch
-from counting import counted_calls
+from counting import counted_calls, standing_in
 from families import FAMILIES
-from hf_support import DEVICE, TOLERANCE, close, dispatch, kernel_calls
+from hf_support import DEVICE, TOLERANCE, close, kernel_calls
 
 transformers = pytest.importorskip("transformers")
 pytestmark = pytest.mark.skipif(not hf_support.is_built(), reason="the kernel of this device is not built")
@@ -166,7 +166,7 @@ def _unmasked(call):
         return replace(call, attn_mask=torch.ones_like(call.attn_mask, dtype=torch.bool))
     if call.cu_seqlens_q is None or call.cu_seqlens_q.numel() < 5 * families.BATCH:
         return call
-    # Five sequences per row (hf_layout): keep the rows, forget the ranges in them.
+    # Five sequences per row (boundaries.py): keep the rows, forget the ranges in them.
     q, kv = call.cu_seqlens_q, call.cu_seqlens_kv
     per_row = (q.numel() - 1) // families.BATCH
     return replace(call, cu_seqlens_q=q[::per_row].contiguous(), cu_seqlens_kv=kv[::per_row].contiguous())
@@ -181,16 +181,10 @@ def test_wrong_attention_fails(family):
         padding = "none"
         if name == "mask ignored":
             padding = "left" if "left" in family.paddings else "right"
-        saved = dict(dispatch.IMPLEMENTATIONS)
-        for impl, implementation in saved.items():
-            run = functools.partial(_wrong_calls()[name], run=implementation.run)
-            dispatch.IMPLEMENTATIONS[impl] = replace(implementation, run=run)
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                got = step(ours, family, padding)
-        finally:
-            dispatch.IMPLEMENTATIONS.update(saved)
+        wrong = _wrong_calls()[name]
+        with standing_in(lambda _, call, run, wrong=wrong: wrong(call, run)), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            got = step(ours, family, padding)
         assert "logits" in differences(got, expected(family, padding)), f"attention with {name} passes the comparison"
         record(family, f"fails with {name}")
 

@@ -18,6 +18,7 @@ from families import FAMILIES
 from hf_support import DEVICE, close, kernel_calls
 
 import flashmla_hf
+from flashmla_hf import notices
 
 transformers = pytest.importorskip("transformers")
 transformers.logging.set_verbosity_error()
@@ -104,11 +105,11 @@ def test_an_unknown_argument_raises_with_the_models_and_the_arguments_name():
 
 
 def test_a_mask_of_three_dimensions_raises():
-    from flashmla_hf import hf
+    from flashmla_hf.hf import forward
 
     x = torch.randn(1, 2, 4, 8, device=DEVICE)
     with pytest.raises(ValueError, match="attention_mask: expected None or 2 or 4 dimensions, got 3"):
-        hf.attention_forward(torch.nn.Module(), x, x, x, torch.ones(1, 4, 4, device=DEVICE))
+        forward.attention_forward(torch.nn.Module(), x, x, x, torch.ones(1, 4, 4, device=DEVICE))
 
 
 def test_lists_of_compatible_kernels_get_our_name_also_for_classes_defined_later():
@@ -128,12 +129,11 @@ def bloom(attn_implementation="flashmla"):
 
 
 def test_a_model_that_never_asks_for_an_implementation_warns_at_load(monkeypatch):
-    from flashmla_hf import hf
 
-    monkeypatch.setattr(hf, "_warned", set())
+    monkeypatch.setattr(notices, "_warned", set())
     with pytest.warns(UserWarning, match="BloomForCausalLM compute attention by themselves"):
         bloom()
-    monkeypatch.setattr(hf, "_warned", set())
+    monkeypatch.setattr(notices, "_warned", set())
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         tiny_llama()
@@ -214,7 +214,7 @@ def test_active_context_parallelism_raises(tmp_path):
     from torch.distributed.tensor import DTensor, Replicate
     from torch.distributed.tensor.experimental import context_parallel
 
-    from flashmla_hf import hf
+    from flashmla_hf.hf import forward
 
     if not dist.is_available():
         pytest.skip("torch without distributed")
@@ -234,7 +234,7 @@ def test_active_context_parallelism_raises(tmp_path):
                 model(ids)  # and not afterwards
         x = DTensor.from_local(torch.randn(1, 2, 4, 8), mesh, [Replicate()])
         with pytest.raises(NotImplementedError, match="DTensor"):
-            hf.attention_forward(torch.nn.Module(), x, x, x)
+            forward.attention_forward(torch.nn.Module(), x, x, x)
     finally:
         dist.destroy_process_group()
 
@@ -307,7 +307,7 @@ def test_a_failure_to_register_does_not_break_transformers(tmp_path):
     out = _run(
         """
         import sys, torch
-        sys.modules["flashmla_hf.hf_register"] = None  # any import of it fails
+        sys.modules["flashmla_hf.hf.register"] = None  # any import of it fails
         import warnings
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")

@@ -12,10 +12,9 @@ import gpu_support
 import pytest
 import torch
 
-import flashmla_hf.ops as ops
-from flashmla_hf import attention
+from flashmla_hf import attention, direct, libraries
 
-pytestmark = pytest.mark.skipif("cpu" in ops.unavailable, reason=f"cpu: {ops.unavailable.get('cpu')}")
+pytestmark = pytest.mark.skipif("cpu" in libraries.unavailable, reason=f"cpu: {libraries.unavailable.get('cpu')}")
 
 FORWARD = torch.ops.flashmla.flash_attn_forward
 BACKWARD = torch.ops.flashmla.flash_attn_backward
@@ -41,9 +40,9 @@ def in_child(program: str, timeout: int = 240) -> str:
 def way(request, monkeypatch):
     """Both ways into the library."""
     if request.param == "operator":
-        monkeypatch.setattr(ops, "_direct", None)
-    elif ops._direct is None:
-        pytest.skip(str(ops.unavailable.get("direct")))
+        monkeypatch.setattr(direct, "enabled", False)
+    elif not direct.enabled:
+        pytest.skip(str(libraries.unavailable.get("direct")))
     return request.param
 
 
@@ -239,7 +238,7 @@ def test_a_workspace_that_does_not_fit_is_torchs_error(way):
     x = torch.zeros(1, 1, 1, 20_000_000)  # 36 GiB of tiles
     program = (
         "import resource, torch, test_host as t\n"
-        f"if {way == 'operator'}: t.ops._direct = None\n"
+        f"if {way == 'operator'}: t.direct.enabled = False\n"
         "resource.setrlimit(resource.RLIMIT_AS, (16 << 30, 16 << 30))\n"
         "x = torch.zeros(1, 1, 1, 20_000_000, requires_grad=True)\n"
         "print(t.memory_error(lambda: t.attention(x.detach(), x.detach(), x.detach())))\n"
@@ -258,9 +257,9 @@ def test_a_workspace_that_does_not_fit_is_torchs_error(way):
 
 def backward_directly(out, x):
     inputs = (x, x, x, None, None, None, 1, 1, *OPTIONS)
-    if ops._direct is None:
+    if not direct.enabled:
         return BACKWARD(out, None, *inputs[:3], out, torch.zeros(1, 1, 1), *inputs[3:], True, True, True, False)
-    return ops._direct.backward(out, None, out, torch.zeros(1, 1, 1), True, True, True, False, *inputs)
+    return direct.module.backward(out, None, out, torch.zeros(1, 1, 1), True, True, True, False, *inputs)
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager", None])

@@ -28,7 +28,7 @@ from gpu_support import DEVICE, IMPL, WIDTHS, cu, exact, half, needs_memory, nee
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from flashmla_hf import attention, dispatch
+from flashmla_hf import attention, libraries
 
 TESTS = Path(__file__).parent
 
@@ -672,8 +672,8 @@ def test_opcheck():
 
 
 def test_the_sweep_for_the_sanitizer_is_right_on_the_cpu_and_covers_every_kernel():
-    if "cpu" in dispatch.ops.unavailable:
-        pytest.skip(dispatch.ops.unavailable["cpu"])
+    if "cpu" in libraries.unavailable:
+        pytest.skip(libraries.unavailable["cpu"])
     assert sanitize_gpu.sweep("cpu") == []
     covered = {(c.sm90_row, c.mask_kind, c.is_packed) for c, _ in sanitize_gpu.sweep_cases()}
     assert len(covered) == len(SM90_ROWS) * 3 * 2
@@ -683,8 +683,8 @@ def test_the_sweep_for_the_sanitizer_is_right_on_the_cpu_and_covers_every_kernel
 
 
 def test_the_sweep_for_the_sanitizer_finds_wrong_results():
-    if "cpu" in dispatch.ops.unavailable:
-        pytest.skip(dispatch.ops.unavailable["cpu"])
+    if "cpu" in libraries.unavailable:
+        pytest.skip(libraries.unavailable["cpu"])
     forward = torch.ops.flashmla.flash_attn_forward
 
     def unmasked(*arguments):

@@ -10,7 +10,9 @@ from numerics import eager
 from torch import func
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from flashmla_hf import attention, dispatch, ops
+from flashmla_hf import attention, direct, libraries
+from flashmla_hf.backends import sm90
+from flashmla_hf.validation import validate
 
 pytestmark = pytest.mark.filterwarnings("ignore:flashmla attention. ")
 
@@ -237,7 +239,7 @@ def test_boundaries_of_their_own_in_each_copy_are_refused():
     def function(q, k, v, cu):
         return attention(q, k, v, cu_seqlens_q=cu, cu_seqlens_kv=cu)
 
-    with pytest.raises(RuntimeError, match=r"cu_seqlens_q: expected boundaries that all of torch\.vmap share"):
+    with pytest.raises(RuntimeError, match=r"cu_seqlens_q: expected boundaries shared by all copies of torch\.vmap"):
         torch.vmap(function)(q, k, v, boundaries)
 
 
@@ -314,8 +316,8 @@ def test_alignment_is_looked_at_under_transforms():
     seen = []
 
     def function(q):
-        call = dispatch._validate(q, q, q, None, False, None, 0.0, None, None, 0.0, None, None, None, None, False, None)
-        seen.append(dispatch._unaligned(call))
+        call = validate(q, q, q, None, False, None, 0.0, None, 0.0, None, None, None, None, False, None, False, None)
+        seen.append(sm90.unaligned(call))
         return q.sum()
 
     torch.vmap(function)(torch.randn(3, 1, 4, 2, 8))
@@ -333,10 +335,10 @@ def test_the_way_past_the_dispatcher_stands_aside(monkeypatch):
 
             return call
 
-    module = ops._direct
+    module = direct.module
     if module is None:
-        pytest.skip(ops.unavailable["direct"])
-    monkeypatch.setattr(ops, "_direct", Never())
+        pytest.skip(libraries.unavailable["direct"])
+    monkeypatch.setattr(direct, "module", Never())
     tensors = make("q k v")
     torch.vmap(of(ours, tensors, False))(*tensors.values())
     func.grad(lambda *x: attention(*(y[0] for y in x)).sum())(*tensors.values())

@@ -18,7 +18,7 @@ from functools import wraps
 import torch
 from torch import nn
 
-from flashmla_hf import hf_check, hf_layout, hf_masks
+from flashmla_hf.hf import boundaries, check, masks
 from flashmla_hf.patches import gradients, structure, tiles
 from flashmla_hf.patches.replacements import Replacements
 
@@ -188,7 +188,7 @@ def _refuse_what_chunks_cannot(attention, name, hidden_states, mask, cache, posi
         reason = "a cache (use_cache=False in training)"
     elif mask is not None and not _hides_nothing(attention, mask, seqlen):
         reason = "an attention mask (padding or packed documents)"
-    elif position_ids is not None and hf_layout.segments_from_positions(position_ids, batch, seqlen, True) is not None:
+    elif position_ids is not None and boundaries.segments_from_positions(position_ids, batch, seqlen, True) is not None:
         reason = "packed documents (position_ids that restart)"
     elif getattr(attention, "attention_dropout", 0.0) > 0.0 and attention.training:
         reason = "attention_dropout"
@@ -206,8 +206,8 @@ def _refuse_what_chunks_cannot(attention, name, hidden_states, mask, cache, posi
 
 def _hides_nothing(attention: nn.Module, mask: torch.Tensor, seqlen: int) -> bool:
     """Whether ``mask`` says only what ``attention`` says by itself in a call without one: causal, and its window."""
-    pattern = hf_masks.pattern_of(mask)
+    pattern = masks.pattern_of(mask)
     if pattern is None or mask.shape[2:] != (seqlen, seqlen):
         return False
-    says_window = pattern.window is None or hf_check.passes(type(attention), "sliding_window")
+    says_window = pattern.window is None or check.passes(type(attention), "sliding_window")
     return pattern.is_causal and says_window and pattern.padding is None and pattern.segments is None

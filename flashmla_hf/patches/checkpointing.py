@@ -21,7 +21,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint, noop_context_fn
 
-from flashmla_hf import ops
+from flashmla_hf import recompute_cache
 from flashmla_hf.patches import gradients, memory, offload, structure
 from flashmla_hf.patches.offload import Offloaded, Offloader
 from flashmla_hf.patches.replacements import Replacements
@@ -200,7 +200,7 @@ class KeptAttention:
     def begin(self, is_again: bool) -> None:
         self._is_again, self._cursor = is_again, 0
 
-    def take(self) -> tuple[torch.Tensor, torch.Tensor] | None:
+    def load(self) -> tuple[torch.Tensor, torch.Tensor] | None:
         if not self._is_again or self._cursor >= len(self._kept):
             return None
         kept = self._kept[self._cursor]
@@ -209,7 +209,7 @@ class KeptAttention:
         # New tensors over the same memory: autograd writes its history into the ones it is given.
         return out.detach(), lse.detach()
 
-    def put(self, out: torch.Tensor, lse: torch.Tensor) -> None:
+    def save(self, out: torch.Tensor, lse: torch.Tensor) -> None:
         if not self._is_again:
             out, lse = out.detach(), lse.detach()
             self._kept.append((out, lse) if self.park is None else self.park(out, lse))
@@ -223,10 +223,10 @@ class _Keeping:
 
     def __enter__(self):
         self.kept.begin(self.is_again)
-        self.before, ops.keeper.store = ops.keeper.store, self.kept
+        self.before, recompute_cache.active.cache = recompute_cache.active.cache, self.kept
 
     def __exit__(self, *exception):
-        ops.keeper.store = self.before
+        recompute_cache.active.cache = self.before
 
 
 def patch_checkpointing(model: nn.Module, replacements: Replacements, keep_attention, offload) -> None:

@@ -17,8 +17,8 @@ import weakref
 import torch
 from torch import nn
 
-from flashmla_hf import ops
 from flashmla_hf.patches import gradients, weights
+from flashmla_hf.torch_state import without_autocast
 
 
 class _Keep(torch.autograd.Function):
@@ -55,7 +55,7 @@ class _Linear(torch.autograd.Function):
     @gradients.first_derivatives
     def backward(ctx, grad):
         # The backward may run under autocast though the forward pass did not: dtypes are those of the forward pass.
-        with ops.without_autocast(grad.device):
+        with without_autocast(grad.device):
             return _gradients(ctx, grad)
 
 

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from flashmla_hf import hf_names
+from flashmla_hf.hf.names import NAMES
 
 ATTENTION_PROJECTIONS = ({"q_proj", "k_proj", "v_proj"}, {"qkv_proj"}, {"query_key_value"}, {"W_pack"})
-OURS = hf_names.NAMES  # as attn_implementation
+OURS = NAMES  # as attn_implementation
 CACHE_NAMES = ("cache", "past_key_values")  # of the argument: since Transformers 5.24, and before
 MLP_NAMES = ("mlp", "block_sparse_moe", "feed_forward")
 

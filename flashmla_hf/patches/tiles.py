@@ -18,8 +18,8 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from flashmla_hf import ops
 from flashmla_hf.patches import gradients, linear
+from flashmla_hf.torch_state import without_autocast
 
 
 class _Tiles(torch.autograd.Function):
@@ -96,7 +96,7 @@ class Run:
 
     def _autocast(self):
         if self.autocast is None:
-            return ops.without_autocast(self.device)
+            return without_autocast(self.device)
         return torch.autocast(self.device.type, **self.autocast)
 
     @contextlib.contextmanager

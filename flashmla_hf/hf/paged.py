@@ -1,15 +1,15 @@
 """The caches of continuous batching (``generate_batch``), in every supported release of Transformers.
 
-The batch is one row of tokens, and its sequences are boundaries. Who writes the new keys to the paged cache and gathers
-the keys of all sequences depends on the release:
+The batch is one row of tokens, and boundaries separate its sequences. Which code writes the new keys to the paged cache and
+gathers the keys of all sequences depends on the release:
 
 * 5.17: the attention function, with a cache that takes and returns its own shapes; lengths are named ``max_seqlen_*``.
 * 5.23: the attention function, with a cache that also picks this layer's boundaries out of ``cu_seq_lens_k``.
 * 5.24: the layer, before it calls the attention function, which gets the gathered keys and their boundaries.
 
-In decoding Transformers may hand over a block table in place of gathered keys. It does so only if it finds a
-``flash_attn_with_kvcache`` under the model's name, and for our names it is told that there is none
-(:mod:`hf_register`). A block table that comes all the same is refused.
+In decoding Transformers may pass a block table in place of gathered keys. It does so only if it finds a
+``flash_attn_with_kvcache`` under the model's name; for our names it finds none (:mod:`transformers_private`). A block table
+raises an error.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import NamedTuple
 import torch
 from transformers.generation.continuous_batching import PagedAttentionCache
 
-# The arguments of continuous batching that say nothing in any other call.
+# The arguments of continuous batching that have no meaning in any other call.
 _ARGUMENTS = ("cache", "read_index", "write_index", "block_table", "k_cache", "v_cache")
 
 
@@ -36,7 +36,7 @@ class Gathered(NamedTuple):
 
 
 def gather(module, key, value, cu_seq_lens_k, max_length_q, max_length_k, kwargs: dict) -> Gathered | None:
-    """What to attend to in continuous batching; ``None`` in every other call.
+    """The keys and values of a call of continuous batching; ``None`` for every other call.
 
     Args:
         key, value: [1, heads_kv, new tokens, dim], or all of them if the layer has updated its cache.
@@ -55,8 +55,8 @@ def gather(module, key, value, cu_seq_lens_k, max_length_q, max_length_k, kwargs
         if not isinstance(cu_seq_lens_k, torch.Tensor):
             raise ValueError(
                 f"flashmla in {type(module).__name__}: cu_seq_lens_k: expected the boundaries of this layer's keys, "
-                f"got {type(cu_seq_lens_k).__name__}; the layer has not updated the cache of continuous batching. Use "
-                "generate for this model, or another attn_implementation"
+                f"got {type(cu_seq_lens_k).__name__}. The layer has not updated the cache of continuous batching. Use "
+                "generate() for this model, or another attn_implementation"
             )
         return Gathered(key, value, cu_seq_lens_k, max_length_q, max_length_k)
 
@@ -78,6 +78,6 @@ def _refuse_block_table(module, given: dict) -> None:
     for name in ("block_table", "k_cache", "v_cache"):
         if given[name] is not None:
             raise ValueError(
-                f"flashmla in {type(module).__name__}: {name}: expected none, got one: this attention reads gathered "
-                "keys. Set max_blocks_per_request=0 in ContinuousBatchingConfig, which turns the block tables off"
+                f"flashmla in {type(module).__name__}: {name}: expected none, got one. This attention reads gathered "
+                "keys. Set max_blocks_per_request=0 in ContinuousBatchingConfig, which switches block tables off"
             )

@@ -16,16 +16,17 @@ import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
 from types import CodeType
+from typing import Any
 
 import torch
 
-from flashmla_hf import hf_names
+from flashmla_hf.hf.names import is_ours
 
 _INTERFACE = "ALL_ATTENTION_FUNCTIONS"
 _FLASH_PATH = "_flash_attention_forward"
 # Arguments by which sparse models and paged caches tell an attention function which keys to read.
 _SELECTING_KWARGS = {"indices", "block_indices", "sinks", "block_table"}
-# What the calls of attention layers may name: the parameters of hf.attention_forward.
+# What the calls of attention layers may name: the parameters of hf.forward.attention_forward.
 HONOURED_KWARGS = frozenset(
     {
         "module", "query", "key", "value", "attention_mask", "dropout", "scaling", "is_causal", "sliding_window",
@@ -117,20 +118,21 @@ def uses_flash_path(model_class: type) -> bool:
 
 
 def _verdict(module: torch.nn.Module) -> tuple[bool, str]:
-    names = _names_used(type(module))
+    cls: type = type(module)
+    names = _names_used(cls)
     if not names & {_INTERFACE, _FLASH_PATH}:
         return False, "its class computes attention by itself and never asks for an attn_implementation"
     config = getattr(module, "config", None)
     implementation = getattr(config, "_attn_implementation", None)
-    if implementation == "eager" and (reason := _module_reason(type(module).__module__, config)) is not None:
+    if implementation == "eager" and (reason := _module_reason(cls.__module__, config)) is not None:
         return False, f"{reason}; 'eager' is used"
-    if not hf_names.is_ours(implementation):
+    if not is_ours(implementation):
         return False, f'its attn_implementation is {implementation!r}; set_attn_implementation("flashmla") changes it'
-    if unknown := sorted(_keywords_passed(type(module)) - HONOURED_KWARGS):
+    if unknown := sorted(_keywords_passed(cls) - HONOURED_KWARGS):
         return False, f"it passes {', '.join(unknown)}, which is refused with an error"
-    if "position_bias" in _keywords_passed(type(module)):
+    if "position_bias" in _keywords_passed(cls):
         return False, "it adds a position_bias to the scores: exact, but computed outside the fused kernel"
-    if _changes_its_mask(type(module)):
+    if _changes_its_mask(cls):
         return False, "it changes the mask that it is given: exact, but computed outside the fused kernel"
     notes = []
     if names & {_FLASH_PATH} and _INTERFACE not in names:
@@ -155,7 +157,8 @@ def _is_attention(cls: type) -> bool:
 def _contains_attention(module: torch.nn.Module) -> bool:
     """Whether ``module`` is only the wrapper of the layer that computes (``BertAttention`` around
     ``BertSelfAttention``)."""
-    if _names_used(type(module)) & {_INTERFACE, _FLASH_PATH}:
+    cls: type = type(module)
+    if _names_used(cls) & {_INTERFACE, _FLASH_PATH}:
         return False
     return any(_is_attention(type(child)) for child in module.modules() if child is not module)
 
@@ -179,7 +182,7 @@ def _names_used(cls: type) -> frozenset[str]:
 
 @torch.compiler.assume_constant_result
 def is_about_attention(layer_class: type, name: str) -> bool:
-    """Whether ``name``, an argument that :func:`flashmla_hf.hf.attention_forward` does not know, may change the attention
+    """Whether ``name``, an argument unknown to :func:`flashmla_hf.hf.forward.attention_forward`, may change the attention
     of a layer: it selects keys, the layer itself names it in its call, or eager's attention function beside it does."""
     return name in _SELECTING_KWARGS or name in _keywords_passed(layer_class) or name in _eager_arguments(layer_class)
 
@@ -204,7 +207,7 @@ def _keywords_passed(cls: type) -> frozenset[str]:
 
 
 @functools.cache
-def _changes_its_mask(cls: type) -> bool:
+def _changes_its_mask(cls: Any) -> bool:
     """Whether the mask in the interface's call of ``cls.forward`` is computed there: concatenated, added to, made."""
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(cls.forward))))
@@ -240,7 +243,7 @@ def _computes(value: ast.expr) -> bool:
 @functools.cache
 def _eager_arguments(cls: type) -> frozenset[str]:
     """Names of the parameters of eager's attention functions that the code of ``cls`` mentions."""
-    names = set()
+    names: set[str] = set()
     for base in cls.__mro__:
         contents = vars(sys.modules.get(base.__module__, object))
         for name in _names_used(cls):

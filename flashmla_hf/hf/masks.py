@@ -1,57 +1,43 @@
 """The mask function registered with Transformers, and the masks that it hands to the attention layers.
 
 Transformers builds one mask per forward pass and kind of layer, by calling the function registered for the attention
-implementation with a *mask function* (who sees whom, as a closure over batch, head, query and key indices) and the
-2-D padding mask. Eager attention applies that mask and nothing else: whether a layer is causal, has a window or sees
-everything stands in its mask. Transformers' own functions for SDPA and flash implementations leave out what "the layer
-says by itself", and not every layer says it: some decoders never set ``is_causal``, some never pass their window on.
+implementation with a *mask function* (a closure over batch, head, query and key indices that defines the visible keys) and
+the 2-D padding mask. Eager attention applies that mask and nothing else: the mask defines whether a layer is causal, has a
+window or sees every key. Transformers' own functions for SDPA and flash implementations leave out what the layer's own
+attributes define, but not every layer has them: some decoders never set ``is_causal``, some never pass their window on.
 
-So a mask of ours always says everything. It has the shape and dtype of the mask that the model's class is written for,
-[batch, 1, seqlen_q, seqlen_kv], and carries a :class:`Pattern`, which the attention function reads instead of it:
+So a mask of ours is always complete. It has the shape and dtype of the mask that the model's class is written for,
+[batch, 1, seqlen_q, seqlen_kv], and carries a :class:`Pattern`, which the attention function reads instead of the mask:
 
 ===================  ===================================================================================================
-in eager mode        :class:`LazyMask`: no memory until somebody computes with it. A model that slices it, adds to it or
-                     concatenates it gets the dense mask, exactly, and its layer then computes under that.
-under torch.compile  the dense mask, with the pattern as an attribute. Nobody reads the dense one, so the compiler drops
-                     it, unless the model computes with it.
+in eager mode        :class:`LazyMask`: it takes no memory until code computes with it. A model that slices it, adds to it
+                     or concatenates it gets the exact dense mask, and its layer then computes with that.
+under torch.compile  the dense mask, with the pattern as an attribute. The compiler drops the dense mask unless the model
+                     computes with it.
 ===================  ===================================================================================================
 
-What no pattern says (images that see themselves, custom overlays, holes in the padding of a causal row) is a dense mask
-without one: it costs seqlen_q * seqlen_kv bytes and leaves the fused kernel. ``None`` is what eager's mask function
-returns for it: every query sees every key.
+A mask that no pattern describes (images that see themselves, custom overlays, holes in the padding of a causal row) is dense
+and carries none: it costs seqlen_q * seqlen_kv bytes, and the fused kernel does not compute it. ``None`` means, as in eager
+attention, that every query sees every key.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch.utils import _pytree as pytree
-from transformers import masking_utils, modeling_utils
+from transformers import masking_utils
 
-from flashmla_hf import hf_layout, ops
-
-# The building blocks of transformers.masking_utils by the names of their closures.
-_CAUSAL = "causal_mask_function"
-_BIDIRECTIONAL = "bidirectional_mask_function"
-_WINDOW = "sliding_window_overlay.<locals>.inner_mask"
-_WINDOW_BOTH_WAYS = "sliding_window_bidirectional_overlay.<locals>.inner_mask"
-_CHUNKED = "chunked_overlay.<locals>.inner_mask"
-_PACKED = "packed_sequence_mask_function.<locals>.inner_mask"
-_REMAP = "remap_positions_for_packed_sequence.<locals>.inner_mask"
-_AND = "and_masks.<locals>.and_mask"
-_AND_CODE = masking_utils.and_masks().__code__
-
-# Their attention classes call Transformers' flash path instead of the interface, which unpads by a 2-D mask itself.
-# (The last three are Bark's.)
-LEGACY_FLASH_MODEL_TYPES = frozenset({"falcon", "gptj", "semantic", "coarse_acoustics", "fine_acoustics"})
+from flashmla_hf.hf import boundaries, transformers_private
+from flashmla_hf.torch_state import values_are_readable
 
 _ATTRIBUTE = "_flashmla_pattern"
 
 
 class Pattern(NamedTuple):
-    """Who sees whom, in a form that the kernel computes. What holds of a pair (query, key) is the conjunction of all.
+    """The visible pairs (query, key), in a form that the kernel computes. A pair is visible if all fields allow it.
 
     is_causal: no key after the query. window: ``(left, right)``, both included, -1 is unbounded; ``None``: no window.
     padding: bool [batch, num_keys], true where a key may be seen; ``num_keys`` is the number of keys that there are,
@@ -94,13 +80,14 @@ def _in_dtype(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 class LazyMask(torch.Tensor):
-    """A mask [batch, 1, seqlen_q, seqlen_kv] that is made when somebody computes with it.
+    """A mask [batch, 1, seqlen_q, seqlen_kv] that is materialised by the first operation on it.
 
-    It holds its pattern and no numbers. Every operation on it gets the dense mask in its place, which is then kept. A
-    view of that, or a change in place, makes the pattern void: :func:`pattern_of` answers ``None`` from then on.
+    It holds its pattern and no numbers. Every operation gets the dense mask in its place, which is then kept. A view of the
+    dense mask, or a change in place, makes the pattern void: :func:`pattern_of` returns ``None`` from then on.
     """
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+    _state: dict[str, Any]  # "pattern" and "dense", shared by all aliases of the mask
 
     @staticmethod
     def __new__(cls, pattern: Pattern, size, dtype: torch.dtype, anchor: torch.Tensor, state: dict | None = None):
@@ -109,7 +96,7 @@ class LazyMask(torch.Tensor):
     def __init__(self, pattern: Pattern, size, dtype: torch.dtype, anchor: torch.Tensor, state: dict | None = None):
         # torch.compile takes a subclass apart into the tensors that it holds, of which there must be one.
         self._anchor, self._padding, self._segments = anchor, pattern.padding, pattern.segments
-        self._state = {"pattern": pattern, "dense": None} if state is None else state  # one for all aliases
+        self._state = {"pattern": pattern, "dense": None} if state is None else state
 
     def dense(self) -> torch.Tensor:
         """The mask itself, bool (true keeps) or floating (added), made once."""
@@ -118,7 +105,7 @@ class LazyMask(torch.Tensor):
             self._state["dense"] = _in_dtype(mask.expand(self.shape), self.dtype).contiguous()
         return self._state["dense"]
 
-    def __repr__(self, *, tensor_contents=None) -> str:
+    def __repr__(self, *, tensor_contents=None) -> str:  # type: ignore[override]
         return f"LazyMask({self._state['pattern']}, size={[*self.shape]}, dtype={self.dtype})"
 
     def __deepcopy__(self, memo):
@@ -145,7 +132,7 @@ class LazyMask(torch.Tensor):
         return LazyMask(pattern, size, dtype, inner["_anchor"])
 
     @classmethod
-    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):  # type: ignore[override]
         kwargs = kwargs or {}
         mask = args[0] if args and isinstance(args[0], LazyMask) else None
         if mask is not None and mask._state["pattern"] is not None and _says_the_same(func, mask, args, kwargs):
@@ -161,11 +148,12 @@ class LazyMask(torch.Tensor):
         pattern = self._state["pattern"]
         if device is None or device == self.device:
             return LazyMask(pattern, self.shape, self.dtype, self._anchor, self._state)
-        moved = [x if x is None else x.to(device) for x in (pattern.padding, pattern.segments, self._anchor)]
-        return LazyMask(Pattern(pattern.is_causal, pattern.window, *moved[:2]), self.shape, self.dtype, moved[2])
+        padding, segments = (x if x is None else x.to(device) for x in (pattern.padding, pattern.segments))
+        moved = Pattern(pattern.is_causal, pattern.window, padding, segments)
+        return LazyMask(moved, self.shape, self.dtype, self._anchor.to(device))
 
 
-def _says_the_same(func, mask: LazyMask, args, kwargs) -> bool:
+def _says_the_same(func, mask: LazyMask, args: tuple, kwargs: dict) -> bool:
     """Whether ``func`` gives another tensor of the same numbers and shape."""
     aten = torch.ops.aten
     if func in (aten.detach.default, aten.alias.default):
@@ -175,143 +163,16 @@ def _says_the_same(func, mask: LazyMask, args, kwargs) -> bool:
             value in (None, mask.dtype) for name, value in kwargs.items() if name not in ("device", "non_blocking")
         )
     if func is aten.slice.Tensor:  # [:, :, :, :seqlen_kv]
-        dim, start, end, step = (*args[1:], *(0, None, None, 1)[len(args) - 1 :])
+        dim, start, end, step = (*args[1:], *(0, None, None, 1)[len(args) - 1 :])  # type: ignore[misc]
         return not start and step == 1 and (end is None or end >= mask.shape[dim])
     return False
 
 
 def pattern_of(mask: torch.Tensor | None) -> Pattern | None:
-    """The pattern that ``mask`` stands for, ``None`` for a mask that only its numbers describe."""
+    """The pattern of ``mask``; ``None`` for a mask that only its numbers describe."""
     if isinstance(mask, LazyMask):
         return mask._state["pattern"]
     return getattr(mask, _ATTRIBUTE, None)
-
-
-class _Declared(NamedTuple):
-    """What Transformers declares for the models of a configuration class."""
-
-    sdpa: bool
-    flash: bool
-
-
-_declared: dict[type, _Declared] = {}
-
-
-def _declarations(config_class: type) -> _Declared:
-    if config_class not in _declared:
-        models = [cls for cls in _subclasses(modeling_utils.PreTrainedModel) if cls.config_class is config_class]
-        if not models:
-            return _Declared(True, True)  # no model of Transformers: a user's class, a test's
-        _declared[config_class] = _Declared(
-            any(getattr(cls, "_supports_sdpa", False) for cls in models),
-            any(getattr(cls, "_supports_flash_attn", False) for cls in models),
-        )
-    return _declared[config_class]
-
-
-@torch.compiler.assume_constant_result
-def is_trusted(config_class: type) -> bool:
-    """Whether the layers of these models are known to say by themselves whether they are causal: Transformers declares
-    SDPA or a flash implementation for them, which rely on it."""
-    return any(_declarations(config_class))
-
-
-@torch.compiler.assume_constant_result
-def _takes_boolean_masks(config_class: type) -> bool:
-    """Whether these models are written for SDPA's masks as well. Others may do with a mask what only eager's floating
-    one allows, such as adding it to their scores (DeepSeek-V4 concatenates it with one)."""
-    return _declarations(config_class).sdpa
-
-
-def _subclasses(cls: type) -> Iterator[type]:
-    for subclass in cls.__subclasses__():
-        yield subclass
-        yield from _subclasses(subclass)
-
-
-class _Conditions(NamedTuple):
-    """What a mask function of Transformers is the conjunction of. ``chunk``: the size of the chunks that do not see each
-    other. ``is_packed``: there may be packed sequences."""
-
-    is_causal: bool = False
-    window: tuple[int, int] | None = None
-    chunk: int | None = None
-    is_packed: bool = False
-
-
-def _conditions(mask_function: Callable) -> _Conditions | None:
-    """The conditions of ``mask_function``; ``None`` if there are others."""
-    if getattr(mask_function, "__module__", "") != masking_utils.__name__:
-        return None
-    name = mask_function.__qualname__
-    cells = {}
-    if mask_function.__closure__:
-        values = (cell.cell_contents for cell in mask_function.__closure__)
-        cells = dict(zip(mask_function.__code__.co_freevars, values, strict=True))
-    if name == _CAUSAL:
-        return _Conditions(is_causal=True)
-    if name == _BIDIRECTIONAL:
-        return _Conditions()
-    if name == _WINDOW:
-        return _Conditions(window=(cells["sliding_window"] - 1, -1))
-    if name == _WINDOW_BOTH_WAYS:
-        return _Conditions(window=(cells["sliding_window"], cells["sliding_window"]))
-    if name == _CHUNKED:
-        return _Conditions(chunk=cells["chunk_size"])
-    if name == _PACKED:
-        return _Conditions(is_packed=True)
-    if name == _REMAP:
-        return _conditions(cells["mask_function"])
-    if name != _AND:
-        return None
-    parts = [_conditions(part) for part in cells["mask_functions"]]
-    if None in parts:
-        return None
-    windows = [part.window for part in parts if part.window is not None]
-    chunks = [part.chunk for part in parts if part.chunk is not None]
-    if len(windows) > 1 or len(chunks) > 1:
-        return None
-    return _Conditions(
-        any(part.is_causal for part in parts),
-        windows[0] if windows else None,
-        chunks[0] if chunks else None,
-        any(part.is_packed for part in parts),
-    )
-
-
-def _conditions_while_compiling(
-    mask_function: Callable, local_size: int | None, config, is_bidirectional: bool
-) -> _Conditions | None:
-    """As :func:`_conditions`, from what dynamo can see: a closure's cells are not readable under torch.compile, its code
-    is (its ``__qualname__`` from torch 2.13 on)."""
-    if mask_function is masking_utils.causal_mask_function:
-        return _Conditions(is_causal=True)
-    if mask_function is masking_utils.bidirectional_mask_function:
-        return _Conditions()
-    if mask_function.__code__ is not _AND_CODE:
-        return None
-    # Conjunctions reach us from the create_* functions alone (custom ones set use_vmap): a window or chunks if
-    # local_size is given, packed sequences, or both. Whether there are packed ones cannot be told; looking for them is
-    # exact either way.
-    if local_size is None:
-        return None if is_bidirectional else _Conditions(is_causal=True, is_packed=True)
-    is_window = attribute(config, "sliding_window") == local_size
-    is_chunk = attribute(config, "attention_chunk_size") == local_size
-    if is_window == is_chunk:
-        return None
-    if is_bidirectional:
-        return _Conditions(window=(local_size, local_size)) if is_window else None
-    if is_window:
-        return _Conditions(is_causal=True, window=(local_size - 1, -1), is_packed=True)
-    return _Conditions(is_causal=True, chunk=local_size, is_packed=True)
-
-
-def attribute(config, name: str):
-    """``config.name``, or ``None`` if the configuration does not say it for all layers alike (some raise then)."""
-    try:
-        return getattr(config, name, None)
-    except Exception:
-        return None
 
 
 def flashmla_mask(
@@ -343,24 +204,26 @@ def flashmla_mask(
         "kv_offset": kv_offset, "mask_function": mask_function, "attention_mask": attention_mask, "use_vmap": use_vmap,
         "device": device,
     }  # fmt: skip
-    if attribute(config, "model_type") in LEGACY_FLASH_MODEL_TYPES:
+    if transformers_private.attribute(config, "model_type") in transformers_private.LEGACY_FLASH_MODEL_TYPES:
         return masking_utils.flash_attention_mask(**arguments)
     if use_vmap:
         conditions = None
     elif is_tracing():
-        conditions = _conditions_while_compiling(mask_function, local_size, config, is_bidirectional)
+        conditions = transformers_private.conditions_while_compiling(
+            mask_function, local_size, config, is_bidirectional
+        )
     else:
-        conditions = _conditions(mask_function)
+        conditions = transformers_private.conditions_of(mask_function)
     if q_length == 1 and not (allow_is_causal_skip or is_bidirectional):
         conditions = None  # for a compiled decoding step: described by values, which change from step to step
 
-    dtype = torch.bool if config is None or _takes_boolean_masks(type(config)) else dtype
+    dtype = torch.bool if config is None or transformers_private.takes_boolean_masks(type(config)) else dtype
     pattern = None if conditions is None else _pattern(conditions, arguments)
     if pattern is not None and not is_tracing():
         size = (batch_size, 1, q_length, kv_length)
         return LazyMask(pattern, size, dtype, torch.empty(0, device=device))
     mask = masking_utils.sdpa_mask(**arguments, allow_is_causal_skip=False, allow_is_bidirectional_skip=False)
-    mask = hf_layout.adopt(_in_dtype(mask, dtype))
+    mask = boundaries.mark_constant(_in_dtype(mask, dtype))
     if pattern is not None:
         setattr(mask, _ATTRIBUTE, pattern)
     return mask
@@ -370,19 +233,20 @@ def is_tracing() -> bool:
     return torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 
-def _pattern(conditions: _Conditions, arguments: dict) -> Pattern | None:
+def _pattern(conditions: transformers_private.Conditions, arguments: dict) -> Pattern | None:
     """The pattern of ``conditions``, which stand for the mask function in ``arguments``; ``None`` if there is none."""
     q_length, kv_length, q_offset, kv_offset, attention_mask = (
         arguments[name] for name in ("q_length", "kv_length", "q_offset", "kv_offset", "attention_mask")
     )
     is_positional = conditions.is_causal or conditions.window is not None or conditions.chunk is not None
     if isinstance(q_offset, torch.Tensor) and is_positional:
-        # Static caches count their tokens in a tensor. The kernel reads keys up to a length known to Python, so either
-        # look (one synchronisation per forward), or describe the keys of a single query by values: the compiled decode.
-        if not ops.values_are_readable(q_offset):
+        # Static caches count their tokens in a tensor, but the kernel reads keys up to a length that Python knows. So either
+        # read the tensor (one synchronisation per forward), or describe the keys of a single query by values (compiled
+        # decoding).
+        if not values_are_readable(q_offset):
             return None
         q_offset = int(q_offset)
-    # Keys past the last query are seen by nobody in a causal row: the unused end of a static cache.
+    # No query of a causal row sees the keys past the last query, the unused end of a static cache.
     num_keys = q_offset + q_length - kv_offset if conditions.is_causal else kv_length
     if num_keys > kv_length:
         return None
@@ -391,7 +255,7 @@ def _pattern(conditions: _Conditions, arguments: dict) -> Pattern | None:
     padding = None
     if attention_mask is not None:
         padding = _padding(attention_mask, kv_offset, num_keys)
-        if ops.values_are_readable(padding) and hf_layout.key_ranges(padding).uniform == (0, num_keys):
+        if values_are_readable(padding) and boundaries.key_ranges(padding).uniform == (0, num_keys):
             padding = None
     segments = None
     if conditions.chunk is not None and kv_offset + num_keys > conditions.chunk:
@@ -404,7 +268,7 @@ def _pattern(conditions: _Conditions, arguments: dict) -> Pattern | None:
         elif not is_tracing():
             return None  # Transformers packs without a cache only; while compiling the condition is a guess
     if padding is None and num_keys != kv_length:
-        padding = hf_layout.adopt(
+        padding = boundaries.mark_constant(
             torch.ones(arguments["batch_size"], num_keys, dtype=torch.bool, device=arguments["device"])
         )
     return Pattern(conditions.is_causal, conditions.window, padding, segments)
@@ -414,7 +278,7 @@ def _padding(attention_mask: torch.Tensor, kv_offset: int, kv_length: int) -> to
     """Bool [batch, kv_length]: the part of the padding mask that the keys of this layer are; beyond its end is
     padding."""
     padding = masking_utils.prepare_padding_mask(attention_mask, kv_length, kv_offset)
-    return hf_layout.adopt(padding[:, kv_offset : kv_offset + kv_length])
+    return boundaries.mark_constant(padding[:, kv_offset : kv_offset + kv_length])
 
 
 def _segments(arguments: dict) -> torch.Tensor:
@@ -427,4 +291,4 @@ def _segments(arguments: dict) -> torch.Tensor:
     )
     is_same = arguments["mask_function"](batch, head, query, key).expand(arguments["batch_size"], -1)
     number = (~is_same).cumsum(-1, dtype=torch.int32) + 1
-    return hf_layout.adopt(torch.nn.functional.pad(number, (1, 0), value=1))
+    return boundaries.mark_constant(torch.nn.functional.pad(number, (1, 0), value=1))

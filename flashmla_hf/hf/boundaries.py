@@ -1,8 +1,8 @@
-"""From Transformers' masks to what the kernel takes: boundaries (``cu_seqlens``) over flattened tokens.
+"""Turns Transformers' masks into boundaries (``cu_seqlens``) over flattened tokens, which the kernel reads.
 
-The kernel knows causal, window and boundaries, nothing else. Padding and packing become boundaries without moving a
-token: the tensors [batch, seqlen, heads, dim] are read as [batch * seqlen, heads, dim], and what must not be seen
-becomes a sequence of its own. One row with valid keys ``start ... end`` is at most five sequences, some of them empty:
+The kernel knows causal masks, windows and boundaries only. Padding and packing become boundaries without moving a token: the
+tensors [batch, seqlen, heads, dim] are read as [batch * seqlen, heads, dim], and hidden tokens become sequences of their
+own. One row with valid keys ``start ... end`` is at most five sequences, some of them empty:
 
 ==================  =============  ==============  =======================================================
 sequence            its queries    its keys        effect
@@ -18,9 +18,9 @@ The number of sequences depends on shapes alone, so nothing is read back from th
 static graph. FlashAttention's unpadding instead gathers the valid tokens: two copies and a synchronisation in every
 layer.
 
-All layers of a model share one mask tensor, so what is derived from it is kept with it (:func:`memo`): a forward pass
-synchronises at most once per mask. Synchronising is needed in eager mode only, to see holes (valid keys that are not
-one range, which boundaries cannot express) and the number of packed sequences.
+All layers of a model share one mask tensor, so boundaries are kept with it (:func:`memo`) and a forward pass synchronises at
+most once per mask. Only eager mode synchronises: to find holes (valid keys that are not one range, which boundaries cannot
+express) and to count packed sequences.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ from dataclasses import dataclass, field
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from flashmla_hf.ops import values_are_readable
+from flashmla_hf.torch_state import values_are_readable
 
-# Under torch.compile the number of packed sequences is data, the shape of cu_seqlens is not: room is made for this many
-# sequences, the unused ones empty. Running out raises (see segment_boundaries), it is never silently wrong.
+# Under torch.compile the number of packed sequences is data, but the shape of cu_seqlens is not. A graph has room for this many
+# sequences, of which the unused ones are empty. More of them raise an error (see segment_boundaries).
 MIN_COMPILED_SEGMENTS = 256
 MIN_COMPILED_TOKENS_PER_SEGMENT = 16
 
 
-# Beside the tensor, not on it: an attribute would be pickled with a tensor that the user saves. What is kept must not
+# The dictionaries stand beside the tensors: an attribute would be pickled with a tensor that the user saves. An entry must not
 # be a view of its tensor, or the two would keep each other alive.
 _memos = WeakTensorKeyDictionary()
 
@@ -46,8 +46,8 @@ _memos = WeakTensorKeyDictionary()
 def memo(x: torch.Tensor) -> dict:
     """A dictionary that lives as long as the tensor ``x`` and is dropped when ``x`` is changed in place.
 
-    Nothing is kept while compiling, nor for a user's inference-mode tensor, which does not count its changes. What was
-    derived in inference mode is dropped outside of it, since autograd may not save such tensors.
+    It keeps nothing while compiling, and nothing for a user's inference-mode tensor, which does not count its changes. Entries
+    derived in inference mode are dropped outside of it, since autograd may not save such tensors.
     """
     if torch.compiler.is_compiling():
         return {}
@@ -61,16 +61,15 @@ def memo(x: torch.Tensor) -> dict:
     return kept
 
 
-def adopt(mask: torch.Tensor) -> torch.Tensor:
-    """``mask``, just made by this package and changed by nobody: what is derived from it may be kept in inference
-    mode."""
+def mark_constant(mask: torch.Tensor) -> torch.Tensor:
+    """Returns ``mask``, which this package has made and nobody changes: inference mode may keep a memo of it."""
     if not torch.compiler.is_compiling() and mask.is_inference():
         _memos[mask] = (None, {})
     return mask
 
 
 def view_with_memo(mask: torch.Tensor, view: torch.Tensor) -> torch.Tensor:
-    """``view``, a reshaping of ``mask`` that says the same, sharing what is derived from it."""
+    """``view``, a reshaping of ``mask`` with the same content, which shares the memo of ``mask``."""
     if not torch.compiler.is_compiling():
         state = None if view.is_inference() else (view._version, torch.is_inference_mode_enabled())
         _memos[view] = (state, memo(mask))
@@ -81,8 +80,8 @@ def view_with_memo(mask: torch.Tensor, view: torch.Tensor) -> torch.Tensor:
 class KeyRanges:
     """Which keys of each row are valid, as one range per row.
 
-    start, end: int32 [batch]. ``uniform``: the one (start, end) of all rows, or ``None`` where they differ or cannot be
-    read. ``has_holes``: the valid keys of some row are not one range, so start and end mean nothing (eager mode only; a
+    start, end: int32 [batch]. ``uniform``: the one (start, end) of all rows, or ``None`` if rows differ or cannot be
+    read. ``has_holes``: the valid keys of some row are not one range, so start and end mean nothing (in eager mode; a
     compiled graph asserts instead).
     """
 
@@ -118,8 +117,8 @@ def key_ranges(valid: torch.Tensor) -> KeyRanges:
     elif not valid.is_meta:
         torch._assert_async(
             is_contiguous,
-            "flashmla: a compiled model met a key mask whose valid keys are not one range per row; run this model "
-            "without torch.compile, or give the mask as 4-D",
+            "flashmla: attention_mask in a compiled model: expected one range of valid keys per row, got keys that are not one "
+            "range per row. Run this model without torch.compile, or pass a 4-D mask",
         )
     kept["ranges"] = KeyRanges(start, end, uniform, has_holes)
     return kept["ranges"]
@@ -187,8 +186,8 @@ def segment_boundaries(
         if not segments.is_meta:
             torch._assert_async(
                 number[-1] <= capacity,
-                "flashmla: more packed sequences than a compiled graph has room for; pass cu_seq_lens_q/k "
-                "(DataCollatorWithFlattening(return_flash_attn_kwargs=True)) or run without torch.compile",
+                f"flashmla: packed sequences in a compiled model: expected at most {capacity}, got more. Pass cu_seq_lens_q/k "
+                "(DataCollatorWithFlattening(return_flash_attn_kwargs=True)), or run without torch.compile",
             )
     wanted = torch.arange(1, capacity + 2, device=segments.device, dtype=torch.int32)
     # Where number first reaches 1, 2, 3, ...; past the last one that is total.
@@ -199,7 +198,7 @@ def segment_boundaries(
         is_real = padding.flatten()[begin.clamp(max=total - 1)]
         ends_q = torch.stack([end, end], dim=1).flatten()
         ends_kv = torch.stack([torch.where(is_real, end, begin), end], dim=1).flatten()
-        boundaries = tuple(torch.nn.functional.pad(x, (1, 0)) for x in (ends_q, ends_kv))
+        boundaries = (torch.nn.functional.pad(ends_q, (1, 0)), torch.nn.functional.pad(ends_kv, (1, 0)))
     kept["boundaries"] = (padding, boundaries)
     return boundaries
 

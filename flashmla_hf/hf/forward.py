@@ -1,31 +1,23 @@
 """The forward of ``attn_implementation="flashmla"`` in Hugging Face Transformers.
 
-:func:`attention_forward` is what the attention layers of a model call. It turns Transformers' calling convention
-(masks, window conventions, packed rows, caches, autocast) into one call of :func:`flashmla_hf.attention`.
-Beside it: :mod:`hf_register` gives it to Transformers under its names, :mod:`hf_masks` makes the masks,
-:mod:`hf_layout` turns them into what the kernel takes, :mod:`hf_paged` reads the caches of continuous batching,
-:mod:`hf_check` tells which layers of a model use the kernel.
+The attention layers of a model call :func:`attention_forward`. It turns Transformers' calling convention (masks, window
+conventions, packed rows, caches, autocast) into one call of :func:`flashmla_hf.attention`.
 """
 
 from __future__ import annotations
 
-import sys
-import warnings
+from typing import Any
 
 import torch
 
-from flashmla_hf import hf_check, hf_layout, hf_masks, hf_paged, ops, reference
+from flashmla_hf import reference
 from flashmla_hf.dispatch import attention
-
-_warned: set[str] = set()
-
-
-def _warn_once(message: str) -> None:
-    if message not in _warned and not torch.compiler.is_compiling():
-        _warned.add(message)
-        warnings.warn(message, stacklevel=3)
+from flashmla_hf.hf import boundaries, check, masks, paged, transformers_private
+from flashmla_hf.notices import warn_once
+from flashmla_hf.torch_state import values_are_readable
 
 
+# Longer than 80 lines: more than half of it is Transformers' signature and the meaning of its arguments.
 def attention_forward(
     module: torch.nn.Module,
     query: torch.Tensor,
@@ -53,39 +45,38 @@ def attention_forward(
 
     Args:
         module: the layer; read for ``is_causal``, ``config`` and ``layer_idx``.
-        query: [batch, heads_q, seqlen_q, head_dim_qk], any strides; float32, float16, bfloat16, or a mixture over the
-            three as autocast leaves it.
-        key, value: [batch, heads_kv, seqlen_kv, head_dim_qk or head_dim_v]; heads not repeated. A static cache hands
-            over all its rows.
-        attention_mask: a mask of :mod:`hf_masks`, or a user's [batch, 1 or heads_q, seqlen_q, seqlen_kv], boolean (true
-            keeps) or additive. Either is all there is to say: no causal mask or window is put on top. Or key padding
-            [batch, seqlen_kv], bool or any number that is not 0 for a real token, from models that go around the mask
-            layer.
+        query: [batch, heads_q, seqlen_q, head_dim_qk], any strides; float32, float16 or bfloat16. Under autocast query, key
+            and value may differ in dtype.
+        key, value: [batch, heads_kv, seqlen_kv, head_dim_qk or head_dim_v]; heads not repeated. A static cache passes all
+            its rows.
+        attention_mask: a mask of :mod:`masks`, or a user's [batch, 1 or heads_q, seqlen_q, seqlen_kv], boolean (true
+            keeps) or additive. Either defines the visible keys alone: no causal mask or window is added. Or key padding
+            [batch, seqlen_kv], bool or a number that is not 0 for a real token, from models that skip the mask layer.
         dropout: probability of dropping a weight; exact, outside the fused kernel, with one warning.
-        scaling: factor on the scores, ``None`` is ``head_dim_qk ** -0.5``.
-        is_causal, sliding_window: causality, ``None`` is ``module.is_causal``, and the number of keys that a causal query
-            sees, itself included. Both count if the mask does not say it (:func:`_without_mask`).
+        scaling: factor on the scores; ``None`` means ``head_dim_qk ** -0.5``.
+        is_causal, sliding_window: causality (``None`` means ``module.is_causal``), and the number of keys that a causal query
+            sees, itself included. Both apply if the mask does not define them (:func:`_without_mask`).
         softcap: as in :func:`flashmla_hf.attention`. s_aux: [heads_q] sinks, with gradient.
         position_bias: [1 or batch, heads_q, seqlen_q, at least seqlen_kv], added to the scores (T5); exact, outside the
             fused kernel, with one warning.
-        position_ids: [1 or batch, seqlen_q]; read to find packed rows if the mask says nothing of them.
+        position_ids: [1 or batch, seqlen_q]; read to find packed rows if the mask does not define them.
         cu_seq_lens_q, cu_seq_lens_k: [num_sequences + 1] boundaries of packed sequences over the flattened tokens; they
-            say more than a 2-D mask and are taken instead of it.
-        max_length_q, max_length_k: the longest packed sequences, or tensors of them.
+            replace a 2-D mask, which says less.
+        max_length_q, max_length_k: the lengths of the longest packed sequences, as numbers or tensors.
         output_attentions: also return the weights, computed exactly outside the kernel, with one warning.
-        deterministic: as in :func:`flashmla_hf.attention`; ``None`` and ``False`` leave it to torch's switches.
-        **kwargs: the arguments of continuous batching (:mod:`hf_paged`), and whatever else a model hands down.
+        deterministic: as in :func:`flashmla_hf.attention`; ``None`` and ``False`` follow torch's switches.
+        **kwargs: the arguments of continuous batching (:mod:`paged`), and everything else that a model passes down.
 
     Returns:
         ``(out, weights)``: out [batch, seqlen_q, heads_q, head_dim_v]; weights [batch, heads_q, seqlen_q, seqlen_kv] in
         out's dtype if asked for, else ``None``. Padding queries are 0.
 
     Raises:
-        ValueError: an argument about attention that is not known here (sparse models pass the indices of the keys they
-        selected: to ignore them would be silently wrong). NotImplementedError: active context parallelism, or DTensor
-        inputs. Everything :func:`flashmla_hf.attention` raises.
+        ValueError: an unsupported argument that may change attention (sparse models pass the indices of selected keys).
+        NotImplementedError: context parallelism is active, or an input is a DTensor. It also raises everything that
+        :func:`flashmla_hf.attention` raises.
     """
-    gathered = hf_paged.gather(module, key, value, cu_seq_lens_k, max_length_q, max_length_k, kwargs)
+    gathered = paged.gather(module, key, value, cu_seq_lens_k, max_length_q, max_length_k, kwargs)
     if gathered is not None:
         key, value, cu_seq_lens_k, max_length_q, max_length_k = gathered
         attention_mask = None  # the boundaries say everything
@@ -103,20 +94,20 @@ def attention_forward(
     q, k, v = (x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous() for x in (q, k, v))
 
     is_causal, window = _without_mask(module, is_causal, sliding_window, is_paged=gathered is not None)
-    pattern, mask = _read_mask(module, attention_mask, hf_masks.Pattern(is_causal, window), q, k.shape[1])
-    options = {
+    pattern, mask = _read_mask(module, attention_mask, masks.Pattern(is_causal, window), q, k.shape[1])
+    options: dict[str, Any] = {
         "scale": scaling,
         "softcap": float(softcap or 0.0),
         "sinks": s_aux,
         "deterministic": True if deterministic else None,
     }
     if cu_seq_lens_q is not None and cu_seq_lens_k is not None and pattern is not None:
-        boundaries = (hf_layout.as_boundaries(cu_seq_lens_q), hf_layout.as_boundaries(cu_seq_lens_k))
+        cu_seqlens = (boundaries.as_boundaries(cu_seq_lens_q), boundaries.as_boundaries(cu_seq_lens_k))
         if not output_attentions and position_bias is None:
             options |= {"is_causal": pattern.is_causal, "window": pattern.window}
             longest = (_as_int(max_length_q), _as_int(max_length_k))
-            return _packed(q, k, v, boundaries, longest, dropout_p=dropout, **options), None
-        segments = _segments_from_boundaries(module, q, k, *boundaries)
+            return _packed(q, k, v, cu_seqlens, longest, dropout_p=dropout, **options), None
+        segments = _segments_from_boundaries(module, q, k, *cu_seqlens)
         pattern = pattern._replace(padding=None, segments=segments)
     elif position_ids is not None and pattern is not None and (attention_mask is None or pattern.is_causal):
         pattern = _cut_by_positions(pattern, position_ids, q, k.shape[1])
@@ -132,15 +123,15 @@ def attention_forward(
 def _without_mask(
     module, is_causal: bool | None, sliding_window: int | None, is_paged: bool
 ) -> tuple[bool, tuple[int, int] | None]:
-    """Causality and window of a layer whose mask does not say them: it has none, or one of key padding.
+    """Causality and window of a layer whose mask does not define them: it has no mask, or one of key padding.
 
-    That is what the layer says, as for SDPA: the argument, else its attribute ``is_causal``. A layer without one sees
-    everything, as in eager attention, and so does every layer of a model for which Transformers declares neither SDPA
-    nor a flash implementation: nobody has checked what it says.
+    The layer defines them, as for SDPA: by the argument, else by its attribute ``is_causal``. A layer without either sees every
+    key, as in eager attention. So does every layer of a model for which Transformers declares neither SDPA nor a flash
+    implementation: nobody has checked its ``is_causal``.
     """
     if is_paged:  # continuous batching makes no masks, for causal models
         is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    elif not hf_masks.is_trusted(type(getattr(module, "config", None))):
+    elif not transformers_private.is_trusted(type(getattr(module, "config", None))):
         return False, None
     elif is_causal is None:
         is_causal = getattr(module, "is_causal", False)
@@ -148,71 +139,80 @@ def _without_mask(
 
 
 def _read_mask(
-    module, mask, without_mask: hf_masks.Pattern, q, seqlen_kv: int
-) -> tuple[hf_masks.Pattern | None, torch.Tensor | None]:
-    """``mask`` as a pattern, or, if only its numbers describe it, as 4-D mask. q [batch, seqlen_q, ...]."""
+    module, mask, without_mask: masks.Pattern, q, seqlen_kv: int
+) -> tuple[masks.Pattern | None, torch.Tensor | None]:
+    """``mask`` as a pattern, or as a 4-D mask if only its numbers describe it. q [batch, seqlen_q, ...]."""
     if mask is None:
         return without_mask, None
-    pattern = hf_masks.pattern_of(mask)
-    if pattern == hf_masks.Pattern(False):
-        return pattern, None  # eager gets no mask there, which fits whatever length
+    pattern = masks.pattern_of(mask)
+    if pattern == masks.Pattern(False):
+        return pattern, None  # eager gets no mask for it, so it fits any length
     if pattern is not None and mask.shape[2] == q.shape[1] and mask.shape[3] == seqlen_kv:
         padding, segments = (
             x if x is None or x.shape[0] == q.shape[0] else x.expand(q.shape[0], -1)
             for x in (pattern.padding, pattern.segments)
         )
         return pattern._replace(padding=padding, segments=segments), None
-    mask = _recognised(module, mask.dense() if isinstance(mask, hf_masks.LazyMask) else mask, q, seqlen_kv)
+    mask = _checked_mask(module, mask.dense() if isinstance(mask, masks.LazyMask) else mask, q, seqlen_kv)
     if mask.dim() == 2:
         return without_mask._replace(padding=mask), None
     if mask.dtype == torch.bool and mask.shape[1] == mask.shape[2] == 1:
-        # The keys that every query sees: causal and window do not count any more.
-        padding = hf_layout.view_with_memo(mask, mask[:, 0, 0, :].expand(q.shape[0], -1))
-        return hf_masks.Pattern(False, None, padding), None
+        # The mask names the keys that every query sees; causality and window do not apply.
+        padding = boundaries.view_with_memo(mask, mask[:, 0, 0, :].expand(q.shape[0], -1))
+        return masks.Pattern(False, None, padding), None
     return None, mask
 
 
-def _cut_by_positions(pattern: hf_masks.Pattern, position_ids, q, seqlen_kv: int) -> hf_masks.Pattern:
-    """``pattern`` with the packed rows that only the positions tell: with a cache (the default outside Trainer) or a
-    padding mask, Transformers' mask layer does not look for them."""
+def _cut_by_positions(pattern: masks.Pattern, position_ids, q, seqlen_kv: int) -> masks.Pattern:
+    """``pattern`` with the packed rows that only the positions show.
+
+    Transformers' mask layer does not look for them if there is a cache (the default outside Trainer) or a padding mask.
+    """
     num_keys = seqlen_kv if pattern.padding is None else pattern.padding.shape[1]
     if pattern.segments is not None or q.shape[1] != num_keys:
         return pattern
-    segments = hf_layout.segments_from_positions(
+    segments = boundaries.segments_from_positions(
         position_ids, q.shape[0], q.shape[1], pattern.is_causal, pattern.padding
     )
     return pattern if segments is None else pattern._replace(segments=segments)
 
 
-def _fused(q, k, v, pattern: hf_masks.Pattern, options) -> torch.Tensor | None:
-    """The kernel's answer for q, k, v [batch, seqlen, heads, dim]; ``None`` if it needs a dense mask."""
+def _fused(q, k, v, pattern: masks.Pattern, options) -> torch.Tensor | None:
+    """The kernel's output for q, k, v [batch, seqlen, heads, dim]; ``None`` if the call needs a dense mask."""
     seqlen_q = q.shape[1]
     padding = pattern.padding
     options = options | {"is_causal": pattern.is_causal, "window": pattern.window}
     if padding is None:
         if pattern.segments is None:
-            return attention(q, k, v, **options)
-        return _packed(q, k, v, hf_layout.segment_boundaries(pattern.segments), (None, None), **options)
+            return _attention(q, k, v, **options)
+        return _packed(q, k, v, boundaries.segment_boundaries(pattern.segments), (None, None), **options)
     k, v = k[:, : padding.shape[1]], v[:, : padding.shape[1]]
     seqlen_kv = k.shape[1]
-    ranges = hf_layout.key_ranges(padding)
+    ranges = boundaries.key_ranges(padding)
     if ranges.has_holes:
         return None
     if pattern.segments is not None:
-        return _packed(q, k, v, hf_layout.segment_boundaries(pattern.segments, padding), (None, None), **options)
+        return _packed(q, k, v, boundaries.segment_boundaries(pattern.segments, padding), (None, None), **options)
     queries_are_keys = pattern.is_causal or pattern.window is not None
     if queries_are_keys and seqlen_q > seqlen_kv:
         return None
     if ranges.uniform is not None:
-        # All rows alike, as in an unpadded batch under a static cache: a slice, and no copy of the cache below.
+        # All rows are alike, as in an unpadded batch under a static cache. A slice avoids the copy of the cache below.
         start, end = ranges.uniform
         if not queries_are_keys or (end == seqlen_kv and start <= seqlen_kv - seqlen_q):
-            return attention(q, k[:, start:end], v[:, start:end], **options)
-    boundaries = hf_layout.range_boundaries(ranges, seqlen_q, seqlen_kv, queries_are_keys)
-    return _packed(q, k, v, boundaries, (seqlen_q, seqlen_kv), **options)
+            return _attention(q, k[:, start:end], v[:, start:end], **options)
+    cu_seqlens = boundaries.range_boundaries(ranges, seqlen_q, seqlen_kv, queries_are_keys)
+    return _packed(q, k, v, cu_seqlens, (seqlen_q, seqlen_kv), **options)
 
 
-def _packed(q, k, v, boundaries, longest, **options) -> torch.Tensor:
+def _attention(*tensors: torch.Tensor, **options: Any) -> torch.Tensor:
+    """:func:`flashmla_hf.attention` without the lse."""
+    out = attention(*tensors, **options)
+    assert isinstance(out, torch.Tensor)
+    return out
+
+
+def _packed(q, k, v, cu_seqlens, longest, **options) -> torch.Tensor:
     """Attention over flattened tokens. q [batch, seqlen_q, heads_q, dim] -> [batch, seqlen_q, heads_q, head_dim_v].
 
     Training and prefill without a cache keep tokens dense in memory, and a batch of one always does: flattening is a
@@ -220,10 +220,10 @@ def _packed(q, k, v, boundaries, longest, **options) -> torch.Tensor:
     """
     batch, seqlen_q = q.shape[:2]
     packed = [x.squeeze(0) if x.shape[0] == 1 else x.flatten(0, 1) for x in (q, k, v)]
-    out = attention(
+    out = _attention(
         *packed,
-        cu_seqlens_q=boundaries[0],
-        cu_seqlens_kv=boundaries[1],
+        cu_seqlens_q=cu_seqlens[0],
+        cu_seqlens_kv=cu_seqlens[1],
         max_seqlen_q=longest[0],
         max_seqlen_kv=longest[1],
         **options,
@@ -232,8 +232,10 @@ def _packed(q, k, v, boundaries, longest, **options) -> torch.Tensor:
 
 
 def _dense(module, q, k, v, pattern, mask, position_bias, dropout, wants_weights, options):
-    """Exact attention with a materialised mask: what no fused kernel computes. Either ``pattern`` or the 4-D ``mask``
-    says who sees whom; the shapes of q, k, v are as in :func:`_fused`."""
+    """Exact attention with a materialised mask, for calls that no fused kernel computes.
+
+    Either ``pattern`` or the 4-D ``mask`` defines the visible keys; the shapes of q, k, v are as in :func:`_fused`.
+    """
     num_keys = k.shape[1]
     options = options | {"is_causal": False, "window": None}
     if pattern is not None:
@@ -245,9 +247,10 @@ def _dense(module, q, k, v, pattern, mask, position_bias, dropout, wants_weights
             is_same = pattern.segments[:, None, :, None] == pattern.segments[:, None, None, :]
             mask = is_same if mask is None else mask & is_same
     if position_bias is not None:
-        _warn_once(
+        warn_once(
             f"flashmla: {type(module).__name__} adds a position_bias to its scores. This is computed exactly, but "
-            "not by the fused kernel: memory grows with seqlen_q * seqlen_kv."
+            "not by the fused kernel: memory grows with seqlen_q * seqlen_kv.",
+            stacklevel=3,
         )
         bias = position_bias[..., : k.shape[1]].to(q.dtype)
         if mask is None:
@@ -257,12 +260,13 @@ def _dense(module, q, k, v, pattern, mask, position_bias, dropout, wants_weights
         else:
             mask = bias + mask.to(q.dtype)
     if not wants_weights:
-        # Models call .view on what comes back.
-        return attention(q, k, v, attn_mask=mask, dropout_p=dropout, **options).contiguous(), None
+        # Models call .view on the result.
+        return _attention(q, k, v, attn_mask=mask, dropout_p=dropout, **options).contiguous(), None
 
-    _warn_once(
-        "flashmla: output_attentions=True is answered exactly, but not by the fused kernel, which never holds the "
-        "weights: memory grows with seqlen_q * seqlen_kv."
+    warn_once(
+        "flashmla: output_attentions=True is computed exactly, but not by the fused kernel, which never holds the "
+        "weights: memory grows with seqlen_q * seqlen_kv.",
+        stacklevel=3,
     )
     window = options["window"] or (-1, -1)
     out, _, weights = reference.attention(
@@ -286,20 +290,20 @@ def _dense(module, q, k, v, pattern, mask, position_bias, dropout, wants_weights
 def _segments_from_boundaries(module, q, k, cu_seqlens_q, cu_seqlens_kv) -> torch.Tensor:
     if q.shape[0] != 1 or q.shape[1] != k.shape[1]:
         raise ValueError(
-            f"flashmla in {type(module).__name__}: output_attentions and position_bias with cu_seq_lens: expected "
-            f"one packed row of equal query and key lengths, got query {[*q.shape]} and key {[*k.shape]} "
+            f"flashmla in {type(module).__name__}: cu_seq_lens with output_attentions or position_bias: expected "
+            f"one packed row with equally many queries and keys, got query {[*q.shape]} and key {[*k.shape]} "
             "[batch, seqlen, heads, dim]"
         )
-    return hf_layout.segments_from_boundaries(cu_seqlens_q, q.shape[1])
+    return boundaries.segments_from_boundaries(cu_seqlens_q, q.shape[1])
 
 
-def _recognised(module, mask, q: torch.Tensor, seqlen_kv: int) -> torch.Tensor:
+def _checked_mask(module, mask, q: torch.Tensor, seqlen_kv: int) -> torch.Tensor:
     """The user's ``mask`` as bool [batch, num_keys] or as 4-D mask, for q [batch, seqlen_q, ...] and at most
     ``seqlen_kv`` keys."""
     if not isinstance(mask, torch.Tensor) or mask.dim() not in (2, 4):
-        what = f"{mask.dim()} dimensions" if isinstance(mask, torch.Tensor) else type(mask).__name__
+        actual = f"{mask.dim()} dimensions" if isinstance(mask, torch.Tensor) else type(mask).__name__
         raise ValueError(
-            f"flashmla in {type(module).__name__}: attention_mask: expected None or 2 or 4 dimensions, got {what}"
+            f"flashmla in {type(module).__name__}: attention_mask: expected None or 2 or 4 dimensions, got {actual}"
         )
     if mask.dim() == 4 and mask.dtype != torch.bool and not mask.is_floating_point():
         raise ValueError(
@@ -309,22 +313,22 @@ def _recognised(module, mask, q: torch.Tensor, seqlen_kv: int) -> torch.Tensor:
     if mask.dim() == 2 and mask.shape[0] != q.shape[0]:
         mask = mask.expand(q.shape[0], -1)
     if mask.dim() == 2 and mask.dtype != torch.bool:
-        # Models that go around the mask layer pass the tokenizer's mask of ones and zeros, in whatever dtype.
-        kept = hf_layout.memo(mask)
+        # Models that skip Transformers' mask layer pass the tokenizer's mask of ones and zeros, in any dtype.
+        kept = boundaries.memo(mask)
         if "as bool" not in kept:
-            kept["as bool"] = hf_layout.adopt(mask != 0)
+            kept["as bool"] = boundaries.mark_constant(mask != 0)
         mask = kept["as bool"]
     if mask.shape[-1] <= seqlen_kv:
         return mask
-    # Of a 2-D mask a sliding cache holds the last keys. A 4-D mask may be made for the rows of a whole static cache.
+    # A sliding cache holds the last keys of a 2-D mask. A 4-D mask may cover all rows of a static cache.
     cut = mask[:, -seqlen_kv:] if mask.dim() == 2 else mask[..., :seqlen_kv]
     if mask.dim() == 4 and mask.shape[2] > 1:
         return cut
     if torch.compiler.is_compiling():
         return cut
-    kept, key = hf_layout.memo(mask), ("cut", seqlen_kv)
+    kept, key = boundaries.memo(mask), ("cut", seqlen_kv)
     if key not in kept:
-        kept[key] = hf_layout.adopt(cut.clone())
+        kept[key] = boundaries.mark_constant(cut.clone())
     return kept[key]
 
 
@@ -338,16 +342,18 @@ def _window(module, is_causal: bool, sliding_window: int | None) -> tuple[int, i
     # + 1. The mask that eager follows is |i - j| <= config.sliding_window. Layers that pass the config's value as it
     # is (the encoder of T5Gemma; causal models switched to is_causal=False) are off by one under Transformers' flash
     # path.
-    is_config_value = sliding_window == hf_masks.attribute(getattr(module, "config", None), "sliding_window")
+    is_config_value = sliding_window == transformers_private.attribute(
+        getattr(module, "config", None), "sliding_window"
+    )
     reach = sliding_window if is_config_value else sliding_window - 1
     return (reach, reach)
 
 
 def _one_dtype(query, key, value):
-    """The three in one dtype. Autocast leaves mixtures: rotary embeddings and norms give fp32, projections bf16.
+    """query, key and value in one dtype. Autocast mixes dtypes: rotary embeddings and norms give fp32, projections bf16.
 
-    Under autocast that is autocast's dtype (as for any matrix product), elsewhere the dtype of ``value``, which no
-    norm or rotation has touched.
+    The dtype is autocast's under autocast, as for any matrix product. Otherwise it is that of ``value``, which no norm or
+    rotation has changed.
     """
     device_type = query.device.type
     if device_type != "meta" and torch.is_autocast_enabled(device_type) and query.dtype != torch.float64:
@@ -358,58 +364,37 @@ def _one_dtype(query, key, value):
 
 
 def _as_int(length: int | torch.Tensor | None) -> int | None:
-    """A length Python knows, or ``None`` (then the packed length is the bound): never a synchronisation."""
+    """The length if Python knows it without a synchronisation, else ``None`` (the packed length is then the bound)."""
     if isinstance(length, torch.Tensor):
-        return int(length) if length.device.type == "cpu" and ops.values_are_readable(length) else None
+        return int(length) if length.device.type == "cpu" and values_are_readable(length) else None
     return length
 
 
 def _refuse_unknown(module, kwargs: dict) -> None:
     """Raises for an argument that eager attention would honour, or that the layer passes in eager's place.
 
-    Whatever else arrives was given to the model for somebody else: Transformers hands it down to every layer, and
-    eager's attention function ignores it.
+    Every other argument was given to the model for another part of it: Transformers passes it down to all layers, and eager's
+    attention function ignores it.
     """
     for name, given in kwargs.items():
-        if given is not None and hf_check.is_about_attention(type(module), name):
-            model = hf_masks.attribute(getattr(module, "config", None), "model_type") or "unknown"
+        if given is not None and check.is_about_attention(type(module), name):
+            model = transformers_private.attribute(getattr(module, "config", None), "model_type") or "unknown"
             raise ValueError(
-                f"flashmla: {type(module).__name__} of model type {model!r} passes the argument {name!r}, which this "
-                "attention does not know; ignoring it could be silently wrong (sparse models pass their selected keys "
-                'this way). Use attn_implementation="eager" or "sdpa" for this model, or leave it out of the call'
+                f"flashmla: {type(module).__name__} of model type {model!r} passed an unsupported argument {name!r}. It may "
+                "change the result (sparse models pass their selected keys this way), so it is not ignored. Use "
+                'attn_implementation="eager" or "sdpa" for this model, or leave the argument out of the call'
             )
 
 
 def _refuse_parallel(module, query) -> None:
     if type(query).__name__ == "DTensor":
         raise NotImplementedError(
-            f"flashmla in {type(module).__name__}: DTensor inputs. Expected local tensors: use "
-            'tp_plan="auto" or FSDP, which hand over local tensors, or attn_implementation="sdpa"'
+            f"flashmla in {type(module).__name__}: query: expected a local tensor, got a DTensor. Use "
+            'tp_plan="auto" or FSDP, which pass local tensors, or attn_implementation="sdpa"'
         )
-    if _context_parallel_is_active():
+    if transformers_private.context_parallel_is_active():
         raise NotImplementedError(
-            f"flashmla in {type(module).__name__}: torch context parallelism is active. It shards the sequence and "
-            "replaces torch's SDPA only, so this attention would silently see one shard of the keys. Use "
-            'attn_implementation="sdpa" inside context_parallel, or leave context parallelism off'
+            f"flashmla in {type(module).__name__}: torch's context parallelism is active. It shards the sequence and "
+            "replaces torch's SDPA only, so this attention would see one shard of the keys. Use "
+            'attn_implementation="sdpa" inside context_parallel, or switch context parallelism off'
         )
-
-
-@torch.compiler.assume_constant_result
-def _context_parallel_is_active() -> bool:
-    """Whether ``torch.distributed.tensor.experimental.context_parallel`` has replaced SDPA right now.
-
-    There is no public question to ask: its module keeps the functions it put in place (monkey-patch mode), or swaps the
-    handlers of DTensor's dispatcher (wrapper mode). A graph compiled outside of the region keeps its answer: compile
-    inside of it.
-    """
-    experimental = "torch.distributed.tensor.experimental"
-    for name in (f"{experimental}._context_parallel._attention", f"{experimental}._attention"):
-        state = sys.modules.get(name)
-        if state is None:
-            continue
-        if torch.nn.functional.scaled_dot_product_attention in getattr(state, "_replaced_functions", {}):
-            return True
-        handlers = getattr(state, "existing_custom_ops", None)
-        if handlers is not None and state.DTensor._op_dispatcher._custom_op_handlers is not handlers:
-            return True
-    return False

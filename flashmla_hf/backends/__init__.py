@@ -1,0 +1,1 @@
+"""The implementations behind :func:`flashmla_hf.attention`, a module each; see :mod:`flashmla_hf.backend`."""

@@ -1,0 +1,67 @@
+"""Implementation ``sm90``: the compiled Hopper kernels (csrc/sm90/)."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from flashmla_hf import libraries, ops
+from flashmla_hf.backend import Backend, kernel_refusal
+from flashmla_hf.notices import log_choice
+from flashmla_hf.ops import dtype_name
+from flashmla_hf.validation import Call
+
+
+def refusal(call: Call) -> str | None:
+    if "sm90" in libraries.unavailable:
+        return (
+            f"{libraries.unavailable['sm90']}; impl='flex' runs on every GPU (python -m flashmla_hf doctor says more)"
+        )
+    if call.q.device.type != "cuda":
+        return f"the tensors are on {call.q.device}: expected a Hopper GPU"
+    properties = torch.cuda.get_device_properties(call.q.device)  # a constant to torch.compile
+    if (properties.major, properties.minor) != (9, 0):
+        return f"{properties.name} is not a Hopper GPU (compute capability 9.0)"
+    if call.q.dtype not in (torch.float16, torch.bfloat16):
+        return f"dtype {dtype_name(call.q.dtype)}: expected float16 or bfloat16"
+    for name, head_dim in (("q and k", call.q.shape[-1]), ("v", call.v.shape[-1])):
+        if head_dim % 8 != 0 or head_dim > 256:
+            return f"{name}: head_dim {head_dim}: expected a multiple of 8 up to 256"
+    reason = kernel_refusal(call)
+    if reason is None and call.impl == "sm90" and (names := unaligned(call)):
+        # Automatic dispatch copies. Who asks for this implementation by name gets no hidden copy.
+        reason = (
+            f"{names[0]}: expected an address and strides in multiples of 16 bytes; pass a contiguous copy (.clone())"
+        )
+    return reason
+
+
+def unaligned(call: Call) -> list[str]:
+    """The names of q, k and v whose address or strides TMA cannot read.
+
+    A storage begins aligned, so the offset in it tells whether the address is. torch.compile traces neither; in a compiled call
+    the operator refuses an unaligned address.
+    """
+    names = []
+    for name, x in (("q", call.q), ("k", call.k), ("v", call.v)):
+        sizes_and_strides = zip(x.shape[:-1], x.stride()[:-1], strict=True)
+        is_unaligned = any(size > 1 and (stride % 8 != 0 or stride == 0) for size, stride in sizes_and_strides)
+        if not torch.compiler.is_compiling():
+            is_unaligned = is_unaligned or x.storage_offset() % 8 != 0
+        if is_unaligned and x.numel() > 0:
+            names.append(name)
+    return names
+
+
+def run(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
+    """Copies what TMA cannot read."""
+    names = unaligned(call)
+    if names:
+        log_choice(call, "sm90", "; ".join(f"copies {name}" for name in names))
+        copies = {name: getattr(call, name).clone(memory_format=torch.contiguous_format) for name in names}
+        call = replace(call, **copies)
+    return ops.flash_attn(call)
+
+
+BACKEND = Backend(refusal, run)

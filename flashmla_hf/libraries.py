@@ -1,0 +1,40 @@
+"""The compiled libraries beside this package: which there are, and why one is not loaded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+# Dispatch key -> (implementation name, shared library beside this file). The libraries hold no Python symbols and use
+# torch's stable ABI, so one file serves every torch >= 2.10 and every Python.
+LIBRARIES = {"CPU": ("cpu", "libflashmla_cpu.so"), "CUDA": ("sm90", "libflashmla_sm90.so")}
+
+# Implementation name -> why its library is not loaded; no entry means that it is loaded and registered. The entry "direct"
+# is about the fast path (:mod:`flashmla_hf.direct`), without which every call takes the operators.
+unavailable: dict[str, str] = {}
+
+
+def path_of(filename: str) -> Path:
+    """The path of a compiled file, which is built into the package's own directory."""
+    return Path(__file__).with_name(filename)
+
+
+def _load() -> None:
+    """Loads every library that was built, which registers its kernels with torch, and fills :data:`unavailable`."""
+    for impl, filename in LIBRARIES.values():
+        path = path_of(filename)
+        if not path.exists():
+            unavailable[impl] = f"{filename} was not built"
+            continue
+        try:
+            torch.ops.load_library(path)
+        except OSError as error:
+            if impl == "sm90" and torch.version.cuda is None:
+                # The loader's own message would be that libtorch_cuda.so is missing.
+                unavailable[impl] = f"{filename} needs a torch with CUDA: torch {torch.__version__} has none"
+            else:
+                unavailable[impl] = f"{filename} does not load into torch {torch.__version__}: {error}"
+
+
+_load()

@@ -1,0 +1,244 @@
+"""The checks of a call of :func:`flashmla_hf.attention`, and the validated :class:`Call` that implementations compute."""
+
+from __future__ import annotations
+
+import numbers
+import operator
+import sys
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import torch
+
+from flashmla_hf import ops
+from flashmla_hf.ops import dtype_name
+from flashmla_hf.torch_state import has_transforms
+
+
+@dataclass(slots=True)  # not frozen, as ops.Arguments
+class Call(ops.Arguments):
+    """One validated call, defaults resolved; nobody changes it. Field names and shapes are the operators' (:mod:`ops`)."""
+
+    attn_mask: torch.Tensor | None
+    dropout_p: float
+    return_lse: bool
+    impl: str | None  # what the caller asked for
+
+    @property
+    def is_packed(self) -> bool:
+        return self.cu_seqlens_q is not None
+
+
+def fail(kind: type[Exception], argument: str, expected: str, got: object) -> NoReturn:
+    raise kind(f"flashmla attention: {argument}: expected {expected}, got {got}")
+
+
+def validate(
+    q: Any, k: Any, v: Any, scale: Any, is_causal: Any, window: Any, softcap: Any, sinks: Any, dropout_p: Any,
+    cu_seqlens_q: Any, cu_seqlens_kv: Any, max_seqlen_q: Any, max_seqlen_kv: Any, deterministic: bool, impl: str | None,
+    return_lse: Any, attn_mask: Any,
+) -> Call:  # fmt: skip
+    """Checks every argument of :func:`flashmla_hf.attention` and resolves every default.
+
+    The implementations check ``impl`` and the values of cu_seqlens.
+    """
+    is_packed = cu_seqlens_q is not None or cu_seqlens_kv is not None
+    q, k, v = _checked_qkv(q, k, v, is_packed)
+    if not is_packed and (max_seqlen_q is not None or max_seqlen_kv is not None):
+        name, value = ("max_seqlen_kv", max_seqlen_kv) if max_seqlen_q is None else ("max_seqlen_q", max_seqlen_q)
+        fail(ValueError, name, "none without cu_seqlens", value)
+    if scale is None:
+        scale = q.shape[-1] ** -0.5
+    softcap, dropout_p, scale = _number("softcap", softcap), _number("dropout_p", dropout_p), _number("scale", scale)
+    if softcap < 0.0:
+        fail(ValueError, "softcap", "0 (none) or a positive number", softcap)
+    if not 0.0 <= dropout_p < 1.0:
+        fail(ValueError, "dropout_p", "a number in [0, 1)", dropout_p)
+    if isinstance(scale, torch.SymFloat):
+        # It depends on a symbolic head dim. As an operator's number it would become a constant of the graph.
+        q, scale = (q * scale).to(q.dtype), 1.0
+    window_left, window_right = _resolve_window(window, is_causal)
+    if sinks is not None:
+        sinks = _checked_sinks(sinks, q)
+    if is_packed:
+        _check_cu_seqlens(cu_seqlens_q, cu_seqlens_kv, q)
+        if attn_mask is not None:
+            fail(ValueError, "attn_mask", "none with packed sequences (cu_seqlens already separate them)", "a mask")
+        max_seqlen_q = _max_seqlen("max_seqlen_q", max_seqlen_q, q.shape[0])
+        max_seqlen_kv = _max_seqlen("max_seqlen_kv", max_seqlen_kv, k.shape[0])
+    else:
+        max_seqlen_q, max_seqlen_kv = q.shape[1], k.shape[1]
+    if attn_mask is not None:
+        _check_attn_mask(attn_mask, (q.shape[0], q.shape[2], q.shape[1], k.shape[1]), q.device)
+
+    return Call(
+        q=q, k=k, v=v, sinks=sinks, cu_seqlens_q=cu_seqlens_q, cu_seqlens_kv=cu_seqlens_kv, max_seqlen_q=max_seqlen_q,
+        max_seqlen_kv=max_seqlen_kv, scale=scale, window_left=window_left, window_right=window_right, softcap=softcap,
+        deterministic=deterministic, attn_mask=attn_mask, dropout_p=dropout_p, return_lse=bool(return_lse), impl=impl,
+    )  # fmt: skip
+
+
+def _checked_qkv(q: Any, k: Any, v: Any, is_packed: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """q, k and v, each a tensor of the right layout, and together of fitting shapes."""
+    # Inside a transform of torch.func strides are not those of memory; there the operators' rules make copies.
+    has_true_strides = not has_transforms()
+    has_empty_strides = False
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        _check_tensor(name, x)
+        if x.dim() != (3 if is_packed else 4):
+            layout = (
+                "[total, heads, dim] with cu_seqlens" if is_packed else "[batch, seqlen, heads, dim] without cu_seqlens"
+            )
+            fail(ValueError, name, layout, f"{x.dim()} dimensions {[*x.shape]}")
+        if x.dtype != q.dtype:
+            fail(TypeError, name, f"dtype {dtype_name(q.dtype)} (that of q)", dtype_name(x.dtype))
+        if x.device != q.device:
+            fail(ValueError, name, f"device {q.device} (that of q)", x.device)
+        if x.shape[-1] == 0 or x.shape[-2] == 0:
+            fail(ValueError, name, "at least one head and one dimension", f"shape {[*x.shape]}")
+        if has_true_strides and x.stride(-1) != 1 and x.shape[-1] != 1:
+            if x.numel() != 0:
+                fail(ValueError, name, "a contiguous last dimension (call .contiguous())", f"stride {x.stride(-1)}")
+            has_empty_strides = True
+    if has_empty_strides:
+        # The strides of a tensor without elements mean nothing, and contiguous() leaves them.
+        q, k, v = (x.clone(memory_format=torch.contiguous_format) if x.numel() == 0 else x for x in (q, k, v))
+    if not q.dtype.is_floating_point:
+        fail(TypeError, "q", "a floating dtype", dtype_name(q.dtype))
+    if k.shape[-1] != q.shape[-1]:
+        fail(ValueError, "k", f"head_dim {q.shape[-1]} (that of q)", k.shape[-1])
+    if k.shape[:-1] != v.shape[:-1]:
+        fail(ValueError, "v", f"shape {[*k.shape[:-1]]} before the last dimension (that of k)", [*v.shape[:-1]])
+    if not is_packed and k.shape[0] != q.shape[0]:
+        fail(ValueError, "k", f"batch {q.shape[0]} (that of q)", k.shape[0])
+    if q.shape[-2] % k.shape[-2] != 0:
+        fail(ValueError, "k", f"a number of heads that divides q's {q.shape[-2]}", k.shape[-2])
+    return q, k, v
+
+
+def _checked_sinks(sinks: Any, q: torch.Tensor) -> torch.Tensor:
+    """``sinks`` in the dtype of the statistics: fp32, or float64 with float64 inputs, which only the reference takes."""
+    _check_tensor("sinks", sinks)
+    if tuple(sinks.shape) != (q.shape[-2],):
+        fail(ValueError, "sinks", f"shape [{q.shape[-2]}] (one logit per query head)", [*sinks.shape])
+    if not sinks.dtype.is_floating_point:
+        fail(TypeError, "sinks", "a floating dtype", dtype_name(sinks.dtype))
+    if sinks.device != q.device:
+        fail(ValueError, "sinks", f"device {q.device} (that of q)", sinks.device)
+    return sinks.to(torch.promote_types(torch.float32, q.dtype)).contiguous()
+
+
+def _check_tensor(name: str, x: object) -> None:
+    if not isinstance(x, torch.Tensor):
+        fail(TypeError, name, "a torch.Tensor", type(x).__name__)
+    if x.layout != torch.strided or x.is_nested:
+        fail(
+            TypeError, name, "a dense strided tensor (pack ragged batches with cu_seqlens)", "a sparse or nested tensor"
+        )
+
+
+def _number(name: str, value: object) -> float:
+    """A number of Python's, numpy's, a symbolic one, or one in a tensor, as a float; a symbolic one stays that."""
+    if isinstance(value, torch.Tensor):
+        if value.dim() != 0 or value.dtype == torch.bool or value.is_complex():
+            fail(TypeError, name, "a number", f"a tensor {[*value.shape]} of {dtype_name(value.dtype)}")
+        if value.requires_grad:
+            expected = "a number, for which no gradient is computed (multiply q by it)"
+            fail(TypeError, name, expected, "a tensor that requires one")
+        value = value.item()
+    if not isinstance(value, (int, float)):
+        if isinstance(value, (torch.SymFloat, torch.SymInt)):
+            return torch.sym_float(value)
+        if not isinstance(value, numbers.Real):
+            fail(TypeError, name, "a number", type(value).__name__)
+        value = float(value)
+    if isinstance(value, bool):
+        fail(TypeError, name, "a number", "bool")
+    if not -_LARGEST <= value <= _LARGEST:  # torch.compile traces a comparison, not math.isfinite
+        fail(ValueError, name, "a finite number", value)
+    return float(value)
+
+
+_LARGEST = sys.float_info.max  # an int may be larger
+
+
+def _integer(name: str, value: Any, expected: str) -> int:
+    """An int of Python's, numpy's, a symbolic one, or one in a tensor."""
+    if isinstance(value, torch.Tensor):  # some data collators hand a zero-dimensional tensor
+        if value.dim() != 0 or value.dtype == torch.bool or value.is_floating_point() or value.is_complex():
+            fail(TypeError, name, expected, f"a tensor {[*value.shape]} of {dtype_name(value.dtype)}")
+        return value.item()  # type: ignore[return-value]
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        if isinstance(value, bool) or not hasattr(type(value), "__index__"):
+            fail(TypeError, name, expected, repr(value))
+        value = operator.index(value)
+    return value
+
+
+def _resolve_window(window: object, is_causal: bool) -> tuple[int, int]:
+    if window is None:
+        window = (-1, -1)
+    if not isinstance(window, (tuple, list)) or len(window) != 2:
+        fail(TypeError, "window", "a pair (left, right)", window)
+    bounds = []
+    for side, bound in zip(("left", "right"), window, strict=True):
+        bound = -1 if bound is None else _integer(f"window {side}", bound, "an int or None")
+        if bound < -1:
+            fail(ValueError, f"window {side}", "a bound >= 0, or -1 or None for unbounded", bound)
+        bounds.append(min(bound, _FARTHEST))
+    return bounds[0], 0 if is_causal else bounds[1]
+
+
+_FARTHEST = 2**62  # reaches every key, and fits the operators' 64 bits
+
+
+def _check_cu_seqlens(cu_seqlens_q: Any, cu_seqlens_kv: Any, q: torch.Tensor) -> None:
+    for name, x in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_kv", cu_seqlens_kv)):
+        if x is None:
+            fail(ValueError, name, "a tensor, since the other cu_seqlens is given (pass both or neither)", None)
+        _check_tensor(name, x)
+        if x.dtype != torch.int32:
+            fail(TypeError, name, "dtype int32", dtype_name(x.dtype))
+        if x.dim() != 1 or x.shape[0] < 1 or not x.is_contiguous():
+            fail(
+                ValueError, name, "a contiguous tensor [num_sequences + 1]", f"shape {[*x.shape]}, stride {x.stride()}"
+            )
+        if x.device != q.device:
+            fail(ValueError, name, f"device {q.device} (that of q)", x.device)
+    if cu_seqlens_q.shape != cu_seqlens_kv.shape:
+        fail(
+            ValueError, "cu_seqlens_kv", f"{cu_seqlens_q.shape[0]} boundaries (as cu_seqlens_q)", cu_seqlens_kv.shape[0]
+        )
+
+
+def _max_seqlen(name: str, value: object, bound: int) -> int:
+    if value is None:
+        return bound
+    value = _integer(name, value, "an int")
+    if torch.compiler.is_compiling():
+        # A length that comes from the data has no value yet; the host compares it with the boundaries.
+        from torch.fx.experimental.symbolic_shapes import guard_or_false
+
+        is_negative = guard_or_false(value < 0)
+    else:
+        is_negative = value < 0
+    if is_negative:
+        fail(ValueError, name, "a length >= 0", value)
+    return value
+
+
+def _check_attn_mask(attn_mask: Any, shape: tuple[int, ...], device: torch.device) -> None:
+    _check_tensor("attn_mask", attn_mask)
+    if attn_mask.dtype != torch.bool and not attn_mask.dtype.is_floating_point:
+        fail(
+            TypeError,
+            "attn_mask",
+            "dtype bool (true keeps) or a floating dtype (added)",
+            dtype_name(attn_mask.dtype),
+        )
+    if attn_mask.dim() > 4 or any(
+        mine not in (1, full) for mine, full in zip(reversed(attn_mask.shape), reversed(shape), strict=False)
+    ):
+        fail(ValueError, "attn_mask", f"a shape that broadcasts to {[*shape]}", [*attn_mask.shape])
+    if attn_mask.device != device:
+        fail(ValueError, "attn_mask", f"device {device} (that of q)", attn_mask.device)
