@@ -1,5 +1,5 @@
-// What the backward kernels share: tiles of keys and the steps over their queries, the producer, probabilities, and how
-// dK and dV leave the registers.
+// What the backward kernels by keys load, and in which order: tiles of keys, the steps over their queries, the
+// barriers, and the threads of the producer warpgroup, one of which adds dQ to its sums in memory.
 #pragma once
 
 #include <cuda.h>
@@ -9,23 +9,22 @@
 #include <cute/tensor.hpp>
 
 #include "params.h"
-#include "sm90/fragment.cuh"
-#include "sm90/operands.cuh"
-#include "sm90/scheduler.cuh"
-#include "sm90/sequence_rows.h"
-#include "sm90/softmax.cuh"
+#include "sm90/hopper/operands.cuh"
+#include "sm90/hopper/ptx.cuh"
+#include "sm90/hopper/sequence_rows.h"
+#include "sm90/scheduling/scheduler.cuh"
 #include "sm90/tiles.h"
 
 namespace flashmla::sm90 {
 
 // Query rows in the workspace: of each head, the sequences behind each other, each from a multiple of block_q on.
 struct BackwardRows {
-  int64_t per_head;   // a multiple of block_q
-  float* lse_log2;    // [heads_q, per_head]; +inf where a row sees no key, so that P is 0
-  float* delta;       // [heads_q, per_head]
-  float* dq;          // [heads_q, per_head / block_q, fragments of block_q x head_dim_qk], fp32; null: not wanted
-  int32_t* turns;     // [heads_q, per_head / block_q], how many tiles have added their part of dQ; null: any order
-  int32_t* is_large;  // [heads_q, per_head / block_q], whether some lse is so large that P has to be cut to 1
+  int64_t per_head;       // a multiple of block_q
+  float* lse_log2;        // [heads_q, per_head]; +inf where a row sees no key, so that P is 0
+  float* delta;           // [heads_q, per_head]
+  float* dq;              // [heads_q, per_head / block_q, fragments of block_q x head_dim_qk], fp32; null: not wanted
+  int32_t* dq_semaphore;  // [heads_q, per_head / block_q], how many tiles have added their part of dQ; null: any order
+  int32_t* is_large;      // [heads_q, per_head / block_q], whether some lse is so large that P has to be cut to 1
 };
 
 // From here on neighbouring numbers are 2 apart in base 2; four of them cover the roundings on the way from a row's
@@ -62,7 +61,7 @@ struct BackwardArguments {
 };
 
 // Key rows [kv_begin, ...) of one kv head, and the queries that see some of them.
-struct BackwardTile {
+struct BackwardWorkTile {
   int32_t head_kv;  // negative: there is no more work
   int32_t batch;    // packed: the sequence's number
   int32_t split;
@@ -81,8 +80,8 @@ struct BackwardTile {
 // One block of queries of one head.
 struct BackwardStep {
   int32_t head, q_block;
-  __device__ explicit BackwardStep(BackwardTile const& tile) : head(tile.first_head), q_block(tile.q_block_begin) {}
-  __device__ void advance(BackwardTile const& tile) {
+  __device__ explicit BackwardStep(BackwardWorkTile const& tile) : head(tile.first_head), q_block(tile.q_block_begin) {}
+  __device__ void advance(BackwardWorkTile const& tile) {
     if (++q_block == tile.q_block_end) q_block = tile.q_block_begin, ++head;
   }
 };
@@ -96,14 +95,14 @@ struct BlockToClear {
 constexpr int kNumBackwardTiles = 2;  // announced at a time, so that the next is loaded while dK and dV are written
 
 // Writes `tile`, which no one may be reading.
-__device__ inline void write_backward_tile(BackwardTile& tile, BackwardArguments const& arguments, TilePlace place,
-                                           int block_q, int block_kv, uint32_t kv_phase) {
+__device__ inline void write_backward_work_tile(BackwardWorkTile& tile, BackwardArguments const& arguments,
+                                                TilePlace place, int block_q, int block_kv, uint32_t kv_phase) {
   Problem const& problem = arguments.problem;
   tile.head_kv = place.head < 0 ? -1 : place.head / arguments.num_splits;
   if (place.head < 0) return;
   tile.split = place.head % arguments.num_splits;
   tile.batch = place.batch;
-  tile.kv_begin = place.block * block_kv;
+  tile.kv_begin = place.row_block * block_kv;
   Sequence const sequence = sequence_at(problem, place.batch, Side::kKeys);
   tile.sequence = sequence;
   tile.num_heads = static_cast<int32_t>(problem.heads_q / problem.heads_kv) / arguments.num_splits;
@@ -125,43 +124,44 @@ __device__ inline void write_backward_tile(BackwardTile& tile, BackwardArguments
 template <class Kernel>
 __device__ void init_backward_barriers(typename Kernel::SharedStorage& shared) {
   // Consumers arrive by warps, each when it has done its own reading.
-  constexpr int kNumWarps = 8, kNumLoaders = 2, kNumKeepers = Kernel::kSumsDQ ? 1 : 0;
+  constexpr int kNumWarps = 2 * kWarpgroupThreads / kWarpThreads, kNumLoaders = 2,
+                kNumReducers = Kernel::kSumsDQ ? 1 : 0;
   auto init = [](auto& barriers, int arrivals) {
     for (uint64_t& barrier : barriers) ClusterBarrier::init(&barrier, arrivals);
   };
   ClusterBarrier::init(&shared.kv_full, kNumLoaders);
   ClusterBarrier::init(&shared.kv_empty, kNumWarps);
   init(shared.tile_full, 1);
-  init(shared.tile_empty, kNumLoaders + kNumKeepers + kNumWarps);
+  init(shared.tile_empty, kNumLoaders + kNumReducers + kNumWarps);
   init(shared.q_full, 1);
   init(shared.q_empty, kNumWarps);
   init(shared.dout_full, 1);
   init(shared.dout_empty, kNumWarps);
-  ClusterBarrier::init(&shared.tile_wanted, kNumLoaders);
+  ClusterBarrier::init(&shared.work_wanted, kNumLoaders);
   for (BlockToClear& block : shared.to_clear) {
     ClusterBarrier::init(&block.arrived, 1);
     block.phase = 0;
   }
   if constexpr (Kernel::kSumsDQ) {
-    init(shared.turn_come, 1);
-    init(shared.turn_over, kNumWarps);
+    init(shared.dq_empty, 1);
+    init(shared.dq_full, kNumWarps);
   }
   cutlass::arch::fence_barrier_init();
 }
 
 // The scheduling thread.
 template <class Kernel>
-__device__ void announce_backward_tiles(BackwardArguments const& arguments, typename Kernel::SharedStorage& shared) {
+__device__ void publish_key_work_tiles(BackwardArguments const& arguments, typename Kernel::SharedStorage& shared) {
   Ring<kNumBackwardTiles> slot;
   uint32_t kv_phase = 0;
   open_counter(arguments.schedule);
   for (int32_t round = 0;; ++round, slot.advance()) {
     // Work is asked for late: a block that took its next long tile early would be the last to finish.
-    ClusterBarrier::wait(&shared.tile_wanted, (round + 1) % 2);
+    ClusterBarrier::wait(&shared.work_wanted, (round + 1) % 2);
     TilePlace const place = place_of(arguments.schedule, next_index(arguments.schedule, round));
     ClusterBarrier::wait(&shared.tile_empty[slot.stage], slot.phase ^ 1);
-    BackwardTile& tile = shared.tiles[slot.stage];
-    write_backward_tile(tile, arguments, place, Kernel::kBlockQ, Kernel::kBlockKV, kv_phase);
+    BackwardWorkTile& tile = shared.tiles[slot.stage];
+    write_backward_work_tile(tile, arguments, place, Kernel::kBlockQ, Kernel::kBlockKV, kv_phase);
     ClusterBarrier::arrive(&shared.tile_full[slot.stage]);
     if (place.head < 0) return;
     if (tile.num_steps() > 0) kv_phase ^= 1;
@@ -191,7 +191,7 @@ __device__ void load_backward_tiles(BackwardArguments const& arguments, typename
   bool is_first = true;
   for (;; slot.advance()) {
     ClusterBarrier::wait(&shared.tile_full[slot.stage], slot.phase);
-    BackwardTile const& tile = shared.tiles[slot.stage];
+    BackwardWorkTile const& tile = shared.tiles[slot.stage];
     if (tile.head_kv < 0) return;
     int32_t steps = tile.num_steps();
     if (steps > 0) {
@@ -232,14 +232,14 @@ __device__ void load_backward_tiles(BackwardArguments const& arguments, typename
       cute::SM90_BULK_COPY_G2S::copy(statistics + row, &full[stage], shared_statistics[stage],
                                      sizeof(shared_statistics[0]));
     }
-    ClusterBarrier::arrive(&shared.tile_wanted);
+    ClusterBarrier::arrive(&shared.work_wanted);
     ClusterBarrier::arrive(&shared.tile_empty[slot.stage]);
   }
 }
 
 // How many tiles add their part of dQ of a block of queries before this one: those of later keys that some of them see.
 template <int kBlockQ>
-__device__ int32_t parts_before(BackwardArguments const& arguments, BackwardTile const& tile, int32_t q_block) {
+__device__ int32_t dq_parts_before(BackwardArguments const& arguments, BackwardWorkTile const& tile, int32_t q_block) {
   int32_t const block_kv = arguments.schedule.rows_per_block;
   int32_t last = tile.sequence.seqlen_kv - 1;
   if (arguments.window.right >= 0) {
@@ -251,7 +251,8 @@ __device__ int32_t parts_before(BackwardArguments const& arguments, BackwardTile
 
 // Which block of the workspace a step's queries are.
 template <int kBlockQ>
-__device__ int64_t workspace_block_of(BackwardRows const& rows, BackwardTile const& tile, BackwardStep const& step) {
+__device__ int64_t workspace_block_of(BackwardRows const& rows, BackwardWorkTile const& tile,
+                                      BackwardStep const& step) {
   return (step.head * rows.per_head + tile.first_row) / kBlockQ + step.q_block;
 }
 
@@ -260,31 +261,29 @@ __device__ int64_t workspace_block_of(BackwardRows const& rows, BackwardTile con
 // falling keys. That is the order of the schedule, so the tile waited for is running or done. Waiting for other blocks,
 // and the fence before another may go on, take this thread's time and not the consumers'.
 template <class Kernel>
-__device__ void keep_turns(BackwardArguments const& arguments, typename Kernel::SharedStorage& shared) {
+__device__ void reduce_dq(BackwardArguments const& arguments, typename Kernel::SharedStorage& shared) {
   BackwardRows const& rows = arguments.rows;
   Ring<Kernel::kNumStages> ring;
   Ring<kNumBackwardTiles> slot;
   cutlass::arch::wait_on_dependent_grids();  // sums and turns are zero now
   for (;; slot.advance()) {
     ClusterBarrier::wait(&shared.tile_full[slot.stage], slot.phase);
-    BackwardTile const& tile = shared.tiles[slot.stage];
+    BackwardWorkTile const& tile = shared.tiles[slot.stage];
     if (tile.head_kv < 0) return;
     BackwardStep step(tile);
     CUTE_NO_UNROLL
-    for (int32_t steps = Kernel::kStagesDQ || rows.turns != nullptr ? tile.num_steps() : 0; steps > 0;
+    for (int32_t steps = Kernel::kStagesDQ || rows.dq_semaphore != nullptr ? tile.num_steps() : 0; steps > 0;
          --steps, step.advance(tile), ring.advance()) {
       int64_t const block = workspace_block_of<Kernel::kBlockQ>(rows, tile, step);
       auto wait_for_others = [&] {
-        if (rows.turns == nullptr) return;
-        int32_t const expected = parts_before<Kernel::kBlockQ>(arguments, tile, step.q_block);
-        int32_t value;
-        do {
-          asm volatile("ld.acquire.gpu.global.b32 %0, [%1];" : "=r"(value) : "l"(rows.turns + block) : "memory");
-        } while (value < expected);
+        if (rows.dq_semaphore == nullptr) return;
+        int32_t const expected = dq_parts_before<Kernel::kBlockQ>(arguments, tile, step.q_block);
+        while (ptx::load_acquire(rows.dq_semaphore + block) < expected) {
+        }
       };
       if (!Kernel::kStagesDQ) wait_for_others();
-      ClusterBarrier::arrive(&shared.turn_come[ring.stage]);
-      ClusterBarrier::wait(&shared.turn_over[ring.stage], ring.phase);
+      ClusterBarrier::arrive(&shared.dq_empty[ring.stage]);
+      ClusterBarrier::wait(&shared.dq_full[ring.stage], ring.phase);
       if constexpr (Kernel::kStagesDQ) {
         cutlass::arch::fence_view_async_shared();  // from what consumers wrote to what the copy engine reads
         wait_for_others();
@@ -292,25 +291,23 @@ __device__ void keep_turns(BackwardArguments const& arguments, typename Kernel::
           CUTE_NO_UNROLL
           for (int warpgroup = 0; warpgroup < 2; ++warpgroup) {
             constexpr int kPart = Kernel::kPartDQ;
-            asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;" ::"l"(
-                             rows.dq + (2 * block + warpgroup) * kPart),
-                         "r"(cute::cast_smem_ptr_to_uint(shared.dq[warpgroup])), "r"(kPart * 4)
-                         : "memory");
+            ptx::bulk_reduce_add(rows.dq + (2 * block + warpgroup) * kPart, shared.dq[warpgroup],
+                                 kPart * sizeof(float));
           }
         }
-        asm volatile("cp.async.bulk.commit_group;" ::: "memory");
-        if (rows.turns != nullptr) {
-          asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
+        ptx::bulk_commit();
+        if (rows.dq_semaphore != nullptr) {
+          ptx::bulk_wait();
         } else {
-          asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");  // the next part may be written there
+          ptx::bulk_wait_read();  // the next part may be written there
         }
       }
-      if (rows.turns != nullptr) {
+      if (rows.dq_semaphore != nullptr) {
         __threadfence();
-        asm volatile("red.release.gpu.global.add.s32 [%0], 1;" ::"l"(rows.turns + block) : "memory");
+        ptx::reduce_release_increment(rows.dq_semaphore + block);
       }
     }
-    if constexpr (Kernel::kStagesDQ) asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
+    if constexpr (Kernel::kStagesDQ) ptx::bulk_wait();
     ClusterBarrier::arrive(&shared.tile_empty[slot.stage]);
   }
 }
@@ -323,190 +320,13 @@ __device__ void produce_backward_tiles(BackwardArguments const& arguments, typen
                                             shared.k, shared.q, shared.lse_log2, shared.q_full, shared.q_empty,
                                             shared.to_clear[0], arguments.rows.is_large);
   } else if (threadIdx.x == 32) {
-    announce_backward_tiles<Kernel>(arguments, shared);
+    publish_key_work_tiles<Kernel>(arguments, shared);
   } else if (threadIdx.x == 64) {
     load_backward_tiles<Kernel, kHeadDimV>(arguments, shared, arguments.v, arguments.dout, arguments.rows.delta,
                                            shared.v, shared.dout, shared.delta, shared.dout_full, shared.dout_empty,
                                            shared.to_clear[1], nullptr);
   } else if (threadIdx.x == 96) {
-    if constexpr (Kernel::kSumsDQ) keep_turns<Kernel>(arguments, shared);
-  }
-}
-
-// lse or delta of the queries of a thread's scores: columns 2l, 2l + 1, 2l + 8, 2l + 9 of every 16 of a block, for lane
-// l of a quad, which lie beside each other (place_of_row). kAhead of these fours are loaded at once, ahead of a product
-// that is waited for, and each of the others when the one kAhead before it is read; in order.
-template <int kScores, int kAhead>
-struct ColumnValues {
-  static constexpr int kFours = kScores / 8;
-  static_assert(0 < kAhead && kAhead <= kFours);
-  float4 values[kAhead];
-  float4 const* shared;
-
-  __device__ ColumnValues(float const* block, int quad_lane)
-      : shared(reinterpret_cast<float4 const*>(block) + quad_lane) {
-    CUTE_UNROLL
-    for (int j = 0; j < kAhead; ++j) values[j] = shared[4 * j];
-  }
-  // Of columns 8j + 2l, 8j + 2l + 1.
-  __device__ float2 at(int j) {
-    float4 const four = values[j / 2 % kAhead];
-    if (j % 2 == 0) return {four.x, four.y};
-    if (j / 2 + kAhead < kFours) values[j / 2 % kAhead] = shared[4 * (j / 2 + kAhead)];
-    return {four.z, four.w};
-  }
-};
-
-// P^T of a warpgroup's 64 keys x kScores*2 queries, packed, and what dP - delta is to be multiplied by, packed as well:
-// P, with softcap P (1 - tanh^2). Both in 16 bits, since fp32 P beside dP would not fit the registers: dS is rounded to
-// 16 bits anyway.
-template <class Element, bool kHasSoftcap, int kScores, class Scores, class Values>
-__device__ void probabilities(BackwardArguments const& arguments, BackwardTile const& tile, int32_t first_query,
-                              Scores const& scores, uint32_t (&pairs_p)[kScores / 2], uint32_t (&pairs_w)[kScores / 2],
-                              Values& lse_log2, bool is_large, int first_key, int row, int column) {
-  Problem const& problem = arguments.problem;
-  auto each_pair = [&](auto&& function) {
-    CUTE_UNROLL
-    for (int j = 0; j < kScores / 4; ++j) {
-      float2 const lse = lse_log2.at(j);
-      CUTE_UNROLL
-      for (int r = 0; r < 2; ++r) {
-        int const i = 2 * j + r;
-        function(scores(2 * i), scores(2 * i + 1), lse, pairs_p[i], pairs_w[i]);
-      }
-    }
-  };
-  if (kHasSoftcap && problem.softcap > 0.0f) {
-    float const inner = problem.scale / problem.softcap, outer = problem.softcap * kLog2e;
-    each_pair([&](float a, float b, float2 lse, uint32_t& pair_p, uint32_t& pair_w) {
-      float s, t;
-      asm("tanh.approx.f32 %0, %1;" : "=f"(s) : "f"(a * inner));
-      asm("tanh.approx.f32 %0, %1;" : "=f"(t) : "f"(b * inner));
-      a = exp2f(s * outer - lse.x);
-      b = exp2f(t * outer - lse.y);
-      pair_p = pack<Element>(a, b);
-      pair_w = pack<Element>(a * (1.0f - s * s), b * (1.0f - t * t));
-    });
-  } else {
-    float const scale_log2 = problem.scale * kLog2e;
-    each_pair([&](float a, float b, float2 lse, uint32_t& pair_p, uint32_t& pair_w) {
-      pair_p = pair_w = pack<Element>(exp2f(a * scale_log2 - lse.x), exp2f(b * scale_log2 - lse.y));
-    });
-  }
-  constexpr int kBlockQ = 2 * kScores;
-  Window const window = arguments.window;
-  int32_t const shift = tile.sequence.seqlen_kv - tile.sequence.seqlen_q;
-  int32_t const key = tile.kv_begin + first_key;
-  bool const is_masked = key + 64 > tile.sequence.seqlen_kv ||
-                         (window.right >= 0 && key + 63 > first_query + shift + window.right) ||
-                         (window.left >= 0 && key < first_query + kBlockQ - 1 + shift - window.left);
-  if (!is_masked && !is_large) return;
-  if (is_large && problem.softcap <= 0.0f) {
-    CUTE_UNROLL
-    for (int i = 0; i < kScores / 2; ++i) pairs_p[i] = pairs_w[i] = at_most_one<Element>(pairs_p[i]);
-  }
-  CUTE_UNROLL
-  for (int r = 0; r < 2; ++r) {
-    // Queries [begin, end) see the key; relative to this thread's first column.
-    int32_t const position = tile.kv_begin + row + 8 * r;
-    int32_t begin = 0, end = 1 << 30;
-    if (window.right >= 0) begin = position - shift - window.right - first_query - column;
-    if (window.left >= 0) end = position - shift + window.left + 1 - first_query - column;
-    if (position >= tile.sequence.seqlen_kv) end = -(1 << 30);
-    CUTE_UNROLL
-    for (int j = 0; j < kScores / 4; ++j) {
-      uint32_t const keeps =
-          (8 * j >= begin && 8 * j < end ? 0xffffu : 0u) | (8 * j + 1 >= begin && 8 * j + 1 < end ? 0xffff0000u : 0u);
-      pairs_p[2 * j + r] &= keeps;
-      pairs_w[2 * j + r] &= keeps;
-    }
-  }
-}
-
-// dS^T = W^T o (dP^T - delta), packed.
-template <class Element, int kScores, class Scores, class Values>
-__device__ void score_gradients(Scores const& dp, uint32_t const (&pairs_w)[kScores / 2],
-                                uint32_t (&pairs_ds)[kScores / 2], Values& delta) {
-  CUTE_UNROLL
-  for (int j = 0; j < kScores / 4; ++j) {
-    float2 const d = delta.at(j);
-    CUTE_UNROLL
-    for (int r = 0; r < 2; ++r) {
-      int const i = 2 * j + r;
-      float2 const w = unpack<Element>(pairs_w[i]);
-      pairs_ds[i] = pack<Element>(w.x * (dp(2 * i) - d.x), w.y * (dp(2 * i + 1) - d.y));
-    }
-  }
-}
-
-// Where this lane's row of the first of four 8 x 8 matrices lies, for keys x queries in A fragments (stmatrix,
-// ldmatrix).
-template <class Element>
-__device__ uint32_t matrix_address(Element* scores, int first_key) {
-  int const lane = threadIdx.x % 32;
-  int const row = first_key + threadIdx.x % 128 / 32 * 16 + lane % 16;
-  return cute::cast_smem_ptr_to_uint(scores) + row * 128 + ((lane / 16 ^ row % 8) * 16);
-}
-
-// The warpgroup's part of P^T or dS^T, 64 keys from first_key on x queries, to shared memory, 64 queries (128 bytes,
-// swizzled) a row.
-template <int kBlockKV, class Element, int kPairs>
-__device__ void store_scores(Element* scores, uint32_t const (&pairs)[kPairs], int first_key) {
-  uint32_t const base = matrix_address(scores, first_key);
-  CUTE_UNROLL
-  for (int k = 0; k < kPairs / 4; ++k) {  // 16 queries: 2 of the 8 16-byte columns of a swizzled row
-    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"((base ^ (k % 4 * 32)) +
-                                                                                          k / 4 * (kBlockKV * 128)),
-                 "r"(pairs[4 * k]), "r"(pairs[4 * k + 1]), "r"(pairs[4 * k + 2]), "r"(pairs[4 * k + 3])
-                 : "memory");
-  }
-}
-
-// The inverse, for 64 keys x 64 queries.
-template <class Element>
-__device__ void load_scores(Element* scores, uint32_t (&pairs)[16], int first_key) {
-  uint32_t const base = matrix_address(scores, first_key);
-  CUTE_UNROLL
-  for (int k = 0; k < 4; ++k) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(pairs[4 * k]), "=r"(pairs[4 * k + 1]), "=r"(pairs[4 * k + 2]), "=r"(pairs[4 * k + 3])
-                 : "r"(base ^ (k * 32))
-                 : "memory");
-  }
-}
-
-// A thread's fragment of a tile's dK or dV to the tensor, or in fp32 beside those of the other splits.
-template <class Element, int kColumns, class Fragment>
-__device__ void write_keys(BackwardArguments const& arguments, BackwardTile const& tile, TensorView const& view,
-                           Fragment const& fragment, float factor, int row, int first_column, int64_t head_dim) {
-  if (view.data == nullptr) return;
-  CUTE_UNROLL
-  for (int r = 0; r < 2; ++r) {
-    int32_t const key = tile.kv_begin + row + 8 * r;
-    Element* out = nullptr;
-    if (key < tile.sequence.seqlen_kv) {
-      out = static_cast<Element*>(view.data) + (tile.sequence.offset_kv + int64_t{key}) * view.stride_seqlen +
-            tile.head_kv * view.stride_heads + tile.batch * view.stride_batch;  // packed: stride_batch is 0
-    }
-    store_row<Element, kColumns>(out, fragment, r, factor, first_column, head_dim, threadIdx.x % 4);
-  }
-}
-
-template <int kBlockKV, int kHeadDimQK, int kHeadDimV>
-__device__ float* part_of(BackwardArguments const& arguments, BackwardTile const& tile) {
-  int64_t const head = int64_t{tile.batch} * arguments.problem.heads_kv + tile.head_kv;
-  int64_t const index = head * arguments.schedule.num_blocks + tile.kv_begin / kBlockKV;
-  return arguments.parts + (index * arguments.num_splits + tile.split) * (kBlockKV * (kHeadDimQK + kHeadDimV));
-}
-
-// As it lies in the registers, one vector of a warp behind the other.
-template <int kFragment, class Fragment>
-__device__ void write_part(float* part, Fragment const& fragment) {
-  float4* const target =
-      reinterpret_cast<float4*>(part) + (threadIdx.x - 128) / 32 * (kFragment / 4 * 32) + threadIdx.x % 32;
-  CUTE_UNROLL
-  for (int i = 0; i < kFragment / 4; ++i) {
-    target[i * 32] = float4{fragment(4 * i), fragment(4 * i + 1), fragment(4 * i + 2), fragment(4 * i + 3)};
+    if constexpr (Kernel::kSumsDQ) reduce_dq<Kernel>(arguments, shared);
   }
 }
 

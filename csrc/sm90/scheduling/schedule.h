@@ -40,7 +40,7 @@ struct Schedule {
   int32_t num_heads;  // tiles side by side of one block of rows: heads_q / heads_packed, or heads_kv * num_splits
   int32_t num_pairs;  // dense: heads times batch; packed: heads
   int32_t pairs_per_section;
-  int32_t num_blocks;      // of rows; dense
+  int32_t num_row_blocks;  // q_blocks or kv_blocks of one pair; dense
   int32_t rows_per_block;  // forward: kBlockQ / heads_packed queries
   int32_t heads_packed;    // query heads sharing a tile of the forward
   int32_t max_items;       // packed: room in `items`
@@ -58,13 +58,13 @@ struct VisibleBlocks {
 };
 
 // A tile as the scheduling thread announces it, in shared memory.
-struct Tile {
+struct WorkTile {
   int32_t head;     // first query head; negative: there is no more work
   int32_t batch;    // packed: the sequence's number
   int32_t q_begin;  // first query, within the sequence; negative where rows before it belong to none
   Sequence sequence;
-  int32_t block_begin, block_end;  // K/V tiles to load
-  VisibleBlocks visible[3];        // by warpgroup
+  int32_t kv_block_begin, kv_block_end;  // K/V tiles to load
+  VisibleBlocks visible[3];              // by warpgroup
 };
 
 // Device memory the schedule of a call needs, in bytes.
@@ -73,14 +73,14 @@ int64_t backward_schedule_bytes(Problem const& problem, int block_kv);
 
 Window window_of(Problem const& problem);
 
-// Both fill `schedule` and `num_blocks`, the thread blocks worth launching, and launch what prepares the list.
+// Both fill `schedule` and `num_ctas`, the thread blocks worth launching, and launch what prepares the list.
 // `num_sms` is what the kernel's blocks will run on. They return null or a sentence that says what went wrong.
 const char* make_forward_schedule(Problem const& problem, int block_q, int num_sms, void* workspace,
-                                  cudaStream_t stream, Schedule& schedule, int& num_blocks);
+                                  cudaStream_t stream, Schedule& schedule, int& num_ctas);
 
 // `num_splits` tiles share the query heads of a group. With problem.deterministic, tiles of a head come in the order of
 // falling keys, whatever they cost: each adds its part of dQ after the one before it.
 const char* make_backward_schedule(Problem const& problem, int block_kv, int num_splits, int num_sms, void* workspace,
-                                   cudaStream_t stream, Schedule& schedule, int& num_blocks);
+                                   cudaStream_t stream, Schedule& schedule, int& num_ctas);
 
 }  // namespace flashmla::sm90

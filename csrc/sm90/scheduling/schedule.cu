@@ -5,8 +5,8 @@
 #include <cub/block/block_scan.cuh>
 #include <random>
 
-#include "sm90/device.h"
-#include "sm90/scheduler.cuh"
+#include "sm90/hopper/device.h"
+#include "sm90/scheduling/scheduler.cuh"
 
 namespace flashmla::sm90 {
 namespace {
@@ -173,7 +173,7 @@ int64_t schedule_bytes(Problem const& problem, int64_t rows, int64_t rows_per_bl
 // What both directions do once side, order, num_heads, rows_per_block and heads_packed are set. `pairs_per_section` and
 // `rows_per_chunk` are wishes.
 const char* finish_schedule(Problem const& problem, int64_t rows, int64_t pairs_per_section, int64_t rows_per_chunk,
-                            int num_sms, void* workspace, cudaStream_t stream, Schedule& schedule, int& num_blocks) {
+                            int num_sms, void* workspace, cudaStream_t stream, Schedule& schedule, int& num_ctas) {
   bool const is_packed = problem.cu_seqlens_q != nullptr;
   int64_t const pairs = is_packed ? schedule.num_heads : schedule.num_heads * problem.batch;
   int64_t const items =
@@ -184,10 +184,10 @@ const char* finish_schedule(Problem const& problem, int64_t rows, int64_t pairs_
   }
   schedule.num_pairs = static_cast<int32_t>(pairs);
   schedule.pairs_per_section = static_cast<int32_t>(std::min(pairs, std::max<int64_t>(1, pairs_per_section)));
-  schedule.num_blocks = static_cast<int32_t>(items);
+  schedule.num_row_blocks = static_cast<int32_t>(items);
   schedule.max_items = static_cast<int32_t>(items);
   schedule.rows_per_chunk = static_cast<int32_t>(std::min<int64_t>(rows_per_chunk, int64_t{1} << 30));
-  num_blocks = static_cast<int>(std::min<int64_t>(num_tiles, num_sms));
+  num_ctas = static_cast<int>(std::min<int64_t>(num_tiles, num_sms));
   schedule.next_tile = schedule.num_items = schedule.first_item = nullptr;
   schedule.items = nullptr;
   schedule.ticket = 0;
@@ -226,7 +226,7 @@ Window window_of(Problem const& problem) {
 }
 
 const char* make_forward_schedule(Problem const& problem, int block_q, int num_sms, void* workspace,
-                                  cudaStream_t stream, Schedule& schedule, int& num_blocks) {
+                                  cudaStream_t stream, Schedule& schedule, int& num_ctas) {
   bool const is_packed = problem.cu_seqlens_q != nullptr;
   schedule.side = Side::kQueries;
   schedule.is_ordered = false;
@@ -249,11 +249,11 @@ const char* make_forward_schedule(Problem const& problem, int block_q, int num_s
   int64_t const heads_kv = ceil_div(section, pairs_per_kv_head);  // walked together
   return finish_schedule(problem, is_packed ? problem.total_q : problem.seqlen_q, section,
                          std::max(kChunkBytes / (bytes_row * heads_kv), rows_kv / 16 + 1), num_sms, workspace, stream,
-                         schedule, num_blocks);
+                         schedule, num_ctas);
 }
 
 const char* make_backward_schedule(Problem const& problem, int block_kv, int num_splits, int num_sms, void* workspace,
-                                   cudaStream_t stream, Schedule& schedule, int& num_blocks) {
+                                   cudaStream_t stream, Schedule& schedule, int& num_ctas) {
   bool const is_packed = problem.cu_seqlens_q != nullptr;
   schedule.side = Side::kKeys;
   schedule.is_ordered = schedule.is_backwards = problem.deterministic;
@@ -278,7 +278,7 @@ const char* make_backward_schedule(Problem const& problem, int block_kv, int num
   int64_t const section = pairs == 0 ? 0 : ceil_div(pairs, ceil_div(pairs, wanted));
   return finish_schedule(problem, is_packed ? problem.total_kv : problem.seqlen_kv, section,
                          std::max(kChunkBytes / (bytes_row * std::max<int64_t>(1, section)), rows_q / 16 + 1), num_sms,
-                         workspace, stream, schedule, num_blocks);
+                         workspace, stream, schedule, num_ctas);
 }
 
 }  // namespace flashmla::sm90
