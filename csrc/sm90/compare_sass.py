@@ -1,8 +1,8 @@
-"""Compares the machine code of two builds of the Hopper kernels: `python3 csrc/sm90/compare_sass.py OLD NEW...`.
+"""Compares the machine code of builds of the Hopper kernels: `python3 csrc/sm90/compare_sass.py OLD NEW...`.
 
 For whoever renames or moves code in the kernels: instructions must stay what they were. OLD is a library, an object or a
-cubin, NEW one or several of them. Kernels are paired by name, template arguments aside from types; a kernel that was renamed is paired
-by its instructions. The exit code is 1 if a kernel of NEW has no twin in OLD. Needs CUDA's cuobjdump and c++filt (CUOBJDUMP names another).
+cubin, NEW one or several of them. Kernels are paired by name, or, if they were renamed, by their instructions. The exit code
+is 1 if a kernel of NEW has no twin in OLD. Needs CUDA's cuobjdump (the variable CUOBJDUMP names another) and c++filt.
 """
 
 import hashlib
@@ -13,19 +13,19 @@ import sys
 from collections import defaultdict
 
 
-def kernels(path: str) -> dict[str, list[str]]:
-    """Demangled name -> instructions, without addresses, encodings and line tables."""
+def kernels(path: str) -> list[tuple[str, list[str]]]:
+    """(demangled name, instructions without addresses, encodings and line tables); of several instances of a template, each."""
     program = os.environ.get("CUOBJDUMP", "cuobjdump")
     text = subprocess.run([program, "-sass", path], capture_output=True, text=True, check=True).stdout
-    found: dict[str, list[str]] = {}
-    current: list[str] = []
+    found: list[tuple[str, list[str]]] = []
     for line in text.splitlines():
         if match := re.match(r"\s*Function : (\S+)", line):
-            current = found.setdefault(match[1], [])
-        elif match := re.match(r"\s*/\*([0-9a-f]{4,})\*/\s+(.*?);?\s*/\*", line):
-            current.append(match[2])
-    names = subprocess.run(["c++filt"], input="\n".join(found), capture_output=True, text=True, check=True).stdout
-    return dict(zip(names.splitlines(), found.values(), strict=True))
+            found.append((match[1], []))
+        elif match := re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(.*?);?\s*/\*", line):
+            found[-1][1].append(match[1].strip())
+    names = "\n".join(name for name, _ in found)
+    readable = subprocess.run(["c++filt"], input=names, capture_output=True, text=True, check=True).stdout.splitlines()
+    return [(short(name), instructions) for name, (_, instructions) in zip(readable, found, strict=True)]
 
 
 def short(name: str) -> str:
@@ -38,24 +38,22 @@ def digest(instructions: list[str]) -> str:
 
 
 def main(old_path: str, *new_paths: str) -> int:
-    old = kernels(old_path)
-    by_digest: dict[str, set[str]] = defaultdict(set)
-    for name, instructions in old.items():
-        by_digest[digest(instructions)].add(short(name))
-    by_name = {short(name): instructions for name, instructions in old.items()}
+    twins_of: dict[str, set[str]] = defaultdict(set)
+    lengths: dict[str, int] = {}
+    for name, instructions in kernels(old_path):
+        twins_of[digest(instructions)].add(name)
+        lengths[name] = len(instructions)
     different = 0
     for path in new_paths:
-        for name, instructions in kernels(path).items():
-            twins = by_digest.get(digest(instructions), set())
-            if short(name) in twins:
-                print(f"same       {short(name)}")
+        for name, instructions in kernels(path):
+            twins = twins_of.get(digest(instructions), set())
+            if name in twins:
+                print(f"same       {name}")
             elif twins:
-                print(f"renamed    {short(name)} was {', '.join(sorted(twins))}")
+                print(f"renamed    {name} was {', '.join(sorted(twins))}")
             else:
                 different += 1
-                before = by_name.get(short(name))
-                count = "new" if before is None else f"{len(before)} -> {len(instructions)} instructions"
-                print(f"DIFFERENT  {short(name)}: {count}")
+                print(f"DIFFERENT  {name}: {lengths.get(name, 'no')} -> {len(instructions)} instructions")
     return int(different > 0)
 
 

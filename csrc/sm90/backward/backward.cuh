@@ -132,7 +132,7 @@ struct Backward {
   __device__ static void consume(BackwardArguments const& arguments, SharedStorage& shared, int warpgroup) {
     using namespace cute;
     int const thread = ptx::read_thread_index();
-    int const row_in_tile = warpgroup * kWarpgroupRows + row_of_thread(thread);
+    int const row_in_tile = row_of_thread(warpgroup * kWarpgroupRows, thread);
     int const column_in_block = thread % 4 * 2, quad_lane = thread % 4;
     Problem const& problem = arguments.problem;
 

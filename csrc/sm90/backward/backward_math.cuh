@@ -76,7 +76,7 @@ __device__ void probabilities(BackwardArguments const& arguments, BackwardWorkTi
   int32_t const shift = tile.sequence.seqlen_kv - tile.sequence.seqlen_q;
   int32_t const key = tile.kv_begin + first_key;
   bool const is_masked = key + kWarpgroupRows > tile.sequence.seqlen_kv ||
-                         (window.right >= 0 && key + kWarpgroupRows - 1 > first_query + shift + window.right) ||
+                         (window.right >= 0 && key + (kWarpgroupRows - 1) > first_query + shift + window.right) ||
                          (window.left >= 0 && key < first_query + kBlockQ - 1 + shift - window.left);
   if (!is_masked && !is_large) return;
   if (is_large && problem.softcap <= 0.0f) {

@@ -102,7 +102,7 @@ struct BackwardQueries {
   __device__ static void consume(BackwardQueriesArguments const& arguments, SharedStorage& shared, int warpgroup) {
     using namespace cute;
     int const thread = threadIdx.x - kWarpgroupThreads;  // among consumers
-    int const first_row = warpgroup * kWarpgroupRows + row_of_thread(threadIdx.x);
+    int const first_row = row_of_thread(warpgroup * kWarpgroupRows, threadIdx.x);
     Problem const& problem = arguments.problem;
     Schedule const& schedule = arguments.schedule;
 

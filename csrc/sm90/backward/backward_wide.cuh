@@ -74,7 +74,7 @@ struct BackwardWide {
   __device__ static void consume(BackwardArguments const& arguments, SharedStorage& shared, int warpgroup) {
     using namespace cute;
     int const thread = ptx::read_thread_index();
-    int const row_in_tile = row_of_thread(thread);
+    int const row_in_tile = row_of_thread(0, thread);
     int const column_in_block = thread % 4 * 2;
     Problem const& problem = arguments.problem;
 

@@ -199,7 +199,7 @@ struct Forward {
 
   __device__ static void consume(ForwardArguments const& arguments, SharedStorage& shared, int warpgroup) {
     using namespace cute;
-    int const first_row = warpgroup * kWarpgroupRows + row_of_thread(threadIdx.x);
+    int const first_row = row_of_thread(warpgroup * kWarpgroupRows, threadIdx.x);
     Problem const& problem = arguments.problem;
     Schedule const& schedule = arguments.schedule;
 

@@ -16,13 +16,17 @@
 
 namespace flashmla::sm90 {
 
-// The first of its warp's 16 rows of a warpgroup's 64, of thread `thread` of a CTA; and of its own two rows, the other
-// of which is 8 further on.
-__device__ inline int row_of_warp(int thread) {
+// Where the 16 rows of the warp of thread `thread` (of a CTA) begin among the 64 of its warpgroup.
+template <class Index>
+__device__ Index row_of_warp(Index thread) {
   return thread % kWarpgroupThreads / kWarpThreads * 16;
 }
-__device__ inline int row_of_thread(int thread) {
-  return row_of_warp(thread) + thread % kWarpThreads / 4;
+
+// The first of a thread's two rows; the other is 8 further on. The warpgroup's rows begin at `first_row`. (A template,
+// and summed in this order: with a signed threadIdx.x, or the thread's part summed first, ptxas finds other code.)
+template <class Index>
+__device__ Index row_of_thread(int first_row, Index thread) {
+  return first_row + thread % kWarpgroupThreads / kWarpThreads * 16 + thread % kWarpThreads / 4;
 }
 
 // Two floats as two 16-bit elements in one register, the first in the low half.

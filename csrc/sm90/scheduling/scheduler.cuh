@@ -115,7 +115,7 @@ __device__ void write_work_tile(WorkTile& tile, Schedule const& schedule, Proble
   for (int warpgroup = 0; warpgroup < kNumConsumers; ++warpgroup) {
     int32_t const first = max(0, q_begin + warpgroup * kWarpgroupRows / schedule.heads_packed);
     int32_t const last =
-        min(q_begin + (warpgroup * kWarpgroupRows + kWarpgroupRows - 1) / schedule.heads_packed, q_end - 1);
+        min(q_begin + (warpgroup * kWarpgroupRows + (kWarpgroupRows - 1)) / schedule.heads_packed, q_end - 1);
     VisibleBlocks blocks{0, 0, 0, 0};
     if (first <= last) {
       VisibleKeys const keys = visible_keys(window, sequence.seqlen_kv, first + shift, last + shift);
