@@ -1,10 +1,11 @@
-// flashmla_hf._direct: the way from Python to a backend without torch's dispatcher, which takes longer than the launch
-// of a short kernel. An extension module of Python's limited API: one file for every Python >= 3.10.
+// flashmla_hf._direct: a fast path from Python to a backend that skips torch's dispatcher, which takes longer than the
+// launch of a short kernel. An extension module of Python's limited API: one file for every Python >= 3.10.
 //
 // Tensors are read through DLPack's C exchange API, which torch.Tensor has since torch 2.10; nothing is owned or kept.
-// Outputs are torch.empty_like's and torch.Tensor.new_empty's. This way is for plain calls: where something is a
-// subclass, has to be copied first, is watched (a dispatch mode, a profiler, torch.func) or wrong, nothing is done, and
-// the long way by flashmla_hf/dispatch.py does it or says what is wrong.
+// Outputs come from torch.empty_like and torch.Tensor.new_empty. The fast path takes plain calls only. If a tensor is
+// of a subclass or must be copied first, if a dispatch mode, a profiler or torch.func observes the call, or if an
+// argument is invalid, it computes nothing and returns None; the caller then takes the normal path, which reports
+// errors.
 #define PY_SSIZE_T_CLEAN
 #define Py_LIMITED_API 0x030A0000
 #include "direct.h"
@@ -19,7 +20,7 @@
 namespace flashmla {
 namespace {
 
-// Of a backend; null where there is none for its device type.
+// A backend's library; null if its device type has none.
 struct Library {
   PyObject* name = nullptr;
   DirectForwardFunction* forward = nullptr;
@@ -41,7 +42,7 @@ PyObject *is_profiling, *tracing_state, *forward_ad, *with_gradient;
 
 // A Python exception is set.
 struct PythonError {};
-// The operator is to be called instead.
+// The operator must be called instead.
 struct NotPlain {};
 
 ScalarType dtype_of(const DLDataType& dtype) {
@@ -89,19 +90,21 @@ bool truth_of(PyObject* object) {
 }
 
 int64_t number_from(PyObject* object, PyObject* method) {
-  const Owned answer(PyObject_CallMethodObjArgs(object, method, nullptr));
-  return integer_of(answer.get());  // of a bool, too
+  const Owned result(PyObject_CallMethodObjArgs(object, method, nullptr));
+  return integer_of(result.get());  // of a bool, too
 }
 
 bool has_elements(const DLTensor& tensor) {
   return std::find(tensor.shape, tensor.shape + tensor.ndim, 0) == tensor.shape + tensor.ndim;
 }
 
-// `is_fresh`: allocated for this call, so that its storage need not be asked for.
-TensorInfo info_of(PyObject* object, bool is_fresh) {
+// Where a tensor comes from: the storage of one that was allocated for this call need not be looked at.
+enum class Origin { kCaller, kFresh };
+
+TensorInfo info_of(PyObject* object, Origin origin = Origin::kCaller) {
   DLTensor tensor;
   if (exchange->dltensor_from_py_object_no_sync(object, &tensor) != 0) {
-    PyErr_Clear();  // nothing DLPack describes
+    PyErr_Clear();  // DLPack cannot describe it
     throw NotPlain{};
   }
   TensorInfo info;
@@ -118,7 +121,7 @@ TensorInfo info_of(PyObject* object, bool is_fresh) {
     info.sizes[i] = tensor.shape[i];
     info.strides[i] = tensor.strides[i];
   }
-  if (is_fresh) {
+  if (origin == Origin::kFresh) {
     info.storage_bytes = std::numeric_limits<int64_t>::max();
     return info;
   }
@@ -130,9 +133,9 @@ TensorInfo info_of(PyObject* object, bool is_fresh) {
   return info;
 }
 
-std::optional<TensorInfo> optional_info_of(PyObject* object, bool is_fresh) {
+std::optional<TensorInfo> optional_info_of(PyObject* object) {
   if (object == Py_None) return std::nullopt;
-  return info_of(object, is_fresh);
+  return info_of(object);
 }
 
 // Objects of other types may hold anything.
@@ -145,11 +148,11 @@ void check_plain_or_none(PyObject* object) {
 }
 
 bool is_false(PyObject* function) {
-  const Owned answer(PyObject_CallObject(function, nullptr));
-  return answer.get() == Py_None || !truth_of(answer.get());
+  const Owned result(PyObject_CallObject(function, nullptr));
+  return result.get() == Py_None || !truth_of(result.get());
 }
 
-// That nobody wants to see operators called.
+// Refuses the fast path if a mode, a profiler, a tracer or torch.func observes operators.
 void check_unobserved() {
   for (PyObject* const function :
        {len_dispatch_stack, has_function_mode, peek_interpreter, is_profiling, tracing_state}) {
@@ -159,23 +162,68 @@ void check_unobserved() {
   if (integer_of(level.get()) >= 0) throw NotPlain{};
 }
 
-// q, k, v, sinks, cu_seqlens_q, cu_seqlens_kv, max_seqlen_q, max_seqlen_kv, scale, window_left, window_right, softcap,
-// deterministic
-constexpr int kNumArguments = 13;
+// The positions of the arguments that both operators share (flashmla_hf/ops.py).
+struct Shared {
+  enum Position {
+    kQ,
+    kK,
+    kV,
+    kSinks,
+    kCuSeqlensQ,
+    kCuSeqlensKV,
+    kMaxSeqlenQ,
+    kMaxSeqlenKV,
+    kScale,
+    kWindowLeft,
+    kWindowRight,
+    kSoftcap,
+    kDeterministic,
+    kCount
+  };
+};
+
+// Of backward's arguments, before the shared ones.
+struct Saved {
+  enum Position { kDOut, kDLse, kOut, kLse, kNeedsDQ, kNeedsDK, kNeedsDV, kNeedsDSinks, kCount };
+};
+
+// Of attention's arguments (flashmla_hf.attention).
+struct Attend {
+  enum Position {
+    kQ,
+    kK,
+    kV,
+    kScale,
+    kIsCausal,
+    kWindow,
+    kSoftcap,
+    kSinks,
+    kDropoutP,
+    kCuSeqlensQ,
+    kCuSeqlensKV,
+    kMaxSeqlenQ,
+    kMaxSeqlenKV,
+    kDeterministic,
+    kImpl,
+    kReturnLse,
+    kCount
+  };
+};
+
 Arguments arguments_of(PyObject* const* values) {
-  return {info_of(values[0], false),
-          info_of(values[1], false),
-          info_of(values[2], false),
-          optional_info_of(values[3], false),
-          optional_info_of(values[4], false),
-          optional_info_of(values[5], false),
-          integer_of(values[6]),
-          integer_of(values[7]),
-          number_of(values[8]),
-          integer_of(values[9]),
-          integer_of(values[10]),
-          number_of(values[11]),
-          truth_of(values[12])};
+  return {info_of(values[Shared::kQ]),
+          info_of(values[Shared::kK]),
+          info_of(values[Shared::kV]),
+          optional_info_of(values[Shared::kSinks]),
+          optional_info_of(values[Shared::kCuSeqlensQ]),
+          optional_info_of(values[Shared::kCuSeqlensKV]),
+          integer_of(values[Shared::kMaxSeqlenQ]),
+          integer_of(values[Shared::kMaxSeqlenKV]),
+          number_of(values[Shared::kScale]),
+          integer_of(values[Shared::kWindowLeft]),
+          integer_of(values[Shared::kWindowRight]),
+          number_of(values[Shared::kSoftcap]),
+          truth_of(values[Shared::kDeterministic])};
 }
 
 const Library& library_for(const TensorInfo& q) {
@@ -190,9 +238,9 @@ void check_count(Py_ssize_t count, Py_ssize_t expected) {
   throw PythonError{};
 }
 
-// What `body` makes, None where the call is not for this way, or null with an exception set.
+// The result of `body`, None if the fast path does not apply, or null with an exception set.
 template <class Body>
-PyObject* answer(const Body& body) {
+PyObject* guarded(const Body& body) {
   try {
     return body();
   } catch (const NotPlain&) {
@@ -222,7 +270,7 @@ PyObject* make_like(PyObject* x, std::initializer_list<int64_t> shape, PyObject*
   return call_with(method.get(), sizes.get(), keywords);
 }
 
-// Others may run Python meanwhile: a kernel of the CPU takes its time, and so may a full launch queue.
+// Releases Python's lock: a CPU kernel takes long, and so may a full launch queue.
 template <class Function, class Call>
 DirectResult run_unlocked(Function* function, const Call& call, DirectError& failure) {
   PyThreadState* const state = PyEval_SaveThread();
@@ -236,17 +284,17 @@ void run(PyObject* q, Function* function, const Call& call) {
   DirectError failure;
   DirectResult result = run_unlocked(function, call, failure);
   if (result == kDirectOutOfMemory) {
-    // Torch's own error, by the same allocation; if there is memory now, once more.
+    // The same allocation through torch raises torch's own error. If there is memory now, the call runs again.
     Owned(make_like(q, {failure.bytes}, as_bytes));
     result = run_unlocked(function, call, failure);
     if (result == kDirectOutOfMemory)
       throw std::runtime_error("out of memory: torch could not allocate " + std::to_string(failure.bytes) + " bytes");
   }
-  if (result == kDirectNot) throw NotPlain{};
+  if (result == kDirectNotApplicable) throw NotPlain{};
   if (result == kDirectFailed) throw std::runtime_error(failure.message);
 }
 
-// (out, lse) of the call, allocated and computed; lse is None where nobody wants it.
+// (out, lse) of the call, allocated and computed; lse is None if it is not wanted.
 PyObject* compute(PyObject* q, const Arguments& arguments, bool wants_lse) {
   const Library& library = library_for(arguments.q);
   const TensorInfo& like = arguments.q;
@@ -259,12 +307,12 @@ PyObject* compute(PyObject* q, const Arguments& arguments, bool wants_lse) {
                                            : make_like(q, {sizes[0], sizes[1], width}, nullptr));
   Py_INCREF(Py_None);
   Owned lse(Py_None);
-  DirectForward call{arguments, info_of(out.get(), true), std::nullopt};
+  DirectForward call{arguments, info_of(out.get(), Origin::kFresh), std::nullopt};
   if (wants_lse) {
     Py_DECREF(lse.release());
     const Owned made(rank == 4 ? make_like(q, {sizes[0], sizes[2], sizes[1]}, as_float32)
                                : make_like(q, {sizes[1], sizes[0]}, as_float32));
-    call.lse = info_of(made.get(), true);
+    call.lse = info_of(made.get(), Origin::kFresh);
     run(q, library.forward, call);
     return PyTuple_Pack(2, out.get(), made.get());
   }
@@ -275,39 +323,38 @@ PyObject* compute(PyObject* q, const Arguments& arguments, bool wants_lse) {
 // backward(dout, dlse, out, lse, needs_dq, needs_dk, needs_dv, needs_dsinks, *arguments) -> (dq, dk, dv, dsinks), each
 // a tensor or None, or None.
 PyObject* backward(PyObject*, PyObject* const* values, Py_ssize_t count) {
-  return answer([&] {
-    constexpr int kNumOthers = 8;
-    check_count(count, kNumOthers + kNumArguments);
-    PyObject* const* inputs = values + kNumOthers;
-    // Hooks on saved tensors, and who calls backward, may hand over anything.
-    for (int i = 0; i < 4; ++i) check_plain_or_none(values[i]);
-    for (int i = 0; i < 6; ++i) check_plain_or_none(inputs[i]);
+  return guarded([&] {
+    check_count(count, int{Saved::kCount} + int{Shared::kCount});
+    PyObject* const* inputs = values + Saved::kCount;
+    // Hooks on saved tensors and callers of backward may hand over any object.
+    for (int i = Saved::kDOut; i <= Saved::kLse; ++i) check_plain_or_none(values[i]);
+    for (int i = Shared::kQ; i <= Shared::kCuSeqlensKV; ++i) check_plain_or_none(inputs[i]);
     check_unobserved();
     DirectBackward call{arguments_of(inputs), {}};
     BackwardTensors& tensors = call.tensors;
-    tensors.dout = info_of(values[0], false);
-    tensors.dlse = optional_info_of(values[1], false);
-    tensors.out = info_of(values[2], false);
-    tensors.lse = info_of(values[3], false);
+    tensors.dout = info_of(values[Saved::kDOut]);
+    tensors.dlse = optional_info_of(values[Saved::kDLse]);
+    tensors.out = info_of(values[Saved::kOut]);
+    tensors.lse = info_of(values[Saved::kLse]);
     const Library& library = library_for(call.arguments.q);
     Owned gradients(PyTuple_New(4));
     std::optional<TensorInfo>* const infos[] = {&tensors.dq, &tensors.dk, &tensors.dv, &tensors.dsinks};
-    for (int i = 0; i < 4; ++i) {
+    for (int i = 0; i < 4; ++i) {  // of q, k, v and sinks: the first of the shared arguments, in their order
       PyObject* gradient = Py_None;
-      if (truth_of(values[4 + i])) {
+      if (truth_of(values[Saved::kNeedsDQ + i])) {
         gradient = call_with(empty_like, inputs[i], like_contiguous);
-        *infos[i] = info_of(gradient, true);
+        *infos[i] = info_of(gradient, Origin::kFresh);
       } else {
         Py_INCREF(Py_None);
       }
       PyTuple_SetItem(gradients.get(), i, gradient);
     }
-    run(inputs[0], library.backward, call);
+    run(inputs[Shared::kQ], library.backward, call);
     return gradients.release();
   });
 }
 
-// A number of attention's, as Python's own types have them.
+// A number that an argument of attention holds, if it is of Python's own types.
 double plain_number_of(PyObject* object) {
   if (!PyFloat_CheckExact(object) && !PyLong_CheckExact(object)) throw NotPlain{};
   const double number = PyFloat_AsDouble(object);
@@ -316,7 +363,7 @@ double plain_number_of(PyObject* object) {
   throw NotPlain{};
 }
 
-// A length of attention's, or `otherwise` for None.
+// A length that an argument of attention holds, or `otherwise` for None.
 int64_t length_of(PyObject* object, int64_t otherwise) {
   if (object == Py_None) return otherwise;
   if (!PyLong_CheckExact(object)) throw NotPlain{};
@@ -333,20 +380,24 @@ int64_t bound_of(PyObject* object) {
   return bound;
 }
 
-// attend(q, k, v, scale, is_causal, window, softcap, sinks, dropout_p, cu_seqlens_q, cu_seqlens_kv, max_seqlen_q,
-// max_seqlen_kv, deterministic, impl, return_lse) -> what flashmla_hf.attention returns, or None: the arguments are
-// attention's, as they come. What needs gradients goes on, computed, to `with_gradient`.
+// attend(*values in the order of Attend) -> the result of flashmla_hf.attention, or None. The arguments are
+// attention's, unchecked. If a gradient is needed, `with_gradient` gets the computed outputs and records the backward.
 PyObject* attend(PyObject*, PyObject* const* values, Py_ssize_t count) {
-  return answer([&]() -> PyObject* {
-    check_count(count, 16);
-    PyObject *const q = values[0], *const k = values[1], *const v = values[2], *const scale = values[3],
-                    *const window = values[5], *const softcap = values[6], *const sinks = values[7],
-                    *const dropout = values[8], *const impl = values[14];
-    const bool is_packed = values[9] != Py_None || values[10] != Py_None, returns_lse = truth_of(values[15]);
+  return guarded([&]() -> PyObject* {
+    check_count(count, Attend::kCount);
+    PyObject *const q = values[Attend::kQ], *const k = values[Attend::kK], *const v = values[Attend::kV],
+                    *const scale = values[Attend::kScale], *const window = values[Attend::kWindow],
+                    *const sinks = values[Attend::kSinks], *const impl = values[Attend::kImpl],
+                    *const cu_seqlens_q = values[Attend::kCuSeqlensQ],
+                    *const cu_seqlens_kv = values[Attend::kCuSeqlensKV],
+                    *const max_seqlen_q = values[Attend::kMaxSeqlenQ],
+                    *const max_seqlen_kv = values[Attend::kMaxSeqlenKV];
+    const bool is_packed = cu_seqlens_q != Py_None || cu_seqlens_kv != Py_None;
+    const bool returns_lse = truth_of(values[Attend::kReturnLse]);
     check_plain(q), check_plain(k), check_plain(v);
-    for (PyObject* const tensor : {sinks, values[9], values[10]}) check_plain_or_none(tensor);
+    for (PyObject* const tensor : {sinks, cu_seqlens_q, cu_seqlens_kv}) check_plain_or_none(tensor);
     check_unobserved();
-    if (plain_number_of(dropout) != 0.0) throw NotPlain{};
+    if (plain_number_of(values[Attend::kDropoutP]) != 0.0) throw NotPlain{};
     Arguments arguments;
     arguments.window_left = arguments.window_right = -1;
     if (window != Py_None) {
@@ -354,28 +405,28 @@ PyObject* attend(PyObject*, PyObject* const* values, Py_ssize_t count) {
       arguments.window_left = bound_of(PyTuple_GetItem(window, 0));
       arguments.window_right = bound_of(PyTuple_GetItem(window, 1));
     }
-    if (truth_of(values[4])) arguments.window_right = 0;
-    arguments.softcap = plain_number_of(softcap);
-    arguments.deterministic = truth_of(values[13]);
+    if (truth_of(values[Attend::kIsCausal])) arguments.window_right = 0;
+    arguments.softcap = plain_number_of(values[Attend::kSoftcap]);
+    arguments.deterministic = truth_of(values[Attend::kDeterministic]);
 
-    arguments.q = info_of(q, false);
+    arguments.q = info_of(q);
     const Library& library = library_for(arguments.q);
     if (impl != Py_None && (!PyUnicode_CheckExact(impl) || PyUnicode_Compare(impl, library.name) != 0)) {
       throw NotPlain{};
     }
-    arguments.k = info_of(k, false);
+    arguments.k = info_of(k);
     const int64_t rank = is_packed ? 3 : 4;
     if (arguments.q.dim != rank || arguments.k.dim != rank) throw NotPlain{};
-    if (!is_packed && (values[11] != Py_None || values[12] != Py_None)) throw NotPlain{};
-    arguments.max_seqlen_q = length_of(values[11], arguments.q.sizes[rank - 3]);
-    arguments.max_seqlen_kv = length_of(values[12], arguments.k.sizes[rank - 3]);
+    if (!is_packed && (max_seqlen_q != Py_None || max_seqlen_kv != Py_None)) throw NotPlain{};
+    arguments.max_seqlen_q = length_of(max_seqlen_q, arguments.q.sizes[rank - 3]);
+    arguments.max_seqlen_kv = length_of(max_seqlen_kv, arguments.k.sizes[rank - 3]);
     arguments.scale =
         scale == Py_None ? std::pow(static_cast<double>(arguments.q.sizes[rank - 1]), -0.5) : plain_number_of(scale);
 
-    arguments.v = info_of(v, false);
-    arguments.sinks = optional_info_of(sinks, false);
-    arguments.cu_seqlens_q = optional_info_of(values[9], false);
-    arguments.cu_seqlens_kv = optional_info_of(values[10], false);
+    arguments.v = info_of(v);
+    arguments.sinks = optional_info_of(sinks);
+    arguments.cu_seqlens_q = optional_info_of(cu_seqlens_q);
+    arguments.cu_seqlens_kv = optional_info_of(cu_seqlens_kv);
     auto requires_grad = [](PyObject* tensor) {
       return tensor != Py_None && Owned(PyObject_GetAttr(tensor, name_requires_grad)).get() == Py_True;
     };
@@ -383,12 +434,12 @@ PyObject* attend(PyObject*, PyObject* const* values, Py_ssize_t count) {
                                 !is_false(is_grad_enabled);
     Owned outputs(compute(q, arguments, returns_lse || needs_gradient));
     if (needs_gradient) {
-      return Owned(PyObject_CallFunction(with_gradient, "OOOO(OOLLdLLdO)OO", q, k, v, sinks, values[9], values[10],
-                                         static_cast<long long>(arguments.max_seqlen_q),
-                                         static_cast<long long>(arguments.max_seqlen_kv), arguments.scale,
-                                         static_cast<long long>(arguments.window_left),
-                                         static_cast<long long>(arguments.window_right), arguments.softcap,
-                                         arguments.deterministic ? Py_True : Py_False, outputs.get(), values[15]))
+      return Owned(PyObject_CallFunction(
+                       with_gradient, "OOOO(OOLLdLLdO)OO", q, k, v, sinks, cu_seqlens_q, cu_seqlens_kv,
+                       static_cast<long long>(arguments.max_seqlen_q), static_cast<long long>(arguments.max_seqlen_kv),
+                       arguments.scale, static_cast<long long>(arguments.window_left),
+                       static_cast<long long>(arguments.window_right), arguments.softcap,
+                       arguments.deterministic ? Py_True : Py_False, outputs.get(), values[Attend::kReturnLse]))
           .release();
     }
     if (returns_lse) return outputs.release();
@@ -401,7 +452,7 @@ PyObject* attend(PyObject*, PyObject* const* values, Py_ssize_t count) {
 // set_up(with_gradient, ((device type, implementation, path of its library), ...)). The libraries are loaded already
 // (torch.ops.load_library), and stay.
 PyObject* set_up(PyObject*, PyObject* const* values, Py_ssize_t count) {
-  return answer([&]() -> PyObject* {
+  return guarded([&]() -> PyObject* {
     check_count(count, 2);
     Py_INCREF(values[0]);
     with_gradient = values[0];
@@ -439,8 +490,7 @@ PyObject* find(PyObject* object, std::initializer_list<const char*> names) {
   return object;
 }
 
-// Everything of torch's that is used; throws PythonError, and the module cannot be imported, where something is
-// missing.
+// Finds everything of torch that this module uses. Throws PythonError if something is missing; the import then fails.
 void find_torch() {
   const Owned torch(PyImport_ImportModule("torch")),
       forward_ad_module(PyImport_ImportModule("torch.autograd.forward_ad"));
@@ -496,7 +546,7 @@ PyModuleDef module = {
 }  // namespace flashmla
 
 PyMODINIT_FUNC PyInit__direct() {
-  return flashmla::answer([] {
+  return flashmla::guarded([] {
     flashmla::find_torch();
     return PyModule_Create(&flashmla::module);
   });
