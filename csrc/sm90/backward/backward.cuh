@@ -3,25 +3,25 @@
 //   S^T = K Q^T      P^T = exp(scale S^T - lse)      dP^T = V dO^T      dS^T = P^T o (dP^T - delta)
 //   dV += P^T dO     dK += scale dS^T Q              dQ += scale dS K                (csrc/params.h, docs/design.md)
 //
-// Schedule. A block is one producer warpgroup, of which four threads work, and two consumer warpgroups, and is
-// persistent. A tile is kBlockKV key rows of one kv head: K and V stay in shared memory while Q and dO of every query
-// head of the group stream by, so dK and dV are sums in registers, written once, whatever the GQA ratio. Scores are
-// held transposed (keys down, queries across): P^T and dS^T are A operands as they are, and lse and delta are vectors
-// along the row. A consumer warpgroup keeps the tensor cores busy while it does arithmetic; a step i is a block of
-// queries of one head:
+// Schedule. A CTA is one producer warpgroup, of which four threads work, and two consumer warpgroups, and is
+// persistent. A work tile is kBlockKV key rows of one kv head: K and V stay in shared memory while Q and dO of every
+// query head of the group stream by, so dK and dV are sums in registers, written once, whatever the GQA ratio. Scores
+// are held transposed (keys down, queries across): P^T and dS^T are A operands as they are, and lse and delta are
+// vectors along the row. A consumer warpgroup keeps the tensor cores busy while it does arithmetic; a step i is a
+// q_block of one head:
 //
-//   wait S(i)   issue dP   P   issue dV, dQ(i-1)   wait dP   dS -> shared   issue dK   wait dQ(i-1)   hand it over
+//   wait S(i)   issue dP   P   issue dV, dQ(i-1)   wait dP   dS -> shared   issue dK   wait dQ(i-1)   stage it
 //   issue S(i+1)
 //
 // dQ takes dS of both warpgroups, and is multiplied a step late so that neither waits for the other: they may be most
-// of a step apart, one at arithmetic while the other has the tensor cores. Where registers are short (kDelaysDQ false)
+// of a step apart, one at arithmetic while the other has the tensor cores. If registers are short (kDelaysDQ false)
 // a step is
 //
-//   issue S   wait   P   issue dP, dV   wait   dS -> shared   barrier   issue dQ, dK   wait dQ   hand it over
+//   issue S   wait   P   issue dP, dV   wait   dS -> shared   barrier   issue dQ, dK   wait dQ   stage it
 //
 // dQ gets a part from every key tile, added to fp32 sums in a workspace that keeps the order of the fragments
-// (BackwardRows): consumers leave it in shared memory, from where the copy engine adds it (reduce_dq), or add it
-// themselves where there is no room for that.
+// (BackwardRows): consumers stage it in shared memory, from where the copy engine adds it (reduce_dq), or, if there is
+// no room for that, add it themselves.
 //
 // Source: FlashAttention-2 (arXiv 2307.08691), algorithm 2; FlashAttention-3 (arXiv 2407.08608) for the roles of warps.
 #pragma once
@@ -52,10 +52,9 @@ struct Backward {
   static_assert(kBlockKV == 128, "64 key rows for each of two warpgroups");
 
   static constexpr int kScores = kBlockQ / 2;  // per thread
-  // Where dK and dV leave no room for P beside dP: dP is multiplied when P is packed, and P read back from shared
-  // memory.
+  // dK and dV leave no room for P beside dP: P goes to shared memory before dP is multiplied, and is read back.
   static constexpr bool kSpillsPToShared = kHeadDimQK + kHeadDimV > 256;
-  // dQ of a step is multiplied in the next one, where there are registers for it beside dP.
+  // dQ of a step is multiplied in the next one, if there are registers for it beside dP.
   static constexpr bool kDelaysDQ = !kSpillsPToShared && !kHasSoftcap;
   static constexpr int kReadsAhead = kScores > 32 || kHasSoftcap ? 2 : kScores / 8;  // fours of lse, or delta
   static constexpr int kNumDS = kDelaysDQ ? 3 : 2;  // so that one barrier a step is enough
@@ -63,7 +62,7 @@ struct Backward {
   // wider heads that keeps too many registers.
   static constexpr bool kStagesLastDQLate = kHeadDimQK <= 64;
   static constexpr bool kSumsDQ = true;
-  // A warpgroup's part of dQ passes through shared memory, where there is room for it.
+  // A warpgroup's part of dQ passes through shared memory, if there is room for it.
   static constexpr bool kStagesDQ = !kSpillsPToShared;
   static constexpr int kPartDQ = kBlockQ * kHeadDimQK / 2;
   static constexpr int kFragmentDQ = kBlockQ * kHeadDimQK / 256;
@@ -76,8 +75,8 @@ struct Backward {
   using ByQueries = std::conditional_t<kSplitsQueries, ByKeys, cute::Layout<cute::Shape<cute::_1, cute::_2, cute::_1>>>;
   using MmaS = decltype(cute::make_tiled_mma(
       cute::GMMA::ss_op_selector<Element, Element, float, BlockShape<kBlockKV, kBlockQ, kHeadDimQK>>(), ByKeys{}));
-  // dS^T stays in registers until dK is done with it, where there are so many; else it is read back from shared memory,
-  // where dQ needs it anyway.
+  // dS^T stays in registers until dK is done with it, if there are enough; else dK reads it from shared memory, where
+  // dQ needs it anyway.
   template <int kN>
   using SharedMma = decltype(cute::make_tiled_mma(
       cute::GMMA::ss_op_selector<Element, Element, float, BlockShape<kBlockKV, kN, kBlockQ>, cute::GMMA::Major::K,
@@ -129,6 +128,7 @@ struct Backward {
   static constexpr int kDSBarrier = 1, kOwnBarrier = 2;
   __device__ static int ds_barrier(int warpgroup, int stage) { return 1 + warpgroup * kNumDS + stage; }
 
+  // One function with two schedules, longer than others: the fragments of both are the same registers.
   __device__ static void consume(BackwardArguments const& arguments, SharedStorage& shared, int warpgroup) {
     using namespace cute;
     int const thread = ptx::read_thread_index();
@@ -140,12 +140,13 @@ struct Backward {
     MmaDK mma_dk;
     MmaDV mma_dv;
     MmaDQ mma_dq;
-    // Operands in shared memory are the warpgroup's: said so, their descriptors stay in uniform registers.
+    // wgmma descriptors are uniform per warpgroup: sliced by warpgroup, they stay in uniform registers.
     auto thread_s = mma_s.get_slice(warpgroup * kWarpgroupThreads);
     auto thread_dk = mma_dk.get_slice(warpgroup * kWarpgroupThreads);
     auto thread_dv = mma_dv.get_slice(warpgroup * kWarpgroupThreads);
     auto thread_dq = mma_dq.get_slice(warpgroup * kWarpgroupThreads);
     auto rows = [](Element* data, auto layout) { return make_tensor(make_smem_ptr(data), layout); };
+    // Descriptors (_, rows / 64 or columns, depth / 16, stages); t: read transposed.
     Tensor fK = thread_s.partition_fragment_A(rows(shared.k, LayoutRows<kBlockKV, kHeadDimQK, 1>{}));
     Tensor fV = thread_s.partition_fragment_A(rows(shared.v, LayoutRows<kBlockKV, kHeadDimV, 1>{}));
     Tensor fQ = thread_s.partition_fragment_B(rows(shared.q[0], LayoutRows<kBlockQ, kHeadDimQK, kNumStages>{}));
@@ -158,13 +159,13 @@ struct Backward {
     Tensor fP = thread_scores.partition_fragment_A(rows(shared.p, LayoutP{}));
     Tensor fKt = thread_dq.partition_fragment_B(rows(shared.k, LayoutColumns<kBlockKV, kHeadDimQK, 1>{}));
 
-    Tensor rDK = partition_fragment_C(mma_dk, Shape<Int<kBlockKV>, Int<kHeadDimQK>>{});
-    Tensor rDV = partition_fragment_C(mma_dv, Shape<Int<kBlockKV>, Int<kHeadDimV>>{});
-    Tensor rS = partition_fragment_C(mma_s, Shape<Int<kBlockKV>, Int<kBlockQ>>{});
-    Tensor rDP = partition_fragment_C(mma_s, Shape<Int<kBlockKV>, Int<kBlockQ>>{});
-    Tensor rDQ = partition_fragment_C(mma_dq, Shape<Int<kBlockQ>, Int<kHeadDimQK>>{});
-    Tensor rP = make_tensor<Element>(Shape<Shape<_2, _2, _2>, _1, Int<kBlockQ / 16>>{});  // an A operand
-    Tensor rDS = make_tensor_like(rP);
+    Tensor rDK = partition_fragment_C(mma_dk, Shape<Int<kBlockKV>, Int<kHeadDimQK>>{});   // fp32, kHeadDimQK/2 a thread
+    Tensor rDV = partition_fragment_C(mma_dv, Shape<Int<kBlockKV>, Int<kHeadDimV>>{});    // kHeadDimV/2
+    Tensor rS = partition_fragment_C(mma_s, Shape<Int<kBlockKV>, Int<kBlockQ>>{});        // S^T, kBlockQ/2
+    Tensor rDP = partition_fragment_C(mma_s, Shape<Int<kBlockKV>, Int<kBlockQ>>{});       // dP^T, kBlockQ/2
+    Tensor rDQ = partition_fragment_C(mma_dq, Shape<Int<kBlockQ>, Int<kHeadDimQK>>{});    // kBlockQ * kHeadDimQK / 256
+    Tensor rP = make_tensor<Element>(Shape<Shape<_2, _2, _2>, _1, Int<kBlockQ / 16>>{});  // P^T, 16 bits, an A operand
+    Tensor rDS = make_tensor_like(rP);                                                    // dS^T
     static_assert(decltype(size(rS))::value == kScores && decltype(size(rDQ))::value == kFragmentDQ);
     auto& pairs_p = reinterpret_cast<uint32_t (&)[kScores / 2]>(*rP.data());
     auto& pairs_ds = reinterpret_cast<uint32_t (&)[kScores / 2]>(*rDS.data());
@@ -179,8 +180,7 @@ struct Backward {
       __syncwarp();
       if (thread % kWarpThreads == 0) ClusterBarrier::arrive(&barrier);
     };
-    // Adds dQ to the sums, or leaves it to the copy engine. From the registers it takes until the memory has taken
-    // them.
+    // Stages dQ in shared memory for the copy engine (reduce_dq), or adds it to the sums from the registers.
     auto stage_dq = [&](BackwardWorkTile const& tile, BackwardStep const& step, int stage, uint32_t phase) {
       BackwardRows const& rows = arguments.rows;
       bool const has_semaphore = kStagesDQ || rows.dq_semaphore != nullptr;
@@ -219,8 +219,8 @@ struct Backward {
       warpgroup_fence_operand(rDK);  // before S is on its way, not after
       warpgroup_fence_operand(rDV);
       if (num_steps > 0) ClusterBarrier::wait(&shared.kv_full, tile.kv_phase);
-      // Without a step, and after the last, S is multiplied from whatever lies there, for nothing, as dQ is in the
-      // first step: wgmma in a branch would be serialized.
+      // Without a step, and after the last, S is multiplied from old data and discarded, and so is dQ in the first
+      // step: ptxas would serialize wgmma in a branch.
       auto multiply_s = [&] { multiply(mma_s, fK(_, _, _, 0), fQ(_, _, _, ring.stage), rS, false); };
       auto multiply_dp = [&](int stage) { multiply(mma_s, fV(_, _, _, 0), fDO(_, _, _, stage), rDP, false); };
       auto multiply_dq = [&](int stage) { multiply(mma_dq, fDS(_, _, _, stage), fKt(_, _, _, 0), rDQ, false); };
@@ -289,7 +289,8 @@ struct Backward {
           warpgroup_fence_operand(rDQ);
           warpgroup_fence_operand(rDV);
           arrive(shared.dout_empty[stage]);
-          // The ring is one step ahead: its phase has changed where this step was in the last stage.
+          // The phase of this step: the ring is one step ahead, and its phase changed if this step was in the last of
+          // two stages. (ring.before().phase is the same number from other instructions.)
           stage_dq(tile, step, stage, ring.phase ^ stage);
         }
       }

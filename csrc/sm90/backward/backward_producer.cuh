@@ -56,8 +56,8 @@ struct BackwardArguments {
   Problem problem;
   Window window;
   Schedule schedule;
-  int32_t num_splits;  // a group's query heads are shared among so many tiles, whose dK and dV are summed afterwards
-  float* parts;        // [tile, num_splits, fragments of dK and dV of a tile], or null where num_splits is 1
+  int32_t num_splits;  // work tiles that share a group's query heads; their dK and dV are summed afterwards
+  float* parts;        // [tile, num_splits, fragments of dK and dV of a tile], or null if num_splits is 1
 };
 
 // Key rows [kv_begin, ...) of one kv head, and the queries that see some of them.
@@ -86,10 +86,10 @@ struct BackwardStep {
   }
 };
 
-// A block of Q or dO whose first rows a loading thread clears before it hands it on; that thread's alone.
+// A q_block of Q or dO whose first rows a loading thread clears before the consumers see it; used by that thread alone.
 struct BlockToClear {
   uint64_t arrived;
-  uint32_t phase;  // in shared memory, for want of registers
+  uint32_t phase;  // in shared memory, since the thread has no register for it
 };
 
 constexpr int kNumBackwardTiles = 2;  // announced at a time, so that the next is loaded while dK and dV are written
@@ -120,7 +120,7 @@ __device__ inline void write_backward_work_tile(BackwardWorkTile& tile, Backward
   tile.kv_phase = kv_phase;
 }
 
-// What the barriers of the backward kernels count, beside the bytes TMA writes.
+// Sets how many arrivals each barrier of the backward kernels by keys counts, besides the bytes that TMA writes.
 template <class Kernel>
 __device__ void init_backward_barriers(typename Kernel::SharedStorage& shared) {
   // Consumers arrive by warps, each when it has done its own reading.
@@ -156,7 +156,7 @@ __device__ void publish_key_work_tiles(BackwardArguments const& arguments, typen
   uint32_t kv_phase = 0;
   open_counter(arguments.schedule);
   for (int32_t round = 0;; ++round, slot.advance()) {
-    // Work is asked for late: a block that took its next long tile early would be the last to finish.
+    // Takes the next tile late: a CTA that took its next long tile early would be the last to finish.
     ClusterBarrier::wait(&shared.work_wanted, (round + 1) % 2);
     TilePlace const place = place_of(arguments.schedule, next_index(arguments.schedule, round));
     ClusterBarrier::wait(&shared.tile_empty[slot.stage], slot.phase ^ 1);
@@ -256,10 +256,10 @@ __device__ int64_t workspace_block_of(BackwardRows const& rows, BackwardWorkTile
   return (step.head * rows.per_head + tile.first_row) / kBlockQ + step.q_block;
 }
 
-// The thread that has the copy engine add what consumers have left in shared memory to the sums of dQ (kStagesDQ), and
-// keeps turns where dQ is to be the same bits every time: then parts of a block of queries are added in the order of
-// falling keys. That is the order of the schedule, so the tile waited for is running or done. Waiting for other blocks,
-// and the fence before another may go on, take this thread's time and not the consumers'.
+// The thread that has the copy engine add the parts of dQ that consumers have staged in shared memory to the sums
+// (kStagesDQ). If dQ must be the same bits every time, it also keeps the order: a semaphore for each q_block admits the
+// parts in the order of falling keys. That is the order of the schedule, so the tile waited for is running or done.
+// Waiting for other CTAs, and the fence before the next may go on, take this thread's time and not the consumers'.
 template <class Kernel>
 __device__ void reduce_dq(BackwardArguments const& arguments, typename Kernel::SharedStorage& shared) {
   BackwardRows const& rows = arguments.rows;

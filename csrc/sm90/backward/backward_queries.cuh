@@ -2,11 +2,11 @@
 //
 //   S = Q K^T      P = exp(scale S - lse)      dP = dO V^T      dS = P o (dP - delta)      dQ = scale dS K
 //
-// Where dK and dV leave room for tiles of 64 keys only (backward_wide.cuh), summing their parts of dQ in memory takes
-// longer than the products do. dQ has a kernel of its own there, which multiplies S and dP again: seven products in all
+// If dK and dV leave room for tiles of 64 keys only (backward_wide.cuh), summing their parts of dQ in memory takes
+// longer than the products do. dQ then has a kernel of its own, which multiplies S and dP again: seven products in all
 // instead of five, but dQ is a sum in registers. It needs no workspace, and is the same bits every time.
 //
-// Schedule. Tiles, producer and the order of work are the forward's (query_tile.cuh): a block of 128 queries stays in
+// Schedule. Tiles, producer and the order of work are the forward's (query_tile.cuh): a q_block of 128 queries stays in
 // shared memory with its dO, K and V stream by, and each of the two consumer warpgroups has 64 of them:
 //
 //   issue dQ(n) += dS(n) K(n), S(n-1), dP(n-1)   wait S   P   wait dP   dS(n-1) -> registers
@@ -111,14 +111,15 @@ struct BackwardQueries {
     auto tensor = [](Element* data, auto layout) { return make_tensor(make_smem_ptr(data), layout); };
     auto thread_s = mma_s.get_slice(thread);
     auto thread_dq = mma_dq.get_slice(thread);
+    // Descriptors (_, 1, depth / 16, stages); t: read transposed.
     Tensor fQ = thread_s.partition_fragment_A(tensor(shared.q[0], LayoutQ{}));
     Tensor fDO = thread_s.partition_fragment_A(tensor(shared.dout[0], LayoutQ{}));
     Tensor fK = thread_s.partition_fragment_B(tensor(shared.k[0], LayoutK{}));
     Tensor fV = thread_s.partition_fragment_B(tensor(shared.v[0], LayoutK{}));
     Tensor fKt = thread_dq.partition_fragment_B(tensor(shared.k[0], LayoutKt{}));
-    Tensor rS = partition_fragment_C(mma_s, Shape<Int<kBlockQ>, Int<kBlockKV>>{});
-    Tensor rDP = partition_fragment_C(mma_s, Shape<Int<kBlockQ>, Int<kBlockKV>>{});
-    Tensor rDQ = partition_fragment_C(mma_dq, Shape<Int<kBlockQ>, Int<kHeadDim>>{});
+    Tensor rS = partition_fragment_C(mma_s, Shape<Int<kBlockQ>, Int<kBlockKV>>{});    // fp32, kBlockKV/2 a thread
+    Tensor rDP = partition_fragment_C(mma_s, Shape<Int<kBlockQ>, Int<kBlockKV>>{});   // kBlockKV/2
+    Tensor rDQ = partition_fragment_C(mma_dq, Shape<Int<kBlockQ>, Int<kHeadDim>>{});  // kHeadDim/2
     Tensor rDS = make_tensor<Element>(partition_shape_A(mma_dq, Shape<Int<kBlockQ>, Int<kBlockKV>>{}));
     static_assert(decltype(size(rS))::value == kScores && decltype(size(rDS))::value == kScores);
 
@@ -129,7 +130,7 @@ struct BackwardQueries {
     Ring<kNumQStages> q_ring;
     Ring<kNumQueryTiles> slot;
 
-    // A product is complete for the whole warpgroup at once, so one thread speaks for it.
+    // A product completes for the whole warpgroup at once, so one thread arrives for all.
     auto release = [&](uint64_t& barrier) {
       if (threadIdx.x % kWarpgroupThreads == 0) ClusterBarrier::arrive(&barrier);
     };

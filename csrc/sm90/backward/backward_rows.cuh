@@ -1,9 +1,11 @@
 // The small kernels around the backward kernel: what each query row needs before, and the sums afterwards.
 //
-//   prepare   delta = rowsum(dO o O) - dlse, lse in base 2; sums of dQ and turns set to zero; a block's part of dsinks
-//   finish    dQ = scale * sum, from fp32 fragments to rows of the tensor
-//   merge     dK and dV of a tile, summed over the splits of a group
-//   sum_sinks dsinks[h] = -sum_i exp(sinks[h] - lse[i]) delta[i], in a fixed order
+//   preprocess      delta = rowsum(dO o O) - dlse, lse in base 2; sums of dQ and semaphores set to zero; a q_block's
+//   part
+//                   of dsinks
+//   dq_postprocess  dQ = scale * sum, from fp32 fragments to rows of the tensor
+//   combine_splits  dK and dV of a tile, summed over the splits of a group
+//   sum_sinks       dsinks[h] = -sum_i exp(sinks[h] - lse[i]) delta[i], in a fixed order
 //
 // Source: delta, FlashAttention-2 (arXiv 2307.08691), algorithm 2, line 4; the dlse term follows from d lse / d S = P.
 #pragma once
@@ -77,7 +79,7 @@ __device__ int32_t block_in_head(BackwardRows const& rows, int32_t head) {
   return static_cast<int32_t>(blockIdx.x - head * static_cast<uint32_t>(rows.per_head / kBlockQ));
 }
 
-// One block of threads for each block of rows and head.
+// One CTA for each q_block and head.
 template <int kBlockQ, int kHeadDimQK, class Element>
 __global__ void __launch_bounds__(kRowThreads)
     preprocess_kernel(__grid_constant__ PreprocessArguments const arguments) {
@@ -196,7 +198,7 @@ __global__ void __launch_bounds__(kRowThreads)
   }
 }
 
-// One block of threads for each tile, in the order of `parts`: key blocks of kv heads of batches.
+// One CTA for each work tile, in the order of `parts`: kv_blocks of kv heads of batches.
 template <int kBlockKV, int kHeadDimQK, int kHeadDimV, bool kSplitsColumns, class Element>
 __global__ void __launch_bounds__(kRowThreads)
     combine_splits_kernel(__grid_constant__ BackwardArguments const arguments) {

@@ -6,8 +6,8 @@
 // dK and dV of 64 keys of 256 columns fill half of the registers of two warpgroups, so each has half of the columns of
 // dK and dV, and needs all of P and dS, which pass through shared memory. The products before them are shared as well:
 //
-//   warpgroup 0:  S    P -> shared   | barrier   dV (its columns)                           | barrier   dK (its
-//   columns) warpgroup 1:  dP                 | barrier   dV               dS from P and dP -> shared | barrier   dK
+//   warpgroup 0:  S   P -> shared | barrier   dV (its columns)                        | barrier   dK (its columns)
+//   warpgroup 1:  dP              | barrier   dV            dS from P and dP -> shared | barrier   dK
 //
 // Both run the same code on other operands: S^T and dP^T are products of the same shape. Issued before dK of the step
 // before, they would hide P as well, but Q would have to stay for half a step more, and there is no room for a third.
@@ -84,6 +84,7 @@ struct BackwardWide {
     auto thread_dkv = mma_dkv.get_slice(warpgroup * kWarpgroupThreads);
     auto tensor = [](Element* data, auto layout) { return make_tensor(make_smem_ptr(data), layout); };
     bool const is_first = warpgroup == 0;
+    // Descriptors (_, 1, depth / 16, stages): K and Q of warpgroup 0, V and dO of warpgroup 1; t: read transposed.
     Tensor fA = thread_s.partition_fragment_A(
         tensor(is_first ? shared.k : shared.v, typename Layouts::template Rows<kBlockKV, kHeadDim, 1>{}));
     Tensor fB = thread_s.partition_fragment_B(tensor(is_first ? shared.q[0] : shared.dout[0],
@@ -94,9 +95,9 @@ struct BackwardWide {
     Tensor fP = thread_dkv.partition_fragment_A(tensor(shared.p[0], LayoutScores{}));
     Tensor fDSt = thread_dkv.partition_fragment_A(tensor(shared.ds, LayoutScores{}));
 
-    Tensor rDK = partition_fragment_C(mma_dkv, Shape<Int<kBlockKV>, Int<kHeadDim>>{});
-    Tensor rDV = partition_fragment_C(mma_dkv, Shape<Int<kBlockKV>, Int<kHeadDim>>{});
-    Tensor rS = partition_fragment_C(mma_s, Shape<Int<kBlockKV>, Int<kBlockQ>>{});
+    Tensor rDK = partition_fragment_C(mma_dkv, Shape<Int<kBlockKV>, Int<kHeadDim>>{});  // fp32, kHeadDim/4 a thread
+    Tensor rDV = partition_fragment_C(mma_dkv, Shape<Int<kBlockKV>, Int<kHeadDim>>{});  // kHeadDim/4
+    Tensor rS = partition_fragment_C(mma_s, Shape<Int<kBlockKV>, Int<kBlockQ>>{});      // S^T or dP^T, 32
     static_assert(decltype(size(rS))::value == kScores && decltype(size(rDK))::value == kFragment);
     auto arrive = [&](uint64_t& barrier) {
       __syncwarp();

@@ -13,7 +13,7 @@
 
 namespace flashmla::sm90 {
 
-// The sums of dQ are held for so many kv heads at a time that they stay within this, or for one.
+// The sums of dQ are held for as many kv heads at a time as fit in this, at least one.
 constexpr int64_t kLargestSums = int64_t{256} << 20;
 
 // How one backward call is cut up, and where its parts lie in the workspace (bytes).
@@ -42,8 +42,8 @@ BackwardPlan plan_backward(BackwardParams const& params, int num_sms) {
     plan.heads_kv = std::clamp<int64_t>(kLargestSums / std::max<int64_t>(1, bytes_kv_head), 1, plan.heads_kv);
   while (problem.heads_kv % plan.heads_kv != 0) --plan.heads_kv;
   plan.heads_q = plan.heads_kv * group;
-  // Where there are too few tiles for the GPU, a group's heads are shared out. (Boundaries are on the device: packed
-  // calls are not split.)
+  // If there are too few work tiles for the GPU, several share a group's query heads. (Boundaries are on the device:
+  // packed calls are not split.)
   int64_t const kv_blocks = is_packed ? 0 : ceil_div(problem.seqlen_kv, Tiles::kBlockKV);
   int64_t const tiles = is_packed ? int64_t{1} << 40 : problem.batch * plan.heads_kv * kv_blocks;
   plan.num_splits = 1;
@@ -183,7 +183,7 @@ const char* launch_heads(BackwardParams const& params, BackwardPlan const& plan,
       if (cudaError_t const status = allow_shared_memory<kernel>(kSharedBytes, device); status != cudaSuccess) {
         return cudaGetErrorString(status);
       }
-      // Blocks that wait for each other's turns must all be running.
+      // CTAs that wait for each other's parts of dQ must all be running.
       Launch const how = arguments.rows.dq_semaphore != nullptr ? Launch::kTogether
                          : rows_q > 0                           ? Launch::kDependent
                                                                 : Launch::kAlone;

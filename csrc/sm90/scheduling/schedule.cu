@@ -22,14 +22,15 @@ int64_t pairs_per_section(int64_t pairs, int64_t pairs_per_kv_head, int64_t want
 }
 
 // K and V of the pairs that the forward walks together, at the most. Otherwise so many that each has four of its tiles
-// at work at a time: fewer pairs share what they read better, more balance better. Measured (docs/log.md).
+// at work at a time: fewer pairs share what they read better, more balance better. Measured (docs/log.md, 2026-11-24).
 constexpr int64_t kForwardSectionBytes = int64_t{128} << 20;
 
-// Q, dO and sums of dQ of the pairs that the backward walks together, where nothing speaks against it. Measured.
+// Q, dO and sums of dQ of the pairs that the backward walks together, unless the mask or determinism needs more.
+// Measured (docs/log.md, 2026-11-24).
 constexpr int64_t kBackwardSectionBytes = int64_t{24} << 20;
 
-// Packed: what the documents walked together, of the heads walked together, read again and again. Measured: larger, and
-// short documents of many heads share nothing in L2.
+// Packed: what the documents walked together, of the heads walked together, read again and again. Measured
+// (docs/log.md, 2026-11-24): with more, short documents of many heads share nothing in L2.
 constexpr int64_t kChunkBytes = int64_t{16} << 20;
 
 constexpr int kScheduleThreads = 1024;
@@ -47,7 +48,7 @@ __global__ void __launch_bounds__(kScheduleThreads)
   Schedule const& schedule = arguments.schedule;
   Problem const& problem = arguments.problem;
   Window const window = arguments.window;
-  constexpr int kNumChunks = 16, kNumCosts = 64;
+  constexpr int kNumChunks = 16, kNumCosts = 64;  // buckets of the sort
   static_assert(kNumChunks * kNumCosts == kScheduleThreads, "one bucket a thread");
   using Scan = cub::BlockScan<int32_t, kScheduleThreads>;
   __shared__ typename Scan::TempStorage scan_storage;
@@ -135,7 +136,7 @@ __global__ void __launch_bounds__(kScheduleThreads)
   }
 }
 
-// How many query heads share a tile: all of a group where that fills tiles that one head leaves part empty.
+// How many query heads share a work tile: all of a group, if packing them saves a tenth of the tiles.
 int32_t heads_packed(Problem const& problem, int block_q) {
   int64_t const group = problem.heads_q / problem.heads_kv;
   if (group == 1 || group > block_q) return 1;
@@ -202,9 +203,9 @@ const char* finish_schedule(Problem const& problem, int64_t rows, int64_t pairs_
   }
   if (num_tiles > num_sms &&
       (schedule.pairs_per_section < schedule.num_pairs || (num_tiles > 3 * num_sms && !schedule.is_ordered))) {
-    // Several sections: each begins with long tiles again, and only asking for work balances that. Many tiles: some
-    // multiprocessors are faster than others. A few of one section, dealt to and fro, are balanced as they are; and
-    // where tiles wait for each other, blocks that run ahead only wait longer.
+    // Several sections: each begins with long tiles again, and only a counter balances that. Many tiles: some
+    // multiprocessors are faster than others. A few tiles of one section, dealt to and fro, are balanced as they are.
+    // If tiles wait for each other, CTAs that run ahead only wait longer.
     schedule.next_tile = words;
     schedule.ticket = new_ticket();
   }

@@ -1,5 +1,5 @@
-// What a block asks of the schedule (schedule.h): its next tile, and what that tile sees; and where it is in a ring of
-// buffers.
+// The schedule as a CTA reads it (schedule.h): its next work tile, and what that tile sees; and the position in a ring
+// of buffers.
 #pragma once
 
 #include "sm90/hopper/ptx.cuh"
@@ -104,8 +104,8 @@ __device__ void write_work_tile(WorkTile& tile, Schedule const& schedule, Proble
   int32_t const shift = sequence.seqlen_kv - sequence.seqlen_q;
   int32_t q_begin = place.row_block * schedule.rows_per_block;
   if (window.right >= 0) {
-    // Blocks end with the sequence instead of beginning with it: the one that is not full sees the fewest keys, not the
-    // most. Its first rows are before the sequence and belong to no query.
+    // q_blocks end with the sequence instead of beginning with it, so that the part-empty one sees the fewest keys, not
+    // the most. Its first rows lie before the sequence and belong to no query.
     int32_t const num_q_blocks = (sequence.seqlen_q + schedule.rows_per_block - 1) / schedule.rows_per_block;
     q_begin -= num_q_blocks * schedule.rows_per_block - sequence.seqlen_q;
   }
@@ -133,9 +133,9 @@ __device__ void write_work_tile(WorkTile& tile, Schedule const& schedule, Proble
 }
 
 // A counter that the kernel clears itself: a memset before it would take as long as several tiles of a short call.
-// Block 0 clears it and puts the call's ticket behind it, which the others wait for (next_index). A ticket is 64 bits
-// that no other call has, so what lay there before is taken for it once in 2^64 calls; the last to ask takes it away,
-// for a CUDA graph comes again with the same one.
+// CTA 0 clears it and writes the call's ticket behind it, which the others wait for (next_index). A ticket is 64 bits
+// that no other call has, so old memory is taken for it once in 2^64 calls. The last CTA to request work clears the
+// ticket, because a replayed CUDA graph uses the same one again.
 __device__ inline uint64_t* ticket_of(Schedule const& schedule) {
   return reinterpret_cast<uint64_t*>(schedule.next_tile) + 1;
 }
@@ -146,8 +146,9 @@ __device__ inline void open_counter(Schedule const& schedule) {
   ptx::store_release(ticket_of(schedule), schedule.ticket);
 }
 
-// The number of the tile this block takes in its round `round`. Dealt out statically, rounds run to and fro, so that
-// whoever had the longest tile of one round has the shortest of the next; otherwise blocks take what is left, in order.
+// The number of the tile that this CTA takes in its round `round`. Dealt out statically, rounds run to and fro, so that
+// the CTA with the longest tile of one round has the shortest of the next; otherwise CTAs take the next tile by
+// counter.
 __device__ inline int32_t next_index(Schedule const& schedule, int32_t round) {
   int32_t const num_ctas = gridDim.x;
   if (schedule.next_tile == nullptr) {
@@ -159,8 +160,7 @@ __device__ inline int32_t next_index(Schedule const& schedule, int32_t round) {
     }
   }
   int32_t const asked = atomicAdd(schedule.next_tile, 1);
-  // Every tile but each block's first is asked for, and each block asks once more than there is: as often as there are
-  // tiles in all.
+  // CTAs request every tile but their first, and each requests one more than there is: num_tiles requests in all.
   if (schedule.ticket != 0 && asked == schedule.num_pairs * schedule.num_row_blocks - 1) *ticket_of(schedule) = 0;
   return num_ctas + asked;
 }
