@@ -101,7 +101,9 @@ struct Forward {
   // is not inlined (docs/log.md, 2026-11-22).
   __device__ static void consume(ForwardArguments const& arguments, SharedStorage& shared, int warpgroup) {
     using namespace cute;
-    int const first_row = row_of_thread(warpgroup * kWarpgroupRows, threadIdx.x);
+    // row_of_thread, written out: called here, it gives ptxas other code (docs/log.md, 2026-11-27).
+    int const first_row = warpgroup * kWarpgroupRows + threadIdx.x % kWarpgroupThreads / kWarpThreads * 16 +
+                          threadIdx.x % kWarpThreads / 4;
     Problem const& problem = arguments.problem;
     Schedule const& schedule = arguments.schedule;
 

@@ -96,7 +96,8 @@ struct ForwardOutput {
     Schedule const& schedule = arguments.schedule;
     if (Kernel::kLooksAhead && rows.can_tma_store) {
       store_matrices<Element, Kernel::kSwizzleColumns, Kernel::kBlockQ, Kernel::kColumnsV>(
-          shared.q[q_stage], rO, rows.factor, warpgroup * kWarpgroupRows + threadIdx.x % kWarpgroupThreads / kWarpThreads * 16);
+          shared.q[q_stage], rO, rows.factor,
+          warpgroup * kWarpgroupRows + threadIdx.x % kWarpgroupThreads / kWarpThreads * 16);
       NamedBarrier::sync(kWarpgroupThreads, Kernel::kOwnBarrier + warpgroup);
       if (threadIdx.x % kWarpgroupThreads == 0) {
         cutlass::arch::fence_view_async_shared();  // from what the warpgroup wrote to what the copy engine reads
