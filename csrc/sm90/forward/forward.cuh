@@ -97,8 +97,8 @@ struct Forward {
   // Named barriers: 0 is __syncthreads; then the turns, then one for each warpgroup's own threads.
   static constexpr int kTurnBarrier = 1, kOwnBarrier = kTurnBarrier + kNumConsumers;
 
-  // One function, longer than others: its states share registers, and ptxas serializes wgmma in a branch or a call that
-  // is not inlined (docs/log.md, 2026-11-22).
+  // One function, longer than others: its parts share fragments and rings, and ptxas serializes wgmma in a branch
+  // (docs/log.md, 2026-11-22).
   __device__ static void consume(ForwardArguments const& arguments, SharedStorage& shared, int warpgroup) {
     using namespace cute;
     // row_of_thread, written out: called here, it gives ptxas other code (docs/log.md, 2026-11-27).
