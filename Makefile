@@ -8,6 +8,7 @@
 # make test-older-transformers    the integration tests on older releases
 # make test-newest                the integration tests on the newest torch, Transformers, accelerate and peft there are
 # make sweep     every model class of Transformers against eager, and docs/models.md of it (half an hour on 2 cores)
+# make tiles     the tables of README.md and docs/kernels.md, from csrc/sm90/tiles.h
 # make support   the README's table of models, from the parity suite's results
 # make bench     attention and model benchmarks on this machine
 # make memory    on a GPU host: memory and speed of long training steps beside the ledger, per model
@@ -42,8 +43,8 @@ READY = $(call on_gpu_or,build/in-place.stamp,$(VENV)/package.stamp)
 SOURCES := $(shell find csrc -type f) setup.py pyproject.toml
 CXX_FILES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo test test-other-torch test-older-transformers test-newest sweep support gpu sanitize cuda headers bench memory lint \
-  types format clean
+.PHONY: demo test test-other-torch test-older-transformers test-newest sweep support tiles gpu sanitize cuda headers bench memory \
+  lint types format clean
 demo: ready
 	$(RUN) scripts/demo.py
 
@@ -75,6 +76,9 @@ test-newest:
 support: ready
 	FLASHMLA_SUPPORT_JSON=tests/support.json $(RUN) -m pytest tests/test_hf_parity.py
 	$(RUN) tests/support_table.py
+
+tiles:
+	$(PYTHON) csrc/sm90/tiles.py
 
 SWEEP := tests/model_sweep/results.json
 sweep: ready
@@ -108,6 +112,7 @@ lint: $(LINT)/requirements.stamp
 	$(LINT)/bin/ruff check .
 	$(LINT)/bin/ruff format --check .
 	$(LINT)/bin/clang-format --dry-run --Werror $(CXX_FILES)
+	$(PYTHON) csrc/sm90/tiles.py --check
 
 # mypy reads the types of torch, which .venv has.
 types: $(LINT)/requirements.stamp $(VENV)/requirements.stamp

@@ -19,6 +19,7 @@ FLASHMLA_TORCH_DIR    the ``torch`` package directory, where it is not found by 
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import platform
@@ -245,10 +246,19 @@ def sources_of(backend: str) -> list[tuple[Path, list[str]]]:
     """(source, flags) of a library on this machine's architecture."""
     table = source_table(backend)
     return [
-        (ROOT / row["file"], [*table["common_flags"], *row.get("flags", [])])
+        (path, [*table["common_flags"], *row.get("flags", [])])
         for row in table["sources"]
         if row.get("arch") in (None, platform.machine())
+        for path in (sorted(ROOT.glob(row["file"])) if "*" in row["file"] else [ROOT / row["file"]])
     ]
+
+
+def head_dim_limits() -> dict[str, int]:
+    """Which head dims the Hopper kernels take, from their table."""
+    spec = importlib.util.spec_from_file_location("sm90_tiles", CSRC / "sm90" / "tiles.py")
+    tiles = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tiles)
+    return tiles.limits()
 
 
 def macros_and_includes(name: str, torch_dir: Path) -> list[str]:
@@ -414,6 +424,7 @@ class BuildLibraries(build_ext):
             "machine": platform.machine(),
             "cuda": self.cuda.release if self.cuda else None,
             "archs": re.findall(r"sm_(\w+)", gencode) if self.cuda else [],
+            "sm90": head_dim_limits(),
             "no_cuda": self.no_cuda,
             "no_direct": self.no_direct,
         }

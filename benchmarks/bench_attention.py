@@ -33,6 +33,7 @@ import argparse
 import ctypes
 import dataclasses
 import gc
+import importlib.util
 import json
 import math
 import os
@@ -524,9 +525,14 @@ def _driver() -> str:
 
 def _window_tile() -> list[int]:
     """Rows of Q and of K/V in a tile of the Hopper kernel at head dim 128, read from its table; (128, 128) without it."""
-    tiles = Path(__file__).resolve().parent.parent / "csrc" / "sm90" / "tiles.h"
-    found = tiles.exists() and re.search(r"ForwardTiles<128, 128, kMask> : ForwardTile<(\d+), (\d+)", tiles.read_text())
-    return [int(found.group(1)), int(found.group(2))] if found else [128, 128]
+    path = Path(__file__).resolve().parent.parent / "csrc" / "sm90" / "tiles.py"
+    if not path.exists():
+        return [128, 128]
+    spec = importlib.util.spec_from_file_location("sm90_tiles", path)
+    tiles = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tiles)
+    (entry,) = (e for e in tiles.entries("Forward") if e["head_dims"] == (128, 128) and e["mask"] == "kMask")
+    return [entry["kBlockQ"], entry["kBlockKV"]]
 
 
 def main(argv: list[str] | None = None) -> None:

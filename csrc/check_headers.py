@@ -51,7 +51,9 @@ def jobs(torches: list[Path], cudas: list[list[Path]]):
             )
     # Of the host code of the kernels, what is not compiled by nvcc alone.
     headers = HEADERS / "sm90_headers.cpp"
-    headers.write_text("".join(f'#include "sm90/{path.name}"\n' for path in sorted(build.CSRC.glob("sm90/*.h"))))
+    headers.write_text(
+        "".join(f'#include "{path.relative_to(build.CSRC)}"\n' for path in sorted(build.CSRC.glob("sm90/**/*.h")))
+    )
     for cuda, includes in zip(CUDA, cudas, strict=True):
         for source in (build.CSRC / "sm90/dispatch.cpp", headers):
             yield f"CUDA {cuda}: {source.name}", command(build.SM90, torches[0], source, includes)

@@ -1,5 +1,6 @@
-// What a backend's library offers direct/direct.cpp, which calls it without torch's dispatcher. The types are no
-// promise to anyone else: setup.py gives both the same FLASHMLA_DIRECT_ABI, and nothing is called where they differ.
+// What a backend's library offers direct/direct.cpp, which calls it without torch's dispatcher. These types are
+// private: setup.py compiles both sides with the same FLASHMLA_DIRECT_ABI, and libraries with different ones are not
+// called.
 #pragma once
 
 #include <cstddef>
@@ -10,9 +11,9 @@ namespace flashmla {
 
 enum DirectResult : int {
   kDirectDone = 0,
-  kDirectNot = 1,          // something is not as it should be, or has to be copied first: the operator says or does it
-  kDirectFailed = 2,       // in the kernel's launch; `message` says how
-  kDirectOutOfMemory = 3,  // torch could not allocate `bytes`
+  kDirectNotApplicable = 1,  // call the operator instead: it reports the error or makes the copy
+  kDirectFailed = 2,         // in the kernel's launch; `message` says how
+  kDirectOutOfMemory = 3,    // torch could not allocate `bytes`
 };
 
 struct DirectError {
@@ -23,7 +24,7 @@ struct DirectError {
 struct DirectForward {
   Arguments arguments;
   TensorInfo out;
-  std::optional<TensorInfo> lse;  // not there: nobody wants it
+  std::optional<TensorInfo> lse;  // absent: not wanted
 };
 
 struct DirectBackward {

@@ -10,31 +10,30 @@
 
 namespace flashmla {
 
+// What both operators have in common, in the order of their schemas: the one place of C++ that spells this list for
+// torch.
+inline Arguments arguments_of(const Tensor& q, const Tensor& k, const Tensor& v, const std::optional<Tensor>& sinks,
+                              const std::optional<Tensor>& cu_seqlens_q, const std::optional<Tensor>& cu_seqlens_kv,
+                              int64_t max_seqlen_q, int64_t max_seqlen_kv, double scale, int64_t window_left,
+                              int64_t window_right, double softcap, bool deterministic) {
+  return {info_of(q),   info_of(k),    info_of(v), info_of(sinks), info_of(cu_seqlens_q), info_of(cu_seqlens_kv),
+          max_seqlen_q, max_seqlen_kv, scale,      window_left,    window_right,          softcap,
+          deterministic};
+}
+
 // Both ways into a backend, from what it has of its own:
 //   check(op, arguments) -> Problem                            refuses what it does not compute
-//   can_read(info), make_readable(tensor)                      where dout and out have to be copied first
+//   can_read(info), make_readable(tensor)                      whether dout and out must be copied first, and the copy
 //   run_forward(op, params, arguments, out), run_backward(op, params, arguments, tensors)
 template <class Backend>
 struct Host {
-  static Arguments arguments_of(const Tensor& q, const Tensor& k, const Tensor& v, const std::optional<Tensor>& sinks,
-                                const std::optional<Tensor>& cu_seqlens_q, const std::optional<Tensor>& cu_seqlens_kv,
-                                int64_t max_seqlen_q, int64_t max_seqlen_kv, double scale, int64_t window_left,
-                                int64_t window_right, double softcap, bool deterministic) {
-    return {info_of(q),   info_of(k),    info_of(v), info_of(sinks), info_of(cu_seqlens_q), info_of(cu_seqlens_kv),
-            max_seqlen_q, max_seqlen_kv, scale,      window_left,    window_right,          softcap,
-            deterministic};
-  }
-
-  static std::tuple<Tensor, Tensor> forward(Tensor q, Tensor k, Tensor v, std::optional<Tensor> sinks,
-                                            std::optional<Tensor> cu_seqlens_q, std::optional<Tensor> cu_seqlens_kv,
-                                            int64_t max_seqlen_q, int64_t max_seqlen_kv, double scale,
-                                            int64_t window_left, int64_t window_right, double softcap,
-                                            bool deterministic) {
-    const char* op = "flash_attn_forward";
-    const Arguments arguments = arguments_of(q, k, v, sinks, cu_seqlens_q, cu_seqlens_kv, max_seqlen_q, max_seqlen_kv,
-                                             scale, window_left, window_right, softcap, deterministic);
-    return with_torch_errors([&] { return forward_of(op, arguments); });
-  }
+  // A backward call's own inputs, before they are copied where a kernel cannot read them.
+  struct BackwardInputs {
+    const Tensor& dout;
+    const std::optional<Tensor>& dlse;
+    const Tensor &out, &lse;
+    bool needs_dq, needs_dk, needs_dv, needs_dsinks;
+  };
 
   static std::tuple<Tensor, Tensor> forward_of(const char* op, const Arguments& arguments) {
     const Problem p = Backend::check(op, arguments);
@@ -52,22 +51,9 @@ struct Host {
     return {out, lse};
   }
 
-  static std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
-      Tensor dout, std::optional<Tensor> dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse,
-      std::optional<Tensor> sinks, std::optional<Tensor> cu_seqlens_q, std::optional<Tensor> cu_seqlens_kv,
-      int64_t max_seqlen_q, int64_t max_seqlen_kv, double scale, int64_t window_left, int64_t window_right,
-      double softcap, bool deterministic, bool needs_dq, bool needs_dk, bool needs_dv, bool needs_dsinks) {
-    const char* op = "flash_attn_backward";
-    const Arguments arguments = arguments_of(q, k, v, sinks, cu_seqlens_q, cu_seqlens_kv, max_seqlen_q, max_seqlen_kv,
-                                             scale, window_left, window_right, softcap, deterministic);
-    return with_torch_errors(
-        [&] { return backward_of(op, arguments, dout, dlse, out, lse, needs_dq, needs_dk, needs_dv, needs_dsinks); });
-  }
-
   static std::tuple<Tensor, Tensor, Tensor, Tensor> backward_of(const char* op, const Arguments& arguments,
-                                                                const Tensor& dout, const std::optional<Tensor>& dlse,
-                                                                const Tensor& out, const Tensor& lse, bool needs_dq,
-                                                                bool needs_dk, bool needs_dv, bool needs_dsinks) {
+                                                                const BackwardInputs& inputs) {
+    const auto& [dout, dlse, out, lse, needs_dq, needs_dk, needs_dv, needs_dsinks] = inputs;
     const Problem p = Backend::check(op, arguments);
     BackwardTensors tensors{info_of(dout), info_of(out), info_of(lse), info_of(dlse), {}, {}, {}, {}};
     check_saved(op, p, arguments.q, tensors);
@@ -103,14 +89,14 @@ struct Host {
     return {dq, dk, dv, dsinks};
   }
 
-  // check() throws where the operator is to be called instead; what run() throws is an error.
+  // check() throws if the operator is to be called instead; an exception of run() is an error of the call.
   template <class Check, class Run>
   static DirectResult directly(DirectError& failure, const Check& check, const Run& run) {
     Problem p;
     try {
       p = check();
     } catch (const std::exception&) {
-      return kDirectNot;
+      return kDirectNotApplicable;
     }
     try {
       run(p);
@@ -148,12 +134,34 @@ struct Host {
       const bool is_in_place =
           Backend::can_read(tensors.dout) && Backend::can_read(tensors.out) && has_contiguous_rows(tensors.lse) &&
           (!tensors.dlse || has_contiguous_rows(*tensors.dlse)) && (!tensors.dsinks || p.sinks != nullptr);
-      if (!is_in_place) throw std::runtime_error("to be copied first");
+      if (!is_in_place) throw std::runtime_error("a tensor must be copied first");
       return p;
     };
     return directly(failure, check, [&](const Problem& p) {
       Backend::run_backward(op, backward_params(p, arguments, tensors), arguments, tensors);
     });
+  }
+};
+
+// The operators, with the parameters of arguments_of by value, as torch unboxes them.
+template <class Backend, class Signature>
+struct Operators;
+
+template <class Backend, class... Rest>
+struct Operators<Backend, Arguments(const Tensor&, const Tensor&, const Tensor&, Rest...)> {
+  static std::tuple<Tensor, Tensor> forward(Tensor q, Tensor k, Tensor v, std::decay_t<Rest>... rest) {
+    const Arguments arguments = arguments_of(q, k, v, rest...);
+    return with_torch_errors([&] { return Host<Backend>::forward_of("flash_attn_forward", arguments); });
+  }
+
+  static std::tuple<Tensor, Tensor, Tensor, Tensor> backward(Tensor dout, std::optional<Tensor> dlse, Tensor q,
+                                                             Tensor k, Tensor v, Tensor out, Tensor lse,
+                                                             std::decay_t<Rest>... rest, bool needs_dq, bool needs_dk,
+                                                             bool needs_dv, bool needs_dsinks) {
+    const Arguments arguments = arguments_of(q, k, v, rest...);
+    const typename Host<Backend>::BackwardInputs inputs{dout,     dlse,     out,      lse,
+                                                        needs_dq, needs_dk, needs_dv, needs_dsinks};
+    return with_torch_errors([&] { return Host<Backend>::backward_of("flash_attn_backward", arguments, inputs); });
   }
 };
 
@@ -164,8 +172,10 @@ struct Host {
 // The ways in of a backend.
 #define FLASHMLA_HOST(Backend, kDispatchKey)                                                            \
   STABLE_TORCH_LIBRARY_IMPL(flashmla, kDispatchKey, m) {                                                \
-    m.impl("flash_attn_forward", TORCH_BOX(&flashmla::Host<Backend>::forward));                         \
-    m.impl("flash_attn_backward", TORCH_BOX(&flashmla::Host<Backend>::backward));                       \
+    m.impl("flash_attn_forward",                                                                        \
+           TORCH_BOX((&flashmla::Operators<Backend, decltype(flashmla::arguments_of)>::forward)));      \
+    m.impl("flash_attn_backward",                                                                       \
+           TORCH_BOX((&flashmla::Operators<Backend, decltype(flashmla::arguments_of)>::backward)));     \
   }                                                                                                     \
   FLASHMLA_EXPORT uint32_t flashmla_direct_abi() {                                                      \
     return FLASHMLA_DIRECT_ABI;                                                                         \

@@ -10,8 +10,9 @@
 #include <atomic>
 
 #include "host.h"
-#include "sm90/device.h"
+#include "sm90/hopper/device.h"
 #include "sm90/launch.h"
+#include "sm90/tiles.h"
 
 // Of libtorch_cuda; the stable headers declare it only where torch was built with CUDA.
 extern "C" AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** ret_stream);
@@ -19,7 +20,6 @@ extern "C" AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_inde
 namespace flashmla {
 namespace {
 
-constexpr int64_t kLargestHeadDim = 256;
 constexpr int64_t kLargestLength = int64_t{1} << 28;  // key positions are 32-bit numbers with room for windows
 
 // TMA reads 16 bytes at a time from addresses and strides that are multiples of 16 bytes.
@@ -74,8 +74,11 @@ struct Sm90 {
     if (p.dtype == DType::kFloat32) fail(op, "q", "dtype float16 or bfloat16", "float32");
     const std::pair<const char*, int64_t> head_dims[] = {{"q", p.head_dim_qk}, {"v", p.head_dim_v}};
     for (const auto& [name, head_dim] : head_dims)
-      if (head_dim % 8 != 0 || head_dim > kLargestHeadDim)
-        fail(op, name, "a head dimension that is a multiple of 8 up to " + std::to_string(kLargestHeadDim), head_dim);
+      if (head_dim % sm90::kHeadDimMultiple != 0 || head_dim > sm90::kLargestHeadDim)
+        fail(op, name,
+             "a head dimension that is a multiple of " + std::to_string(sm90::kHeadDimMultiple) + " up to " +
+                 std::to_string(sm90::kLargestHeadDim),
+             head_dim);
     const std::pair<const char*, const TensorInfo*> inputs[] = {
         {"q", &arguments.q}, {"k", &arguments.k}, {"v", &arguments.v}};
     for (const auto& [name, t] : inputs) {

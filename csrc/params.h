@@ -1,4 +1,4 @@
-// What a kernel is told. Plain data: no torch header, no CUDA header, shared by every backend.
+// Kernel parameters (plain data). Plain data: no torch header, no CUDA header, shared by every backend.
 //
 // The math, per sequence and query head h (kv head h / (heads_q / heads_kv)), query i, key j, in fp32:
 //   S[i,j] = scale * Q[i,:]·K[j,:]            then, if softcap > 0:  S = softcap * tanh(S / softcap)

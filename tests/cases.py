@@ -5,16 +5,21 @@ A ``Case`` is plain numbers, so it prints as its own reproduction; ``Case.inputs
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import torch
 
 LAYOUTS = ("contiguous", "transposed", "sliced", "mixed")
 
-# The head dims (qk, v) the Hopper kernels are instantiated for; a call runs in the first row that is wide enough for both
-# (csrc/sm90/tiles.h).
-SM90_ROWS = ((64, 64), (96, 96), (128, 128), (192, 128), (192, 192), (256, 256))
+ROOT = Path(__file__).resolve().parents[1]
+_spec = importlib.util.spec_from_file_location("sm90_tiles", ROOT / "csrc" / "sm90" / "tiles.py")
+sm90_tiles = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(sm90_tiles)
+# The head dims (qk, v) the Hopper kernels are instantiated for; a call runs in the first pair that is wide enough for both.
+SM90_ROWS = tuple(sm90_tiles.head_dims())
 
 
 @dataclass(frozen=True)

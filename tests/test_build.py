@@ -392,7 +392,7 @@ class Package:
         ):
             (self.directory / name).mkdir(parents=True)
         for name in (
-            "setup.py", "pyproject.toml", "README.md", "LICENSE", "csrc/sm90/check_build.py", "csrc/direct/sources.json",
+            "setup.py", "pyproject.toml", "README.md", "LICENSE", "csrc/sm90/check_build.py", "csrc/sm90/tiles.py", "csrc/sm90/tiles.h", "csrc/direct/sources.json",
         ):  # fmt: skip
             shutil.copy(ROOT / name, self.directory / name)
         for name, text in {
@@ -845,7 +845,9 @@ def test_every_host_source_that_sees_torch_or_cuda_is_compiled_against_each(head
     for release in headers.CUDA:
         assert f"CUDA {release}: dispatch.cpp" in names
     text = (tmp_path / "sm90_headers.cpp").read_text()
-    assert all(f'"sm90/{path.name}"' in text for path in (ROOT / "csrc/sm90").glob("*.h"))
+    paths = [path.relative_to(ROOT / "csrc") for path in (ROOT / "csrc/sm90").rglob("*.h")]
+    assert len(paths) > 4
+    assert all(f'"{path}"' in text for path in paths)
 
 
 @pytest.mark.parametrize(

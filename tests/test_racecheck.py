@@ -76,3 +76,12 @@ def test_the_found_set_prints_in_the_format_of_the_accepted_one(accepted, tmp_pa
 
 def test_the_committed_list_can_be_read():
     assert all(line.count(" | ") >= 2 for line in racecheck.accepted())
+
+
+def test_every_accepted_hazard_names_lines_that_the_sources_have():
+    for hazard in racecheck.accepted():
+        for place in hazard.split(" | ")[1:]:
+            name, text = place.split(" ", 1)[1].split(": ", 1)
+            sources = list((racecheck.ROOT / "csrc").rglob(name))
+            lines = {" ".join(line.split()) for path in sources for line in path.read_text().splitlines()}
+            assert not sources or text in lines, place

@@ -19,31 +19,15 @@ struct Decode {
   // q [m, ld_q] fp32, zero from d to round_up(d, kLanes); k [n, d]; s [m, ld_s], written up to round_up(n, kLanes).
   static void scores(int64_t m, int64_t n, int64_t d, const float* q, int64_t ld_q, const Input* k, int64_t stride_k,
                      float* s, int64_t ld_s) {
-    switch (m) {
-      case 1:
-        return scores_of<1>(n, d, q, ld_q, k, stride_k, s, ld_s);
-      case 2:
-        return scores_of<2>(n, d, q, ld_q, k, stride_k, s, ld_s);
-      case 3:
-        return scores_of<3>(n, d, q, ld_q, k, stride_k, s, ld_s);
-      default:
-        return scores_of<4>(n, d, q, ld_q, k, stride_k, s, ld_s);
-    }
+    with_constant<1, kMaxRows + 1>(
+        m, [&](auto rows) { scores_of<decltype(rows)::value>(n, d, q, ld_q, k, stride_k, s, ld_s); });
   }
 
   // p [m, ld_p]; v [n, d]; o [m, ld_o] with rows of round_up(d, kLanes).
   static void accumulate(int64_t m, int64_t n, int64_t d, const float* p, int64_t ld_p, const Input* v,
                          int64_t stride_v, float* o, int64_t ld_o) {
-    switch (m) {
-      case 1:
-        return accumulate_of<1>(n, d, p, ld_p, v, stride_v, o, ld_o);
-      case 2:
-        return accumulate_of<2>(n, d, p, ld_p, v, stride_v, o, ld_o);
-      case 3:
-        return accumulate_of<3>(n, d, p, ld_p, v, stride_v, o, ld_o);
-      default:
-        return accumulate_of<4>(n, d, p, ld_p, v, stride_v, o, ld_o);
-    }
+    with_constant<1, kMaxRows + 1>(
+        m, [&](auto rows) { accumulate_of<decltype(rows)::value>(n, d, p, ld_p, v, stride_v, o, ld_o); });
   }
 
   // Rows of K and V are far apart where the heads of a token lie together: too far for the hardware to see the pattern.

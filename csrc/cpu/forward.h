@@ -24,6 +24,7 @@
 #pragma once
 
 #include "decode.h"
+#include "forward_softmax.h"
 #include "gemm_f32.h"
 #include "kernel.h"
 #include "rows.h"
@@ -33,7 +34,12 @@ namespace cpu {
 namespace {
 
 template <typename G>
-struct Forward {
+struct Forward : ForwardSoftmax<G> {
+  using Base = ForwardSoftmax<G>;
+  using Base::needs_transform;
+  using Base::softmax_row;
+  using Base::softmax_scale;
+  using Base::transform_scores;
   using Input = typename G::Input;
   using Element = typename G::Element;
   static constexpr int64_t kBlockQ = G::kForwardBlockQ, kBlockKV = G::kForwardBlockKV;
@@ -192,7 +198,7 @@ struct Forward {
                               v + kv * params.v.stride_seqlen,
                               num_apart};
       Tile next = make_tile(w, block, 0, num_rows);
-      scores(plan, w, block, next, next.c0, next.c1);
+      scores(plan, w, block, next, next.column_begin, next.column_end);
       for (int64_t r = 0; r < num_rows; r += kBlockQ) {
         const Tile tile = next;
         next = make_tile(w, block, r + kBlockQ, num_rows);
@@ -227,26 +233,26 @@ struct Forward {
   static void attend_directly(const ForwardParams& params, const Plan& plan, const Scratch& w, const Input* q,
                               const Input* k, const Input* v, int64_t num_rows, Interval keys) {
     const Problem& p = params.problem;
-    const int64_t ld = round_up(p.head_dim_qk, kLanes);
+    const int64_t q_stride = round_up(p.head_dim_qk, kLanes);
     RowCursor cursor(plan.group, 0);
     for (int64_t r = 0; r < num_rows; ++r, cursor.next())
       for (int64_t c = 0; c < p.head_dim_qk; c += kLanes)
-        store(w.q_f32 + r * ld + c, load_as_f32(q + cursor.offset(params.q) + c, p.head_dim_qk - c));
+        store(w.q_f32 + r * q_stride + c, load_as_f32(q + cursor.offset(params.q) + c, p.head_dim_qk - c));
     for (int64_t kv = round_down(keys.begin, kBlockKV); kv < keys.end; kv += kBlockKV) {
       const int64_t first = max64(kv, round_down(keys.begin, G::kTrimBegin));  // a window leaves out part of a block
-      const int64_t num_keys = min64(kv + kBlockKV, keys.end) - first, c1 = round_up(num_keys, G::kVectorStep);
-      Decode<Input>::scores(num_rows, num_keys, p.head_dim_qk, w.q_f32, ld, k + first * params.k.stride_seqlen,
+      const int64_t num_keys = min64(kv + kBlockKV, keys.end) - first, column_end = round_up(num_keys, G::kVectorStep);
+      Decode<Input>::scores(num_rows, num_keys, p.head_dim_qk, w.q_f32, q_stride, k + first * params.k.stride_seqlen,
                             params.k.stride_seqlen, w.s, kBlockKV);
       for (int64_t r = 0; r < num_rows; ++r) {
         float* s = w.s + r * kBlockKV;
         if (needs_transform(p)) transform_scores(p, s, num_keys);
         const int64_t begin = max64(0, w.keys[r].begin - first), end = min64(num_keys, w.keys[r].end - first);
         if (begin >= end) {
-          __builtin_memset(s, 0, c1 * sizeof(float));
+          __builtin_memset(s, 0, column_end * sizeof(float));
           continue;
         }
         const float alpha =
-            softmax_row(s, s, 0, c1, begin, end, softmax_scale(p), w.row_max[r], w.row_sum + r * kLanes);
+            softmax_row(s, s, 0, column_end, begin, end, softmax_scale(p), w.row_max[r], w.row_sum + r * kLanes);
         float* o = w.o + r * plan.dv_ld;
         if (alpha != 1.0f)
           for (int64_t c = 0; c < plan.dv_ld; c += kLanes) store(o + c, load(o + c) * alpha);
@@ -274,21 +280,21 @@ struct Forward {
     int64_t num_apart;    // of them whose values are zeros in v
   };
 
-  // Rows [r, r + m) of the task and the columns [c0, c1) of a key block that some of them see.
+  // Rows [r, r + num_rows) of the task and the columns [column_begin, column_end) of a key block that some of them see.
   struct Tile {
-    int64_t r, m, c0, c1;
+    int64_t r, num_rows, column_begin, column_end;
     float* s;  // [kBlockQ, kBlockKV]
   };
 
   static Tile make_tile(const Scratch& w, const KeyBlock& block, int64_t r, int64_t num_rows) {
     // Two tiles are in flight where products and softmax overlap.
     Tile tile = {r, min64(kBlockQ, num_rows - r), 0, 0, w.s + (G::kOverlap ? r / kBlockQ % 2 : 0) * kBlockQ * kBlockKV};
-    if (tile.m <= 0) return tile;
+    if (tile.num_rows <= 0) return tile;
     const int64_t first = max64(0, w.keys[r].begin - block.kv);
-    const int64_t last = min64(block.num_keys, w.keys[r + tile.m - 1].end - block.kv);
+    const int64_t last = min64(block.num_keys, w.keys[r + tile.num_rows - 1].end - block.kv);
     if (first < last) {
-      tile.c0 = round_down(first, G::kTrimBegin);
-      tile.c1 = round_up(last, G::kTrimEnd);
+      tile.column_begin = round_down(first, G::kTrimBegin);
+      tile.column_end = round_up(last, G::kTrimEnd);
     }
     return tile;
   }
@@ -297,7 +303,7 @@ struct Forward {
   static void scores(const Plan& plan, const Scratch& w, const KeyBlock& block, const Tile& tile, int64_t begin,
                      int64_t end) {
     if (begin >= end) return;
-    G::gemm(round_up(tile.m, G::kAlignM), end - begin, plan.d_ld, {w.q + tile.r * plan.d_ld, plan.d_ld, 1},
+    G::gemm(round_up(tile.num_rows, G::kAlignM), end - begin, plan.d_ld, {w.q + tile.r * plan.d_ld, plan.d_ld, 1},
             {block.k.data + begin / G::kPanel * block.k.stride_panel, block.k.stride_k, block.k.stride_panel},
             tile.s + begin, kBlockKV, false);
   }
@@ -306,23 +312,25 @@ struct Forward {
   static void attend_tile(const ForwardParams& params, const Plan& plan, const Scratch& w, const KeyBlock& block,
                           const Tile& tile, const Tile& next) {
     const Problem& p = params.problem;
-    const int64_t c0 = tile.c0, c1 = tile.c1, m_padded = round_up(tile.m, G::kAlignM);
-    int64_t next_column = next.c0;
-    if (c0 < c1) {
+    const int64_t column_begin = tile.column_begin, column_end = tile.column_end,
+                  padded_rows = round_up(tile.num_rows, G::kAlignM);
+    int64_t next_column = next.column_begin;
+    if (column_begin < column_end) {
       const float scale = softmax_scale(p);
       if (needs_transform(p))
-        for (int64_t i = 0; i < tile.m; ++i) transform_scores(p, tile.s + i * kBlockKV + c0, c1 - c0);
-      for (int64_t i = 0; i < tile.m; ++i) {
+        for (int64_t i = 0; i < tile.num_rows; ++i)
+          transform_scores(p, tile.s + i * kBlockKV + column_begin, column_end - column_begin);
+      for (int64_t i = 0; i < tile.num_rows; ++i) {
         const int64_t row = tile.r + i;
         Element* p_row = w.p + i * kBlockKV;
         const int64_t begin = max64(0, w.keys[row].begin - block.kv);
         const int64_t end = min64(block.num_keys, w.keys[row].end - block.kv);
         float alpha = 1.0f;
         if (begin < end) {
-          alpha = softmax_row(tile.s + i * kBlockKV, p_row, c0, c1, begin, end, scale, w.row_max[row],
+          alpha = softmax_row(tile.s + i * kBlockKV, p_row, column_begin, column_end, begin, end, scale, w.row_max[row],
                               w.row_sum + row * kLanes);
         } else {
-          __builtin_memset(p_row + c0, 0, (c1 - c0) * sizeof(Element));
+          __builtin_memset(p_row + column_begin, 0, (column_end - column_begin) * sizeof(Element));
         }
         if (alpha != 1.0f) {
           float* o = w.o + row * plan.dv_ld;
@@ -330,88 +338,23 @@ struct Forward {
         }
         // The matrix unit works on the next tile while the vector units work on this one: close enough in the
         // instruction stream for the core to run them side by side.
-        if (G::kOverlap && i % 4 == 3 && next_column < next.c1) {
-          scores(plan, w, block, next, next_column, min64(next_column + 32, next.c1));
+        if (G::kOverlap && i % 4 == 3 && next_column < next.column_end) {
+          scores(plan, w, block, next, next_column, min64(next_column + 32, next.column_end));
           next_column += 32;
         }
       }
-      for (int64_t i = tile.m; i < m_padded; ++i)
-        __builtin_memset(w.p + i * kBlockKV + c0, 0, (c1 - c0) * sizeof(Element));
-      G::gemm(m_padded, plan.dv_ld, c1 - c0, {w.p + c0, kBlockKV, 1},
-              {block.v.data + c0 * block.v.stride_k, block.v.stride_k, block.v.stride_panel}, w.o + tile.r * plan.dv_ld,
-              plan.dv_ld, true);
-      for (int64_t i = 0; block.num_apart > 0 && i < tile.m; ++i) {
+      for (int64_t i = tile.num_rows; i < padded_rows; ++i)
+        __builtin_memset(w.p + i * kBlockKV + column_begin, 0, (column_end - column_begin) * sizeof(Element));
+      G::gemm(padded_rows, plan.dv_ld, column_end - column_begin, {w.p + column_begin, kBlockKV, 1},
+              {block.v.data + column_begin * block.v.stride_k, block.v.stride_k, block.v.stride_panel},
+              w.o + tile.r * plan.dv_ld, plan.dv_ld, true);
+      for (int64_t i = 0; block.num_apart > 0 && i < tile.num_rows; ++i) {
         const Interval keys = w.keys[tile.r + i];
         add_apart(params, w, block.values, block.num_apart, {keys.begin - block.kv, keys.end - block.kv},
                   w.p + i * kBlockKV, w.o + (tile.r + i) * plan.dv_ld);
       }
     }
-    scores(plan, w, block, next, next_column, next.c1);
-  }
-
-  // A positive scale is applied in front of exp; anything else (softcap, a scale that is negative or so small that the
-  // -inf of a masked score would not survive it) takes a pass of its own.
-  static bool needs_transform(const Problem& p) { return p.softcap > 0.0f || !(p.scale > 1e-20f); }
-
-  static float softmax_scale(const Problem& p) { return needs_transform(p) ? 1.0f : p.scale; }
-
-  static void transform_scores(const Problem& p, float* s, int64_t n) {
-    for (int64_t j = 0; j < n; j += kLanes) {
-      VecF x = load(s + j) * p.scale;
-      if (p.softcap > 0.0f) x = tanh(x / p.softcap) * p.softcap;
-      store(s + j, x);
-    }
-  }
-
-  // Columns [c0, c1) of one row, of which [begin, end) are visible: writes P, updates row_max and row_sum, returns
-  // alpha.
-  template <typename P>
-  static float softmax_row(float* s, P* p, int64_t c0, int64_t c1, int64_t begin, int64_t end, float scale,
-                           float& row_max, float* row_sum) {
-    const int64_t v0 = round_down(begin, G::kVectorStep),
-                  v1 = round_up(end, G::kVectorStep);  // vectors with a visible key
-    if (v0 < begin)
-      for (int64_t j = v0; j < begin; j += kLanes)
-        store(s + j, keep_lanes(load(s + j), begin - j, kLanes, set1(-kInf)));
-    if (end < v1)
-      for (int64_t j = round_down(end, kLanes); j < v1; j += kLanes)
-        store(s + j, keep_lanes(load(s + j), 0, end - j, set1(-kInf)));
-    VecF max0 = load(s + v0), max1 = max0;
-    int64_t j = v0;
-    for (; j + 2 * kLanes <= v1; j += 2 * kLanes) {
-      max0 = max(max0, load(s + j));
-      max1 = max(max1, load(s + j + kLanes));
-    }
-    if (j < v1) max0 = max(max0, load(s + j));
-    const float block_max = horizontal_max(max(max0, max1));
-
-    float alpha = 1.0f;
-    if (block_max > row_max) {
-      alpha = exp1((row_max - block_max) * scale);  // 0 for the first block, where row_max is -inf
-      row_max = block_max;
-    }
-    const float shift = row_max == -kInf ? 0.0f : row_max;  // every visible score is -inf: P = 0, not exp(-inf + inf)
-
-    for (j = c0; j < v0; j += G::kVectorStep) __builtin_memset(p + j, 0, G::kVectorStep * sizeof(P));
-    VecF sum0 = {}, sum1 = {};
-    if constexpr (sizeof(P) == sizeof(float)) {
-      for (j = v0; j < v1; j += kLanes) {
-        const VecF x = exp<G::kExpDegree>((load(s + j) - shift) * scale);
-        sum0 += x;
-        store(p + j, x);
-      }
-    } else {
-      for (j = v0; j < v1; j += 2 * kLanes) {
-        const VecF x0 = exp<G::kExpDegree>((load(s + j) - shift) * scale);
-        const VecF x1 = exp<G::kExpDegree>((load(s + j + kLanes) - shift) * scale);
-        sum0 += x0;
-        sum1 += x1;
-        G::store_pair(p + j, x0, x1);
-      }
-    }
-    for (j = v1; j < c1; j += G::kVectorStep) __builtin_memset(p + j, 0, G::kVectorStep * sizeof(P));
-    store(row_sum, fma(load(row_sum), set1(alpha), sum0 + sum1));
-    return alpha;
+    scores(plan, w, block, next, next_column, next.column_end);
   }
 
   static void write(const ForwardParams& params, const Plan& plan, const Scratch& w, const Sequence& sequence,

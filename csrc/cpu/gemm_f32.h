@@ -133,20 +133,9 @@ struct GemmF32 {
       block<6, kVectors>(a.data + i * a.stride_m, a.stride_m, a.stride_k, b, sb, k, c + i * ldc, ldc, accumulate);
     const float* ai = a.data + i * a.stride_m;
     float* ci = c + i * ldc;
-    switch (m - i) {
-      case 5:
-        return block<5, kVectors>(ai, a.stride_m, a.stride_k, b, sb, k, ci, ldc, accumulate);
-      case 4:
-        return block<4, kVectors>(ai, a.stride_m, a.stride_k, b, sb, k, ci, ldc, accumulate);
-      case 3:
-        return block<3, kVectors>(ai, a.stride_m, a.stride_k, b, sb, k, ci, ldc, accumulate);
-      case 2:
-        return block<2, kVectors>(ai, a.stride_m, a.stride_k, b, sb, k, ci, ldc, accumulate);
-      case 1:
-        return block<1, kVectors>(ai, a.stride_m, a.stride_k, b, sb, k, ci, ldc, accumulate);
-      default:
-        return;
-    }
+    with_constant<1, 6>(m - i, [&](auto rows) {
+      block<decltype(rows)::value, kVectors>(ai, a.stride_m, a.stride_k, b, sb, k, ci, ldc, accumulate);
+    });
   }
 
   // C has rows of at least round_up(n, kLanes) numbers.
@@ -154,19 +143,9 @@ struct GemmF32 {
                    bool accumulate) {
     for (int64_t j = 0; j < n; j += kPanel) {
       const float* panel = b.data + j / kPanel * b.stride_panel;
-      switch ((min64(kPanel, n - j) + kLanes - 1) / kLanes) {
-        case 1:
-          rows_of_blocks<1>(m, k, a, panel, b.stride_k, c + j, ldc, accumulate);
-          break;
-        case 2:
-          rows_of_blocks<2>(m, k, a, panel, b.stride_k, c + j, ldc, accumulate);
-          break;
-        case 3:
-          if constexpr (kVectorsPerPanel >= 3) rows_of_blocks<3>(m, k, a, panel, b.stride_k, c + j, ldc, accumulate);
-          break;
-        default:
-          if constexpr (kVectorsPerPanel >= 4) rows_of_blocks<4>(m, k, a, panel, b.stride_k, c + j, ldc, accumulate);
-      }
+      with_constant<1, kVectorsPerPanel + 1>((min64(kPanel, n - j) + kLanes - 1) / kLanes, [&](auto vectors) {
+        rows_of_blocks<decltype(vectors)::value>(m, k, a, panel, b.stride_k, c + j, ldc, accumulate);
+      });
     }
   }
 };

@@ -7,6 +7,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
@@ -14,6 +15,15 @@
 namespace flashmla {
 namespace cpu {
 namespace {
+
+// function(constant of value `number`), for a number from kBegin on below kEnd; nothing for any other.
+template <int kBegin, int kEnd, typename Function>
+void with_constant(int64_t number, const Function& function) {
+  if constexpr (kBegin < kEnd) {
+    if (number == kBegin) return function(std::integral_constant<int, kBegin>{});
+    with_constant<kBegin + 1, kEnd>(number, function);
+  }
+}
 
 #if defined(__AVX512F__)
 constexpr int kLanes = 16;

@@ -1,181 +1,90 @@
-// flashmla_hf._direct: the way from Python to a backend without torch's dispatcher, which takes longer than the launch
-// of a short kernel. An extension module of Python's limited API: one file for every Python >= 3.10.
+// flashmla_hf._direct: a fast path from Python to a backend that skips torch's dispatcher, which takes longer than the
+// launch of a short kernel. An extension module of Python's limited API: one file for every Python >= 3.10.
 //
 // Tensors are read through DLPack's C exchange API, which torch.Tensor has since torch 2.10; nothing is owned or kept.
-// Outputs are torch.empty_like's and torch.Tensor.new_empty's. This way is for plain calls: where something is a
-// subclass, has to be copied first, is watched (a dispatch mode, a profiler, torch.func) or wrong, nothing is done, and
-// the long way by flashmla_hf/dispatch.py does it or says what is wrong.
-#define PY_SSIZE_T_CLEAN
-#define Py_LIMITED_API 0x030A0000
-#include "direct.h"
-
-#include <ATen/dlpack.h>
-#include <Python.h>
+// Outputs come from torch.empty_like and torch.Tensor.new_empty. The fast path takes plain calls only. If a tensor is
+// of a subclass or must be copied first, if a dispatch mode, a profiler or torch.func observes the call, or if an
+// argument is invalid, it computes nothing and returns None; the caller then takes the normal path, which reports
+// errors.
 #include <dlfcn.h>
 
-#include <algorithm>
-#include <utility>
+#include "direct/objects.h"
 
 namespace flashmla {
 namespace {
 
-// Of a backend; null where there is none for its device type.
+// A backend's library; null if its device type has none.
 struct Library {
   PyObject* name = nullptr;
   DirectForwardFunction* forward = nullptr;
   DirectBackwardFunction* backward = nullptr;
 };
 
-// As torch numbers them (c10/core/DeviceType.h).
-constexpr int kCpu = 0, kCuda = 1, kNumDeviceTypes = 2;
-
-// Set once, when the module is made; never freed.
-const DLPackExchangeAPI* exchange = nullptr;
 Library libraries[kNumDeviceTypes];
-PyTypeObject *tensor_type, *parameter_type;
-PyObject *empty_like, *like_contiguous, *as_float32, *as_bytes;                         // a function, keywords
-PyObject *name_untyped_storage, *name_nbytes, *name_storage_offset, *name_is_neg;       // of methods
-PyObject *name_requires_grad, *name_new_empty, *name_current_level;                     // of attributes
-PyObject *is_grad_enabled, *len_dispatch_stack, *has_function_mode, *peek_interpreter;  // functions
-PyObject *is_profiling, *tracing_state, *forward_ad, *with_gradient;
+PyObject* with_gradient;  // set by set_up
 
-// A Python exception is set.
-struct PythonError {};
-// The operator is to be called instead.
-struct NotPlain {};
-
-ScalarType dtype_of(const DLDataType& dtype) {
-  if (dtype.lanes != 1) throw NotPlain{};
-  const auto is = [&](int code, int bits) { return dtype.code == code && dtype.bits == bits; };
-  if (is(kDLFloat, 32)) return ScalarType::Float;
-  if (is(kDLFloat, 16)) return ScalarType::Half;
-  if (is(kDLBfloat, 16)) return ScalarType::BFloat16;
-  if (is(kDLInt, 32)) return ScalarType::Int;
-  throw NotPlain{};
-}
-
-// A reference that is given back.
-class Owned {
- public:
-  explicit Owned(PyObject* object) : object_(object) {
-    if (object == nullptr) throw PythonError{};
-  }
-  Owned(const Owned&) = delete;
-  Owned& operator=(const Owned&) = delete;
-  ~Owned() { Py_XDECREF(object_); }
-  PyObject* get() const { return object_; }
-  PyObject* release() { return std::exchange(object_, nullptr); }
-
- private:
-  PyObject* object_;
+// The positions of the arguments that both operators share (flashmla_hf/ops.py).
+struct Shared {
+  enum Position {
+    kQ,
+    kK,
+    kV,
+    kSinks,
+    kCuSeqlensQ,
+    kCuSeqlensKV,
+    kMaxSeqlenQ,
+    kMaxSeqlenKV,
+    kScale,
+    kWindowLeft,
+    kWindowRight,
+    kSoftcap,
+    kDeterministic,
+    kCount
+  };
 };
 
-int64_t integer_of(PyObject* object) {
-  const long long number = PyLong_AsLongLong(object);
-  if (number == -1 && PyErr_Occurred() != nullptr) throw PythonError{};
-  return number;
-}
+// Of backward's arguments, before the shared ones.
+struct Saved {
+  enum Position { kDOut, kDLse, kOut, kLse, kNeedsDQ, kNeedsDK, kNeedsDV, kNeedsDSinks, kCount };
+};
 
-double number_of(PyObject* object) {
-  const double number = PyFloat_AsDouble(object);
-  if (number == -1.0 && PyErr_Occurred() != nullptr) throw PythonError{};
-  return number;
-}
+// Of attention's arguments (flashmla_hf.attention).
+struct Attend {
+  enum Position {
+    kQ,
+    kK,
+    kV,
+    kScale,
+    kIsCausal,
+    kWindow,
+    kSoftcap,
+    kSinks,
+    kDropoutP,
+    kCuSeqlensQ,
+    kCuSeqlensKV,
+    kMaxSeqlenQ,
+    kMaxSeqlenKV,
+    kDeterministic,
+    kImpl,
+    kReturnLse,
+    kCount
+  };
+};
 
-bool truth_of(PyObject* object) {
-  const int truth = PyObject_IsTrue(object);
-  if (truth < 0) throw PythonError{};
-  return truth != 0;
-}
-
-int64_t number_from(PyObject* object, PyObject* method) {
-  const Owned answer(PyObject_CallMethodObjArgs(object, method, nullptr));
-  return integer_of(answer.get());  // of a bool, too
-}
-
-bool has_elements(const DLTensor& tensor) {
-  return std::find(tensor.shape, tensor.shape + tensor.ndim, 0) == tensor.shape + tensor.ndim;
-}
-
-// `is_fresh`: allocated for this call, so that its storage need not be asked for.
-TensorInfo info_of(PyObject* object, bool is_fresh) {
-  DLTensor tensor;
-  if (exchange->dltensor_from_py_object_no_sync(object, &tensor) != 0) {
-    PyErr_Clear();  // nothing DLPack describes
-    throw NotPlain{};
-  }
-  TensorInfo info;
-  info.data = static_cast<char*>(tensor.data) + tensor.byte_offset;
-  info.dtype = dtype_of(tensor.dtype);
-  if (tensor.device.device_type != kDLCPU && tensor.device.device_type != kDLCUDA) throw NotPlain{};
-  // Zeros that autograd has not written anywhere are such a tensor.
-  if (tensor.data == nullptr && has_elements(tensor)) throw NotPlain{};
-  info.device_type = tensor.device.device_type == kDLCPU ? kCpu : kCuda;
-  info.device_index = tensor.device.device_type == kDLCPU ? -1 : tensor.device.device_id;
-  if (tensor.ndim > TensorInfo::kMostSizes) throw NotPlain{};
-  info.dim = tensor.ndim;
-  for (int i = 0; i < tensor.ndim; ++i) {
-    info.sizes[i] = tensor.shape[i];
-    info.strides[i] = tensor.strides[i];
-  }
-  if (is_fresh) {
-    info.storage_bytes = std::numeric_limits<int64_t>::max();
-    return info;
-  }
-  // A view that negates when read is not what its memory says.
-  if (number_from(object, name_is_neg) != 0) throw NotPlain{};
-  const Owned storage(PyObject_CallMethodObjArgs(object, name_untyped_storage, nullptr));
-  info.storage_bytes = number_from(storage.get(), name_nbytes);
-  info.storage_offset = number_from(object, name_storage_offset);
-  return info;
-}
-
-std::optional<TensorInfo> optional_info_of(PyObject* object, bool is_fresh) {
-  if (object == Py_None) return std::nullopt;
-  return info_of(object, is_fresh);
-}
-
-// Objects of other types may hold anything.
-void check_plain(PyObject* object) {
-  if (Py_TYPE(object) != tensor_type && Py_TYPE(object) != parameter_type) throw NotPlain{};
-}
-
-void check_plain_or_none(PyObject* object) {
-  if (object != Py_None) check_plain(object);
-}
-
-bool is_false(PyObject* function) {
-  const Owned answer(PyObject_CallObject(function, nullptr));
-  return answer.get() == Py_None || !truth_of(answer.get());
-}
-
-// That nobody wants to see operators called.
-void check_unobserved() {
-  for (PyObject* const function :
-       {len_dispatch_stack, has_function_mode, peek_interpreter, is_profiling, tracing_state}) {
-    if (!is_false(function)) throw NotPlain{};
-  }
-  const Owned level(PyObject_GetAttr(forward_ad, name_current_level));
-  if (integer_of(level.get()) >= 0) throw NotPlain{};
-}
-
-// q, k, v, sinks, cu_seqlens_q, cu_seqlens_kv, max_seqlen_q, max_seqlen_kv, scale, window_left, window_right, softcap,
-// deterministic
-constexpr int kNumArguments = 13;
 Arguments arguments_of(PyObject* const* values) {
-  return {info_of(values[0], false),
-          info_of(values[1], false),
-          info_of(values[2], false),
-          optional_info_of(values[3], false),
-          optional_info_of(values[4], false),
-          optional_info_of(values[5], false),
-          integer_of(values[6]),
-          integer_of(values[7]),
-          number_of(values[8]),
-          integer_of(values[9]),
-          integer_of(values[10]),
-          number_of(values[11]),
-          truth_of(values[12])};
+  return {info_of(values[Shared::kQ]),
+          info_of(values[Shared::kK]),
+          info_of(values[Shared::kV]),
+          optional_info_of(values[Shared::kSinks]),
+          optional_info_of(values[Shared::kCuSeqlensQ]),
+          optional_info_of(values[Shared::kCuSeqlensKV]),
+          integer_of(values[Shared::kMaxSeqlenQ]),
+          integer_of(values[Shared::kMaxSeqlenKV]),
+          number_of(values[Shared::kScale]),
+          integer_of(values[Shared::kWindowLeft]),
+          integer_of(values[Shared::kWindowRight]),
+          number_of(values[Shared::kSoftcap]),
+          truth_of(values[Shared::kDeterministic])};
 }
 
 const Library& library_for(const TensorInfo& q) {
@@ -190,9 +99,9 @@ void check_count(Py_ssize_t count, Py_ssize_t expected) {
   throw PythonError{};
 }
 
-// What `body` makes, None where the call is not for this way, or null with an exception set.
+// The result of `body`, None if the fast path does not apply, or null with an exception set.
 template <class Body>
-PyObject* answer(const Body& body) {
+PyObject* guarded(const Body& body) {
   try {
     return body();
   } catch (const NotPlain&) {
@@ -204,25 +113,7 @@ PyObject* answer(const Body& body) {
   return nullptr;
 }
 
-PyObject* tuple_of(std::initializer_list<int64_t> numbers) {
-  Owned tuple(PyTuple_New(static_cast<Py_ssize_t>(numbers.size())));
-  Py_ssize_t i = 0;
-  for (const int64_t number : numbers) PyTuple_SetItem(tuple.get(), i++, Owned(PyLong_FromLongLong(number)).release());
-  return tuple.release();
-}
-
-PyObject* call_with(PyObject* function, PyObject* argument, PyObject* keywords) {
-  const Owned arguments(PyTuple_Pack(1, argument));
-  return Owned(PyObject_Call(function, arguments.get(), keywords)).release();
-}
-
-// A contiguous tensor of x's dtype and device, of another shape or dtype.
-PyObject* make_like(PyObject* x, std::initializer_list<int64_t> shape, PyObject* keywords) {
-  const Owned method(PyObject_GetAttr(x, name_new_empty)), sizes(tuple_of(shape));
-  return call_with(method.get(), sizes.get(), keywords);
-}
-
-// Others may run Python meanwhile: a kernel of the CPU takes its time, and so may a full launch queue.
+// Releases Python's lock: a CPU kernel takes long, and so may a full launch queue.
 template <class Function, class Call>
 DirectResult run_unlocked(Function* function, const Call& call, DirectError& failure) {
   PyThreadState* const state = PyEval_SaveThread();
@@ -236,17 +127,17 @@ void run(PyObject* q, Function* function, const Call& call) {
   DirectError failure;
   DirectResult result = run_unlocked(function, call, failure);
   if (result == kDirectOutOfMemory) {
-    // Torch's own error, by the same allocation; if there is memory now, once more.
+    // The same allocation through torch raises torch's own error. If there is memory now, the call runs again.
     Owned(make_like(q, {failure.bytes}, as_bytes));
     result = run_unlocked(function, call, failure);
     if (result == kDirectOutOfMemory)
       throw std::runtime_error("out of memory: torch could not allocate " + std::to_string(failure.bytes) + " bytes");
   }
-  if (result == kDirectNot) throw NotPlain{};
+  if (result == kDirectNotApplicable) throw NotPlain{};
   if (result == kDirectFailed) throw std::runtime_error(failure.message);
 }
 
-// (out, lse) of the call, allocated and computed; lse is None where nobody wants it.
+// (out, lse) of the call, allocated and computed; lse is None if it is not wanted.
 PyObject* compute(PyObject* q, const Arguments& arguments, bool wants_lse) {
   const Library& library = library_for(arguments.q);
   const TensorInfo& like = arguments.q;
@@ -259,12 +150,12 @@ PyObject* compute(PyObject* q, const Arguments& arguments, bool wants_lse) {
                                            : make_like(q, {sizes[0], sizes[1], width}, nullptr));
   Py_INCREF(Py_None);
   Owned lse(Py_None);
-  DirectForward call{arguments, info_of(out.get(), true), std::nullopt};
+  DirectForward call{arguments, info_of(out.get(), Origin::kFresh), std::nullopt};
   if (wants_lse) {
     Py_DECREF(lse.release());
     const Owned made(rank == 4 ? make_like(q, {sizes[0], sizes[2], sizes[1]}, as_float32)
                                : make_like(q, {sizes[1], sizes[0]}, as_float32));
-    call.lse = info_of(made.get(), true);
+    call.lse = info_of(made.get(), Origin::kFresh);
     run(q, library.forward, call);
     return PyTuple_Pack(2, out.get(), made.get());
   }
@@ -275,78 +166,55 @@ PyObject* compute(PyObject* q, const Arguments& arguments, bool wants_lse) {
 // backward(dout, dlse, out, lse, needs_dq, needs_dk, needs_dv, needs_dsinks, *arguments) -> (dq, dk, dv, dsinks), each
 // a tensor or None, or None.
 PyObject* backward(PyObject*, PyObject* const* values, Py_ssize_t count) {
-  return answer([&] {
-    constexpr int kNumOthers = 8;
-    check_count(count, kNumOthers + kNumArguments);
-    PyObject* const* inputs = values + kNumOthers;
-    // Hooks on saved tensors, and who calls backward, may hand over anything.
-    for (int i = 0; i < 4; ++i) check_plain_or_none(values[i]);
-    for (int i = 0; i < 6; ++i) check_plain_or_none(inputs[i]);
+  return guarded([&] {
+    check_count(count, int{Saved::kCount} + int{Shared::kCount});
+    PyObject* const* inputs = values + Saved::kCount;
+    // Hooks on saved tensors and callers of backward may hand over any object.
+    for (int i = Saved::kDOut; i <= Saved::kLse; ++i) check_plain_or_none(values[i]);
+    for (int i = Shared::kQ; i <= Shared::kCuSeqlensKV; ++i) check_plain_or_none(inputs[i]);
     check_unobserved();
     DirectBackward call{arguments_of(inputs), {}};
     BackwardTensors& tensors = call.tensors;
-    tensors.dout = info_of(values[0], false);
-    tensors.dlse = optional_info_of(values[1], false);
-    tensors.out = info_of(values[2], false);
-    tensors.lse = info_of(values[3], false);
+    tensors.dout = info_of(values[Saved::kDOut]);
+    tensors.dlse = optional_info_of(values[Saved::kDLse]);
+    tensors.out = info_of(values[Saved::kOut]);
+    tensors.lse = info_of(values[Saved::kLse]);
     const Library& library = library_for(call.arguments.q);
     Owned gradients(PyTuple_New(4));
     std::optional<TensorInfo>* const infos[] = {&tensors.dq, &tensors.dk, &tensors.dv, &tensors.dsinks};
-    for (int i = 0; i < 4; ++i) {
+    for (int i = 0; i < 4; ++i) {  // of q, k, v and sinks: the first of the shared arguments, in their order
       PyObject* gradient = Py_None;
-      if (truth_of(values[4 + i])) {
+      if (truth_of(values[Saved::kNeedsDQ + i])) {
         gradient = call_with(empty_like, inputs[i], like_contiguous);
-        *infos[i] = info_of(gradient, true);
+        *infos[i] = info_of(gradient, Origin::kFresh);
       } else {
         Py_INCREF(Py_None);
       }
       PyTuple_SetItem(gradients.get(), i, gradient);
     }
-    run(inputs[0], library.backward, call);
+    run(inputs[Shared::kQ], library.backward, call);
     return gradients.release();
   });
 }
 
-// A number of attention's, as Python's own types have them.
-double plain_number_of(PyObject* object) {
-  if (!PyFloat_CheckExact(object) && !PyLong_CheckExact(object)) throw NotPlain{};
-  const double number = PyFloat_AsDouble(object);
-  if (PyErr_Occurred() == nullptr) return number;
-  PyErr_Clear();  // too large
-  throw NotPlain{};
-}
-
-// A length of attention's, or `otherwise` for None.
-int64_t length_of(PyObject* object, int64_t otherwise) {
-  if (object == Py_None) return otherwise;
-  if (!PyLong_CheckExact(object)) throw NotPlain{};
-  int overflow = 0;
-  const long long length = PyLong_AsLongLongAndOverflow(object, &overflow);
-  if (overflow != 0) throw NotPlain{};
-  return length;
-}
-
-// A window's bound, -1 for None.
-int64_t bound_of(PyObject* object) {
-  const int64_t bound = length_of(object, -1);
-  if (bound < -1) throw NotPlain{};
-  return bound;
-}
-
-// attend(q, k, v, scale, is_causal, window, softcap, sinks, dropout_p, cu_seqlens_q, cu_seqlens_kv, max_seqlen_q,
-// max_seqlen_kv, deterministic, impl, return_lse) -> what flashmla_hf.attention returns, or None: the arguments are
-// attention's, as they come. What needs gradients goes on, computed, to `with_gradient`.
+// attend(*values in the order of Attend) -> the result of flashmla_hf.attention, or None. The arguments are
+// attention's, unchecked. If a gradient is needed, `with_gradient` gets the computed outputs and records the backward.
 PyObject* attend(PyObject*, PyObject* const* values, Py_ssize_t count) {
-  return answer([&]() -> PyObject* {
-    check_count(count, 16);
-    PyObject *const q = values[0], *const k = values[1], *const v = values[2], *const scale = values[3],
-                    *const window = values[5], *const softcap = values[6], *const sinks = values[7],
-                    *const dropout = values[8], *const impl = values[14];
-    const bool is_packed = values[9] != Py_None || values[10] != Py_None, returns_lse = truth_of(values[15]);
+  return guarded([&]() -> PyObject* {
+    check_count(count, Attend::kCount);
+    PyObject *const q = values[Attend::kQ], *const k = values[Attend::kK], *const v = values[Attend::kV],
+                    *const scale = values[Attend::kScale], *const window = values[Attend::kWindow],
+                    *const sinks = values[Attend::kSinks], *const impl = values[Attend::kImpl],
+                    *const cu_seqlens_q = values[Attend::kCuSeqlensQ],
+                    *const cu_seqlens_kv = values[Attend::kCuSeqlensKV],
+                    *const max_seqlen_q = values[Attend::kMaxSeqlenQ],
+                    *const max_seqlen_kv = values[Attend::kMaxSeqlenKV];
+    const bool is_packed = cu_seqlens_q != Py_None || cu_seqlens_kv != Py_None;
+    const bool returns_lse = truth_of(values[Attend::kReturnLse]);
     check_plain(q), check_plain(k), check_plain(v);
-    for (PyObject* const tensor : {sinks, values[9], values[10]}) check_plain_or_none(tensor);
+    for (PyObject* const tensor : {sinks, cu_seqlens_q, cu_seqlens_kv}) check_plain_or_none(tensor);
     check_unobserved();
-    if (plain_number_of(dropout) != 0.0) throw NotPlain{};
+    if (plain_number_of(values[Attend::kDropoutP]) != 0.0) throw NotPlain{};
     Arguments arguments;
     arguments.window_left = arguments.window_right = -1;
     if (window != Py_None) {
@@ -354,28 +222,28 @@ PyObject* attend(PyObject*, PyObject* const* values, Py_ssize_t count) {
       arguments.window_left = bound_of(PyTuple_GetItem(window, 0));
       arguments.window_right = bound_of(PyTuple_GetItem(window, 1));
     }
-    if (truth_of(values[4])) arguments.window_right = 0;
-    arguments.softcap = plain_number_of(softcap);
-    arguments.deterministic = truth_of(values[13]);
+    if (truth_of(values[Attend::kIsCausal])) arguments.window_right = 0;
+    arguments.softcap = plain_number_of(values[Attend::kSoftcap]);
+    arguments.deterministic = truth_of(values[Attend::kDeterministic]);
 
-    arguments.q = info_of(q, false);
+    arguments.q = info_of(q);
     const Library& library = library_for(arguments.q);
     if (impl != Py_None && (!PyUnicode_CheckExact(impl) || PyUnicode_Compare(impl, library.name) != 0)) {
       throw NotPlain{};
     }
-    arguments.k = info_of(k, false);
+    arguments.k = info_of(k);
     const int64_t rank = is_packed ? 3 : 4;
     if (arguments.q.dim != rank || arguments.k.dim != rank) throw NotPlain{};
-    if (!is_packed && (values[11] != Py_None || values[12] != Py_None)) throw NotPlain{};
-    arguments.max_seqlen_q = length_of(values[11], arguments.q.sizes[rank - 3]);
-    arguments.max_seqlen_kv = length_of(values[12], arguments.k.sizes[rank - 3]);
+    if (!is_packed && (max_seqlen_q != Py_None || max_seqlen_kv != Py_None)) throw NotPlain{};
+    arguments.max_seqlen_q = length_of(max_seqlen_q, arguments.q.sizes[rank - 3]);
+    arguments.max_seqlen_kv = length_of(max_seqlen_kv, arguments.k.sizes[rank - 3]);
     arguments.scale =
         scale == Py_None ? std::pow(static_cast<double>(arguments.q.sizes[rank - 1]), -0.5) : plain_number_of(scale);
 
-    arguments.v = info_of(v, false);
-    arguments.sinks = optional_info_of(sinks, false);
-    arguments.cu_seqlens_q = optional_info_of(values[9], false);
-    arguments.cu_seqlens_kv = optional_info_of(values[10], false);
+    arguments.v = info_of(v);
+    arguments.sinks = optional_info_of(sinks);
+    arguments.cu_seqlens_q = optional_info_of(cu_seqlens_q);
+    arguments.cu_seqlens_kv = optional_info_of(cu_seqlens_kv);
     auto requires_grad = [](PyObject* tensor) {
       return tensor != Py_None && Owned(PyObject_GetAttr(tensor, name_requires_grad)).get() == Py_True;
     };
@@ -383,12 +251,12 @@ PyObject* attend(PyObject*, PyObject* const* values, Py_ssize_t count) {
                                 !is_false(is_grad_enabled);
     Owned outputs(compute(q, arguments, returns_lse || needs_gradient));
     if (needs_gradient) {
-      return Owned(PyObject_CallFunction(with_gradient, "OOOO(OOLLdLLdO)OO", q, k, v, sinks, values[9], values[10],
-                                         static_cast<long long>(arguments.max_seqlen_q),
-                                         static_cast<long long>(arguments.max_seqlen_kv), arguments.scale,
-                                         static_cast<long long>(arguments.window_left),
-                                         static_cast<long long>(arguments.window_right), arguments.softcap,
-                                         arguments.deterministic ? Py_True : Py_False, outputs.get(), values[15]))
+      return Owned(PyObject_CallFunction(
+                       with_gradient, "OOOO(OOLLdLLdO)OO", q, k, v, sinks, cu_seqlens_q, cu_seqlens_kv,
+                       static_cast<long long>(arguments.max_seqlen_q), static_cast<long long>(arguments.max_seqlen_kv),
+                       arguments.scale, static_cast<long long>(arguments.window_left),
+                       static_cast<long long>(arguments.window_right), arguments.softcap,
+                       arguments.deterministic ? Py_True : Py_False, outputs.get(), values[Attend::kReturnLse]))
           .release();
     }
     if (returns_lse) return outputs.release();
@@ -401,7 +269,7 @@ PyObject* attend(PyObject*, PyObject* const* values, Py_ssize_t count) {
 // set_up(with_gradient, ((device type, implementation, path of its library), ...)). The libraries are loaded already
 // (torch.ops.load_library), and stay.
 PyObject* set_up(PyObject*, PyObject* const* values, Py_ssize_t count) {
-  return answer([&]() -> PyObject* {
+  return guarded([&]() -> PyObject* {
     check_count(count, 2);
     Py_INCREF(values[0]);
     with_gradient = values[0];
@@ -427,56 +295,6 @@ PyObject* set_up(PyObject*, PyObject* const* values, Py_ssize_t count) {
   });
 }
 
-// An attribute of an attribute of ... an object.
-PyObject* find(PyObject* object, std::initializer_list<const char*> names) {
-  Py_INCREF(object);
-  for (const char* name : names) {
-    PyObject* const next = PyObject_GetAttrString(object, name);
-    Py_DECREF(object);
-    if (next == nullptr) throw PythonError{};
-    object = next;
-  }
-  return object;
-}
-
-// Everything of torch's that is used; throws PythonError, and the module cannot be imported, where something is
-// missing.
-void find_torch() {
-  const Owned torch(PyImport_ImportModule("torch")),
-      forward_ad_module(PyImport_ImportModule("torch.autograd.forward_ad"));
-  forward_ad = forward_ad_module.get();
-  Py_INCREF(forward_ad);
-  tensor_type = reinterpret_cast<PyTypeObject*>(find(torch.get(), {"Tensor"}));
-  parameter_type = reinterpret_cast<PyTypeObject*>(find(torch.get(), {"nn", "Parameter"}));
-  empty_like = find(torch.get(), {"empty_like"});
-  is_grad_enabled = find(torch.get(), {"is_grad_enabled"});
-  len_dispatch_stack = find(torch.get(), {"_C", "_len_torch_dispatch_stack"});
-  has_function_mode = find(torch.get(), {"_C", "_is_torch_function_mode_enabled"});
-  peek_interpreter = find(torch.get(), {"_C", "_functorch", "peek_interpreter_stack"});
-  is_profiling = find(torch.get(), {"_C", "_autograd", "_profiler_enabled"});
-  tracing_state = find(torch.get(), {"_C", "_get_tracing_state"});
-  const Owned contiguous(find(torch.get(), {"contiguous_format"})), float32(find(torch.get(), {"float32"})),
-      uint8(find(torch.get(), {"uint8"}));
-  like_contiguous = Owned(Py_BuildValue("{sO}", "memory_format", contiguous.get())).release();
-  as_float32 = Owned(Py_BuildValue("{sO}", "dtype", float32.get())).release();
-  as_bytes = Owned(Py_BuildValue("{sO}", "dtype", uint8.get())).release();
-  const std::pair<PyObject**, const char*> names[] = {
-      {&name_untyped_storage, "untyped_storage"}, {&name_nbytes, "nbytes"},
-      {&name_storage_offset, "storage_offset"},   {&name_is_neg, "is_neg"},
-      {&name_requires_grad, "requires_grad"},     {&name_new_empty, "new_empty"},
-      {&name_current_level, "_current_level"}};
-  for (const auto& [place, name] : names) *place = Owned(PyUnicode_InternFromString(name)).release();
-
-  const Owned capsule(find(torch.get(), {"Tensor", "__dlpack_c_exchange_api__"}));
-  exchange = static_cast<const DLPackExchangeAPI*>(PyCapsule_GetPointer(capsule.get(), "dlpack_exchange_api"));
-  if (exchange == nullptr) throw PythonError{};
-  if (exchange->header.version.major != DLPACK_MAJOR_VERSION || exchange->dltensor_from_py_object_no_sync == nullptr) {
-    PyErr_Format(PyExc_ImportError, "expected DLPack %d with dltensor_from_py_object_no_sync, got DLPack %d",
-                 DLPACK_MAJOR_VERSION, static_cast<int>(exchange->header.version.major));
-    throw PythonError{};
-  }
-}
-
 template <class Function>
 PyCFunction as_method(Function* function) {
   return reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(function));
@@ -496,7 +314,7 @@ PyModuleDef module = {
 }  // namespace flashmla
 
 PyMODINIT_FUNC PyInit__direct() {
-  return flashmla::answer([] {
+  return flashmla::guarded([] {
     flashmla::find_torch();
     return PyModule_Create(&flashmla::module);
   });

@@ -1,80 +1,83 @@
-// Which head-dim row runs a call: the first that is wide enough. What the call lacks of the row's width arrives as
-// zeros from TMA and is not stored.
+// Which configuration of tiles.h runs a call: the first that is wide enough. Columns that the call lacks of its width
+// arrive as zeros from TMA and are not stored.
 #include "sm90/launch.h"
-#include "sm90/schedule.h"
+#include "sm90/scheduling/schedule.h"
 #include "sm90/tiles.h"
 
 namespace flashmla::sm90 {
 
 // Defined by one file of instantiations/ each.
 template <int kHeadDimQK, int kHeadDimV>
-const char* launch_forward_row(ForwardParams const& params, void* workspace, cudaStream_t stream);
+const char* launch_forward_head_dims(ForwardParams const& params, void* workspace, cudaStream_t stream);
 template <int kHeadDimQK, int kHeadDimV>
-int64_t backward_workspace_row(BackwardParams const& params);
+int64_t backward_workspace_head_dims(BackwardParams const& params);
 template <int kHeadDimQK, int kHeadDimV>
-const char* launch_backward_row(BackwardParams const& params, void* workspace, cudaStream_t stream);
+const char* launch_backward_head_dims(BackwardParams const& params, void* workspace, cudaStream_t stream);
 
 namespace {
 
-struct Row {
+struct ForwardHeadDimConfig {
   int64_t head_dim_qk, head_dim_v;
   int block_q;
-  const char* (*launch_forward)(ForwardParams const& params, void* workspace, cudaStream_t stream);
+  const char* (*launch)(ForwardParams const& params, void* workspace, cudaStream_t stream);
 };
 
-template <int kHeadDimQK, int kHeadDimV>
-constexpr Row kRow = {kHeadDimQK, kHeadDimV, ForwardTiles<kHeadDimQK, kHeadDimV, MaskKind::kNone>::kBlockQ,
-                      launch_forward_row<kHeadDimQK, kHeadDimV>};
-
-constexpr Row kRows[] = {kRow<64, 64>, kRow<96, 96>, kRow<128, 128>, kRow<192, 128>, kRow<192, 192>, kRow<256, 256>};
-
-// The host has checked that no head dim is larger than the last row's.
-Row const& row_of(Problem const& problem) {
-  Row const* row = kRows;
-  while (problem.head_dim_qk > row->head_dim_qk || problem.head_dim_v > row->head_dim_v) ++row;
-  return *row;
-}
-
-struct BackwardRow {
+struct BackwardHeadDimConfig {
   int64_t head_dim_qk, head_dim_v;
   bool has_softcap;
   int64_t (*workspace)(BackwardParams const& params);
   const char* (*launch)(BackwardParams const& params, void* workspace, cudaStream_t stream);
 };
 
-template <int kHeadDimQK, int kHeadDimV>
-constexpr BackwardRow kBackwardRow = {kHeadDimQK, kHeadDimV, BackwardTiles<kHeadDimQK, kHeadDimV>::kHasSoftcap,
-                                      backward_workspace_row<kHeadDimQK, kHeadDimV>,
-                                      launch_backward_row<kHeadDimQK, kHeadDimV>};
+// The host has checked that no head dim is larger than the last configuration's.
+template <class... Dims>
+ForwardHeadDimConfig const& forward_config_for(Problem const& problem, HeadDimList<Dims...>) {
+  static constexpr ForwardHeadDimConfig kConfigs[] = {
+      {Dims::kHeadDimQK, Dims::kHeadDimV, ForwardTiles<Dims::kHeadDimQK, Dims::kHeadDimV, MaskKind::kNone>::kBlockQ,
+       launch_forward_head_dims<Dims::kHeadDimQK, Dims::kHeadDimV>}...};
+  ForwardHeadDimConfig const* config = kConfigs;
+  while (problem.head_dim_qk > config->head_dim_qk || problem.head_dim_v > config->head_dim_v) ++config;
+  return *config;
+}
 
-constexpr BackwardRow kBackwardRows[] = {kBackwardRow<64, 64>, kBackwardRow<128, 128>, kBackwardRow<192, 128>,
-                                         kBackwardRow<192, 192>, kBackwardRow<256, 256>};
-
-BackwardRow const& backward_row_of(Problem const& problem) {
-  BackwardRow const* row = kBackwardRows;
-  while (problem.head_dim_qk > row->head_dim_qk || problem.head_dim_v > row->head_dim_v ||
-         (problem.softcap > 0.0f && !row->has_softcap)) {
-    ++row;
+template <class... Dims>
+BackwardHeadDimConfig const& backward_config_for(Problem const& problem, HeadDimList<Dims...>) {
+  static constexpr BackwardHeadDimConfig kConfigs[] = {
+      {Dims::kHeadDimQK, Dims::kHeadDimV, BackwardTiles<Dims::kHeadDimQK, Dims::kHeadDimV>::kHasSoftcap,
+       backward_workspace_head_dims<Dims::kHeadDimQK, Dims::kHeadDimV>,
+       launch_backward_head_dims<Dims::kHeadDimQK, Dims::kHeadDimV>}...};
+  BackwardHeadDimConfig const* config = kConfigs;
+  while (problem.head_dim_qk > config->head_dim_qk || problem.head_dim_v > config->head_dim_v ||
+         (problem.softcap > 0.0f && !config->has_softcap)) {
+    ++config;
   }
-  return *row;
+  return *config;
+}
+
+ForwardHeadDimConfig const& config_for(ForwardParams const& params) {
+  return forward_config_for(params.problem, ForwardHeadDims{});
+}
+
+BackwardHeadDimConfig const& config_for(BackwardParams const& params) {
+  return backward_config_for(params.problem, BackwardHeadDims{});
 }
 
 }  // namespace
 
 int64_t forward_workspace(ForwardParams const& params) {
-  return forward_schedule_bytes(params.problem, row_of(params.problem).block_q);
+  return forward_schedule_bytes(params.problem, config_for(params).block_q);
 }
 
 const char* launch_forward(ForwardParams const& params, void* workspace, cudaStream_t stream) {
-  return row_of(params.problem).launch_forward(params, workspace, stream);
+  return config_for(params).launch(params, workspace, stream);
 }
 
 int64_t backward_workspace(BackwardParams const& params) {
-  return backward_row_of(params.problem).workspace(params);
+  return config_for(params).workspace(params);
 }
 
 const char* launch_backward(BackwardParams const& params, void* workspace, cudaStream_t stream) {
-  return backward_row_of(params.problem).launch(params, workspace, stream);
+  return config_for(params).launch(params, workspace, stream);
 }
 
 }  // namespace flashmla::sm90

@@ -1,105 +1,248 @@
-// The one table of tile sizes, stages, warpgroups and registers of the Hopper kernels. A head-dim row is one struct
-// here, one instantiation file and one test parameter; dispatch reads the list of rows from here.
+// The one table of tile sizes, stages, warpgroups and registers of the Hopper kernels.
+//
+// A new head dim is one entry here (and its name in the list below it), one file of instantiations/, and nothing else:
+// dispatch.cpp, the host's limits, the package's (setup.py writes them to _build.json), the tests' list and the tables
+// of README.md and docs/kernels.md are derived (csrc/sm90/tiles.py reads this file: write each entry as the others).
+// Dates name the entry of docs/log.md that holds the measurement.
 #pragma once
 
 #include <cstdint>
 
 namespace flashmla::sm90 {
 
-// Exclusive: which comparisons the masked tiles of the score matrix need.
+// A warpgroup is four warps; wgmma gives it 64 rows of a product.
+constexpr int kWarpThreads = 32, kWarpgroupThreads = 128, kWarpgroupRows = 64;
+// Shared memory a CTA can have: 228 KiB of a multiprocessor, less 1 KiB that the system keeps.
+constexpr int kMaxSharedBytes = 227 * 1024;
+constexpr int kRegistersPerSM = 65536;
+// TMA reads 16 bytes at a time: head dims are multiples of 8 elements of 16 bits.
+constexpr int kHeadDimMultiple = 8;
+
+// The comparisons that masked tiles of the score matrix need; exclusive.
 enum class MaskKind : int32_t {
   kNone,    // the ragged end of K
   kCausal,  // window_right >= 0, window_left unbounded: the right edge and the end
   kWindow,  // any window: both edges and the end
 };
 
-// Rows of Q a tile, rows of K and V a tile, depth of the K/V ring, Q buffers, consumer warpgroups (64 rows each), and
-// the registers a thread of the producer and of the consumers has (setmaxnreg).
-template <int kBlockQ_, int kBlockKV_, int kNumStages_, int kNumQStages_, int kNumConsumers_, int kProducerRegisters_,
-          int kConsumerRegisters_, bool kPingPong_>
-struct ForwardTile {
-  static constexpr int kBlockQ = kBlockQ_;
-  static constexpr int kBlockKV = kBlockKV_;
-  static constexpr int kNumStages = kNumStages_;
-  static constexpr int kNumQStages = kNumQStages_;
-  static constexpr int kNumConsumers = kNumConsumers_;
-  static constexpr int kProducerRegisters = kProducerRegisters_;
-  static constexpr int kConsumerRegisters = kConsumerRegisters_;
-  static constexpr bool kPingPong = kPingPong_;
-  static constexpr int kNumThreads = 128 * (1 + kNumConsumers);
-  static_assert(kBlockQ == 64 * kNumConsumers, "one wgmma row block of 64 per consumer warpgroup");
+// Largest head dims of a kernel: a call runs in the first of a list that is wide enough for both.
+template <int kHeadDimQK_, int kHeadDimV_>
+struct HeadDims {
+  static constexpr int kHeadDimQK = kHeadDimQK_, kHeadDimV = kHeadDimV_;
+};
+template <class...>
+struct HeadDimList {};
+
+// ---- forward --------------------------------------------------------------------------------------------------------
+//
+// kBlockQ x kBlockKV: rows of Q and of K/V in a tile. kNumStages: depth of the rings of K and V. kNumQStages: Q
+// buffers. kNumConsumers: consumer warpgroups. k*Registers: of a thread, by setmaxnreg. kPingPong: consumer warpgroups
+// take turns at the tensor cores. S (kBlockKV/2 registers a thread), O (head_dim_v/2) and P (kBlockKV/4) live in
+// registers together.
+
+template <int kHeadDimQK, int kHeadDimV, MaskKind kMask>
+struct ForwardConfig;
+
+// Three warpgroups: 128 x 128 with two was slower at 1k (2026-11-22). They keep apart by themselves: turns cost 1 to
+// 5 % (2026-11-26).
+template <MaskKind kMask>
+struct ForwardConfig<64, 64, kMask> {
+  static constexpr int kBlockQ = 192, kBlockKV = 128;
+  static constexpr int kNumStages = 3, kNumQStages = 2;
+  static constexpr int kNumConsumers = 3, kProducerRegisters = 32, kConsumerRegisters = 160;
+  static constexpr bool kPingPong = false;
+};
+
+// The tile of 128, with turns; docs/log.md has no measurement of this entry alone.
+template <MaskKind kMask>
+struct ForwardConfig<96, 96, kMask> {
+  static constexpr int kBlockQ = 128, kBlockKV = 128;
+  static constexpr int kNumStages = 2, kNumQStages = 2;
+  static constexpr int kNumConsumers = 2, kProducerRegisters = 24, kConsumerRegisters = 240;
+  static constexpr bool kPingPong = true;
+};
+
+// Three K/V stages with one Q buffer gained nothing (2026-11-22). Without turns: causal 4k 560 -> 572 TFLOP/s, 16k with
+// 32/8 heads 640 -> 655 (2026-11-26).
+template <MaskKind kMask>
+struct ForwardConfig<128, 128, kMask> {
+  static constexpr int kBlockQ = 128, kBlockKV = 128;
+  static constexpr int kNumStages = 2, kNumQStages = 2;
+  static constexpr int kNumConsumers = 2, kProducerRegisters = 24, kConsumerRegisters = 240;
+  static constexpr bool kPingPong = false;
+};
+
+// Without a mask wider tiles pay: 128 x 160 with two Q buffers gained nothing over this (2026-11-22). With turns 533
+// TFLOP/s at 1k, without 517 (2026-11-26).
+template <>
+struct ForwardConfig<128, 128, MaskKind::kNone> {
+  static constexpr int kBlockQ = 128, kBlockKV = 176;
+  static constexpr int kNumStages = 2, kNumQStages = 1;
+  static constexpr int kNumConsumers = 2, kProducerRegisters = 24, kConsumerRegisters = 240;
+  static constexpr bool kPingPong = true;
+};
+
+// 128 x 96 with two Q buffers: no gain (2026-11-22), 516 against 581 TFLOP/s (2026-11-26).
+template <MaskKind kMask>
+struct ForwardConfig<192, 128, kMask> {
+  static constexpr int kBlockQ = 128, kBlockKV = 128;
+  static constexpr int kNumStages = 2, kNumQStages = 1;
+  static constexpr int kNumConsumers = 2, kProducerRegisters = 24, kConsumerRegisters = 240;
+  static constexpr bool kPingPong = true;
+};
+
+// 80 keys are what shared memory holds beside two Q buffers. The products are long against the exponentials: turns
+// order nothing (2026-11-22).
+template <MaskKind kMask>
+struct ForwardConfig<192, 192, kMask> {
+  static constexpr int kBlockQ = 128, kBlockKV = 80;
+  static constexpr int kNumStages = 2, kNumQStages = 2;
+  static constexpr int kNumConsumers = 2, kProducerRegisters = 24, kConsumerRegisters = 240;
+  static constexpr bool kPingPong = false;
+};
+
+// As 192/192, beside one Q buffer.
+template <MaskKind kMask>
+struct ForwardConfig<256, 256, kMask> {
+  static constexpr int kBlockQ = 128, kBlockKV = 80;
+  static constexpr int kNumStages = 2, kNumQStages = 1;
+  static constexpr int kNumConsumers = 2, kProducerRegisters = 24, kConsumerRegisters = 240;
+  static constexpr bool kPingPong = false;
+};
+
+using ForwardHeadDims = HeadDimList<HeadDims<64, 64>, HeadDims<96, 96>, HeadDims<128, 128>, HeadDims<192, 128>,
+                                    HeadDims<192, 192>, HeadDims<256, 256>>;
+
+// ---- backward by keys: dK, dV and, unless the warpgroups share columns, dQ ------------------------------------------
+//
+// kBlockQ x kBlockKV: rows of Q and of K/V in a tile. kNumStages: depth of the rings of Q and dO. kSwizzleColumns:
+// columns of a swizzled chunk. kSplitsColumns: the two consumer warpgroups share dK and dV by columns (each of all
+// keys) instead of by keys. kHasSoftcap: there is a kernel with softcap (else a wider one computes it). By keys a
+// thread holds dK and dV (head_dim_qk/2 + head_dim_v/2 registers), and beside them S, dP (kBlockQ/2 each) and packed P
+// (kBlockQ/4), then dQ (kBlockQ * head_dim_qk / 256); by columns dK and dV (head_dim/4 each) and S or dP.
+
+template <int kHeadDimQK, int kHeadDimV>
+struct BackwardConfig;
+
+// dQ a step late, from 128 queries: full 16k 487 -> 537 TFLOP/s (2026-11-24, night).
+template <>
+struct BackwardConfig<64, 64> {
+  static constexpr int kBlockQ = 128, kBlockKV = 128;
+  static constexpr int kNumStages = 2, kSwizzleColumns = 64;
+  static constexpr int kNumConsumers = 2, kProducerRegisters = 24, kConsumerRegisters = 240;
+  static constexpr bool kSplitsColumns = false, kHasSoftcap = false;
+};
+
+// Head dim 96 runs here as well. 16 registers more, and ptxas serializes wgmma: 64 queries (2026-11-24).
+template <>
+struct BackwardConfig<128, 128> {
+  static constexpr int kBlockQ = 64, kBlockKV = 128;
+  static constexpr int kNumStages = 2, kSwizzleColumns = 64;
+  static constexpr int kNumConsumers = 2, kProducerRegisters = 24, kConsumerRegisters = 240;
+  static constexpr bool kSplitsColumns = false, kHasSoftcap = true;
+};
+
+// Half of 192 columns is no multiple of 64: chunks of 32. dQ leaves by red from the registers: 433 -> 449 TFLOP/s at
+// 4k, 483 -> 500 at 16k (2026-11-26).
+template <>
+struct BackwardConfig<192, 128> {
+  static constexpr int kBlockQ = 64, kBlockKV = 128;
+  static constexpr int kNumStages = 2, kSwizzleColumns = 32;
+  static constexpr int kNumConsumers = 2, kProducerRegisters = 24, kConsumerRegisters = 240;
+  static constexpr bool kSplitsColumns = false, kHasSoftcap = false;
+};
+
+// dK and dV of 64 keys fill half of the registers; a part of dQ for every 64 keys took 40 % of the time, so dQ has a
+// kernel of its own (2026-11-24, later).
+template <>
+struct BackwardConfig<192, 192> {
+  static constexpr int kBlockQ = 64, kBlockKV = 64;
+  static constexpr int kNumStages = 2, kSwizzleColumns = 32;
+  static constexpr int kNumConsumers = 2, kProducerRegisters = 24, kConsumerRegisters = 240;
+  static constexpr bool kSplitsColumns = true, kHasSoftcap = true;
+};
+
+// As 192/192: full 16k 381 -> 427 TFLOP/s (2026-11-24, later).
+template <>
+struct BackwardConfig<256, 256> {
+  static constexpr int kBlockQ = 64, kBlockKV = 64;
+  static constexpr int kNumStages = 2, kSwizzleColumns = 64;
+  static constexpr int kNumConsumers = 2, kProducerRegisters = 24, kConsumerRegisters = 240;
+  static constexpr bool kSplitsColumns = true, kHasSoftcap = true;
+};
+
+using BackwardHeadDims =
+    HeadDimList<HeadDims<64, 64>, HeadDims<128, 128>, HeadDims<192, 128>, HeadDims<192, 192>, HeadDims<256, 256>>;
+
+// ---- backward by queries: dQ of the head dims whose dK and dV are shared by columns ---------------------------------
+//
+// kBlockQ x kBlockKV: rows of Q and of K/V in a tile. kNumStages: depth of the rings of K and V. A thread holds dQ
+// (head_dim/2), S, dP (kBlockKV/2 each) and dS (kBlockKV/4); Q, dO and the rings fill the shared memory.
+
+template <int kHeadDim>
+struct BackwardQueriesConfig;
+
+// 64 keys are what shared memory holds (2026-11-24, later).
+template <>
+struct BackwardQueriesConfig<192> {
+  static constexpr int kBlockQ = 128, kBlockKV = 64;
+  static constexpr int kNumStages = 2;
+  static constexpr int kNumConsumers = 2, kProducerRegisters = 24, kConsumerRegisters = 240;
+};
+
+// 48 keys are what shared memory holds (2026-11-24, later).
+template <>
+struct BackwardQueriesConfig<256> {
+  static constexpr int kBlockQ = 128, kBlockKV = 48;
+  static constexpr int kNumStages = 2;
+  static constexpr int kNumConsumers = 2, kProducerRegisters = 24, kConsumerRegisters = 240;
+};
+
+// ---- what follows from an entry, and what it must satisfy -----------------------------------------------------------
+
+// A CTA is one producer warpgroup and the consumers.
+template <class Config>
+struct WarpgroupPlan : Config {
+  static constexpr int kNumThreads = kWarpgroupThreads * (1 + Config::kNumConsumers);
   // Registers move between warpgroups within what the launch allotted: as many a thread as 64K allow, in steps of 8.
-  static constexpr int kLaunchRegisters = 65536 / kNumThreads / 8 * 8;
-  static_assert(kProducerRegisters + kNumConsumers * kConsumerRegisters <= kLaunchRegisters * (1 + kNumConsumers),
-                "a warpgroup would wait for registers for ever");
+  static constexpr int kLaunchRegisters = kRegistersPerSM / kNumThreads / 8 * 8;
+  static_assert(Config::kProducerRegisters + Config::kNumConsumers * Config::kConsumerRegisters <=
+                    kLaunchRegisters * (1 + Config::kNumConsumers),
+                "setmaxnreg would deadlock: more registers requested than the launch allots");
 };
 
 template <int kHeadDimQK, int kHeadDimV, MaskKind kMask>
-struct ForwardTiles;
-
-// S (kBlockKV/2 registers a thread), O (head_dim_v/2) and P (kBlockKV/4) live in registers together; Q (kNumQStages), K
-// and V (kNumStages) in shared memory, at most 227 KiB.
-template <MaskKind kMask>
-struct ForwardTiles<64, 64, kMask> : ForwardTile<192, 128, 3, 2, 3, 32, 160, false> {};
-template <MaskKind kMask>
-struct ForwardTiles<96, 96, kMask> : ForwardTile<128, 128, 2, 2, 2, 24, 240, true> {};
-template <MaskKind kMask>
-struct ForwardTiles<128, 128, kMask> : ForwardTile<128, 128, 2, 2, 2, 24, 240, false> {};
-template <>
-struct ForwardTiles<128, 128, MaskKind::kNone> : ForwardTile<128, 176, 2, 1, 2, 24, 240, true> {};
-template <MaskKind kMask>
-struct ForwardTiles<192, 128, kMask> : ForwardTile<128, 128, 2, 1, 2, 24, 240, true> {};
-template <MaskKind kMask>
-struct ForwardTiles<192, 192, kMask> : ForwardTile<128, 80, 2, 2, 2, 24, 240, false> {};
-template <MaskKind kMask>
-struct ForwardTiles<256, 256, kMask> : ForwardTile<128, 80, 2, 1, 2, 24, 240, false> {};
-
-// Rows of Q and of K and V a tile of the backward, depth of the rings of Q and dO, columns of a swizzled chunk (64 or
-// 32), whether the two consumer warpgroups share dK and dV by columns (each of all keys) or by keys, and whether there
-// is a kernel with softcap (else a wider row computes it).
-template <int kBlockQ_, int kBlockKV_, int kNumStages_, int kSwizzleColumns_, bool kSplitsColumns_, bool kHasSoftcap_>
-struct BackwardTiling {
-  static constexpr int kBlockQ = kBlockQ_;
-  static constexpr int kBlockKV = kBlockKV_;
-  static constexpr int kNumStages = kNumStages_;
-  static constexpr int kSwizzleColumns = kSwizzleColumns_;
-  static constexpr bool kSplitsColumns = kSplitsColumns_;
-  static constexpr bool kHasSoftcap = kHasSoftcap_;
-  static_assert(kBlockKV == (kSplitsColumns ? 64 : 128), "64 key rows for each of two warpgroups, or for both");
+struct ForwardTiles : WarpgroupPlan<ForwardConfig<kHeadDimQK, kHeadDimV, kMask>> {
+  using Config = ForwardConfig<kHeadDimQK, kHeadDimV, kMask>;
+  static_assert(Config::kBlockQ == kWarpgroupRows * Config::kNumConsumers, "64 query rows per consumer warpgroup");
 };
 
 template <int kHeadDimQK, int kHeadDimV>
-struct BackwardTiles;
-
-// By keys, a thread holds dK and dV (head_dim_qk/2 + head_dim_v/2 registers), and beside them S, dP (kBlockQ/2 each)
-// and packed P (kBlockQ/4), then dQ (kBlockQ * head_dim_qk / 256). By columns, dK and dV (head_dim/4 each) and S or dP.
-template <>
-struct BackwardTiles<64, 64> : BackwardTiling<128, 128, 2, 64, false, false> {};
-template <>
-struct BackwardTiles<128, 128> : BackwardTiling<64, 128, 2, 64, false, true> {};
-template <>
-struct BackwardTiles<192, 128> : BackwardTiling<64, 128, 2, 32, false, false> {
-};  // half of 192 columns is no multiple of 64
-template <>
-struct BackwardTiles<192, 192> : BackwardTiling<64, 64, 2, 32, true, true> {};
-template <>
-struct BackwardTiles<256, 256> : BackwardTiling<64, 64, 2, 64, true, true> {};
-
-// Where dK and dV are shared by columns, dQ has a kernel of its own: rows of Q, rows of K and V a tile, and depth of
-// the rings of K and V. A thread holds dQ (head_dim/2), S, dP (kBlockKV/2 each) and dS (kBlockKV/4); Q, dO and the
-// rings fill the shared memory.
-template <int kBlockQ_, int kBlockKV_, int kNumStages_>
-struct BackwardQueryTiling {
-  static constexpr int kBlockQ = kBlockQ_;
-  static constexpr int kBlockKV = kBlockKV_;
-  static constexpr int kNumStages = kNumStages_;
-  static_assert(kBlockKV % 16 == 0, "the depth of dS K");
+struct BackwardTiles : WarpgroupPlan<BackwardConfig<kHeadDimQK, kHeadDimV>> {
+  using Config = BackwardConfig<kHeadDimQK, kHeadDimV>;
+  static_assert(Config::kNumConsumers == 2 &&
+                    Config::kBlockKV == kWarpgroupRows * (Config::kSplitsColumns ? 1 : Config::kNumConsumers),
+                "64 key rows for each of two warpgroups, or for both");
 };
+
 template <int kHeadDim>
-struct BackwardQueryTiles;
-template <>
-struct BackwardQueryTiles<192> : BackwardQueryTiling<128, 64, 2> {};
-template <>
-struct BackwardQueryTiles<256> : BackwardQueryTiling<128, 48, 2> {};
+struct BackwardQueryTiles : WarpgroupPlan<BackwardQueriesConfig<kHeadDim>> {
+  using Config = BackwardQueriesConfig<kHeadDim>;
+  static_assert(Config::kBlockQ == kWarpgroupRows * Config::kNumConsumers, "64 query rows per consumer warpgroup");
+  static_assert(Config::kBlockKV % 16 == 0, "the depth of dS K");
+};
+
+// The last of a list is the widest.
+template <class First, class... Rest>
+constexpr int largest_head_dim(HeadDimList<First, Rest...>) {
+  if constexpr (sizeof...(Rest) > 0) {
+    return largest_head_dim(HeadDimList<Rest...>{});
+  } else {
+    static_assert(First::kHeadDimQK == First::kHeadDimV, "one limit for both head dims");
+    return First::kHeadDimQK;
+  }
+}
+constexpr int kLargestHeadDim = largest_head_dim(ForwardHeadDims{});
+static_assert(largest_head_dim(BackwardHeadDims{}) == kLargestHeadDim, "what has a forward has a backward");
 
 }  // namespace flashmla::sm90

@@ -1,2 +1,3 @@
-#include "sm90/launch_forward.cuh"
-template const char* flashmla::sm90::launch_forward_row<256, 256>(flashmla::ForwardParams const&, void*, cudaStream_t);
+#include "sm90/forward/launch_forward.cuh"
+template const char* flashmla::sm90::launch_forward_head_dims<256, 256>(flashmla::ForwardParams const&, void*,
+                                                                        cudaStream_t);

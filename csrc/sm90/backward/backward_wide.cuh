@@ -6,8 +6,8 @@
 // dK and dV of 64 keys of 256 columns fill half of the registers of two warpgroups, so each has half of the columns of
 // dK and dV, and needs all of P and dS, which pass through shared memory. The products before them are shared as well:
 //
-//   warpgroup 0:  S    P -> shared   | barrier   dV (its columns)                           | barrier   dK (its
-//   columns) warpgroup 1:  dP                 | barrier   dV               dS from P and dP -> shared | barrier   dK
+//   warpgroup 0:  S   P -> shared | barrier   dV (its columns)                        | barrier   dK (its columns)
+//   warpgroup 1:  dP              | barrier   dV            dS from P and dP -> shared | barrier   dK
 //
 // Both run the same code on other operands: S^T and dP^T are products of the same shape. Issued before dK of the step
 // before, they would hide P as well, but Q would have to stay for half a step more, and there is no room for a third.
@@ -16,7 +16,7 @@
 
 #include <cutlass/arch/reg_reconfig.h>
 
-#include "sm90/backward_tile.cuh"
+#include "sm90/backward/backward_math.cuh"
 
 namespace flashmla::sm90 {
 
@@ -61,30 +61,30 @@ struct BackwardWide {
     alignas(128) float lse_log2[kNumStages][kBlockQ];
     alignas(128) float delta[kNumStages][kBlockQ];
     int32_t is_large[kNumStages];
-    uint64_t kv_full, kv_empty, tile_wanted, tile_full[kNumBackwardTiles], tile_empty[kNumBackwardTiles];
+    uint64_t kv_full, kv_empty, work_wanted, tile_full[kNumBackwardTiles], tile_empty[kNumBackwardTiles];
     uint64_t q_full[kNumStages], q_empty[kNumStages], dout_full[kNumStages], dout_empty[kNumStages];
     BlockToClear to_clear[2];  // Q, dO
-    BackwardTile tiles[kNumBackwardTiles];
+    BackwardWorkTile tiles[kNumBackwardTiles];
   };
   static constexpr int kSharedBytes = sizeof(SharedStorage);
-  static_assert(kSharedBytes <= 227 * 1024);
+  static_assert(kSharedBytes <= kMaxSharedBytes);
 
   static constexpr int kPBarrier = 1, kDSBarrier = 2;  // named; 0 is __syncthreads
 
   __device__ static void consume(BackwardArguments const& arguments, SharedStorage& shared, int warpgroup) {
     using namespace cute;
-    int thread;  // as in backward.cuh
-    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
-    int const row_in_tile = thread % 128 / 32 * 16 + thread % 32 / 4;
+    int const thread = ptx::read_thread_index();
+    int const row_in_tile = row_of_thread(0, thread);
     int const column_in_block = thread % 4 * 2;
     Problem const& problem = arguments.problem;
 
     MmaS mma_s;
     MmaDKV mma_dkv;
     auto thread_s = mma_s.get_slice(0);
-    auto thread_dkv = mma_dkv.get_slice(warpgroup * 128);
+    auto thread_dkv = mma_dkv.get_slice(warpgroup * kWarpgroupThreads);
     auto tensor = [](Element* data, auto layout) { return make_tensor(make_smem_ptr(data), layout); };
     bool const is_first = warpgroup == 0;
+    // Descriptors (_, 1, depth / 16, stages): K and Q of warpgroup 0, V and dO of warpgroup 1; t: read transposed.
     Tensor fA = thread_s.partition_fragment_A(
         tensor(is_first ? shared.k : shared.v, typename Layouts::template Rows<kBlockKV, kHeadDim, 1>{}));
     Tensor fB = thread_s.partition_fragment_B(tensor(is_first ? shared.q[0] : shared.dout[0],
@@ -95,13 +95,13 @@ struct BackwardWide {
     Tensor fP = thread_dkv.partition_fragment_A(tensor(shared.p[0], LayoutScores{}));
     Tensor fDSt = thread_dkv.partition_fragment_A(tensor(shared.ds, LayoutScores{}));
 
-    Tensor rDK = partition_fragment_C(mma_dkv, Shape<Int<kBlockKV>, Int<kHeadDim>>{});
-    Tensor rDV = partition_fragment_C(mma_dkv, Shape<Int<kBlockKV>, Int<kHeadDim>>{});
-    Tensor rS = partition_fragment_C(mma_s, Shape<Int<kBlockKV>, Int<kBlockQ>>{});
+    Tensor rDK = partition_fragment_C(mma_dkv, Shape<Int<kBlockKV>, Int<kHeadDim>>{});  // fp32, kHeadDim/4 a thread
+    Tensor rDV = partition_fragment_C(mma_dkv, Shape<Int<kBlockKV>, Int<kHeadDim>>{});  // kHeadDim/4
+    Tensor rS = partition_fragment_C(mma_s, Shape<Int<kBlockKV>, Int<kBlockQ>>{});      // S^T or dP^T, 32
     static_assert(decltype(size(rS))::value == kScores && decltype(size(rDK))::value == kFragment);
     auto arrive = [&](uint64_t& barrier) {
       __syncwarp();
-      if (threadIdx.x % 32 == 0) ClusterBarrier::arrive(&barrier);
+      if (threadIdx.x % kWarpThreads == 0) ClusterBarrier::arrive(&barrier);
     };
 
     static_assert(kNumStages == 2);
@@ -109,7 +109,7 @@ struct BackwardWide {
     Ring<kNumBackwardTiles> slot;
     for (;; slot.advance()) {
       ClusterBarrier::wait(&shared.tile_full[slot.stage], slot.phase);
-      BackwardTile const& tile = shared.tiles[slot.stage];
+      BackwardWorkTile const& tile = shared.tiles[slot.stage];
       if (tile.head_kv < 0) break;
       int32_t const num_steps = tile.num_steps();
       clear(rDK);
@@ -129,7 +129,7 @@ struct BackwardWide {
         warpgroup_wait<0>();  // with dK of the step before
         warpgroup_fence_operand(rS);
         warpgroup_fence_operand(rDK);
-        if (i > 0) arrive(shared.q_empty[stage ^ 1]);
+        if (i > 0) arrive(shared.q_empty[ring.stage_before()]);
         bool const has_softcap = problem.softcap > 0.0f;
         if (is_first) {
           uint32_t pairs_p[kScores / 2], pairs_w[kScores / 2];
@@ -139,7 +139,7 @@ struct BackwardWide {
           if (has_softcap) store_scores<kBlockKV>(shared.w, pairs_w, 0);
           cutlass::arch::fence_view_async_shared();
         }
-        NamedBarrier::sync(256, kPBarrier);
+        NamedBarrier::sync(2 * kWarpgroupThreads, kPBarrier);
         multiply(mma_dkv, fP(_, _, _, stage), fDOt(_, _, _, stage), rDV, true);
         if (!is_first) {
           uint32_t pairs_w[kScores / 2], pairs_ds[kScores / 2];
@@ -148,7 +148,7 @@ struct BackwardWide {
           store_scores<kBlockKV>(shared.ds, pairs_ds, 0);
           cutlass::arch::fence_view_async_shared();
         }
-        NamedBarrier::sync(256, kDSBarrier);
+        NamedBarrier::sync(2 * kWarpgroupThreads, kDSBarrier);
         multiply(mma_dkv, fDSt(_, _, _, 0), fQt(_, _, _, stage), rDK, true);
         warpgroup_wait<1>();  // dV
         warpgroup_fence_operand(rDV);
@@ -157,7 +157,7 @@ struct BackwardWide {
       warpgroup_wait<0>();
       warpgroup_fence_operand(rDK);
       if (num_steps > 0) {
-        arrive(shared.q_empty[ring.stage ^ 1]);
+        arrive(shared.q_empty[ring.stage_before()]);
         arrive(shared.kv_empty);
       }
       if (arguments.parts == nullptr) {

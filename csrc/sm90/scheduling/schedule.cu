@@ -5,8 +5,8 @@
 #include <cub/block/block_scan.cuh>
 #include <random>
 
-#include "sm90/device.h"
-#include "sm90/scheduler.cuh"
+#include "sm90/hopper/device.h"
+#include "sm90/scheduling/scheduler.cuh"
 
 namespace flashmla::sm90 {
 namespace {
@@ -22,14 +22,15 @@ int64_t pairs_per_section(int64_t pairs, int64_t pairs_per_kv_head, int64_t want
 }
 
 // K and V of the pairs that the forward walks together, at the most. Otherwise so many that each has four of its tiles
-// at work at a time: fewer pairs share what they read better, more balance better. Measured (docs/log.md).
+// at work at a time: fewer pairs share what they read better, more balance better. Measured (docs/log.md, 2026-11-24).
 constexpr int64_t kForwardSectionBytes = int64_t{128} << 20;
 
-// Q, dO and sums of dQ of the pairs that the backward walks together, where nothing speaks against it. Measured.
+// Q, dO and sums of dQ of the pairs that the backward walks together, unless the mask or determinism needs more.
+// Measured (docs/log.md, 2026-11-24).
 constexpr int64_t kBackwardSectionBytes = int64_t{24} << 20;
 
-// Packed: what the documents walked together, of the heads walked together, read again and again. Measured: larger, and
-// short documents of many heads share nothing in L2.
+// Packed: what the documents walked together, of the heads walked together, read again and again. Measured
+// (docs/log.md, 2026-11-24): with more, short documents of many heads share nothing in L2.
 constexpr int64_t kChunkBytes = int64_t{16} << 20;
 
 constexpr int kScheduleThreads = 1024;
@@ -47,7 +48,7 @@ __global__ void __launch_bounds__(kScheduleThreads)
   Schedule const& schedule = arguments.schedule;
   Problem const& problem = arguments.problem;
   Window const window = arguments.window;
-  constexpr int kNumChunks = 16, kNumCosts = 64;
+  constexpr int kNumChunks = 16, kNumCosts = 64;  // buckets of the sort
   static_assert(kNumChunks * kNumCosts == kScheduleThreads, "one bucket a thread");
   using Scan = cub::BlockScan<int32_t, kScheduleThreads>;
   __shared__ typename Scan::TempStorage scan_storage;
@@ -135,7 +136,7 @@ __global__ void __launch_bounds__(kScheduleThreads)
   }
 }
 
-// How many query heads share a tile: all of a group where that fills tiles that one head leaves part empty.
+// How many query heads share a work tile: all of a group, if packing them saves a tenth of the tiles.
 int32_t heads_packed(Problem const& problem, int block_q) {
   int64_t const group = problem.heads_q / problem.heads_kv;
   if (group == 1 || group > block_q) return 1;
@@ -173,7 +174,7 @@ int64_t schedule_bytes(Problem const& problem, int64_t rows, int64_t rows_per_bl
 // What both directions do once side, order, num_heads, rows_per_block and heads_packed are set. `pairs_per_section` and
 // `rows_per_chunk` are wishes.
 const char* finish_schedule(Problem const& problem, int64_t rows, int64_t pairs_per_section, int64_t rows_per_chunk,
-                            int num_sms, void* workspace, cudaStream_t stream, Schedule& schedule, int& num_blocks) {
+                            int num_sms, void* workspace, cudaStream_t stream, Schedule& schedule, int& num_ctas) {
   bool const is_packed = problem.cu_seqlens_q != nullptr;
   int64_t const pairs = is_packed ? schedule.num_heads : schedule.num_heads * problem.batch;
   int64_t const items =
@@ -184,10 +185,10 @@ const char* finish_schedule(Problem const& problem, int64_t rows, int64_t pairs_
   }
   schedule.num_pairs = static_cast<int32_t>(pairs);
   schedule.pairs_per_section = static_cast<int32_t>(std::min(pairs, std::max<int64_t>(1, pairs_per_section)));
-  schedule.num_blocks = static_cast<int32_t>(items);
+  schedule.num_row_blocks = static_cast<int32_t>(items);
   schedule.max_items = static_cast<int32_t>(items);
   schedule.rows_per_chunk = static_cast<int32_t>(std::min<int64_t>(rows_per_chunk, int64_t{1} << 30));
-  num_blocks = static_cast<int>(std::min<int64_t>(num_tiles, num_sms));
+  num_ctas = static_cast<int>(std::min<int64_t>(num_tiles, num_sms));
   schedule.next_tile = schedule.num_items = schedule.first_item = nullptr;
   schedule.items = nullptr;
   schedule.ticket = 0;
@@ -202,9 +203,9 @@ const char* finish_schedule(Problem const& problem, int64_t rows, int64_t pairs_
   }
   if (num_tiles > num_sms &&
       (schedule.pairs_per_section < schedule.num_pairs || (num_tiles > 3 * num_sms && !schedule.is_ordered))) {
-    // Several sections: each begins with long tiles again, and only asking for work balances that. Many tiles: some
-    // multiprocessors are faster than others. A few of one section, dealt to and fro, are balanced as they are; and
-    // where tiles wait for each other, blocks that run ahead only wait longer.
+    // Several sections: each begins with long tiles again, and only a counter balances that. Many tiles: some
+    // multiprocessors are faster than others. A few tiles of one section, dealt to and fro, are balanced as they are.
+    // If tiles wait for each other, CTAs that run ahead only wait longer.
     schedule.next_tile = words;
     schedule.ticket = new_ticket();
   }
@@ -226,7 +227,7 @@ Window window_of(Problem const& problem) {
 }
 
 const char* make_forward_schedule(Problem const& problem, int block_q, int num_sms, void* workspace,
-                                  cudaStream_t stream, Schedule& schedule, int& num_blocks) {
+                                  cudaStream_t stream, Schedule& schedule, int& num_ctas) {
   bool const is_packed = problem.cu_seqlens_q != nullptr;
   schedule.side = Side::kQueries;
   schedule.is_ordered = false;
@@ -249,11 +250,11 @@ const char* make_forward_schedule(Problem const& problem, int block_q, int num_s
   int64_t const heads_kv = ceil_div(section, pairs_per_kv_head);  // walked together
   return finish_schedule(problem, is_packed ? problem.total_q : problem.seqlen_q, section,
                          std::max(kChunkBytes / (bytes_row * heads_kv), rows_kv / 16 + 1), num_sms, workspace, stream,
-                         schedule, num_blocks);
+                         schedule, num_ctas);
 }
 
 const char* make_backward_schedule(Problem const& problem, int block_kv, int num_splits, int num_sms, void* workspace,
-                                   cudaStream_t stream, Schedule& schedule, int& num_blocks) {
+                                   cudaStream_t stream, Schedule& schedule, int& num_ctas) {
   bool const is_packed = problem.cu_seqlens_q != nullptr;
   schedule.side = Side::kKeys;
   schedule.is_ordered = schedule.is_backwards = problem.deterministic;
@@ -278,7 +279,7 @@ const char* make_backward_schedule(Problem const& problem, int block_kv, int num
   int64_t const section = pairs == 0 ? 0 : ceil_div(pairs, ceil_div(pairs, wanted));
   return finish_schedule(problem, is_packed ? problem.total_kv : problem.seqlen_kv, section,
                          std::max(kChunkBytes / (bytes_row * std::max<int64_t>(1, section)), rows_q / 16 + 1), num_sms,
-                         workspace, stream, schedule, num_blocks);
+                         workspace, stream, schedule, num_ctas);
 }
 
 }  // namespace flashmla::sm90

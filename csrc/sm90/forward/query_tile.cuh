@@ -8,9 +8,9 @@
 #include <cute/tensor.hpp>
 
 #include "params.h"
-#include "sm90/operands.cuh"
-#include "sm90/scheduler.cuh"
-#include "sm90/sequence_rows.h"
+#include "sm90/hopper/operands.cuh"
+#include "sm90/hopper/sequence_rows.h"
+#include "sm90/scheduling/scheduler.cuh"
 
 namespace flashmla::sm90 {
 
@@ -24,10 +24,11 @@ __device__ void init_query_barriers(typename Kernel::SharedStorage& shared) {
   auto init = [](auto& barriers, int arrivals) {
     for (uint64_t& barrier : barriers) ClusterBarrier::init(&barrier, arrivals);
   };
+  constexpr int kNumLoaders = 3;  // threads, of Q, K and V; of the consumers each warp arrives
   init(shared.q_full, 1);
   init(shared.q_empty, Kernel::kNumConsumers);
   init(shared.tile_full, 1);
-  init(shared.tile_empty, 3 + 4 * Kernel::kNumConsumers);  // the loading threads and each consumer warp
+  init(shared.tile_empty, kNumLoaders + kWarpgroupThreads / kWarpThreads * Kernel::kNumConsumers);
   init(shared.k_full, 1);
   init(shared.v_full, 1);
   init(shared.k_empty, Kernel::kNumConsumers);
@@ -37,15 +38,15 @@ __device__ void init_query_barriers(typename Kernel::SharedStorage& shared) {
 
 // The scheduling thread.
 template <class Kernel, class Arguments>
-__device__ void announce_query_tiles(Arguments const& arguments, typename Kernel::SharedStorage& shared) {
+__device__ void publish_query_work_tiles(Arguments const& arguments, typename Kernel::SharedStorage& shared) {
   Schedule const& schedule = arguments.schedule;
   Ring<kNumQueryTiles> slot;
   open_counter(schedule);
   for (int32_t round = 0;; ++round, slot.advance()) {
     ClusterBarrier::wait(&shared.tile_empty[slot.stage], slot.phase ^ 1);
     TilePlace const place = place_of(schedule, next_index(schedule, round));
-    write_tile<Kernel::kBlockKV, Kernel::kNumConsumers>(shared.tiles[slot.stage], schedule, arguments.problem,
-                                                        arguments.window, place);
+    write_work_tile<Kernel::kBlockKV, Kernel::kNumConsumers>(shared.tiles[slot.stage], schedule, arguments.problem,
+                                                             arguments.window, place);
     ClusterBarrier::arrive(&shared.tile_full[slot.stage]);
     if (place.head < 0) return;
   }
@@ -61,10 +62,10 @@ __device__ void load_queries(Arguments const& arguments, typename Kernel::Shared
   Ring<kNumQueryTiles> slot;
   for (;; q_ring.advance(), slot.advance()) {
     ClusterBarrier::wait(&shared.tile_full[slot.stage], slot.phase);
-    Tile const& tile = shared.tiles[slot.stage];
+    WorkTile const& tile = shared.tiles[slot.stage];
     ClusterBarrier::wait(&shared.q_empty[q_ring.stage], q_ring.phase ^ 1);
     uint64_t& q_full = shared.q_full[q_ring.stage];
-    if (tile.head < 0 || tile.block_begin >= tile.block_end) {
+    if (tile.head < 0 || tile.kv_block_begin >= tile.kv_block_end) {
       ClusterBarrier::arrive(&q_full);
       if (tile.head < 0) return;
     } else {
@@ -97,19 +98,19 @@ __device__ void load_keys(Arguments const& arguments, typename Kernel::SharedSto
   Ring<kNumQueryTiles> slot;
   for (;; slot.advance()) {
     ClusterBarrier::wait(&shared.tile_full[slot.stage], slot.phase);
-    Tile const& tile = shared.tiles[slot.stage];
+    WorkTile const& tile = shared.tiles[slot.stage];
     if (tile.head < 0) return;
     RowCoordinates const rows =
         row_coordinates(schedule.num_items != nullptr, tile.sequence.offset_kv, tile.sequence.seqlen_kv, tile.batch);
     int32_t const head_kv = tile.head / group;
-    for (int32_t block = tile.block_end - 1; block >= tile.block_begin; --block, ring.advance()) {
+    for (int32_t kv_block = tile.kv_block_end - 1; kv_block >= tile.kv_block_begin; --kv_block, ring.advance()) {
       int const stage = ring.stage;
       ClusterBarrier::wait(&empty[stage], ring.phase ^ 1);
       ClusterTransactionBarrier::arrive_and_expect_tx(&full[stage], sizeof(buffers[stage]));
       for (int column = 0; column < head_dim; column += Kernel::kSwizzleColumns) {
         cute::SM90_TMA_LOAD_5D::copy(&map, &full[stage], static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVICT_NORMAL),
                                      buffers[stage] + column * Kernel::kBlockKV, column,
-                                     rows.row + block * Kernel::kBlockKV, rows.end, head_kv, rows.outer);
+                                     rows.row + kv_block * Kernel::kBlockKV, rows.end, head_kv, rows.outer);
       }
     }
     ClusterBarrier::arrive(&shared.tile_empty[slot.stage]);
@@ -122,7 +123,7 @@ __device__ void produce_query_tiles(Arguments const& arguments, typename Kernel:
   if (threadIdx.x == 0) {
     load_keys<Kernel>(arguments, shared, arguments.k, Kernel::kColumnsQK, shared.k, shared.k_full, shared.k_empty);
   } else if (threadIdx.x == 32) {
-    announce_query_tiles<Kernel>(arguments, shared);
+    publish_query_work_tiles<Kernel>(arguments, shared);
   } else if (threadIdx.x == 64) {
     load_keys<Kernel>(arguments, shared, arguments.v, Kernel::kColumnsV, shared.v, shared.v_full, shared.v_empty);
   } else if (threadIdx.x == 96) {
@@ -138,7 +139,7 @@ struct QueryRow {
   bool is_valid;
 };
 
-__device__ inline QueryRow query_row(Schedule const& schedule, Tile const& tile, int32_t row) {
+__device__ inline QueryRow query_row(Schedule const& schedule, WorkTile const& tile, int32_t row) {
   int32_t const packed = schedule.heads_packed;
   int32_t const query = packed == 1 ? row : row / packed;
   return {
@@ -147,7 +148,7 @@ __device__ inline QueryRow query_row(Schedule const& schedule, Tile const& tile,
 }
 
 template <class Element>
-__device__ Element* row_of(TensorView const& view, Tile const& tile, QueryRow const& row) {
+__device__ Element* row_pointer(TensorView const& view, WorkTile const& tile, QueryRow const& row) {
   return static_cast<Element*>(view.data) + tile.batch * view.stride_batch + row.head * view.stride_heads +
          (tile.sequence.offset_q + int64_t{row.query}) * view.stride_seqlen;
 }

@@ -4,16 +4,16 @@
 
 #include <algorithm>
 
-#include "sm90/backward.cuh"
-#include "sm90/backward_queries.cuh"
-#include "sm90/backward_rows.cuh"
-#include "sm90/device.h"
+#include "sm90/backward/backward.cuh"
+#include "sm90/backward/backward_queries.cuh"
+#include "sm90/backward/backward_rows.cuh"
+#include "sm90/hopper/device.h"
+#include "sm90/hopper/tensor_map.h"
 #include "sm90/launch.h"
-#include "sm90/tensor_map.h"
 
 namespace flashmla::sm90 {
 
-// The sums of dQ are held for so many kv heads at a time that they stay within this, or for one.
+// The sums of dQ are held for as many kv heads at a time as fit in this, at least one.
 constexpr int64_t kLargestSums = int64_t{256} << 20;
 
 // How one backward call is cut up, and where its parts lie in the workspace (bytes).
@@ -22,7 +22,7 @@ struct BackwardPlan {
   int64_t heads_q;     // that they serve
   int64_t blocks;      // of query rows of one head
   int64_t num_splits;  // tiles that share a group's query heads
-  int64_t schedule, query_schedule, lse, delta, dq, turns, is_large, dsink_parts, parts, bytes;
+  int64_t schedule, query_schedule, lse, delta, dq, dq_semaphore, is_large, dsink_parts, parts, bytes;
 };
 
 template <int kHeadDimQK, int kHeadDimV>
@@ -42,8 +42,8 @@ BackwardPlan plan_backward(BackwardParams const& params, int num_sms) {
     plan.heads_kv = std::clamp<int64_t>(kLargestSums / std::max<int64_t>(1, bytes_kv_head), 1, plan.heads_kv);
   while (problem.heads_kv % plan.heads_kv != 0) --plan.heads_kv;
   plan.heads_q = plan.heads_kv * group;
-  // Where there are too few tiles for the GPU, a group's heads are shared out. (Boundaries are on the device: packed
-  // calls are not split.)
+  // If there are too few work tiles for the GPU, several share a group's query heads. (Boundaries are on the device:
+  // packed calls are not split.)
   int64_t const kv_blocks = is_packed ? 0 : ceil_div(problem.seqlen_kv, Tiles::kBlockKV);
   int64_t const tiles = is_packed ? int64_t{1} << 40 : problem.batch * plan.heads_kv * kv_blocks;
   plan.num_splits = 1;
@@ -62,7 +62,7 @@ BackwardPlan plan_backward(BackwardParams const& params, int num_sms) {
   plan.lse = take(rows * 4);
   plan.delta = take(rows * 4);
   plan.dq = take(kSumsDQ && params.dq.data != nullptr ? rows * kHeadDimQK * 4 : 0);
-  plan.turns = take(kSumsDQ && problem.deterministic ? plan.blocks * plan.heads_q * 4 : 0);
+  plan.dq_semaphore = take(kSumsDQ && problem.deterministic ? plan.blocks * plan.heads_q * 4 : 0);
   plan.is_large = take(plan.blocks * plan.heads_q * 4);
   plan.dsink_parts = take(params.dsinks != nullptr ? plan.blocks * plan.heads_q * 4 : 0);
   plan.parts = take(plan.num_splits > 1 ? tiles * plan.num_splits * Tiles::kBlockKV * (kHeadDimQK + kHeadDimV) * 4 : 0);
@@ -95,9 +95,9 @@ const char* launch_queries(BackwardParams const& params, BackwardRows const& row
   using Kernel = BackwardQueries<kHeadDim, Element>;
   Problem const& problem = params.problem;
   BackwardQueriesArguments arguments{};
-  int num_blocks = 0;
+  int num_ctas = 0;
   const char* error =
-      make_forward_schedule(problem, Kernel::kBlockQ, num_sms, workspace, stream, arguments.schedule, num_blocks);
+      make_forward_schedule(problem, Kernel::kBlockQ, num_sms, workspace, stream, arguments.schedule, num_ctas);
   QueryMaps const maps{problem, arguments.schedule, Kernel::kSwizzleColumns, Kernel::kBlockKV};
   if (error == nullptr)
     error = maps.make_queries(arguments.q, params.q, problem.head_dim_qk, arguments.schedule.rows_per_block);
@@ -115,8 +115,9 @@ const char* launch_queries(BackwardParams const& params, BackwardRows const& row
   if (cudaError_t const status = allow_shared_memory<kernel>(Kernel::kSharedBytes, device); status != cudaSuccess) {
     return cudaGetErrorString(status);
   }
-  return launch_kernel<BackwardQueriesArguments>(kernel, dim3(static_cast<unsigned>(num_blocks)), 384,
-                                                 Kernel::kSharedBytes, stream, Launch::kAlone, arguments);
+  return launch_kernel<BackwardQueriesArguments>(kernel, dim3(static_cast<unsigned>(num_ctas)),
+                                                 Kernel::Tiles::kNumThreads, Kernel::kSharedBytes, stream,
+                                                 Launch::kAlone, arguments);
 }
 
 template <int kHeadDimQK, int kHeadDimV, class Element>
@@ -138,17 +139,17 @@ const char* launch_heads(BackwardParams const& params, BackwardPlan const& plan,
                     at(plan.lse),
                     at(plan.delta),
                     kSumsDQ && params.dq.data != nullptr ? at(plan.dq) : nullptr,
-                    kSumsDQ && problem.deterministic ? reinterpret_cast<int32_t*>(at(plan.turns)) : nullptr,
+                    kSumsDQ && problem.deterministic ? reinterpret_cast<int32_t*>(at(plan.dq_semaphore)) : nullptr,
                     reinterpret_cast<int32_t*>(at(plan.is_large))};
   arguments.problem = problem;
   arguments.window = window_of(problem);
   arguments.num_splits = static_cast<int32_t>(plan.num_splits);
   arguments.parts = plan.num_splits > 1 ? at(plan.parts) : nullptr;
-  int num_blocks = 0;
+  int num_ctas = 0;
   const char* error = nullptr;
   if (rows_kv > 0) {
     error = make_backward_schedule(problem, Tiles::kBlockKV, static_cast<int>(plan.num_splits), num_sms,
-                                   workspace + plan.schedule, stream, arguments.schedule, num_blocks);
+                                   workspace + plan.schedule, stream, arguments.schedule, num_ctas);
   }
   auto make_map = [&](CUtensorMap& map, TensorView const& view, int64_t head_dim, int64_t rows, int64_t heads,
                       int box_rows) {
@@ -164,14 +165,14 @@ const char* launch_heads(BackwardParams const& params, BackwardPlan const& plan,
   // One dimension: the others end at 65,535.
   int64_t const row_blocks = plan.blocks * problem.heads_q;
   int64_t const parts =
-      plan.num_splits > 1 && rows_kv > 0 ? arguments.schedule.num_blocks * problem.heads_kv * problem.batch : 0;
+      plan.num_splits > 1 && rows_kv > 0 ? arguments.schedule.num_row_blocks * problem.heads_kv * problem.batch : 0;
   if (std::max(row_blocks, parts) >= int64_t{1} << 31)
     return "expected fewer than 2^31 blocks of rows; split the batch";
   dim3 const row_grid(static_cast<unsigned>(row_blocks));
   float* const dsink_parts = params.dsinks != nullptr ? at(plan.dsink_parts) : nullptr;
   if (rows_q > 0) {
-    error = launch_kernel<PrepareArguments>(
-        prepare_kernel<Tiles::kBlockQ, kHeadDimQK, Element>, row_grid, kRowThreads, 0, stream, Launch::kAlone,
+    error = launch_kernel<PreprocessArguments>(
+        preprocess_kernel<Tiles::kBlockQ, kHeadDimQK, Element>, row_grid, kRowThreads, 0, stream, Launch::kAlone,
         {params.out, params.dout, params.lse, params.dlse, arguments.rows, problem, arguments.window, dsink_parts});
     if (error != nullptr) return error;
   }
@@ -182,12 +183,12 @@ const char* launch_heads(BackwardParams const& params, BackwardPlan const& plan,
       if (cudaError_t const status = allow_shared_memory<kernel>(kSharedBytes, device); status != cudaSuccess) {
         return cudaGetErrorString(status);
       }
-      // Blocks that wait for each other's turns must all be running.
-      Launch const how = arguments.rows.turns != nullptr ? Launch::kTogether
-                         : rows_q > 0                    ? Launch::kDependent
-                                                         : Launch::kAlone;
-      return launch_kernel<BackwardArguments>(kernel, dim3(static_cast<unsigned>(num_blocks)), 384, kSharedBytes,
-                                              stream, how, arguments);
+      // CTAs that wait for each other's parts of dQ must all be running.
+      Launch const how = arguments.rows.dq_semaphore != nullptr ? Launch::kTogether
+                         : rows_q > 0                           ? Launch::kDependent
+                                                                : Launch::kAlone;
+      return launch_kernel<BackwardArguments>(kernel, dim3(static_cast<unsigned>(num_ctas)), Tiles::kNumThreads,
+                                              kSharedBytes, stream, how, arguments);
     };
     if constexpr (Tiles::kHasSoftcap && !Tiles::kSplitsColumns) {
       error = problem.softcap > 0.0f ? launch(std::true_type{}) : launch(std::false_type{});
@@ -198,8 +199,9 @@ const char* launch_heads(BackwardParams const& params, BackwardPlan const& plan,
   }
   if (params.dq.data != nullptr && rows_q > 0) {
     if constexpr (kSumsDQ) {
-      error = launch_kernel<FinishArguments>(finish_kernel<Tiles::kBlockQ, kHeadDimQK, Element>, row_grid, kRowThreads,
-                                             0, stream, Launch::kDependent, {params.dq, arguments.rows, problem});
+      error = launch_kernel<PostprocessArguments>(dq_postprocess_kernel<Tiles::kBlockQ, kHeadDimQK, Element>, row_grid,
+                                                  kRowThreads, 0, stream, Launch::kDependent,
+                                                  {params.dq, arguments.rows, problem});
     } else {
       error = launch_queries<kHeadDimQK, Element>(params, arguments.rows, num_sms, device,
                                                   workspace + plan.query_schedule, stream);
@@ -208,7 +210,7 @@ const char* launch_heads(BackwardParams const& params, BackwardPlan const& plan,
   }
   if (parts > 0) {
     error = launch_kernel<BackwardArguments>(
-        merge_kernel<Tiles::kBlockKV, kHeadDimQK, kHeadDimV, Tiles::kSplitsColumns, Element>,
+        combine_splits_kernel<Tiles::kBlockKV, kHeadDimQK, kHeadDimV, Tiles::kSplitsColumns, Element>,
         dim3(static_cast<unsigned>(parts)), kRowThreads, 0, stream, Launch::kAlone, arguments);
     if (error != nullptr) return error;
   }
@@ -221,14 +223,14 @@ const char* launch_heads(BackwardParams const& params, BackwardPlan const& plan,
 }
 
 template <int kHeadDimQK, int kHeadDimV>
-int64_t backward_workspace_row(BackwardParams const& params) {
+int64_t backward_workspace_head_dims(BackwardParams const& params) {
   int device = 0;
   cudaGetDevice(&device);
   return plan_backward<kHeadDimQK, kHeadDimV>(params, num_sms(device)).bytes;
 }
 
 template <int kHeadDimQK, int kHeadDimV>
-const char* launch_backward_row(BackwardParams const& params, void* workspace, cudaStream_t stream) {
+const char* launch_backward_head_dims(BackwardParams const& params, void* workspace, cudaStream_t stream) {
   int device = 0;
   cudaGetDevice(&device);
   int const sms = num_sms(device);

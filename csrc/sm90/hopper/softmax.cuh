@@ -9,7 +9,8 @@
 #include <cute/tensor.hpp>
 
 #include "params.h"
-#include "sm90/scheduler.cuh"
+#include "sm90/hopper/ptx.cuh"
+#include "sm90/scheduling/scheduler.cuh"
 #include "sm90/tiles.h"
 
 namespace flashmla::sm90 {
@@ -155,10 +156,7 @@ __device__ void transform_scores(Scores& scores, float scale, float softcap) {
   CUTE_UNROLL
   for (int i = 0; i < kScores; ++i) {
     float x = scores(i) * inner;
-    if (softcap > 0.0f) {
-      asm("tanh.approx.f32 %0, %1;" : "=f"(x) : "f"(x));
-      x *= softcap;
-    }
+    if (softcap > 0.0f) x = ptx::tanh_approx(x) * softcap;
     scores(i) = x;
   }
 }

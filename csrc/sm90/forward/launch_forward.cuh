@@ -2,10 +2,10 @@
 // kind; a file of instantiations/ holds one row.
 #pragma once
 
-#include "sm90/device.h"
-#include "sm90/forward.cuh"
+#include "sm90/forward/forward.cuh"
+#include "sm90/hopper/device.h"
+#include "sm90/hopper/tensor_map.h"
 #include "sm90/launch.h"
-#include "sm90/tensor_map.h"
 
 namespace flashmla::sm90 {
 
@@ -18,9 +18,9 @@ const char* launch(ForwardParams const& params, void* workspace, cudaStream_t st
   cudaGetDevice(&device);
 
   ForwardArguments arguments{};
-  int num_blocks = 0;
+  int num_ctas = 0;
   if (const char* error = make_forward_schedule(problem, Kernel::kBlockQ, num_sms(device), workspace, stream,
-                                                arguments.schedule, num_blocks)) {
+                                                arguments.schedule, num_ctas)) {
     return error;
   }
   QueryMaps const maps{problem, arguments.schedule, Kernel::kSwizzleColumns, Kernel::kBlockKV};
@@ -28,9 +28,9 @@ const char* launch(ForwardParams const& params, void* workspace, cudaStream_t st
   const char* error = maps.make_queries(arguments.q, params.q, problem.head_dim_qk, schedule.rows_per_block);
   if (error == nullptr) error = maps.make_keys(arguments.k, params.k, problem.head_dim_qk);
   if (error == nullptr) error = maps.make_keys(arguments.v, params.v, problem.head_dim_v);
-  arguments.has_boxes = Kernel::kLooksAhead && 64 % schedule.heads_packed == 0;
-  if (error == nullptr && arguments.has_boxes) {
-    error = maps.make_queries(arguments.o, params.out, problem.head_dim_v, 64 / schedule.heads_packed);
+  arguments.can_tma_store = Kernel::kLooksAhead && kWarpgroupRows % schedule.heads_packed == 0;
+  if (error == nullptr && arguments.can_tma_store) {
+    error = maps.make_queries(arguments.o, params.out, problem.head_dim_v, kWarpgroupRows / schedule.heads_packed);
   }
   if (error != nullptr) return error;
   arguments.out = params.out;
@@ -43,7 +43,7 @@ const char* launch(ForwardParams const& params, void* workspace, cudaStream_t st
     return cudaGetErrorString(status);
   }
   // A packed batch's kernel may set up while its list is being made.
-  return launch_kernel<ForwardArguments>(kernel, dim3(static_cast<unsigned>(num_blocks)), Kernel::Tiles::kNumThreads,
+  return launch_kernel<ForwardArguments>(kernel, dim3(static_cast<unsigned>(num_ctas)), Kernel::Tiles::kNumThreads,
                                          Kernel::kSharedBytes, stream, is_packed ? Launch::kDependent : Launch::kAlone,
                                          arguments);
 }
@@ -59,7 +59,7 @@ const char* launch_masked(ForwardParams const& params, void* workspace, cudaStre
 }
 
 template <int kHeadDimQK, int kHeadDimV>
-const char* launch_forward_row(ForwardParams const& params, void* workspace, cudaStream_t stream) {
+const char* launch_forward_head_dims(ForwardParams const& params, void* workspace, cudaStream_t stream) {
   return params.problem.dtype == DType::kFloat16
              ? launch_masked<kHeadDimQK, kHeadDimV, cutlass::half_t>(params, workspace, stream)
              : launch_masked<kHeadDimQK, kHeadDimV, cutlass::bfloat16_t>(params, workspace, stream);

@@ -2,11 +2,11 @@
 //
 //   S = Q K^T      P = exp(scale S - lse)      dP = dO V^T      dS = P o (dP - delta)      dQ = scale dS K
 //
-// Where dK and dV leave room for tiles of 64 keys only (backward_wide.cuh), summing their parts of dQ in memory takes
-// longer than the products do. dQ has a kernel of its own there, which multiplies S and dP again: seven products in all
+// If dK and dV leave room for tiles of 64 keys only (backward_wide.cuh), summing their parts of dQ in memory takes
+// longer than the products do. dQ then has a kernel of its own, which multiplies S and dP again: seven products in all
 // instead of five, but dQ is a sum in registers. It needs no workspace, and is the same bits every time.
 //
-// Schedule. Tiles, producer and the order of work are the forward's (query_tile.cuh): a block of 128 queries stays in
+// Schedule. Tiles, producer and the order of work are the forward's (query_tile.cuh): a q_block of 128 queries stays in
 // shared memory with its dO, K and V stream by, and each of the two consumer warpgroups has 64 of them:
 //
 //   issue dQ(n) += dS(n) K(n), S(n-1), dP(n-1)   wait S   P   wait dP   dS(n-1) -> registers
@@ -25,10 +25,10 @@
 #include <cute/tensor.hpp>
 
 #include "params.h"
-#include "sm90/backward_tile.cuh"
-#include "sm90/fragment.cuh"
-#include "sm90/query_tile.cuh"
-#include "sm90/softmax.cuh"
+#include "sm90/backward/backward_math.cuh"
+#include "sm90/forward/query_tile.cuh"
+#include "sm90/hopper/fragment.cuh"
+#include "sm90/hopper/softmax.cuh"
 #include "sm90/tiles.h"
 
 namespace flashmla::sm90 {
@@ -51,11 +51,10 @@ struct BackwardQueries {
   static constexpr int kBlockKV = Tiles::kBlockKV;
   static constexpr int kNumStages = Tiles::kNumStages;
   static constexpr int kNumQStages = 1;
-  static constexpr int kNumConsumers = 2;
+  static constexpr int kNumConsumers = Tiles::kNumConsumers;
   static constexpr int kSwizzleColumns = 64;
   static constexpr int kColumnsQK = kHeadDim, kColumnsV = kHeadDim;  // for query_tile.cuh
   static constexpr bool kHasDOut = true;
-  static_assert(kBlockQ == 64 * kNumConsumers);
 
   static constexpr int kScores = kBlockKV / 2;  // per thread
 
@@ -81,29 +80,29 @@ struct BackwardQueries {
     uint64_t q_full[kNumQStages], q_empty[kNumQStages];
     uint64_t k_full[kNumStages], k_empty[kNumStages], v_full[kNumStages], v_empty[kNumStages];
     uint64_t tile_full[kNumQueryTiles], tile_empty[kNumQueryTiles];
-    Tile tiles[kNumQueryTiles];
+    WorkTile tiles[kNumQueryTiles];
   };
   static constexpr int kSharedBytes = sizeof(SharedStorage);
-  static_assert(kSharedBytes <= 227 * 1024);
+  static_assert(kSharedBytes <= kMaxSharedBytes);
 
   static constexpr int kOwnBarrier = 1;  // named, one for each warpgroup's own threads; 0 is __syncthreads
 
   // dQ = factor * the fragment, or zeros.
   template <class Fragment>
-  __device__ static void write(BackwardQueriesArguments const& arguments, Tile const& tile, Fragment const& fragment,
-                               float factor, int32_t first_row) {
+  __device__ static void write(BackwardQueriesArguments const& arguments, WorkTile const& tile,
+                               Fragment const& fragment, float factor, int32_t first_row) {
     CUTE_UNROLL
     for (int r = 0; r < 2; ++r) {
       QueryRow const row = query_row(arguments.schedule, tile, first_row + 8 * r);
-      Element* const out = row.is_valid ? row_of<Element>(arguments.dq, tile, row) : nullptr;
+      Element* const out = row.is_valid ? row_pointer<Element>(arguments.dq, tile, row) : nullptr;
       store_row<Element, kHeadDim>(out, fragment, r, factor, 0, arguments.problem.head_dim_qk, threadIdx.x % 4);
     }
   }
 
   __device__ static void consume(BackwardQueriesArguments const& arguments, SharedStorage& shared, int warpgroup) {
     using namespace cute;
-    int const thread = threadIdx.x - 128;  // among consumers
-    int const first_row = warpgroup * 64 + (threadIdx.x % 128) / 32 * 16 + threadIdx.x % 32 / 4;
+    int const thread = threadIdx.x - kWarpgroupThreads;  // among consumers
+    int const first_row = row_of_thread(warpgroup * kWarpgroupRows, threadIdx.x);
     Problem const& problem = arguments.problem;
     Schedule const& schedule = arguments.schedule;
 
@@ -112,14 +111,15 @@ struct BackwardQueries {
     auto tensor = [](Element* data, auto layout) { return make_tensor(make_smem_ptr(data), layout); };
     auto thread_s = mma_s.get_slice(thread);
     auto thread_dq = mma_dq.get_slice(thread);
+    // Descriptors (_, 1, depth / 16, stages); t: read transposed.
     Tensor fQ = thread_s.partition_fragment_A(tensor(shared.q[0], LayoutQ{}));
     Tensor fDO = thread_s.partition_fragment_A(tensor(shared.dout[0], LayoutQ{}));
     Tensor fK = thread_s.partition_fragment_B(tensor(shared.k[0], LayoutK{}));
     Tensor fV = thread_s.partition_fragment_B(tensor(shared.v[0], LayoutK{}));
     Tensor fKt = thread_dq.partition_fragment_B(tensor(shared.k[0], LayoutKt{}));
-    Tensor rS = partition_fragment_C(mma_s, Shape<Int<kBlockQ>, Int<kBlockKV>>{});
-    Tensor rDP = partition_fragment_C(mma_s, Shape<Int<kBlockQ>, Int<kBlockKV>>{});
-    Tensor rDQ = partition_fragment_C(mma_dq, Shape<Int<kBlockQ>, Int<kHeadDim>>{});
+    Tensor rS = partition_fragment_C(mma_s, Shape<Int<kBlockQ>, Int<kBlockKV>>{});    // fp32, kBlockKV/2 a thread
+    Tensor rDP = partition_fragment_C(mma_s, Shape<Int<kBlockQ>, Int<kBlockKV>>{});   // kBlockKV/2
+    Tensor rDQ = partition_fragment_C(mma_dq, Shape<Int<kBlockQ>, Int<kHeadDim>>{});  // kHeadDim/2
     Tensor rDS = make_tensor<Element>(partition_shape_A(mma_dq, Shape<Int<kBlockQ>, Int<kBlockKV>>{}));
     static_assert(decltype(size(rS))::value == kScores && decltype(size(rDS))::value == kScores);
 
@@ -130,13 +130,13 @@ struct BackwardQueries {
     Ring<kNumQStages> q_ring;
     Ring<kNumQueryTiles> slot;
 
-    // A product is complete for the whole warpgroup at once, so one thread speaks for it.
+    // A product completes for the whole warpgroup at once, so one thread arrives for all.
     auto release = [&](uint64_t& barrier) {
-      if (threadIdx.x % 128 == 0) ClusterBarrier::arrive(&barrier);
+      if (threadIdx.x % kWarpgroupThreads == 0) ClusterBarrier::arrive(&barrier);
     };
     // Without a product to wait for, the warps of a warpgroup must not run apart by more than the ring is deep.
-    auto sync_warpgroup = [&] { NamedBarrier::sync(128, kOwnBarrier + warpgroup); };
-    auto skip_block = [&] {
+    auto sync_warpgroup = [&] { NamedBarrier::sync(kWarpgroupThreads, kOwnBarrier + warpgroup); };
+    auto skip_kv_block = [&] {
       ClusterBarrier::wait(&shared.k_full[ring.stage], ring.phase);
       ClusterBarrier::wait(&shared.v_full[ring.stage], ring.phase);
       sync_warpgroup();
@@ -159,19 +159,20 @@ struct BackwardQueries {
 
     for (;; slot.advance(), q_ring.advance()) {
       ClusterBarrier::wait(&shared.q_full[q_ring.stage], q_ring.phase);
-      Tile const& tile = shared.tiles[slot.stage];
+      WorkTile const& tile = shared.tiles[slot.stage];
       if (tile.head < 0) break;
       VisibleBlocks const& visible = tile.visible[warpgroup];
-      bool const is_seeing = visible.begin < visible.end;
-      int32_t block = tile.block_end - 1;
-      for (int32_t const last = is_seeing ? visible.end : tile.block_begin; block >= last; --block) skip_block();
-      if (!is_seeing) {
+      bool const sees_keys = visible.begin < visible.end;
+      int32_t kv_block = tile.kv_block_end - 1;
+      for (int32_t const last = sees_keys ? visible.end : tile.kv_block_begin; kv_block >= last; --kv_block)
+        skip_kv_block();
+      if (!sees_keys) {
         clear(rDQ);
         sync_warpgroup();
         release(shared.q_empty[q_ring.stage]);
         write(arguments, tile, rDQ, 0.0f, first_row);
         __syncwarp();
-        if (threadIdx.x % 32 == 0) ClusterBarrier::arrive(&shared.tile_empty[slot.stage]);
+        if (threadIdx.x % kWarpThreads == 0) ClusterBarrier::arrive(&shared.tile_empty[slot.stage]);
         continue;
       }
 
@@ -193,10 +194,10 @@ struct BackwardQueries {
       // Of the products in `ring`; to be called where S, and nothing issued before it, may still be on its way.
       auto gradients = [&] {
         warpgroup_fence_operand(rS);
-        bool const is_masked = block < visible.unmasked_begin || block >= visible.unmasked_end;
+        bool const is_masked = kv_block < visible.unmasked_begin || kv_block >= visible.unmasked_end;
         auto hide = [&] {
           if (!is_masked) return;
-          mask_scores<MaskKind::kWindow, kScores>(rS, arguments.window, tile.sequence.seqlen_kv, block * kBlockKV,
+          mask_scores<MaskKind::kWindow, kScores>(rS, arguments.window, tile.sequence.seqlen_kv, kv_block * kBlockKV,
                                                   position);
         };
         uint32_t* const pairs = reinterpret_cast<uint32_t*>(rDS.data());
@@ -213,15 +214,15 @@ struct BackwardQueries {
           hide();
           CUTE_UNROLL
           for (int i = 0; i < kScores; ++i) rS(i) = exp2f(rS(i) * scale_log2 - lse_log2[i / 2 % 2]);
-          if (is_large) {  // as in backward_tile.cuh
+          if (is_large) {  // as in backward_math.cuh
             CUTE_UNROLL
-            for (int i = 0; i < kScores; ++i) asm("min.NaN.f32 %0, %0, %1;" : "+f"(rS(i)) : "f"(1.0f));
+            for (int i = 0; i < kScores; ++i) rS(i) = ptx::at_most_one(rS(i));
           }
         }
         warpgroup_wait<0>();
         warpgroup_fence_operand(rDP);
         release(shared.v_empty[ring.stage]);
-        if (block == visible.begin) release(shared.q_empty[q_ring.stage]);
+        if (kv_block == visible.begin) release(shared.q_empty[q_ring.stage]);
         CUTE_UNROLL
         for (int i = 0; i < kScores / 2; ++i) {
           pairs[i] =
@@ -234,7 +235,7 @@ struct BackwardQueries {
       warpgroup_wait<1>();
       gradients();
       bool is_sum = false;
-      for (--block; block >= visible.begin; --block) {
+      for (--kv_block; kv_block >= visible.begin; --kv_block) {
         int const stage = ring.stage;
         ring.advance();
         issue_dq(stage, is_sum);
@@ -251,18 +252,18 @@ struct BackwardQueries {
       warpgroup_fence_operand(rDQ);
       release(shared.k_empty[ring.stage]);
       ring.advance();
-      for (; block >= tile.block_begin; --block) skip_block();
+      for (; kv_block >= tile.kv_block_begin; --kv_block) skip_kv_block();
       // A query that sees no key has no gradient, whatever dO holds.
       auto const gradient = [&](int i) { return lse_log2[i / 2 % 2] == INFINITY ? 0.0f : rDQ(i); };
       write(arguments, tile, gradient, problem.scale, first_row);
       __syncwarp();
-      if (threadIdx.x % 32 == 0) ClusterBarrier::arrive(&shared.tile_empty[slot.stage]);
+      if (threadIdx.x % kWarpThreads == 0) ClusterBarrier::arrive(&shared.tile_empty[slot.stage]);
     }
   }
 };
 
 template <int kHeadDim, class Element>
-__global__ void __launch_bounds__(384, 1)
+__global__ void __launch_bounds__(BackwardQueryTiles<kHeadDim>::kNumThreads, 1)
     backward_queries_kernel(__grid_constant__ BackwardQueriesArguments const arguments) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   using Kernel = BackwardQueries<kHeadDim, Element>;
@@ -276,10 +277,10 @@ __global__ void __launch_bounds__(384, 1)
   }
   __syncthreads();
   if (warpgroup == 0) {
-    cutlass::arch::warpgroup_reg_dealloc<24>();
+    cutlass::arch::warpgroup_reg_dealloc<Kernel::Tiles::kProducerRegisters>();
     produce_query_tiles<Kernel>(arguments, shared);
   } else {
-    cutlass::arch::warpgroup_reg_alloc<240>();
+    cutlass::arch::warpgroup_reg_alloc<Kernel::Tiles::kConsumerRegisters>();
     Kernel::consume(arguments, shared, warpgroup - 1);
   }
 #endif

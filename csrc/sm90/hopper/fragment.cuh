@@ -11,7 +11,23 @@
 #include <cstdint>
 #include <cute/tensor.hpp>
 
+#include "sm90/hopper/ptx.cuh"
+#include "sm90/tiles.h"
+
 namespace flashmla::sm90 {
+
+// Where the 16 rows of the warp of thread `thread` (of a CTA) begin among the 64 of its warpgroup.
+template <class Index>
+__device__ Index row_of_warp(Index thread) {
+  return thread % kWarpgroupThreads / kWarpThreads * 16;
+}
+
+// The first of a thread's two rows; the other is 8 further on. The warpgroup's rows begin at `first_row`. (A template,
+// and summed in this order: with a signed threadIdx.x, or the thread's part summed first, ptxas finds other code.)
+template <class Index>
+__device__ Index row_of_thread(int first_row, Index thread) {
+  return first_row + thread % kWarpgroupThreads / kWarpThreads * 16 + thread % kWarpThreads / 4;
+}
 
 // Two floats as two 16-bit elements in one register, the first in the low half.
 template <class Element>
@@ -23,18 +39,6 @@ __device__ uint32_t pack(float low, float high) {
     __nv_bfloat162 const pair = __floats2bfloat162_rn(low, high);
     return reinterpret_cast<uint32_t const&>(pair);
   }
-}
-
-// Two packed elements, cut to 1; NaN stays.
-template <class Element>
-__device__ uint32_t at_most_one(uint32_t pair) {
-  uint32_t cut;
-  if constexpr (std::is_same_v<Element, cutlass::half_t>) {
-    asm("min.NaN.f16x2 %0, %1, %2;" : "=r"(cut) : "r"(pair), "r"(0x3c003c00u));
-  } else {
-    asm("min.NaN.bf16x2 %0, %1, %2;" : "=r"(cut) : "r"(pair), "r"(0x3f803f80u));
-  }
-  return cut;
 }
 
 template <class Element>
@@ -94,10 +98,8 @@ __device__ void store_matrices(Element* tile, Fragment const& fragment, float co
     for (int i = 0; i < 4; ++i) {
       pairs[i] = pack<Element>(fragment(8 * k + 2 * i) * factor[i % 2], fragment(8 * k + 2 * i + 1) * factor[i % 2]);
     }
-    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(
-                     (base ^ (k % kSteps * 32)) + k / kSteps * (kRows * 2 * kSwizzleColumns)),
-                 "r"(pairs[0]), "r"(pairs[1]), "r"(pairs[2]), "r"(pairs[3])
-                 : "memory");
+    ptx::stmatrix_x4((base ^ (k % kSteps * 32)) + k / kSteps * (kRows * 2 * kSwizzleColumns), pairs[0], pairs[1],
+                     pairs[2], pairs[3]);
   }
 }
 

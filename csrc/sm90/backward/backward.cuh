@@ -3,25 +3,25 @@
 //   S^T = K Q^T      P^T = exp(scale S^T - lse)      dP^T = V dO^T      dS^T = P^T o (dP^T - delta)
 //   dV += P^T dO     dK += scale dS^T Q              dQ += scale dS K                (csrc/params.h, docs/design.md)
 //
-// Schedule. A block is one producer warpgroup, of which four threads work, and two consumer warpgroups, and is
-// persistent. A tile is kBlockKV key rows of one kv head: K and V stay in shared memory while Q and dO of every query
-// head of the group stream by, so dK and dV are sums in registers, written once, whatever the GQA ratio. Scores are
-// held transposed (keys down, queries across): P^T and dS^T are A operands as they are, and lse and delta are vectors
-// along the row. A consumer warpgroup keeps the tensor cores busy while it does arithmetic; a step i is a block of
-// queries of one head:
+// Schedule. A CTA is one producer warpgroup, of which four threads work, and two consumer warpgroups, and is
+// persistent. A work tile is kBlockKV key rows of one kv head: K and V stay in shared memory while Q and dO of every
+// query head of the group stream by, so dK and dV are sums in registers, written once, whatever the GQA ratio. Scores
+// are held transposed (keys down, queries across): P^T and dS^T are A operands as they are, and lse and delta are
+// vectors along the row. A consumer warpgroup keeps the tensor cores busy while it does arithmetic; a step i is a
+// q_block of one head:
 //
-//   wait S(i)   issue dP   P   issue dV, dQ(i-1)   wait dP   dS -> shared   issue dK   wait dQ(i-1)   hand it over
+//   wait S(i)   issue dP   P   issue dV, dQ(i-1)   wait dP   dS -> shared   issue dK   wait dQ(i-1)   stage it
 //   issue S(i+1)
 //
 // dQ takes dS of both warpgroups, and is multiplied a step late so that neither waits for the other: they may be most
-// of a step apart, one at arithmetic while the other has the tensor cores. Where registers are short (kDelaysDQ false)
+// of a step apart, one at arithmetic while the other has the tensor cores. If registers are short (kDelaysDQ false)
 // a step is
 //
-//   issue S   wait   P   issue dP, dV   wait   dS -> shared   barrier   issue dQ, dK   wait dQ   hand it over
+//   issue S   wait   P   issue dP, dV   wait   dS -> shared   barrier   issue dQ, dK   wait dQ   stage it
 //
 // dQ gets a part from every key tile, added to fp32 sums in a workspace that keeps the order of the fragments
-// (BackwardRows): consumers leave it in shared memory, from where the copy engine adds it (keep_turns), or add it
-// themselves where there is no room for that.
+// (BackwardRows): consumers stage it in shared memory, from where the copy engine adds it (reduce_dq), or, if there is
+// no room for that, add it themselves.
 //
 // Source: FlashAttention-2 (arXiv 2307.08691), algorithm 2; FlashAttention-3 (arXiv 2407.08608) for the roles of warps.
 #pragma once
@@ -34,9 +34,10 @@
 #include <cute/tensor.hpp>
 
 #include "params.h"
-#include "sm90/backward_tile.cuh"
-#include "sm90/backward_wide.cuh"
-#include "sm90/fragment.cuh"
+#include "sm90/backward/backward_math.cuh"
+#include "sm90/backward/backward_wide.cuh"
+#include "sm90/hopper/fragment.cuh"
+#include "sm90/hopper/ptx.cuh"
 #include "sm90/tiles.h"
 
 namespace flashmla::sm90 {
@@ -51,19 +52,18 @@ struct Backward {
   static_assert(kBlockKV == 128, "64 key rows for each of two warpgroups");
 
   static constexpr int kScores = kBlockQ / 2;  // per thread
-  // Where dK and dV leave no room for P beside dP: dP is multiplied when P is packed, and P read back from shared
-  // memory.
-  static constexpr bool kIsNarrow = kHeadDimQK + kHeadDimV > 256;
-  // dQ of a step is multiplied in the next one, where there are registers for it beside dP.
-  static constexpr bool kDelaysDQ = !kIsNarrow && !kHasSoftcap;
+  // dK and dV leave no room for P beside dP: P goes to shared memory before dP is multiplied, and is read back.
+  static constexpr bool kSpillsPToShared = kHeadDimQK + kHeadDimV > 256;
+  // dQ of a step is multiplied in the next one, if there are registers for it beside dP.
+  static constexpr bool kDelaysDQ = !kSpillsPToShared && !kHasSoftcap;
   static constexpr int kReadsAhead = kScores > 32 || kHasSoftcap ? 2 : kScores / 8;  // fours of lse, or delta
   static constexpr int kNumDS = kDelaysDQ ? 3 : 2;  // so that one barrier a step is enough
   // Whether the last dQ of a tile waits until dK and dV are written: the one before it may still be on its way. With
   // wider heads that keeps too many registers.
-  static constexpr bool kHandsOverLate = kHeadDimQK <= 64;
+  static constexpr bool kStagesLastDQLate = kHeadDimQK <= 64;
   static constexpr bool kSumsDQ = true;
-  // A warpgroup's part of dQ passes through shared memory, where there is room for it.
-  static constexpr bool kStagesDQ = !kIsNarrow;
+  // A warpgroup's part of dQ passes through shared memory, if there is room for it.
+  static constexpr bool kStagesDQ = !kSpillsPToShared;
   static constexpr int kPartDQ = kBlockQ * kHeadDimQK / 2;
   static constexpr int kFragmentDQ = kBlockQ * kHeadDimQK / 256;
 
@@ -75,8 +75,8 @@ struct Backward {
   using ByQueries = std::conditional_t<kSplitsQueries, ByKeys, cute::Layout<cute::Shape<cute::_1, cute::_2, cute::_1>>>;
   using MmaS = decltype(cute::make_tiled_mma(
       cute::GMMA::ss_op_selector<Element, Element, float, BlockShape<kBlockKV, kBlockQ, kHeadDimQK>>(), ByKeys{}));
-  // dS^T stays in registers until dK is done with it, where there are so many; else it is read back from shared memory,
-  // where dQ needs it anyway.
+  // dS^T stays in registers until dK is done with it, if there are enough; else dK reads it from shared memory, where
+  // dQ needs it anyway.
   template <int kN>
   using SharedMma = decltype(cute::make_tiled_mma(
       cute::GMMA::ss_op_selector<Element, Element, float, BlockShape<kBlockKV, kN, kBlockQ>, cute::GMMA::Major::K,
@@ -88,7 +88,7 @@ struct Backward {
                                  cute::GMMA::Major::MN>(),
       ByKeys{}));
   using MmaDK = std::conditional_t<kDelaysDQ, RegisterMma<kHeadDimQK>, SharedMma<kHeadDimQK>>;
-  using MmaDV = std::conditional_t<kIsNarrow, SharedMma<kHeadDimV>, RegisterMma<kHeadDimV>>;
+  using MmaDV = std::conditional_t<kSpillsPToShared, SharedMma<kHeadDimV>, RegisterMma<kHeadDimV>>;
   using MmaDQ = decltype(cute::make_tiled_mma(
       cute::GMMA::ss_op_selector<Element, Element, float,
                                  BlockShape<kBlockQ, kSplitsQueries ? kHeadDimQK : kHeadDimQK / 2, kBlockKV>,
@@ -110,30 +110,29 @@ struct Backward {
     alignas(1024) Element q[kNumStages][kBlockQ * kHeadDimQK];
     alignas(1024) Element dout[kNumStages][kBlockQ * kHeadDimV];
     alignas(1024) Element ds[kNumDS][kBlockQ * kBlockKV];
-    alignas(1024) Element p[kIsNarrow ? kBlockQ * kBlockKV : 8];
+    alignas(1024) Element p[kSpillsPToShared ? kBlockQ * kBlockKV : 8];
     alignas(128) float dq[2][kStagesDQ ? kPartDQ : 4];
     alignas(128) float lse_log2[kNumStages][kBlockQ];
     alignas(128) float delta[kNumStages][kBlockQ];
     int32_t is_large[kNumStages];
-    uint64_t kv_full, kv_empty, tile_wanted, tile_full[kNumBackwardTiles], tile_empty[kNumBackwardTiles];
+    uint64_t kv_full, kv_empty, work_wanted, tile_full[kNumBackwardTiles], tile_empty[kNumBackwardTiles];
     uint64_t q_full[kNumStages], q_empty[kNumStages], dout_full[kNumStages], dout_empty[kNumStages];
     BlockToClear to_clear[2];  // Q, dO
-    uint64_t turn_come[kNumStages], turn_over[kNumStages];
-    BackwardTile tiles[kNumBackwardTiles];
+    uint64_t dq_empty[kNumStages], dq_full[kNumStages];
+    BackwardWorkTile tiles[kNumBackwardTiles];
   };
   static constexpr int kSharedBytes = sizeof(SharedStorage);
-  static_assert(kSharedBytes <= 227 * 1024);
+  static_assert(kSharedBytes <= kMaxSharedBytes);
 
   // Named barriers; 0 is __syncthreads.
   static constexpr int kDSBarrier = 1, kOwnBarrier = 2;
   __device__ static int ds_barrier(int warpgroup, int stage) { return 1 + warpgroup * kNumDS + stage; }
 
+  // One function with two schedules, longer than others: the fragments of both are the same registers.
   __device__ static void consume(BackwardArguments const& arguments, SharedStorage& shared, int warpgroup) {
     using namespace cute;
-    // Read once: where registers are short, the compiler would rather ask for it again in every step, and wait.
-    int thread;
-    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
-    int const row_in_tile = warpgroup * 64 + thread % 128 / 32 * 16 + thread % 32 / 4;
+    int const thread = ptx::read_thread_index();
+    int const row_in_tile = row_of_thread(warpgroup * kWarpgroupRows, thread);
     int const column_in_block = thread % 4 * 2, quad_lane = thread % 4;
     Problem const& problem = arguments.problem;
 
@@ -141,12 +140,13 @@ struct Backward {
     MmaDK mma_dk;
     MmaDV mma_dv;
     MmaDQ mma_dq;
-    // Operands in shared memory are the warpgroup's: said so, their descriptors stay in uniform registers.
-    auto thread_s = mma_s.get_slice(warpgroup * 128);
-    auto thread_dk = mma_dk.get_slice(warpgroup * 128);
-    auto thread_dv = mma_dv.get_slice(warpgroup * 128);
-    auto thread_dq = mma_dq.get_slice(warpgroup * 128);
+    // wgmma descriptors are uniform per warpgroup: sliced by warpgroup, they stay in uniform registers.
+    auto thread_s = mma_s.get_slice(warpgroup * kWarpgroupThreads);
+    auto thread_dk = mma_dk.get_slice(warpgroup * kWarpgroupThreads);
+    auto thread_dv = mma_dv.get_slice(warpgroup * kWarpgroupThreads);
+    auto thread_dq = mma_dq.get_slice(warpgroup * kWarpgroupThreads);
     auto rows = [](Element* data, auto layout) { return make_tensor(make_smem_ptr(data), layout); };
+    // Descriptors (_, rows / 64 or columns, depth / 16, stages); t: read transposed.
     Tensor fK = thread_s.partition_fragment_A(rows(shared.k, LayoutRows<kBlockKV, kHeadDimQK, 1>{}));
     Tensor fV = thread_s.partition_fragment_A(rows(shared.v, LayoutRows<kBlockKV, kHeadDimV, 1>{}));
     Tensor fQ = thread_s.partition_fragment_B(rows(shared.q[0], LayoutRows<kBlockQ, kHeadDimQK, kNumStages>{}));
@@ -154,18 +154,18 @@ struct Backward {
     Tensor fQt = thread_dk.partition_fragment_B(rows(shared.q[0], LayoutColumns<kBlockQ, kHeadDimQK, kNumStages>{}));
     Tensor fDOt = thread_dv.partition_fragment_B(rows(shared.dout[0], LayoutColumns<kBlockQ, kHeadDimV, kNumStages>{}));
     Tensor fDS = thread_dq.partition_fragment_A(rows(shared.ds[0], LayoutDS{}));
-    auto thread_scores = SharedMma<kHeadDimQK>{}.get_slice(warpgroup * 128);
+    auto thread_scores = SharedMma<kHeadDimQK>{}.get_slice(warpgroup * kWarpgroupThreads);
     Tensor fDSt = thread_scores.partition_fragment_A(rows(shared.ds[0], LayoutDSt{}));
     Tensor fP = thread_scores.partition_fragment_A(rows(shared.p, LayoutP{}));
     Tensor fKt = thread_dq.partition_fragment_B(rows(shared.k, LayoutColumns<kBlockKV, kHeadDimQK, 1>{}));
 
-    Tensor rDK = partition_fragment_C(mma_dk, Shape<Int<kBlockKV>, Int<kHeadDimQK>>{});
-    Tensor rDV = partition_fragment_C(mma_dv, Shape<Int<kBlockKV>, Int<kHeadDimV>>{});
-    Tensor rS = partition_fragment_C(mma_s, Shape<Int<kBlockKV>, Int<kBlockQ>>{});
-    Tensor rDP = partition_fragment_C(mma_s, Shape<Int<kBlockKV>, Int<kBlockQ>>{});
-    Tensor rDQ = partition_fragment_C(mma_dq, Shape<Int<kBlockQ>, Int<kHeadDimQK>>{});
-    Tensor rP = make_tensor<Element>(Shape<Shape<_2, _2, _2>, _1, Int<kBlockQ / 16>>{});  // an A operand
-    Tensor rDS = make_tensor_like(rP);
+    Tensor rDK = partition_fragment_C(mma_dk, Shape<Int<kBlockKV>, Int<kHeadDimQK>>{});   // fp32, kHeadDimQK/2 a thread
+    Tensor rDV = partition_fragment_C(mma_dv, Shape<Int<kBlockKV>, Int<kHeadDimV>>{});    // kHeadDimV/2
+    Tensor rS = partition_fragment_C(mma_s, Shape<Int<kBlockKV>, Int<kBlockQ>>{});        // S^T, kBlockQ/2
+    Tensor rDP = partition_fragment_C(mma_s, Shape<Int<kBlockKV>, Int<kBlockQ>>{});       // dP^T, kBlockQ/2
+    Tensor rDQ = partition_fragment_C(mma_dq, Shape<Int<kBlockQ>, Int<kHeadDimQK>>{});    // kBlockQ * kHeadDimQK / 256
+    Tensor rP = make_tensor<Element>(Shape<Shape<_2, _2, _2>, _1, Int<kBlockQ / 16>>{});  // P^T, 16 bits, an A operand
+    Tensor rDS = make_tensor_like(rP);                                                    // dS^T
     static_assert(decltype(size(rS))::value == kScores && decltype(size(rDQ))::value == kFragmentDQ);
     auto& pairs_p = reinterpret_cast<uint32_t (&)[kScores / 2]>(*rP.data());
     auto& pairs_ds = reinterpret_cast<uint32_t (&)[kScores / 2]>(*rDS.data());
@@ -178,43 +178,40 @@ struct Backward {
 
     auto arrive = [&](uint64_t& barrier) {
       __syncwarp();
-      if (thread % 32 == 0) ClusterBarrier::arrive(&barrier);
+      if (thread % kWarpThreads == 0) ClusterBarrier::arrive(&barrier);
     };
-    // Adds dQ to the sums, or leaves it to the copy engine. From the registers it takes until the memory has taken
-    // them.
-    auto hand_over_dq = [&](BackwardTile const& tile, BackwardStep const& step, int stage, uint32_t phase) {
+    // Stages dQ in shared memory for the copy engine (reduce_dq), or adds it to the sums from the registers.
+    auto stage_dq = [&](BackwardWorkTile const& tile, BackwardStep const& step, int stage, uint32_t phase) {
       BackwardRows const& rows = arguments.rows;
-      bool const has_turns = kStagesDQ || rows.turns != nullptr;
-      if (has_turns) ClusterBarrier::wait(&shared.turn_come[stage], phase);
+      bool const has_semaphore = kStagesDQ || rows.dq_semaphore != nullptr;
+      if (has_semaphore) ClusterBarrier::wait(&shared.dq_empty[stage], phase);
       constexpr int kVectors = kFragmentDQ / 4;
       auto vector = [&](int i) { return float4{rDQ(4 * i), rDQ(4 * i + 1), rDQ(4 * i + 2), rDQ(4 * i + 3)}; };
       if constexpr (kStagesDQ) {
-        float4* const target = reinterpret_cast<float4*>(shared.dq[warpgroup]) + thread % 128;
+        float4* const target = reinterpret_cast<float4*>(shared.dq[warpgroup]) + thread % kWarpgroupThreads;
         CUTE_UNROLL
-        for (int i = 0; i < kVectors; ++i) target[i * 128] = vector(i);
+        for (int i = 0; i < kVectors; ++i) target[i * kWarpgroupThreads] = vector(i);
       } else if (rows.dq != nullptr) {
         // In floats, with the thread's own offset apart: of one sum of addresses, ptxas makes a step 7 % longer.
-        int const offset = (warpgroup * kVectors * 128 + threadIdx.x % 128) * 4;
+        int const offset = (warpgroup * kVectors * kWarpgroupThreads + threadIdx.x % kWarpgroupThreads) * 4;
         float* const target = rows.dq + workspace_block_of<kBlockQ>(rows, tile, step) * (kBlockQ * kHeadDimQK) + offset;
         CUTE_UNROLL
         for (int i = 0; i < kVectors; ++i) {
           float4 const x = vector(i);
-          asm volatile("red.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(target + i * 512), "f"(x.x), "f"(x.y),
-                       "f"(x.z), "f"(x.w)
-                       : "memory");
+          ptx::reduce_add(target + i * 4 * kWarpgroupThreads, x);
         }
       }
-      if (has_turns) arrive(shared.turn_over[stage]);
+      if (has_semaphore) arrive(shared.dq_full[stage]);
     };
 
-    auto hand_over_last_dq = [&](BackwardTile const& tile, BackwardStep const& step) {
-      hand_over_dq(tile, step, ring.before().stage, ring.before().phase);
+    auto stage_last_dq = [&](BackwardWorkTile const& tile, BackwardStep const& step) {
+      stage_dq(tile, step, ring.before().stage, ring.before().phase);
     };
 
     static_assert(kNumStages == 2);
     for (;; slot.advance()) {
       ClusterBarrier::wait(&shared.tile_full[slot.stage], slot.phase);
-      BackwardTile const& tile = shared.tiles[slot.stage];
+      BackwardWorkTile const& tile = shared.tiles[slot.stage];
       if (tile.head_kv < 0) break;
       int32_t const num_steps = tile.num_steps();
       clear(rDK);
@@ -222,8 +219,8 @@ struct Backward {
       warpgroup_fence_operand(rDK);  // before S is on its way, not after
       warpgroup_fence_operand(rDV);
       if (num_steps > 0) ClusterBarrier::wait(&shared.kv_full, tile.kv_phase);
-      // Without a step, and after the last, S is multiplied from whatever lies there, for nothing, as dQ is in the
-      // first step: wgmma in a branch would be serialized.
+      // Without a step, and after the last, S is multiplied from old data and discarded, and so is dQ in the first
+      // step: ptxas would serialize wgmma in a branch.
       auto multiply_s = [&] { multiply(mma_s, fK(_, _, _, 0), fQ(_, _, _, ring.stage), rS, false); };
       auto multiply_dp = [&](int stage) { multiply(mma_s, fV(_, _, _, 0), fDO(_, _, _, stage), rDP, false); };
       auto multiply_dq = [&](int stage) { multiply(mma_dq, fDS(_, _, _, stage), fKt(_, _, _, 0), rDQ, false); };
@@ -239,16 +236,16 @@ struct Backward {
         warpgroup_wait<0>();  // S, and dK of the step before
         warpgroup_fence_operand(rS);
         warpgroup_fence_operand(rDK);
-        if (i > 0) arrive(shared.q_empty[stage ^ 1]);
+        if (i > 0) arrive(shared.q_empty[ring.stage_before()]);
         ClusterBarrier::wait(&shared.dout_full[stage], ring.phase);
-        if constexpr (!kIsNarrow) multiply_dp(stage);
+        if constexpr (!kSpillsPToShared) multiply_dp(stage);
         probabilities<Element, kHasSoftcap, kScores>(arguments, tile, step.q_block * kBlockQ, rS, pairs_p, pairs_w,
-                                                     lse_log2, shared.is_large[stage] != 0, warpgroup * 64, row_in_tile,
-                                                     column_in_block);
-        if constexpr (kIsNarrow) {
-          store_scores<kBlockKV>(shared.p, pairs_p, warpgroup * 64);
+                                                     lse_log2, shared.is_large[stage] != 0, warpgroup * kWarpgroupRows,
+                                                     row_in_tile, column_in_block);
+        if constexpr (kSpillsPToShared) {
+          store_scores<kBlockKV>(shared.p, pairs_p, warpgroup * kWarpgroupRows);
           cutlass::arch::fence_view_async_shared();
-          NamedBarrier::sync(128, kOwnBarrier + warpgroup);
+          NamedBarrier::sync(kWarpgroupThreads, kOwnBarrier + warpgroup);
           multiply_dp(stage);
           multiply(mma_dv, fP(_, _, _, 0), fDOt(_, _, _, stage), rDV, true);
         } else {
@@ -256,22 +253,22 @@ struct Backward {
         }
         if constexpr (kDelaysDQ) {
           int const last = ds.before().stage;
-          if (i > 0) NamedBarrier::sync(256, ds_barrier(1 - warpgroup, last));
+          if (i > 0) NamedBarrier::sync(2 * kWarpgroupThreads, ds_barrier(1 - warpgroup, last));
           multiply_dq(last);
           ColumnValues<kScores, kReadsAhead> delta(shared.delta[stage], quad_lane);
           warpgroup_wait<2>();
           warpgroup_fence_operand(rDP);
           score_gradients<Element, kScores>(rDP, pairs_w, pairs_ds, delta);
-          store_scores<kBlockKV>(shared.ds[ds.stage], pairs_ds, warpgroup * 64);
+          store_scores<kBlockKV>(shared.ds[ds.stage], pairs_ds, warpgroup * kWarpgroupRows);
           cutlass::arch::fence_view_async_shared();
-          NamedBarrier::arrive(256, ds_barrier(warpgroup, ds.stage));
+          NamedBarrier::arrive(2 * kWarpgroupThreads, ds_barrier(warpgroup, ds.stage));
           ds.advance();
           multiply(mma_dk, rDS, fQt(_, _, _, stage), rDK, true);
           warpgroup_wait<1>();  // dV and dQ
           warpgroup_fence_operand(rDQ);
           warpgroup_fence_operand(rDV);
           arrive(shared.dout_empty[stage]);
-          if (i > 0) hand_over_last_dq(tile, step);
+          if (i > 0) stage_last_dq(tile, step);
           ring.advance();
           if (i + 1 < num_steps) wait_q();
           multiply_s();
@@ -279,11 +276,11 @@ struct Backward {
           ColumnValues<kScores, kReadsAhead> delta(shared.delta[stage], quad_lane);
           warpgroup_wait<1>();
           warpgroup_fence_operand(rDP);
-          if constexpr (kIsNarrow) load_scores(shared.p, pairs_p, warpgroup * 64);
+          if constexpr (kSpillsPToShared) load_scores(shared.p, pairs_p, warpgroup * kWarpgroupRows);
           score_gradients<Element, kScores>(rDP, pairs_w, pairs_ds, delta);
-          store_scores<kBlockKV>(shared.ds[stage], pairs_ds, warpgroup * 64);
+          store_scores<kBlockKV>(shared.ds[stage], pairs_ds, warpgroup * kWarpgroupRows);
           cutlass::arch::fence_view_async_shared();
-          NamedBarrier::sync(256, kDSBarrier);
+          NamedBarrier::sync(2 * kWarpgroupThreads, kDSBarrier);
           multiply_dq(stage);
           multiply(mma_dk, fDSt(_, _, _, stage), fQt(_, _, _, stage), rDK, true);
           ring.advance();
@@ -292,23 +289,24 @@ struct Backward {
           warpgroup_fence_operand(rDQ);
           warpgroup_fence_operand(rDV);
           arrive(shared.dout_empty[stage]);
-          // The ring is one step ahead: its phase has changed where this step was in the last stage.
-          hand_over_dq(tile, step, stage, ring.phase ^ stage);
+          // The phase of this step: the ring is one step ahead, and its phase changed if this step was in the last of
+          // two stages. (ring.before().phase is the same number from other instructions.)
+          stage_dq(tile, step, stage, ring.phase ^ stage);
         }
       }
       warpgroup_wait<0>();
       warpgroup_fence_operand(rDK);
       warpgroup_fence_operand(rS);
-      if (num_steps > 0) arrive(shared.q_empty[ring.stage ^ 1]);
+      if (num_steps > 0) arrive(shared.q_empty[ring.stage_before()]);
       if constexpr (kDelaysDQ) {
         int const last = ds.before().stage;
-        if (num_steps > 0) NamedBarrier::sync(256, ds_barrier(1 - warpgroup, last));
+        if (num_steps > 0) NamedBarrier::sync(2 * kWarpgroupThreads, ds_barrier(1 - warpgroup, last));
         multiply_dq(last);
         warpgroup_wait<0>();
         warpgroup_fence_operand(rDQ);
       }
       if (num_steps > 0) arrive(shared.kv_empty);
-      if (kDelaysDQ && !kHandsOverLate && num_steps > 0) hand_over_last_dq(tile, step);
+      if (kDelaysDQ && !kStagesLastDQLate && num_steps > 0) stage_last_dq(tile, step);
       if (arguments.parts == nullptr) {
         write_keys<Element, kHeadDimQK>(arguments, tile, arguments.dk, rDK, problem.scale, row_in_tile, 0,
                                         problem.head_dim_qk);
@@ -318,7 +316,7 @@ struct Backward {
         write_part<kHeadDimQK / 2>(part, rDK);
         write_part<kHeadDimV / 2>(part + kBlockKV * kHeadDimQK, rDV);
       }
-      if (kDelaysDQ && kHandsOverLate && num_steps > 0) hand_over_last_dq(tile, step);
+      if (kDelaysDQ && kStagesLastDQLate && num_steps > 0) stage_last_dq(tile, step);
       arrive(shared.tile_empty[slot.stage]);
     }
   }
@@ -330,7 +328,8 @@ using BackwardKernel =
                        Backward<kHeadDimQK, kHeadDimV, kHasSoftcap, Element>>;
 
 template <int kHeadDimQK, int kHeadDimV, bool kHasSoftcap, class Element>
-__global__ void __launch_bounds__(384, 1) backward_kernel(__grid_constant__ BackwardArguments const arguments) {
+__global__ void __launch_bounds__(BackwardTiles<kHeadDimQK, kHeadDimV>::kNumThreads, 1)
+    backward_kernel(__grid_constant__ BackwardArguments const arguments) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   using Kernel = BackwardKernel<kHeadDimQK, kHeadDimV, kHasSoftcap, Element>;
   // Swizzled tiles need 1,024-byte alignment; the dynamic shared memory of a kernel without any other begins so.
@@ -343,10 +342,10 @@ __global__ void __launch_bounds__(384, 1) backward_kernel(__grid_constant__ Back
   }
   __syncthreads();
   if (warpgroup == 0) {
-    cutlass::arch::warpgroup_reg_dealloc<24>();
+    cutlass::arch::warpgroup_reg_dealloc<Kernel::Tiles::kProducerRegisters>();
     produce_backward_tiles<Kernel, kHeadDimQK, kHeadDimV>(arguments, shared);
   } else {
-    cutlass::arch::warpgroup_reg_alloc<240>();
+    cutlass::arch::warpgroup_reg_alloc<Kernel::Tiles::kConsumerRegisters>();
     cutlass::arch::wait_on_dependent_grids();  // dQ is zero now
     Kernel::consume(arguments, shared, warpgroup - 1);
   }

@@ -1,8 +1,10 @@
-// What a block asks of the schedule (schedule.h): its next tile, and what that tile sees; and where it is in a ring of
-// buffers.
+// The schedule as a CTA reads it (schedule.h): its next work tile, and what that tile sees; and the position in a ring
+// of buffers.
 #pragma once
 
-#include "sm90/schedule.h"
+#include "sm90/hopper/ptx.cuh"
+#include "sm90/scheduling/schedule.h"
+#include "sm90/tiles.h"
 
 namespace flashmla::sm90 {
 
@@ -14,6 +16,8 @@ struct Ring {
   __device__ void advance() {
     if (++stage == kDepth) stage = 0, phase ^= 1;
   }
+  // The buffer before this one: where the last step was.
+  __device__ int stage_before() const { return kDepth == 2 ? stage ^ 1 : stage == 0 ? kDepth - 1 : stage - 1; }
   __device__ Ring before() const { return stage == 0 ? Ring{kDepth - 1, phase ^ 1} : Ring{stage - 1, phase}; }
 };
 
@@ -69,14 +73,14 @@ __device__ inline VisibleQueries visible_queries(Window window, Sequence const& 
 
 // Where tile `index` of the walk is; head is negative past the last.
 struct TilePlace {
-  int32_t head, batch, block;
+  int32_t head, batch, row_block;
 };
 
 __device__ inline TilePlace place_of(Schedule const& schedule, int32_t index) {
   bool const is_packed = schedule.num_items != nullptr;
-  int32_t const num_blocks = is_packed ? *schedule.num_items : schedule.num_blocks;
-  if (num_blocks <= 0 || index / num_blocks >= schedule.num_pairs) return {-1, 0, 0};
-  int32_t const section_size = schedule.pairs_per_section * num_blocks;
+  int32_t const num_row_blocks = is_packed ? *schedule.num_items : schedule.num_row_blocks;
+  if (num_row_blocks <= 0 || index / num_row_blocks >= schedule.num_pairs) return {-1, 0, 0};
+  int32_t const section_size = schedule.pairs_per_section * num_row_blocks;
   int32_t const section = index / section_size;
   int32_t const within = index - section * section_size;
   int32_t const first_pair = section * schedule.pairs_per_section;
@@ -84,52 +88,54 @@ __device__ inline TilePlace place_of(Schedule const& schedule, int32_t index) {
   int32_t const rank = within / section_pairs;
   int32_t const pair = first_pair + within - rank * section_pairs;
   if (is_packed) return {pair, schedule.items[rank].x, schedule.items[rank].y};
-  return {pair % schedule.num_heads, pair / schedule.num_heads, schedule.is_backwards ? num_blocks - 1 - rank : rank};
+  return {pair % schedule.num_heads, pair / schedule.num_heads,
+          schedule.is_backwards ? num_row_blocks - 1 - rank : rank};
 }
 
 // Writes `tile`, which no one may be reading.
 template <int kBlockKV, int kNumConsumers>
-__device__ void write_tile(Tile& tile, Schedule const& schedule, Problem const& problem, Window window,
-                           TilePlace place) {
+__device__ void write_work_tile(WorkTile& tile, Schedule const& schedule, Problem const& problem, Window window,
+                                TilePlace place) {
   tile.head = place.head < 0 ? -1 : place.head * schedule.heads_packed;
   if (place.head < 0) return;
   tile.batch = place.batch;
   Sequence const sequence = sequence_at(problem, place.batch, Side::kQueries);
   tile.sequence = sequence;
   int32_t const shift = sequence.seqlen_kv - sequence.seqlen_q;
-  int32_t q_begin = place.block * schedule.rows_per_block;
+  int32_t q_begin = place.row_block * schedule.rows_per_block;
   if (window.right >= 0) {
-    // Blocks end with the sequence instead of beginning with it: the one that is not full sees the fewest keys, not the
-    // most. Its first rows are before the sequence and belong to no query.
-    int32_t const num_blocks = (sequence.seqlen_q + schedule.rows_per_block - 1) / schedule.rows_per_block;
-    q_begin -= num_blocks * schedule.rows_per_block - sequence.seqlen_q;
+    // q_blocks end with the sequence instead of beginning with it, so that the part-empty one sees the fewest keys, not
+    // the most. Its first rows lie before the sequence and belong to no query.
+    int32_t const num_q_blocks = (sequence.seqlen_q + schedule.rows_per_block - 1) / schedule.rows_per_block;
+    q_begin -= num_q_blocks * schedule.rows_per_block - sequence.seqlen_q;
   }
   tile.q_begin = q_begin;
   int32_t const q_end = min(q_begin + schedule.rows_per_block, sequence.seqlen_q);
-  int32_t block_begin = 1 << 30, block_end = 0;
+  int32_t kv_block_begin = 1 << 30, kv_block_end = 0;
   for (int warpgroup = 0; warpgroup < kNumConsumers; ++warpgroup) {
-    int32_t const first = max(0, q_begin + warpgroup * 64 / schedule.heads_packed);
-    int32_t const last = min(q_begin + (warpgroup * 64 + 63) / schedule.heads_packed, q_end - 1);
+    int32_t const first = max(0, q_begin + warpgroup * kWarpgroupRows / schedule.heads_packed);
+    int32_t const last =
+        min(q_begin + (warpgroup * kWarpgroupRows + (kWarpgroupRows - 1)) / schedule.heads_packed, q_end - 1);
     VisibleBlocks blocks{0, 0, 0, 0};
     if (first <= last) {
       VisibleKeys const keys = visible_keys(window, sequence.seqlen_kv, first + shift, last + shift);
       blocks = {keys.begin / kBlockKV, (keys.end + kBlockKV - 1) / kBlockKV,
                 (keys.unmasked_begin + kBlockKV - 1) / kBlockKV, keys.unmasked_end / kBlockKV};
       if (blocks.begin < blocks.end) {
-        block_begin = min(block_begin, blocks.begin);
-        block_end = max(block_end, blocks.end);
+        kv_block_begin = min(kv_block_begin, blocks.begin);
+        kv_block_end = max(kv_block_end, blocks.end);
       }
     }
     tile.visible[warpgroup] = blocks;
   }
-  tile.block_begin = min(block_begin, block_end);
-  tile.block_end = block_end;
+  tile.kv_block_begin = min(kv_block_begin, kv_block_end);
+  tile.kv_block_end = kv_block_end;
 }
 
 // A counter that the kernel clears itself: a memset before it would take as long as several tiles of a short call.
-// Block 0 clears it and puts the call's ticket behind it, which the others wait for (next_index). A ticket is 64 bits
-// that no other call has, so what lay there before is taken for it once in 2^64 calls; the last to ask takes it away,
-// for a CUDA graph comes again with the same one.
+// CTA 0 clears it and writes the call's ticket behind it, which the others wait for (next_index). A ticket is 64 bits
+// that no other call has, so old memory is taken for it once in 2^64 calls. The last CTA to request work clears the
+// ticket, because a replayed CUDA graph uses the same one again.
 __device__ inline uint64_t* ticket_of(Schedule const& schedule) {
   return reinterpret_cast<uint64_t*>(schedule.next_tile) + 1;
 }
@@ -137,28 +143,26 @@ __device__ inline uint64_t* ticket_of(Schedule const& schedule) {
 __device__ inline void open_counter(Schedule const& schedule) {
   if (schedule.ticket == 0 || blockIdx.x != 0) return;
   *schedule.next_tile = 0;
-  asm volatile("st.release.gpu.global.b64 [%0], %1;" ::"l"(ticket_of(schedule)), "l"(schedule.ticket) : "memory");
+  ptx::store_release(ticket_of(schedule), schedule.ticket);
 }
 
-// The number of the tile this block takes in its round `round`. Dealt out statically, rounds run to and fro, so that
-// whoever had the longest tile of one round has the shortest of the next; otherwise blocks take what is left, in order.
+// The number of the tile that this CTA takes in its round `round`. Dealt out statically, rounds run to and fro, so that
+// the CTA with the longest tile of one round has the shortest of the next; otherwise CTAs take the next tile by
+// counter.
 __device__ inline int32_t next_index(Schedule const& schedule, int32_t round) {
-  int32_t const num_blocks = gridDim.x;
+  int32_t const num_ctas = gridDim.x;
   if (schedule.next_tile == nullptr) {
-    return round * num_blocks + (round % 2 == 0 ? blockIdx.x : num_blocks - 1 - blockIdx.x);
+    return round * num_ctas + (round % 2 == 0 ? blockIdx.x : num_ctas - 1 - blockIdx.x);
   }
   if (round == 0) return blockIdx.x;
   if (schedule.ticket != 0 && round == 1) {
-    uint64_t value;
-    do {
-      asm volatile("ld.acquire.gpu.global.b64 %0, [%1];" : "=l"(value) : "l"(ticket_of(schedule)) : "memory");
-    } while (value != schedule.ticket);
+    while (ptx::load_acquire(ticket_of(schedule)) != schedule.ticket) {
+    }
   }
   int32_t const asked = atomicAdd(schedule.next_tile, 1);
-  // Every tile but each block's first is asked for, and each block asks once more than there is: as often as there are
-  // tiles in all.
-  if (schedule.ticket != 0 && asked == schedule.num_pairs * schedule.num_blocks - 1) *ticket_of(schedule) = 0;
-  return num_blocks + asked;
+  // CTAs request every tile but their first, and each requests one more than there is: num_tiles requests in all.
+  if (schedule.ticket != 0 && asked == schedule.num_pairs * schedule.num_row_blocks - 1) *ticket_of(schedule) = 0;
+  return num_ctas + asked;
 }
 
 }  // namespace flashmla::sm90

@@ -3,17 +3,17 @@
 //   S = scale Q K^T (softcap), masked;   P = exp(S - row_max);   O = sum_tiles P V, rescaled when row_max grows;
 //   out = O / row_sum,  lse = row_max + log(row_sum)                       (csrc/params.h states the semantics)
 //
-// Schedule. A block is one producer warpgroup, of which two threads work, and kNumConsumers warpgroups of 64 query rows
-// each. It is persistent: the scheduling thread finds the next tile (schedule.h) and the loading thread streams Q
-// (kNumQStages buffers) and a ring of kNumStages K and V tiles by TMA, from the last visible key tile to the first, so
-// that masked tiles come first. A consumer warpgroup keeps one product ahead:
+// Schedule. A CTA is one producer warpgroup, of which four threads work, and kNumConsumers warpgroups of 64 query rows
+// each. It is persistent: the scheduling thread publishes work tiles (schedule.h), and the loading threads stream Q
+// (kNumQStages buffers) and rings of kNumStages kv_blocks of K and V by TMA, from the last visible kv_block to the
+// first, so that masked ones come first. A consumer warpgroup keeps one product ahead:
 //
-//   issue S(n-1) = Q K(n-1)^T   issue O += P(n) V(n)   wait S   softmax S(n-1)   wait O   P(n-1) -> registers, rescale
+//   issue S(n-1) = Q K(n-1)^T | issue O += P(n) V(n) | wait S | softmax S(n-1) | wait O | P(n-1) to registers, rescale
 //   O
 //
-// so that the tensor cores multiply while the exponentials of the other tile are taken; with kPingPong the warpgroups
-// take turns (named barriers) so that one multiplies while another exponentiates. Masks are found per warpgroup: one
-// that sees nothing of a K/V tile lets it pass.
+// The tensor cores multiply while the exponentials of the other kv_block are computed. With kPingPong the warpgroups
+// take turns (named barriers), so that one multiplies while another exponentiates. Masks are per warpgroup: a warpgroup
+// that sees nothing of a kv_block skips it.
 //
 // Source: FlashAttention-2 (arXiv 2307.08691) for the algorithm, FlashAttention-3 (arXiv 2407.08608) for the two
 // overlaps.
@@ -27,26 +27,15 @@
 #include <cute/tensor.hpp>
 
 #include "params.h"
-#include "sm90/fragment.cuh"
-#include "sm90/query_tile.cuh"
-#include "sm90/scheduler.cuh"
-#include "sm90/softmax.cuh"
+#include "sm90/forward/forward_output.cuh"
+#include "sm90/forward/query_tile.cuh"
+#include "sm90/hopper/fragment.cuh"
+#include "sm90/hopper/ptx.cuh"
+#include "sm90/hopper/softmax.cuh"
+#include "sm90/scheduling/scheduler.cuh"
 #include "sm90/tiles.h"
 
 namespace flashmla::sm90 {
-
-// What the kernel is told, all by value: TMA reads its descriptors from parameter memory.
-struct ForwardArguments {
-  CUtensorMap q;     // dims (head_dim, heads_packed, seqlen or total, heads / heads_packed, batch)
-  CUtensorMap k, v;  // dims (head_dim, row, end, heads, outer) of sequence_rows.h
-  CUtensorMap o;     // as q, a warpgroup's rows at a time
-  bool has_boxes;    // o is there: heads_packed divides a warpgroup's rows
-  TensorView out;
-  RowView lse;  // data may be null
-  Problem problem;
-  Window window;
-  Schedule schedule;
-};
 
 // Columns of a swizzled chunk: 96 are three of 32.
 constexpr int swizzle_columns(int head_dim_qk, int head_dim_v) {
@@ -68,6 +57,7 @@ struct Forward {
 
   static constexpr int kScores = kBlockKV / 2;  // per thread
   static constexpr int kOutputs = kHeadDimV / 2;
+  using Output = ForwardOutput<Forward, Element>;
   using RowSoftmax = Softmax<kScores, (kNumConsumers > 2)>;
 
   using BlockShapeS = cute::Shape<cute::Int<kBlockQ>, cute::Int<kBlockKV>, cute::Int<kHeadDimQK>>;
@@ -99,104 +89,21 @@ struct Forward {
     uint64_t q_full[kNumQStages], q_empty[kNumQStages];
     uint64_t k_full[kNumStages], k_empty[kNumStages], v_full[kNumStages], v_empty[kNumStages];
     uint64_t tile_full[kNumQueryTiles], tile_empty[kNumQueryTiles];
-    Tile tiles[kNumQueryTiles];
+    WorkTile tiles[kNumQueryTiles];
   };
   static constexpr int kSharedBytes = sizeof(SharedStorage);
-  static_assert(kSharedBytes <= 227 * 1024);
+  static_assert(kSharedBytes <= kMaxSharedBytes);
 
   // Named barriers: 0 is __syncthreads; then the turns, then one for each warpgroup's own threads.
   static constexpr int kTurnBarrier = 1, kOwnBarrier = kTurnBarrier + kNumConsumers;
 
-  __device__ static Element* out_row(ForwardArguments const& arguments, Tile const& tile, QueryRow const& row) {
-    return row_of<Element>(arguments.out, tile, row);
-  }
-
-  __device__ static float* lse_row(ForwardArguments const& arguments, Tile const& tile, QueryRow const& row) {
-    RowView const& lse = arguments.lse;
-    return lse.data + tile.batch * lse.stride_batch + row.head * lse.stride_heads + tile.sequence.offset_q + row.query;
-  }
-
-  // This warpgroup's rows see no key: out 0, lse -inf or the sink's logit. Rows past the last sequence have no sink.
-  __device__ static void write_unseeing(ForwardArguments const& arguments, Tile const& tile, int warpgroup) {
-    Problem const& problem = arguments.problem;
-    bool const has_sink =
-        problem.sinks != nullptr && !(arguments.schedule.num_items != nullptr && tile.batch == problem.batch);
-    int32_t const vectors = static_cast<int32_t>(problem.head_dim_v) / 8;  // of 16 bytes
-    for (int32_t i = threadIdx.x % 128; i < 64 * vectors; i += 128) {
-      QueryRow const row = query_row(arguments.schedule, tile, warpgroup * 64 + i / vectors);
-      if (!row.is_valid) continue;
-      float const sink = has_sink ? problem.sinks[row.head] : -INFINITY;
-      // A sink of NaN or infinity makes NaN of every weight; of no weight at all the sum stays 0.
-      bool const is_nan = !(sink < INFINITY) && tile.sequence.seqlen_kv > 0;
-      uint32_t const pair = is_nan ? 0x7fff7fffu : 0u;  // two NaNs in both dtypes
-      *reinterpret_cast<uint4*>(out_row(arguments, tile, row) + i % vectors * 8) = uint4{pair, pair, pair, pair};
-      if (i % vectors == 0 && arguments.lse.data != nullptr) *lse_row(arguments, tile, row) = sink;
-    }
-  }
-
-  // What a thread needs to write its two rows of O: found while the last product still runs.
-  struct OutputRows {
-    float factor[2];  // 1 / row_sum
-    bool is_box;      // the warpgroup's rows are a box of the tensor
-  };
-
-  // The first query of the warpgroup's rows, within the sequence.
-  __device__ static int32_t box_begin(Schedule const& schedule, Tile const& tile, int warpgroup) {
-    return tile.q_begin + warpgroup * 64 / schedule.heads_packed;
-  }
-
-  // Ends the softmax and writes lse.
-  __device__ static void finish_rows(ForwardArguments const& arguments, Tile const& tile, RowSoftmax& softmax,
-                                     int warpgroup, int first_row, OutputRows& rows) {
-    Problem const& problem = arguments.problem;
-    Schedule const& schedule = arguments.schedule;
-    // A box may end outside the tensor, but not begin there: that store is an illegal instruction (a load is not).
-    int32_t const begin = box_begin(schedule, tile, warpgroup);
-    rows.is_box = kLooksAhead && arguments.has_boxes && begin >= 0 &&
-                  (schedule.num_items == nullptr || begin + 64 / schedule.heads_packed <= tile.sequence.seqlen_q);
-    CUTE_UNROLL
-    for (int r = 0; r < 2; ++r) {
-      QueryRow const row = query_row(schedule, tile, first_row + 8 * r);
-      float lse;
-      rows.factor[r] =
-          softmax.finish(r, problem.sinks == nullptr || !row.is_valid ? nullptr : problem.sinks + row.head, lse);
-      if (row.is_valid && threadIdx.x % 4 == 0 && arguments.lse.data != nullptr) *lse_row(arguments, tile, row) = lse;
-    }
-  }
-
-  // out = O / row_sum. A box goes by TMA, from its Q's place in buffer `q_stage`: no address is computed and no store
-  // waited for. Others (the end of a packed sequence, rows without a second Q buffer) go row by row.
-  template <class Outputs>
-  __device__ static void write(ForwardArguments const& arguments, SharedStorage& shared, Tile const& tile,
-                               OutputRows const& rows, Outputs const& rO, int warpgroup, int first_row, int q_stage) {
-    Schedule const& schedule = arguments.schedule;
-    if (kLooksAhead && rows.is_box) {
-      store_matrices<Element, kSwizzleColumns, kBlockQ, kHeadDimV>(shared.q[q_stage], rO, rows.factor,
-                                                                   warpgroup * 64 + threadIdx.x % 128 / 32 * 16);
-      NamedBarrier::sync(128, kOwnBarrier + warpgroup);
-      if (threadIdx.x % 128 == 0) {
-        cutlass::arch::fence_view_async_shared();  // from what the warpgroup wrote to what the copy engine reads
-        int32_t const batch = schedule.num_items != nullptr ? 0 : tile.batch;
-        for (int column = 0; column < arguments.problem.head_dim_v; column += kSwizzleColumns) {
-          cute::SM90_TMA_STORE_5D::copy(
-              &arguments.o, shared.q[q_stage] + column * kBlockQ + warpgroup * 64 * kSwizzleColumns, column, 0,
-              tile.sequence.offset_q + box_begin(schedule, tile, warpgroup), tile.head / schedule.heads_packed, batch);
-        }
-        cute::tma_store_arrive();
-      }
-      return;
-    }
-    CUTE_UNROLL
-    for (int r = 0; r < 2; ++r) {
-      QueryRow const row = query_row(schedule, tile, first_row + 8 * r);
-      Element* const out = row.is_valid ? out_row(arguments, tile, row) : nullptr;
-      store_row<Element, kHeadDimV>(out, rO, r, rows.factor[r], 0, arguments.problem.head_dim_v, threadIdx.x % 4);
-    }
-  }
-
+  // One function, longer than others: its parts share fragments and rings, and ptxas serializes wgmma in a branch
+  // (docs/log.md, 2026-11-22).
   __device__ static void consume(ForwardArguments const& arguments, SharedStorage& shared, int warpgroup) {
     using namespace cute;
-    int const first_row = warpgroup * 64 + (threadIdx.x % 128) / 32 * 16 + threadIdx.x % 32 / 4;
+    // row_of_thread, written out: called here, it gives ptxas other code (docs/log.md, 2026-11-27).
+    int const first_row = warpgroup * kWarpgroupRows + threadIdx.x % kWarpgroupThreads / kWarpThreads * 16 +
+                          threadIdx.x % kWarpThreads / 4;
     Problem const& problem = arguments.problem;
     Schedule const& schedule = arguments.schedule;
 
@@ -205,16 +112,17 @@ struct Forward {
     Tensor sQ = make_tensor(make_smem_ptr(shared.q[0]), LayoutQ{});
     Tensor sK = make_tensor(make_smem_ptr(shared.k[0]), LayoutK{});
     Tensor sVt = make_tensor(make_smem_ptr(shared.v[0]), LayoutVt{});
-    // Operands in shared memory are the warpgroup's: said so, their descriptors stay in uniform registers, where there
-    // are enough of these.
-    int const slice = kHeadDimQK <= 192 ? warpgroup * 128 : threadIdx.x - 128;
+    // wgmma descriptors are uniform per warpgroup. Slicing by warpgroup instead of thread lets ptxas keep them in
+    // uniform registers; at 256 there are too few.
+    int const slice = kHeadDimQK <= 192 ? warpgroup * kWarpgroupThreads : threadIdx.x - kWarpgroupThreads;
     auto thread_s = mma_s.get_slice(slice);
     auto thread_o = mma_o.get_slice(slice);
     Tensor fQ = thread_s.partition_fragment_A(sQ);   // descriptors (_, 1, kHeadDimQK/16, kNumQStages)
     Tensor fK = thread_s.partition_fragment_B(sK);   // (_, 1, kHeadDimQK/16, kNumStages)
     Tensor fV = thread_o.partition_fragment_B(sVt);  // (_, _, kBlockKV/16, kNumStages)
-    Tensor rS = partition_fragment_C(mma_s, Shape<Int<kBlockQ>, Int<kBlockKV>>{});
-    Tensor rO = partition_fragment_C(mma_o, Shape<Int<kBlockQ>, Int<kHeadDimV>>{});
+    Tensor rS = partition_fragment_C(mma_s, Shape<Int<kBlockQ>, Int<kBlockKV>>{});   // fp32, kBlockKV/2 a thread
+    Tensor rO = partition_fragment_C(mma_o, Shape<Int<kBlockQ>, Int<kHeadDimV>>{});  // fp32, kHeadDimV/2 a thread
+    // 16 bits, kBlockKV/2 a thread, packed in pairs.
     Tensor rP = make_tensor<Element>(partition_shape_A(mma_o, Shape<Int<kBlockQ>, Int<kBlockKV>>{}));
     static_assert(decltype(size(rS))::value == kScores && decltype(size(rO))::value == kOutputs);
 
@@ -255,22 +163,23 @@ struct Forward {
       for (int i = 0; i < kScores / 2; ++i) pairs[i] = pack<Element>(rS(2 * i), rS(2 * i + 1));
     };
     auto wait_turn = [&] {
-      if constexpr (Tiles::kPingPong) NamedBarrier::sync(256, kTurnBarrier + warpgroup);
+      if constexpr (Tiles::kPingPong) NamedBarrier::sync(2 * kWarpgroupThreads, kTurnBarrier + warpgroup);
     };
     auto pass_turn = [&] {
-      if constexpr (Tiles::kPingPong) NamedBarrier::arrive(256, kTurnBarrier + (warpgroup + 1) % kNumConsumers);
+      if constexpr (Tiles::kPingPong)
+        NamedBarrier::arrive(2 * kWarpgroupThreads, kTurnBarrier + (warpgroup + 1) % kNumConsumers);
     };
-    // A product is complete for the whole warpgroup at once, so one thread speaks for it.
+    // A product completes for the whole warpgroup at once, so one thread arrives for all.
     auto release = [&](uint64_t& barrier) {
-      if (threadIdx.x % 128 == 0) ClusterBarrier::arrive(&barrier);
+      if (threadIdx.x % kWarpgroupThreads == 0) ClusterBarrier::arrive(&barrier);
     };
-    auto release_tile = [&](int place) {  // by each warp: they read it to the end
+    auto release_tile = [&](int place) {  // by each warp, since each reads the tile until then
       __syncwarp();
-      if (threadIdx.x % 32 == 0) ClusterBarrier::arrive(&shared.tile_empty[place]);
+      if (threadIdx.x % kWarpThreads == 0) ClusterBarrier::arrive(&shared.tile_empty[place]);
     };
     // Without a product to wait for, the warps of a warpgroup must not run apart by more than the ring is deep.
-    auto sync_warpgroup = [&] { NamedBarrier::sync(128, kOwnBarrier + warpgroup); };
-    auto skip_block = [&] {
+    auto sync_warpgroup = [&] { NamedBarrier::sync(kWarpgroupThreads, kOwnBarrier + warpgroup); };
+    auto skip_kv_block = [&] {
       ClusterBarrier::wait(&shared.k_full[ring.stage], ring.phase);
       wait_turn();
       pass_turn();
@@ -282,28 +191,29 @@ struct Forward {
     };
 
     auto skip_to_visible = [&] {
-      Tile const& tile = shared.tiles[slot.stage];
-      for (int32_t block = tile.block_end - 1; block >= tile.visible[warpgroup].end; --block) skip_block();
+      WorkTile const& tile = shared.tiles[slot.stage];
+      for (int32_t kv_block = tile.kv_block_end - 1; kv_block >= tile.visible[warpgroup].end; --kv_block)
+        skip_kv_block();
     };
     // The Q buffer of the tile before goes back when O has left it.
     bool is_leaving = false;
     auto release_q = [&] {
-      if (is_leaving && threadIdx.x % 128 == 0) {
+      if (is_leaving && threadIdx.x % kWarpgroupThreads == 0) {
         cute::tma_store_wait<0>();
-        ClusterBarrier::arrive(&shared.q_empty[q_ring.stage ^ 1]);
+        ClusterBarrier::arrive(&shared.q_empty[q_ring.stage_before()]);
       }
       is_leaving = false;
     };
-    // Lets tiles pass in which this warpgroup sees nothing. False: no more work.
+    // Skips work tiles in which this warpgroup sees nothing. Returns false if there is no more work.
     auto find_tile = [&] {
       for (;; q_ring.advance(), slot.advance()) {
         ClusterBarrier::wait(&shared.q_full[q_ring.stage], q_ring.phase);
-        Tile const& tile = shared.tiles[slot.stage];
+        WorkTile const& tile = shared.tiles[slot.stage];
         if (tile.head < 0) return false;
         VisibleBlocks const& visible = tile.visible[warpgroup];
         if (visible.begin < visible.end) return true;
-        for (int32_t block = tile.block_end - 1; block >= tile.block_begin; --block) skip_block();
-        write_unseeing(arguments, tile, warpgroup);
+        for (int32_t kv_block = tile.kv_block_end - 1; kv_block >= tile.kv_block_begin; --kv_block) skip_kv_block();
+        Output::write_masked_rows(arguments, tile, warpgroup);
         sync_warpgroup();
         release(shared.q_empty[q_ring.stage]);
         release_tile(slot.stage);
@@ -315,19 +225,20 @@ struct Forward {
     float correction[2];
     OutputRows rows;
     int stage_o = 0;          // of the V of the last O += P V
-    bool has_output = false;  // it is on its way, of the tile announced before `slot`
-    bool is_found = false;    // `slot` is a tile this warpgroup sees, at its first block
+    bool has_output = false;  // the last O += P V, of the tile published before `slot`, still runs
+    bool is_found = false;    // `slot` holds a tile that this warpgroup sees, and `ring` is at its first kv_block
     for (;;) {
       auto finish_softmax = [&] {
-        finish_rows(arguments, shared.tiles[slot.stage ^ 1], softmax, warpgroup, first_row, rows);
+        Output::finish_rows(arguments, shared.tiles[slot.stage_before()], softmax, warpgroup, first_row, rows);
       };
       auto finish_tile = [&] {
         warpgroup_fence_operand(rO);
         release(shared.v_empty[stage_o]);
-        int const old_slot = slot.stage ^ 1;
-        Tile const& tile = shared.tiles[old_slot];
-        write(arguments, shared, tile, rows, rO, warpgroup, first_row, q_ring.stage ^ 1);
-        for (int32_t block = tile.visible[warpgroup].begin - 1; block >= tile.block_begin; --block) skip_block();
+        int const old_slot = slot.stage_before();
+        WorkTile const& tile = shared.tiles[old_slot];
+        Output::write(arguments, shared, tile, rows, rO, warpgroup, first_row, q_ring.stage_before());
+        for (int32_t kv_block = tile.visible[warpgroup].begin - 1; kv_block >= tile.kv_block_begin; --kv_block)
+          skip_kv_block();
         release_tile(old_slot);
         has_output = false;
         is_leaving = kLooksAhead;
@@ -340,8 +251,8 @@ struct Forward {
         is_found = find_tile();
         if (!is_found) break;
       }
-      // The one place where a tile's first S is issued: wgmma in a branch would be serialized. Where the tile is not
-      // found yet, this one multiplies what lies there, for nothing.
+      // A tile's first S is issued at this place only: ptxas would serialize wgmma in a branch. If the tile is not
+      // found yet, this S multiplies old data and is discarded.
       if (is_found) {
         skip_to_visible();
         ClusterBarrier::wait(&shared.k_full[ring.stage], ring.phase);
@@ -363,24 +274,25 @@ struct Forward {
         }
       }
 
-      Tile const& tile = shared.tiles[slot.stage];
-      // In registers where there is room.
+      WorkTile const& tile = shared.tiles[slot.stage];
+      // In registers if there is room.
       std::conditional_t<(kHeadDimV > 128 || kNumConsumers > 2), VisibleBlocks const&, VisibleBlocks const> visible =
           tile.visible[warpgroup];
-      int32_t block = visible.end - 1;
+      int32_t kv_block = visible.end - 1;
       auto finish_scores = [&](auto is_first) {
         if (has_transform) transform_scores<kScores>(rS, problem.scale, problem.softcap);
-        if (block < visible.unmasked_begin || block >= visible.unmasked_end) {
+        if (kv_block < visible.unmasked_begin || kv_block >= visible.unmasked_end) {
           int32_t const shift = tile.sequence.seqlen_kv - tile.sequence.seqlen_q;
           int32_t const position[2] = {query_row(schedule, tile, first_row).query + shift,
                                        query_row(schedule, tile, first_row + 8).query + shift};
-          mask_scores<kMask, kScores>(rS, arguments.window, tile.sequence.seqlen_kv, block * kBlockKV, position);
+          mask_scores<kMask, kScores>(rS, arguments.window, tile.sequence.seqlen_kv, kv_block * kBlockKV, position);
         }
         return softmax.template update<is_first()>(rS, correction);
       };
       auto release_s = [&] {
         release(shared.k_empty[ring.stage]);
-        if (!kLooksAhead && block == visible.begin) release(shared.q_empty[q_ring.stage]);  // that was the last of it
+        if (!kLooksAhead && kv_block == visible.begin)
+          release(shared.q_empty[q_ring.stage]);  // that was the last of it
       };
       softmax.reset();
       warpgroup_wait<0>();
@@ -390,7 +302,7 @@ struct Forward {
       convert_p();
       release_q();
       bool is_first = true;
-      for (--block; block >= visible.begin; --block) {
+      for (--kv_block; kv_block >= visible.begin; --kv_block) {
         Ring<kNumStages> const ring_o = ring;
         ring.advance();
         ClusterBarrier::wait(&shared.k_full[ring.stage], ring.phase);
@@ -404,11 +316,7 @@ struct Forward {
         warpgroup_fence_operand(rS);
         release_s();
         bool const has_grown = finish_scores(std::false_type{});
-        // ptxas moves the wait up, ahead of exponentials that should overlap the product, but not past a barrier. This
-        // one is never reached, and needs them all to know.
-        asm volatile("{ .reg .pred p; setp.lt.f32 p, %0, 0f00000000; @p bar.arrive 15, 32; }" ::"f"(softmax.row_sum[0] +
-                                                                                                    softmax.row_sum[1])
-                     : "memory");
+        ptx::keep_before(softmax.row_sum[0] + softmax.row_sum[1]);  // the exponentials, before the wait for O
         warpgroup_wait<0>();
         warpgroup_fence_operand(rO);
         release(shared.v_empty[ring_o.stage]);
@@ -428,17 +336,18 @@ struct Forward {
       slot.advance();
       q_ring.advance();
       if constexpr (kLooksAhead) {
-        // The next S is multiplied while this O is written, unless this warpgroup has K/V tiles to let pass first: of
-        // this tile, or so many of the next that the ring would need the place that O's last V still holds.
+        // The next S is multiplied while this O is written, unless this warpgroup must skip kv_blocks first: of this
+        // tile, or more of the next than the ring has stages besides the one that O's last V still occupies.
         ClusterBarrier::wait(&shared.q_full[q_ring.stage], q_ring.phase);
-        Tile const& next = shared.tiles[slot.stage];
-        if (block < tile.block_begin && next.head >= 0 && next.visible[warpgroup].begin < next.visible[warpgroup].end) {
-          is_found = next.block_end - next.visible[warpgroup].end <= kNumStages - 2;
+        WorkTile const& next = shared.tiles[slot.stage];
+        if (kv_block < tile.kv_block_begin && next.head >= 0 &&
+            next.visible[warpgroup].begin < next.visible[warpgroup].end) {
+          is_found = next.kv_block_end - next.visible[warpgroup].end <= kNumStages - 2;
         }
       }
     }
     if constexpr (kLooksAhead) warpgroup_wait<0>();
-    // Take the turn nobody will: a barrier left half-arrived would hang the block's exit.
+    // Takes the last turn: a barrier left half-arrived would hang the CTA's exit.
     if (Tiles::kPingPong && warpgroup == 0) wait_turn();
   }
 

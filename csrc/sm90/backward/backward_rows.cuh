@@ -1,22 +1,24 @@
 // The small kernels around the backward kernel: what each query row needs before, and the sums afterwards.
 //
-//   prepare   delta = rowsum(dO o O) - dlse, lse in base 2; sums of dQ and turns set to zero; a block's part of dsinks
-//   finish    dQ = scale * sum, from fp32 fragments to rows of the tensor
-//   merge     dK and dV of a tile, summed over the splits of a group
-//   sum_sinks dsinks[h] = -sum_i exp(sinks[h] - lse[i]) delta[i], in a fixed order
+//   preprocess      delta = rowsum(dO o O) - dlse, lse in base 2; sums of dQ and semaphores set to zero; a q_block's
+//   part
+//                   of dsinks
+//   dq_postprocess  dQ = scale * sum, from fp32 fragments to rows of the tensor
+//   combine_splits  dK and dV of a tile, summed over the splits of a group
+//   sum_sinks       dsinks[h] = -sum_i exp(sinks[h] - lse[i]) delta[i], in a fixed order
 //
 // Source: delta, FlashAttention-2 (arXiv 2307.08691), algorithm 2, line 4; the dlse term follows from d lse / d S = P.
 #pragma once
 
 #include <cutlass/arch/grid_dependency_control.h>
 
-#include "sm90/backward_tile.cuh"
+#include "sm90/backward/backward_math.cuh"
 
 namespace flashmla::sm90 {
 
 constexpr int kRowThreads = 256;
 
-struct PrepareArguments {
+struct PreprocessArguments {
   TensorView out, dout;
   RowView lse, dlse;  // dlse.data may be null
   BackwardRows rows;
@@ -25,7 +27,7 @@ struct PrepareArguments {
   float* dsink_parts;  // [heads_q, blocks of a head], or null
 };
 
-struct FinishArguments {
+struct PostprocessArguments {
   TensorView dq;
   BackwardRows rows;
   Problem problem;
@@ -77,9 +79,10 @@ __device__ int32_t block_in_head(BackwardRows const& rows, int32_t head) {
   return static_cast<int32_t>(blockIdx.x - head * static_cast<uint32_t>(rows.per_head / kBlockQ));
 }
 
-// One block of threads for each block of rows and head.
+// One CTA for each q_block and head.
 template <int kBlockQ, int kHeadDimQK, class Element>
-__global__ void __launch_bounds__(kRowThreads) prepare_kernel(__grid_constant__ PrepareArguments const arguments) {
+__global__ void __launch_bounds__(kRowThreads)
+    preprocess_kernel(__grid_constant__ PreprocessArguments const arguments) {
   cutlass::arch::launch_dependent_grids();
   Problem const& problem = arguments.problem;
   BackwardRows const& rows = arguments.rows;
@@ -150,7 +153,7 @@ __global__ void __launch_bounds__(kRowThreads) prepare_kernel(__grid_constant__ 
     float4* const dq = reinterpret_cast<float4*>(rows.dq + workspace_block * (kBlockQ * kHeadDimQK));
     for (int32_t i = threadIdx.x; i < kBlockQ * kHeadDimQK / 4; i += kRowThreads) dq[i] = float4{0, 0, 0, 0};
   }
-  if (rows.turns != nullptr && threadIdx.x == 0) rows.turns[workspace_block] = 0;
+  if (rows.dq_semaphore != nullptr && threadIdx.x == 0) rows.dq_semaphore[workspace_block] = 0;
   is_large = __syncthreads_or(is_large);
   if (threadIdx.x == 0) {
     rows.is_large[workspace_block] = is_large;
@@ -163,7 +166,8 @@ __global__ void __launch_bounds__(kRowThreads) prepare_kernel(__grid_constant__ 
 }
 
 template <int kBlockQ, int kHeadDimQK, class Element>
-__global__ void __launch_bounds__(kRowThreads) finish_kernel(__grid_constant__ FinishArguments const arguments) {
+__global__ void __launch_bounds__(kRowThreads)
+    dq_postprocess_kernel(__grid_constant__ PostprocessArguments const arguments) {
   Problem const& problem = arguments.problem;
   int32_t const head = head_of_block<kBlockQ>(arguments.rows);
   WorkspaceBlock const block = workspace_block<kBlockQ>(problem, block_in_head<kBlockQ>(arguments.rows, head));
@@ -194,11 +198,12 @@ __global__ void __launch_bounds__(kRowThreads) finish_kernel(__grid_constant__ F
   }
 }
 
-// One block of threads for each tile, in the order of `parts`: key blocks of kv heads of batches.
+// One CTA for each work tile, in the order of `parts`: kv_blocks of kv heads of batches.
 template <int kBlockKV, int kHeadDimQK, int kHeadDimV, bool kSplitsColumns, class Element>
-__global__ void __launch_bounds__(kRowThreads) merge_kernel(__grid_constant__ BackwardArguments const arguments) {
-  BackwardTile tile;
-  int32_t const blocks = arguments.schedule.num_blocks, heads = static_cast<int32_t>(arguments.problem.heads_kv);
+__global__ void __launch_bounds__(kRowThreads)
+    combine_splits_kernel(__grid_constant__ BackwardArguments const arguments) {
+  BackwardWorkTile tile;
+  int32_t const blocks = arguments.schedule.num_row_blocks, heads = static_cast<int32_t>(arguments.problem.heads_kv);
   int32_t const index = blockIdx.x, head = index / blocks;  // of all batches
   tile.head_kv = head % heads;
   tile.batch = head / heads;

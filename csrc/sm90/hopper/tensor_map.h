@@ -8,8 +8,8 @@
 #include <initializer_list>
 
 #include "params.h"
-#include "sm90/schedule.h"
-#include "sm90/sequence_rows.h"
+#include "sm90/hopper/sequence_rows.h"
+#include "sm90/scheduling/schedule.h"
 
 namespace flashmla::sm90 {
 

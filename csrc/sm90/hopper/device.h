@@ -1,4 +1,4 @@
-// What the host side of every kernel asks of a device, and how it launches there.
+// Device properties, and how kernels are launched.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -71,8 +71,7 @@ const char* launch_kernel(void (*kernel)(Arguments), dim3 grid, int threads, int
   cudaError_t const status = cudaLaunchKernelExC(&config, reinterpret_cast<void const*>(kernel), pointers);
   if (status == cudaErrorCooperativeLaunchTooLarge) {
     return "deterministic: expected room for all thread blocks of the backward at once, since they wait for each "
-           "other, "
-           "and the current context (MPS, a green context) has fewer multiprocessors than the device; pass "
+           "other, and the current context (MPS, a green context) has fewer multiprocessors than the device; pass "
            "deterministic=False, or give it the whole device";
   }
   return status == cudaSuccess ? nullptr : cudaGetErrorString(status);

@@ -1,0 +1,127 @@
+// One function for each instruction of PTX that neither CUDA C++ nor CUTLASS offers, with its section of the PTX ISA
+// (9.7 is the instruction set). Kernels hold no assembly of their own.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cutlass/numeric_types.h>
+
+#include <cstdint>
+#include <cute/tensor.hpp>
+
+namespace flashmla::sm90::ptx {
+
+// ---- arithmetic -----------------------------------------------------------------------------------------------------
+
+// 9.7.3, tanh: 2^-11 relative error.
+__device__ inline float tanh_approx(float x) {
+  float y;
+  asm("tanh.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// 9.7.3, min.NaN: the smaller of x and 1; NaN stays.
+__device__ inline float at_most_one(float x) {
+  asm("min.NaN.f32 %0, %0, %1;" : "+f"(x) : "f"(1.0f));
+  return x;
+}
+
+// 9.7.4, min.NaN: two packed elements, each cut to 1; NaN stays.
+template <class Element>
+__device__ uint32_t at_most_one(uint32_t pair) {
+  uint32_t cut;
+  if constexpr (std::is_same_v<Element, cutlass::half_t>) {
+    asm("min.NaN.f16x2 %0, %1, %2;" : "=r"(cut) : "r"(pair), "r"(0x3c003c00u));
+  } else {
+    asm("min.NaN.bf16x2 %0, %1, %2;" : "=r"(cut) : "r"(pair), "r"(0x3f803f80u));
+  }
+  return cut;
+}
+
+// ---- 8 x 8 matrices of 16-bit elements between registers and shared memory ------------------------------------------
+
+// 9.7.15.5.16, stmatrix: lane l gives the address of row l % 8 of matrix l / 8.
+__device__ inline void stmatrix_x4(uint32_t address, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(a), "r"(b),
+               "r"(c), "r"(d)
+               : "memory");
+}
+
+// 9.7.15.5.15, ldmatrix.
+__device__ inline void ldmatrix_x4(uint32_t address, uint32_t& a, uint32_t& b, uint32_t& c, uint32_t& d) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(a), "=r"(b), "=r"(c), "=r"(d)
+               : "r"(address)
+               : "memory");
+}
+
+// ---- global memory that other CTAs read -----------------------------------------------------------------------------
+
+// 9.7.9.8, ld.acquire, at the scope of the GPU.
+__device__ inline int32_t load_acquire(int32_t const* address) {
+  int32_t value;
+  asm volatile("ld.acquire.gpu.global.b32 %0, [%1];" : "=r"(value) : "l"(address) : "memory");
+  return value;
+}
+
+__device__ inline uint64_t load_acquire(uint64_t const* address) {
+  uint64_t value;
+  asm volatile("ld.acquire.gpu.global.b64 %0, [%1];" : "=l"(value) : "l"(address) : "memory");
+  return value;
+}
+
+// 9.7.9.11, st.release, at the scope of the GPU.
+__device__ inline void store_release(uint64_t* address, uint64_t value) {
+  asm volatile("st.release.gpu.global.b64 [%0], %1;" ::"l"(address), "l"(value) : "memory");
+}
+
+// 9.7.13.7, red.release: adds 1.
+__device__ inline void reduce_release_increment(int32_t* address) {
+  asm volatile("red.release.gpu.global.add.s32 [%0], 1;" ::"l"(address) : "memory");
+}
+
+// 9.7.13.7, red: adds four floats to 16 aligned bytes.
+__device__ inline void reduce_add(float* address, float4 x) {
+  asm volatile("red.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(address), "f"(x.x), "f"(x.y), "f"(x.z), "f"(x.w)
+               : "memory");
+}
+
+// ---- the copy engine ------------------------------------------------------------------------------------------------
+
+// 9.7.9.25.4.2, cp.reduce.async.bulk: has it add floats of shared memory to global memory.
+__device__ inline void bulk_reduce_add(float* target, float const* source, int bytes) {
+  asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;" ::"l"(target),
+               "r"(cute::cast_smem_ptr_to_uint(source)), "r"(bytes)
+               : "memory");
+}
+
+// 9.7.9.25.3.1, cp.async.bulk.commit_group.
+__device__ inline void bulk_commit() {
+  asm volatile("cp.async.bulk.commit_group;" ::: "memory");
+}
+
+// 9.7.9.25.3.2, cp.async.bulk.wait_group: until all groups are done, or have read their sources.
+__device__ inline void bulk_wait() {
+  asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
+}
+__device__ inline void bulk_wait_read() {
+  asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
+}
+
+// ---- what keeps ptxas from a choice of its own ----------------------------------------------------------------------
+
+// 10.1, %tid.x: read here and kept. threadIdx.x may be read anew by every use, which takes longer than a register
+// move; where registers are short the compiler does so in every step, and waits.
+__device__ inline int read_thread_index() {
+  int thread;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+  return thread;
+}
+
+// 9.7.13.1, bar.arrive, never reached, since sums of exponentials are not negative. ptxas moves a wait for wgmma up,
+// ahead of exponentials that should overlap the product, but not past a barrier, and this one needs the sum of all.
+__device__ inline void keep_before(float sum) {
+  asm volatile("{ .reg .pred p; setp.lt.f32 p, %0, 0f00000000; @p bar.arrive 15, 32; }" ::"f"(sum) : "memory");
+}
+
+}  // namespace flashmla::sm90::ptx

@@ -1,0 +1,110 @@
+"""Reads tiles.h, the table of the Hopper kernels, and writes the tables of README.md and docs/kernels.md: `make tiles`.
+
+A document's text between the markers `<!-- tiles NAME -->` and `<!-- /tiles -->` is this script's. With --check it changes
+nothing and fails if a text is out of date. setup.py, the benchmarks and the tests read the table by these functions as well.
+"""
+
+import re
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+DOCUMENTS = ("README.md", "docs/kernels.md")
+KIND = r"(Forward|Backward|BackwardQueries)Config"
+
+
+def entries(kind: str, path: Path = HERE / "tiles.h") -> list[dict]:
+    """The entries of a kind (Forward, Backward, BackwardQueries): head_dims, mask (Forward; "kMask" is any), each member."""
+    found = []
+    for name, arguments, body in re.findall(rf"struct {KIND}<([^>]*)> {{\n(.*?)\n}};", path.read_text(), re.DOTALL):
+        if name != kind:
+            continue
+        *head_dims, mask = [*re.split(r",\s*", arguments), None] if kind != "Forward" else re.split(r",\s*", arguments)
+        head_dims = tuple(int(number) for number in head_dims)
+        members = re.findall(r"(k\w+) = (\w+)", body)
+        numbers = {key: value == "true" if value in ("true", "false") else int(value) for key, value in members}
+        found.append({"head_dims": head_dims, "mask": mask, **numbers})
+    return found
+
+
+def head_dims(kind: str = "Forward", path: Path = HERE / "tiles.h") -> list[tuple[int, int]]:
+    """(head_dim_qk, head_dim_v) of the list that dispatch.cpp reads, in its order."""
+    text = re.search(rf"using {kind}HeadDims =\s*HeadDimList<(.*?)>;", path.read_text(), re.DOTALL)[1]
+    return [(int(qk), int(v)) for qk, v in re.findall(r"HeadDims<(\d+), (\d+)>", text)]
+
+
+def limits(path: Path = HERE / "tiles.h") -> dict[str, int]:
+    """What the kernels take: head dims that are multiples of the one, up to the other."""
+    multiple = int(re.search(r"kHeadDimMultiple = (\d+)", path.read_text())[1])
+    return {"head_dim_multiple": multiple, "largest_head_dim": head_dims(path=path)[-1][0]}
+
+
+def forward_table() -> str:
+    lines = [
+        "| head dims (qk / v) up to | mask | Q rows × K/V rows | K/V stages | Q buffers | consumers "
+        "| registers: producer, consumer | take turns | shared memory, KiB |",
+        "|---" * 9 + "|",
+    ]
+    own_mask = {row["head_dims"] for row in entries("Forward") if row["mask"] != "kMask"}
+    for row in entries("Forward"):
+        qk, v = row["head_dims"]
+        mask = "none" if row["mask"] != "kMask" else "causal, window" if (qk, v) in own_mask else "any"
+        elements = row["kNumQStages"] * row["kBlockQ"] * qk + row["kNumStages"] * row["kBlockKV"] * (qk + v)
+        lines.append(
+            f"| {qk} / {v} | {mask} | {row['kBlockQ']} × {row['kBlockKV']} | {row['kNumStages']} | {row['kNumQStages']} "
+            f"| {row['kNumConsumers']} | {row['kProducerRegisters']}, {row['kConsumerRegisters']} "
+            f"| {'yes' if row['kPingPong'] else 'no'} | {round(2 * elements / 1024)} |"
+        )
+    return "\n".join(lines)
+
+
+def backward_table() -> str:
+    lines = [
+        "| head dims (qk / v) up to | Q × K/V rows | stages | swizzled columns | the consumer warpgroups share "
+        "| registers: producer, consumer | dQ | softcap |",
+        "|---" * 8 + "|",
+    ]
+    queries = {row["head_dims"][0]: row for row in entries("BackwardQueries")}
+    for row in entries("Backward"):
+        qk, v = row["head_dims"]
+        own = queries.get(qk) if row["kSplitsColumns"] else None
+        own_kernel = f"its own kernel, {own['kBlockQ']} × {own['kBlockKV']}" if own else "summed in memory"
+        lines.append(
+            f"| {qk} / {v} | {row['kBlockQ']} × {row['kBlockKV']} | {row['kNumStages']} | {row['kSwizzleColumns']} "
+            f"| {'columns' if row['kSplitsColumns'] else 'keys'} | {row['kProducerRegisters']}, {row['kConsumerRegisters']} "
+            f"| {own_kernel} "
+            f"| {'yes' if row['kHasSoftcap'] else 'in the next entry'} |"
+        )
+    return "\n".join(lines)
+
+
+def texts() -> dict[str, str]:
+    limit = limits()
+    return {
+        "forward": f"\n{forward_table()}\n",
+        "backward": f"\n{backward_table()}\n",
+        "multiple": f"{limit['head_dim_multiple']}",
+        "largest": f"{limit['largest_head_dim']}",
+    }
+
+
+def updated(text: str) -> str:
+    for name, value in texts().items():
+        text = re.sub(rf"(<!-- tiles {name} -->).*?(<!-- /tiles -->)", rf"\g<1>{value}\g<2>", text, flags=re.DOTALL)
+    return text
+
+
+def main(arguments: list[str]) -> int:
+    old = [name for name in DOCUMENTS if updated((ROOT / name).read_text()) != (ROOT / name).read_text()]
+    if "--check" in arguments:
+        for name in old:
+            print(f"{name} differs from csrc/sm90/tiles.h: run `make tiles`", file=sys.stderr)
+        return int(bool(old))
+    for name in old:
+        (ROOT / name).write_text(updated((ROOT / name).read_text()))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
