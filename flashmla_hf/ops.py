@@ -214,8 +214,8 @@ def _gradients(ctx, dout, dlse) -> tuple:
 class _Keeper(threading.local):
     """Who keeps this thread's (out, lse) from one run of a layer to its recomputation in backward; ``None`` is nobody.
 
-    ``store.take()`` gives the (out, lse) of the call that comes next, or ``None``: then the kernel runs and ``store.put(out,
-    lse)`` is told. The tensors that ``take`` gives must be the caller's own (autograd writes its history into them).
+    ``store.load()`` gives the (out, lse) of the call that comes next, or ``None``: then the kernel runs and ``store.save(out,
+    lse)`` is told. The tensors that ``load`` gives must be the caller's own (autograd writes its history into them).
     """
 
     store = None
@@ -422,11 +422,11 @@ def _vmap_backward(info, in_dims, *inputs):
 
 def _take_or_compute(inputs):
     store = keeper.store
-    output = store.take() if store is not None else None
+    output = store.load() if store is not None else None
     if output is None:
         output = _call_operator(*inputs)
         if store is not None:
-            store.put(*output)
+            store.save(*output)
     return output
 
 
