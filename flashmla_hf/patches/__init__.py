@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Mapping
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from torch import nn
 
@@ -204,7 +204,7 @@ def _apply(
     model: nn.Module,
     names: tuple[str, ...],
     required: set[str],
-    options: Mapping[str, bool | int | str | None],
+    options: Mapping[str, Any],  # of the types in the signature of patch
 ) -> Replacements:
     """Applies ``names``. A patch that does not support the model is left out, or raises if it is ``required``."""
     left_out: dict[str, str] = {}

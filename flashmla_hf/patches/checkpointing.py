@@ -44,6 +44,8 @@ WORKING_BYTES = 5 * memory.GIB
 
 # Number of layers: all, a number, or by free memory. ``None`` is none of them: the patch is off.
 NumLayers = bool | int | str | None
+# The contexts in which torch.utils.checkpoint runs a layer: in forward, and in backward.
+Contexts = Callable[[], tuple[contextlib.AbstractContextManager, contextlib.AbstractContextManager]]
 
 
 @dataclass
@@ -95,7 +97,7 @@ class Checkpointing:
         if index == 0 or self._plan is None:
             self._plan = self.plan(hidden)
         plan = self._plan
-        contexts: Callable[[], tuple[contextlib.AbstractContextManager, ...]] = noop_context_fn
+        contexts: Contexts = noop_context_fn
         hooks: contextlib.AbstractContextManager = contextlib.nullcontext()
         if index == 0:
             function = self._refuse_switched_adapters(function)

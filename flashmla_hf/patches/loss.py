@@ -174,7 +174,7 @@ def patch_loss(model: Any, replacements: Replacements, chunk: int | None) -> Non
         logits: torch.Tensor | PromisedLogits,
         labels: torch.Tensor,
         vocab_size: int,
-        num_items_in_batch: torch.Tensor | int | None = None,
+        num_items_in_batch: torch.Tensor | None = None,
         ignore_index: int = -100,
         shift_labels: torch.Tensor | None = None,
         **kwargs: Any,
@@ -324,9 +324,9 @@ def _apply(
     for name, number in steps:
         kept: Any = number
         if name == "scale":
-            logits.mul_(number)
+            logits.mul_(kept)
         elif name == "divide":
-            logits.div_(number)
+            logits.div_(kept)
         else:
             logits = logits.tanh_()
             kept = logits.clone() if needs_derivatives else None

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,7 +70,8 @@ def base_model(model: nn.Module) -> nn.Module:
     """The ``PreTrainedModel`` itself: the one inside a ``PeftModel``. Any other wrapper is refused."""
     from transformers import PreTrainedModel
 
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    get_base_model: Callable[[], nn.Module] | None = getattr(model, "get_base_model", None)
+    inner = model if get_base_model is None else get_base_model()
     if not isinstance(inner, PreTrainedModel):
         raise PatchError(
             f"flashmla_hf.patch({type(model).__name__}): expected a transformers.PreTrainedModel or a peft.PeftModel, got "

@@ -12,7 +12,7 @@ the result of a linear layer in it, the second run skips that product (:class:`l
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -56,7 +56,7 @@ class _Tiles(torch.autograd.Function):
         return (grad_x, None, None, None, *cast_sums(sums, ctx.parameters, needs))
 
 
-def add_to(sums: list[torch.Tensor | None], grads: list[torch.Tensor | None], is_only: bool = False) -> None:
+def add_to(sums: list[torch.Tensor | None], grads: Sequence[torch.Tensor | None], is_only: bool = False) -> None:
     """Adds ``grads`` (``None`` adds nothing) to the fp32 ``sums``. With ``is_only`` a single summand keeps its dtype."""
     for i, g in enumerate(grads):
         if g is None:
