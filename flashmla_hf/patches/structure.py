@@ -30,17 +30,18 @@ class PatchError(ValueError):
 class UnsupportedPatch(PatchError):
     """One patch does not support one model: ``patch`` is its name, ``reason`` says what was expected and what was found."""
 
-    def __init__(self, model: nn.Module, patch: str, reason: str) -> None:
+    def __init__(self, message: str, patch: str = "", reason: str = "") -> None:
+        super().__init__(message)
         self.patch, self.reason = patch, reason
-        super().__init__(
-            f"flashmla_hf.patch({type(model).__name__}): patch {patch!r} does not support this model: {reason}. "
-            f"{exclude(patch)}"
-        )
 
 
 def refuse(model: nn.Module, patch: str, module: str, expected: str, got: str) -> UnsupportedPatch:
     """The error that ``module`` of ``model`` is not what ``patch`` needs. The caller raises it."""
-    return UnsupportedPatch(model, patch, f"{module}: expected {expected}, got {got}")
+    reason = f"{module}: expected {expected}, got {got}"
+    where = f"flashmla_hf.patch({type(model).__name__})"
+    return UnsupportedPatch(
+        f"{where}: patch {patch!r} does not support this model: {reason}. {exclude(patch)}", patch, reason
+    )
 
 
 def exclude(patch: str) -> str:
