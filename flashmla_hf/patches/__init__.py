@@ -233,15 +233,13 @@ def _apply(
             own = Replacements((name,))
             try:
                 steps[name](own)
-            except UnsupportedPatch as error:
+            except BaseException as error:
                 own.undo()
-                if name in required:
+                if not isinstance(error, UnsupportedPatch) or name in required:
                     raise
                 left_out[name] = error.reason
-            except BaseException:
-                own.undo()
-                raise
-            done.add(own)
+            else:
+                done.add(own)
         if "checkpointing" in left_out:
             for name in NEEDS_CHECKPOINTING:
                 if name in names:
