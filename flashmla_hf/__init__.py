@@ -20,6 +20,7 @@ _PUBLIC = {
     "check": "flashmla_hf.hf.check",
     "patch": "flashmla_hf.patches",
     "unpatch": "flashmla_hf.patches",
+    "patch_report": "flashmla_hf.patches",
     "DEFAULT_PATCHES": "flashmla_hf.patches",
     "PATCHES": "flashmla_hf.patches",
     "PATCH_OPTIONS": "flashmla_hf.patches",

@@ -386,7 +386,7 @@ def test_a_disk_that_fills_up_at_a_checkpoint_loses_nothing_saved(tiny_model, co
     [
         (["nothing"], "unknown patch 'nothing': expected all, none, some of loss"),
         (["offload=many"], "expected a number after offload="),
-        (["offload"], "'checkpointing' beside it"),
+        (["offload"], "needs patch 'checkpointing'"),
     ],
 )
 def test_a_wrong_patch_ends_with_one_sentence(patches, said, tiny_model, corpus, tmp_path):  # noqa: F811

@@ -344,12 +344,12 @@ def test_tiles_inside_a_checkpointed_layer_recompute_the_mlp_once():
 def test_kept_tensors_go_with_their_layer_in_backward():
     model = flashmla_hf.patch(model_of("Llama"), ["checkpointing", "keep_attention"], keep_attention=True)
     kept = []
-    original = checkpointing.KeptAttention.put
-    checkpointing.KeptAttention.put = lambda self, *pair: (kept.append(weakref.ref(self)), original(self, *pair))[1]
+    original = checkpointing.KeptAttention.save
+    checkpointing.KeptAttention.save = lambda self, *pair: (kept.append(weakref.ref(self)), original(self, *pair))[1]
     try:
         loss = model(**batch_of("Llama"), use_cache=False).loss
     finally:
-        checkpointing.KeptAttention.put = original
+        checkpointing.KeptAttention.save = original
     assert len(kept) == 2
     assert all(k() is not None for k in kept)
     loss.backward()
@@ -575,7 +575,7 @@ def test_unpatch_restores_every_attribute(name):
 def test_another_model_of_the_family_stays_unpatched():
     patched, plain = model_of("Llama"), model_of("Llama")
     module = sys.modules[type(plain).__module__]
-    users = getattr(module.apply_rotary_pos_emb, "_flashmla_users", 0)
+    users = rope.num_users(module)
     other = flashmla_hf.patch(model_of("Llama"), ["rope"])
     expected = step(plain, batch_of("Llama"))
     flashmla_hf.patch(patched)
@@ -583,9 +583,9 @@ def test_another_model_of_the_family_stays_unpatched():
     assert got[0] == expected[0]
     assert all(torch.equal(got[1][n], g) for n, g in expected[1].items())
     flashmla_hf.unpatch(patched)
-    assert module.apply_rotary_pos_emb._flashmla_users == users + 1  # the other model still needs it
+    assert rope.num_users(module) == users + 1  # the other model still needs it
     flashmla_hf.unpatch(other)
-    assert getattr(module.apply_rotary_pos_emb, "_flashmla_users", 0) == users
+    assert rope.num_users(module) == users
 
 
 def message(model, *args, **kwargs):
@@ -608,7 +608,7 @@ def test_unknown_names_and_double_patches_are_refused():
     assert "mlp_tile" in message(model, mlp_tile=0)
     for option, name in flashmla_hf.PATCH_OPTIONS.items():
         text = message(model, ["norm"], **{option: 8})
-        assert f"{option}: expected it with patch {name!r} alone, got 8 with ['norm']" in text
+        assert f"option {option}=8 needs patch {name!r}, but only ['norm'] are selected" in text
     assert "keep_attention" in message(model, keep_attention="all")
     flashmla_hf.patch(model, ["loss"])
     text = message(model, ["mlp"])
@@ -621,7 +621,11 @@ def test_unknown_names_and_double_patches_are_refused():
     [
         ("Cohere", "rope", ["CohereForCausalLM", "model.layers.0.self_attn (CohereAttention)", "rotation of halves"]),
         ("GPT-2", "mlp", ["GPT2LMHeadModel", "decoder", "'layers'"]),
-        ("GPT-2", "checkpointing", ["GPT2LMHeadModel", "'layers'", "without 'checkpointing'"]),
+        (
+            "GPT-2",
+            "checkpointing",
+            ["GPT2LMHeadModel", "'layers'", "exclude=['checkpointing', 'keep_attention', 'offload']"],
+        ),
         ("DeepSeek-V3", "rope", ["DeepseekV3ForCausalLM", "model.layers.0"]),
         ("BERT", "loss", ["BertForMaskedLM", "ForCausalLMLoss"]),
     ],
@@ -630,14 +634,15 @@ def test_models_without_the_structure_are_refused_by_name_and_module(name, patch
     family = FAMILIES[name]
     model = families.build(family, "flashmla", "cpu")
     text = message(model, [patch])
-    for part in [*parts, f"patch '{patch}'", "patches=[...]"]:
+    for part in [*parts, f"patch '{patch}' does not support this model", "flashmla_hf.patch(model, exclude="]:
         assert part in text, text
 
 
 def test_kept_attention_needs_this_packages_attention():
     model = families.build(FAMILIES["Llama"], "sdpa", "cpu")
-    assert "attn_implementation" in message(model)
-    flashmla_hf.patch(model, ["loss", "mlp", "norm", "rope", "checkpointing", "offload"])
+    assert "attn_implementation" in message(model, ["checkpointing", "keep_attention"])
+    flashmla_hf.patch(model)  # the default does without it
+    assert [*flashmla_hf.patch_report(model).left_out] == ["lora", "keep_attention"]
 
 
 def test_what_is_no_transformers_model_is_refused():
@@ -692,7 +697,7 @@ def test_a_trainer_that_gathers_logits_is_told_the_way_out(tmp_path, method):
         flashmla_hf.patch(model_of("Llama"), ["loss"]), arguments, eval_dataset=rows, compute_metrics=lambda _: {},
         data_collator=transformers.default_data_collator,
     )  # fmt: skip
-    with pytest.raises(TypeError, match="without 'loss', or evaluate with prediction_loss_only=True"):
+    with pytest.raises(TypeError, match="prediction_loss_only=True, or exclude the patch"):
         getattr(trainer, method)(rows)
 
 
@@ -706,7 +711,7 @@ def test_what_shows_at_the_first_step_only_is_refused_there():
         with pytest.raises(flashmla_hf.patches.PatchError) as error:
             step(model, batch_of(name))
         assert part in str(error.value)
-        assert f"without '{patch}'" in str(error.value)
+        assert f"exclude=['{patch}']" in str(error.value)
 
 
 OTHERS = (
@@ -769,7 +774,7 @@ def test_router_logits_are_refused_in_tiles():
 def test_offload_without_host_memory_is_refused(monkeypatch):
     model = flashmla_hf.patch(model_of("Llama"), ["checkpointing", "offload"])
     monkeypatch.setattr(memory, "host_available_bytes", lambda: 2**30)
-    with pytest.raises(RuntimeError, match=r"host memory: expected .* got 1.0 GiB available.*without 'offload'"):
+    with pytest.raises(RuntimeError, match=r"host memory: expected .* got 1.0 GiB available.*exclude=\['offload'\]"):
         model(**batch_of("Llama"), use_cache=False)
 
 

@@ -26,11 +26,11 @@ def patched(model, names=None):
 def test_a_copy_of_a_patched_model_raises():
     model = patched(model_of("Llama"))
     for make in (copy.deepcopy, torch.optim.swa_utils.AveragedModel):
-        with pytest.raises(PatchError, match="expected no copy of a patched module"):
+        with pytest.raises(PatchError, match=r"cannot copy or pickle \w+, a patched module"):
             make(model)
     flashmla_hf.unpatch(model)
     assert_equal(step(copy.deepcopy(model), batch_of("Llama")), step(model, batch_of("Llama")))
-    with pytest.raises(PatchError, match="get_peft_model and add_adapter come before"):
+    with pytest.raises(PatchError, match="Call peft's get_peft_model and add_adapter before"):
         lora(patched(model), modules_to_save=["norm"])
 
 
@@ -50,7 +50,7 @@ def test_second_derivatives_raise(names):
     model.set_attn_implementation("eager")  # flashmla's own refuses them too
     loss = patched(model, names)(**batch_of("Llama"), use_cache=False).loss
     weight = next(p for n, p in model.named_parameters() if p.requires_grad and "q_proj" in n)
-    with pytest.raises(PatchError, match="expected first derivatives alone, got create_graph=True"):
+    with pytest.raises(PatchError, match="expected first derivatives only, got create_graph=True"):
         torch.autograd.grad(loss, [weight], create_graph=True)
 
 
@@ -90,7 +90,7 @@ def test_a_module_that_runs_again_changed_raises(change, what):
         p.requires_grad_(True)
     loss = patched(model, ["mlp"])(**batch_of("Llama"), use_cache=False).loss
     change(model)
-    with pytest.raises(PatchError, match=f"{what} were changed in between"):
+    with pytest.raises(PatchError, match=f"{what} changed between forward and backward"):
         loss.backward()
 
 
@@ -108,7 +108,7 @@ def test_adapters_switched_between_two_forward_passes_raise(names):
         for p in model.parameters():
             p.requires_grad_(True)
         losses.append(model(**batch_of("Llama"), use_cache=False).loss)
-    with pytest.raises(PatchError, match=r"LlamaDecoderLayer: .* adapters were changed in between"):
+    with pytest.raises(PatchError, match=r"LlamaDecoderLayer: adapters changed between"):
         sum(losses).backward()
     step(model, batch_of("Llama"))
 
@@ -119,7 +119,7 @@ def test_dropout_switched_off_before_backward_raises_where_there_is_some():
         loss = model(**batch_of("Llama"), use_cache=False).loss
         model.eval()
         if rate:
-            with pytest.raises(PatchError, match="dropout layers were changed in between"):
+            with pytest.raises(PatchError, match="dropout layers changed between"):
                 loss.backward()
         else:
             loss.backward()
@@ -129,7 +129,7 @@ def test_weights_exchanged_for_a_call_raise():
     model, batch = patched(model_of("Llama"), ["mlp"]), batch_of("Llama")
     weights = {n: p.detach().clone().requires_grad_() for n, p in model.named_parameters()}
     loss = torch.func.functional_call(model, weights, kwargs={**batch, "use_cache": False}).loss
-    with pytest.raises(PatchError, match="weights were changed in between"):
+    with pytest.raises(PatchError, match="weights changed between"):
         loss.backward()
 
 
@@ -234,7 +234,7 @@ def test_a_prefix_that_checkpointed_layers_would_leave_out_raises():
     config = peft.PrefixTuningConfig(num_virtual_tokens=4, task_type="CAUSAL_LM")
     model, batch = peft.get_peft_model(model_of("Llama"), config), batch_of("Llama")
     patched(model)
-    with pytest.raises(PatchError, match="expected past_key_values that are empty, got 4 tokens"):
+    with pytest.raises(PatchError, match="expected empty past_key_values, got 4 tokens"):
         model(**batch)
     model.eval()
     model(**batch)

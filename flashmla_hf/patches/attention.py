@@ -1,19 +1,21 @@
-"""Patch "attention": the attention block over chunks of the sequence, for plain causal batches.
+"""Patch "attention" runs the attention block over chunks of the sequence, for plain causal batches.
 
-The block's own forward runs on one chunk of tokens after the other, with a cache that gives it the keys and values of all
-tokens so far: a causal mask aligned at the end makes that exact, with sliding windows too. Queries, outputs and their gradients
-exist for a chunk at a time; the keys and values of all tokens are kept once.
+The block's own forward runs on one chunk of tokens after the other. A cache gives it the keys and values of all tokens so far.
+That is exact because the causal mask is aligned at the end, with sliding windows too. Queries, outputs and their gradients
+exist for one chunk at a time; the keys and values of all tokens are kept once.
 
-Backward goes through the chunks from the last to the first and runs each again. A chunk gives gradients to the keys of its
-prefix, summed in fp32; when a chunk's turn comes, every later one has added its share, and the sum goes on into the chunk's key
-and value projections.
+Backward visits the chunks from the last to the first and runs each again. A chunk gives gradients to the keys and values of its
+prefix, which are summed in fp32. When backward reaches a chunk, every later one has added its share, and the sum flows on into
+the chunk's key and value projections.
 
-It costs one more attention forward per layer (in a checkpointed layer the third) and is not on by default.
+The cost is one more attention forward per layer (in a checkpointed layer the third), so the patch is not a default.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import wraps
+from typing import Any
 
 import torch
 from torch import nn
@@ -23,28 +25,36 @@ from flashmla_hf.patches import gradients, structure, tiles
 from flashmla_hf.patches.replacements import Replacements
 
 CHUNK = 16384
-# What a decoder layer passes on and chunks do not change.
-PASSED_ON = {"use_cache", "output_attentions", "is_causal", "output_router_logits", "num_items_in_batch"}
+# Arguments of a decoder layer that mean the same for a chunk.
+CHUNK_ARGUMENTS = {"use_cache", "output_attentions", "is_causal", "output_router_logits", "num_items_in_batch"}
 
 
 class _Prefix:
-    """In place of a cache: keys and values [batch, heads_kv, seqlen, dim] of all tokens, written as the chunks come."""
+    """Takes the place of a cache: keys and values [batch, heads_kv, seqlen, dim] of all tokens, written chunk by chunk.
 
-    def __init__(self, seqlen: int):
+    With ``keys`` and ``values`` it is the prefix of the second run: :meth:`update` then returns leaves of the chunk's graph.
+    """
+
+    def __init__(self, seqlen: int, keys: torch.Tensor | None = None, values: torch.Tensor | None = None) -> None:
         self.seqlen, self.start = seqlen, 0
-        self.keys = self.values = None
-        self.given = self.leaves = None
-        self.is_again = False
+        self.keys, self.values = keys, values
+        self.is_complete = keys is not None
+        # Of the second run: the chunk's own keys and values, and those of its whole prefix.
+        self.chunk: tuple[torch.Tensor, ...] = ()
+        self.leaves: tuple[torch.Tensor, ...] = ()
 
-    def update(self, key_states, value_states, *args, **kwargs):
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, ...]:
+        """Keys and values of the prefix that ends with this chunk, as Transformers' caches return them."""
         end = self.start + key_states.shape[2]
-        if self.keys is None:
+        if self.keys is None or self.values is None:
             self.keys, self.values = (
                 x.new_empty((*x.shape[:2], self.seqlen, x.shape[3])) for x in (key_states, value_states)
             )
         prefix = [x[:, :, :end] for x in (self.keys, self.values)]
-        if self.is_again:  # everything is there already
-            self.given = (key_states, value_states)
+        if self.is_complete:
+            self.chunk = (key_states, value_states)
             self.leaves = tuple(x.detach().requires_grad_() for x in prefix)
             return self.leaves
         for buffer, x in zip(prefix, (key_states, value_states), strict=True):
@@ -54,7 +64,9 @@ class _Prefix:
 
 class _Chunks(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, run, chunk, *parameters):
+    def forward(
+        ctx: Any, x: torch.Tensor, run: tiles.Run, chunk: int, *parameters: nn.Parameter
+    ) -> torch.Tensor | None:
         prefix = _Prefix(x.shape[1])
         out = None
         for start in range(0, x.shape[1], chunk):
@@ -69,11 +81,10 @@ class _Chunks(torch.autograd.Function):
 
     @staticmethod
     @gradients.first_derivatives
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         ctx.run.unchanged.check()
         x, keys, values = ctx.saved_tensors
-        prefix = _Prefix(x.shape[1])
-        prefix.keys, prefix.values, prefix.is_again = keys, values, True
+        prefix = _Prefix(x.shape[1], keys, values)
         needs_x, needs = ctx.needs_input_grad[0], ctx.needs_input_grad[3:]
         trained = [p for p, need in zip(ctx.parameters, needs, strict=True) if need]
         grad_x = torch.empty_like(x) if needs_x else None
@@ -89,63 +100,73 @@ class _Chunks(torch.autograd.Function):
             if start == 0:
                 gradients.refuse_other_leaves(out, ctx.run.module, [piece, *prefix.leaves, *ctx.parameters])
             inputs = [piece, *trained] if needs_x else trained
-            given = [i for i in (0, 1) if prefix.given[i].requires_grad]
-            # Through the queries, and to the keys and values of the prefix. A fused projection's graph is needed once more.
+            trained_kv = [i for i in (0, 1) if prefix.chunk[i].requires_grad]
+            # First through the queries, and to the keys and values of the prefix. Then through the chunk's own keys and values:
+            # with a fused projection both use one graph.
             grads = torch.autograd.grad(
-                out, [*prefix.leaves, *inputs], grad[:, tokens], retain_graph=bool(given), allow_unused=True
+                out, [*prefix.leaves, *inputs], grad[:, tokens], retain_graph=bool(trained_kv), allow_unused=True
             )
             del out
             for total, g in zip(grad_prefix, grads[:2], strict=True):
                 total[:, :, : g.shape[2]] += g
             shares = [list(grads[2:])]
             del grads
-            if given:
+            if trained_kv:
                 shares.append(
                     list(
                         torch.autograd.grad(
-                            [prefix.given[i] for i in given],
+                            [prefix.chunk[i] for i in trained_kv],
                             inputs,
-                            [grad_prefix[i][:, :, tokens].to(keys.dtype) for i in given],
+                            [grad_prefix[i][:, :, tokens].to(keys.dtype) for i in trained_kv],
                             allow_unused=True,
                         )
                     )
                 )
-            prefix.given = prefix.leaves = None
-            if needs_x:
+            prefix.chunk = prefix.leaves = ()
+            if grad_x is not None:
                 parts = [g for g in (share.pop(0) for share in shares) if g is not None]
                 grad_x[:, tokens] = sum(parts[1:], parts[0])
             for share in shares:
                 tiles.add_to(sums, share)
-        found = iter(s if s is None else s.to(p.dtype) for s, p in zip(sums, trained, strict=True))
-        return (grad_x, None, None, *(next(found) if need else None for need in needs))
+        return (grad_x, None, None, *tiles.cast_sums(sums, ctx.parameters, needs))
 
 
 def patch_attention(model: nn.Module, replacements: Replacements, chunk: int | None) -> None:
-    """Replaces ``forward`` of every attention block. ``chunk``: tokens, ``None`` is :data:`CHUNK`."""
-    implementation = structure.decoder(model, "attention").config._attn_implementation
-    if implementation not in structure.OURS:
+    """Replaces ``forward`` of every attention block. ``chunk`` is in tokens; ``None`` is :data:`CHUNK`."""
+    decoder = structure.decoder(model, "attention")
+    if not structure.uses_flashmla(decoder):
         raise structure.refuse(
             model,
             "attention",
             "attn_implementation",
             "'flashmla' (its causal mask is aligned at the end)",
-            repr(implementation),
+            repr(structure.implementation_of(decoder)),
         )
     for layer in structure.decoder_layers(model, "attention"):
         attention = structure.attention_of(model, layer, "attention")
         name = f"{layer.name}.{layer.attention_name}"
         if not getattr(attention, "is_causal", False):
             raise structure.refuse(
-                model, "attention", f"{name} ({type(attention).__name__})", "is_causal", "another attention"
+                model,
+                "attention",
+                f"{name} ({type(attention).__name__})",
+                "causal attention",
+                "bidirectional attention",
             )
         replacements.set(attention, "forward", _chunked(attention, name, chunk or CHUNK))
 
 
-def _chunked(attention: nn.Module, name: str, chunk: int):
+def _chunked(attention: nn.Module, name: str, chunk: int) -> Callable[..., tuple]:
+    """A forward for the block ``attention`` over hidden states [batch, seqlen, hidden], ``chunk`` tokens at a time."""
     forward, cache_name = attention.forward, structure.cache_name(attention)
 
     @wraps(forward)
-    def chunked_forward(hidden_states, position_embeddings=None, attention_mask=None, **kwargs):
+    def chunked_forward(
+        hidden_states: torch.Tensor,
+        position_embeddings: Any = None,
+        attention_mask: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> tuple:
         is_whole = hidden_states.shape[1] <= chunk or not torch.is_grad_enabled() or torch.compiler.is_compiling()
         if is_whole:
             return forward(
@@ -158,10 +179,10 @@ def _chunked(attention: nn.Module, name: str, chunk: int):
         position_ids, cache = kwargs.pop("position_ids", None), structure.cache_of(kwargs)
         for either in structure.CACHE_NAMES:
             kwargs.pop(either, None)
-        _refuse_what_chunks_cannot(attention, name, hidden_states, attention_mask, cache, position_ids, kwargs)
+        _refuse_unless_plain_causal(attention, name, hidden_states, attention_mask, cache, position_ids, kwargs)
         cos, sin = position_embeddings
 
-        def on_chunk(piece, start, prefix):
+        def on_chunk(piece: torch.Tensor, start: int, prefix: _Prefix) -> torch.Tensor:
             tokens = slice(start, start + piece.shape[1])
             return forward(
                 piece,
@@ -178,11 +199,19 @@ def _chunked(attention: nn.Module, name: str, chunk: int):
     return chunked_forward
 
 
-def _refuse_what_chunks_cannot(attention, name, hidden_states, mask, cache, position_ids, kwargs) -> None:
+def _refuse_unless_plain_causal(
+    attention: nn.Module,
+    name: str,
+    hidden_states: torch.Tensor,
+    mask: torch.Tensor | None,
+    cache: Any,
+    position_ids: torch.Tensor | None,
+    kwargs: dict[str, Any],
+) -> None:
     batch, seqlen = hidden_states.shape[:2]
     reason = None
-    implementation = getattr(getattr(attention, "config", None), "_attn_implementation", None)
-    if implementation not in structure.OURS:  # set after patch
+    if not structure.uses_flashmla(attention):  # it was set after patch
+        implementation = structure.implementation_of(attention)
         reason = f"attn_implementation={implementation!r} (its causal mask is aligned at the beginning)"
     elif cache is not None:
         reason = "a cache (use_cache=False in training)"
@@ -195,19 +224,19 @@ def _refuse_what_chunks_cannot(attention, name, hidden_states, mask, cache, posi
     elif gradients.has_dropout(attention):
         reason = "a dropout layer"
     else:
-        unknown = [k for k, v in kwargs.items() if v is not None and k not in PASSED_ON]
+        unknown = [k for k, v in kwargs.items() if v is not None and k not in CHUNK_ARGUMENTS]
         reason = f"the arguments {', '.join(unknown)}" if unknown else None
     if reason is not None:
         raise structure.PatchError(
             f"flashmla_hf.patch: patch 'attention': {name} ({type(attention).__name__}): expected a plain causal "
-            f"batch, got {reason}. Leave it out: patches=[...] without 'attention'"
+            f"batch, got {reason}. {structure.exclude('attention')}"
         )
 
 
 def _hides_nothing(attention: nn.Module, mask: torch.Tensor, seqlen: int) -> bool:
-    """Whether ``mask`` says only what ``attention`` says by itself in a call without one: causal, and its window."""
+    """Whether ``mask`` equals the one that ``attention`` applies in a call without a mask: causal, with its window."""
     pattern = masks.pattern_of(mask)
     if pattern is None or mask.shape[2:] != (seqlen, seqlen):
         return False
-    says_window = pattern.window is None or check.passes(type(attention), "sliding_window")
-    return pattern.is_causal and says_window and pattern.padding is None and pattern.segments is None
+    applies_window = pattern.window is None or check.passes(type(attention), "sliding_window")
+    return pattern.is_causal and applies_window and pattern.padding is None and pattern.segments is None

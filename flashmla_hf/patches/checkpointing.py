@@ -1,13 +1,13 @@
-"""Patches "checkpointing", "keep_attention" and "offload": what a layer keeps from forward to backward, and where.
+"""Patches "checkpointing", "keep_attention" and "offload": what a layer keeps from forward to backward, and where it keeps it.
 
 ``torch.utils.checkpoint`` (non-reentrant) does the checkpointing: every decoder layer keeps its input [batch, seqlen, hidden]
-and runs again in backward. On top of it, per layer:
+and runs again in backward. Two options apply per layer:
 
-- keep_attention: (out, lse) of the layer's attention are kept too, and the second run gets them instead of calling the kernel;
-- offload: what is kept goes to the host (:mod:`offload`) and comes back one layer ahead of its use.
+- keep_attention: the layer also keeps (out, lse) of its attention. The second run uses them instead of calling the kernel.
+- offload: the layer keeps its tensors on the host (:mod:`offload`). They come back one layer ahead of their use.
 
-Which layers, a plan says at the first layer of every forward pass: "auto" counts free bytes, see :meth:`Checkpointing.plan`.
-The last layers come first in backward, so they are the ones that stay on the GPU.
+A plan chooses the layers at the first layer of every forward pass; "auto" counts free bytes (:meth:`Checkpointing.plan`).
+Backward needs the last layers first, so these stay on the GPU.
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ from __future__ import annotations
 import contextlib
 import warnings
 import weakref
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
@@ -27,33 +29,41 @@ from flashmla_hf.patches.offload import Offloaded, Offloader
 from flashmla_hf.patches.replacements import Replacements
 
 # What one layer's backward holds per token, in tensors as wide as the hidden states and as the attention's output: residual,
-# two norms' results, their gradients and the projections' (8); q, out, dout, dq where the others are gone (4). Llama-3.1-8B
-# with LoRA took 8 of both in all at 524,288 tokens, and 6 at 262,144; copies in fp32 that no patch removes come on top.
+# two norms' results, their gradients and the projections' (8); q, out, dout, dq if the patches removed the others (4).
+# Llama-3.1-8B with LoRA took 8 of both in all at 524,288 tokens, and 6 at 262,144; fp32 copies that no patch removes add to it.
 WORKING_HIDDEN = 8
 WORKING_ATTENTION = 4
-# Of free memory: the rest "auto" leaves to fragmentation and to whatever else allocates.
+# Share of free GPU memory that "auto" uses. The rest is for fragmentation and for other allocations.
 USED_SHARE = 0.9
-# Of the host's: pinned memory cannot be swapped, and kept attention is worth less than a machine that answers. Inputs are
-# worth more: without a place they end the run.
+# Shares of free host memory. Pinned memory cannot be swapped, and kept attention is not worth a machine that stops responding.
+# Inputs are worth more: the run ends if there is no room for them.
 USED_HOST_SHARE = 0.75
 USED_HOST_SHARE_FOR_INPUTS = 0.95
-# The loss's chunk and the MLP's tile.
+# Bytes for the loss's chunk and the MLP's tile.
 WORKING_BYTES = 5 * memory.GIB
+
+# Number of layers: all, a number, or by free memory. ``None`` is none of them: the patch is off.
+NumLayers = bool | int | str | None
+# The contexts in which torch.utils.checkpoint runs a layer: in forward, and in backward.
+Contexts = Callable[[], tuple[contextlib.AbstractContextManager, contextlib.AbstractContextManager]]
 
 
 @dataclass
 class Plan:
-    """Of one forward pass. Layers below ``first_on_device`` offload their input; those from ``first_kept`` on keep their
-    attention, on the host below ``first_kept_on_device``."""
+    """The plan of one forward pass.
+
+    Layers below ``first_on_device`` offload their input. Layers from ``first_kept`` on keep their attention; those of them
+    below ``first_kept_on_device`` keep it on the host. ``parked`` holds what was offloaded, by layer and kind.
+    """
 
     first_on_device: int
     first_kept: int
     first_kept_on_device: int
-    parked: dict[tuple[int, str], weakref.ref] = field(default_factory=dict)
+    parked: dict[tuple[int, str], weakref.ref[Offloaded]] = field(default_factory=dict)
 
-    def next_needed(self, layer: int, what: str) -> Offloaded | None:
-        """What backward asks for after ``what`` of ``layer``: its attention, or the input of the layer below."""
-        order = [(layer, "attention")] if what == "input" else []
+    def next_needed(self, layer: int, kind: str) -> Offloaded | None:
+        """What backward needs after ``kind`` of ``layer``: the layer's attention, or the input of the layer below."""
+        order = [(layer, "attention")] if kind == "input" else []
         order += [(layer - 1, "input"), (layer - 1, "attention")]
         for key in order:
             found = self.parked.get(key)
@@ -65,14 +75,20 @@ class Plan:
 class Checkpointing:
     """All checkpointed layers of one model."""
 
-    def __init__(self, layers: list[structure.Layer], keep_attention, offload, parameters=lambda: ()):
+    def __init__(
+        self,
+        layers: list[structure.Layer],
+        keep_attention: NumLayers,
+        offload: NumLayers,
+        parameters: Callable[[], Iterable[nn.Parameter]] = lambda: (),
+    ) -> None:
         self.layers, self.parameters = layers, parameters
         self.keep_attention, self.offload = keep_attention, offload
         self._plan: Plan | None = None
         self._offloaders: dict[torch.device, Offloader] = {}
 
-    def run(self, index: int, function, *args):
-        """Layer ``index``, checkpointed: what Transformers calls in place of its ``function(hidden_states, ...)``."""
+    def run(self, index: int, function: Callable[..., Any], *args: Any) -> Any:
+        """Runs layer ``index``, ``function(hidden_states, ...)``, checkpointed. Transformers calls this in its place."""
         if not torch.is_grad_enabled():
             return function(*args)
         if torch.compiler.is_compiling():
@@ -80,9 +96,11 @@ class Checkpointing:
         hidden = args[0]
         if index == 0 or self._plan is None:
             self._plan = self.plan(hidden)
-        plan, contexts, hooks = self._plan, noop_context_fn, contextlib.nullcontext()
+        plan = self._plan
+        contexts: Contexts = noop_context_fn
+        hooks: contextlib.AbstractContextManager = contextlib.nullcontext()
         if index == 0:
-            function = self._with_the_same_adapters(function)
+            function = self._refuse_switched_adapters(function)
         if index >= plan.first_kept:
             kept = KeptAttention()
             if index < plan.first_kept_on_device:
@@ -93,44 +111,48 @@ class Checkpointing:
         with hooks:
             return checkpoint(function, *args, use_reentrant=False, context_fn=contexts)
 
-    def _with_the_same_adapters(self, function):
-        """``function`` of the first layer, which raises when it runs again after adapters were switched: they are switched in
-        all layers, and looking at one costs nothing to speak of."""
-        unchanged, is_again = gradients.Unchanged(self.layers[0].module, has_weights=False), False
+    def _refuse_switched_adapters(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """``function`` of the first layer. It raises PatchError if adapters were switched before it runs again.
 
-        def checked(*args):
-            nonlocal is_again
-            if is_again:
+        Adapters are switched in all layers, and the check of one layer is cheap.
+        """
+        unchanged, has_run = gradients.Unchanged(self.layers[0].module, has_weights=False), False
+
+        def checked(*args: Any) -> Any:
+            nonlocal has_run
+            if has_run:
                 unchanged.check()
-            is_again = True
+            has_run = True
             return function(*args)
 
         return checked
 
-    def _offloading(self, plan: Plan, index: int, identity: tuple):
-        """Hooks under which the tensor of that identity, when saved, is parked. They live as long as what they saved: they must
-        not hold the tensor."""
+    def _offloading(self, plan: Plan, index: int, identity: tuple) -> contextlib.AbstractContextManager:
+        """Hooks that park the tensor with this identity when it is saved.
+
+        The hooks live as long as what they saved, so they must not hold the tensor.
+        """
         return torch.autograd.graph.saved_tensors_hooks(
             lambda x: self._park(plan, index, "input", (x,)) if _identity(x) == identity else x,
             lambda x: x.fetch()[0] if isinstance(x, Offloaded) else x,
         )
 
-    def _park(self, plan: Plan, index: int, what: str, tensors) -> Offloaded:
+    def _park(self, plan: Plan, index: int, kind: str, tensors: tuple[torch.Tensor, ...]) -> Offloaded:
         device = tensors[0].device
         if device not in self._offloaders:
             self._offloaders[device] = Offloader(device)
-        parked = self._offloaders[device].park(*tensors, next_needed=lambda: plan.next_needed(index, what))
-        plan.parked[index, what] = weakref.ref(parked)
+        parked = self._offloaders[device].park(*tensors, next_needed=lambda: plan.next_needed(index, kind))
+        plan.parked[index, kind] = weakref.ref(parked)
         return parked
 
     def plan(self, hidden: torch.Tensor) -> Plan:
-        """Who keeps what where, for hidden states [batch, seqlen, hidden] of a pass that begins now.
+        """The plan for a pass over hidden states [batch, seqlen, hidden] that begins now.
 
-        The free bytes of the device, less the gradients that backward will make, a share, and what one layer's backward works
-        with, are filled with the last layers' inputs, then with the last layers' attention. With "offload", inputs without a
-        place go to the host, as far as its free bytes go (the count for the GPU is the more careful one), and kept attention
-        too; without it every input stays, whatever the count says. Numbers given by the caller are taken as they are. Without
-        a GPU there is nothing to save: all but the last layer go to the host, so that the same code runs.
+        The room is a share of the device's free bytes, less the gradients that backward will allocate and less what one layer's
+        backward works with. It is filled with the last layers' inputs, then with the last layers' attention. With "offload",
+        inputs without room go to the host as far as its free bytes reach (the count for the GPU is the more careful one), and
+        kept attention too. Without "offload" every input stays, whatever the count is. Numbers given by the caller are used
+        unchanged. Without a GPU nothing can be saved: all but the last layer go to the host, so that the same code runs.
         """
         number, device = len(self.layers), hidden.device
         is_gpu = device.type == "cuda"
@@ -147,10 +169,10 @@ class Checkpointing:
         if self.offload is None:
             offloaded = 0
         elif self.offload != "auto":
-            offloaded = min(self.offload, number)
+            offloaded = min(int(self.offload), number)
         elif is_gpu:
-            without_place = number - min(max(room // input_bytes, 1), number)
-            offloaded = min(without_place, _host_room(host, USED_HOST_SHARE_FOR_INPUTS) // input_bytes)
+            without_room = number - min(max(room // input_bytes, 1), number)
+            offloaded = min(without_room, _host_room(host, USED_HOST_SHARE_FOR_INPUTS) // input_bytes)
         else:
             offloaded = number - 1
         room = max(0, room - (number - offloaded) * input_bytes)
@@ -162,15 +184,15 @@ class Checkpointing:
             on_host = max(0, _host_room(host, USED_HOST_SHARE) - offloaded * input_bytes) // attention_bytes
             kept = min(fit + on_host, number)
         else:
-            kept = number if self.keep_attention is True else min(self.keep_attention, number)
+            kept = number if self.keep_attention is True else min(int(self.keep_attention), number)
         if self.offload is None:
             kept_on_device = kept
-        else:  # a number says: so many layers go to the host, with all they keep
+        else:  # a number sends everything that these layers keep to the host
             kept_on_device = min(kept, fit if self.offload == "auto" and is_gpu else number - offloaded)
         return Plan(offloaded, number - kept, number - kept_on_device)
 
     def _host_bytes(self, device: torch.device) -> int:
-        """What this process can take of the host's beside others of the machine, and what the arena holds unused."""
+        """Bytes of the host for this process: its share of the available ones, and those that the arena holds unused."""
         offloader = self._offloaders.get(device)
         unused = len(offloader.arena.free) * offload.BLOCK if offloader else 0
         return memory.host_available_bytes() // memory.host_sharers() + unused
@@ -180,71 +202,77 @@ def _host_room(host_bytes: int, share: float) -> int:
     return max(0, int(host_bytes * share) - offload.RESERVE)
 
 
-def _identity(x: torch.Tensor) -> tuple:
+def _identity(x: torch.Tensor) -> tuple[int, torch.Size, torch.dtype]:
     return x.data_ptr(), x.shape, x.dtype
 
 
 class KeptAttention:
-    """(out, lse) of the attention calls of one layer: put by its first run, taken by every later one."""
+    """(out, lse) of the attention calls of one layer: its first run saves them, every later run loads them."""
 
-    def __init__(self):
-        self.park = None
-        self._kept: list = []
-        self._cursor = 0
-        self._is_again = False
+    def __init__(self) -> None:
+        self.park: Callable[..., Offloaded] | None = None
+        self._kept: list[tuple[torch.Tensor, ...] | Offloaded] = []
+        self._num_loaded = 0
+        self._is_recomputing = False
 
-    def contexts(self):
-        """What ``torch.utils.checkpoint`` runs the layer in: first, and again."""
-        return _Keeping(self, is_again=False), _Keeping(self, is_again=True)
+    def contexts(self) -> tuple[_Keeping, _Keeping]:
+        """The contexts in which ``torch.utils.checkpoint`` runs the layer: in forward, and in backward."""
+        return _Keeping(self, is_recomputing=False), _Keeping(self, is_recomputing=True)
 
-    def begin(self, is_again: bool) -> None:
-        self._is_again, self._cursor = is_again, 0
+    def begin(self, is_recomputing: bool) -> None:
+        """Begins a run of the layer."""
+        self._is_recomputing, self._num_loaded = is_recomputing, 0
 
     def load(self) -> tuple[torch.Tensor, torch.Tensor] | None:
-        if not self._is_again or self._cursor >= len(self._kept):
+        """(out, lse) of the next attention call, as new tensors; ``None`` if the kernel must run."""
+        if not self._is_recomputing or self._num_loaded >= len(self._kept):
             return None
-        kept = self._kept[self._cursor]
-        self._cursor += 1
+        kept = self._kept[self._num_loaded]
+        self._num_loaded += 1
         out, lse = kept.fetch() if isinstance(kept, Offloaded) else kept
-        # New tensors over the same memory: autograd writes its history into the ones it is given.
+        # New tensors over the same memory: autograd writes its history into the ones that it gets.
         return out.detach(), lse.detach()
 
     def save(self, out: torch.Tensor, lse: torch.Tensor) -> None:
-        if not self._is_again:
+        """Receives the outputs of an attention call for which :meth:`load` gave ``None``."""
+        if not self._is_recomputing:
             out, lse = out.detach(), lse.detach()
             self._kept.append((out, lse) if self.park is None else self.park(out, lse))
 
 
 class _Keeping:
-    """A context that can be entered again (``retain_graph``)."""
+    """Makes ``kept`` the cache of this thread's attention calls. It can be entered again (``retain_graph``)."""
 
-    def __init__(self, kept: KeptAttention, is_again: bool):
-        self.kept, self.is_again = kept, is_again
+    def __init__(self, kept: KeptAttention, is_recomputing: bool) -> None:
+        self.kept, self.is_recomputing = kept, is_recomputing
 
-    def __enter__(self):
-        self.kept.begin(self.is_again)
+    def __enter__(self) -> None:
+        self.kept.begin(self.is_recomputing)
         self.before, recompute_cache.active.cache = recompute_cache.active.cache, self.kept
 
-    def __exit__(self, *exception):
+    def __exit__(self, *exception: object) -> None:
         recompute_cache.active.cache = self.before
 
 
-def patch_checkpointing(model: nn.Module, replacements: Replacements, keep_attention, offload) -> None:
-    """``keep_attention``, ``offload``: ``None`` for off, "auto", or numbers of layers (``True``: all)."""
+def check_keep_attention(model: nn.Module) -> None:
+    """Raises UnsupportedPatch if the attention of ``model`` does not return what the patch "keep_attention" keeps."""
+    decoder = structure.decoder(model, "keep_attention")
+    if not structure.uses_flashmla(decoder):
+        raise structure.refuse(
+            model, "keep_attention", "attn_implementation", "'flashmla' (its kernel returns what is kept)",
+            repr(structure.implementation_of(decoder)),
+        )  # fmt: skip
+    for layer in structure.decoder_layers(model, "keep_attention"):
+        structure.attention_of(model, layer, "keep_attention")
+
+
+def patch_checkpointing(model: Any, replacements: Replacements, keep_attention: NumLayers, offload: NumLayers) -> None:
+    """``keep_attention``, ``offload``: ``None`` switches them off, "auto" decides by free memory, a number counts layers."""
     if not getattr(model, "supports_gradient_checkpointing", False):
         raise structure.refuse(
             model, "checkpointing", type(model).__name__, "supports_gradient_checkpointing", "a model without it"
         )
     layers = structure.decoder_layers(model, "checkpointing")
-    if keep_attention is not None:
-        implementation = structure.decoder(model, "keep_attention").config._attn_implementation
-        if implementation not in structure.OURS:
-            raise structure.refuse(
-                model, "keep_attention", "attn_implementation", "'flashmla' (its kernel returns what is kept)",
-                repr(implementation),
-            )  # fmt: skip
-        for layer in layers:
-            structure.attention_of(model, layer, "keep_attention")
     checkpointing = Checkpointing(layers, keep_attention, offload, model.parameters)
     for index, layer in enumerate(layers):
         if not hasattr(layer.module, "gradient_checkpointing"):
@@ -261,40 +289,45 @@ def patch_checkpointing(model: nn.Module, replacements: Replacements, keep_atten
 
 
 class _Layer:
-    """``checkpointing.run`` of one layer."""
+    """``checkpointing.run`` for one layer."""
 
-    def __init__(self, checkpointing: Checkpointing, index: int):
+    def __init__(self, checkpointing: Checkpointing, index: int) -> None:
         self.checkpointing, self.index = checkpointing, index
 
-    def __call__(self, function, *args):
+    def __call__(self, function: Callable[..., Any], *args: Any) -> Any:
         return self.checkpointing.run(self.index, function, *args)
 
 
-def _refuse_cache(layers: list[nn.Module]):
-    """Transformers' layers that checkpoint leave a cache out, with a line in the log: a prefix in it would have no effect."""
+def _refuse_cache(layers: list[Any]) -> Callable[[nn.Module, tuple, dict[str, Any]], None]:
+    """A forward pre-hook of the decoder that raises PatchError for a cache with tokens in training.
 
-    def check(decoder, args, kwargs):
+    Transformers' checkpointed layers ignore a cache and log a line, so a prefix in it would have no effect.
+    """
+
+    def check(decoder: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         cache = structure.cache_of(kwargs)
         if cache is None or not any(layer.gradient_checkpointing and layer.training for layer in layers):
             return
         if (length := cache.get_seq_length()) > 0:
             raise structure.PatchError(
-                f"flashmla_hf.patch: patch 'checkpointing': {type(decoder).__name__} in training: expected past_key_values "
-                f"that are empty, got {length} tokens (peft's prefix tuning gives some), which checkpointed layers leave out. "
-                "Call model.eval(), or leave it out: patches=[...] without 'checkpointing', 'keep_attention' and 'offload'"
+                f"flashmla_hf.patch: patch 'checkpointing': {type(decoder).__name__} in training: expected empty "
+                f"past_key_values, got {length} tokens (peft's prefix tuning passes some), which checkpointed layers ignore. "
+                f"Call model.eval(). {structure.exclude('checkpointing')}"
             )
 
     return check
 
 
-def _switch(layers: list[nn.Module]):
-    """Transformers' on and off switch, which would put its own function in place of ours."""
+def _switch(layers: list[Any]) -> Callable[..., None]:
+    """Replaces Transformers' switch for checkpointing, which would put its own function in place of this patch's."""
 
-    def set_gradient_checkpointing(enable: bool = True, gradient_checkpointing_func=None, **kwargs):
+    def set_gradient_checkpointing(
+        enable: bool = True, gradient_checkpointing_func: Callable[..., Any] | None = None, **kwargs: Any
+    ) -> None:
         if enable:
             warnings.warn(
-                "flashmla_hf.patch: gradient checkpointing is the patch 'checkpointing' of this model and stays as it is; "
-                "gradient_checkpointing_enable() and its arguments have no effect (leave gradient_checkpointing=False)",
+                "flashmla_hf.patch: the patch 'checkpointing' already does gradient checkpointing and stays as it is. "
+                "gradient_checkpointing_enable() and its arguments have no effect. Pass gradient_checkpointing=False",
                 stacklevel=3,
             )
         for layer in layers:

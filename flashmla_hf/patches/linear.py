@@ -1,11 +1,13 @@
-"""A linear layer, with a low-rank adapter or without, whose backward does not need its result; nor does a second run for it.
+"""A linear layer, optionally with a low-rank adapter, whose backward does not use its result: a second run can skip it.
 
-``y = x Wᵀ + b + s (x Aᵀ) Bᵀ`` (LoRA, arXiv 2106.09685, equation 3). The gradients are made of x, the weights and x Aᵀ alone:
+``y = x Wᵀ + b + s (x Aᵀ) Bᵀ`` (LoRA, arXiv 2106.09685, equation 3). The gradients are computed from x, the weights and x Aᵀ.
+Recomputation skips the product that makes y in two ways:
 
-- They are saved by a node of their own *before* the product: a checkpoint's second run, which ends at the last tensor that
-  somebody saved, ends there where nothing after the layer saves one (the last layer of an MLP).
-- Where the result of a whole block run again is the result of this layer, :func:`without_result_of` leaves the product out:
-  a third of an MLP's matrix products.
+- :func:`save_early` saves these tensors in a graph node *before* the product. A checkpoint's recomputation ends at the last
+  tensor that the forward pass saved. If nothing after the layer saves one (the last layer of an MLP), it ends before the
+  product.
+- :class:`LastLinear` skips the product if the result of the layer is the result of the whole recomputed block. That is a
+  third of an MLP's matrix products.
 """
 
 from __future__ import annotations
@@ -13,6 +15,9 @@ from __future__ import annotations
 import contextlib
 import threading
 import weakref
+from collections.abc import Callable, Iterator
+from functools import wraps
+from typing import Any
 
 import torch
 from torch import nn
@@ -21,46 +26,60 @@ from flashmla_hf.patches import gradients, weights
 from flashmla_hf.torch_state import without_autocast
 
 
-class _Keep(torch.autograd.Function):
+class _SaveEarly(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, *others):
+    def forward(ctx: Any, x: torch.Tensor, *others: torch.Tensor | None) -> torch.Tensor:
         ctx.save_for_backward(x, *others)
         return x.view_as(x)
 
     @staticmethod
-    def backward(ctx, grad):
-        return grad, *[None] * (len(ctx.needs_input_grad) - 1)
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        return grads[0], *[None] * (len(ctx.needs_input_grad) - 1)
 
 
-def keep(x: torch.Tensor, *others: torch.Tensor | None):
-    """x, and a node that has saved it and ``others``: where the next function, called with this x, finds them again
-    (``saved_tensors``). ``None`` for a node where x needs no gradient: that function saves them itself."""
+def save_early(x: torch.Tensor, *others: torch.Tensor | None) -> tuple[torch.Tensor, Any]:
+    """Saves x and ``others`` in a graph node now. Returns (x, node); ``node.saved_tensors`` are x and ``others``.
+
+    The next function must be called with the returned x. The node is ``None`` if x needs no gradient: that function must
+    then save the tensors itself.
+    """
     if not x.requires_grad:
         return x, None
-    x = _Keep.apply(x, *others)
+    x = _SaveEarly.apply(x, *others)
     return x, x.grad_fn
 
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, keeper, weight, bias, a, b, low, scaling, has_result):
-        if keeper is None:
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        saved: Any,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        a: torch.Tensor | None,
+        b: torch.Tensor | None,
+        low: torch.Tensor | None,
+        scaling: float,
+        is_skipped: bool,
+    ) -> torch.Tensor:
+        if saved is None:
             ctx.save_for_backward(x, weight, a, b, low)
-        ctx.keeper, ctx.scaling = keeper, scaling
-        if not has_result:  # of the right shape and dtype, and one element of memory
+        ctx.saved, ctx.scaling = saved, scaling
+        if is_skipped:  # the right shape and dtype over one element of memory
             return x.new_zeros(()).expand(*x.shape[:-1], weight.shape[0])
         return _product(x, weight, bias, b, low, scaling)
 
     @staticmethod
     @gradients.first_derivatives
-    def backward(ctx, grad):
-        # The backward may run under autocast though the forward pass did not: dtypes are those of the forward pass.
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        # Backward may run under an autocast that the forward pass did not have: the dtypes are those of the forward pass.
         with without_autocast(grad.device):
             return _gradients(ctx, grad)
 
 
-def _gradients(ctx, grad):
-    x, weight, a, b, low = (ctx.keeper or ctx).saved_tensors
+def _gradients(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    x, weight, a, b, low = (ctx.saved or ctx).saved_tensors
     needs_x, _, needs_weight, needs_bias, needs_a, needs_b, *_ = ctx.needs_input_grad
     rows, grads = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
     grad_low = grad_x = None
@@ -76,7 +95,7 @@ def _gradients(ctx, grad):
         None,
         grads.t() @ rows if needs_weight else None,
         grads.sum(0) if needs_bias else None,
-        grad_low.t() @ rows if needs_a else None,
+        grad_low.t() @ rows if needs_a and grad_low is not None else None,
         (grads.t() @ low).mul_(ctx.scaling) if needs_b else None,
         None,
         None,
@@ -84,96 +103,144 @@ def _gradients(ctx, grad):
     )
 
 
-def _product(x, weight, bias, b, low, scaling):
+def _product(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    b: torch.Tensor | None,
+    low: torch.Tensor | None,
+    scaling: float,
+) -> torch.Tensor:
     out = nn.functional.linear(x, weight, bias)
-    if low is not None:
+    if low is not None and b is not None:
         out.view(-1, out.shape[-1]).addmm_(low, b.t(), alpha=scaling)
     return out
 
 
-class _Thread(threading.local):
-    def __init__(self):
-        self.without = None  # the module whose result nobody needs now
-        self.results = None  # of :func:`noted_results`
+def apply(
+    module: nn.Module,
+    dtype: torch.dtype,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    a: torch.Tensor | None = None,
+    b: torch.Tensor | None = None,
+    scaling: float = 1.0,
+) -> torch.Tensor:
+    """y [..., out] of x [..., in], weight [out, in], bias [out] or ``None``, a [rank, in] and b [out, rank] or ``None``.
 
-
-_thread = _Thread()
-
-
-def apply(module: nn.Module, x, weight, bias, a=None, b=None, scaling=1.0) -> torch.Tensor:
-    """y [..., out] of x [..., in], weight [out, in], bias [out] or ``None``, a [rank, in] and b [out, rank] or ``None``, all of
-    one dtype, as the result of ``module``; undefined inside :func:`without_result_of` that module."""
+    All tensors are cast to ``dtype``, which :func:`product_dtype` gives. y counts as the result of ``module``: a
+    :class:`LastLinear` observes it, and inside :meth:`LastLinear.skip` of that module its values are undefined.
+    """
+    x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    a, b = None if a is None else a.to(dtype), None if b is None else b.to(dtype)
     with torch.no_grad():
         low = None if a is None else x.reshape(-1, x.shape[-1]) @ a.t()
     if not torch.is_grad_enabled():
         out = _product(x, weight, bias, b, low, scaling)
     else:
-        x, keeper = keep(x, weight, a, b, low)
-        out = _Linear.apply(x, keeper, weight, bias, a, b, low, scaling, not is_unneeded(module))
-    note_result(module, out)
+        x, saved = save_early(x, weight, a, b, low)
+        out = _Linear.apply(x, saved, weight, bias, a, b, low, scaling, _thread.skipped is module)
+    _record(module, out)
     return out
 
 
-class Results:
-    """Of linear layers: (module, its result, that one's version) per call."""
-
-    def __init__(self):
-        self.calls: list[tuple] = []
-
-    def source_of(self, out: torch.Tensor) -> nn.Module | None:
-        """The module whose result, as it was returned, ``out`` is; ``None`` where there is none, or where it ran more than
-        once."""
-        if not self.calls:
-            return None
-        module, result, version = self.calls[-1]
-        is_source = result() is out and out._version == version
-        return module if is_source and sum(m is module for m, *_ in self.calls) == 1 else None
+class _Thread(threading.local):
+    # Not attributes of the class: torch.compile guards the instance's dictionary, which a first assignment would change.
+    def __init__(self) -> None:
+        # (module, its result, the version of that) per call, while a LastLinear observes
+        self.calls: list[tuple[nn.Module, weakref.ref[torch.Tensor], int]] | None = None
+        self.skipped: nn.Module | None = None  # the module whose product is skipped now
 
 
-@contextlib.contextmanager
-def noted_results():
-    """Within, in this thread: every :func:`note_result` is put into the :class:`Results` that this gives."""
-    before, _thread.results = _thread.results, Results()
-    try:
-        yield _thread.results
-    finally:
-        _thread.results = before
+_thread = _Thread()
 
 
-def note_result(module: nn.Module, out: torch.Tensor) -> None:
-    # An inference tensor has no version; no backward comes for it.
-    if _thread.results is not None and not out.is_inference():
-        _thread.results.calls.append((module, weakref.ref(out), out._version))
+class LastLinear:
+    """The linear layer whose result is the result of a block, and whose product a second run of the block skips.
+
+    ::
+
+        forward, no graph:   x ─ up ─ act ─ down ─ y      observe() records (up, ·), (down, y)
+                                             └───────     y is the untouched result of `down`: module = down
+        backward, graph:     x ─ up ─ act ─ down ─ ?      skip(): `down` saves its input and returns zeros
+                             dx, dW  ← dy, saved inputs   no gradient is computed from y
+
+    :meth:`skip` has no effect if the block's result is another tensor, if the block changed y in place, if it called the layer
+    twice, or if a hook would see y: the hook gets the real result. All of this is checked at run time.
+    """
+
+    def __init__(self) -> None:
+        self.module: nn.Module | None = None
+
+    def observe(self, block: Callable[..., torch.Tensor], *args: torch.Tensor) -> torch.Tensor:
+        """Calls ``block(*args)``. A call without a graph, which is the forward pass, sets :attr:`module`."""
+        before, _thread.calls = _thread.calls, []
+        try:
+            out = block(*args)
+            calls = _thread.calls
+        finally:
+            _thread.calls = before
+        if not torch.is_grad_enabled():
+            self.module = None
+            if calls:
+                module, result, version = calls[-1]
+                is_last = result() is out and out._version == version
+                self.module = module if is_last and sum(m is module for m, *_ in calls) == 1 else None
+        return out
+
+    @contextlib.contextmanager
+    def skip(self) -> Iterator[None]:
+        """Inside, in this thread, :attr:`module` does not compute its result, unless a hook would see it."""
+        module = None if self.module is None or has_hooks(self.module) else self.module
+        before, _thread.skipped = _thread.skipped, module
+        try:
+            yield
+        finally:
+            _thread.skipped = before
 
 
-@contextlib.contextmanager
-def without_result_of(module: nn.Module | None):
-    """Within, in this thread: ``module`` (``None``: none) need not compute its result; it does where a hook would see it."""
-    before, _thread.without = _thread.without, None if module is None or has_hooks(module) else module
-    try:
-        yield
-    finally:
-        _thread.without = before
+def _record(module: nn.Module, out: torch.Tensor) -> None:
+    # An inference tensor has no version and never gets a backward.
+    if _thread.calls is not None and not out.is_inference():
+        _thread.calls.append((module, weakref.ref(out), out._version))
 
 
-def is_unneeded(module: nn.Module) -> bool:
-    return _thread.without is module
+def skippable(module: nn.Linear) -> Callable[[torch.Tensor], torch.Tensor]:
+    """A forward for ``module``, one of :func:`is_plain`, that a :class:`LastLinear` can observe and skip."""
+    forward = module.forward
+
+    @wraps(forward)
+    def skippable_forward(x: torch.Tensor) -> torch.Tensor:
+        if torch.compiler.is_compiling():
+            return forward(x)
+        if _thread.skipped is module and weights.unreadable(module, x) is None:
+            dtype = product_dtype(x, module.weight, module.bias)
+            if dtype is not None:
+                return apply(module, dtype, x, module.weight, module.bias)
+        out = forward(x)
+        _record(module, out)
+        return out
+
+    return skippable_forward
 
 
-def in_one_dtype(*tensors: torch.Tensor | None) -> list[torch.Tensor | None] | None:
-    """x and the others of a linear layer in what it computes in here: autocast's dtype, or the one that all have; ``None``
-    where they have several."""
-    device, dtype = tensors[0].device.type, tensors[0].dtype
+def product_dtype(x: torch.Tensor, *others: torch.Tensor | None) -> torch.dtype | None:
+    """The dtype in which a linear layer over ``x`` computes: autocast's, or the one that all tensors have.
+
+    ``None`` if they have several dtypes and there is no autocast.
+    """
+    device = x.device.type
     if device != "meta" and torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
-    elif any(t is not None and t.dtype != dtype for t in tensors):
-        return None
-    return [t if t is None else t.to(dtype) for t in tensors]
+        return torch.get_autocast_dtype(device)
+    return None if any(t is not None and t.dtype != x.dtype for t in others) else x.dtype
 
 
 def is_plain(module: nn.Module) -> bool:
-    """Whether calling ``module`` is ``torch.nn.Linear.forward`` alone: somebody's hook or forward would not be called, and
-    weights that come for the call would be missing."""
+    """Whether a call of ``module`` is ``torch.nn.Linear.forward`` and nothing else.
+
+    A hook or another forward would not be called, and weights that are brought for each call would be missing.
+    """
     return (
         type(module) is nn.Linear
         and "forward" not in vars(module)
@@ -183,5 +250,6 @@ def is_plain(module: nn.Module) -> bool:
 
 
 def has_hooks(module: nn.Module) -> bool:
+    """Whether a call of ``module`` calls a hook, of its own or a global one."""
     own = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
     return any(own) or torch.nn.modules.module._has_any_global_hook()

@@ -1,4 +1,4 @@
-"""How much memory there is: what "auto" decides by."""
+"""The free memory by which the options "auto" decide."""
 
 from __future__ import annotations
 
@@ -9,13 +9,16 @@ from pathlib import Path
 import torch
 
 GIB = 2**30
-# What decisions on a machine without a GPU are made by: a number, so that they are the same everywhere.
+# Decisions on a machine without a GPU are made by this number, so that they are the same everywhere.
 CPU_BYTES = 8 * GIB
 
 
 def device_free_bytes(device: torch.device) -> int:
-    """Bytes that can be allocated on ``device`` without an error: the driver's, as far as
-    ``torch.cuda.set_per_process_memory_fraction`` lets torch's allocator go, and what the allocator holds unused."""
+    """Bytes that can be allocated on ``device`` without an error.
+
+    These are the driver's free bytes, within the limit of ``torch.cuda.set_per_process_memory_fraction``, and the bytes that
+    torch's allocator holds unused.
+    """
     if device.type != "cuda":
         return CPU_BYTES
     free, total = torch.cuda.mem_get_info(device)
@@ -26,7 +29,7 @@ def device_free_bytes(device: torch.device) -> int:
 
 
 def missing_gradient_bytes(parameters: Iterable[torch.nn.Parameter], device: torch.device) -> int:
-    """Bytes that the next backward pass allocates on ``device`` for the gradients of trained ``parameters`` that have none."""
+    """Bytes that the next backward pass allocates on ``device`` for gradients that trained ``parameters`` do not have yet."""
     return sum(
         p.numel() * p.element_size()
         for p in parameters
@@ -35,7 +38,7 @@ def missing_gradient_bytes(parameters: Iterable[torch.nn.Parameter], device: tor
 
 
 def host_sharers() -> int:
-    """Processes of this machine that take from its memory at the same time, by what torchrun and accelerate say."""
+    """Processes that share this machine's memory, as torchrun and accelerate state it in ``LOCAL_WORLD_SIZE``."""
     text = os.environ.get("LOCAL_WORLD_SIZE", "")
     return max(1, int(text)) if text.isdigit() else 1
 

@@ -1,10 +1,11 @@
-"""Tensors parked in pinned host memory, copied beside the computation.
+"""Tensors parked in pinned host memory, with copies that run beside the computation.
 
-One stream of its own copies both ways, so that a slot's next copy waits for its last. Pinned memory comes in blocks of a power
-of two (torch rounds pinned allocations up to one) that are reused from step to step; a tensor takes as many as it needs.
+One extra stream copies in both directions, so that the next copy of a block waits for the last one. Pinned memory has blocks
+of a power of two (torch rounds pinned allocations up to one), which are reused from step to step. A tensor takes as many blocks
+as it needs.
 
-Lifetimes, without ``record_stream``: a tensor on its way to the host is held until an event says that it has left, or until
-the compute stream has been told to wait for that event; a tensor on its way back is allocated by the compute stream, which
+Lifetimes work without ``record_stream``. A tensor on its way to the host is held until an event says that it has left, or until
+the compute stream has been told to wait for that event. A tensor on its way back is allocated by the compute stream, which
 waits for its arrival before anybody gets it.
 
 Without CUDA the same code copies to ordinary memory at once.
@@ -14,23 +15,23 @@ from __future__ import annotations
 
 import contextlib
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 
 from flashmla_hf.patches import memory
 
 BLOCK = 2**25
-# Left to the host whatever happens: data loading, checkpoints, other processes.
+# Bytes that are always left to the host: data loading, checkpoints, other processes.
 RESERVE = 2 * memory.GIB
-# Tensors on their way out that may be held on the GPU at a time.
+# The most tensors on their way out that are held on the GPU at a time.
 MOST_LEAVING = 2
 
 
 class HostArena:
-    """Blocks of host memory, pinned where there is a GPU. They are never given back to the system before the arena goes."""
+    """Blocks of host memory, pinned if there is a GPU. They return to the system only when the arena is deleted."""
 
-    def __init__(self, is_pinned: bool):
+    def __init__(self, is_pinned: bool) -> None:
         self.is_pinned = is_pinned
         self.free: list[torch.Tensor] = []
         self.num_blocks = 0
@@ -39,8 +40,8 @@ class HostArena:
     def blocks_for(num_bytes: int) -> int:
         return -(-num_bytes // BLOCK)
 
-    def take(self, num_bytes: int) -> list[torch.Tensor]:
-        """Blocks for ``num_bytes``; RuntimeError where the host has no more."""
+    def allocate(self, num_bytes: int) -> list[torch.Tensor]:
+        """Blocks for ``num_bytes``. Raises RuntimeError if the host has no memory left for them."""
         number = self.blocks_for(num_bytes)
         while len(self.free) < number:
             available = memory.host_available_bytes()
@@ -49,46 +50,46 @@ class HostArena:
                 raise RuntimeError(
                     f"flashmla_hf.patch: patch 'offload': host memory: expected {missing:.1f} GiB beyond a reserve of "
                     f"{RESERVE / memory.GIB:.0f} GiB, got {available / memory.GIB:.1f} GiB available, with {held:.1f} GiB "
-                    "in use here already. Use shorter sequences, offload fewer layers (offload=number), or leave it out: "
-                    "patches=[...] without 'offload'"
+                    "in use here already. Use shorter sequences, offload fewer layers (offload=NUMBER), or exclude it: "
+                    "flashmla_hf.patch(model, exclude=['offload'])"
                 )
             self.free.append(torch.empty(BLOCK, dtype=torch.uint8, pin_memory=self.is_pinned))
             self.num_blocks += 1
         return [self.free.pop() for _ in range(number)]
 
-    def give(self, blocks: list[torch.Tensor]) -> None:
+    def free_blocks(self, blocks: list[torch.Tensor]) -> None:
         self.free.extend(blocks)
 
 
 class Offloader:
-    """The stream and the arena of one device."""
+    """The copy stream and the arena of one device."""
 
-    def __init__(self, device: torch.device):
+    def __init__(self, device: torch.device) -> None:
         self.device = device
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.arena = HostArena(is_pinned=device.type == "cuda")
-        self._leaving: deque[tuple[object, tuple[torch.Tensor, ...]]] = deque()
+        self._leaving: deque[tuple[torch.cuda.Event, tuple[torch.Tensor, ...]]] = deque()
 
     def park(self, *tensors: torch.Tensor, next_needed: Callable[[], Offloaded | None] = lambda: None) -> Offloaded:
-        """Copies ``tensors`` to the host. ``next_needed``: which parked tensors to bring back once these are fetched."""
+        """Copies ``tensors`` to the host. Their fetch also starts the copy back of the tensors that ``next_needed`` gives."""
         tensors = tuple(x.detach().contiguous() for x in tensors)
         parked = Offloaded(self, tensors, next_needed)
         if self.stream is not None:
             event = torch.cuda.Event()
             event.record(self.stream)
             self._leaving.append((event, tensors))
-            self._let_go(MOST_LEAVING)
+            self.release(MOST_LEAVING)
         return parked
 
-    def _let_go(self, most: int) -> None:
-        """Drops tensors that have left; beyond ``most`` the compute stream waits for the oldest first."""
+    def release(self, most: int) -> None:
+        """Drops tensors that have left. If more than ``most`` have not, the compute stream waits for the oldest of them."""
         while self._leaving and (len(self._leaving) > most or self._leaving[0][0].query()):
             event, _ = self._leaving.popleft()
             torch.cuda.current_stream(self.device).wait_event(event)
 
     @contextlib.contextmanager
-    def beside(self):
-        """Within: copies on the own stream, after everything the compute stream was told so far."""
+    def copy_stream(self) -> Iterator[None]:
+        """Inside: copies run on the copy stream, after everything that is queued on the compute stream."""
         if self.stream is None:
             yield
             return
@@ -98,31 +99,30 @@ class Offloader:
 
 
 class Offloaded:
-    """Tensors that live on the host until somebody fetches them, any number of times; their blocks are free once nobody
-    holds this object."""
+    """Tensors on the host. They can be fetched any number of times. Their blocks are free when this object is deleted."""
 
     def __init__(
         self, offloader: Offloader, tensors: tuple[torch.Tensor, ...], next_needed: Callable[[], Offloaded | None]
-    ):
+    ) -> None:
         self._offloader, self._next_needed = offloader, next_needed
         self._like = [(x.shape, x.dtype) for x in tensors]
         self._blocks: list[list[torch.Tensor]] = []
         self._coming: tuple[torch.Tensor, ...] | None = None
-        self._arrived = None
+        self._arrived: torch.cuda.Event | None = None
         for x in tensors:
-            self._blocks.append(offloader.arena.take(x.numel() * x.element_size()))
-        with offloader.beside():
+            self._blocks.append(offloader.arena.allocate(x.numel() * x.element_size()))
+        with offloader.copy_stream():
             for x, blocks in zip(tensors, self._blocks, strict=True):
                 for piece, block in _pieces(x, blocks):
                     block.copy_(piece, non_blocking=True)
 
     def start_fetching(self) -> None:
-        """Begins the copy back, if it has not begun."""
+        """Starts the copy back, unless it has started."""
         if self._coming is not None:
             return
         offloader = self._offloader
         self._coming = tuple(torch.empty(shape, dtype=dtype, device=offloader.device) for shape, dtype in self._like)
-        with offloader.beside():
+        with offloader.copy_stream():
             for x, blocks in zip(self._coming, self._blocks, strict=True):
                 for piece, block in _pieces(x, blocks):
                     piece.copy_(block, non_blocking=True)
@@ -131,8 +131,8 @@ class Offloaded:
                 self._arrived.record(offloader.stream)
 
     def fetch(self) -> tuple[torch.Tensor, ...]:
-        """The tensors, on their device; the copy of those needed next begins."""
-        self._offloader._let_go(0)
+        """The tensors, on their device. Starts the copy back of the tensors that are needed next."""
+        self._offloader.release(0)
         self.start_fetching()
         tensors = self._arrive()
         upcoming = self._next_needed()
@@ -141,21 +141,21 @@ class Offloaded:
         return tensors
 
     def _arrive(self) -> tuple[torch.Tensor, ...]:
-        tensors, self._coming = self._coming, None
+        tensors, self._coming = self._coming or (), None
         if self._arrived is not None:
             torch.cuda.current_stream(self._offloader.device).wait_event(self._arrived)
             self._arrived = None
         return tensors
 
-    def __del__(self):
-        if self._coming is not None:  # nobody fetched it: its memory must not be reused before the copy is over
+    def __del__(self) -> None:
+        if self._coming is not None:  # not fetched: its memory must not be reused before the copy is over
             self._arrive()
         for blocks in self._blocks:
-            self._offloader.arena.give(blocks)
+            self._offloader.arena.free_blocks(blocks)
 
 
-def _pieces(x: torch.Tensor, blocks: list[torch.Tensor]):
-    """Pairs (part of x as bytes, as much of a block), for contiguous x."""
+def _pieces(x: torch.Tensor, blocks: list[torch.Tensor]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Pairs (part of x as bytes, equal part of a block), for contiguous x."""
     flat = x.view(-1).view(torch.uint8)
     for i, block in enumerate(blocks):
         piece = flat[i * BLOCK : (i + 1) * BLOCK]

@@ -1,8 +1,9 @@
-"""What a patched model was before: every attribute that a patch sets, so that ``unpatch`` can put it back."""
+"""Records every attribute that a patch sets on a model, with the value before it, so that ``unpatch`` can restore it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NoReturn
 
 from torch import nn
 
@@ -13,50 +14,60 @@ _NO_COPIES = "_flashmla_no_copies"
 
 
 class _NoCopies:
-    """Lies beside what a patch sets on ``owner``: copied with it, those functions would compute with the original's weights."""
+    """An attribute beside those that a patch sets on ``owner``. It refuses to be copied, and thereby a copy of ``owner``: the
+    copied functions would compute with the original's weights."""
 
-    def __init__(self, owner: object):
+    def __init__(self, owner: object) -> None:
         self.owner = type(owner).__name__
 
-    def __reduce_ex__(self, protocol):
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
         raise PatchError(
-            f"flashmla_hf.patch: {self.owner}: expected no copy of a patched module (it would compute with the original's "
-            "weights), got copy.deepcopy or pickle. Copy it before flashmla_hf.patch or after flashmla_hf.unpatch(model); with "
-            "peft, get_peft_model and add_adapter come before flashmla_hf.patch. state_dict and save_pretrained need no copy"
+            f"flashmla_hf.patch: cannot copy or pickle {self.owner}, a patched module: the copy would use the original's "
+            "weights. Copy the model before flashmla_hf.patch or after flashmla_hf.unpatch(model). Call peft's get_peft_model "
+            "and add_adapter before flashmla_hf.patch. state_dict and save_pretrained work on a patched model"
         )
 
 
 class Replacements:
-    """Attributes set on instances, undone in reverse order. Class attributes below them reappear by deletion."""
+    """Attributes that were set on instances. :meth:`undo` restores them; a class attribute reappears by deletion."""
 
-    def __init__(self, names: tuple[str, ...]):
+    def __init__(self, names: tuple[str, ...]) -> None:
         self.names = names
+        self.left_out: dict[str, str] = {}
+        # owner, name, the value before, the value after
         self._set: list[tuple[object, str, object, object]] = []
-        self._undo: list[Callable[[], None]] = []
+        self._undo: list[Callable[[], object]] = []
 
     def set(self, owner: object, name: str, value: object, may_change: bool = False) -> None:
-        """``may_change``: the attribute is a switch that others turn; it goes back to what it was all the same."""
+        """Sets an attribute. ``may_change``: it is a switch that others may turn; :meth:`undo` restores it all the same."""
         if name != _NO_COPIES and _NO_COPIES not in vars(owner):
             self.set(owner, _NO_COPIES, _NoCopies(owner))
         self._set.append((owner, name, vars(owner).get(name, _ABSENT), _ABSENT if may_change else value))
         vars(owner)[name] = value
 
-    def on_undo(self, undo: Callable[[], None]) -> None:
+    def on_undo(self, undo: Callable[[], object]) -> None:
+        """Has :meth:`undo` call ``undo``."""
         self._undo.append(undo)
 
+    def add(self, others: Replacements) -> None:
+        """Appends ``others``, which were made after these."""
+        self._set += others._set
+        self._undo += others._undo
+
     def undo(self) -> None:
-        """Raises RuntimeError, and changes nothing, where somebody else replaced one of the attributes since."""
-        latest = {}
+        """Restores everything. Raises RuntimeError and changes nothing if an attribute was replaced after it was set here."""
+        latest: dict[tuple[int, str], tuple[object, str, object]] = {}
         for owner, name, _, value in self._set:
             latest[id(owner), name] = (owner, name, value)
         for owner, name, value in latest.values():
             found = vars(owner).get(name, _ABSENT)
-            # accelerate's unwrap_model binds the function that it finds.
+            # accelerate's unwrap_model sets the function that it finds as a bound method.
             if value is not _ABSENT and found is not value and getattr(found, "__func__", None) is not value:
                 what = type(owner).__name__ if isinstance(owner, nn.Module) else repr(owner)
                 raise RuntimeError(
-                    f"flashmla_hf.unpatch: {what}.{name} was replaced after flashmla_hf.patch: expected to find the patch. "
-                    "Undo the later change first (accelerate: accelerator.unwrap_model(model, keep_fp32_wrapper=False))"
+                    f"flashmla_hf.unpatch: {what}.{name} was replaced after flashmla_hf.patch: expected the function of the "
+                    "patch, got another one. Undo the later change first (accelerate: "
+                    "accelerator.unwrap_model(model, keep_fp32_wrapper=False))"
                 )
         for owner, name, before, _ in reversed(self._set):
             if before is _ABSENT:

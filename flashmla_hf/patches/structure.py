@@ -1,14 +1,16 @@
-"""Finds what the patches replace, by structure and not by model class, and refuses by name what is not there.
+"""Finds the modules that the patches replace, by structure and not by model class, and refuses by name what it cannot find.
 
-Nothing here knows a model. A causal language model has output embeddings and a decoder; a decoder has ``layers``; a layer
-has an attention block (a child with query, key and value projections) and a token-wise block (``mlp`` and its synonyms).
+Nothing here knows a model. A causal language model has output embeddings and a decoder. A decoder has ``layers``. A layer has
+an attention block (a child with query, key and value projections) and a token-wise block (``mlp`` and its synonyms).
 """
 
 from __future__ import annotations
 
 import inspect
 import sys
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -16,26 +18,41 @@ from torch import nn
 from flashmla_hf.hf.names import NAMES
 
 ATTENTION_PROJECTIONS = ({"q_proj", "k_proj", "v_proj"}, {"qkv_proj"}, {"query_key_value"}, {"W_pack"})
-OURS = NAMES  # as attn_implementation
-CACHE_NAMES = ("cache", "past_key_values")  # of the argument: since Transformers 5.24, and before
+CACHE_NAMES = ("cache", "past_key_values")  # the argument's name since Transformers 5.24, and before
 MLP_NAMES = ("mlp", "block_sparse_moe", "feed_forward")
+NEEDS_CHECKPOINTING = ("keep_attention", "offload")  # patches that change what checkpointed layers do
 
 
 class PatchError(ValueError):
-    """A model, or a combination of patches, that cannot be patched: names what was expected, where, and the way out."""
+    """A model or a combination of patches cannot be patched. The message names the place, what was expected, and a remedy."""
 
 
-def refuse(model: nn.Module, patch: str, module: str, expected: str, got: str) -> PatchError:
-    """The one form of a refusal; the caller raises it."""
-    return PatchError(
-        f"flashmla_hf.patch({type(model).__name__}): patch {patch!r} cannot be applied: {module}: expected {expected}, "
-        f"got {got}. Leave it out: patches=[...] without {patch!r}"
+class UnsupportedPatch(PatchError):
+    """One patch does not support one model: ``patch`` is its name, ``reason`` says what was expected and what was found."""
+
+    def __init__(self, message: str, patch: str = "", reason: str = "") -> None:
+        super().__init__(message)
+        self.patch, self.reason = patch, reason
+
+
+def refuse(model: nn.Module, patch: str, module: str, expected: str, got: str) -> UnsupportedPatch:
+    """The error that ``module`` of ``model`` is not what ``patch`` needs. The caller raises it."""
+    reason = f"{module}: expected {expected}, got {got}"
+    where = f"flashmla_hf.patch({type(model).__name__})"
+    return UnsupportedPatch(
+        f"{where}: patch {patch!r} does not support this model: {reason}. {exclude(patch)}", patch, reason
     )
+
+
+def exclude(patch: str) -> str:
+    """The sentence that tells how to do without ``patch``, and without the patches that need it."""
+    names = [patch, *(NEEDS_CHECKPOINTING if patch == "checkpointing" else ())]
+    return f"Exclude it: flashmla_hf.patch(model, exclude={names})"
 
 
 @dataclass(frozen=True)
 class Layer:
-    """One decoder layer and its two blocks, by name. ``mlp`` is ``None`` where no child has one of its names."""
+    """One decoder layer with its two blocks and their names. A block is ``None`` if no child looks like it."""
 
     name: str
     module: nn.Module
@@ -46,24 +63,35 @@ class Layer:
 
 
 def peft_layer(name: str) -> type | None:
-    """The class ``peft.tuners.lora.<name>``; ``None`` where peft has none or was not imported: who has adapters has."""
+    """The class ``peft.tuners.lora.layer.<name>``. ``None`` if nobody imported peft: then the model has no adapters."""
     return getattr(sys.modules.get("peft.tuners.lora.layer"), name, None)
 
 
 def base_model(model: nn.Module) -> nn.Module:
-    """The ``PreTrainedModel`` itself: a ``PeftModel`` is opened, any other wrapper refused."""
+    """The ``PreTrainedModel`` itself: the one inside a ``PeftModel``. Any other wrapper is refused."""
     from transformers import PreTrainedModel
 
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    get_base_model: Callable[[], nn.Module] | None = getattr(model, "get_base_model", None)
+    inner = model if get_base_model is None else get_base_model()
     if not isinstance(inner, PreTrainedModel):
         raise PatchError(
             f"flashmla_hf.patch({type(model).__name__}): expected a transformers.PreTrainedModel or a peft.PeftModel, got "
-            f"{type(inner).__module__}.{type(inner).__name__}. Patch the model before it is wrapped (compile, DDP, FSDP)"
+            f"{type(inner).__module__}.{type(inner).__name__}. Call patch before the model is wrapped (compile, DDP, FSDP)"
         )
     return inner
 
 
-def decoder(model: nn.Module, patch: str) -> nn.Module:
+def uses_flashmla(module: object) -> bool:
+    """Whether the configuration of ``module`` selects this package's attention."""
+    return implementation_of(module) in NAMES
+
+
+def implementation_of(module: object) -> str | None:
+    """``attn_implementation`` of ``module``, as its configuration holds it."""
+    return getattr(getattr(module, "config", None), "_attn_implementation", None)
+
+
+def decoder(model: Any, patch: str) -> Any:
     """The module of ``model`` whose ``layers`` are decoder layers."""
     found = model.get_decoder()
     layers = getattr(found, "layers", None)
@@ -99,7 +127,7 @@ def _attention(layer: nn.Module) -> tuple[str | None, nn.Module | None]:
 
 
 def attention_of(model: nn.Module, layer: Layer, patch: str) -> nn.Module:
-    """The attention block of ``layer``, or the refusal that names the layer's children."""
+    """The attention block of ``layer``. If there is none, the error names the layer's children."""
     if layer.attention is None:
         raise refuse(
             model, patch, f"{layer.name} ({type(layer.module).__name__})",
@@ -109,9 +137,11 @@ def attention_of(model: nn.Module, layer: Layer, patch: str) -> nn.Module:
     return layer.attention
 
 
-def output_embeddings(model: nn.Module, patch: str) -> nn.Module:
-    """The linear layer that makes logits; the trained copy in it where peft keeps one (``modules_to_save``)."""
+def output_embeddings(model: Any, patch: str) -> nn.Linear:
+    """The linear layer that computes the logits. If peft keeps a trained copy of it (``modules_to_save``), that copy."""
     head = model.get_output_embeddings()
+    if head is None:
+        raise refuse(model, patch, "get_output_embeddings()", "the linear layer of a causal language model", "none")
     copies = getattr(head, "modules_to_save", None)
     if isinstance(copies, nn.ModuleDict):
         head = copies[head.active_adapter if isinstance(head.active_adapter, str) else head.active_adapters[0]]
@@ -121,33 +151,34 @@ def output_embeddings(model: nn.Module, patch: str) -> nn.Module:
 
 
 def cache_name(module: nn.Module) -> str:
-    """The argument of ``module``'s forward that takes a cache: one of :data:`CACHE_NAMES`."""
+    """The name of the argument of ``module``'s forward that takes a cache: one of :data:`CACHE_NAMES`."""
     parameters = inspect.signature(inspect.unwrap(type(module).forward)).parameters
     return next((name for name in CACHE_NAMES if name in parameters), CACHE_NAMES[-1])
 
 
-def cache_of(arguments: dict):
-    """The cache among keyword arguments, under either of its names."""
+def cache_of(arguments: Mapping[str, Any]) -> Any:
+    """The cache among keyword arguments, under either name. ``None`` if there is none."""
     return next((arguments[name] for name in CACHE_NAMES if arguments.get(name) is not None), None)
 
 
 def row_width(module: nn.Module) -> int:
-    """Numbers per token in the widest intermediate of ``module`` (per expert): the widest side of a linear layer or expert.
+    """Elements per token of the widest intermediate of ``module`` (per expert): the widest side of a linear layer or expert.
 
-    Quantized linear layers keep their sizes as attributes; their weights are packed.
+    A quantized linear layer has packed weights and keeps its sizes as attributes.
     """
-    linear = [m for m in module.modules() if hasattr(m, "in_features") and hasattr(m, "out_features")]
+    linear: list[Any] = [m for m in module.modules() if hasattr(m, "in_features") and hasattr(m, "out_features")]
     widths = [max(m.in_features, m.out_features) for m in linear]
     widths += [max(p.shape[-2:]) for p in module.parameters() if p.dim() == 3]
     return max(widths, default=1)
 
 
 def attention_width(attention: nn.Module) -> int:
-    """Numbers per token in the attention's output before its output projection."""
+    """Elements per token of the attention's output before its output projection."""
     heads = getattr(getattr(attention, "config", None), "num_attention_heads", None)
     dim = getattr(attention, "head_dim", None)
     return heads * dim if heads and dim else row_width(attention)
 
 
 def bytes_of(x: torch.Tensor) -> int:
+    """Bytes of the elements of ``x``."""
     return x.numel() * x.element_size()

@@ -1,19 +1,19 @@
-"""Token-wise modules in tiles: the module's own forward over a few rows at a time, and again over the same rows in backward.
+"""Token-wise modules in tiles: the module's own forward runs over a few rows at a time, and again over them in backward.
 
-``y[i] = f(x[i])`` for every row i. Forward runs without a graph and keeps x alone. Backward runs ``f`` once more per tile,
-with a graph that lives as long as the tile: what ``f`` saves (an MLP's three [rows, ff] intermediates, a norm's fp32
-copies) exists for one tile at a time. The gradients of the parameters are summed over the tiles in fp32.
+``y[i] = f(x[i])`` for every row i. The forward pass builds no graph and saves only x. Backward runs ``f`` once more per tile,
+with a graph that lives as long as the tile: what ``f`` saves (an MLP's three [rows, ff] intermediates, a norm's fp32 copies)
+exists for one tile at a time. The gradients of the parameters are summed over the tiles in fp32.
 
-Inside a checkpointed layer this costs no second recomputation where nothing after the module saves its result: x is saved
-by a node of its own *before* the module runs, so that the checkpoint's recomputation, which ends at the last tensor somebody
-saved, ends there. Where the module's result is that of a linear layer in it, the second run leaves that product out
-(:mod:`linear`).
+Inside a checkpointed layer this costs no second recomputation if nothing after the module saves its result: a node of its own
+saves x *before* the module runs, and the checkpoint's recomputation ends at the last saved tensor. If the module's result is
+the result of a linear layer in it, the second run skips that product (:class:`linear.LastLinear`).
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -24,22 +24,22 @@ from flashmla_hf.torch_state import without_autocast
 
 class _Tiles(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, keeper, run, tile, *parameters):
-        if keeper is None:
+    def forward(ctx: Any, x: torch.Tensor, saved: Any, run: Run, tile: int, *parameters: nn.Parameter) -> torch.Tensor:
+        if saved is None:
             ctx.save_for_backward(x)
-        ctx.keeper, ctx.run, ctx.tile, ctx.parameters = keeper, run, tile, parameters
+        ctx.saved, ctx.run, ctx.tile, ctx.parameters = saved, run, tile, parameters
         return run_rows(run, x, tile)
 
     @staticmethod
     @gradients.first_derivatives
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         ctx.run.unchanged.check()
-        (x,) = (ctx.keeper or ctx).saved_tensors
+        (x,) = (ctx.saved or ctx).saved_tensors
         needs_x, needs = ctx.needs_input_grad[0], ctx.needs_input_grad[4:]
         trained = [p for p, need in zip(ctx.parameters, needs, strict=True) if need]
         grad_x = torch.empty_like(x) if needs_x else None
         sums: list[torch.Tensor | None] = [None] * len(trained)
-        with ctx.run.again(), linear.without_result_of(ctx.run.last()):
+        with ctx.run.replay():
             for start in range(0, x.shape[0], ctx.tile):
                 rows = slice(start, start + ctx.tile)
                 piece = x[rows].detach().requires_grad_(needs_x)
@@ -50,70 +50,84 @@ class _Tiles(torch.autograd.Function):
                 wanted = [piece, *trained] if needs_x else trained
                 grads = list(torch.autograd.grad(out, wanted, grad[rows], allow_unused=True))
                 del out
-                if needs_x:
+                if grad_x is not None:
                     grad_x[rows] = grads.pop(0)
                 add_to(sums, grads, is_only=x.shape[0] <= ctx.tile)
-        found = iter(s if s is None else s.to(p.dtype) for s, p in zip(sums, trained, strict=True))
-        return (grad_x, None, None, None, *(next(found) if need else None for need in needs))
+        return (grad_x, None, None, None, *cast_sums(sums, ctx.parameters, needs))
 
 
-def add_to(sums: list, grads: list, is_only: bool = False) -> None:
-    """Adds ``grads`` (``None``: none) to the fp32 ``sums``; the only one stays as it is."""
+def add_to(sums: list[torch.Tensor | None], grads: Sequence[torch.Tensor | None], is_only: bool = False) -> None:
+    """Adds ``grads`` (``None`` adds nothing) to the fp32 ``sums``. With ``is_only`` a single summand keeps its dtype."""
     for i, g in enumerate(grads):
         if g is None:
             continue
-        if sums[i] is None:
+        total = sums[i]
+        if total is None:
             sums[i] = g if is_only else g.to(torch.promote_types(g.dtype, torch.float32))
         else:
-            sums[i] += g
+            total += g
+
+
+def cast_sums(
+    sums: list[torch.Tensor | None], parameters: tuple[nn.Parameter, ...], needs: tuple[bool, ...]
+) -> Iterator[torch.Tensor | None]:
+    """One gradient per parameter, in its dtype: the next of ``sums`` for each parameter that needs one, else ``None``."""
+    remaining = iter(sums)
+    for parameter, need in zip(parameters, needs, strict=True):
+        total = next(remaining) if need else None
+        yield total if total is None else total.to(parameter.dtype)
 
 
 class Run:
-    """``forward``, under the autocast and with the random numbers of the call it was made in. ``last`` gives, once it has run,
-    the linear layer whose result is its own, if there is one."""
+    """``forward`` of ``module``, with the autocast and the random numbers of the call that made this object.
+
+    ``last`` observes ``forward``; :meth:`replay` skips the product of the linear layer that it found.
+    """
 
     def __init__(
         self,
         module: nn.Module,
-        forward: Callable,
+        forward: Callable[..., torch.Tensor],
         device: torch.device,
-        last: Callable[[], nn.Module | None] = lambda: None,
-    ):
+        last: linear.LastLinear | None = None,
+    ) -> None:
         self.module, self.forward, self.device, self.last = module, forward, device, last
         self.unchanged = gradients.Unchanged(module) if torch.is_grad_enabled() else None
-        self.autocast = None
+        self.autocast_dtype: torch.dtype | None = None
         if device.type != "meta" and torch.is_autocast_enabled(device.type):
-            # No cache of casted weights: filled without a graph, it would cut the gradient of whoever hits it later.
-            self.autocast = {"dtype": torch.get_autocast_dtype(device.type), "cache_enabled": False}
-        self.rng = None
-        # In training whatever has_dropout sees: a forward may take its rate from elsewhere.
+            self.autocast_dtype = torch.get_autocast_dtype(device.type)
+        self.rng: tuple[torch.Tensor, torch.Tensor | None] | None = None
+        # In training mode always, whatever has_dropout finds: a forward may take its rate from elsewhere.
         if module.training or gradients.has_dropout(module):
             self.rng = (torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None)
 
-    def __call__(self, *args) -> torch.Tensor:
+    def __call__(self, *args: Any) -> torch.Tensor:
         with self._autocast():
             return self.forward(*args)
 
-    def _autocast(self):
-        if self.autocast is None:
+    def _autocast(self) -> contextlib.AbstractContextManager:
+        if self.autocast_dtype is None:
             return without_autocast(self.device)
-        return torch.autocast(self.device.type, **self.autocast)
+        # A cache of cast weights that is filled without a graph would cut the gradient of a later user of the cache.
+        return torch.autocast(self.device.type, dtype=self.autocast_dtype, cache_enabled=False)
 
     @contextlib.contextmanager
-    def again(self):
-        """Within: the random numbers of the forward pass, from its start."""
-        if self.rng is None:
-            yield
-            return
-        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
-            torch.set_rng_state(self.rng[0])
-            if self.rng[1] is not None:
-                torch.cuda.set_rng_state(self.rng[1], self.device)
+    def replay(self) -> Iterator[None]:
+        """Inside: the random numbers of the forward pass, from its start, and no product of the last linear layer."""
+        with contextlib.ExitStack() as stack:
+            if self.last is not None:
+                stack.enter_context(self.last.skip())
+            if self.rng is not None:
+                state, device_state = self.rng
+                stack.enter_context(torch.random.fork_rng([self.device] if self.device.type == "cuda" else []))
+                torch.set_rng_state(state)
+                if device_state is not None:
+                    torch.cuda.set_rng_state(device_state, self.device)
             yield
 
 
-def run_rows(run: Callable, x: torch.Tensor, tile: int) -> torch.Tensor:
-    """``run`` over x [rows, width] in tiles, into one result [rows, any width]."""
+def run_rows(run: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, tile: int) -> torch.Tensor:
+    """``run`` over x [rows, width], ``tile`` rows at a time, into one result [rows, any width]."""
     out = None
     for start in range(0, x.shape[0], tile):
         piece = run(x[start : start + tile])
@@ -127,19 +141,19 @@ def run_rows(run: Callable, x: torch.Tensor, tile: int) -> torch.Tensor:
 
 def in_tiles(
     module: nn.Module,
-    forward: Callable,
+    forward: Callable[[torch.Tensor], torch.Tensor],
     x: torch.Tensor,
     tile: int,
-    last: Callable[[], nn.Module | None] = lambda: None,
+    last: linear.LastLinear | None = None,
 ) -> torch.Tensor:
-    """``module`` on x [rows, width] by its own ``forward`` (same shape of argument), ``tile`` rows at a time.
+    """``forward``, which computes ``module``, over x [rows, width], ``tile`` rows at a time.
 
-    The result [rows, any width] is that of ``forward(x)``, up to rounding where a library sums a row in another order for
-    another number of rows (matrix products may). ``last``: as of :class:`Run`.
+    The result [rows, any width] equals ``forward(x)`` up to rounding: a matrix product may sum a row in another order for
+    another number of rows. ``last`` is explained at :class:`Run`.
     """
     run = Run(module, forward, x.device, last)
     parameters = [p for p in module.parameters() if p.requires_grad]
     if not torch.is_grad_enabled() or not (x.requires_grad or parameters):
         return run_rows(run, x, tile)
-    x, keeper = linear.keep(x)
-    return _Tiles.apply(x, keeper, run, tile, *parameters)
+    x, saved = linear.save_early(x)
+    return _Tiles.apply(x, saved, run, tile, *parameters)

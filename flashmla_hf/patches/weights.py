@@ -1,13 +1,14 @@
-"""Whether a module's weights may be read in place of calling the module: they are there, whole, and nobody brings them.
+"""Decides whether a patch may read a module's weights itself instead of calling the module.
 
-Weights that come for each call and go after it (accelerate's offloading, a unit of ``fully_shard``, DeepSpeed's ZeRO-3) are
-right inside the module's own call alone. A patch that computes with ``module.weight`` asks here first, when it is applied and
-in every call, because such hooks may come later.
+Some weights are present only inside the module's own call: those that accelerate offloads, those of a unit of ``fully_shard``,
+DeepSpeed's ZeRO-3. A patch that computes with ``module.weight`` calls :func:`unreadable` when it is applied and again in every
+call, because hooks may be added later.
 """
 
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 import torch
 from torch import nn
@@ -16,15 +17,17 @@ from flashmla_hf.patches.structure import PatchError
 
 
 def unreadable(module: nn.Module, x: torch.Tensor | None = None) -> str | None:
-    """Why the parameters of ``module`` itself may not be read; ``None`` if they may. ``x`` is what they are to be computed
-    with: without it, weights on the meta device pass (a model that is loaded later)."""
+    """The reason why a patch may not read the parameters of ``module`` itself; ``None`` if it may.
+
+    ``x`` is the input of the computation. Without it, weights on the meta device are accepted: the model is loaded later.
+    """
     if _is_a(module, "torch.distributed.fsdp", "FSDPModule"):
-        return "a unit of fully_shard of its own (its weights are gathered for its own call alone)"
+        return "a unit of fully_shard of its own (its weights are gathered only for its own call)"
     hook = getattr(module, "_hf_hook", None)
     if hook is not None and not _places_only(hook):
-        return f"accelerate's {type(hook).__name__} (offloading: the weights come for each call)"
+        return f"accelerate's {type(hook).__name__} (offloading: the weights are loaded for each call)"
     if "weight" not in module._parameters:
-        return "a weight that something computes for each call (parametrization, pruning)"
+        return "a weight that is computed for each call (parametrization, pruning)"
     for name, parameter in module._parameters.items():
         reason = None if parameter is None else _unreadable_parameter(parameter, x)
         if reason is not None:
@@ -41,19 +44,19 @@ def _unreadable_parameter(parameter: nn.Parameter, x: torch.Tensor | None) -> st
     if parameter.is_meta:
         return "on the meta device" if x is not None and not x.is_meta else None
     if parameter.numel() > 0 and parameter.untyped_storage().nbytes() == 0:
-        return "without memory (a shard's, freed after its own call)"
+        return "without memory (a shard frees it after its own call)"
     return None
 
 
-def _places_only(hook: object) -> bool:
-    """Whether accelerate's hook moves inputs to the device of weights that stay there, and does nothing else."""
+def _places_only(hook: Any) -> bool:
+    """Whether accelerate's ``hook`` only moves inputs to the device of weights that stay there."""
     if type(hook).__name__ == "SequentialHook":
         return all(map(_places_only, hook.hooks))
     return type(hook).__name__ == "AlignDevicesHook" and not hook.offload
 
 
 def refuse_sharded(model: nn.Module) -> None:
-    """Raises if ``model`` is sharded already: what patches look at and call would be shards."""
+    """Raises PatchError if ``model`` is sharded already: the patches would inspect and call shards."""
     reason = next(
         (
             f"{name or 'the model'}: {type(module).__name__}"
@@ -71,6 +74,6 @@ def refuse_sharded(model: nn.Module) -> None:
 
 
 def _is_a(module: nn.Module, package: str, name: str) -> bool:
-    """Whether ``module`` is a ``package.name``; false if nobody has imported that."""
+    """Whether ``module`` is a ``package.name``. False if nobody imported the package."""
     found = getattr(sys.modules.get(package), name, None)
     return isinstance(found, type) and isinstance(module, found)
