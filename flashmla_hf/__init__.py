@@ -20,6 +20,7 @@ _PUBLIC = {
     "check": "flashmla_hf.hf_check",
     "patch": "flashmla_hf.patches",
     "unpatch": "flashmla_hf.patches",
+    "ledger": "flashmla_hf.training.ledger",
     "DEFAULT_PATCHES": "flashmla_hf.patches",
     "PATCHES": "flashmla_hf.patches",
     "PATCH_OPTIONS": "flashmla_hf.patches",

@@ -14,8 +14,6 @@ import math
 import os
 import platform
 import re
-import shutil
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -23,7 +21,7 @@ from pathlib import Path
 import torch
 
 import flashmla_hf
-from flashmla_hf import ops, reference
+from flashmla_hf import nvidia_smi, ops, reference
 from flashmla_hf.dispatch import IMPLEMENTATIONS, Call
 
 PACKAGES = ("flashmla_hf", "torch", "triton", "transformers", "accelerate", "peft", "trl")
@@ -84,11 +82,7 @@ def _newer_than_tested(versions: dict[str, str | None]) -> list[str]:
 def _gpus() -> list[dict]:
     if not torch.cuda.is_available():
         return []
-    driver = None
-    if shutil.which("nvidia-smi"):
-        command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        answer = subprocess.run(command, capture_output=True, text=True, timeout=30)
-        driver = answer.stdout.split("\n")[0].strip() or None
+    (driver,) = nvidia_smi.query("driver_version") or (None,)
     gpus = []
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)

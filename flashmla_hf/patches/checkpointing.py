@@ -21,7 +21,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint, noop_context_fn
 
-from flashmla_hf import ops
+from flashmla_hf import host_memory, ops
 from flashmla_hf.patches import gradients, memory, offload, structure
 from flashmla_hf.patches.offload import Offloaded, Offloader
 from flashmla_hf.patches.replacements import Replacements
@@ -173,7 +173,7 @@ class Checkpointing:
         """What this process can take of the host's beside others of the machine, and what the arena holds unused."""
         offloader = self._offloaders.get(device)
         unused = len(offloader.arena.free) * offload.BLOCK if offloader else 0
-        return memory.host_available_bytes() // memory.host_sharers() + unused
+        return host_memory.available_bytes() // memory.host_sharers() + unused
 
 
 def _host_room(host_bytes: int, share: float) -> int:

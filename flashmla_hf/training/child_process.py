@@ -1,4 +1,4 @@
-"""Work that may run out of memory or hang, in a Python process of its own that answers in one line."""
+"""Work that may run out of memory or hang, in a Python process of its own that reports its result in one line."""
 
 from __future__ import annotations
 
@@ -11,18 +11,22 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Answer:
-    """``status`` is ok, timeout, out_of_memory (the system killed the process) or error. ``reason`` where it is not ok, else
-    ``result``: what stood behind the mark."""
+class Outcome:
+    """How a process ended. ``status`` is ok, timeout, out_of_memory (the system killed the process) or error.
+
+    ``result`` is what the process reported if it is ok, otherwise ``reason`` says in one line why it is not.
+    """
 
     status: str
     reason: str = ""
     result: dict | None = None
 
 
-def ask(command: list[str], mark: str, timeout: float) -> Answer:
-    """Runs ``command`` for at most ``timeout`` seconds; its answer is the line of JSON that begins with ``mark``. Never raises
-    for what happens in there."""
+def run(command: list[str], mark: str, timeout: float) -> Outcome:
+    """Runs ``command`` for at most ``timeout`` seconds and reads the line of JSON that begins with ``mark``.
+
+    Never raises for anything that happens in the process.
+    """
     # Waiting threads sleep instead of spinning: beside other work, spinning makes a step ten times slower.
     env = {"OMP_WAIT_POLICY": "PASSIVE"} | os.environ
     process = subprocess.Popen(
@@ -31,16 +35,16 @@ def ask(command: list[str], mark: str, timeout: float) -> Answer:
     try:
         stdout, stderr = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
-        return Answer("timeout", f"took longer than {timeout:.0f} s")
+        return Outcome("timeout", f"took longer than {timeout:.0f} s")
     finally:
-        # Also when this process is interrupted: no child outlives its reader.
+        # Also if this process is interrupted: no child outlives its reader.
         if process.poll() is None:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.communicate()
     for line in stdout.splitlines():
         if line.startswith(mark):
-            return Answer("ok", result=json.loads(line.removeprefix(mark)))
+            return Outcome("ok", result=json.loads(line.removeprefix(mark)))
     if process.returncode == -signal.SIGKILL:
-        return Answer("out_of_memory", "the system killed the process")
-    return Answer("error", (stderr.strip() or "no output").splitlines()[-1])
+        return Outcome("out_of_memory", "the system killed the process")
+    return Outcome("error", (stderr.strip() or "no output").splitlines()[-1])
