@@ -30,7 +30,11 @@ def table(trials: list[dict], predicted: list[float | None], batch_size: int) ->
         cells = [f"{trial['length']:,}", trial["status"].replace("_", " "), "–", "–", "–"]
         if trial["status"] == "ok":
             speed = trial["length"] * batch_size / trial["seconds"]
-            cells[1], cells[3], cells[4] = f"{trial['peak_bytes'] / GIB:.2f}", f"{trial['seconds']:.2f}", f"{speed:,.0f}"
+            cells[1], cells[3], cells[4] = (
+                f"{trial['peak_bytes'] / GIB:.2f}",
+                f"{trial['seconds']:.2f}",
+                f"{speed:,.0f}",
+            )
         if ledger_bytes is not None:
             cells[2] = f"{ledger_bytes / GIB:.2f}"
         lines.append("| " + " | ".join(cells) + " |")
