@@ -11,9 +11,9 @@ How it measures. Random normal inputs. Peers take turns call by call, so that a 
 bites does so for all. The order changes from round to round such that each comes after every other as often: a peer that
 runs right after a low-power one gets higher clocks. A peer takes as many turns as fill --seconds, at least
 --repeats, and one that is much slower than the rest is left out of some rounds. On a GPU a turn is one call between two
-CUDA events, several where a call is shorter than 0.4 ms, so that the events weigh nothing; the next round is queued
+CUDA events, several if a call is shorter than 0.4 ms, so that the events weigh nothing; the next round is queued
 before the last is waited for, so that the GPU never waits for Python unless a call takes longer to launch than to run
-(below about 1k tokens: that is what a caller gets). The L2 cache is not flushed: all peers read the same inputs, one
+(below about 1k tokens, where the caller waits as long). The L2 cache is not flushed: all peers read the same inputs, one
 after the other. On a CPU a turn is 0.1 s of the wall clock. Median and interquartile range of the turns.
 
 fwd is without gradients (inference), bwd the gradients of q, k, v from a kept forward, host the time until an
@@ -71,7 +71,7 @@ def measure_shape(job: Job, device: str, repeats: int, seconds: float) -> list[d
     shape = job.shape
     inputs = Inputs.random(shape, device)
     truth = expected(shape, inputs, needs_gradients=any("bwd" in mode for mode in job.peers))
-    free(device)  # so that a peer that asks what memory is left hears the truth
+    free(device)  # so that a peer that asks for the free memory gets the truth
     results, runs = [], {}
 
     def refuse(peer: str, status: str, reason: str) -> None:

@@ -4,8 +4,8 @@
     python benchmarks/bench_model.py --models llama-8b --contexts 8192 32768 --backends sdpa flashmla
     python benchmarks/bench_model.py --models mistral-7b --modes decode --batch_size 8
 
-Weights are random (the shapes are published ones), each point runs in a process of its own, and what would not fit or
-take too long is skipped by name. Training is forward and backward with LoRA r=16 on every projection; decoding is
+Weights are random (the shapes are published ones), each point runs in a process of its own, and points that would not fit
+or take too long are skipped by name. Training is forward and backward with LoRA r=16 on every projection; decoding is
 ``generate`` after a prompt, greedy, the prompt's own time taken off.
 """
 

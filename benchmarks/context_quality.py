@@ -109,7 +109,7 @@ def train_one(
 
 
 def beside_eager(document: dict) -> dict | None:
-    """The two curves of --eager_context and how far they are apart; None where there is only one."""
+    """The two curves of --eager_context and how far they are apart; None if there is only one."""
     eager = document.get("eager")
     if eager is None:
         return None

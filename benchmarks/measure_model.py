@@ -5,7 +5,7 @@
 Each point has a process of its own. An allocator keeps its memory, so only the first measurement in a process is clean,
 and a point that does not fit must not end the others. The other programs call ``in_subprocess``.
 
-Peak memory is what the step adds to the loaded model and its optimizer's states. On a GPU it is the allocator's own
+Peak memory is the memory that the step adds to the loaded model and its optimizer's states. On a GPU it is the allocator's own
 count; on a CPU the largest resident size of the process since just before the step (VmHWM), less the resident size then.
 
 MFU is the model's own floating-point operations (Shape.training_flops: recomputation is not counted) per second,

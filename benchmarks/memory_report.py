@@ -74,7 +74,7 @@ def measure_all(
     on_result: Callable[[Measurement], None],
     known: Sequence[Measurement] = (),
 ) -> list[Measurement]:
-    """Measures ``points`` (contexts ascending within a series), skipping what cannot fit or comes too late.
+    """Measures ``points`` (contexts ascending within a series), skipping points that cannot fit or come too late.
 
     Points among ``known`` are not measured again, and the others are extrapolated from them too.
     """
@@ -185,11 +185,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--device", choices=("cpu", "cuda"), default=machine.default_device())
     parser.add_argument(
         "--gpu_memory", type=float, metavar="GIB",
-        help="what torch may take of the GPU, to measure as if on a smaller one (79 GiB of an 80-GB card are usable)",
+        help="the most that torch may take of the GPU, to measure as if on a smaller one (79 GiB of an 80-GB card are usable)",
     )  # fmt: skip
     parser.add_argument(
         "--sliding_window", type=int, metavar="TOKENS",
-        help="what a query of a random-weight model sees: flashmla needs full attention's memory and a fraction of its time",
+        help="keys that a query of a random-weight model sees: flashmla needs full attention's memory, and less time",
     )  # fmt: skip
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: the faster one here")
     parser.add_argument("--batch_size", type=at_least(1), default=1)
@@ -211,7 +211,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--time_budget", type=float, metavar="S", help="begin no point after this many seconds")
     parser.add_argument("--output_dir", type=Path, default=records.REPOSITORY / "results" / "memory_report")
     parser.add_argument("--name", default="memory_report", help="of the files; points in NAME.json are not repeated")
-    parser.add_argument("--overwrite", action="store_true", help="measure again what NAME.json has")
+    parser.add_argument("--overwrite", action="store_true", help="measure again the points that NAME.json has")
     records.add_dirty_option(parser)
     return parser
 

@@ -1,4 +1,4 @@
-"""How busy each part of a Hopper GPU is under every attention kernel: what limits it, from Nsight Compute.
+"""How busy each part of a Hopper GPU is under every attention kernel, and so what limits it, from Nsight Compute.
 
     python benchmarks/profile_attention.py                      # every head-dim row, forward and backward, about a minute
     python benchmarks/profile_attention.py --rows 128/128 192/128 --seqlen 16384 --causal

@@ -1,4 +1,4 @@
-"""The files that benchmarks write: where and how each number was measured, and that none replaces a result by accident."""
+"""The files that benchmarks write: the machine, the code and the command of each number; no result replaced by accident."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Time and memory of calls: peers in turn, in orders that balance who follows whom, and the machine's ceilings."""
+"""Time and memory of calls: peers in turn, each after every other equally often, and the machine's ceilings."""
 
 from __future__ import annotations
 

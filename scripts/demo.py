@@ -20,6 +20,7 @@ On a GPU everything runs there, in bfloat16 and at longer contexts.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import shutil
@@ -33,6 +34,8 @@ from pathlib import Path
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 # The demo measures with the benchmarks, which are programs beside it and no package.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
+if importlib.util.find_spec("flashmla_hf") is None:
+    sys.exit("demo: flashmla_hf is not installed in this Python: run 'make demo', or 'pip install .' first")
 
 import memory_page
 import memory_report

@@ -1,9 +1,9 @@
-"""Fine-tuning on long documents, and the arithmetic of its memory: the command ``flashmla`` and what it runs.
+"""Fine-tuning on long documents, and the arithmetic of its memory: the modules behind the command ``flashmla``.
 
     finetune     one training run: the loop, and the stages around it
     arguments    its options                     data         documents -> tokens -> packs -> batches
     model        the model and its adapter       step         the batches of one optimizer step, forward and backward
-    evaluation   the loss of held-out documents  checkpoints  what is saved, and from what a run resumes
+    evaluation   the loss of held-out documents  checkpoints  saving, and resuming
     max_length   the longest context that fits   memory       a step's measured memory beside the ledger's
     ledger       a step's memory, by arithmetic  shape        a model's sizes and operations
     machine      the device: its memory and speed

@@ -1,4 +1,4 @@
-"""What a run saves, and what it resumes from.
+"""The checkpoints of a run, and how it resumes from one.
 
 A run that is killed and resumed gives the losses of one that was not: checkpoints hold the weights (or the adapter), the
 optimizer, the schedule, the random states and the place in the data, and get their name only when they are whole. On a GPU

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 class Outcome:
     """How a process ended. ``status`` is ok, timeout, out_of_memory (the system killed the process) or error.
 
-    ``result`` is what the process reported if it is ok, otherwise ``reason`` says in one line why it is not.
+    ``result`` is the report of a process that is ok; of any other, ``reason`` says in one line why it is not.
     """
 
     status: str

@@ -1,4 +1,4 @@
-"""The model that is trained, its adapter, patches and optimizer, and what its memory consists of."""
+"""The model that is trained, its adapter, patches and optimizer, and the ledger of its memory."""
 
 from __future__ import annotations
 

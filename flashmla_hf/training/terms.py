@@ -1,4 +1,4 @@
-"""The terms of the memory ledger: how many bytes of what a training step holds, and at which of its moments.
+"""The terms of the memory ledger: the parts of a training step's memory, their bytes, and the moments at which they are live.
 
 Each term is ``fixed + min(per_token · n, most) + per_pair · n²`` bytes for a sequence of n tokens. Tensor counts are those
 of Transformers' Llama layer: comments list what is live, in units of a hidden vector (h), a query or attention output (q),
