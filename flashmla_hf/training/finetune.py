@@ -1,9 +1,9 @@
 """Fine-tune a causal language model on long documents, with attention by flashmla. One straight accelerate script.
 
-    flashmla finetune --config scripts/configs/lora.yaml --train_file notes/ --output_dir results/notes
-    accelerate launch -m flashmla_hf.training.finetune --config ... --train_file notes/ --output_dir results/notes
-    flashmla finetune --config ... --resume_from_checkpoint latest
-    flashmla max-length --config scripts/configs/lora-long.yaml ...
+    flashmla finetune --config FILE.yaml --train_file notes/ --output_dir results/notes
+    accelerate launch -m flashmla_hf.training.finetune --config FILE.yaml --train_file notes/ --output_dir results/notes
+    flashmla finetune --config FILE.yaml ... --resume_from_checkpoint latest
+    flashmla max-length --config FILE.yaml ...
     tensorboard --logdir results/notes/runs
 
 Options are named as in Transformers' and TRL's scripts. ``--config`` names a YAML file of them, and the command line wins.
