@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from flashmla_hf import nvidia_smi
+from flashmla_hf.host_memory import GIB
 from flashmla_hf.training import machine
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -30,7 +31,7 @@ def describe(device: str) -> dict:
         "device": machine.device_name(device),
         "device_type": device,
         "clocks": machine.clocks(device),
-        "memory_gib": round(machine.memory_limit(device) / 2**30, 1),
+        "memory_gib": round(machine.memory_limit(device) / GIB, 1),
         "threads": torch.get_num_threads() if device == "cpu" else None,
         "python": platform.python_version(),
         "versions": {name: version for name in PACKAGES if (version := _version(name))},

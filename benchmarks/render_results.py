@@ -17,7 +17,9 @@ from records import RESULTS
 from shapes import LAYOUTS
 from verdicts import DIRECTIONS, Row, bars, geometric_mean, rows, varlen_rates, window_ratios
 
-MIB, GIB = 2**20, 2**30
+from flashmla_hf.host_memory import GIB
+
+MIB = 2**20
 # ncu's name -> column. Shares are of the most the hardware sustains, over the whole kernel.
 SHARES = {
     "sm__pipe_tensor_op_hmma_cycles_active.avg.pct_of_peak_sustained_elapsed": "tensor cores",
