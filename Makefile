@@ -95,7 +95,7 @@ bench: ready
 # On a GPU host; each file is a model, SHAPES="llama-8b" runs one. Run again, it measures only what is still missing.
 SHAPES ?= llama-8b llama-1b-full mistral-7b llama-8b-window llama-1b-full-window
 memory: ready
-	for shape in $(SHAPES); do $(RUN) scripts/memory_report.py --config scripts/configs/memory/$$shape.yaml || exit 1; done
+	for shape in $(SHAPES); do $(RUN) benchmarks/memory_report.py --config benchmarks/configs/$$shape.yaml || exit 1; done
 	$(RUN) benchmarks/render_results.py
 
 sanitize:

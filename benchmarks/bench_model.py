@@ -4,38 +4,36 @@
     python benchmarks/bench_model.py --models llama-8b --contexts 8192 32768 --backends sdpa flashmla
     python benchmarks/bench_model.py --models mistral-7b --modes decode --batch_size 8
 
-Weights are random (the shapes are published ones), each point runs in a process of its own, and what would not fit or
-take too long is skipped by name. Training is forward and backward with LoRA r=16 on every projection; decoding is
+Weights are random (the shapes are published ones), each point runs in a process of its own, and points that would not fit
+or take too long are skipped by name. Training is forward and backward with LoRA r=16 on every projection; decoding is
 ``generate`` after a prompt, greedy, the prompt's own time taken off.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import re
 import sys
 from pathlib import Path
 
-from tqdm import tqdm
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
-import environment
 import memory_report
 import models
+import records
 import render_results
-from measure_model import GIB, Measurement
+from measure_model import Measurement
+from tqdm import tqdm
 
-RESULTS = render_results.RESULTS
+from flashmla_hf.host_memory import GIB
+from flashmla_hf.training import machine
+
 DEFAULTS = {  # device -> models, contexts
     "cpu": (["smollm2-135m"], [512, 2048]),
     "cuda": (["smollm2-135m", "llama-1b", "llama-8b", "mistral-7b"], [4096, 16384]),
 }
 
 
-def main(argv: list[str] | None = None) -> None:
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=("cpu", "cuda"), default=environment.default_device())
+    parser.add_argument("--device", choices=("cpu", "cuda"), default=machine.default_device())
     parser.add_argument("--models", nargs="+", choices=list(models.SHAPES), help="default: by device")
     parser.add_argument("--contexts", nargs="+", type=int, metavar="TOKENS", help="default: by device")
     parser.add_argument("--backends", nargs="+", default=list(memory_report.BACKENDS), metavar="NAME")
@@ -49,23 +47,27 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--time_limit", type=float, default=120, metavar="S", help="longest step to attempt")
     parser.add_argument("--time_budget", type=float, metavar="S", help="per model and mode: begin no point after this")
     parser.add_argument("--name", help="name of the JSON file; default: model-DEVICE")
-    parser.add_argument("--output_dir", type=Path, default=RESULTS, help="default: benchmarks/results")
-    args = parser.parse_args(argv)
+    parser.add_argument("--output_dir", type=Path, default=records.RESULTS, help="default: benchmarks/results")
+    records.add_dirty_option(parser)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = _parser().parse_args(argv)
+    records.refuse_dirty_tree("bench_model", args.output_dir, args.allow_dirty)
 
     default_models, default_contexts = DEFAULTS[args.device]
-    dtype = args.dtype or environment.fastest_dtype(args.device)
-    record = environment.describe(args.device)
-    slug = re.sub(r"[^a-z0-9]+", "-", re.sub(r"\(.*", "", record["device"]).lower()).strip("-")
-    path = args.output_dir / f"{args.name or 'model-' + slug}.json"
+    dtype = args.dtype or machine.fastest_dtype(args.device)
+    record = records.describe(args.device)
+    path = args.output_dir / f"{args.name or 'model-' + records.slug(record['device'])}.json"
     document = {"kind": "model", "environment": record, "points": []}
-    path.parent.mkdir(parents=True, exist_ok=True)
     contexts = sorted(args.contexts or default_contexts)
     names = args.models or default_models
     bar = tqdm(total=len(names) * len(args.modes) * len(contexts) * len(args.backends), unit="point", desc="measuring")
 
     def keep(result: Measurement) -> None:
         document["points"].append(result.as_dict())
-        path.write_text(json.dumps(document, indent=1) + "\n")
+        records.write_json(document, path)
         bar.update()
         bar.write(describe(result))
 

@@ -1,4 +1,4 @@
-"""Who is measured: each entry of PEERS turns a shape into a function of q, k, v, or says why it cannot.
+"""The measured implementations: each entry of PEERS turns a shape into a function of q, k, v, or says why it cannot.
 
 Ours call the public function as a user would. The others get q, k and v in the memory layout Transformers has,
 [batch, seqlen, heads, head_dim]; those that want heads first get a view of it, made outside the timed call.
@@ -8,16 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from shapes import DTYPES, Shape
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
-import environment
+from flashmla_hf.training import machine
 
 Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -28,12 +25,12 @@ class Unsupported(Exception):
 
 @dataclass(frozen=True)
 class Peer:
-    """``run(q, k, v) -> out`` on [batch, seqlen, heads, dim] tensors (heads second where ``is_heads_first``), or on packed
+    """``run(q, k, v) -> out`` on [batch, seqlen, heads, dim] tensors (heads second if ``is_heads_first``), or on packed
     [total, heads, dim] ones."""
 
     run: Attention
     is_heads_first: bool = False
-    # Entered around a series of calls, not around each: choosing torch's backend takes longer than a short launch.
+    # Entered around a series of calls, not around each: the choice of torch's backend takes longer than a short launch.
     context: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
 
 
@@ -62,7 +59,7 @@ def _flashmla(impl: str | None, deterministic: bool | None = None) -> Builder:
 
 
 def _flashmla_operator(shape: Shape, device: str) -> Peer:
-    """The operator without the public function above it: what checks and dispatch in Python cost is the difference."""
+    """The operator without the public function above it: the difference is the cost of checks and dispatch in Python."""
     import flashmla_hf  # noqa: F401  (defines the operator)
 
     if shape.is_packed:
@@ -74,7 +71,7 @@ def _flashmla_operator(shape: Shape, device: str) -> Peer:
 
 
 def _visible(shape: Shape, device: str) -> torch.Tensor | None:
-    """Boolean [seqlen_q, seqlen_kv] where causal alone does not say it."""
+    """Boolean [seqlen_q, seqlen_kv] if causal alone does not describe the mask."""
     if shape.window is None and (not shape.is_causal or shape.seqlen_q == shape.seqlen_kv):
         return None
     position = torch.arange(shape.seqlen_q, device=device)[:, None] + shape.seqlen_kv - shape.seqlen_q
@@ -91,7 +88,7 @@ def _sdpa(backend: str | None) -> Builder:
             if backend == "flash" and device == "cuda":
                 return _flash_packed(shape, device)
             raise Unsupported("scaled_dot_product_attention has no packed layout")
-        if backend == "math" and shape.scores_bytes * 6 > 0.8 * environment.memory_available(device):
+        if backend == "math" and shape.scores_bytes * 6 > 0.8 * machine.memory_available(device):
             raise Unsupported("the scores do not fit in memory")
         options = {"enable_gqa": shape.heads_q != shape.heads_kv}
         mask = _visible(shape, device)
@@ -117,12 +114,12 @@ def _flash_packed(shape: Shape, device: str) -> Peer:
 
 
 def _eager(shape: Shape, device: str) -> Peer:
-    """Transformers' own eager attention, as every Llama runs it by default where nothing better is chosen."""
+    """Transformers' own eager attention, as every Llama runs it if nothing better is chosen."""
     from transformers.models.llama.modeling_llama import eager_attention_forward
 
     if shape.is_packed:
         raise Unsupported("eager attention has no packed layout")
-    if shape.scores_bytes * 6 > 0.8 * environment.memory_available(device):
+    if shape.scores_bytes * 6 > 0.8 * machine.memory_available(device):
         raise Unsupported(f"{shape.scores_bytes / 2**30:.0f} GiB of scores, several times over, do not fit in memory")
     module = torch.nn.Module().eval()
     module.num_key_value_groups = shape.heads_q // shape.heads_kv

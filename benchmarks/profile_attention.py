@@ -1,4 +1,4 @@
-"""How busy each part of a Hopper GPU is under every attention kernel: what limits it, from Nsight Compute.
+"""How busy each part of a Hopper GPU is under every attention kernel, and so what limits it, from Nsight Compute.
 
     python benchmarks/profile_attention.py                      # every head-dim row, forward and backward, about a minute
     python benchmarks/profile_attention.py --rows 128/128 192/128 --seqlen 16384 --causal
@@ -18,27 +18,18 @@ import subprocess
 import sys
 from pathlib import Path
 
-import render_results  # puts scripts/ on the path
-
-sys.path.insert(0, str(render_results.RESULTS.parent.parent))
-import environment
+import records
+import render_results
+from render_results import SHARES
 
 ROWS = ("64/64", "96/96", "128/128", "192/128", "192/192", "256/256")
 KERNELS = "forward_kernel|backward_kernel|backward_queries_kernel"
-# ncu's name -> column. Shares are of the most the hardware sustains, over the whole kernel.
-SHARES = {
-    "sm__pipe_tensor_op_hmma_cycles_active.avg.pct_of_peak_sustained_elapsed": "tensor cores",
-    "l1tex__data_pipe_lsu_wavefronts.avg.pct_of_peak_sustained_elapsed": "shared memory",
-    "sm__inst_executed_pipe_xu.avg.pct_of_peak_sustained_elapsed": "exponentials",
-    "sm__inst_issued.avg.pct_of_peak_sustained_elapsed": "instruction issue",
-    "lts__throughput.avg.pct_of_peak_sustained_elapsed": "L2",
-    "dram__throughput.avg.pct_of_peak_sustained_elapsed": "DRAM",
-}
 CYCLES, SECONDS = "sm__cycles_elapsed.max", "gpu__time_duration.sum"
 
 
 def run_kernels(rows: list[str], seqlen: int, is_causal: bool) -> None:
-    """What ncu watches: one forward and one backward of each row, 2,048 columns of heads, 16,384 tokens or one sequence."""
+    """The work that ncu watches: a forward and a backward of each row, 2,048 columns of heads, 16,384 tokens or one
+    sequence."""
     import torch
 
     import flashmla_hf
@@ -59,7 +50,7 @@ def parse(text: str) -> list[dict]:
     """ncu's CSV (one line of names, one of units, one a kernel) as records."""
     lines = text[text.index('"ID"') :].splitlines()
     names, units, *rows = csv.reader(lines)
-    records = []
+    kernels = []
     for row in rows:
         cells = dict(zip(names, row, strict=True))
         number = {name: float(cells[name].replace(",", "")) for name in (*SHARES, CYCLES, SECONDS)}
@@ -67,7 +58,7 @@ def parse(text: str) -> list[dict]:
         found = re.match(r"(?:void )?(?:[\w:]+::)?(\w+)(?:<(.*)>)?", cells["Kernel Name"])
         # Head dims are the first two numbers of the template's arguments; one number is both.
         dims = re.findall(r"(?<![\w)])(?:\(int\))?(\d+)", found[2] or "")[:2]
-        records.append(
+        kernels.append(
             {
                 "kernel": found[1].removesuffix("_kernel"),
                 "head_dims": "/".join(dims) if len(dims) == 2 else "/".join(dims * 2),
@@ -77,7 +68,7 @@ def parse(text: str) -> list[dict]:
                 "shares": {column: number[name] / 100 for name, column in SHARES.items()},
             }
         )
-    return records
+    return kernels
 
 
 def main() -> None:
@@ -88,11 +79,13 @@ def main() -> None:
     parser.add_argument("--ncu", help="Nsight Compute; default: the one on PATH or beside CUDA")
     parser.add_argument("--time_limit", type=float, default=180, metavar="S")
     parser.add_argument("--name", default="profile", help="of the JSON file; default: profile")
-    parser.add_argument("--output_dir", type=Path, default=render_results.RESULTS)
+    parser.add_argument("--output_dir", type=Path, default=records.RESULTS)
+    records.add_dirty_option(parser)
     parser.add_argument("--run", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.run:
         return run_kernels(args.rows, args.seqlen, args.causal)
+    records.refuse_dirty_tree("profile_attention", args.output_dir, args.allow_dirty)
     ncu = args.ncu or shutil.which("ncu") or shutil.which("ncu", path="/usr/local/cuda/bin")
     if ncu is None:
         sys.exit("profile_attention: Nsight Compute (ncu) was not found: name it with --ncu")
@@ -115,33 +108,15 @@ def main() -> None:
         sys.exit(f"profile_attention: ncu ended with {done.returncode}:\n{(done.stdout + done.stderr)[-2000:]}")
     document = {
         "kind": "profile",
-        "environment": environment.describe("cuda"),
+        "environment": records.describe("cuda"),
         "seqlen": args.seqlen,
         "is_causal": args.causal,
         "records": parse(done.stdout),
     }
-    from bench_attention import write_json
-
     path = args.output_dir / f"{args.name}.json"
-    write_json(document, path)
-    print(section(document))
+    records.write_json(document, path)
+    print(render_results.profile_section(document))
     print(f"written: {path}, {render_results.write(args.output_dir)}")
-
-
-def section(document: dict) -> str:
-    """The table of RESULTS.md."""
-    mask = "causal" if document["is_causal"] else "full"
-    lines = [
-        f"Share of what the hardware sustains, by Nsight Compute: {document['seqlen']:,} tokens a sequence, {mask}, bf16, one "
-        "run of each kernel. The busiest is in bold. Head dims are the kernel's: calls of 96 run backward in that of 128.\n",
-        "| kernel | head dims (qk/v) | cycles | " + " | ".join(SHARES.values()) + " |",
-        "|---|---|---|" + "---|" * len(SHARES),
-    ]
-    for record in document["records"]:
-        busiest = max(record["shares"].values())
-        cells = [f"**{s:.0%}**" if s == busiest else f"{s:.0%}" for s in record["shares"].values()]
-        lines.append(f"| {record['kernel']} | {record['head_dims']} | {record['cycles']:,} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":

@@ -8,30 +8,27 @@ bench_attention.py and bench_model.py call it at the end of a run; the files say
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
-import math
 import os
-import statistics
-import sys
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
-from shapes import LAYOUTS, Shape
+import records
+from records import RESULTS
+from shapes import LAYOUTS
+from verdicts import DIRECTIONS, Row, bars, geometric_mean, rows, varlen_rates, window_ratios
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
-import environment
+from flashmla_hf.host_memory import GIB
 
-RESULTS = Path(__file__).resolve().parent / "results"
-MIB, GIB = 2**20, 2**30
-DIRECTIONS = ("fwd", "bwd", "fwd+bwd")
-# What an attention run on a GPU is held against.
-CUDNN_AT_LEAST = 0.97  # of cuDNN's rate, on every shape of LONG tokens or more
-BEST_AT_LEAST = 0.95  # of the best other peer's rate: geometric mean
-AIMS = {"fwd": (1.05, 0.97), "bwd": (1.10, 1.00), "fwd+bwd": (1.05, 0.97)}  # likewise, and each shape
-RAGGED_AT_LEAST = 0.90  # of the equal-length batch's rate
-LONG = 1024
+MIB = 2**20
+# ncu's name -> column. Shares are of the most the hardware sustains, over the whole kernel.
+SHARES = {
+    "sm__pipe_tensor_op_hmma_cycles_active.avg.pct_of_peak_sustained_elapsed": "tensor cores",
+    "l1tex__data_pipe_lsu_wavefronts.avg.pct_of_peak_sustained_elapsed": "shared memory",
+    "sm__inst_executed_pipe_xu.avg.pct_of_peak_sustained_elapsed": "exponentials",
+    "sm__inst_issued.avg.pct_of_peak_sustained_elapsed": "instruction issue",
+    "lts__throughput.avg.pct_of_peak_sustained_elapsed": "L2",
+    "dram__throughput.avg.pct_of_peak_sustained_elapsed": "DRAM",
+}
 # Apart for colour-blind readers too (Okabe and Ito).
 COLOURS = ("#009E73", "#0072B2", "#56B4E9", "#D55E00", "#E69F00", "#CC79A7", "#999999", "#F0E442")
 
@@ -51,170 +48,36 @@ def write(folder: Path = RESULTS) -> Path:
     ]
     for path in sorted(folder.glob("*.json")):
         document = json.loads(path.read_text())
-        if document.get("kind") == "attention":
-            body = attention_section(document)
-            for plot in plots(document, path):
-                body += f"\n![{plot.stem}: TFLOP/s per shape]({os.path.relpath(plot, page.parent)})\n"
-        elif document.get("kind") == "model":
-            body = model_section(document)
-        elif document.get("kind") == "memory":
-            body = memory_section(path, page)
-        elif document.get("kind") == "profile":
-            import profile_attention
-
-            body = profile_attention.section(document)
-        elif document.get("kind") == "context_quality":
-            import context_quality
-
-            plot = os.path.relpath(path.with_suffix(".png"), page.parent)
-            body = f"{context_quality.section(document)}\n![loss of held-out documents by context]({plot})\n"
-        else:
-            continue
-        parts.append(f"## {path.stem}\n\n{environment.sentence(document['environment'])}\n\n{body}")
+        body = _section(document, path, page)
+        if body is not None:
+            parts.append(f"## {path.stem}\n\n{records.sentence(document['environment'])}\n\n{body}")
     page.write_text("\n".join(parts))
     return page
 
 
+def _section(document: dict, path: Path, page: Path) -> str | None:
+    """The Markdown of one JSON file; None for a file of another kind."""
+    kind = document.get("kind")
+    if kind == "attention":
+        body = attention_section(document)
+        for plot in plots(document, path):
+            body += f"\n![{plot.stem}: TFLOP/s per shape]({os.path.relpath(plot, page.parent)})\n"
+        return body
+    if kind == "model":
+        return model_section(document)
+    if kind == "memory":
+        return memory_section(path, page)
+    if kind == "profile":
+        return profile_section(document)
+    if kind == "context_quality":
+        import context_quality
+
+        plot = os.path.relpath(path.with_suffix(".png"), page.parent)
+        return f"{context_quality.section(document)}\n![loss of held-out documents by context]({plot})\n"
+    return None
+
+
 # ---------------------------------------------------------------- attention
-
-
-@dataclass(frozen=True)
-class Row:
-    """One shape in one mode: every peer's record, ours and the best of the others."""
-
-    shape: Shape
-    records: dict[str, dict]
-
-    @property
-    def ours(self) -> dict | None:
-        return next((r for peer, r in self.records.items() if peer.startswith("flashmla")), None)
-
-    @property
-    def best_other(self) -> dict | None:
-        others = [r for peer, r in self.records.items() if not peer.startswith("flashmla")]
-        return min(others, key=lambda r: r["seconds"], default=None)
-
-    def ratio(self, other: dict | None) -> float | None:
-        """How many times faster ours is."""
-        return other["seconds"] / self.ours["seconds"] if self.ours and other else None
-
-    @property
-    def is_judged(self) -> bool:
-        """The shapes the bars speak of: dense, without a window, of 1k tokens or more."""
-        return not self.shape.is_packed and self.shape.window is None and self.shape.seqlen_q >= LONG
-
-
-def rows(document: dict, mode: str) -> list[Row]:
-    found: dict[str, dict[str, dict]] = {}
-    for r in document["records"]:
-        if r["mode"] == mode and r["status"] == "ok":
-            found.setdefault(r["shape"], {})[r["peer"]] = r
-    # Ours is the peer named first in the whole run, where it has a number.
-    order = list(dict.fromkeys(r["peer"] for r in document["records"]))
-    return [
-        Row(Shape.parse(text), dict(sorted(of.items(), key=lambda x: order.index(x[0])))) for text, of in found.items()
-    ]
-
-
-def geometric_mean(values: list[float]) -> float:
-    return math.exp(statistics.fmean(map(math.log, values)))
-
-
-@dataclass(frozen=True)
-class Bar:
-    what: str
-    measured: str
-    met: bool | None  # None: stated, not judged
-
-
-def bars(document: dict) -> Iterator[Bar]:
-    """What a GPU run is held against, as far as it measured it."""
-    if document["environment"]["device_type"] != "cuda":
-        return
-    for mode in DIRECTIONS:
-        judged = [row for row in rows(document, mode) if row.is_judged and row.ours]
-        to_cudnn = [row.ratio(row.records["sdpa-cudnn"]) for row in judged if "sdpa-cudnn" in row.records]
-        to_best = [row.ratio(row.best_other) for row in judged if row.best_other]
-        if to_cudnn:
-            below = sum(ratio < CUDNN_AT_LEAST for ratio in to_cudnn)
-            yield Bar(
-                f"{mode}: at least cuDNN on every shape of ≥ 1k tokens (3 % noise allowed)",
-                f"{below} of {len(to_cudnn)} shapes below {CUDNN_AT_LEAST}×, lowest {min(to_cudnn):.2f}×, "
-                f"geometric mean {geometric_mean(to_cudnn):.2f}×",
-                below == 0,
-            )
-        if to_best:
-            mean, lowest = geometric_mean(to_best), min(to_best)
-            aim, none_below = AIMS[mode]
-            yield Bar(
-                f"{mode}: geometric mean ≥ {BEST_AT_LEAST}× the best other peer",
-                f"{mean:.3f}× over {len(to_best)} shapes",
-                mean >= BEST_AT_LEAST,
-            )
-            yield Bar(
-                f"{mode}, aim: geometric mean ≥ {aim:.2f}× the best other peer, none below {none_below:.2f}×",
-                f"{mean:.3f}×, lowest {lowest:.2f}×, {sum(r < none_below for r in to_best)} below",
-                mean >= aim and lowest >= none_below,
-            )
-    for mode in ("host", "host+grad"):
-        ratios = [row.ratio(row.records["sdpa"]) for row in rows(document, mode) if row.ours and "sdpa" in row.records]
-        if ratios:
-            yield Bar(
-                f"{mode}: the eager call takes no longer than scaled_dot_product_attention's, ≤ 1k tokens",
-                f"{', '.join(f'{1 / ratio:.2f}×' for ratio in ratios)} its time",
-                min(ratios) >= 1.0,
-            )
-    for mode in DIRECTIONS:
-        for shape, rates in varlen_rates(document, mode):
-            mine = next((of for peer, of in rates.items() if peer.startswith("flashmla")), {})
-            equal = mine.get("dense") or mine.get("packed")
-            if equal and "ragged" in mine:
-                yield Bar(
-                    f"{mode}: ragged documents within 10 % of the equal-length batch's FLOP rate, {shape}",
-                    f"{mine['ragged'] / equal:.2f}×",
-                    mine["ragged"] / equal >= RAGGED_AT_LEAST,
-                )
-        for row, shares, tiles in window_ratios(document, mode):
-            if row.ours and row.ours["peer"] in shares:
-                yield Bar(
-                    f"{mode}: a window of {row.shape.window:,} in {row.shape.seqlen_q:,} tokens takes time in proportion "
-                    "to the tiles visited",
-                    f"{shares[row.ours['peer']]:.3f} of causal's time for {tiles:.3f} of its tiles",
-                    None,
-                )
-
-
-def verdict_lines(document: dict) -> list[str]:
-    word = {True: "pass", False: "FAIL", None: "    "}
-    return [f"{word[bar.met]}  {bar.what}: {bar.measured}" for bar in bars(document)]
-
-
-def varlen_rates(document: dict, mode: str) -> list[tuple[str, dict[str, dict[str, float]]]]:
-    """Per packed shape (in words): FLOP/s per peer and layout."""
-    groups: dict[Shape, dict[str, dict[str, float]]] = {}
-    for row in rows(document, mode):
-        rates = groups.setdefault(dataclasses.replace(row.shape, layout="dense"), {})
-        for peer, record in row.records.items():
-            rates.setdefault(peer, {})[row.shape.layout] = record["flops_per_second"]
-    return [(str(shape), rates) for shape, rates in groups.items() if any("ragged" in of for of in rates.values())]
-
-
-def window_ratios(document: dict, mode: str) -> list[tuple[Row, dict[str, float], float]]:
-    """Per windowed shape: each peer's time as a share of its time for plain causal, and the share of tiles visited."""
-    tile = document.get("window_tile", [128, 128])
-    all_rows = rows(document, mode)
-    causal = {row.shape: row for row in all_rows if row.shape.window is None}
-    result = []
-    for row in all_rows:
-        whole = causal.get(dataclasses.replace(row.shape, window=None))
-        if row.shape.window is not None and whole is not None:
-            shares = {
-                peer: record["seconds"] / whole.records[peer]["seconds"]
-                for peer, record in row.records.items()
-                if peer in whole.records
-            }
-            result.append((row, shares, row.shape.tiles_visited(*tile) / whole.shape.tiles_visited(*tile)))
-    return result
 
 
 def table(header: list[str], lines: list[list[str]]) -> str:
@@ -227,88 +90,27 @@ def times(value: float | None) -> str:
 
 
 def attention_section(document: dict) -> str:
-    """What was asked of the run, then per direction rates, ratios and memory, then the suites with a question of their own."""
-    records = document["records"]
-    peers = list(dict.fromkeys(r["peer"] for r in records))
-    ceilings = document["matmul_flops_per_second"]
-    unit, factor = ("TFLOP/s", 1e12) if max(ceilings.values()) >= 1e13 else ("GFLOP/s", 1e9)
-    machine = ", ".join(f"{dtype} {value / factor:.0f} {unit}" for dtype, value in ceilings.items())
-    if copy := document.get("copy_bytes_per_second"):
-        machine += f"; copy within the device: {copy / 1e9:,.0f} GB/s"
-    if document["environment"]["device_type"] == "cuda":
-        clocks = [r["sm_mhz"] for r in records if "sm_mhz" in r]
-        watts = [r["watts"] for r in records if "watts" in r]
-        machine += f"; driver {document.get('driver', 'unknown')}; SM clock while measuring "
-        machine += f"{min(clocks)} to {max(clocks)} MHz, " if clocks else "unknown, "
-        machine += f"power {min(watts):.0f} to {max(watts):.0f} W" if watts else "power unknown"
+    """The bars of the run, then per direction rates, ratios and memory, then the suites with a question of their own."""
+    results = document["records"]
+    peers = list(dict.fromkeys(r["peer"] for r in results))
+    unit, factor = ("TFLOP/s", 1e12) if max(document["matmul_flops_per_second"].values()) >= 1e13 else ("GFLOP/s", 1e9)
     order = "in orders that change" if document.get("orders") == "balanced" else "in the same order each time"
     parts = [
-        f"Ceiling (square matrix product): {machine}. Cells: {unit} (interquartile range in % of the median); – is not "
-        f"measured. Peers ran in turn, {order}, the L2 cache was not flushed; every number's result was checked against "
-        "float64 on a slice.\n"
+        f"Ceiling (square matrix product): {_machine(document, unit, factor)}. Cells: {unit} (interquartile range in % of the "
+        f"median); – is not measured. Peers ran in turn, {order}, the L2 cache was not flushed; every number's result was "
+        "checked against float64 on a slice.\n"
     ]
     word = {True: "pass", False: "**fail**", None: "stated"}
     if held := [[bar.what, bar.measured, word[bar.met]] for bar in bars(document)]:
         parts.append(table(["asked", "measured", ""], held))
     for mode in DIRECTIONS:
-        if here := rows(document, mode):
-            parts += [f"### {mode}\n", rate_table(here, peers, ceilings, factor)]
-            if ratios := [row.ratio(row.best_other) for row in here if row.ours and row.best_other]:
-                mean = geometric_mean(ratios)
-                parts.append(f"flashmla / best other, geometric mean over {len(ratios)} shapes: {mean:.2f}×\n")
-            parts.append(memory_table(here, peers))
-        if groups := varlen_rates(document, mode):
-            parts.append(
-                f"Packed documents, {mode}: {unit} of the dense batch, of the same documents packed, of ragged documents "
-                "of as many tokens in all (log-uniform lengths, fixed seed; FLOPs are the sum over documents), and "
-                "ragged / dense (/ packed for a peer without the dense one).\n"
-            )
-            lines = []
-            for shape, rates in groups:
-                for peer, of in ((peer, of) for peer, of in rates.items() if "ragged" in of):
-                    equal = of.get("dense") or of.get("packed")
-                    ratio = times(of["ragged"] / equal) if equal else "–"
-                    cells = [f"{of[layout] / factor:.0f}" if layout in of else "–" for layout in LAYOUTS]
-                    lines.append([shape, peer, *cells, ratio])
-            parts.append(table(["shape", "peer", *LAYOUTS, "ragged / equal"], lines))
-        if windows := window_ratios(document, mode):
-            block_q, block_kv = document.get("window_tile", [128, 128])
-            parts.append(
-                f"Windows, {mode}: time as a share of plain causal's, beside the share of tiles visited. A Q tile of rows "
-                f"i ... i + {block_q - 1} visits the K/V tiles ⌊max(0, i − window) / {block_kv}⌋ ... "
-                f"⌊(i + {block_q - 1}) / {block_kv}⌋ ({block_q} × {block_kv} tiles).\n"
-            )
-            shown = [peer for peer in peers if any(peer in shares for _, shares, _ in windows)]
-            lines = [
-                [str(row.shape), f"{tiles:.3f}", *(f"{shares[p]:.3f}" if p in shares else "–" for p in shown)]
-                for row, shares, tiles in windows
-            ]
-            parts.append(table(["shape", "tiles", *shown], lines))
-        costs = [
-            [str(row.shape), peer, times(record["seconds"] / row.records[plain]["seconds"])]
-            for row in rows(document, mode)
-            for peer, record in row.records.items()
-            if mode != "fwd"
-            and peer.endswith("-deterministic")
-            and (plain := peer.removesuffix("-deterministic")) in row.records
-        ]
-        if costs:
-            parts += [f"Bitwise reproducible gradients, {mode}: time over the default's.\n"]
-            parts.append(table(["shape", "peer", "deterministic / default"], costs))
+        parts += _direction(document, mode, peers, unit, factor)
     for mode in ("host", "host+grad"):
         if here := rows(document, mode):
-            grad = "inputs that require gradients" if mode == "host+grad" else "no gradients"
-            parts.append(f"Host time of one eager call in µs (operator and dispatch included), {grad}.\n")
-            shown = [peer for peer in peers if any(peer in row.records for row in here)]
-            lines = [
-                [str(row.shape)]
-                + [f"{r['seconds'] * 1e6:.1f}" if (r := row.records.get(peer)) else "–" for peer in shown]
-                for row in here
-            ]
-            parts.append(table(["shape", *shown], lines))
+            parts += _host_table(here, mode, peers)
     notes = dict.fromkeys(
         f"- {r['peer']} at {r['shape']}: {r['status'].replace('_', ' ')}: {r['reason']}"
-        for r in records
+        for r in results
         if r["status"] != "ok"
     )
     if notes:
@@ -316,6 +118,93 @@ def attention_section(document: dict) -> str:
     if document.get("skipped"):
         parts.append(f"Not measured for want of time: {'; '.join(document['skipped'])}.\n")
     return "\n".join(parts)
+
+
+def _machine(document: dict, unit: str, factor: float) -> str:
+    """The machine's ceilings, and on a GPU its driver, clocks and power while it measured."""
+    text = ", ".join(f"{name} {rate / factor:.0f} {unit}" for name, rate in document["matmul_flops_per_second"].items())
+    if copy := document.get("copy_bytes_per_second"):
+        text += f"; copy within the device: {copy / 1e9:,.0f} GB/s"
+    if document["environment"]["device_type"] == "cuda":
+        clocks = [r["sm_mhz"] for r in document["records"] if "sm_mhz" in r]
+        watts = [r["watts"] for r in document["records"] if "watts" in r]
+        text += f"; driver {document.get('driver', 'unknown')}; SM clock while measuring "
+        text += f"{min(clocks)} to {max(clocks)} MHz, " if clocks else "unknown, "
+        text += f"power {min(watts):.0f} to {max(watts):.0f} W" if watts else "power unknown"
+    return text
+
+
+def _direction(document: dict, mode: str, peers: list[str], unit: str, factor: float) -> list[str]:
+    """Rates and memory of one direction, then its packed documents, windows and reproducible gradients."""
+    parts = []
+    if here := rows(document, mode):
+        parts += [f"### {mode}\n", rate_table(here, peers, document["matmul_flops_per_second"], factor)]
+        if ratios := [row.ratio(row.best_other) for row in here if row.ours and row.best_other]:
+            mean = geometric_mean(ratios)
+            parts.append(f"flashmla / best other, geometric mean over {len(ratios)} shapes: {mean:.2f}×\n")
+        parts.append(memory_table(here, peers))
+    if groups := varlen_rates(document, mode):
+        parts += _packed_table(groups, mode, unit, factor)
+    if windows := window_ratios(document, mode):
+        parts += _window_table(document, windows, mode, peers)
+    costs = [
+        [str(row.shape), peer, times(result["seconds"] / row.records[plain]["seconds"])]
+        for row in rows(document, mode)
+        for peer, result in row.records.items()
+        if mode != "fwd"
+        and peer.endswith("-deterministic")
+        and (plain := peer.removesuffix("-deterministic")) in row.records
+    ]
+    if costs:
+        parts += [f"Bitwise reproducible gradients, {mode}: time over the default's.\n"]
+        parts.append(table(["shape", "peer", "deterministic / default"], costs))
+    return parts
+
+
+def _packed_table(groups: list, mode: str, unit: str, factor: float) -> list[str]:
+    lines = []
+    for shape, rates in groups:
+        for peer, by_layout in rates.items():
+            if "ragged" not in by_layout:
+                continue
+            equal = by_layout.get("dense") or by_layout.get("packed")
+            ratio = times(by_layout["ragged"] / equal) if equal else "–"
+            cells = [f"{by_layout[layout] / factor:.0f}" if layout in by_layout else "–" for layout in LAYOUTS]
+            lines.append([shape, peer, *cells, ratio])
+    return [
+        f"Packed documents, {mode}: {unit} of the dense batch, of the same documents packed, of ragged documents "
+        "of as many tokens in all (log-uniform lengths, fixed seed; FLOPs are the sum over documents), and "
+        "ragged / dense (/ packed for a peer without the dense one).\n",
+        table(["shape", "peer", *LAYOUTS, "ragged / equal"], lines),
+    ]
+
+
+def _window_table(document: dict, windows: list, mode: str, peers: list[str]) -> list[str]:
+    block_q, block_kv = document.get("window_tile", [128, 128])
+    shown = [peer for peer in peers if any(peer in shares for _, shares, _ in windows)]
+    lines = [
+        [str(row.shape), f"{tiles:.3f}", *(f"{shares[p]:.3f}" if p in shares else "–" for p in shown)]
+        for row, shares, tiles in windows
+    ]
+    return [
+        f"Windows, {mode}: time as a share of plain causal's, beside the share of tiles visited. A Q tile of rows "
+        f"i ... i + {block_q - 1} visits the K/V tiles ⌊max(0, i − window) / {block_kv}⌋ ... "
+        f"⌊(i + {block_q - 1}) / {block_kv}⌋ ({block_q} × {block_kv} tiles).\n",
+        table(["shape", "tiles", *shown], lines),
+    ]
+
+
+def _host_table(here: list[Row], mode: str, peers: list[str]) -> list[str]:
+    grad = "inputs that require gradients" if mode == "host+grad" else "no gradients"
+    shown = [peer for peer in peers if any(peer in row.records for row in here)]
+    lines = [
+        [str(row.shape)] + [f"{r['seconds'] * 1e6:.1f}" if (r := row.records.get(peer)) else "–" for peer in shown]
+        for row in here
+    ]
+    return [
+        f"Host time of one eager call in µs (operator and dispatch included), {grad}.\n",
+        table(["shape", *shown], lines),
+    ]
 
 
 def rate_table(here: list[Row], peers: list[str], ceilings: dict[str, float], factor: float) -> str:
@@ -338,7 +227,7 @@ def rate_table(here: list[Row], peers: list[str], ceilings: dict[str, float], fa
 
 
 def memory_table(here: list[Row], peers: list[str]) -> str:
-    """Peak memory per peer, and what ours saves where eager ran."""
+    """Peak memory per peer, and the saving of ours if eager ran."""
     here = [row for row in here if any(r.get("peak_bytes") is not None for r in row.records.values())]
     if not here:
         return ""
@@ -367,7 +256,7 @@ def memory_table(here: list[Row], peers: list[str]) -> str:
 
 
 def plots(document: dict, path: Path) -> list[Path]:
-    """Grouped bars of TFLOP/s per shape, one PNG per direction, beside the JSON file; none where matplotlib is not there."""
+    """Grouped bars of TFLOP/s per shape, one PNG per direction, beside the JSON file; none without matplotlib."""
     try:
         import matplotlib
     except ImportError:
@@ -402,15 +291,31 @@ def plots(document: dict, path: Path) -> list[Path]:
     return written
 
 
+def profile_section(document: dict) -> str:
+    """A row per kernel: how busy it keeps each part of the GPU, the busiest in bold."""
+    mask = "causal" if document["is_causal"] else "full"
+    lines = [
+        f"Share of what the hardware sustains, by Nsight Compute: {document['seqlen']:,} tokens a sequence, {mask}, bf16, one "
+        "run of each kernel. The busiest is in bold. Head dims are the kernel's: calls of 96 run backward in that of 128.\n",
+        "| kernel | head dims (qk/v) | cycles | " + " | ".join(SHARES.values()) + " |",
+        "|---|---|---|" + "---|" * len(SHARES),
+    ]
+    for record in document["records"]:
+        busiest = max(record["shares"].values())
+        cells = [f"**{s:.0%}**" if s == busiest else f"{s:.0%}" for s in record["shares"].values()]
+        lines.append(f"| {record['kernel']} | {record['head_dims']} | {record['cycles']:,} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
 # ---------------------------------------------------------------- models
 
 
 def memory_section(path: Path, page: Path) -> str:
-    """The tables of scripts/memory_report.py, and its files beside the JSON made anew: the ledger may have been corrected."""
-    import memory_report
+    """The tables of memory_report.py. Its files beside the JSON are made anew: the ledger may have been corrected."""
+    import memory_page
 
-    results, document = memory_report.read(path)
-    table, *plots = memory_report.render(results, document, path)
+    results, document = memory_page.read(path)
+    table, *plots = memory_page.render(results, document, path)
     section = table.read_text()
     for plot in plots:
         section += f"\n![{path.stem}: memory, speed and ledger]({os.path.relpath(plot, page.parent)})\n"

@@ -128,11 +128,11 @@ class Shape:
 
     @property
     def scores_bytes(self) -> int:
-        """One copy of the scores: what eager attention holds several times."""
+        """One copy of the scores; eager attention holds several."""
         return self.batch * self.heads_q * self.seqlen_q * self.seqlen_kv * DTYPES[self.dtype].itemsize
 
     def output_bytes(self, mode: str) -> int:
-        """The output, and with a backward the gradients of q, k and v: what no implementation can do without."""
+        """The output, and with a backward the gradients of q, k and v: every implementation needs them."""
         queries, keys = self.batch * self.seqlen_q * self.heads_q, self.batch * self.seqlen_kv * self.heads_kv
         gradients = (queries + keys) * self.head_dim_qk + keys * self.head_dim_v
         return (queries * self.head_dim_v + gradients * (mode != "fwd")) * DTYPES[self.dtype].itemsize

@@ -21,6 +21,7 @@ _PUBLIC = {
     "patch": "flashmla_hf.patches",
     "unpatch": "flashmla_hf.patches",
     "patch_report": "flashmla_hf.patches",
+    "ledger": "flashmla_hf.training.ledger",
     "DEFAULT_PATCHES": "flashmla_hf.patches",
     "PATCHES": "flashmla_hf.patches",
     "PATCH_OPTIONS": "flashmla_hf.patches",

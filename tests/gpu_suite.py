@@ -77,8 +77,22 @@ PARTS: dict[str, tuple[Step, ...]] = {
         *map(sanitizer, SANITIZERS),
     ),
     "flex": (Step("flex", (*PYTEST, "tests/test_gpu.py", "-k", "flex", "-m", "not slow"), 420),),
-    "bench": (Step("bench", ("benchmarks/bench_attention.py", "--device", "cuda", "--time_budget", "240"), 420),),
-    "profile": (Step("profile", ("benchmarks/profile_attention.py",), 200),),
+    "bench": (
+        Step(
+            "bench",
+            (
+                "benchmarks/bench_attention.py",
+                "--device",
+                "cuda",
+                "--time_budget",
+                "240",
+                "--output_dir",
+                "build/gpu/bench",
+            ),
+            420,
+        ),
+    ),
+    "profile": (Step("profile", ("benchmarks/profile_attention.py", "--output_dir", "build/gpu/bench"), 200),),
 }
 NEED_SM90 = ("sm90", "robust", "sweep", "hf", "finetune", "sanitize", "profile")
 

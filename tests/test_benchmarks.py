@@ -8,11 +8,11 @@ import json
 import os
 import re
 import shutil
-import sys
+import subprocess
 from collections import Counter
 from pathlib import Path
 
-# Before torch is: other work on the machine must not slow a test tenfold (see scripts/finetune.py).
+# Before torch is: other work on the machine must not slow a test tenfold (see flashmla_hf/training/finetune.py).
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import pytest
@@ -22,12 +22,16 @@ pytest.importorskip("transformers")
 pytest.importorskip("matplotlib")
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "scripts")]
 
 import bench_attention  # noqa: E402
 import bench_model  # noqa: E402
+import check  # noqa: E402
+import compare  # noqa: E402
+import records  # noqa: E402
 import render_results  # noqa: E402
-from bench_attention import Inputs  # noqa: E402
+import timing  # noqa: E402
+import verdicts  # noqa: E402
+from check import Inputs  # noqa: E402
 from peers import PEERS, Peer, Unsupported  # noqa: E402
 from shapes import SUITES, Shape  # noqa: E402
 
@@ -145,20 +149,20 @@ WRONG = {
 def test_a_wrong_implementation_gets_no_number(wrong):
     run, said = WRONG[wrong]
     inputs = Inputs.random(SMALL, "cpu")
-    truth = bench_attention.expected(SMALL, inputs, needs_gradients=True)
-    problem, _ = bench_attention.verdict(SMALL, Peer(run), inputs, truth, training=True)
+    truth = check.expected(SMALL, inputs, needs_gradients=True)
+    problem, _ = check.verdict(SMALL, Peer(run), inputs, truth, training=True)
     assert problem is not None
     assert said in problem
-    problem, _ = bench_attention.verdict(SMALL, Peer(run), inputs, truth, training=False)
+    problem, _ = check.verdict(SMALL, Peer(run), inputs, truth, training=False)
     assert (problem is None) == said.startswith("d")  # without gradients only the output can be wrong
 
 
 def test_a_pack_taken_for_one_sequence_gets_no_number():
     shape = Shape.parse("d64 B4 H4/2 S80 causal ragged fp32")
     inputs = Inputs.random(shape, "cpu")
-    truth = bench_attention.expected(shape, inputs, needs_gradients=False)
+    truth = check.expected(shape, inputs, needs_gradients=False)
     whole = Peer(lambda q, k, v: attention(q[None], k[None], v[None], is_causal=True)[0])
-    problem, _ = bench_attention.verdict(shape, whole, inputs, truth, training=False)
+    problem, _ = check.verdict(shape, whole, inputs, truth, training=False)
     assert "O is off" in problem
 
 
@@ -184,8 +188,8 @@ def test_right_implementations_pass_the_check(text, peer):
             PEERS[peer](shape, "cpu")
         return
     inputs = Inputs.random(shape, "cpu")
-    truth = bench_attention.expected(shape, inputs, needs_gradients=True)
-    problem, errors = bench_attention.verdict(shape, PEERS[peer](shape, "cpu"), inputs, truth, training=True)
+    truth = check.expected(shape, inputs, needs_gradients=True)
+    problem, errors = check.verdict(shape, PEERS[peer](shape, "cpu"), inputs, truth, training=True)
     assert problem is None, errors
 
 
@@ -235,11 +239,11 @@ def test_peers_take_turns_call_by_call(monkeypatch):
             order.append(name)
             _Event.clock += milliseconds
 
-        return bench_attention.Timed(Peer(run), run)
+        return timing.Timed(Peer(run), run)
 
     calls = {"a": call("a", 1.0), "b": call("b", 2.0), "slow": call("slow", 5.0), "short": call("short", 0.1)}
     halfway = []
-    times = bench_attention.interleaved(calls, "cuda", "fwd", 4, 0.04, lambda: halfway.append(len(order)))
+    times = timing.interleaved(calls, "cuda", "fwd", 4, 0.04, lambda: halfway.append(len(order)))
     assert {name: len(turns) for name, turns in times.items()} == {"a": 40, "b": 20, "slow": 8, "short": 100}
     assert {name: pytest.approx(turns) for name, turns in times.items()} == {
         "a": [1e-3] * 40, "b": [2e-3] * 20, "slow": [5e-3] * 8, "short": [1e-4] * 100
@@ -253,7 +257,7 @@ def test_peers_take_turns_call_by_call(monkeypatch):
 @pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 6])
 def test_every_peer_comes_after_every_other_as_often(n):
     names = [str(i) for i in range(n)]
-    orders = bench_attention.balanced_orders(names)
+    orders = timing.balanced_orders(names)
     assert all(sorted(order) == names for order in orders)
     after = Counter(pair for order in orders for pair in itertools.pairwise(order))
     assert set(after) == {(a, b) for a in names for b in names if a != b}
@@ -264,10 +268,10 @@ def test_host_time_is_of_many_calls_and_one_wait(monkeypatch):
     waits = []
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: waits.append(None))
     calls = []
-    timed = bench_attention.Timed(Peer(calls.append), lambda: calls.append(None))
-    bench_attention.interleaved({"a": timed}, "cuda", "host", 5, 1e-6, lambda: None)
+    timed = timing.Timed(Peer(calls.append), lambda: calls.append(None))
+    timing.interleaved({"a": timed}, "cuda", "host", 5, 1e-6, lambda: None)
     assert len(waits) == 5 + 3  # three turns to find out how long it takes
-    assert 5 * bench_attention.HOST_CALLS < len(calls) <= 5 * bench_attention.HOST_CALLS + 7
+    assert 5 * timing.HOST_CALLS < len(calls) <= 5 * timing.HOST_CALLS + 7
 
 
 def _jobs(*arguments, earlier=()):
@@ -336,7 +340,7 @@ def test_the_bars_are_judged_and_written(tmp_path):
         (SHORT_TEXT, "host", "flashmla"): 25, (SHORT_TEXT, "host", "sdpa"): 20,
     }  # fmt: skip
     document = _gpu_document(rates=rates)
-    found = {bar.what: (bar.measured, bar.met) for bar in render_results.bars(document)}
+    found = {bar.what: (bar.measured, bar.met) for bar in verdicts.bars(document)}
     cudnn, best, aim, host, ragged, window = found.values()
     assert cudnn == ("1 of 2 shapes below 0.97×, lowest 0.91×, geometric mean 1.04×", False)  # short ones do not count
     assert best == ("0.946× over 2 shapes", False)
@@ -346,7 +350,7 @@ def test_the_bars_are_judged_and_written(tmp_path):
     tiles = Shape.parse(WINDOW).tiles_visited(128, 128) / Shape.parse(LONG_TEXT).tiles_visited(128, 128)
     assert f"for {tiles:.3f} of its tiles" in window[0]
     assert window[1] is None
-    assert render_results.verdict_lines(document)[0].startswith("FAIL  fwd: at least cuDNN")
+    assert verdicts.lines(document)[0].startswith("FAIL  fwd: at least cuDNN")
     (tmp_path / "gpu.json").write_text(json.dumps(document))
     page = render_results.write(tmp_path).read_text()
     assert "driver 580; SM clock while measuring 1755 to 1755 MHz, power 600 to 600 W" in page
@@ -364,7 +368,7 @@ def test_a_clean_run_passes():
         rates={(LONG_TEXT, "bwd", "flashmla"): 600, (LONG_TEXT, "bwd", "sdpa-cudnn"): 500}
         | {(LONG_TEXT, "bwd", "flashmla-deterministic"): 500}
     )
-    assert [bar.met for bar in render_results.bars(document)] == [True] * 3
+    assert [bar.met for bar in verdicts.bars(document)] == [True] * 3
     assert "| flashmla-deterministic | 1.20× |" in render_results.attention_section(document)
 
 
@@ -423,7 +427,7 @@ def test_bench_model_measures_training_and_decoding(tmp_path, monkeypatch, capsy
     assert "Decoding" in page
 
 
-@pytest.mark.parametrize("module", [bench_attention, bench_model, render_results])
+@pytest.mark.parametrize("module", [bench_attention, bench_model, compare, render_results])
 def test_help_helps(module, capsys):
     with pytest.raises(SystemExit) as caught:
         module.main(["--help"])
@@ -434,10 +438,10 @@ def test_help_helps(module, capsys):
 def test_a_profile_is_read_from_what_ncu_prints():
     import profile_attention
 
-    columns = [*profile_attention.SHARES, profile_attention.CYCLES, profile_attention.SECONDS]
+    columns = [*render_results.SHARES, profile_attention.CYCLES, profile_attention.SECONDS]
     head = '"ID","Kernel Name",' + ",".join(f'"{column}"' for column in columns)
-    units = '"","",' + ",".join(['"%"'] * len(profile_attention.SHARES) + ['"cycle"', '"ns"'])
-    numbers = ",".join(f'"{10 * (i + 1)}.0"' for i in range(len(profile_attention.SHARES))) + ',"4,089,644","2,830,000"'
+    units = '"","",' + ",".join(['"%"'] * len(render_results.SHARES) + ['"cycle"', '"ns"'])
+    numbers = ",".join(f'"{10 * (i + 1)}.0"' for i in range(len(render_results.SHARES))) + ',"4,089,644","2,830,000"'
     kernels = (
         "void forward_kernel<192, 128, 1, bfloat16_t>(ForwardArguments)",
         "void flashmla::sm90::backward_queries_kernel<(int)256, cutlass::bfloat16_t>(flashmla::sm90::Arguments)",
@@ -448,5 +452,72 @@ def test_a_profile_is_read_from_what_ncu_prints():
     assert records[0]["cycles"] == 4_089_644
     assert records[0]["seconds"] == pytest.approx(2.83e-3)
     assert records[0]["shares"]["tensor cores"] == pytest.approx(0.1)
-    table = profile_attention.section({"seqlen": 4096, "is_causal": False, "records": records})
+    table = render_results.profile_section({"seqlen": 4096, "is_causal": False, "records": records})
     assert "| forward | 192/128 | 4,089,644 | 10% | 20% | 30% | 40% | 50% | **60%** |" in table
+
+
+# ---------------------------------------------------------------- provenance and comparison
+
+
+def test_a_result_names_its_command_and_commit(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["/somewhere/bench_attention.py", "--suite", "tiny"])
+    record = records.describe("cpu")
+    assert record["command"] == ["bench_attention.py", "--suite", "tiny"]
+    assert "`bench_attention.py --suite tiny`" in records.sentence(record)
+
+
+def test_a_dirty_tree_is_one_with_other_changes_than_results(tmp_path, monkeypatch):
+    def git(*arguments):
+        names = ["-c", "user.name=n", "-c", "user.email=e@example.org"]
+        subprocess.run(["git", "-C", str(tmp_path), *names, *arguments], check=True, capture_output=True)
+
+    (tmp_path / "benchmarks" / "results").mkdir(parents=True)
+    (tmp_path / "code.py").write_text("1")
+    git("init")
+    git("add", ".")
+    git("commit", "-m", "one")
+    monkeypatch.setattr(records, "REPOSITORY", tmp_path)
+    (tmp_path / "benchmarks" / "results" / "new.json").write_text("{}")
+    (tmp_path / "benchmarks" / "RESULTS.md").write_text("new")
+    assert not records.commit().endswith("+")
+    (tmp_path / "code.py").write_text("2")
+    assert records.commit().endswith("+")
+
+
+@pytest.mark.parametrize("module", [bench_attention, bench_model])
+def test_a_dirty_tree_does_not_write_into_the_results(module, monkeypatch):
+    monkeypatch.setattr(records, "commit", lambda: "abc+")
+    with pytest.raises(SystemExit, match=rf"{module.__name__}: .*uncommitted changes: .*--output_dir.*--allow_dirty"):
+        module.main(["--device", "cpu"])
+    records.refuse_dirty_tree("x", records.RESULTS, allow_dirty=True)
+    monkeypatch.setattr(records, "commit", lambda: "abc")
+    records.refuse_dirty_tree("x", records.RESULTS, allow_dirty=False)
+
+
+def _slower(document, factor, peer):
+    copy = json.loads(json.dumps(document))
+    for record in copy["records"]:
+        record["seconds"] *= factor if record["peer"] == peer else 1
+    return copy
+
+
+def test_compare_gives_ratios_and_fails_on_a_slower_run(tmp_path, capsys):
+    texts = ("d64 B1 H2/2 S128 causal bf16", "d64 B1 H2/2 S256 causal bf16")
+    old = _gpu_document(rates={(text, "fwd", peer): 100.0 for text in texts for peer in ("flashmla", "sdpa")})
+    new = _slower(old, 1.04, "flashmla")
+    paths = [tmp_path / "old.json", tmp_path / "new.json"]
+    for path, document in zip(paths, (old, new), strict=True):
+        path.write_text(json.dumps(document))
+    arguments = [str(path) for path in paths]
+    compare.main(arguments)
+    out = capsys.readouterr().out
+    assert f" 0.962×  fwd       flashmla               {texts[0]}" in out
+    assert " 1.000×  fwd       sdpa                   geometric mean" in out
+    with pytest.raises(SystemExit, match=r"fwd flashmla: geometric mean 0\.962×, expected at least 0\.970×"):
+        compare.main([*arguments, "--tolerance", "0.03"])
+    compare.main([*arguments, "--tolerance", "0.03", "--peers", "sdpa"])
+    with pytest.raises(SystemExit, match="no shape, mode and peer in common"):
+        compare.main([*arguments, "--peers", "fa4"])
+    paths[1].write_text("{}")
+    with pytest.raises(SystemExit, match="is not a file of bench_attention"):
+        compare.main(arguments)

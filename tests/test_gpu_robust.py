@@ -10,10 +10,8 @@ a process of its own (autograd's thread starts once in a process) is a function 
 from __future__ import annotations
 
 import math
-import sys
 import threading
 from dataclasses import replace
-from pathlib import Path
 
 import numerics
 import pytest
@@ -22,8 +20,6 @@ from cases import SM90_ROWS, Case
 from gpu_support import DEVICE, HALF, IMPL, cu, half, in_subprocess, needs_memory, needs_sm90, rows
 
 from flashmla_hf import attention
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
 
 pytestmark = needs_sm90
 on_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="is a GPU's")
@@ -550,7 +546,7 @@ def fill_what_is_held() -> list[torch.Tensor]:
 
 def assert_out_of_memory_is_said(call, step: int = 12, most: int = 800) -> None:
     """Makes the call with more and more memory until it is enough: every allocation in it fails once, and says so."""
-    import environment
+    from flashmla_hf.training import machine
 
     refused = []
     taken = fill_what_is_held()
@@ -569,7 +565,7 @@ def assert_out_of_memory_is_said(call, step: int = 12, most: int = 800) -> None:
         del taken
         torch.cuda.empty_cache()
     assert refused
-    assert all("out of memory" in str(error) and environment.is_out_of_memory(error) for error in refused)
+    assert all("out of memory" in str(error) and machine.is_out_of_memory(error) for error in refused)
 
 
 @on_gpu

@@ -1,5 +1,5 @@
-"""The scripts for long contexts: the ledger against published and measured numbers, patches and evaluation in finetune.py,
-the search for the longest context, what happens when memory or disk run out, and the report's series."""
+"""Training on long contexts: the ledger against published and measured numbers, patches and evaluation in finetune, the
+search for the longest context, running out of memory or disk, and the report's series."""
 
 from __future__ import annotations
 
@@ -22,22 +22,26 @@ pytest.importorskip("peft")
 pytest.importorskip("matplotlib")
 
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPTS = ROOT / "scripts"
-sys.path[:0] = [str(SCRIPTS), str(ROOT / "benchmarks")]
 
 import context_quality  # noqa: E402
-import demo  # noqa: E402
-import environment  # noqa: E402
-import finetune  # noqa: E402
-import ledger  # noqa: E402
+import documents  # noqa: E402
 import measure_model  # noqa: E402
+import memory_page  # noqa: E402
 import memory_report  # noqa: E402
 import models  # noqa: E402
 import numpy as np  # noqa: E402
+import records  # noqa: E402
 import render_results  # noqa: E402
-from ledger import GIB, KIB, Shape, Switches  # noqa: E402
 from measure_model import Measurement, Point  # noqa: E402
 from test_scripts import ON_PATH, corpus, fresh_accelerate_state, losses, options, tiny_model  # noqa: E402, F401
+
+import flashmla_hf  # noqa: E402
+from flashmla_hf.host_memory import GIB  # noqa: E402
+from flashmla_hf.training import evaluation, finetune, ledger, machine, max_length, memory  # noqa: E402
+from flashmla_hf.training.ledger import KIB, build_ledger  # noqa: E402
+from flashmla_hf.training.model import keep_adapter_inputs  # noqa: E402
+from flashmla_hf.training.shape import PUBLISHED, Shape  # noqa: E402
+from flashmla_hf.training.terms import Switches  # noqa: E402
 
 LLAMA_8B = Shape.of(models.SHAPES["llama-8b"])
 ALL = frozenset({"loss", "mlp", "norm", "rope", "checkpointing", "keep_attention", "offload"})
@@ -95,22 +99,22 @@ def test_the_components_of_llama_8b_are_those_of_the_published_ladder(term, leas
 )
 def test_the_ledger_predicts_what_an_h100_measured(backend, liger, tokens, gib):
     """Llama-3.1-8B's shape, bf16, LoRA r=16 with a float32 adapter, checkpointing, batch 1; torch 2.11, transformers 5.17."""
-    of = ledger.ledger(LLAMA_8B, Switches(backend, liger=liger, gradient_checkpointing=True))
-    assert of.peak(tokens) / GIB == pytest.approx(gib, rel=0.03)
+    predicted = build_ledger(LLAMA_8B, Switches(backend, liger=liger, gradient_checkpointing=True))
+    assert predicted.peak(tokens) / GIB == pytest.approx(gib, rel=0.03)
 
 
 def test_the_ledger_predicts_what_an_h200_measured():
     """Where patches do not fill free memory: 131,072 and 262,144 tokens with numbers, and so much that nothing is left over."""
-    results, _ = memory_report.read(ROOT / "benchmarks" / "results" / "memory-llama-8b-window-h200.json")
+    results, _ = memory_page.read(ROOT / "benchmarks" / "results" / "memory-llama-8b-window-h200.json")
     measured = [r for r in results if not r.point.fills_memory]
-    full, _ = memory_report.read(ROOT / "benchmarks" / "results" / "memory-llama-1b-full-window-h200.json")
+    full, _ = memory_page.read(ROOT / "benchmarks" / "results" / "memory-llama-1b-full-window-h200.json")
     measured += [r for r in full if r.point.context > 2**20]
     # SDPA with a window: its mask.
-    mistral, _ = memory_report.read(ROOT / "benchmarks" / "results" / "memory-mistral-7b-h200.json")
+    mistral, _ = memory_page.read(ROOT / "benchmarks" / "results" / "memory-mistral-7b-h200.json")
     measured += [r for r in mistral if r.status == "ok" and not r.point.fills_memory]
     assert len(measured) == 6
     for r in measured:
-        predicted = memory_report.ledger_of(r.point).peak(r.point.context)
+        predicted = memory_page.ledger_of(r.point).peak(r.point.context)
         assert predicted == pytest.approx(r.peak_allocated_bytes, rel=0.05), r.point.label
 
 
@@ -118,7 +122,7 @@ def test_a_window_leaves_memory_as_it_is():
     """Measured: the same bytes, on the GPU and pinned, at 1,048,576 tokens with a window of 4,096 and without."""
     found = []
     for name in ("memory-llama-1b-full-h200", "memory-llama-1b-full-window-h200"):
-        results, _ = memory_report.read(ROOT / "benchmarks" / "results" / f"{name}.json")
+        results, _ = memory_page.read(ROOT / "benchmarks" / "results" / f"{name}.json")
         (r,) = (r for r in results if r.point.context == 2**20)
         found.append((r.peak_allocated_bytes, r.host_pinned_bytes, r.model_bytes))
     assert found[0] == found[1]
@@ -146,7 +150,7 @@ def test_every_patch_lowers_the_peak_or_moves_it():
     peaks = []
     for name in ("loss", "offload", "mlp", "norm", "rope", "attention"):
         lean = replace(lean, patches=lean.patches | {name})
-        peaks.append(ledger.ledger(LLAMA_8B, lean).peak(262144))
+        peaks.append(build_ledger(LLAMA_8B, lean).peak(262144))
     assert peaks == sorted(peaks, reverse=True)
     assert peaks[-1] < 0.75 * 80 * GIB < peaks[0]
 
@@ -176,11 +180,11 @@ def test_the_ledger_refuses_numbers_that_are_none(arguments, said, capsys):
 
 
 def test_the_longest_context_is_where_the_peak_reaches_the_memory():
-    of = ledger.ledger(LLAMA_8B, Switches("flashmla", patches=ALL, casts_adapter_inputs=False))
-    longest = of.longest(80 * GIB)
-    assert of.peak(longest) <= 80 * GIB * (1 - ledger.RESERVE) < of.peak(longest + 1)
+    lean = build_ledger(LLAMA_8B, Switches("flashmla", patches=ALL, casts_adapter_inputs=False))
+    longest = lean.longest(80 * GIB)
+    assert lean.peak(longest) <= 80 * GIB * (1 - ledger.RESERVE) < lean.peak(longest + 1)
     assert longest > 524288
-    assert of.longest(GIB) == 0
+    assert lean.longest(GIB) == 0
 
 
 @pytest.mark.parametrize(
@@ -203,7 +207,7 @@ def test_the_longest_context_is_where_the_peak_reaches_the_memory():
     ],
 )
 def test_advice_names_the_largest_term_and_its_switch(switches, said):
-    assert said in ledger.ledger(LLAMA_8B, switches).advice(131072)
+    assert said in build_ledger(LLAMA_8B, switches).advice(131072)
 
 
 def test_flops_are_six_per_parameter_and_token_and_attention_by_its_pairs():
@@ -221,6 +225,34 @@ def test_the_ledger_prints_its_table(capsys):
     out = capsys.readouterr().out
     assert "| logits and cross-entropy | 1,503 | 46.97 |" in out
     assert "longest context in 80 GiB" in out
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_shapes_are_those_of_the_configurations(name):
+    assert PUBLISHED[name] == Shape.of(models.SHAPES[name])
+
+
+def test_the_ledger_answers_in_python_and_imports_nothing_that_trains(tiny_model):  # noqa: F811
+    found = flashmla_hf.ledger("llama-8b", 131072, patches="all")
+    assert 20 * GIB < found.peak_bytes < 30 * GIB
+    assert found.host_bytes == 31 * 131072 * 4096 * 2
+    assert found.longest(80) > 262144
+    assert "| **peak, at the " in str(found)
+    same = flashmla_hf.ledger(models.SHAPES["llama-8b"], 131072, patches="all")
+    assert same.peak_bytes == found.peak_bytes
+    assert flashmla_hf.ledger(str(tiny_model), 1024, dtype="float32").peak_bytes > 0
+    for wrong, said in (({"tokens": 0}, "tokens: expected a number"), ({"dtype": "int8"}, "dtype: expected one of")):
+        with pytest.raises(ValueError, match=said):
+            flashmla_hf.ledger("llama-8b", **wrong)
+    with pytest.raises(ValueError, match="has no loadable configuration"):
+        flashmla_hf.ledger("./nowhere")
+    for program in (
+        "import sys, flashmla_hf; "
+        "assert not {'flashmla_hf.training', 'accelerate', 'peft', 'datasets', 'yaml', 'tqdm'} & {*sys.modules}",
+        "import sys; sys.modules |= dict.fromkeys(('accelerate', 'peft', 'datasets')); "  # as if not installed
+        "import flashmla_hf; flashmla_hf.ledger('llama-8b')",
+    ):
+        subprocess.run([sys.executable, "-c", program], env=ON_PATH, check=True, timeout=200)
 
 
 # ---------------------------------------------------------------- finetune: patches, evaluation, search, failures
@@ -269,7 +301,7 @@ def test_evaluation_by_position_is_the_loss_of_each_token(tiny_model, attn_imple
     packs = [[rng.integers(5, 300, size=n).astype(np.int32) for n in sizes] for sizes in ((60, 21), (70,))]
     model = models.load(str(tiny_model), attn_implementation, torch.float32, "cpu")
     model.config.use_cache = False
-    monkeypatch.setattr(finetune, "LOGITS_BYTES", 4 * 304 * 13)  # chunks of 13 tokens
+    monkeypatch.setattr(evaluation, "LOGITS_BYTES", 4 * 304 * 13)  # chunks of 13 tokens
     loss, buckets = finetune.evaluate(model, packs, finetune.Collator(attn_implementation), accelerator, size=2)
     assert "forward" not in vars(model.get_decoder())
     expected: dict[int, list[float]] = {}
@@ -290,7 +322,7 @@ def test_evaluation_by_position_is_the_loss_of_each_token(tiny_model, attn_imple
 def test_the_search_finds_the_length_and_writes_it(tiny_model, tmp_path, monkeypatch, capsys):  # noqa: F811
     """The processes are real for two lengths; what would not fit is told by a limit of ours, as the machine's memory is large."""
     monkeypatch.setenv("PYTHONPATH", ON_PATH["PYTHONPATH"])
-    real, limit = finetune.run_trial, 2500
+    real, limit = max_length.run_trial, 2500
 
     def limited(argv, length, timeout):
         if length > limit:
@@ -299,9 +331,9 @@ def test_the_search_finds_the_length_and_writes_it(tiny_model, tmp_path, monkeyp
             return real(argv, length, timeout)
         return {"length": length, "status": "ok", "peak_bytes": 2**20 * length, "seconds": 1.0}
 
-    monkeypatch.setattr(finetune, "run_trial", limited)
+    monkeypatch.setattr(max_length, "run_trial", limited)
     monkeypatch.setattr(ledger.Ledger, "longest", lambda self, memory: 512)
-    monkeypatch.setattr(environment, "memory_available", lambda device: 4 * GIB)
+    monkeypatch.setattr(machine, "memory_available", lambda device: 4 * GIB)
     arguments = options(tiny_model, tmp_path, tmp_path / "out", use_peft=True, find_max_length=True)
     finetune.main(arguments)
     result = json.loads((tmp_path / "out" / "max_length.json").read_text())
@@ -315,21 +347,20 @@ def test_a_trial_without_host_memory_is_too_long_and_no_error(tmp_path, monkeypa
     program = tmp_path / "finetune.py"
     said = "finetune: flashmla_hf.patch: patch 'offload': host memory: expected 3 GiB"
     program.write_text(f"import sys\nsys.exit({said!r})\n")
-    monkeypatch.setattr(finetune, "__file__", str(program))
-    assert finetune.run_trial([], 64, 60) == {"length": 64, "status": "out_of_memory", "reason": said}
-    assert environment.is_out_of_memory(RuntimeError(said))
+    monkeypatch.setattr(max_length, "PROGRAM", (str(program),))
+    assert max_length.run_trial([], 64, 60) == {"length": 64, "status": "out_of_memory", "reason": said}
+    assert machine.is_out_of_memory(RuntimeError(said))
 
 
 def test_a_trial_beyond_the_memory_ends_with_the_ledgers_advice(tiny_model, monkeypatch, tmp_path):  # noqa: F811
     monkeypatch.setenv("PYTHONPATH", ON_PATH["PYTHONPATH"])
     program = (
-        "import sys, environment, finetune; environment.memory_available = lambda device: 3 * 2**30; "
-        "finetune.main(sys.argv[1:])"
+        "import sys; from flashmla_hf.training import finetune, machine; "
+        "machine.memory_available = lambda device: 3 * 2**30; finetune.main(sys.argv[1:])"
     )
     arguments = options(tiny_model, tmp_path, tmp_path, attn_implementation="eager", trial_length=16384)
-    env = ON_PATH | {"PYTHONPATH": os.pathsep.join([str(SCRIPTS), ON_PATH["PYTHONPATH"]])}
     done = subprocess.run(
-        [sys.executable, "-c", program, *arguments], env=env, capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", program, *arguments], env=ON_PATH, capture_output=True, text=True, timeout=120
     )
     last = done.stderr.strip().splitlines()[-1]
     assert last.startswith("finetune: out of memory; by the ledger"), last
@@ -369,7 +400,7 @@ def test_a_disk_that_fills_up_at_a_checkpoint_loses_nothing_saved(tiny_model, co
     before = (tmp_path / "checkpoint-1" / "model.safetensors").read_bytes()
     arguments = options(tiny_model, corpus, tmp_path, **shared, max_steps=2, resume_from_checkpoint="latest")
     done = subprocess.run(
-        [sys.executable, str(SCRIPTS / "finetune.py"), *arguments], env=ON_PATH, capture_output=True, text=True,
+        [sys.executable, "-m", "flashmla_hf.training.finetune", *arguments], env=ON_PATH, capture_output=True, text=True,
         timeout=120, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000)),
     )  # fmt: skip
     last = done.stderr.strip().splitlines()[-1]
@@ -406,7 +437,7 @@ def test_adapters_inputs_are_not_copied_and_the_numbers_stay_the_same():
         lora = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM")
         model = get_peft_model(model, lora)
         if is_kept:
-            models.keep_adapter_inputs(model)
+            keep_adapter_inputs(model)
         ids = torch.arange(64)[None]
         with torch.autocast("cpu", torch.bfloat16):
             loss = model(input_ids=ids, labels=ids).loss
@@ -463,7 +494,7 @@ def test_patches_take_memory_away_and_a_second_run_measures_only_what_is_new(tmp
 
 
 def test_series_that_fill_memory_are_neither_extrapolated_nor_given_a_slope(monkeypatch):
-    monkeypatch.setattr(environment, "memory_available", lambda device: 80 * GIB)
+    monkeypatch.setattr(machine, "memory_available", lambda device: 80 * GIB)
     names = ["flashmla+all", "flashmla+loss+checkpointing"]
     short, long = (
         memory_report.points_for("llama-8b", names, [tokens], device="cuda", dtype="bfloat16")
@@ -475,7 +506,7 @@ def test_series_that_fill_memory_are_neither_extrapolated_nor_given_a_slope(monk
     assert memory_report._skip(long[0], results, 900, None) is None  # all the ledger needs is there
     assert "would take about 132 GiB" in memory_report._skip(long[1], results, 900, None).reason
     results += [Measurement(point, **numbers | {"peak_bytes": 40 * GIB, "memory_bytes": 80 * GIB}) for point in long]
-    table = memory_report.slopes(results)
+    table = memory_page.slopes(results)
     assert "| flashmla+loss+checkpointing | 98,304 – 262,144 |" in table
     assert "| flashmla+all |" not in table
     assert "Left out: flashmla+all. The patches fill free memory" in table
@@ -490,8 +521,8 @@ def test_a_smaller_gpu_is_another_measurement():
     whole, limited = points()[0], points(gpu_memory=78.0)[0]
     assert limited.memory_limit == 78 * GIB
     assert memory_report._key(whole) != memory_report._key(limited)
-    assert "at most 78 GiB of the GPU" in memory_report.description(limited)
-    assert "of the GPU" not in memory_report.description(whole)
+    assert "at most 78 GiB of the GPU" in memory_page.description(limited)
+    assert "of the GPU" not in memory_page.description(whole)
     with pytest.raises(SystemExit, match="--gpu_memory: expected GiB above 0 and --device cuda"):
         memory_report.main(["--model", "tiny", "--device", "cpu", "--gpu_memory", "8"])
 
@@ -516,9 +547,9 @@ def test_the_memory_configs_that_ship_are_valid(tmp_path, monkeypatch):
     monkeypatch.setattr(
         memory_report, "_skip", lambda point, *args: seen.append(point) or Measurement(point, "skipped")
     )
-    record = environment.describe("cpu")
-    monkeypatch.setattr(environment, "describe", lambda device: record)
-    configs = sorted((SCRIPTS / "configs" / "memory").glob("*.yaml"))
+    record = records.describe("cpu")
+    monkeypatch.setattr(records, "describe", lambda device: record)
+    configs = sorted((ROOT / "benchmarks" / "configs").glob("*.yaml"))
     for config in configs:
         memory_report.main(["--config", str(config), "--device", "cuda", "--output_dir", str(tmp_path)])
     assert {point.memory_limit for point in seen} == {78 * GIB}
@@ -547,8 +578,8 @@ def _quality(folder, output_dir, *more):
 def test_the_loss_by_context_stands_beside_eagers_curve(tiny_model, tmp_path, monkeypatch, capsys):  # noqa: F811
     monkeypatch.setenv("PYTHONPATH", ON_PATH["PYTHONPATH"])
     text = " ".join(f"{word} {i}" for i in range(150) for word in ("alpha", "beta", "gamma"))
-    monkeypatch.setattr(demo, "standard_library", lambda: {f"{i}.py": text[i:] for i in range(6)})
-    monkeypatch.setattr(environment, "fastest_dtype", lambda device: "float32")
+    monkeypatch.setattr(documents, "standard_library", lambda: {f"{i}.py": text[i:] for i in range(6)})
+    monkeypatch.setattr(machine, "fastest_dtype", lambda device: "float32")
     _quality(tiny_model, tmp_path)
     document = json.loads((tmp_path / "context_quality.json").read_text())
     assert [p["context"] for p in document["points"]] == [64, 128]
@@ -569,6 +600,69 @@ def test_the_loss_by_context_stands_beside_eagers_curve(tiny_model, tmp_path, mo
         _quality(tiny_model, tmp_path / "again")
     with pytest.raises(SystemExit, match="expected one of --contexts"):
         _quality(tiny_model, tmp_path, "--eager_context", "32")
+
+
+# ---------------------------------------------------------------- the commands
+
+
+def _flashmla(capsys, *arguments):
+    from flashmla_hf.__main__ import main
+
+    try:
+        code = main([str(argument) for argument in arguments])
+    except SystemExit as error:
+        code = error.code
+    said = capsys.readouterr()
+    return code, said.out + said.err
+
+
+@pytest.mark.parametrize("command", ["finetune", "max-length", "memory", "ledger", "check", "doctor"])
+def test_every_command_has_a_help(command, capsys):
+    code, said = _flashmla(capsys, command, "--help")
+    assert code == 0
+    assert said.startswith(f"usage: flashmla {command}")
+    assert len(said.splitlines()) > 6
+    assert f"    {command}" in _flashmla(capsys)[1]
+
+
+def test_a_missing_extra_is_named_with_its_command(monkeypatch, capsys):
+    from flashmla_hf import training
+
+    found = training.importlib.util.find_spec
+    monkeypatch.setattr(
+        training.importlib.util, "find_spec", lambda name: None if name in ("peft", "yaml") else found(name)
+    )
+    code, said = _flashmla(capsys, "finetune", "--help")
+    assert (code, said) == (1, 'flashmla finetune: not installed: peft, yaml. Run: pip install "flashmla_hf[train]"\n')
+    assert _flashmla(capsys, "ledger", "llama-8b")[0] == 0
+
+
+def test_check_reports_a_model_without_its_weights(tiny_model, capsys):  # noqa: F811
+    code, said = _flashmla(capsys, "check", tiny_model)
+    assert code == 0
+    assert "LlamaForCausalLM: 2 of 2 attention layers use the flashmla kernel" in said
+    code, said = _flashmla(capsys, "check", "./nowhere")
+    assert code == 1
+    assert "'./nowhere' cannot be built" in said
+
+
+def test_memory_is_measured_beside_the_ledger(tiny_model, monkeypatch, capsys):  # noqa: F811
+    monkeypatch.setenv("PYTHONPATH", ON_PATH["PYTHONPATH"])
+    real = memory.run_trial
+
+    def limited(argv, length, timeout):
+        out_of_memory = {"length": length, "status": "out_of_memory", "reason": "finetune: out of memory"}
+        return out_of_memory if length > 512 else real(argv, length, timeout)
+
+    monkeypatch.setattr(memory, "run_trial", limited)
+    code, said = _flashmla(
+        capsys, "memory", "--model_name_or_path", tiny_model, "--use_cpu", "--tokens", 256, 1024, "--disable_tqdm"
+    )
+    assert code == 0, said
+    assert "| 256 | " in said
+    assert "| 1,024 | out of memory | " in said
+    code, said = _flashmla(capsys, "memory", "--model_name_or_path", "./nowhere", "--tokens", 256)
+    assert "has no loadable configuration" in str(code)
 
 
 # ---------------------------------------------------------------- README

@@ -15,6 +15,7 @@ import hf_support  # noqa: E402
 import peak_memory  # noqa: E402
 
 import flashmla_hf  # noqa: E402
+from flashmla_hf import host_memory  # noqa: E402
 from flashmla_hf.patches import checkpointing, memory, mlp, offload, rope, structure, tiles  # noqa: E402
 
 pytestmark = pytest.mark.skipif(not hf_support.is_built(), reason="no compiled CPU library")
@@ -773,7 +774,7 @@ def test_router_logits_are_refused_in_tiles():
 
 def test_offload_without_host_memory_is_refused(monkeypatch):
     model = flashmla_hf.patch(model_of("Llama"), ["checkpointing", "offload"])
-    monkeypatch.setattr(memory, "host_available_bytes", lambda: 2**30)
+    monkeypatch.setattr(host_memory, "available_bytes", lambda: 2**30)
     with pytest.raises(RuntimeError, match=r"host memory: expected .* got 1.0 GiB available.*exclude=\['offload'\]"):
         model(**batch_of("Llama"), use_cache=False)
 
@@ -887,7 +888,7 @@ def planned(monkeypatch, free, host, keep_attention, offload_layers, parameters=
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     monkeypatch.setattr(memory, "device_free_bytes", lambda device: free * GIB)
-    monkeypatch.setattr(memory, "host_available_bytes", lambda: host * GIB)
+    monkeypatch.setattr(host_memory, "available_bytes", lambda: host * GIB)
     attention = torch.nn.Module()
     attention.config, attention.head_dim = transformers.LlamaConfig(num_attention_heads=32), 128
     layer = structure.Layer("layer", torch.nn.Module(), "self_attn", attention, None, None)
@@ -948,14 +949,14 @@ def test_the_mlps_tile_follows_free_memory(monkeypatch):
 
 
 def test_host_memory_is_the_least_of_the_system_and_the_control_group(tmp_path, monkeypatch):
-    free = memory.host_available_bytes()
+    free = host_memory.available_bytes()
     assert free > 0
-    monkeypatch.setattr(memory, "_CGROUP", tmp_path)
-    monkeypatch.setattr(memory, "_meminfo_available", lambda: 100 * GIB)
-    assert memory.host_available_bytes() == 100 * GIB  # no control group
+    monkeypatch.setattr(host_memory, "_CGROUP", tmp_path)
+    monkeypatch.setattr(host_memory, "_meminfo_available", lambda: 100 * GIB)
+    assert host_memory.available_bytes() == 100 * GIB  # no control group
     (tmp_path / "memory.max").write_text("max\n")
     (tmp_path / "memory.current").write_text(f"{6 * GIB}\n")
-    assert memory.host_available_bytes() == 100 * GIB
+    assert host_memory.available_bytes() == 100 * GIB
     (tmp_path / "memory.max").write_text(f"{10 * GIB}\n")
     (tmp_path / "memory.stat").write_text(f"anon 5\ninactive_file {GIB}\n")
-    assert memory.host_available_bytes() == 5 * GIB
+    assert host_memory.available_bytes() == 5 * GIB

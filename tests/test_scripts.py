@@ -1,4 +1,4 @@
-"""The scripts, on a tiny model: training, exact resume, one sentence per mistake, memory points, the demo."""
+"""Training on a tiny model: exact resume, one sentence per mistake; and the programs beside it: memory points, the demo."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import sys
 import time
 from pathlib import Path
 
-# Before torch is: other work on the machine must not slow a test tenfold (see finetune.py).
+# Before torch is: other work on the machine must not slow a test tenfold (see flashmla_hf/training/finetune.py).
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import pytest
@@ -23,16 +23,16 @@ pytest.importorskip("matplotlib")
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ROOT / "scripts"
-sys.path.insert(0, str(SCRIPTS))
 
 import demo  # noqa: E402
-import environment  # noqa: E402
-import finetune  # noqa: E402
 import measure_model  # noqa: E402
+import memory_page  # noqa: E402
 import memory_report  # noqa: E402
 import models  # noqa: E402
 import numpy as np  # noqa: E402
 from measure_model import Measurement, Point  # noqa: E402
+
+from flashmla_hf.training import checkpoints, data, finetune, ledger, machine, memory  # noqa: E402
 
 ON_PATH = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
 
@@ -286,7 +286,7 @@ MISTAKES = {  # name: (changed options, file contents to write, what the sentenc
     "not our checkpoint": (
         {"resume_from_checkpoint": "c"},
         {"c/trainer_state.json": '{"global_step": 5}', "c/optimizer.bin": "x"},
-        "trainer_state.json is not of this script",
+        "trainer_state.json is not of flashmla finetune",
     ),
     "results of another kind": ({}, {"out/adapter_config.json": "{}"}, "holds an adapter of an earlier run"),
     "earlier checkpoints": (
@@ -343,10 +343,10 @@ def test_documents_are_read_whatever_their_characters(tmp_path):
     file.write_text(
         "\ufeff" + "\n".join(json.dumps({"text": row}, ensure_ascii=False) for row in rows), encoding="utf-8"
     )
-    assert finetune.read_documents(str(file), "text") == rows
+    assert data.read_documents(str(file), "text") == rows
     (tmp_path / ".git" / "objects").mkdir(parents=True)
     (tmp_path / ".git" / "objects" / "ab").write_bytes(b"\xff\xfe")
-    assert finetune.read_documents(str(tmp_path), "text") == rows
+    assert data.read_documents(str(tmp_path), "text") == rows
 
 
 @pytest.mark.parametrize("family", ["Mixtral", "GPT2"])
@@ -409,13 +409,13 @@ def test_resuming_with_other_options_is_refused(change, tiny_model, corpus, tmp_
 def test_out_of_memory_is_what_torch_says_and_nothing_that_sounds_like_it():
     with pytest.raises(RuntimeError) as torchs_own:
         torch.empty(2**45)
-    assert environment.is_out_of_memory(torchs_own.value)
-    assert environment.is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"))
-    assert environment.is_out_of_memory(MemoryError())
+    assert machine.is_out_of_memory(torchs_own.value)
+    assert machine.is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"))
+    assert machine.is_out_of_memory(MemoryError())
     for text in (
         "Expected tensor allocated on cuda:0", "not enough memory of the past", "cannot allocate a name", "memory format"
     ):  # fmt: skip
-        assert not environment.is_out_of_memory(RuntimeError(text))
+        assert not machine.is_out_of_memory(RuntimeError(text))
 
 
 def test_clipping_sees_the_parameters_that_prepare_has_put_in_place(tiny_model, corpus, tmp_path, monkeypatch):
@@ -473,7 +473,7 @@ def test_a_place_that_cannot_be_written_shows_at_once(tiny_model, corpus, tmp_pa
     def read_only(dir):
         raise OSError(30, "Read-only file system")
 
-    monkeypatch.setattr(finetune.tempfile, "TemporaryFile", read_only)
+    monkeypatch.setattr(checkpoints.tempfile, "TemporaryFile", read_only)
     for more in ({"max_steps": 1}, {"find_max_length": True}):
         with pytest.raises(SystemExit, match="out cannot be written to: Read-only file system"):
             finetune.main(options(tiny_model, corpus, tmp_path / "out", **more))
@@ -492,7 +492,7 @@ def test_an_interrupted_run_says_how_to_go_on(tiny_model, corpus, tmp_path, monk
 
 def test_held_out_documents_of_a_file_go_with_a_dataset(monkeypatch, tmp_path):
     (tmp_path / "held_out.txt").write_text("held out")
-    monkeypatch.setattr(finetune, "_load_dataset", lambda data_args: (["train"], []))
+    monkeypatch.setattr(data, "_load_dataset", lambda data_args: (["train"], []))
     data_args = finetune.DataArguments(dataset_name="d", validation_file=str(tmp_path / "held_out.txt"))
     assert finetune.load_documents(data_args, 0) == (["train"], ["held out"])
 
@@ -574,7 +574,7 @@ def test_points_that_cannot_fit_or_take_too_long_are_skipped_with_the_reason(mon
         return Measurement(point, "ok", peak_bytes=int(gib), model_bytes=2**29, seconds=seconds)
 
     monkeypatch.setattr(measure_model, "in_subprocess", fake)
-    monkeypatch.setattr(environment, "memory_available", lambda device: 20 * 2**30)
+    monkeypatch.setattr(machine, "memory_available", lambda device: 20 * 2**30)
     points = memory_report.points_for("m", ["eager", "sdpa", "slow"], [1024, 2048, 4096, 16384], device="cpu")
     results = memory_report.measure_all(points, time_limit=60, time_budget=None, on_result=lambda r: None)
     status = {(r.point.attn_implementation, r.point.context): (r.status, r.reason) for r in results}
@@ -583,7 +583,7 @@ def test_points_that_cannot_fit_or_take_too_long_are_skipped_with_the_reason(mon
     assert status["sdpa", 16384][0] == "ok"
     assert status["slow", 4096] == ("skipped", "would take about 82 s per step")
     assert status["slow", 16384] == ("skipped", "4096 tokens: skipped")
-    text = memory_report.table(results)
+    text = memory_page.table(results)
     assert "eager at 16,384: skipped: would take about 64 GiB" in text
 
 
@@ -666,7 +666,7 @@ def test_held_out_modules_are_not_trained_on(tmp_path):
     assert len(held_out) >= 8
 
 
-@pytest.mark.parametrize("module", [demo, finetune, memory_report, measure_model])
+@pytest.mark.parametrize("module", [demo, finetune, memory, ledger, memory_report, measure_model])
 def test_help_helps(module, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [module.__file__, "--help"])
     with pytest.raises(SystemExit) as caught:

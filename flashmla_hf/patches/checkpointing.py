@@ -23,7 +23,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint, noop_context_fn
 
-from flashmla_hf import recompute_cache
+from flashmla_hf import host_memory, recompute_cache
 from flashmla_hf.patches import gradients, memory, offload, structure
 from flashmla_hf.patches.offload import Offloaded, Offloader
 from flashmla_hf.patches.replacements import Replacements
@@ -195,7 +195,7 @@ class Checkpointing:
         """Bytes of the host for this process: its share of the available ones, and those that the arena holds unused."""
         offloader = self._offloaders.get(device)
         unused = len(offloader.arena.free) * offload.BLOCK if offloader else 0
-        return memory.host_available_bytes() // memory.host_sharers() + unused
+        return host_memory.available_bytes() // memory.host_sharers() + unused
 
 
 def _host_room(host_bytes: int, share: float) -> int:

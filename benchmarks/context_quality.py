@@ -1,14 +1,14 @@
 """Does a longer context lower the loss of held-out documents? Fine-tunes one model per context, the rest alike.
 
-    python scripts/context_quality.py                                       # SmolLM2-135M, real weights, LoRA
-    python scripts/context_quality.py --model small --max_steps 400 --contexts 512 2048 8192 --name quality-small
-    python scripts/context_quality.py --model FOLDER --output_dir results/mine
-    python scripts/context_quality.py --contexts 512 1024 --eager_context 1024       # and: is it what eager attention does?
+    python benchmarks/context_quality.py                                       # SmolLM2-135M, real weights, LoRA
+    python benchmarks/context_quality.py --model small --max_steps 400 --contexts 512 2048 8192 --name quality-small
+    python benchmarks/context_quality.py --model FOLDER --output_dir results/mine
+    python benchmarks/context_quality.py --contexts 512 1024 --eager_context 1024       # and: is it what eager attention does?
 
 The documents are modules of Python's standard library, whole ones held out. Every context trains on as many tokens per
 step, for as many steps, from the same weights and seed, with attention by flashmla and the memory patches
-(scripts/finetune.py does the work). It is evaluated on the same held-out documents, cut into pieces of that context: before
-training, which shows what the model makes of more context as it comes, and after.
+(flashmla finetune does the work). It is evaluated on the same held-out documents, cut into pieces of that context: before
+training, which shows how the untrained model uses more context, and after.
 
 ``--eager_context`` trains once more at one of the contexts, by eager attention and without a patch, on the same data with the
 same seed, and compares the losses of all steps: the patches and the kernel are to change nothing but rounding.
@@ -28,12 +28,14 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-import demo
-import environment
+import documents
 import matplotlib
 import models
-from options import at_least
+import records
 from tqdm import tqdm
+
+from flashmla_hf.training import machine
+from flashmla_hf.training.options import at_least
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -47,16 +49,16 @@ TOLERANCES = {"float32": 1e-3, "bfloat16": 2e-2}
 
 def write_documents(folder: Path, longest: int, held_out_count: int) -> tuple[Path, Path]:
     """train.jsonl and held_out.jsonl: the held-out modules fill the longest context, and are cut after it."""
-    documents = demo.standard_library()
+    modules = documents.standard_library()
     characters = longest * CHARACTERS_PER_TOKEN
-    long = [name for name, text in documents.items() if len(text) >= characters]
+    long = [name for name, text in modules.items() if len(text) >= characters]
     if len(long) < 2:
         raise SystemExit(f"context_quality: no two modules of {characters} characters: lower --contexts")
     held_out = set(long[:: max(1, len(long) // held_out_count)][:held_out_count])
     paths = folder / "train.jsonl", folder / "held_out.jsonl"
-    rows = [{"text": text} for name, text in documents.items() if name not in held_out]
+    rows = [{"text": text} for name, text in modules.items() if name not in held_out]
     paths[0].write_text("".join(json.dumps(row) + "\n" for row in rows))
-    paths[1].write_text("".join(json.dumps({"text": documents[name][:characters]}) + "\n" for name in sorted(held_out)))
+    paths[1].write_text("".join(json.dumps({"text": modules[name][:characters]}) + "\n" for name in sorted(held_out)))
     return paths
 
 
@@ -68,7 +70,7 @@ def train_one(
     args: argparse.Namespace,
     attn_implementation: str = "flashmla",
 ) -> dict:
-    """One run of scripts/finetune.py; what it found. Patches are flashmla's."""
+    """The results of one run of flashmla finetune, with all memory patches if attention is flashmla's."""
     options = {
         "model_name_or_path": folder,
         "train_file": files[0],
@@ -88,7 +90,7 @@ def train_one(
         "seed": args.seed,
         "report_to": "none",
     }
-    command = [sys.executable, str(Path(__file__).with_name("finetune.py"))]
+    command = [sys.executable, "-m", "flashmla_hf.training.finetune"]
     command += [part for name, value in options.items() for part in (f"--{name}", str(value))]
     if subprocess.run(command).returncode != 0:
         sys.exit(f"context_quality: training at {context} tokens failed; its message stands above")
@@ -107,7 +109,7 @@ def train_one(
 
 
 def beside_eager(document: dict) -> dict | None:
-    """The two curves of --eager_context and how far they are apart; None where there is only one."""
+    """The two curves of --eager_context and how far they are apart; None if there is only one."""
     eager = document.get("eager")
     if eager is None:
         return None
@@ -173,7 +175,7 @@ def plot(document: dict, path: Path) -> None:
     plt.close(figure)
 
 
-def main(argv: list[str] | None = None) -> None:
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2", help="smollm2 (real weights), small (random ones), or a folder")
     parser.add_argument("--contexts", nargs="+", type=at_least(2), metavar="TOKENS", help="default: by device")
@@ -185,16 +187,22 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--learning_rate", type=float)
     parser.add_argument("--seed", type=int, default=42)
-    parser.add_argument("--device", choices=("cpu", "cuda"), default=environment.default_device())
-    parser.add_argument("--output_dir", type=Path, default=environment.REPOSITORY / "results" / "context_quality")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default=machine.default_device())
+    parser.add_argument("--output_dir", type=Path, default=records.REPOSITORY / "results" / "context_quality")
     parser.add_argument("--name", default="context_quality", help="of the JSON, Markdown and PNG files")
-    args = parser.parse_args(argv)
+    records.add_dirty_option(parser)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = _parser().parse_args(argv)
+    records.refuse_dirty_tree("context_quality", args.output_dir, args.allow_dirty)
     contexts = sorted(args.contexts or CONTEXTS[args.device])
     if any(args.tokens_per_step % context for context in contexts):
         sys.exit(f"context_quality: --tokens_per_step {args.tokens_per_step}: expected a multiple of every context")
     if args.eager_context is not None and args.eager_context not in contexts:
         sys.exit(f"context_quality: --eager_context {args.eager_context}: expected one of --contexts {contexts}")
-    args.dtype = environment.fastest_dtype(args.device)
+    args.dtype = machine.fastest_dtype(args.device)
     args.output_dir.mkdir(parents=True, exist_ok=True)
     files = write_documents(args.output_dir, contexts[-1], args.held_out)
     try:
@@ -211,7 +219,7 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(f"context_quality: {error}")
     document = {
         "kind": "context_quality",
-        "environment": environment.describe(args.device),
+        "environment": records.describe(args.device),
         "model": name,
         "tokens_per_step": args.tokens_per_step,
         "seed": args.seed,
@@ -221,8 +229,8 @@ def main(argv: list[str] | None = None) -> None:
     path = args.output_dir / f"{args.name}.json"
 
     def write() -> None:
-        path.write_text(json.dumps(document, indent=1) + "\n")
-        path.with_suffix(".md").write_text(f"{section(document)}\n{environment.sentence(document['environment'])}\n")
+        records.write_json(document, path)
+        path.with_suffix(".md").write_text(f"{section(document)}\n{records.sentence(document['environment'])}\n")
         plot(document, path.with_suffix(".png"))
 
     for context in tqdm(contexts, desc="contexts", unit="context"):

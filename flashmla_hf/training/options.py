@@ -1,12 +1,10 @@
-"""Options of the scripts: numbers that have a least value, and YAML files of options."""
+"""Options of the commands: numbers with a least value, and YAML files of options."""
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
 from pathlib import Path
-
-import yaml
 
 
 def at_least(least: int) -> Callable[[str], int]:
@@ -22,10 +20,10 @@ def at_least(least: int) -> Callable[[str], int]:
 
 
 def set_defaults(parser: argparse.ArgumentParser, argv: list[str]) -> None:
-    """Makes the options of the YAML file that ``--config`` names in ``argv`` the defaults of ``parser``; they need not be given
-    then.
+    """Makes the options of the YAML file that ``--config`` names in ``argv`` the defaults of ``parser``.
 
-    Raises ValueError, one sentence, where the file cannot be read or a value is not one that the command line would take.
+    Options with such a default are no longer required. Raises ValueError, one sentence, if the file cannot be read or a
+    value is not one that the command line would accept.
     """
     # The file must be known before the parser can tell what is missing.
     config_only = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -33,6 +31,8 @@ def set_defaults(parser: argparse.ArgumentParser, argv: list[str]) -> None:
     path = config_only.parse_known_args(argv)[0].config
     if path is None:
         return
+    import yaml  # of the extra; only a file needs it
+
     try:
         found = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:

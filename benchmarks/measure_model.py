@@ -1,44 +1,44 @@
 """One measured point of a model: peak memory and time of a training step or of decoding, in a process of its own.
 
-    python scripts/measure_model.py '{"model": "tiny", "attn_implementation": "sdpa", "context": 512}'
+    python benchmarks/measure_model.py '{"model": "tiny", "attn_implementation": "sdpa", "context": 512}'
 
-A process of its own, because an allocator keeps what it once had: only the first measurement in a process is clean,
-and a point that does not fit must not take the others with it. ``in_subprocess`` is what the other scripts call.
+Each point has a process of its own. An allocator keeps its memory, so only the first measurement in a process is clean,
+and a point that does not fit must not end the others. The other programs call ``in_subprocess``.
 
-Peak memory is what the step adds to the loaded model and its optimizer's states. On a GPU it is the allocator's own
+Peak memory is the memory that the step adds to the loaded model and its optimizer's states. On a GPU it is the allocator's own
 count; on a CPU the largest resident size of the process since just before the step (VmHWM), less the resident size then.
 
-MFU is the model's own floating-point operations (ledger.Shape.training_flops: recomputation is not counted) per second,
-as a share of what the device is sold for in the point's dtype.
+MFU is the model's own floating-point operations (Shape.training_flops: recomputation is not counted) per second,
+as a share of the device's rate in the point's dtype by its data sheet.
 """
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import dataclasses
 import gc
 import json
-import re
 import resource
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import child_process
-import environment
-import ledger
 import models
 import torch
 
-GIB = 2**30
+import flashmla_hf
+from flashmla_hf import host_memory
+from flashmla_hf.training import child_process, machine
+from flashmla_hf.training.model import keep_adapter_inputs
+from flashmla_hf.training.shape import Shape
+from flashmla_hf.training.terms import Switches
+
 RESULT_MARK = "MEASURED "
 
 
 @dataclass(frozen=True)
 class Point:
-    """What to measure. ``context`` is the tokens of one sequence; decoding continues from that many."""
+    """One measurement. ``context`` is the tokens of one sequence; decoding continues after them."""
 
     model: str
     attn_implementation: str
@@ -59,10 +59,10 @@ class Point:
     warmup: int = 32  # tokens of the step before the measured one
     repeats: int = 1  # timed steps after the first, which is measured for memory; 0: the first is timed, too
     memory_limit: int | None = None  # bytes: on a CPU for the whole process, on a GPU for torch's allocator
-    series: str = ""  # what is compared, as memory_report.py was asked for it: "flashmla+all"
+    series: str = ""  # the compared setting, as the command line of memory_report.py names it: "flashmla+all"
 
     def __post_init__(self):
-        # JSON has lists, and files of before there were series have none.
+        # JSON has lists, and files from before there were series have none.
         object.__setattr__(self, "patches", tuple(self.patches))
         object.__setattr__(self, "patch_options", tuple((name, value) for name, value in self.patch_options))
         object.__setattr__(self, "series", self.series or self.attn_implementation)
@@ -73,14 +73,14 @@ class Point:
 
     @property
     def fills_memory(self) -> bool:
-        """Whether patches take what memory is free: the peak then says how much there was, not how much a token needs."""
+        """Whether patches use all free memory: the peak then says how much there was, not how much a token needs."""
         chosen = {"keep_attention", "offload"} & set(self.patches) - dict(self.patch_options).keys()
         return self.device == "cuda" and bool(chosen)
 
-    def switches(self) -> ledger.Switches:
-        """What the ledger needs to know of this point."""
+    def switches(self) -> Switches:
+        """The settings of this point that the ledger needs."""
         itemsize = getattr(torch, self.dtype).itemsize
-        return ledger.Switches(
+        return Switches(
             attn_implementation=self.attn_implementation,
             patches=frozenset(self.patches),
             liger=self.liger,
@@ -96,7 +96,7 @@ class Point:
 
 @dataclass
 class Measurement:
-    """``status`` is ok, out_of_memory, timeout, skipped or error; the numbers are there where it is ok."""
+    """``status`` is ok, out_of_memory, timeout, skipped or error; the numbers are there if it is ok."""
 
     point: Point
     status: str
@@ -108,12 +108,12 @@ class Measurement:
     tokens_per_second: float | None = None
     peak_allocated_bytes: int | None = None  # in all: model_bytes + peak_bytes
     peak_reserved_bytes: int | None = None  # by the allocator, from the device
-    host_pinned_bytes: int | None = None  # largest, where torch's own host allocator gave it
+    host_pinned_bytes: int | None = None  # the peak of torch's own host allocator
     model_flops: int | None = None  # of a training step
     mfu: float | None = None
-    peak_flops: str | None = None  # of the device, and who says so
+    peak_flops: str | None = None  # of the device, and the source of the number
     memory_bytes: int | None = None  # that the device has, or memory_limit
-    environment: dict | None = None  # environment.describe() of the run it was made in
+    environment: dict | None = None  # records.describe() of the run that measured it
 
     def as_dict(self) -> dict:
         return dataclasses.asdict(self)
@@ -123,12 +123,12 @@ class Measurement:
 
 
 def in_subprocess(point: Point, timeout: float) -> Measurement:
-    """Measures ``point`` in a fresh Python process; never raises for what happens in there."""
+    """Measures ``point`` in a fresh Python process; never raises for anything that happens in it."""
     command = [sys.executable, str(Path(__file__).resolve()), json.dumps(dataclasses.asdict(point))]
-    answer = child_process.ask(command, RESULT_MARK, timeout)
-    if answer.result is None:
-        return Measurement(point, answer.status, answer.reason)
-    return Measurement(**answer.result | {"point": point})
+    outcome = child_process.run(command, RESULT_MARK, timeout)
+    if outcome.result is None:
+        return Measurement(point, outcome.status, outcome.reason)
+    return Measurement(**outcome.result | {"point": point})
 
 
 # ---------------------------------------------------------------- in the child
@@ -139,7 +139,7 @@ def _measure(point: Point) -> Measurement:
         # An allocation beyond it fails as out of memory, before the machine starts swapping or killing.
         resource.setrlimit(resource.RLIMIT_DATA, (point.memory_limit, point.memory_limit))
     elif point.memory_limit:
-        share = point.memory_limit / environment.memory_limit("cuda")
+        share = point.memory_limit / machine.memory_limit("cuda")
         torch.cuda.set_per_process_memory_fraction(min(1.0, share))
     dtype = getattr(torch, point.dtype)
     model = models.load(point.model, point.attn_implementation, dtype, point.device, point.sliding_window)
@@ -159,7 +159,7 @@ def _measure(point: Point) -> Measurement:
     on_gpu = point.device == "cuda"
     reserved = torch.cuda.max_memory_reserved() if on_gpu else None
     pinned = torch.cuda.host_memory_stats().get("allocated_bytes.peak") if on_gpu else None
-    _give_blocks_back(False)
+    host_memory.return_freed_blocks(False)
     times += [run(ids) for _ in range(point.repeats)]
     timed = times[1:] or times
     # The fastest: whatever else the machine does can only add to a step.
@@ -167,8 +167,8 @@ def _measure(point: Point) -> Measurement:
     tokens = point.batch_size * (point.context if point.mode == "train" else 1)
     flops, mfu, peak_flops = None, None, None
     if point.mode == "train":
-        rate, source = environment.peak_flops(point.device, point.dtype)
-        shape = ledger.Shape.of(model.config)
+        rate, source = machine.peak_flops(point.device, point.dtype)
+        shape = Shape.of(model.config)
         flops = shape.training_flops([point.context] * point.batch_size, point.use_peft)
         mfu, peak_flops = flops / seconds / rate, f"{rate / 1e12:.4g} TFLOP/s, {source}"
     return Measurement(
@@ -185,12 +185,12 @@ def _measure(point: Point) -> Measurement:
         model_flops=flops,
         mfu=mfu,
         peak_flops=peak_flops,
-        memory_bytes=min(environment.memory_limit(point.device), point.memory_limit or sys.maxsize),
+        memory_bytes=min(machine.memory_limit(point.device), point.memory_limit or sys.maxsize),
     )
 
 
 def _train_step(model: torch.nn.Module, point: Point):
-    """A function of ids [batch, context] that runs forward, backward and, where asked, the optimizer; returns seconds."""
+    """A function of ids [batch, context] that runs forward, backward and the optimizer if there is one; returns seconds."""
     model.config.use_cache = False
     if point.liger:
         _apply_liger(model)
@@ -203,13 +203,10 @@ def _train_step(model: torch.nn.Module, point: Point):
         lora = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
         model = get_peft_model(model, lora, autocast_adapter_dtype=point.lora_dtype == "float32")
     if point.patches:
-        import flashmla_hf
-
         flashmla_hf.patch(model, point.patches, **dict(point.patch_options))
         if point.use_peft:
-            models.keep_adapter_inputs(
-                model
-            )  # as finetune.py does; a series without patches is peft's and Transformers' own
+            # As flashmla finetune does; a series without patches is peft's and Transformers' own.
+            keep_adapter_inputs(model)
     model.train()
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = None
@@ -232,7 +229,7 @@ def _train_step(model: torch.nn.Module, point: Point):
 
 
 def _apply_liger(model: torch.nn.Module) -> None:
-    """Liger's kernels, all that the package has for this kind of model: fused loss, rotary embedding, norms, SwiGLU."""
+    """All of Liger's kernels for this kind of model: fused loss, rotary embedding, norms, SwiGLU."""
     try:
         from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN, _apply_liger_kernel_to_instance
     except ImportError as error:
@@ -278,31 +275,13 @@ def _reset_peak(device: str) -> int:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         return torch.cuda.memory_allocated()
-    _give_blocks_back(True)
-    with contextlib.suppress(OSError):  # not permitted: the peak then includes loading, which a large step exceeds
-        Path("/proc/self/clear_refs").write_text("5")
-    return _status_bytes("VmRSS")
-
-
-def _give_blocks_back(at_once: bool) -> None:
-    """Whether freed memory leaves the process at once, so that resident size is live memory.
-
-    It takes time, since every new block is faulted in again: on for the step that is measured for memory, off for those
-    that are timed.
-    """
-    with contextlib.suppress(OSError, AttributeError):  # not glibc: the peak then includes what the allocator keeps
-        libc = ctypes.CDLL(None)
-        libc.mallopt(-3, 2**20 if at_once else 2**25)  # M_MMAP_THRESHOLD; 2**25 is the most glibc takes
-        libc.mallopt(-1, 2**20 if at_once else 2**30)  # M_TRIM_THRESHOLD
-        libc.malloc_trim(0)
+    host_memory.return_freed_blocks(True)
+    host_memory.reset_peak()  # if it is not permitted, the peak includes loading, which a large step exceeds
+    return host_memory.resident_bytes()
 
 
 def _peak(device: str) -> int:
-    return torch.cuda.max_memory_allocated() if device == "cuda" else _status_bytes("VmHWM")
-
-
-def _status_bytes(name: str) -> int:
-    return int(re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text()).group(1)) * 1024
+    return machine.peak_memory(torch.device(device))
 
 
 def main() -> None:
@@ -319,9 +298,9 @@ def main() -> None:
     try:
         result = _measure(point)
     except (RuntimeError, MemoryError) as error:
-        if not environment.is_out_of_memory(error):
+        if not machine.is_out_of_memory(error):
             raise
-        is_host = environment.NO_HOST_MEMORY in str(error)
+        is_host = machine.NO_HOST_MEMORY in str(error)
         result = Measurement(point, "out_of_memory", "no room on the host" if is_host else "the allocation failed")
     print(RESULT_MARK + json.dumps(result.as_dict()), flush=True)
 

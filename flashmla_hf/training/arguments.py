@@ -1,0 +1,235 @@
+"""The options of a fine-tuning run: three groups, a YAML file of them, and the limits of their numbers."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from transformers import HfArgumentParser
+
+from flashmla_hf.training.options import set_defaults
+
+
+class UserError(ValueError):
+    """A mistake that the caller can mend. The message is the one sentence that is printed."""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of the error's message, or its kind if it has none."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+@dataclass
+class ModelArguments:
+    model_name_or_path: str = field(metadata={"help": "a folder with config.json, or a name on the Hub"})
+    attn_implementation: str = field(default="flashmla", metadata={"help": "flashmla, sdpa, eager, ..."})
+    patches: list[str] = field(
+        default_factory=lambda: ["none"],
+        metadata={
+            "help": "memory patches: all, none, or some of loss, mlp, norm, rope, attention, lora, checkpointing, "
+            "keep_attention, offload (flashmla_hf.PATCHES); mlp_tile=N, loss_chunk=N, keep_attention=N, offload=N give one "
+            "its number"
+        },
+    )
+    dtype: str | None = field(
+        default=None,
+        metadata={
+            "help": "dtype of the loaded weights: float32, bfloat16 or auto; by default bfloat16 for the frozen "
+            "weights under --use_peft --bf16, and float32 otherwise (an adapter is always float32)",
+            "choices": ["auto", "float32", "bfloat16"],
+        },
+    )
+    use_peft: bool = field(default=False, metadata={"help": "train a LoRA adapter instead of all weights"})
+    lora_r: int = field(default=16, metadata={"help": "rank"})
+    lora_alpha: int = field(default=32, metadata={"help": "scale: the adapter counts lora_alpha / lora_r"})
+    lora_dropout: float = field(default=0.0)
+    lora_target_modules: list[str] = field(
+        default_factory=lambda: ["all-linear"], metadata={"help": "module names, e.g. q_proj v_proj, or all-linear"}
+    )
+
+    def weight_dtype(self, bf16: bool) -> str:
+        """The dtype of the loaded weights."""
+        return self.dtype or ("bfloat16" if self.use_peft and bf16 else "float32")
+
+
+@dataclass
+class DataArguments:
+    train_file: str | None = field(
+        default=None,
+        metadata={
+            "help": "a folder (each file a document), a .jsonl or .parquet file (each row a document), or a text file "
+            "(one document)"
+        },
+    )
+    validation_file: str | None = field(default=None, metadata={"help": "held-out documents, like train_file"})
+    validation_split_percentage: float = field(
+        default=0.0, metadata={"help": "without validation_file: hold out this share of the documents, whole documents"}
+    )
+    dataset_name: str | None = field(default=None, metadata={"help": "instead of files: for datasets.load_dataset"})
+    dataset_config: str | None = field(default=None)
+    dataset_train_split: str = field(default="train")
+    dataset_test_split: str | None = field(default=None, metadata={"help": "the split of held-out documents"})
+    dataset_text_field: str = field(default="text", metadata={"help": "the column that holds the text"})
+    max_length: int = field(default=1024, metadata={"help": "tokens of one packed sequence"})
+    max_train_samples: int | None = field(default=None, metadata={"help": "use this many packed sequences"})
+    max_eval_samples: int | None = field(default=None, metadata={"help": "evaluate on this many packed sequences"})
+
+
+@dataclass
+class TrainingArguments:
+    output_dir: str = field(metadata={"help": "checkpoints, the final adapter or model, logs and all_results.json"})
+    per_device_train_batch_size: int = field(default=1, metadata={"help": "packed sequences per forward pass"})
+    per_device_eval_batch_size: int = field(default=1)
+    gradient_accumulation_steps: int = field(default=1)
+    learning_rate: float = field(default=2e-4)
+    weight_decay: float = field(default=0.0)
+    max_grad_norm: float = field(default=1.0)
+    num_train_epochs: float = field(default=1.0)
+    max_steps: int = field(default=-1, metadata={"help": "optimizer steps; overrides num_train_epochs when positive"})
+    lr_scheduler_type: str = field(default="cosine")
+    warmup_steps: float = field(default=0.0, metadata={"help": "steps, or below 1 a share of all steps"})
+    seed: int = field(default=42)
+    bf16: bool = field(default=False, metadata={"help": "compute in bfloat16 (autocast)"})
+    gradient_checkpointing: bool = field(
+        default=False,
+        metadata={"help": "recompute layers in the backward pass; the patch checkpointing does the same"},
+    )
+    use_cpu: bool = field(default=False, metadata={"help": "use the CPU even if there is a GPU"})
+    logging_steps: int = field(default=1)
+    eval_steps: int = field(default=0, metadata={"help": "steps between evaluations; 0: evaluate only at the end"})
+    eval_on_start: bool = field(default=False)
+    save_steps: int = field(default=0, metadata={"help": "steps between checkpoints; 0: none"})
+    save_total_limit: int | None = field(default=None, metadata={"help": "keep this many checkpoints"})
+    resume_from_checkpoint: str | None = field(
+        default=None, metadata={"help": "a checkpoint folder, or latest: the last one in output_dir, if any"}
+    )
+    report_to: str = field(default="tensorboard", metadata={"choices": ["tensorboard", "none"]})
+    disable_tqdm: bool = field(default=False)
+    find_max_length: bool = field(
+        default=False, metadata={"help": "look for the longest max_length that fits, write max_length.json, and end"}
+    )
+    find_max_length_timeout: float = field(default=600.0, metadata={"help": "seconds that one trial may take"})
+    trial_length: int | None = field(
+        default=None, metadata={"help": "for the processes of --find_max_length: try this length and end"}
+    )
+
+    @property
+    def device_type(self) -> str:
+        return "cpu" if self.use_cpu or not torch.cuda.is_available() else "cuda"
+
+
+# The least and the most that an option may be.
+LIMITS = {
+    "lora_r": (1, math.inf),
+    "lora_dropout": (0, 0.99),
+    "max_length": (2, math.inf),
+    "max_train_samples": (1, math.inf),
+    "max_eval_samples": (1, math.inf),
+    "validation_split_percentage": (0, 99.99),
+    "per_device_train_batch_size": (1, math.inf),
+    "per_device_eval_batch_size": (1, math.inf),
+    "gradient_accumulation_steps": (1, math.inf),
+    "learning_rate": (0, math.inf),
+    "weight_decay": (0, math.inf),
+    "max_grad_norm": (0, math.inf),
+    "warmup_steps": (0, math.inf),
+    "seed": (0, 2**32 - 1),
+    "logging_steps": (1, math.inf),
+    "eval_steps": (0, math.inf),
+    "save_steps": (0, math.inf),
+    "save_total_limit": (1, math.inf),
+    "find_max_length_timeout": (1, math.inf),
+    "trial_length": (2, math.inf),
+}
+
+
+def parse_arguments(
+    argv: list[str], prog: str = "flashmla finetune", description: str | None = None
+) -> tuple[ModelArguments, DataArguments, TrainingArguments]:
+    """The three groups of options: defaults, then the YAML file of ``--config``, then the command line.
+
+    Raises UserError for a value that is wrong by itself or beside another.
+    """
+    parser = HfArgumentParser(
+        (ModelArguments, DataArguments, TrainingArguments), prog=prog, description=description, allow_abbrev=False
+    )
+    parser.add_argument("--config", metavar="FILE.yaml", help="YAML file of options; the command line wins")
+    try:
+        set_defaults(parser, argv)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    model_args, data_args, args, _ = parser.parse_args_into_dataclasses(args=argv)
+    _check_numbers(model_args, data_args, args)
+    _check_names(model_args, data_args, args)
+    is_search = args.find_max_length or args.trial_length is not None  # on random tokens
+    if not is_search and (data_args.train_file is None) == (data_args.dataset_name is None):
+        raise UserError("expected exactly one of --train_file and --dataset_name")
+    if data_args.dataset_test_split is not None and data_args.dataset_name is None:
+        raise UserError("--dataset_test_split: expected it with --dataset_name; files have --validation_file")
+    if data_args.dataset_test_split is not None and data_args.validation_file is not None:
+        raise UserError("expected at most one of --dataset_test_split and --validation_file")
+    try:
+        chosen_patches(model_args, args)
+    except ValueError as error:
+        raise UserError(f"--patches: {error}") from None
+    return model_args, data_args, args
+
+
+def _check_numbers(model_args: ModelArguments, data_args: DataArguments, args: TrainingArguments) -> None:
+    given = vars(model_args) | vars(data_args) | vars(args)
+    for name, (least, most) in LIMITS.items():
+        value = given[name]
+        if value is not None and not (math.isfinite(value) and least <= value <= most):
+            expected = f"at least {least}" if most == math.inf else f"{least} to {most}"
+            raise UserError(f"--{name}: expected {expected}, got {value}")
+    if args.max_steps < 1 and not (math.isfinite(args.num_train_epochs) and args.num_train_epochs > 0):
+        raise UserError(f"--num_train_epochs: expected more than 0, got {args.num_train_epochs}")
+
+
+def _check_names(model_args: ModelArguments, data_args: DataArguments, args: TrainingArguments) -> None:
+    for group, name in (
+        (model_args, "model_name_or_path"), (data_args, "train_file"), (data_args, "validation_file"), (args, "output_dir"),
+    ):  # fmt: skip
+        value = getattr(group, name)
+        if value is not None and not value.strip():
+            raise UserError(f"--{name}: expected a name, got an empty one")
+        if value is not None and value.startswith("~"):  # from YAML, which no shell has read
+            setattr(group, name, str(Path(value).expanduser()))
+
+
+def chosen_patches(model_args: ModelArguments, args: TrainingArguments) -> tuple[list[str], dict[str, int]]:
+    """The names and options of flashmla_hf.patch that ``--patches`` stands for in this run."""
+    return parse_patches(model_args.patches, args.device_type, model_args.use_peft)
+
+
+def parse_patches(wanted: list[str], device: str, use_peft: bool) -> tuple[list[str], dict[str, int]]:
+    """The names and the options of flashmla_hf.patch that ``--patches`` stands for.
+
+    "all" is the default of flashmla_hf.patch, without patches that have no effect on ``device`` or without an adapter.
+    "none" is none, and "offload=31" is the patch offload with that option. Raises ValueError for an unknown name.
+    """
+    wanted = [name for name in wanted if name != "none"]
+    if not wanted:
+        return [], {}
+    from flashmla_hf import DEFAULT_PATCHES, PATCH_OPTIONS, PATCHES
+
+    names: list[str] = []
+    options: dict[str, int] = {}
+    for part in wanted:
+        name, _, value = part.partition("=")
+        if value and name in PATCH_OPTIONS:
+            if not value.isdecimal():
+                raise ValueError(f"--patches {part}: expected a number after {name}=")
+            options[name] = int(value)
+            name = PATCH_OPTIONS[name]
+        elif name not in ("all", *PATCHES) or value:
+            expected = f"all, none, some of {', '.join(PATCHES)}, or {', '.join(f'{o}=NUMBER' for o in PATCH_OPTIONS)}"
+            raise ValueError(f"unknown patch {part!r}: expected {expected}")
+        names.append(name)
+    if "all" in names:
+        # On a CPU there is no other memory to offload to. The name alone still selects it there.
+        has_effect = {"offload": device != "cpu", "lora": use_peft}
+        names += [name for name in DEFAULT_PATCHES if has_effect.get(name, True)]
+    return [name for name in PATCHES if name in names], options

@@ -1,0 +1,177 @@
+"""The checkpoints of a run, and how it resumes from one.
+
+A run that is killed and resumed gives the losses of one that was not: checkpoints hold the weights (or the adapter), the
+optimizer, the schedule, the random states and the place in the data, and get their name only when they are whole. On a GPU
+that is up to rounding: the patch mlp chooses its tile by free memory unless mlp_tile=N is given, and some of torch's sums
+have no fixed order there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+
+from flashmla_hf.training.arguments import ModelArguments, TrainingArguments, UserError, first_line
+from flashmla_hf.training.data import Pack
+
+
+@dataclass
+class TrainerState:
+    """What a checkpoint holds beside tensors: ``trainer_state.json``."""
+
+    step: int = 0
+    tokens: int = 0
+    runtime: float = 0.0  # seconds of training, earlier runs included
+    interval_losses: list[float] = field(default_factory=list)  # since the last log entry
+    log_history: list[dict] = field(default_factory=list)
+    flops: int = 0  # the model's own, of this process (Shape.training_flops), earlier runs included
+    fingerprint: str = ""  # of the data and arguments that decide the course of the losses
+    frozen_fingerprint: str = ""  # of the weights that are not in the checkpoint
+
+
+def checkpoints(output_dir: Path) -> list[Path]:
+    """The finished checkpoints, oldest first."""
+    found = [(int(match.group(1)), path) for path in output_dir.glob("checkpoint-*") if (match := _step_of(path))]
+    return [path for _, path in sorted(found)]
+
+
+def _step_of(path: Path) -> re.Match | None:
+    return re.fullmatch(r"checkpoint-(\d+)", path.name)
+
+
+def find_checkpoint(args: TrainingArguments, use_peft: bool) -> tuple[Path, TrainerState] | None:
+    """The checkpoint to resume from and its state; None if there is none to resume from.
+
+    It is whole as far as can be told without loading it. Raises UserError if it is not.
+    """
+    if args.resume_from_checkpoint is None:
+        return None
+    if args.resume_from_checkpoint.lower() in ("latest", "true"):
+        found = checkpoints(Path(args.output_dir))
+        if not found:
+            return None
+        path = found[-1]
+    else:
+        path = Path(args.resume_from_checkpoint)
+    where = f"--resume_from_checkpoint {path}"
+    for name in ("trainer_state.json", "optimizer.bin"):
+        if not (path / name).is_file() or not (path / name).stat().st_size:
+            raise UserError(f"{where}: no checkpoint there (expected {name} in it)")
+    try:
+        state = TrainerState(**json.loads((path / "trainer_state.json").read_text()))
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{where}: trainer_state.json is not of flashmla finetune: {first_line(error)}") from None
+    if (path / "adapter_config.json").is_file() != use_peft:
+        expected, got = ("an adapter", "a whole model") if use_peft else ("a whole model", "an adapter")
+        raise UserError(f"{where}: expected {expected} by --use_peft {str(use_peft).lower()}, got {got}")
+    return path, state
+
+
+def make_output_dir(model_args: ModelArguments, args: TrainingArguments) -> Path:
+    """``output_dir``, made and writable. Raises UserError if it holds results that this run's would be mixed with."""
+    output_dir = Path(args.output_dir)
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=output_dir) as file:
+            file.write(b" ")
+    except OSError as error:
+        raise UserError(f"--output_dir {output_dir} cannot be written to: {error.strerror}") from None
+    if args.find_max_length:
+        return output_dir
+    found = checkpoints(output_dir)
+    if found and args.resume_from_checkpoint is None:
+        raise UserError(
+            f"--output_dir {output_dir} holds {found[-1].name} of an earlier run: continue it with --resume_from_checkpoint "
+            "latest, or name another --output_dir"
+        )
+    other = "config.json" if model_args.use_peft else "adapter_config.json"
+    if (output_dir / other).is_file():
+        held = "a whole model" if model_args.use_peft else "an adapter"
+        raise UserError(
+            f"--output_dir {output_dir} holds {held} of an earlier run ({other}), which would be loaded together with this "
+            "run's result: name another --output_dir"
+        )
+    return output_dir
+
+
+def save_checkpoint(accelerator: Accelerator, args: TrainingArguments, state: TrainerState) -> None:
+    """Writes ``checkpoint-<step>``; the name appears by a rename, when everything is written."""
+    final = Path(args.output_dir) / f"checkpoint-{state.step}"
+    unfinished = final.with_name(f"unfinished-{final.name}")
+    try:
+        if accelerator.is_main_process:
+            shutil.rmtree(unfinished, ignore_errors=True)
+        accelerator.wait_for_everyone()
+        accelerator.save_state(
+            str(unfinished)
+        )  # weights by the hook that prepare_model() registers, in Transformers' format
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            (unfinished / "trainer_state.json").write_text(json.dumps(dataclasses.asdict(state), indent=1))
+            shutil.rmtree(final, ignore_errors=True)
+            os.rename(unfinished, final)
+    except Exception as error:  # OSError, and the RuntimeError or SafetensorError torch and safetensors make of it
+        shutil.rmtree(unfinished, ignore_errors=True)
+        kept = checkpoints(Path(args.output_dir))
+        raise UserError(
+            f"checkpoint-{state.step} could not be written ({first_line(error)}); "
+            + (f"{kept[-1]} is whole: resume from it" if kept else "there is no earlier checkpoint")
+        ) from error
+    if accelerator.is_main_process and args.save_total_limit:
+        for old in checkpoints(Path(args.output_dir))[: -args.save_total_limit]:
+            shutil.rmtree(old, ignore_errors=True)
+    accelerator.wait_for_everyone()
+
+
+def fingerprint(model_args: ModelArguments, args: TrainingArguments, packs: list[Pack], processes: int) -> str:
+    """Differs if a resumed run would not continue the interrupted one: other data, batches, optimizer or adapter."""
+    # The number of steps bends every schedule but the constant one: max_steps, or epochs if that does not say it.
+    length: tuple[str, ...] = ("max_steps",) if args.max_steps > 0 else ("num_train_epochs",)
+    if args.lr_scheduler_type == "constant":
+        length = ()
+    decisive: dict[str, object] = {"processes": processes}
+    decisive |= {
+        name: getattr(args, name)
+        for name in (
+            "per_device_train_batch_size", "gradient_accumulation_steps", "seed", "learning_rate", "weight_decay",
+            "max_grad_norm", "lr_scheduler_type", "warmup_steps", "bf16", *length,
+        )
+    }  # fmt: skip
+    adapter = ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules") if model_args.use_peft else ()
+    decisive |= {name: getattr(model_args, name) for name in ("use_peft", "dtype", *adapter)}
+    digest = hashlib.sha256(json.dumps(decisive, sort_keys=True).encode())
+    for one in packs:
+        for piece in one:
+            digest.update(piece.tobytes())
+    return digest.hexdigest()[:16]
+
+
+def frozen_fingerprint(model: torch.nn.Module) -> str:
+    """Differs with the weights that are not trained, which no checkpoint holds: a few numbers of each."""
+    parts = [p.detach().flatten()[:16].float().cpu() for p in model.parameters() if not p.requires_grad]
+    return hashlib.sha256(torch.cat(parts).numpy().tobytes()).hexdigest()[:16] if parts else ""
+
+
+@contextlib.contextmanager
+def writing_result(output_dir: Path) -> Iterator[None]:
+    """Turns a failure to write the result into a UserError that names the checkpoint that is left."""
+    try:
+        yield
+    except Exception as error:  # OSError, and the RuntimeError or SafetensorError torch and safetensors make of it
+        kept = checkpoints(output_dir)
+        raise UserError(
+            f"the result could not be written to {output_dir} ({first_line(error)}); "
+            + (f"{kept[-1]} is whole: make room and resume from it" if kept else "there is no checkpoint")
+        ) from error

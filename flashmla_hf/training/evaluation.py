@@ -1,0 +1,103 @@
+"""The loss of held-out documents, by position: a gain from reading far back shows there."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from accelerate import Accelerator
+from peft import PeftModel
+from torch.nn import functional as F
+
+from flashmla_hf.training.data import Collator, Pack
+
+LOGITS_BYTES = 2**28  # of the logits that evaluation holds at a time, as fp32
+
+
+def token_losses(model: torch.nn.Module, inputs: dict, accelerator: Accelerator) -> torch.Tensor:
+    """The loss of every token of ``inputs`` [1, tokens] but the first, fp32 [tokens - 1]; zero for labels of -100.
+
+    The layers run once over the whole row. The rest of the model's own forward (the head, and what the model does to
+    logits) runs over chunks of the layers' output, so that the logits of a long row never exist at a time.
+    """
+    model = accelerator.unwrap_model(model)
+    model = model.get_base_model() if isinstance(model, PeftModel) else model
+    labels = inputs.pop("labels")[0, 1:]
+    tokens = len(labels)
+    chunk = max(1, min(tokens, LOGITS_BYTES // (4 * model.config.get_text_config().vocab_size)))
+    decoder = model.get_decoder()
+    losses = torch.empty(tokens, device=labels.device)
+    if decoder is model:  # the model has no decoder of its own (Llama 4's text model): all logits at a time
+        with accelerator.autocast():
+            logits = model(**inputs).logits[0, :-1]
+        return F.cross_entropy(logits.float(), labels, reduction="none")
+    with accelerator.autocast():
+        output = decoder(**inputs)
+        hidden = output.last_hidden_state  # [1, tokens + 1, hidden]
+        own_forward = decoder.forward
+        try:
+            for start in range(0, tokens, chunk):
+                rows = slice(start, min(start + chunk, tokens))
+                piece = type(output)(last_hidden_state=hidden[:, rows])  # a model may read other fields of it
+                decoder.forward = lambda *args, _piece=piece, **kwargs: _piece
+                logits = model(input_ids=inputs["input_ids"][:, rows]).logits[0]  # [chunk, vocabulary]
+                losses[rows] = F.cross_entropy(logits.float(), labels[rows], reduction="none")
+        finally:
+            # The forward was the class's method, or an instance attribute that a patch had set.
+            del decoder.forward
+            if decoder.forward != own_forward:
+                decoder.forward = own_forward
+    return losses
+
+
+@torch.no_grad()
+def evaluate(
+    model: torch.nn.Module, packs: list[Pack], collate: Collator, accelerator: Accelerator, size: int
+) -> tuple[float, list[dict]]:
+    """The mean loss over all predicted tokens of ``packs``, and the loss by how far back a prediction could read.
+
+    The second is a list of a dict per power of two: ``from`` ... ``to`` tokens of the document before the predicted one,
+    ``tokens`` counted, their ``loss`` and ``perplexity``.
+    """
+    model.eval()
+    mine = packs[accelerator.process_index :: accelerator.num_processes]
+    # Every process makes the same number of forward passes: sharded models communicate in them.
+    rounds = math.ceil(math.ceil(len(packs) / accelerator.num_processes) / size)
+    sums = torch.zeros(2, 64, device=accelerator.device, dtype=torch.float64)  # losses and tokens per power of two
+    for i in range(rounds):
+        batch = mine[i * size : (i + 1) * size]
+        inputs = collate(batch or packs[:1], accelerator.device)
+        labels, positions = inputs["labels"][0, 1:], inputs["position_ids"][0, 1:]
+        losses = token_losses(model, inputs, accelerator)
+        if batch:
+            is_label = labels != -100
+            bucket = positions[is_label].double().log2().long()
+            sums[0].index_add_(0, bucket, losses[is_label].double())
+            sums[1].index_add_(0, bucket, torch.ones_like(bucket, dtype=torch.float64))
+    model.train()
+    totals, counts = accelerator.reduce(sums, "sum").tolist()
+    by_position = [
+        {
+            "from": 2**i,
+            "to": 2 ** (i + 1) - 1,
+            "tokens": int(counts[i]),
+            "loss": totals[i] / counts[i],
+            "perplexity": perplexity(totals[i] / counts[i]),
+        }
+        for i in range(64)
+        if counts[i]
+    ]
+    return sum(totals) / sum(counts), by_position
+
+
+def perplexity(loss: float) -> float:
+    return math.exp(min(loss, 700))
+
+
+def mean_loss(log_history: list[dict]) -> float | None:
+    """The mean over steps. An entry's loss is the mean since the entry before."""
+    total, counted = 0.0, 0
+    for entry in (entry for entry in log_history if "loss" in entry):
+        total += entry["loss"] * (entry["step"] - counted)
+        counted = entry["step"]
+    return total / counted if counted else None

@@ -1,0 +1,402 @@
+"""Fine-tune a causal language model on long documents, with attention by flashmla. One straight accelerate script.
+
+    flashmla finetune --config FILE.yaml --train_file notes/ --output_dir results/notes
+    accelerate launch -m flashmla_hf.training.finetune --config FILE.yaml --train_file notes/ --output_dir results/notes
+    flashmla finetune --config FILE.yaml ... --resume_from_checkpoint latest
+    flashmla max-length --config FILE.yaml ...
+    tensorboard --logdir results/notes/runs
+
+Options are named as in Transformers' and TRL's scripts. ``--config`` names a YAML file of them, and the command line wins.
+
+A run is five stages, each a function: prepare_data, prepare_model, resume, train_steps (the loop) and finish. ``--patches``
+names the memory patches of flashmla_hf (all, or some of its PATCHES). ``--find_max_length`` looks for the longest
+``max_length`` that fits with the other options and trains nothing. Held-out documents are evaluated by position.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import inspect
+import json
+import math
+import os
+import pickle
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+# Waiting threads sleep instead of spinning: beside other work on the machine, spinning makes steps on a CPU ten times
+# slower. OpenMP reads it when torch is imported.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase, get_scheduler
+
+from flashmla_hf.host_memory import GIB
+from flashmla_hf.training import machine, max_length
+from flashmla_hf.training.arguments import (
+    DataArguments,
+    ModelArguments,
+    TrainingArguments,
+    UserError,
+    chosen_patches,
+    first_line,
+    parse_arguments,
+)
+from flashmla_hf.training.checkpoints import (
+    TrainerState,
+    find_checkpoint,
+    fingerprint,
+    frozen_fingerprint,
+    make_output_dir,
+    save_checkpoint,
+    writing_result,
+)
+from flashmla_hf.training.data import Collator, Pack, load_documents, pack, spread, tokenize
+from flashmla_hf.training.evaluation import evaluate, mean_loss, perplexity
+from flashmla_hf.training.ledger import Ledger
+from flashmla_hf.training.model import (
+    ledger_of,
+    load_model,
+    load_tokenizer,
+    make_optimizer,
+    out_of_memory_message,
+    positions_exceeded,
+)
+from flashmla_hf.training.step import run_batches, step_batches
+
+
+@dataclass
+class Data:
+    """Packed sequences of a run, to train on and to evaluate on."""
+
+    tokenizer: PreTrainedTokenizerBase
+    train_packs: list[Pack]
+    eval_packs: list[Pack]
+    packs_per_step: int  # of all processes
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return len(self.train_packs) // self.packs_per_step
+
+
+@dataclass
+class Run:
+    """A training run, prepared: its options and data, the model and optimizer as accelerate wrapped them, and its state."""
+
+    model_args: ModelArguments
+    data_args: DataArguments
+    args: TrainingArguments
+    accelerator: Accelerator
+    output_dir: Path
+    data: Data
+    state: TrainerState
+    model: torch.nn.Module
+    optimizer: torch.optim.Optimizer
+    scheduler: torch.optim.lr_scheduler.LRScheduler
+    max_steps: int
+    trained_parameters: int
+    ledger: Ledger | None
+    peak_flops: float  # of the device, per second
+
+    def __post_init__(self):
+        self.collate = Collator(self.model_args.attn_implementation)
+
+    def log(self, entry: dict) -> None:
+        state = self.state
+        entry = {"step": state.step, "epoch": round(state.step / self.data.steps_per_epoch, 4), **entry}
+        state.log_history.append(entry)
+        self.accelerator.log({name: value for name, value in entry.items() if name != "step"}, step=state.step)
+
+    def evaluate(self) -> tuple[float, list[dict]]:
+        """The mean loss of the held-out sequences, and the loss by position. Both are logged."""
+        size = self.args.per_device_eval_batch_size
+        loss, by_position = evaluate(self.model, self.data.eval_packs, self.collate, self.accelerator, size)
+        each = {f"eval_loss_from_{bucket['from']}": bucket["loss"] for bucket in by_position}
+        self.log({"eval_loss": loss, "eval_perplexity": perplexity(loss), **each})
+        if self.accelerator.is_main_process and not self.args.disable_tqdm:
+            tqdm.write(f"step {self.state.step}: held-out loss {loss:.4f}")
+        return loss, by_position
+
+    @property
+    def mfu(self) -> float | None:
+        """The model's own operations per second, as a share of the device's; None for a model that the ledger does not
+        know."""
+        return self.state.flops / self.state.runtime / self.peak_flops if self.state.flops else None
+
+
+def train(model_args: ModelArguments, data_args: DataArguments, args: TrainingArguments) -> dict:
+    """The whole run; returns the content of ``all_results.json``. Raises UserError for a mistake that the caller can mend."""
+    output_dir = make_output_dir(model_args, args)
+    accelerator = Accelerator(
+        mixed_precision="bf16" if args.bf16 else "no",
+        cpu=args.use_cpu,
+        log_with="tensorboard" if args.report_to == "tensorboard" else None,
+        project_dir=args.output_dir,
+    )
+    set_seed(args.seed)
+    resumed = find_checkpoint(args, model_args.use_peft)
+    # Data first: a mistake there shows before a large model is loaded.
+    data = prepare_data(model_args, data_args, args, accelerator)
+    state = TrainerState(fingerprint=fingerprint(model_args, args, data.train_packs, accelerator.num_processes))
+    if resumed is not None and resumed[1].fingerprint != state.fingerprint:
+        raise UserError(
+            f"{resumed[0]} belongs to another run (other data, batch sizes, processes, schedule, seed or adapter): resume with "
+            "that run's options, or begin anew without --resume_from_checkpoint"
+        )
+    run = prepare_model(model_args, data_args, args, accelerator, output_dir, data, state, resumed and resumed[0])
+    if resumed is not None:
+        resume(run, *resumed)
+    train_steps(run)
+    return finish(run)
+
+
+def prepare_data(
+    model_args: ModelArguments, data_args: DataArguments, args: TrainingArguments, accelerator: Accelerator
+) -> Data:
+    """Reads, tokenizes and packs the documents. Raises UserError if they do not fill one step."""
+    train_documents, held_out_documents = load_documents(data_args, args.seed)
+    tokenizer = load_tokenizer(model_args)
+    train_tokens = tokenize(train_documents, tokenizer)
+    train_packs = spread(pack(train_tokens, data_args.max_length), data_args.max_train_samples)
+    token_count = sum(map(len, train_tokens))
+    if token_count < data_args.max_length:
+        raise UserError(
+            f"the training data is too short: {token_count} tokens, fewer than one sequence of "
+            f"max_length={data_args.max_length}; give more text or a smaller --max_length"
+        )
+    per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
+    if len(train_packs) < per_step:
+        raise UserError(
+            f"the training data is too short: {len(train_packs)} packed sequences of {data_args.max_length} tokens, "
+            f"and one optimizer step takes {per_step} (batch size x accumulation x processes)"
+        )
+    eval_packs = pack(tokenize(held_out_documents, tokenizer), data_args.max_length) if held_out_documents else []
+    eval_packs = spread(eval_packs, data_args.max_eval_samples)
+    accelerator.print(
+        f"{len(train_documents)} training documents: {token_count:,} tokens in {len(train_packs)} sequences of at most "
+        f"{data_args.max_length}; held out: {len(held_out_documents)} documents, {len(eval_packs)} sequences evaluated"
+    )
+    return Data(tokenizer, train_packs, eval_packs, per_step)
+
+
+def prepare_model(
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    args: TrainingArguments,
+    accelerator: Accelerator,
+    output_dir: Path,
+    data: Data,
+    state: TrainerState,
+    checkpoint: Path | None,
+) -> Run:
+    """Loads the model (its trained weights from ``checkpoint``), and makes the optimizer and its schedule."""
+    model = load_model(model_args, args, checkpoint)
+    _check_vocabulary(model, model_args, data)
+    state.frozen_fingerprint = frozen_fingerprint(model)
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    trained, everything = (sum(p.numel() for p in some) for some in (trainable, model.parameters()))
+    accelerator.print(f"{trained:,} of {everything:,} parameters are trained")
+    if longest := positions_exceeded(model, data_args.max_length):
+        accelerator.print(f"max_length={data_args.max_length} is beyond the {longest} positions of the model")
+    ledger = ledger_of(model_args, args, model.config)
+    peak_flops, _ = machine.peak_flops(accelerator.device.type, "bfloat16" if args.bf16 else "float32")
+    optimizer = make_optimizer(trainable, args)
+    max_steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * data.steps_per_epoch)
+    scheduler = _make_schedule(optimizer, args, max_steps)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    # The schedule counts optimizer steps, whatever the number of processes: it is registered, not prepared.
+    accelerator.register_for_checkpointing(scheduler)
+
+    def save_weights(models: list[torch.nn.Module], weights: list[dict], folder: str) -> None:
+        """In Transformers' or peft's own format, adapter alone, instead of accelerate's file of everything."""
+        state_dict = weights.pop()
+        if accelerator.is_main_process:
+            accelerator.unwrap_model(models[0]).save_pretrained(folder, state_dict=state_dict)
+
+    accelerator.register_save_state_pre_hook(save_weights)
+    # load_model() has read the weights already.
+    accelerator.register_load_state_pre_hook(lambda models, folder: models.clear())
+    return Run(
+        model_args, data_args, args, accelerator, output_dir, data, state, model, optimizer, scheduler, max_steps, trained,
+        ledger, peak_flops,
+    )  # fmt: skip
+
+
+def _check_vocabulary(model: torch.nn.Module, model_args: ModelArguments, data: Data) -> None:
+    rows = model.get_input_embeddings().weight.shape[0]
+    largest = max(int(piece.max()) for one in (*data.train_packs, *data.eval_packs) for piece in one)
+    if largest >= rows:
+        raise UserError(
+            f"the tokenizer of {model_args.model_name_or_path} gives token {largest}, and the model embeds {rows}: they do not "
+            "belong together"
+        )
+
+
+def _make_schedule(optimizer: torch.optim.Optimizer, args: TrainingArguments, max_steps: int):
+    warmup = int(args.warmup_steps) if args.warmup_steps >= 1 else math.ceil(args.warmup_steps * max_steps)
+    try:
+        scheduler = get_scheduler(args.lr_scheduler_type, optimizer, warmup, max_steps)
+        # A schedule that needs a measure at each step is refused like one that needs more than the number of steps.
+        inspect.signature(scheduler.step).bind()
+    except (ValueError, TypeError) as error:
+        raise UserError(f"--lr_scheduler_type {args.lr_scheduler_type}: {first_line(error)}") from None
+    return scheduler
+
+
+def resume(run: Run, checkpoint: Path, saved: TrainerState) -> None:
+    """Continues ``run`` from ``checkpoint``. Raises UserError if it is damaged or of another base model."""
+    if saved.frozen_fingerprint != run.state.frozen_fingerprint:
+        raise UserError(
+            f"{checkpoint} belongs to another base model than {run.model_args.model_name_or_path}: resume with that one"
+        )
+    try:
+        run.accelerator.load_state(str(checkpoint))
+    except (OSError, EOFError, ValueError, KeyError, RuntimeError, pickle.UnpicklingError) as error:
+        if machine.is_out_of_memory(error):
+            raise
+        raise UserError(f"{checkpoint} is damaged: {first_line(error)}; resume from an earlier one") from None
+    run.state = saved
+    run.accelerator.print(f"resumed from {checkpoint} at step {saved.step} of {run.max_steps}")
+
+
+def train_steps(run: Run) -> None:
+    """The loop: steps until ``max_steps``, with logs, evaluations and checkpoints between them."""
+    args, accelerator, state, model = run.args, run.accelerator, run.state, run.model
+    device, eval_packs = accelerator.device, run.data.eval_packs
+    if args.report_to == "tensorboard":
+        accelerator.init_trackers("runs")
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    is_silent = args.disable_tqdm or not accelerator.is_main_process
+    bar = tqdm(total=run.max_steps, initial=state.step, unit="step", desc="fine-tuning", disable=is_silent)
+    if args.eval_on_start and eval_packs and state.step == 0:
+        run.evaluate()
+    tokens_before, seconds_before = state.tokens, state.runtime
+    training_seconds = 0.0  # of this run, evaluation and checkpoints excluded
+    model.train()
+    while state.step < run.max_steps:
+        started = time.perf_counter()
+        batches, num_items = step_batches(run.data.train_packs, state.step, accelerator, args)
+        step_loss = run_batches(model, batches, num_items, run.collate, accelerator)
+        if args.max_grad_norm > 0:
+            # Not the list from before prepare: sharding replaces parameters.
+            accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+        learning_rate = run.scheduler.get_last_lr()[0]
+        run.optimizer.step()
+        run.scheduler.step()
+        run.optimizer.zero_grad()
+        state.step += 1
+        state.tokens += num_items
+        state.interval_losses.append(float(accelerator.reduce(step_loss, "sum")))
+        training_seconds += time.perf_counter() - started
+        state.runtime = seconds_before + training_seconds
+        if not math.isfinite(state.interval_losses[-1]):
+            raise UserError(
+                f"the loss became {state.interval_losses[-1]} at step {state.step}: lower --learning_rate, or resume "
+                "from an earlier checkpoint"
+            )
+
+        speed = (state.tokens - tokens_before) / training_seconds
+        if run.ledger is not None:
+            lengths = [len(piece) for batch in batches for one in batch for piece in one]
+            state.flops += run.ledger.shape.training_flops(lengths, run.model_args.use_peft)
+        mfu = run.mfu
+        shown = f", MFU {mfu:.1%}" if mfu is not None else ""
+        peak = machine.peak_memory(device) / GIB
+        bar.update()
+        bar.set_postfix_str(f"loss {state.interval_losses[-1]:.4f}, {speed:,.0f} tokens/s, peak {peak:.2f} GiB{shown}")
+        if state.step % args.logging_steps == 0 or state.step == run.max_steps:
+            loss = sum(state.interval_losses) / len(state.interval_losses)
+            state.interval_losses.clear()
+            entry = {"loss": loss, "learning_rate": learning_rate, "tokens_per_second": speed}
+            run.log(entry if mfu is None else entry | {"mfu": mfu})
+        if eval_packs and args.eval_steps and state.step % args.eval_steps == 0 and state.step < run.max_steps:
+            run.evaluate()
+        if args.save_steps and state.step % args.save_steps == 0:
+            save_checkpoint(accelerator, args, state)
+    bar.close()
+
+
+def finish(run: Run) -> dict:
+    """Saves the model or adapter, evaluates it, and writes and returns the results."""
+    accelerator, state, output_dir = run.accelerator, run.state, run.output_dir
+    # The weights first: a failure in the evaluation does not lose them.
+    accelerator.wait_for_everyone()
+    weights = accelerator.get_state_dict(run.model)
+    with writing_result(output_dir):
+        if accelerator.is_main_process:
+            accelerator.unwrap_model(run.model).save_pretrained(output_dir, state_dict=weights)
+            run.data.tokenizer.save_pretrained(output_dir)
+    del weights
+    eval_loss, by_position = run.evaluate() if run.data.eval_packs else (None, [])
+
+    results = {
+        "train_loss": mean_loss(state.log_history),
+        "train_runtime": state.runtime,
+        "train_tokens": state.tokens,
+        "train_tokens_per_second": state.tokens / state.runtime if state.runtime else None,
+        "train_steps": state.step,
+        "epoch": state.step / run.data.steps_per_epoch,
+        "peak_memory_gib": machine.peak_memory(accelerator.device) / GIB,
+        "mfu": run.mfu,
+        "trainable_parameters": run.trained_parameters,
+        "attn_implementation": run.model_args.attn_implementation,
+        "patches": chosen_patches(run.model_args, run.args)[0],
+    }
+    if eval_loss is not None:
+        first = next(entry["eval_loss"] for entry in state.log_history if "eval_loss" in entry)
+        results |= {"eval_loss": eval_loss, "eval_perplexity": perplexity(eval_loss), "first_eval_loss": first}
+        results["eval_by_position"] = by_position
+    with writing_result(output_dir):
+        if accelerator.is_main_process:
+            (output_dir / "trainer_state.json").write_text(json.dumps(dataclasses.asdict(state), indent=1))
+            (output_dir / "all_results.json").write_text(json.dumps(results, indent=1))
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+    saved = "adapter" if run.model_args.use_peft else "model"
+    accelerator.print(f"{saved}, trainer_state.json and all_results.json are in {output_dir}")
+    return results
+
+
+def main(argv: list[str] | None = None, command: str = "finetune") -> None:
+    """The commands ``flashmla finetune`` and ``flashmla max-length``. Ends the process with one sentence for a mistake."""
+    argv = sys.argv[1:] if argv is None else argv
+    searches = command == "max-length"
+    if searches:
+        argv = [*argv, "--find_max_length"]
+    description = (max_length.__doc__ if searches else __doc__).split("\n\n")[0]
+    try:
+        model_args, data_args, args = parse_arguments(argv, f"flashmla {command}", description)
+        if args.trial_length is not None:
+            max_length.try_length(model_args, args)
+        elif args.find_max_length:
+            max_length.find_max_length(argv, model_args, data_args, args)
+        else:
+            train(model_args, data_args, args)
+    except UserError as error:
+        sys.exit(f"finetune: {error}")
+    except KeyboardInterrupt:
+        print(
+            "finetune: interrupted; --resume_from_checkpoint latest continues from the last checkpoint", file=sys.stderr
+        )
+        sys.exit(130)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        sys.exit(f"finetune: {args.output_dir}: {error.strerror}; what is saved there stays: make room and resume")
+    except (RuntimeError, MemoryError, ValueError) as error:
+        if str(error).startswith("flashmla_hf.patch"):  # no room on the host, a call that a patch cannot follow
+            sys.exit(f"finetune: {' '.join(str(error).split())}")
+        if not machine.is_out_of_memory(error):
+            raise
+        sys.exit(f"finetune: {max_length.OUT_OF_MEMORY}; {out_of_memory_message(model_args, data_args, args)}")
+
+
+if __name__ == "__main__":
+    main()

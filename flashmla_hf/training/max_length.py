@@ -1,0 +1,166 @@
+"""The longest context that fits: steps on random tokens, each in a process of its own, until the length is known to 2 %.
+
+The search begins at the ledger's prediction. A trial that runs out of memory or takes too long ends with its process and
+not with the search. Nothing is trained.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import sys
+import time
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from tqdm import tqdm
+
+from flashmla_hf.host_memory import GIB
+from flashmla_hf.training import child_process, machine
+from flashmla_hf.training.arguments import DataArguments, ModelArguments, TrainingArguments, UserError
+from flashmla_hf.training.checkpoints import make_output_dir
+from flashmla_hf.training.data import Collator
+from flashmla_hf.training.model import ledger_of, load_model, make_optimizer, positions_exceeded
+from flashmla_hf.training.shape import load_config
+from flashmla_hf.training.step import run_batches
+
+TRIAL_MARK = "TRIAL "  # begins the line in which a trial reports
+OUT_OF_MEMORY = "out of memory"  # is in the message of a process that ran out of it
+PROGRAM = ("-m", "flashmla_hf.training.finetune")  # what Python runs in a trial's process
+MAX_TRIALS = 20  # 20 halvings reach any length
+
+
+def try_length(model_args: ModelArguments, args: TrainingArguments) -> None:
+    """One step on ``trial_length`` random tokens per sequence; prints its peak memory and time. Runs in a trial's process."""
+    if args.device_type == "cpu":
+        # An allocation beyond it fails, before the machine begins to swap or to kill.
+        available = int(0.95 * machine.memory_available("cpu"))
+        resource.setrlimit(resource.RLIMIT_DATA, (available, available))
+    accelerator = Accelerator(mixed_precision="bf16" if args.bf16 else "no", cpu=args.use_cpu)
+    model = load_model(model_args, args, None)
+    positions_exceeded(model, args.trial_length)
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = make_optimizer(trainable, args)
+    vocabulary = model.config.get_text_config().vocab_size
+    model, optimizer = accelerator.prepare(model, optimizer)
+    collate, rng = Collator(model_args.attn_implementation), np.random.default_rng(args.seed)
+    model.train()
+
+    def step(length: int) -> None:
+        # With accumulation, gradients of an earlier batch are there while another runs.
+        count = min(2, args.gradient_accumulation_steps)
+        batches = [
+            [[rng.integers(vocabulary, size=length)] for _ in range(args.per_device_train_batch_size)]
+            for _ in range(count)
+        ]
+        run_batches(model, batches, length, collate, accelerator)
+        if args.max_grad_norm > 0:
+            accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    step(min(32, args.trial_length))  # makes the optimizer's states, which the long step then finds there
+    if accelerator.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    started = time.perf_counter()
+    step(args.trial_length)
+    if accelerator.device.type == "cuda":
+        torch.cuda.synchronize()
+    seconds = time.perf_counter() - started
+    report = {"peak_bytes": machine.peak_memory(accelerator.device), "seconds": seconds}
+    print(TRIAL_MARK + json.dumps(report), flush=True)
+
+
+def run_trial(argv: list[str], length: int, timeout: float) -> dict:
+    """``try_length`` in a process of its own, so that no failure in it ends the search; its status and numbers."""
+    command = [sys.executable, *PROGRAM, *argv, "--trial_length", str(length)]
+    outcome = child_process.run(command, TRIAL_MARK, timeout)
+    trial = {"length": length, "status": outcome.status}
+    if outcome.result is not None:
+        return trial | outcome.result
+    if OUT_OF_MEMORY in outcome.reason or machine.NO_HOST_MEMORY in outcome.reason:
+        trial["status"] = "out_of_memory"
+    return trial | {"reason": outcome.reason}
+
+
+def next_length(trials: list[dict], memory: int) -> int | None:
+    """The length to try after ``trials``; None when the longest that fits is known to 2 % or 64 tokens."""
+    fits = sorted((trial["length"], trial["peak_bytes"]) for trial in trials if trial["status"] == "ok")
+    low = fits[-1][0] if fits else 0
+    high = min((trial["length"] for trial in trials if trial["status"] != "ok"), default=None)
+    if high is None:
+        # Along the line through the last two, a little short of the end; with one, no more than its share of the memory.
+        (n1, y1), (n2, y2) = fits[-2] if len(fits) > 1 else (0, 0), fits[-1]
+        room = n2 + (0.97 * memory - y2) * (n2 - n1) / max(y2 - y1, 1)
+        following = int(min(max(room, 1.1 * n2), 4 * n2))
+    elif high - low <= max(64, 0.02 * low):
+        return None
+    else:
+        following = (low + high) // 2
+    return max(following - following % 64, low + 1) if following > 64 else max(following, 2)
+
+
+def find_max_length(
+    argv: list[str], model_args: ModelArguments, data_args: DataArguments, args: TrainingArguments
+) -> dict:
+    """Bisects the longest ``max_length`` whose training step fits; returns the content of ``max_length.json``.
+
+    ``argv`` are the options of the trials' processes. Raises UserError if no length fits or a trial fails otherwise.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError("--find_max_length runs in one process: start it with python instead of accelerate launch")
+    device = args.device_type
+    ledger = ledger_of(model_args, args, load_config(model_args.model_name_or_path))
+    memory = machine.memory_available(device)
+    # A batch of packs is laid end to end, as one row of all its tokens.
+    predicted = ledger.longest(memory) // args.per_device_train_batch_size if ledger else None
+    output = make_output_dir(model_args, args) / "max_length.json"
+    print(f"{memory / GIB:.1f} GiB available; the ledger predicts {predicted or 'nothing'} tokens", flush=True)
+    trials: list[dict] = []
+    result: dict = {}
+    length = predicted - predicted % 64 if predicted and predicted >= 128 else data_args.max_length
+    with tqdm(desc="trials", unit="trial", disable=args.disable_tqdm) as bar:
+        while length is not None and len(trials) < MAX_TRIALS:
+            trial = run_trial(argv, length, args.find_max_length_timeout)
+            trials.append(trial)
+            bar.update()
+            bar.write(_describe(trial))
+            if trial["status"] == "error":
+                raise UserError(f"the trial of {length} tokens failed: {trial['reason'].removeprefix('finetune: ')}")
+            result = {
+                **_bounds(trials),
+                "predicted": predicted,
+                "available_bytes": memory,
+                "device": machine.device_name(device),
+                "trials": trials,
+            }
+            output.write_text(json.dumps(result, indent=1))
+            nothing_fits = not result["max_length"] and length <= 64
+            length = None if nothing_fits else next_length(trials, memory)
+    if not result["max_length"]:
+        raise UserError(
+            f"no length fits, not even {min(t['length'] for t in trials)} tokens: {trials[-1].get('reason', '')}"
+        )
+    limit = "takes too long" if result["is_limited_by_time"] else "does not fit"
+    beyond = f"; {result['first_that_does_not_fit']:,} {limit}" if result["first_that_does_not_fit"] else ""
+    print(f"max_length: {result['max_length']:,} tokens{beyond}. Trials are in {output}")
+    return result
+
+
+def _bounds(trials: list[dict]) -> dict:
+    """The longest length that fits, the shortest that does not, and whether time is what ended it."""
+    fits = [trial["length"] for trial in trials if trial["status"] == "ok"]
+    fails = [trial for trial in trials if trial["status"] != "ok"]
+    shortest = min(fails, key=lambda trial: trial["length"], default=None)
+    return {
+        "max_length": max(fits, default=0),
+        "first_that_does_not_fit": shortest and shortest["length"],
+        "is_limited_by_time": shortest is not None and shortest["status"] == "timeout",
+    }
+
+
+def _describe(trial: dict) -> str:
+    peak = f"peak {trial['peak_bytes'] / GIB:.2f} GiB, {trial['seconds']:.1f} s" if "seconds" in trial else ""
+    return f"{trial['length']:>9,} tokens: {trial['status'].replace('_', ' ')} {peak}"

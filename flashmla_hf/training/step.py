@@ -1,0 +1,48 @@
+"""One optimizer step: which batches each process runs in it, and their forward and backward.
+
+The loss of a step is the sum over its predicted tokens divided by their number, over all accumulated batches and all
+processes: packs of different length, or another ``gradient_accumulation_steps``, do not change what is optimised.
+"""
+
+from __future__ import annotations
+
+import contextlib
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+
+from flashmla_hf.training.arguments import TrainingArguments
+from flashmla_hf.training.data import Collator, Pack, predicted_tokens
+
+
+def step_batches(
+    packs: list[Pack], step: int, accelerator: Accelerator, args: TrainingArguments
+) -> tuple[list[list[Pack]], int]:
+    """The batches this process runs in optimizer step ``step``, and the predicted tokens of all processes in it.
+
+    A function of the step alone, so that resuming needs no replay. Every epoch is one permutation of the packs. Packs at
+    its end that do not fill a whole step are left out of that epoch.
+    """
+    size = args.per_device_train_batch_size
+    per_step = size * args.gradient_accumulation_steps * accelerator.num_processes
+    epoch, index = divmod(step, len(packs) // per_step)
+    order = np.random.default_rng((args.seed, epoch)).permutation(len(packs))
+    chosen = [packs[i] for i in order[index * per_step : (index + 1) * per_step]]
+    mine = chosen[accelerator.process_index :: accelerator.num_processes]
+    return [mine[i : i + size] for i in range(0, len(mine), size)], predicted_tokens(chosen)
+
+
+def run_batches(
+    model: torch.nn.Module, batches: list[list[Pack]], num_items: int, collate: Collator, accelerator: Accelerator
+) -> torch.Tensor:
+    """Forward and backward of one step's batches; returns this process's share of the step's loss."""
+    step_loss = torch.zeros((), device=accelerator.device)
+    for i, batch in enumerate(batches):
+        # Gradients cross processes once per step, with its last batch.
+        with accelerator.no_sync(model) if i < len(batches) - 1 else contextlib.nullcontext():
+            loss = model(**collate(batch, accelerator.device), num_items_in_batch=num_items).loss
+            step_loss += loss.detach()
+            # Data-parallel training averages gradients over processes; the loss is already a share of the whole.
+            accelerator.backward(loss * accelerator.num_processes)
+    return step_loss
