@@ -51,7 +51,9 @@ def draw(path: Path = FIGURE) -> None:
         contexts = [m.point.context for m in steps]
         ledger = ledger_of(steps[-1].point)
         memory.plot(CURVE, [ledger.peak(round(n)) / GIB for n in CURVE], color=color, linestyle="--", linewidth=1.2)
-        memory.plot(contexts, [m.peak_allocated_bytes / GIB for m in steps], marker, color=color, label=label, markersize=9)
+        memory.plot(
+            contexts, [m.peak_allocated_bytes / GIB for m in steps], marker, color=color, label=label, markersize=9
+        )
         speed.plot(contexts, [m.tokens_per_second for m in steps], marker, color=color, label=label, markersize=9)
         for m in steps:
             speed.annotate(
@@ -67,7 +69,9 @@ def draw(path: Path = FIGURE) -> None:
         axis.set_xticks(CONTEXTS, [f"{n // 1024}k" for n in CONTEXTS])
         axis.minorticks_off()
         axis.grid(alpha=0.3)
-    memory.legend(loc="lower right", fontsize=9, title="points: measured; dashed: needed, by the ledger", title_fontsize=8)
+    memory.legend(
+        loc="lower right", fontsize=9, title="points: measured; dashed: needed, by the ledger", title_fontsize=8
+    )
     figure.savefig(path, dpi=110, metadata={"Software": None})
     plt.close(figure)
 
