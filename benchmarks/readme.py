@@ -106,8 +106,8 @@ def performance() -> str:
         best = [row.ratio(row.best_other) for row in judged if row.best_other]
         lines.append(
             f"| attention, {word}, {device}, {len(best)} shapes of 1k to 64k tokens: speed, geometric mean "
-            f"| {geometric_mean(cudnn):.2f} × cuDNN's, {geometric_mean(best):.2f} × the best peer's (cuDNN, FlashAttention 2 and 4); "
-            f"lowest {min(best):.2f} × |"
+            f"| {geometric_mean(cudnn):.2f} × cuDNN's, {geometric_mean(best):.2f} × the best peer's "
+            f"(cuDNN, FlashAttention 2 and 4); lowest {min(best):.2f} × |"
         )
     for name, word in (("memory-llama-1b-full-h200.json", "Llama-3.2-1B, all weights"), (MISTRAL, "Mistral-7B, LoRA")):
         steps = [m for m in memory_page.read(records.RESULTS / name)[0] if m.status == "ok"]

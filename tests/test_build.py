@@ -19,6 +19,7 @@ import torch
 import flashmla_hf
 
 ROOT = Path(__file__).resolve().parent.parent
+SUBPACKAGES = ("backends", "hf", "patches", "training")
 # Of the caller's shell, these would choose what is built; the CPU library alone is the quickest.
 SETTINGS = ("FLASHMLA_BUILD", "FLASHMLA_CUTLASS_DIR", "FLASHMLA_TORCH_DIR", "TORCH_CUDA_ARCH_LIST", "CUDA_HOME", "CXX")
 
@@ -71,9 +72,7 @@ def test_the_wheel_serves_every_python_and_holds_the_library(wheel):
     assert "flashmla_hf/libflashmla_cpu.so" in names
     assert "flashmla_hf/_direct.abi3.so" in names
     assert "flashmla_hf/_build.json" in names
-    assert {f"flashmla_hf/{name}/__init__.py" for name in ("backends", "hf", "patches")} | {"flashmla_hf/py.typed"} <= {
-        *names
-    }
+    assert {f"flashmla_hf/{name}/__init__.py" for name in SUBPACKAGES} | {"flashmla_hf/py.typed"} <= {*names}
     assert not any(name.startswith(("tests/", "csrc/")) for name in names)
     entry_points = next(name for name in names if name.endswith("entry_points.txt"))
     assert "flashmla_hf.autoload:install" in zipfile.ZipFile(wheel).read(entry_points).decode()
@@ -382,14 +381,7 @@ class Package:
 
     def __init__(self, directory):
         self.directory = directory / "package"
-        for name in (
-            "flashmla_hf/backends",
-            "flashmla_hf/hf",
-            "flashmla_hf/patches",
-            "csrc/cpu",
-            "csrc/sm90",
-            "csrc/direct",
-        ):
+        for name in ("csrc/cpu", "csrc/sm90", "csrc/direct", *(f"flashmla_hf/{name}" for name in SUBPACKAGES)):
             (self.directory / name).mkdir(parents=True)
         for name in (
             "setup.py", "pyproject.toml", "README.md", "LICENSE", "csrc/sm90/check_build.py", "csrc/sm90/tiles.py", "csrc/sm90/tiles.h", "csrc/direct/sources.json",
@@ -397,9 +389,7 @@ class Package:
             shutil.copy(ROOT / name, self.directory / name)
         for name, text in {
             "flashmla_hf/__init__.py": "__version__ = '1.0'\n",
-            "flashmla_hf/backends/__init__.py": "",
-            "flashmla_hf/hf/__init__.py": "",
-            "flashmla_hf/patches/__init__.py": "",
+            **{f"flashmla_hf/{name}/__init__.py": "" for name in SUBPACKAGES},
             "csrc/params.h": "",
             "csrc/direct.h": "",
             "csrc/checks.h": "",
