@@ -344,12 +344,12 @@ def test_tiles_inside_a_checkpointed_layer_recompute_the_mlp_once():
 def test_kept_tensors_go_with_their_layer_in_backward():
     model = flashmla_hf.patch(model_of("Llama"), ["checkpointing", "keep_attention"], keep_attention=True)
     kept = []
-    original = checkpointing.KeptAttention.put
-    checkpointing.KeptAttention.put = lambda self, *pair: (kept.append(weakref.ref(self)), original(self, *pair))[1]
+    original = checkpointing.KeptAttention.save
+    checkpointing.KeptAttention.save = lambda self, *pair: (kept.append(weakref.ref(self)), original(self, *pair))[1]
     try:
         loss = model(**batch_of("Llama"), use_cache=False).loss
     finally:
-        checkpointing.KeptAttention.put = original
+        checkpointing.KeptAttention.save = original
     assert len(kept) == 2
     assert all(k() is not None for k in kept)
     loss.backward()
