@@ -293,6 +293,38 @@ def test_any_order_of_imports_works(tmp_path, first, switch):
     assert _run(script, tmp_path, FLASHMLA_AUTOLOAD=switch).split() == ["True"]
 
 
+@pytest.mark.parametrize(
+    "first",
+    [
+        "import transformers.modeling_utils",
+        "from transformers import PreTrainedModel",
+        "from transformers import AttentionInterface",
+        "from transformers import Trainer",
+        "from transformers import AutoModelForCausalLM",
+        "from transformers import pipeline",
+        "import transformers.modeling_outputs, transformers.modeling_utils",
+        "import accelerate",
+        "import peft",
+    ],
+)
+def test_whatever_a_program_imports_first_our_names_are_known(first, tmp_path):
+    assert _run(f"{first}\n{textwrap.dedent(LOAD)}", tmp_path).split() == ["loaded", "False"]
+
+
+def test_an_import_of_transformers_that_fails_may_be_tried_again(tmp_path):
+    """The first try fails after torch was imported by it, the second one registers."""
+    first = """
+    import sys
+    sys.modules["safetensors.torch"] = None
+    try:
+        import transformers.modeling_utils
+    except ImportError:
+        print("failed")
+    del sys.modules["safetensors.torch"]
+    """
+    assert _run(textwrap.dedent(first) + textwrap.dedent(LOAD), tmp_path).split() == ["failed", "loaded", "False"]
+
+
 def test_import_torch_loads_nothing_of_us_but_the_hook(tmp_path):
     out = _run(
         """
