@@ -4,19 +4,17 @@ fails."""
 from __future__ import annotations
 
 import os
-import sys
 from collections import Counter
 from dataclasses import replace
-from pathlib import Path
 
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent))
+import transformers
 
 import flashmla_hf
 from flashmla_hf import direct, dispatch, libraries
 from flashmla_hf.backend import kernel_refusal
 
+transformers.logging.set_verbosity_error()
 torch.set_num_threads(2)
 DEVICE = torch.device(os.environ.get("FLASHMLA_TEST_DEVICE", "cpu"))
 # FlexAttention multiplies fp32 on tensor cores unless told otherwise; parity is about attention, not about TF32.
@@ -33,6 +31,26 @@ if os.environ.get("FLASHMLA_TEST_IMPL") == "reference":
         )
 
 flashmla_hf.register()
+
+# The name with the shape of a hub kernel's.
+SHAPED = "flashmla/flash-attn3"
+SIZES = {
+    "vocab_size": 96, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "initializer_range": 0.3, "eos_token_id": None, "pad_token_id": 0, "bos_token_id": 1,
+}  # fmt: skip
+
+
+def build_causal_lm(implementation, family="Llama", **options):
+    """A two-layer causal language model of ``family`` with weights of seed 0, in evaluation mode on DEVICE."""
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{family}Config")(**SIZES, **options)
+    cls = getattr(transformers, f"{family}ForCausalLM")
+    return cls._from_config(config, attn_implementation=implementation).to(DEVICE).eval()
+
+
+def random_ids(*shape, seed=0):
+    """Token ids from 3 to 89 of this shape, on DEVICE."""
+    return torch.randint(3, 90, shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
 
 
 def patch_options(names: list[str] | None, options: dict) -> dict:

@@ -9,7 +9,8 @@ import random
 
 import pytest
 import torch
-from test_cpu_kernel import DTYPES, ISAS, in_subprocess, kernel, make_inputs
+from cpu_support import DTYPES, ISAS, kernel, make_inputs
+from fresh_python import in_subprocess
 
 from flashmla_hf import libraries
 
@@ -23,7 +24,7 @@ def run_on(isa, call):
     best = torch.ops.flashmla.cpu_isa()
     if "FLASHMLA_CPU_ISA" not in os.environ and ISAS.index(isa) > ISAS.index(best):
         pytest.skip(f"this machine offers {best}")
-    return in_subprocess(call, "test_cpu_values", FLASHMLA_CPU_ISA=isa)
+    return in_subprocess("test_cpu_values", call, 300, FLASHMLA_CPU_ISA=isa)
 
 
 def visible_pairs(lengths_q, lengths_kv, total_q, total_kv, window):

@@ -17,6 +17,7 @@ import numerics
 import pytest
 import torch
 from cases import Case
+from gpu_support import captured, peak_bytes
 
 from flashmla_hf.backends import flex
 from flashmla_hf.dispatch import IMPLEMENTATIONS, attention
@@ -215,16 +216,6 @@ def test_repeating_a_call_gives_the_same_bits(impl):
 # ---- Memory: nothing of size seqlen_q * seqlen_kv --------------------------------------------------------------------
 
 
-def peak_bytes(run):
-    """Memory that ``run`` needed beyond what was there before it."""
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    run()
-    torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() - before
-
-
 def forward_backward(impl, seqlen, requires_grad, **options):
     inputs = qkv(2, seqlen, seqlen, requires_grad=requires_grad)
     out = attention(*inputs, impl=impl, **options)
@@ -318,20 +309,6 @@ def test_another_device_than_the_current_one(impl):
     out = attention(*(x.to("cuda:1") for x in inputs), is_causal=True, impl=impl)
     assert out.device == torch.device("cuda:1")
     torch.testing.assert_close(out.to(DEVICE), attention(*inputs, is_causal=True, impl=impl))
-
-
-def captured(run):
-    """``run`` in a CUDA graph, and its results' memory; run before on a stream of its own, as capturing wants it."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(2):
-            run()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        result = run()
-    return graph, result
 
 
 def test_a_cuda_graph_replays_with_new_values(impl):

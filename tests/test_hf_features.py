@@ -10,16 +10,15 @@ import families
 import hf_support
 import pytest
 import torch
+import transformers
 from counting import counted_calls
 from families import FAMILIES
 from hf_support import DEVICE, close, dispatch, kernel_calls
 
-transformers = pytest.importorskip("transformers")
-pytestmark = pytest.mark.skipif(not hf_support.is_built(), reason="the kernel of this device is not built")
-transformers.logging.set_verbosity_error()
+from flashmla_hf import notices
+from flashmla_hf.hf import forward
 
-from flashmla_hf import notices  # noqa: E402
-from flashmla_hf.hf import forward  # noqa: E402
+pytestmark = pytest.mark.skipif(not hf_support.is_built(), reason="the kernel of this device is not built")
 
 # On a GPU the attention is FlexAttention, which exists compiled by inductor only.
 BACKEND = "aot_eager" if DEVICE.type == "cpu" else "inductor"

@@ -28,9 +28,6 @@ from families import FAMILIES
 from gpu_support import DEVICE, IMPL, needs_sm90
 from hf_support import direct, dispatch
 
-transformers = pytest.importorskip("transformers")
-transformers.logging.set_verbosity_error()
-
 pytestmark = needs_sm90
 # How many of a family's attention calls without padding are the kernel's, from the recorded results of the parity suite.
 RECORDED = json.loads((Path(__file__).parent / "support.json").read_text())["families"]

@@ -10,13 +10,12 @@ import warnings
 import hf_support
 import pytest
 import torch
+import transformers
 from hf_support import DEVICE, close
 
 import flashmla_hf
 from flashmla_hf.hf import check, forward, masks
 
-transformers = pytest.importorskip("transformers")
-transformers.logging.set_verbosity_error()
 pytestmark = pytest.mark.skipif(not hf_support.is_built(), reason="the kernel of this device is not built")
 
 TEXT = {

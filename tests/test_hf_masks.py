@@ -10,12 +10,10 @@ import pytest
 import torch
 from counting import counted_calls
 from hf_support import DEVICE, close, kernel_calls
+from transformers import masking_utils as mu
 
-transformers = pytest.importorskip("transformers")
-from transformers import masking_utils as mu  # noqa: E402
-
-from flashmla_hf import reference  # noqa: E402
-from flashmla_hf.hf import boundaries, forward, masks  # noqa: E402
+from flashmla_hf import reference
+from flashmla_hf.hf import boundaries, forward, masks
 
 needs_kernel = pytest.mark.skipif(not hf_support.is_built(), reason="the kernel of this device is not built")
 

@@ -3,14 +3,10 @@ there. Calls that could end the interpreter run in a child process."""
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import gpu_support
 import pytest
 import torch
+from fresh_python import run_program
 
 from flashmla_hf import attention, direct, libraries
 
@@ -20,20 +16,6 @@ FORWARD = torch.ops.flashmla.flash_attn_forward
 BACKWARD = torch.ops.flashmla.flash_attn_backward
 needs_gpu = pytest.mark.skipif(gpu_support.sm90_missing() is not None, reason=str(gpu_support.sm90_missing()))
 OPTIONS = (0.3, -1, -1, 0.0, False)
-
-
-def in_child(program: str, timeout: int = 240) -> str:
-    """What ``program`` prints; fails if it ended by a signal or an error."""
-    tests = Path(__file__).parent
-    result = subprocess.run(
-        [sys.executable, "-c", program],
-        env=os.environ | {"PYTHONPATH": f"{tests.parent}{os.pathsep}{tests}"},
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-    )
-    assert result.returncode == 0, (result.returncode, result.stderr[-2000:])
-    return result.stdout
 
 
 @pytest.fixture(params=["direct", "operator"])
@@ -145,7 +127,7 @@ def check_hostile_calls(num_calls, seed):
 
 @pytest.mark.parametrize("seed", range(3))
 def test_hostile_sizes_and_strides_never_end_the_interpreter(seed):
-    answers = int(in_child(f"import test_host as t; t.check_hostile_calls(1500, {seed})"))
+    answers = int(run_program(f"import test_host as t; t.check_hostile_calls(1500, {seed})"))
     assert answers > 100
 
 
@@ -189,7 +171,7 @@ def test_ragged_sequences_take_memory_by_their_rows_and_not_by_the_longest():
         "t.BACKWARD(q, None, q, q, q, out, lse, sinks, *options, True, True, True, True)\n"
     )
     assert q.shape[0] == 40_000
-    in_child(program)
+    run_program(program)
 
 
 # ---- No elements -----------------------------------------------------------------------------------------------------
@@ -248,7 +230,7 @@ def test_a_workspace_that_does_not_fit_is_torchs_error(way):
         "print(t.memory_error(lambda: t.backward_directly(out, x)))\n"
         "print(t.torch_message())\n"
     )
-    lines = in_child(program).splitlines()
+    lines = run_program(program).splitlines()
     said = [line for line in lines if "not enough memory" in line or "can't allocate memory" in line]
     assert len(said) == 4, lines
     assert all(line.startswith(said[-1]) for line in said)

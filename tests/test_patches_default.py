@@ -3,16 +3,15 @@
 import logging
 import types
 
+import families
+import hf_support
 import pytest
 import torch
+import transformers
+from patches_support import FAMILIES, assert_equal, attributes, batch_of, lora, message, model_of, step
 
-transformers = pytest.importorskip("transformers")
-import families  # noqa: E402
-import hf_support  # noqa: E402
-from test_patches import FAMILIES, assert_equal, attributes, batch_of, lora, message, model_of, step  # noqa: E402
-
-import flashmla_hf  # noqa: E402
-from flashmla_hf.patches import PatchError, UnsupportedPatch  # noqa: E402
+import flashmla_hf
+from flashmla_hf.patches import PatchError, UnsupportedPatch
 
 pytestmark = pytest.mark.skipif(not hf_support.is_built(), reason="no compiled CPU library")
 # The default on a model without adapters.

@@ -2,17 +2,15 @@
 
 import copy
 
+import hf_support
+import peak_memory
+import peft
 import pytest
 import torch
+from patches_support import NAMES, assert_equal, batch_of, lora, message, model_of, small, step
+from peft.tuners.lora.layer import Linear
 
-peft = pytest.importorskip("peft")
-transformers = pytest.importorskip("transformers")
-import hf_support  # noqa: E402
-import peak_memory  # noqa: E402
-from peft.tuners.lora.layer import Linear  # noqa: E402
-from test_patches import NAMES, assert_equal, batch_of, lora, message, model_of, small, step  # noqa: E402
-
-import flashmla_hf  # noqa: E402
+import flashmla_hf
 
 pytestmark = pytest.mark.skipif(not hf_support.is_built(), reason="no compiled CPU library")
 

@@ -2,16 +2,14 @@
 
 import copy
 
+import hf_support
+import peft
 import pytest
 import torch
+from patches_support import assert_equal, batch_of, lora, model_of, small, step
 
-peft = pytest.importorskip("peft")
-transformers = pytest.importorskip("transformers")
-import hf_support  # noqa: E402
-from test_patches import assert_equal, batch_of, lora, model_of, small, step  # noqa: E402
-
-import flashmla_hf  # noqa: E402
-from flashmla_hf.patches import PatchError  # noqa: E402
+import flashmla_hf
+from flashmla_hf.patches import PatchError
 
 pytestmark = pytest.mark.skipif(not hf_support.is_built(), reason="no compiled CPU library")
 

@@ -7,18 +7,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+import accelerate
+import hf_support
 import pytest
 import torch
+from patches_support import SINGLE, assert_equal, batch_of, lora, model_of, small, step
 from torch import nn
 from torch.nn.utils import prune
 
-transformers = pytest.importorskip("transformers")
-accelerate = pytest.importorskip("accelerate")
-import hf_support  # noqa: E402
-from test_patches import SINGLE, assert_equal, batch_of, lora, model_of, small, step  # noqa: E402
-
-import flashmla_hf  # noqa: E402
-from flashmla_hf.patches import PatchError, mlp, weights  # noqa: E402
+import flashmla_hf
+from flashmla_hf.patches import PatchError, mlp, weights
 
 pytestmark = pytest.mark.skipif(not hf_support.is_built(), reason="no compiled CPU library")
 WITHOUT_LOSS = [name for name in SINGLE if name not in ("loss", "all")]
