@@ -42,7 +42,7 @@ def test_empty_calls_have_a_backward_for_any_gradient(shape, impl):
                     assert (grad == 0).all()
 
 
-def test_strides_of_tensors_without_elements_mean_nothing():
+def test_strides_of_tensors_without_elements_are_ignored():
     odd = torch.empty(2, 0, 2, 16)[..., ::2]
     assert odd.contiguous().stride(-1) == 2
     assert attention(odd, odd, odd).shape == (2, 0, 2, 8)
@@ -127,7 +127,7 @@ def test_a_length_from_the_data_compiles_into_one_graph():
 
 
 @pytest.mark.parametrize("count", [65_536, 70_001])
-def test_more_heads_or_sequences_than_a_grid_has_columns(count):
+def test_more_heads_or_sequences_than_a_grid_has_columns_are_computed(count):
     q = torch.randn(1, 2, count, 1)
     torch.testing.assert_close(attention(q, q, q, is_causal=True), attention(q, q, q, is_causal=True, impl="sdpa"))
     rows = torch.randn(count, 1, 2)

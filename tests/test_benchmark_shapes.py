@@ -8,7 +8,7 @@ import torch
 from shapes import SUITES, Shape
 
 
-def test_flop_formulas():
+def test_flops_follow_their_formulas():
     full = Shape(2, 8, 4, 1000, 1000, 128, 64)
     pairs = 2 * 8 * 1000 * 1000
     assert full.flops("fwd") == 2 * pairs * (128 + 64)
@@ -37,7 +37,7 @@ def test_a_window_counts_its_pairs_and_full_causal_half_the_square():
 
 
 @pytest.mark.parametrize("layout", ["packed", "ragged"])
-def test_a_pack_counts_its_documents(layout):
+def test_a_pack_counts_the_pairs_of_its_documents(layout):
     shape = Shape(16, 4, 2, 1024, 1024, 64, 64, True, layout=layout)
     lengths = shape.lengths()
     assert (len(lengths), sum(lengths)) == (16, 16 * 1024)
@@ -74,6 +74,6 @@ def test_shapes_read_back_as_they_are_printed(suite):
 @pytest.mark.parametrize(
     "text", ["d64", "d64 B1 H3/2 S8 causal", "d64 B1 H2 S8 sideways", "d64 B2 H2 S8/9 causal ragged"]
 )
-def test_a_shape_that_is_none_is_refused_with_the_form(text):
+def test_a_text_that_names_no_shape_is_refused_with_the_expected_form(text):
     with pytest.raises(SystemExit, match="--shape"):
         bench_attention.main(["--shape", text, "--device", "cpu"])

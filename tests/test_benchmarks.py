@@ -170,7 +170,7 @@ def test_peers_take_turns_call_by_call(monkeypatch):
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 6])
-def test_every_peer_comes_after_every_other_as_often(n):
+def test_every_peer_follows_every_other_equally_often(n):
     names = [str(i) for i in range(n)]
     orders = timing.balanced_orders(names)
     assert all(sorted(order) == names for order in orders)
@@ -179,7 +179,7 @@ def test_every_peer_comes_after_every_other_as_often(n):
     assert len(set(after.values())) <= 1
 
 
-def test_host_time_is_of_many_calls_and_one_wait(monkeypatch):
+def test_host_time_is_measured_over_many_calls_with_one_wait(monkeypatch):
     waits = []
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: waits.append(None))
     calls = []
@@ -205,7 +205,7 @@ def test_suites_share_their_shapes_and_peers():
     assert half == "fp16"
 
 
-def test_resume_measures_what_is_missing_beside_what_was_there():
+def test_resume_measures_missing_peers_beside_earlier_ones():
     text = "d64 B1 H2/2 S128 causal bf16"
     earlier = [
         {"shape": text, "peer": "sdpa", "mode": "fwd", "status": "ok"},
@@ -243,7 +243,7 @@ def test_a_run_with_a_wrong_kernel_names_it_and_fails(tmp_path, monkeypatch, cap
     assert "flashmla at d64 B2 H4/2 S160 causal fp32: wrong: O is off" in (tmp_path / "RESULTS.md").read_text()
 
 
-def test_a_used_up_time_budget_is_said(tmp_path, capsys):
+def test_a_used_up_time_budget_names_the_shapes_left_out(tmp_path, capsys):
     bench_attention.main(
         ["--suite", "tiny", "--device", "cpu", "--time_budget", "0", "--output_dir", str(tmp_path), "--name", "none"]
     )
@@ -267,7 +267,7 @@ def test_bench_model_measures_training_and_decoding(tmp_path, monkeypatch, capsy
 
 
 @pytest.mark.parametrize("module", [bench_attention, bench_model, compare, render_results])
-def test_help_helps(module, capsys):
+def test_every_program_prints_a_help(module, capsys):
     with pytest.raises(SystemExit) as caught:
         module.main(["--help"])
     assert caught.value.code == 0

@@ -19,7 +19,7 @@ def test_cuda_builds_every_library_into_the_wheel(package):
     assert "flashmla_hf/libflashmla_sm90.so" not in package.wheel_names()
 
 
-def test_auto_builds_cuda_where_it_can(package):
+def test_auto_builds_cuda_if_it_can(package):
     package.build(FLASHMLA_BUILD="auto")
     manifest = package.manifest()
     assert manifest["libraries"] == LIBRARIES
@@ -46,7 +46,7 @@ def test_auto_says_once_why_it_builds_for_the_cpu_alone(package):
     assert manifest["no_cuda"].startswith("TORCH_CUDA_ARCH_LIST: expected 9.0")
 
 
-def test_cuda_ends_with_the_reason_where_it_cannot_be_had(package):
+def test_mode_cuda_ends_with_the_reason_if_cuda_cannot_be_built(package):
     package.run("setup.py", "build_ext", "--inplace", FLASHMLA_BUILD="cuda", TORCH_CUDA_ARCH_LIST="8.0")
     assert package.exit_code == 1
     assert (
@@ -101,7 +101,7 @@ def direct_abis(package):
 
 
 @pytest.mark.parametrize("missing", ["Python.h", "DLPackExchangeAPI"])
-def test_without_its_headers_the_direct_way_is_left_out_with_a_reason(package, tmp_path, missing):
+def test_the_direct_module_is_left_out_with_a_reason_if_headers_are_missing(package, tmp_path, missing):
     """The rest is built; and what an earlier build left is not taken into a wheel."""
     package.build("bdist_wheel", FLASHMLA_BUILD="cpu")
     if missing == "Python.h":
@@ -131,7 +131,7 @@ def test_without_its_headers_the_direct_way_is_left_out_with_a_reason(package, t
     assert "flashmla_hf/_direct.abi3.so" not in names
 
 
-def test_a_compiler_error_in_a_kernel_names_the_way_out(package):
+def test_a_compiler_error_in_a_kernel_names_the_remedy(package):
     spoil_the_compiler(package)
     stdout = package.run("setup.py", "build_ext", "--inplace", FLASHMLA_BUILD="cuda")
     assert package.exit_code == 1
@@ -196,7 +196,7 @@ def test_auto_ends_with_the_error_of_a_source_that_is_not_cuda_s(package, source
     assert "FLASHMLA_BUILD" not in package.stderr
 
 
-def test_what_remains_of_a_library_is_not_compiled_after_its_first_error(package):
+def test_sources_after_the_first_error_of_a_library_are_not_compiled(package):
     names = [f"csrc/sm90/kernel_{number}.cu" for number in range(4)]
     for name in names:
         (package.directory / name).write_text("#error the sky falls\n")

@@ -22,7 +22,7 @@ def test_other_architectures_beside_hopper_are_named(build, monkeypatch, capsys)
     )
 
 
-def test_an_architecture_list_without_hopper_is_a_reason(build, monkeypatch):
+def test_an_architecture_list_without_hopper_is_named_as_the_reason(build, monkeypatch):
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0;8.6")
     assert refusal(build, build.check_arch_list) == (
         "TORCH_CUDA_ARCH_LIST: expected 9.0 among the entries, got '8.0 8.6', and the library is for Hopper GPUs alone: "
@@ -42,19 +42,19 @@ def test_nvcc_is_taken_from_cuda_home(build, monkeypatch, tmp_path):
         ("nothing", "nvcc --version: expected a line with its release, got 'nothing': reinstall the toolkit."),
     ],
 )  # fmt: skip
-def test_an_nvcc_that_does_not_serve_is_a_reason(build, monkeypatch, tmp_path, version, sentence):
+def test_an_old_or_broken_nvcc_is_named_as_the_reason(build, monkeypatch, tmp_path, version, sentence):
     monkeypatch.setenv("CUDA_HOME", toolkit(tmp_path, version))
     assert refusal(build, build.find_nvcc).endswith(sentence)
 
 
-def test_a_cuda_home_without_nvcc_is_a_reason(build, monkeypatch, tmp_path):
+def test_a_cuda_home_without_nvcc_is_named_as_the_reason(build, monkeypatch, tmp_path):
     monkeypatch.setenv("CUDA_HOME", str(tmp_path))
     assert refusal(build, build.find_nvcc) == (
         f"CUDA_HOME: expected the directory of a CUDA toolkit, got {str(tmp_path)!r}, which has no bin/nvcc."
     )
 
 
-def test_no_nvcc_at_all_is_a_reason(build, monkeypatch):
+def test_a_missing_nvcc_is_named_as_the_reason(build, monkeypatch):
     monkeypatch.setattr(build.shutil, "which", lambda *_, **__: None)
     assert refusal(build, build.find_nvcc) == (
         "nvcc was not found: put a CUDA toolkit >= 12.4 on PATH, or name its directory in CUDA_HOME."
@@ -102,7 +102,7 @@ def test_cutlass_is_downloaded_once_without_its_dependencies(build, monkeypatch,
     assert {"--no-deps", "--require-hashes"} <= set(commands[0])
 
 
-def test_without_a_network_the_sentence_names_the_ways_out(build, monkeypatch, tmp_path):
+def test_a_failed_download_of_cutlass_names_the_remedies(build, monkeypatch, tmp_path):
     monkeypatch.setattr(build, "site_packages", lambda: iter(()))
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))

@@ -14,7 +14,7 @@ from flashmla_hf.training import finetune, ledger, memory
 
 
 @pytest.mark.parametrize("module", [demo, finetune, memory, ledger, memory_report, measure_model])
-def test_help_helps(module, monkeypatch, capsys):
+def test_every_program_prints_a_help(module, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [module.__file__, "--help"])
     with pytest.raises(SystemExit) as caught:
         module.main()

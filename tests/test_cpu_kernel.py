@@ -167,7 +167,7 @@ def test_a_row_does_not_depend_on_the_rows_beside_it():
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("needs", [(n & 1 > 0, n & 2 > 0, n & 4 > 0, n & 8 > 0) for n in range(16)])
-def test_gradients_nobody_needs_are_empty_and_change_nothing(dtype, needs):
+def test_unneeded_gradients_are_empty_and_change_no_other(dtype, needs):
     q, k, v, dout, dlse, sinks = make_inputs(1, 90, 160, 2, 1, 40, 24, dtype)
     expected = kernel(q, k, v, dout, dlse, sinks, window=(-1, 0))[2:]
     got = kernel(q, k, v, dout, dlse, sinks, window=(-1, 0), needs=needs)[2:]
@@ -175,7 +175,7 @@ def test_gradients_nobody_needs_are_empty_and_change_nothing(dtype, needs):
         assert torch.equal(x, y) if need else x.shape == (0,)
 
 
-def test_gradients_nobody_needs_cost_nothing():
+def test_unneeded_gradients_cost_no_time():
     q, k, v, dout, *_ = make_inputs(1, 1024, 1024, 2, 2, 64, 64, torch.float32)
     nothing, everything = (False, False, False, False), (True, True, True, False)
     dv_alone, dq_alone = (False, False, True, False), (True, False, False, False)
@@ -196,7 +196,7 @@ def test_gradients_nobody_needs_cost_nothing():
     assert backward[dq_alone] < 0.85 * backward[everything]
 
 
-def test_dlse_of_an_unused_out_and_an_expanded_dlse():
+def test_dlse_alone_and_expanded_gives_the_same_gradients():
     q, k, v, dout, dlse, _ = make_inputs(2, 50, 60, 2, 1, 32, 32, torch.float32)
     ones = torch.ones(()).expand_as(dlse)
     expected = kernel(q, k, v, torch.zeros_like(dout), torch.ones_like(dlse))
@@ -206,7 +206,7 @@ def test_dlse_of_an_unused_out_and_an_expanded_dlse():
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_any_strides_with_a_contiguous_last_dimension(dtype):
+def test_any_strides_with_a_contiguous_last_dimension_give_the_same_bits(dtype):
     q, k, v, dout, dlse, _ = make_inputs(2, 70, 90, 4, 2, 40, 24, dtype)
     expected = kernel(q, k, v, dout, dlse, window=(-1, 0))
 
@@ -224,7 +224,7 @@ def test_any_strides_with_a_contiguous_last_dimension(dtype):
             assert x.is_contiguous()
 
 
-def test_expanded_inputs():
+def test_expanded_inputs_give_the_same_bits():
     q, k, v, dout, dlse, _ = make_inputs(1, 40, 50, 1, 1, 32, 32, torch.float32)
     sizes = ((3, 40, 4, 32), (3, 50, 2, 32), (3, 50, 2, 32), (3, 40, 4, 32))
     expanded = [x.expand(size) for x, size in zip((q, k, v, dout), sizes, strict=True)]
@@ -260,7 +260,7 @@ def test_packed_sequences_equal_separate_calls_bit_for_bit(dtype):
 
 
 @pytest.mark.parametrize(("batch", "seqlen_q", "seqlen_kv"), [(0, 4, 4), (2, 0, 4), (2, 4, 0), (0, 0, 0), (2, 0, 0)])
-def test_empty_dimensions(batch, seqlen_q, seqlen_kv):
+def test_empty_dimensions_give_empty_or_zero_results(batch, seqlen_q, seqlen_kv):
     for dtype in DTYPES:
         q, k, v, dout, dlse, sinks = make_inputs(batch, seqlen_q, seqlen_kv, 2, 1, 16, 24, dtype)
         out, lse, dq, dk, dv, dsinks = kernel(q, k, v, dout, dlse, sinks)

@@ -128,7 +128,7 @@ def check_hidden_values(num_trials):
 
 
 @on_every_isa
-def test_what_is_hidden_from_a_row_never_reaches_it(isa):
+def test_values_hidden_from_a_row_never_reach_it(isa):
     assert int(run_on(isa, "check_hidden_values(120)")) > 1000  # rows beside rows that see what is not finite
 
 
@@ -163,7 +163,7 @@ def check_one_dimension():
 
 
 @on_every_isa
-def test_what_a_row_does_see_reaches_it_in_its_own_dimension(isa):
+def test_values_that_a_row_sees_reach_it_in_their_own_dimension(isa):
     run_on(isa, "check_one_dimension()")
 
 
@@ -226,7 +226,7 @@ def check_many_keys():
 
 
 @on_every_isa
-def test_a_lone_key_is_all_of_a_row_however_large_its_score(isa):
+def test_a_row_of_one_key_gives_its_value_however_large_the_score(isa):
     run_on(isa, "check_a_lone_key()")
 
 
@@ -259,7 +259,7 @@ def softmax_with_sinks(q, k, v, sinks, visible):
 
 @pytest.mark.parametrize("seqlen_q", [3, 70])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_sinks_that_are_not_finite_are_what_softmax_says_and_stay_with_their_head(seqlen_q, dtype):
+def test_infinite_and_nan_sinks_give_what_softmax_gives_in_their_head_alone(seqlen_q, dtype):
     sinks = torch.tensor([0.5, math.nan, math.inf, -math.inf])
     for seqlen_kv in (0, 2, 40, 90):
         q, k, v, dout, dlse, _ = make_inputs(1, seqlen_q, seqlen_kv, 4, 4, 32, 32, dtype)

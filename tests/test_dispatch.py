@@ -109,7 +109,7 @@ def test_too_small_a_bound_on_the_sequence_length_raises():
         attention(**packed(max_seqlen_q=4))
 
 
-def test_a_missing_library_is_refused_with_the_reason_and_the_way_out(monkeypatch):
+def test_a_missing_library_is_refused_with_the_reason_and_the_remedy(monkeypatch):
     monkeypatch.setitem(libraries.unavailable, "cpu", "libflashmla_cpu.so was not built")
     monkeypatch.setattr(direct, "enabled", False)  # which had found the library
     with pytest.raises(RuntimeError, match=re.escape("cpu: libflashmla_cpu.so was not built; reinstall flashmla_hf")):

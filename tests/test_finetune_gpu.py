@@ -142,7 +142,7 @@ CONTROLS = {
 
 
 @pytest.mark.parametrize("control", CONTROLS)
-def test_wrong_attention_trains_otherwise(control, monkeypatch):
+def test_training_with_wrong_attention_breaks_the_rule(control, monkeypatch):
     right = dispatch.IMPLEMENTATIONS[IMPL]
     wrong = replace(right, run=functools.partial(CONTROLS[control], run=right.run))
     monkeypatch.setitem(dispatch.IMPLEMENTATIONS, IMPL, wrong)

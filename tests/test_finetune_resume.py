@@ -76,7 +76,7 @@ def test_a_checkpoint_that_cannot_be_written_loses_nothing_saved(tiny_model, cor
     )
 
 
-def test_a_result_is_whole_however_often_it_was_interrupted(tiny_model, corpus, tmp_path):
+def test_results_of_an_interrupted_run_equal_those_of_an_uninterrupted_one(tiny_model, corpus, tmp_path):
     """Resumed when it was finished, or logged at other steps, a run says the same of itself."""
     shared = {"max_steps": 3, "validation_split_percentage": 20, "save_steps": 3}
     results = {}

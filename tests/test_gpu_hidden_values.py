@@ -83,7 +83,7 @@ def spoil(inputs, rows_q, rows_kv, value, names=("q", "k", "v", "dout", "dlse"))
 
 @of_every_kernel(heads_q=4, heads_kv=2, seqlens_q=LENGTHS, seqlens_kv=LENGTHS_KV)
 @pytest.mark.parametrize("odd", [0, 1])
-def test_what_a_neighbouring_sequence_holds_reaches_no_other(case, dtype, odd):
+def test_values_of_a_neighbouring_sequence_reach_no_other(case, dtype, odd):
     clean = case.inputs(dtype, DEVICE)
     hidden, seen = (range(first, len(LENGTHS), 2) for first in (odd, 1 - odd))
     (q, kv), (hidden_q, hidden_kv) = (
@@ -106,7 +106,7 @@ def test_each_tensor_of_a_neighbouring_sequence_alone_reaches_no_other(case, dty
 
 
 @of_every_kernel(heads_q=4, heads_kv=2, seqlens_q=(100, 0, 61), seqlens_kv=(90, 5, 77), rest_q=200, rest_kv=300)
-def test_what_lies_past_the_last_boundary_reaches_no_sequence(case, dtype):
+def test_values_past_the_last_boundary_reach_no_sequence(case, dtype):
     for has_sinks in (False, True):
         case = replace(case, has_sinks=has_sinks)
         clean = case.inputs(dtype, DEVICE)
@@ -124,7 +124,7 @@ def test_what_lies_past_the_last_boundary_reaches_no_sequence(case, dtype):
 
 
 @of_every_kernel(heads_q=4, heads_kv=2, batch=3, seqlen_q=165, seqlen_kv=141)
-def test_what_another_batch_entry_or_head_holds_reaches_no_other(case, dtype):
+def test_values_of_another_batch_entry_or_head_reach_no_other(case, dtype):
     """Dense: the tiles end within an entry, 165 and 141 rows long."""
     clean = case.inputs(dtype, DEVICE)
     for value in POISONS:
@@ -147,7 +147,7 @@ def test_what_another_batch_entry_or_head_holds_reaches_no_other(case, dtype):
 @half
 @pytest.mark.parametrize("tensor", ["dlse", "dout", "q"])
 @pytest.mark.parametrize("is_packed", [False, True], ids=["dense", "packed"])
-def test_what_flows_into_a_row_that_sees_no_key_goes_nowhere(row, dtype, tensor, is_packed):
+def test_gradients_into_a_row_that_sees_no_key_reach_no_input(row, dtype, tensor, is_packed):
     """Causal, aligned at the end: the first rows of a sequence see nothing where queries outnumber keys."""
     dims = {"heads_q": 4, "heads_kv": 2, "head_dim_qk": row[0], "head_dim_v": row[1], "is_causal": True}
     if is_packed:
@@ -172,7 +172,7 @@ def test_what_flows_into_a_row_that_sees_no_key_goes_nowhere(row, dtype, tensor,
 
 
 @half
-def test_rows_that_a_window_leaves_without_keys_pass_nothing_on(dtype):
+def test_rows_that_a_window_leaves_without_keys_pass_no_gradient_on(dtype):
     for case in (
         Case(seqlen_q=300, seqlen_kv=100, heads_q=4, heads_kv=2, window=(None, 0)),
         Case(seqlen_q=300, seqlen_kv=100, heads_q=4, heads_kv=2, window=(30, 5)),
@@ -186,7 +186,7 @@ def test_rows_that_a_window_leaves_without_keys_pass_nothing_on(dtype):
         check_rows(case, clean, dirty, dict.fromkeys(("out", "lse", "dq", "dk", "dv"), everything), dtype)
 
 
-def test_a_padded_batch_of_a_model_holds_what_it_likes_behind_its_padding():
+def test_a_model_gives_the_same_whatever_its_padding_holds():
     """Through the integration: the padding's hidden states are NaN in every layer's queries, keys and values."""
     transformers = pytest.importorskip("transformers")
     config = transformers.LlamaConfig(

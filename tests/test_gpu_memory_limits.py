@@ -140,7 +140,7 @@ def assert_many_are_right(arguments: dict, dense, dtype=torch.bfloat16) -> None:
 
 
 @rows
-def test_more_sequences_than_a_grid_is_high(row):
+def test_more_sequences_than_a_grid_is_high_are_computed(row):
     if DEVICE == "cuda":
         needs_memory(12)
     dims = {"heads_q": 2, "heads_kv": 1, "head_dim_qk": row[0], "head_dim_v": row[1]}
@@ -156,7 +156,7 @@ def test_more_sequences_than_a_grid_is_high(row):
 
 @rows
 @pytest.mark.parametrize("group", [1, 2, MANY])
-def test_more_heads_than_a_grid_is_high(row, group):
+def test_more_heads_than_a_grid_is_high_are_computed(row, group):
     if DEVICE == "cuda":
         needs_memory(12)
     dims = {"heads_q": MANY, "heads_kv": MANY // group, "head_dim_qk": row[0], "head_dim_v": row[1]}

@@ -82,7 +82,7 @@ def test_requests_that_fork_from_one_prompt_go_on_by_themselves():
     assert got in (want * 2, want)  # 5.17 hands back one of them
 
 
-def test_adapters_of_peft_take_part():
+def test_continuous_batching_uses_pefts_adapters():
     peft = pytest.importorskip("peft")
     prompts = prompts_of(5, 9)
 

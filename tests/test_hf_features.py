@@ -134,7 +134,7 @@ def _pad(examples):
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
-def test_gradient_checkpointing(use_reentrant):
+def test_gradient_checkpointing_gives_eagers_gradients(use_reentrant):
     eager, ours = pair("Mistral")
     batch = families.inputs(FAMILY["Mistral"], "left", DEVICE)
     want = step(eager.train(), **batch)
@@ -183,7 +183,7 @@ def test_selective_checkpointing_keeps_the_operator_s_output():
 
 
 @pytest.mark.parametrize("targets", [["q_proj", "v_proj"], ["q_proj"], ["k_proj", "o_proj"], "all-linear"])
-def test_lora(targets):
+def test_lora_gradients_equal_eager(targets):
     peft = pytest.importorskip("peft")
     batch = families.inputs(FAMILY["Llama"], "right", DEVICE)
     results = []
@@ -195,7 +195,7 @@ def test_lora(targets):
     assert_same(results[1], results[0])
 
 
-def test_prefix_tuning():
+def test_prefix_tuning_equals_eager():
     peft = pytest.importorskip("peft")
     batch = families.inputs(FAMILY["Llama"], "left", DEVICE)
     results = []
@@ -212,7 +212,7 @@ def test_prefix_tuning():
 
 @pytest.mark.parametrize("use_cache", [False, True])
 @pytest.mark.parametrize("name", ["Llama", "Qwen3", "Gemma2", "DeepSeek-V3", "GPT-OSS"])
-def test_autocast_with_its_mixed_dtypes(name, use_cache):
+def test_autocast_reaches_the_kernel_with_one_dtype(name, use_cache):
     _, ours = pair(name)
     batch = families.inputs(FAMILY[name], "left", DEVICE)
     dtypes = []
@@ -335,7 +335,7 @@ def test_prefill_in_chunks_with_sliding_caches_is_exact(name):
 
 
 @pytest.mark.parametrize("options", [{"prompt_lookup_num_tokens": 3}, {"do_sample": True, "num_return_sequences": 2}])
-def test_other_ways_to_generate(options):
+def test_other_ways_to_generate_give_eagers_tokens(options):
     eager, ours = pair()
     x = ids(1, 6).repeat(1, 3)
     tokens = []

@@ -165,7 +165,7 @@ def test_wrong_attention_breaks_the_rule(control):
         assert any(text.startswith("logits") for text in missed) == is_of_forward, missed
 
 
-def test_a_call_that_goes_elsewhere_is_noticed(monkeypatch):
+def test_the_count_notices_a_call_of_another_implementation(monkeypatch):
     """The count above must see it: sm90 refuses, another implementation answers with the right numbers."""
     family = next(family for family in FAMILIES if family.name == "Llama")
     monkeypatch.setattr(direct, "enabled", False)

@@ -301,7 +301,7 @@ FAILED = """
 """
 
 
-def test_who_asks_for_a_name_that_could_not_be_registered_is_told_why():
+def test_a_name_that_could_not_be_registered_raises_with_the_reason():
     out, errors = start(FAILED).communicate(timeout=240)
     assert out.splitlines() == ["ModuleNotFoundError True True"] * 9, errors
 

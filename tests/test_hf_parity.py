@@ -92,10 +92,8 @@ def test_logits_loss_and_gradients_equal_eager(family):
         RESULTS[family.name].setdefault("calls", dict(calls))
 
 
-@by_family
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family.generates], ids=str)
 def test_generated_tokens_equal_eager(family):
-    if not family.generates:
-        pytest.skip("this family does not generate")
     eager, ours = models(family)
     paddings = [p for p in family.paddings if p != "right"] if family.inputs != "seq2seq" else family.paddings
     for padding in paddings:
@@ -119,12 +117,10 @@ def test_generated_tokens_equal_eager(family):
             record(family, f"generate {name}")
 
 
-@by_family
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family.packs], ids=str)
 def test_packed_rows_equal_eager_on_each_sequence(family):
     """Two rows, each of two sequences, position_ids restarting: without a cache (the mask layer sees it) and with
     one."""
-    if not family.packs:
-        pytest.skip("not a family of this test")
     eager, ours = models(family)
     ids = families.inputs(family, "none", DEVICE)["input_ids"]
     cut = [7, 12]

@@ -132,7 +132,7 @@ def test_hostile_sizes_and_strides_never_end_the_interpreter(seed):
 
 
 @pytest.mark.parametrize("layout", ["heads", "batch", "sequences"])
-def test_more_than_65535_heads_or_sequences(layout):
+def test_more_than_65535_heads_or_sequences_are_computed(layout):
     n = 70_001
     shape = {"heads": (1, 2, n, 8), "batch": (n, 2, 1, 8), "sequences": (2 * n, 1, 8)}[layout]
     q, k, v, dout = (torch.randn(shape) for _ in range(4))
@@ -179,7 +179,7 @@ def test_ragged_sequences_take_memory_by_their_rows_and_not_by_the_longest():
 
 @pytest.mark.parametrize("shape", [(0, 5, 2, 8), (2, 0, 2, 8), (0, 2, 8)], ids=str)
 @pytest.mark.parametrize("strides", ["expanded", "wide", "transposed"])
-def test_strides_of_tensors_without_elements_say_nothing(shape, strides, way):
+def test_strides_of_inputs_and_gradients_without_elements_are_ignored(shape, strides, way):
     def with_strides(shape):
         if strides == "expanded":
             return torch.ones(()).expand(shape)
@@ -258,7 +258,7 @@ def test_gradients_that_do_not_fit_are_torchs_error():
         assert memory_error(call).startswith(torch_message())
 
 
-def test_memory_errors_leave_nothing_behind(way):
+def test_memory_errors_keep_no_memory_and_the_next_call_computes(way):
     """The next call computes, and a loop of failures does not keep memory."""
     x = torch.randn(1, 3, 1, 8)
     expected = attention(x, x, x)
@@ -270,7 +270,7 @@ def test_memory_errors_leave_nothing_behind(way):
 
 @needs_gpu
 @pytest.mark.parametrize("step", ["forward", "outputs", "backward", "copy"])
-def test_on_a_gpu_it_is_torch_out_of_memory_error(step, way):
+def test_a_gpu_without_memory_raises_torchs_out_of_memory_error(step, way):
     """A fraction of the memory is all there is; what the library allocates does not fit, by both ways."""
     torch.cuda.empty_cache()
     try:
@@ -300,7 +300,7 @@ def test_on_a_gpu_it_is_torch_out_of_memory_error(step, way):
 
 
 @needs_gpu
-def test_on_a_gpu_it_is_torch_out_of_memory_error_compiled():
+def test_a_gpu_without_memory_raises_torchs_out_of_memory_error_compiled():
     wide = torch.zeros(8, device="cuda", dtype=torch.bfloat16).expand(1 << 16, 1 << 10, 64, 8)  # 2^32 rows of 8
     compiled = torch.compile(lambda x: attention(x, x, x), fullgraph=True)
     assert "Tried to allocate" in memory_error(lambda: compiled(wide), torch.OutOfMemoryError)

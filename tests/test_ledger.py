@@ -148,7 +148,7 @@ def test_models_that_the_ledger_would_count_wrong_are_refused_by_name(tmp_path):
     ],
     ids=str,
 )
-def test_the_ledger_refuses_numbers_that_are_none(arguments, said, capsys):
+def test_the_ledger_refuses_token_counts_and_memory_sizes_out_of_range(arguments, said, capsys):
     with pytest.raises(SystemExit):
         ledger.main(["llama-8b", *arguments])
     assert said in capsys.readouterr().err

@@ -39,7 +39,7 @@ def test_the_search_finds_the_length_and_writes_it(tiny_model, tmp_path, monkeyp
     assert "max_length: " in capsys.readouterr().out
 
 
-def test_a_trial_without_host_memory_is_too_long_and_no_error(tmp_path, monkeypatch):
+def test_a_trial_without_host_memory_counts_as_too_long(tmp_path, monkeypatch):
     program = tmp_path / "finetune.py"
     said = "finetune: flashmla_hf.patch: patch 'offload': host memory: expected 3 GiB"
     program.write_text(f"import sys\nsys.exit({said!r})\n")

@@ -75,7 +75,7 @@ def test_extrapolation_is_linear_plus_quadratic(measured, context, value):
 # ---------------------------------------------------------------- memory_report: series, resuming, rendering
 
 
-def test_a_series_is_a_backend_and_what_is_added():
+def test_a_series_names_a_backend_and_its_switches():
     kind = memory_report.parse_series("sdpa+liger+gradient_checkpointing", "cuda", True)
     assert (kind["attn_implementation"], kind["liger"], kind["gradient_checkpointing"]) == ("sdpa", True, True)
     kind = memory_report.parse_series("flashmla+checkpointing+offload=31", "cuda", True)
@@ -140,7 +140,7 @@ def test_series_that_fill_memory_are_neither_extrapolated_nor_given_a_slope(monk
     assert not point.fills_memory
 
 
-def test_a_smaller_gpu_is_another_measurement():
+def test_a_limit_of_gpu_memory_is_part_of_a_measurement():
     def points(**settings):
         return memory_report.points_for("tiny", ["flashmla"], [2048], device="cuda", **settings)
 

@@ -54,7 +54,7 @@ def test_every_class_of_the_shard_equals_eager_or_says_why_not():
     assert equal > len(found) / 2, f"{equal} of {len(found)} classes are equal: the sweep builds too few"
 
 
-def test_the_layers_of_the_sweeps_check_are_told_truly():
+def test_the_check_of_the_sweep_agrees_with_the_counted_calls():
     """check(model) says of each layer whether it calls the kernel; the sweep counts the calls."""
     for name in ("LlamaForCausalLM", "T5ForConditionalGeneration"):
         candidate = next(c for c in candidates() if c.class_name == name)

@@ -41,7 +41,7 @@ def test_lora_gradients_equal_the_unpatched_models(name, patches):
 
 
 @pytest.mark.parametrize("patches", SINGLE, ids=str)
-def test_accumulated_gradients_equal(patches):
+def test_accumulated_gradients_equal_the_unpatched_models(patches):
     """Two forward and backward passes, then one backward for two forward passes."""
     model, batch = model_of("Llama"), batch_of("Llama")
     other = families.inputs(FAMILIES["Llama"], "none" if patches == "attention" else "right", "cpu", seed=5)
@@ -72,7 +72,7 @@ def test_packed_documents_stay_apart(name, patches):
 
 
 @pytest.mark.parametrize("padding", ["left", "right"])
-def test_padded_batches_equal(padding):
+def test_padded_batches_equal_the_unpatched_models(padding):
     for name in ("Llama", "Gemma2"):
         model, batch = model_of(name), batch_of(name, padding)
         expected = step(model, batch)
@@ -171,7 +171,7 @@ OTHERS = (
 
 
 @pytest.mark.parametrize("name", OTHERS)
-def test_other_families_of_the_same_structure_equal_too(name):
+def test_other_families_of_the_same_structure_equal_the_unpatched_models(name):
     model, batch = model_of(name), batch_of(name)
     expected = step(model, batch)
     names = [n for n in flashmla_hf.DEFAULT_PATCHES if n != "lora" and not (n == "rope" and name in ("Cohere", "GLM4"))]

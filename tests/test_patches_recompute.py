@@ -111,7 +111,7 @@ def test_a_hook_on_the_last_layer_sees_its_result_in_every_run():
     assert again == pytest.approx(sums[: len(sums) // 2], rel=1e-5)
 
 
-def test_what_follows_the_last_layer_runs_on_its_result():
+def test_code_after_the_last_layer_runs_on_its_result():
     """An MLP whose result is not its last layer's, though it has its shape: in place, and scaled."""
 
     class Scaled(torch.nn.Module):

@@ -92,7 +92,7 @@ def test_kept_attention_needs_this_packages_attention():
     assert [*flashmla_hf.patch_report(model).left_out] == ["lora", "keep_attention"]
 
 
-def test_what_is_no_transformers_model_is_refused():
+def test_a_module_that_is_no_transformers_model_is_refused():
     assert "torch.nn.modules.linear.Linear" in message(torch.nn.Linear(2, 2))
 
 
@@ -126,7 +126,7 @@ def test_labels_of_another_length_than_the_hidden_states_are_refused():
 
 
 @pytest.mark.parametrize("method", ["evaluate", "predict"])
-def test_a_trainer_that_gathers_logits_is_told_the_way_out(tmp_path, method):
+def test_a_trainer_that_gathers_logits_is_refused_with_the_remedy(tmp_path, method):
     rows = [{"input_ids": row, "labels": row} for row in torch.randint(3, 60, (4, 12)).tolist()]
     arguments = transformers.TrainingArguments(str(tmp_path), report_to="none", use_cpu=True)
     trainer = transformers.Trainer(
@@ -137,7 +137,7 @@ def test_a_trainer_that_gathers_logits_is_told_the_way_out(tmp_path, method):
         getattr(trainer, method)(rows)
 
 
-def test_what_shows_at_the_first_step_only_is_refused_there():
+def test_structures_found_only_at_the_first_step_are_refused_there():
     """A tuple instead of hidden states (GPT-OSS), queries that autograd does not let be overwritten (GPT-NeoX)."""
     for name, patch, part in (
         ("GPT-OSS", "mlp", "model.layers.0.mlp (GptOssMLP)"),
@@ -197,7 +197,7 @@ def test_checkpointing_that_was_on_before_is_on_again_after():
     assert model.is_gradient_checkpointing
 
 
-def test_unpatch_refuses_what_somebody_else_wrapped_since():
+def test_unpatch_refuses_a_method_that_was_wrapped_since():
     model = flashmla_hf.patch(model_of("Llama"), ["loss"])
     ours = model.forward
     model.forward = lambda *args, **kwargs: ours(*args, **kwargs)

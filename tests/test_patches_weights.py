@@ -255,7 +255,7 @@ def test_a_norm_with_a_bias_is_not_taken_for_torchs():
     assert mlp._rms_norm_eps(NormWithBias(norm)) is None
 
 
-def test_the_answer_names_what_is_in_the_way():
+def test_unreadable_weights_are_named_with_the_reason():
     layer, x = nn.Linear(4, 4), torch.ones(1, 4)
     assert weights.unreadable(layer, x) is None
     assert "meta" in weights.unreadable(layer.to("meta"), x)

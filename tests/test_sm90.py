@@ -48,7 +48,7 @@ def test_every_head_dim_equals_the_reference_under_every_mask(dims, dtype):
 
 @needs_sm90
 @rows
-def test_what_lies_beside_the_tensors_has_no_say(row):
+def test_memory_beside_the_tensors_changes_no_result(row):
     """Head dims below a row are padded by the copy engine: with neighbours in memory that are NaN nothing may change."""
     narrow = (row[0] - 8, row[1] - 8)
     case = Case(batch=2, seqlen_q=150, heads_q=4, heads_kv=2, head_dim_qk=narrow[0], head_dim_v=narrow[1])
@@ -119,7 +119,7 @@ def test_a_kv_head_serves_its_group_as_if_it_were_repeated(case, dtype):
 @needs_sm90
 @small
 @given(case=dense, dtype=st.sampled_from(gpu_support.HALF))
-def test_a_batch_packed_is_the_batch(case, dtype):
+def test_a_packed_batch_equals_the_dense_batch(case, dtype):
     inputs = case.inputs(dtype, DEVICE)
     assume(case.seqlen_q > 0)
     boundaries = {
@@ -135,7 +135,7 @@ def test_a_batch_packed_is_the_batch(case, dtype):
 @needs_sm90
 @small
 @given(case=dense, dtype=st.sampled_from(gpu_support.HALF), cut=st.floats(0.0, 1.0))
-def test_two_parts_of_the_keys_joined_by_their_lse_are_the_whole(case, dtype, cut):
+def test_two_parts_of_the_keys_joined_by_their_lse_equal_the_whole(case, dtype, cut):
     assume(case.seqlen_q > 0)
     case = replace(case, window=None, is_causal=False, has_sinks=False)
     inputs = case.inputs(dtype, DEVICE)
@@ -160,7 +160,7 @@ def test_the_order_of_keys_does_not_matter_without_a_mask(case, dtype, seed):
 @needs_sm90
 @small
 @given(case=dense, dtype=st.sampled_from(gpu_support.HALF))
-def test_a_window_is_what_it_says_key_by_key(case, dtype):
+def test_a_row_of_a_window_equals_its_visible_keys_alone(case, dtype):
     """The visible keys of one row, alone and unmasked, give that row."""
     assume(case.seqlen_q > 0 and case.seqlen_kv > 0)
     inputs = case.inputs(dtype, DEVICE)
@@ -194,7 +194,7 @@ def test_the_comparison_of_the_properties_can_fail():
 @needs_sm90
 @half
 @pytest.mark.parametrize("has_sinks", [False, True])
-def test_nothing_to_attend_to_gives_zeros_and_the_sink(has_sinks, dtype):
+def test_calls_without_keys_give_zero_output_and_the_sink_as_lse(has_sinks, dtype):
     for case in without_pairs(heads_q=4, heads_kv=2, has_sinks=has_sinks):
         for mask in ({}, {"is_causal": True}, {"window": (3, 3)}):
             inputs = case.inputs(dtype, DEVICE)

@@ -281,7 +281,7 @@ def with_the_last_dimension_apart(x):
 @pytest.mark.parametrize(
     "lay_out", [*LAYOUTS.values(), with_the_last_dimension_apart], ids=[*LAYOUTS, "transposed whole"]
 )
-def test_dout_may_lie_in_memory_as_it_likes(lay_out):
+def test_dout_may_have_any_memory_layout(lay_out):
     case, inputs = case_of_layouts()
     moved = replace(inputs, dout=lay_out(inputs.dout))
     assert torch.equal(moved.dout, inputs.dout)
@@ -322,7 +322,7 @@ def test_dlse_may_be_transposed():
 
 
 @rows
-def test_what_lies_beside_the_tensors_has_no_say(row):
+def test_memory_beside_the_tensors_changes_no_result(row):
     """NaN between the rows of q, k, v and dout, and where a head dim below the row is padded."""
     for less, mask in itertools.product((0, 8), MASKS.values()):
         case = Case(
@@ -386,7 +386,7 @@ def test_empty_sequences_and_rows_of_no_sequence_have_gradients_of_exactly_zero(
 
 
 @pytest.mark.parametrize("has_sinks", [False, True])
-def test_nothing_to_attend_to_gives_zeros_and_the_sink_what_flows_through_lse(has_sinks):
+def test_calls_without_keys_give_zero_gradients_and_the_sink_that_of_lse(has_sinks):
     for case in without_pairs(heads_q=4, heads_kv=2, has_sinks=has_sinks):
         inputs = case.inputs(torch.bfloat16, DEVICE)
         in_sequences = sum(case.seqlens_q) if case.is_packed else case.seqlen_q

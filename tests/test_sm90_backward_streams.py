@@ -77,7 +77,7 @@ def test_a_second_gpu_computes_gradients_and_the_current_one_stays():
 
 
 @pytest.mark.parametrize("is_packed", [False, True], ids=["dense", "packed"])
-def test_opcheck(is_packed):
+def test_opcheck_accepts_the_operator(is_packed):
     lengths = {"seqlens_q": (40, 30)} if is_packed else {"batch": 2, "seqlen_q": 70}
     case = Case(heads_q=4, heads_kv=2, is_causal=True, has_sinks=True, **lengths)
     inputs = case.inputs(torch.bfloat16, DEVICE)

@@ -60,7 +60,7 @@ REFUSED = {
 @needs_sm90
 @pytest.mark.skipif(DEVICE == "cpu", reason="the words of sm90")
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_sm90_does_not_compute_is_refused_with_the_reason(name):
+def test_sm90_refuses_calls_that_it_does_not_compute_with_the_reason(name):
     arguments, pattern = REFUSED[name]
     arguments = arguments()
     prefix = re.escape("flashmla attention: impl='sm90' cannot compute this call: ")
@@ -71,7 +71,7 @@ def test_what_sm90_does_not_compute_is_refused_with_the_reason(name):
 @needs_sm90
 @pytest.mark.skipif(DEVICE == "cpu", reason="the choice on a GPU")
 @pytest.mark.parametrize("name", [name for name in REFUSED if "head dim" in name or name == "float32"])
-def test_what_sm90_does_not_compute_is_left_to_flex_by_the_automatic_choice(name):
+def test_the_automatic_choice_leaves_to_flex_calls_that_sm90_does_not_compute(name):
     with counted_calls(stub=("flex",)) as chosen:
         attention(**REFUSED[name][0]())
         attention(**tensors())

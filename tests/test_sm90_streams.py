@@ -105,7 +105,7 @@ def test_torch_compile_takes_packed_sequences_whole():
 
 
 @needs_sm90
-def test_opcheck():
+def test_opcheck_accepts_the_operator():
     q, k, v = tensors(seqlen_q=70).values()
     numbers = (70, 70, 0.125, 20, 0, 0.0, False)
     torch.library.opcheck(
