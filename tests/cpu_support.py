@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
+from flashmla_hf import libraries
+
+needs_cpu_library = pytest.mark.skipif(
+    "cpu" in libraries.unavailable, reason=f"cpu: {libraries.unavailable.get('cpu')}"
+)
 ISAS = ("baseline", "avx2", "avx512", "avx512_bf16", "amx")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 

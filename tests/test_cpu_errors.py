@@ -6,11 +6,9 @@ import math
 
 import pytest
 import torch
-from cpu_support import make_inputs
+from cpu_support import make_inputs, needs_cpu_library
 
-from flashmla_hf import libraries
-
-pytestmark = pytest.mark.skipif("cpu" in libraries.unavailable, reason=f"cpu: {libraries.unavailable.get('cpu')}")
+pytestmark = needs_cpu_library
 
 
 def call_with(**changes):

@@ -13,13 +13,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from cpu_support import DTYPES, ISAS, kernel, make_inputs
+from cpu_support import DTYPES, ISAS, kernel, make_inputs, needs_cpu_library
 from fresh_python import in_subprocess
 from numerics import tolerance_floor
 
-from flashmla_hf import libraries
-
-pytestmark = pytest.mark.skipif("cpu" in libraries.unavailable, reason=f"cpu: {libraries.unavailable.get('cpu')}")
+pytestmark = needs_cpu_library
 
 
 def eager(q, k, v, dout, dlse, sinks, window, softcap, dtype):

@@ -9,12 +9,10 @@ import random
 
 import pytest
 import torch
-from cpu_support import DTYPES, ISAS, kernel, make_inputs
+from cpu_support import DTYPES, ISAS, kernel, make_inputs, needs_cpu_library
 from fresh_python import in_subprocess
 
-from flashmla_hf import libraries
-
-pytestmark = pytest.mark.skipif("cpu" in libraries.unavailable, reason=f"cpu: {libraries.unavailable.get('cpu')}")
+pytestmark = needs_cpu_library
 
 on_every_isa = pytest.mark.parametrize("isa", ISAS)
 

@@ -10,12 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from cpu_support import needs_cpu_library
 
 from flashmla_hf import __main__, direct, doctor, libraries
 from flashmla_hf.backend import Backend
 from flashmla_hf.dispatch import IMPLEMENTATIONS
-
-needs_cpu_library = pytest.mark.skipif("cpu" in libraries.unavailable, reason=str(libraries.unavailable.get("cpu")))
 
 
 @pytest.fixture(scope="module")

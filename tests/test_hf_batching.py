@@ -13,7 +13,7 @@ from transformers import modeling_flash_attention_utils
 from flashmla_hf.hf import forward
 
 pytestmark = [
-    pytest.mark.skipif(not hf_support.is_built(), reason="the kernel of this device is not built"),
+    hf_support.needs_kernel,
     pytest.mark.filterwarnings("ignore::FutureWarning"),  # the paged| prefix after 5.17
 ]
 

@@ -18,7 +18,7 @@ from hf_support import DEVICE, close, dispatch, kernel_calls
 from flashmla_hf import notices
 from flashmla_hf.hf import forward
 
-pytestmark = pytest.mark.skipif(not hf_support.is_built(), reason="the kernel of this device is not built")
+pytestmark = hf_support.needs_kernel
 
 # On a GPU the attention is FlexAttention, which exists compiled by inductor only.
 BACKEND = "aot_eager" if DEVICE.type == "cpu" else "inductor"

@@ -16,7 +16,7 @@ from hf_support import DEVICE, close
 import flashmla_hf
 from flashmla_hf.hf import check, forward, masks
 
-pytestmark = pytest.mark.skipif(not hf_support.is_built(), reason="the kernel of this device is not built")
+pytestmark = hf_support.needs_kernel
 
 TEXT = {
     "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,

@@ -5,17 +5,14 @@ from __future__ import annotations
 
 import itertools
 
-import hf_support
 import pytest
 import torch
 from counting import counted_calls
-from hf_support import DEVICE, close, kernel_calls
+from hf_support import DEVICE, close, kernel_calls, needs_kernel
 from transformers import masking_utils as mu
 
 from flashmla_hf import reference
 from flashmla_hf.hf import boundaries, forward, masks
-
-needs_kernel = pytest.mark.skipif(not hf_support.is_built(), reason="the kernel of this device is not built")
 
 
 def is_in_memory(mask: torch.Tensor) -> bool:

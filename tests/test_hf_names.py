@@ -29,7 +29,7 @@ from flashmla_hf import notices
 from flashmla_hf.hf import check, names
 
 pytestmark = [
-    pytest.mark.skipif(not hf_support.is_built(), reason="the kernel of this device is not built"),
+    hf_support.needs_kernel,
     pytest.mark.filterwarnings("ignore::FutureWarning"),  # the paged| prefix after 5.17
 ]
 ROOT = Path(__file__).parent.parent

@@ -22,7 +22,7 @@ from counting import counted_calls, standing_in
 from families import FAMILIES
 from hf_support import DEVICE, TOLERANCE, close, kernel_calls
 
-pytestmark = pytest.mark.skipif(not hf_support.is_built(), reason="the kernel of this device is not built")
+pytestmark = hf_support.needs_kernel
 
 by_family = pytest.mark.parametrize("family", FAMILIES, ids=str)
 RESULTS: dict[str, dict] = {}

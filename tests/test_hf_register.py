@@ -16,12 +16,11 @@ import torch
 import transformers
 from counting import counted_calls
 from families import FAMILIES
-from hf_support import DEVICE, close, kernel_calls
+from hf_support import DEVICE, close, kernel_calls, needs_kernel
 
 import flashmla_hf
 from flashmla_hf import notices
 
-needs_kernel = pytest.mark.skipif(not hf_support.is_built(), reason="the kernel of this device is not built")
 FAMILY = {family.name: family for family in FAMILIES}
 ROOT = Path(__file__).parent.parent
 

@@ -6,11 +6,12 @@ from __future__ import annotations
 import gpu_support
 import pytest
 import torch
+from cpu_support import needs_cpu_library
 from fresh_python import run_program
 
 from flashmla_hf import attention, direct, libraries
 
-pytestmark = pytest.mark.skipif("cpu" in libraries.unavailable, reason=f"cpu: {libraries.unavailable.get('cpu')}")
+pytestmark = needs_cpu_library
 
 FORWARD = torch.ops.flashmla.flash_attn_forward
 BACKWARD = torch.ops.flashmla.flash_attn_backward

@@ -9,7 +9,7 @@ from patches_support import FAMILIES, NAMES, SINGLE, TILED, assert_equal, batch_
 
 import flashmla_hf
 
-pytestmark = pytest.mark.skipif(not hf_support.is_built(), reason="no compiled CPU library")
+pytestmark = hf_support.needs_kernel
 
 
 @pytest.mark.parametrize("patches", SINGLE, ids=str)

@@ -13,7 +13,7 @@ from patches_support import FAMILIES, assert_equal, attributes, batch_of, lora, 
 import flashmla_hf
 from flashmla_hf.patches import PatchError, UnsupportedPatch
 
-pytestmark = pytest.mark.skipif(not hf_support.is_built(), reason="no compiled CPU library")
+pytestmark = hf_support.needs_kernel
 # The default on a model without adapters.
 ALL = tuple(name for name in flashmla_hf.DEFAULT_PATCHES if name != "lora")
 

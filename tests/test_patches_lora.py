@@ -12,7 +12,7 @@ from peft.tuners.lora.layer import Linear
 
 import flashmla_hf
 
-pytestmark = pytest.mark.skipif(not hf_support.is_built(), reason="no compiled CPU library")
+pytestmark = hf_support.needs_kernel
 
 
 @pytest.fixture

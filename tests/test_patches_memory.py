@@ -13,7 +13,7 @@ from patches_support import batch_of, lora, model_of, small
 import flashmla_hf
 from flashmla_hf.patches import checkpointing, mlp, offload, rope
 
-pytestmark = pytest.mark.skipif(not hf_support.is_built(), reason="no compiled CPU library")
+pytestmark = hf_support.needs_kernel
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from patches_support import assert_equal, batch_of, lora, model_of, small, step
 import flashmla_hf
 from flashmla_hf.patches import PatchError
 
-pytestmark = pytest.mark.skipif(not hf_support.is_built(), reason="no compiled CPU library")
+pytestmark = hf_support.needs_kernel
 
 
 def patched(model, names=None):

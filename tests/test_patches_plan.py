@@ -1,7 +1,6 @@
 """The plan of checkpointing divides tensors between GPU and host by the memory that is free."""
 
 import hf_support
-import pytest
 import torch
 import transformers
 from patches_support import model_of
@@ -10,7 +9,7 @@ import flashmla_hf
 from flashmla_hf import host_memory
 from flashmla_hf.patches import checkpointing, memory, mlp, structure
 
-pytestmark = pytest.mark.skipif(not hf_support.is_built(), reason="no compiled CPU library")
+pytestmark = hf_support.needs_kernel
 
 GIB = 2**30
 

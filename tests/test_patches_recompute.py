@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import flashmla_hf
 from flashmla_hf.patches import structure, tiles
 
-pytestmark = pytest.mark.skipif(not hf_support.is_built(), reason="no compiled CPU library")
+pytestmark = hf_support.needs_kernel
 
 
 @pytest.mark.parametrize("patches", [["checkpointing", "keep_attention"], None], ids=["kept", "all"])

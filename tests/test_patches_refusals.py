@@ -13,7 +13,7 @@ import flashmla_hf
 from flashmla_hf import host_memory
 from flashmla_hf.patches import rope
 
-pytestmark = pytest.mark.skipif(not hf_support.is_built(), reason="no compiled CPU library")
+pytestmark = hf_support.needs_kernel
 
 
 @pytest.mark.parametrize("name", NAMES)

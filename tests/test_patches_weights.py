@@ -18,7 +18,7 @@ from torch.nn.utils import prune
 import flashmla_hf
 from flashmla_hf.patches import PatchError, mlp, weights
 
-pytestmark = pytest.mark.skipif(not hf_support.is_built(), reason="no compiled CPU library")
+pytestmark = hf_support.needs_kernel
 WITHOUT_LOSS = [name for name in SINGLE if name not in ("loss", "all")]
 
 

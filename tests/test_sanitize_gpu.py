@@ -11,19 +11,14 @@ import pytest
 import sanitize_gpu
 import torch
 from cases import SM90_ROWS
-from gpu_support import (
-    DEVICE,
-    needs_sm90,
-)
-
-from flashmla_hf import libraries
+from cpu_support import needs_cpu_library
+from gpu_support import DEVICE, needs_sm90
 
 TESTS = Path(__file__).parent
 
 
+@needs_cpu_library
 def test_the_sweep_for_the_sanitizer_is_right_on_the_cpu_and_covers_every_kernel():
-    if "cpu" in libraries.unavailable:
-        pytest.skip(libraries.unavailable["cpu"])
     assert sanitize_gpu.sweep("cpu") == []
     covered = {(c.sm90_row, c.mask_kind, c.is_packed) for c, _ in sanitize_gpu.sweep_cases()}
     assert len(covered) == len(SM90_ROWS) * 3 * 2
@@ -32,9 +27,8 @@ def test_the_sweep_for_the_sanitizer_is_right_on_the_cpu_and_covers_every_kernel
     }
 
 
+@needs_cpu_library
 def test_the_sweep_for_the_sanitizer_finds_wrong_results():
-    if "cpu" in libraries.unavailable:
-        pytest.skip(libraries.unavailable["cpu"])
     forward = torch.ops.flashmla.flash_attn_forward
 
     def unmasked(*arguments):

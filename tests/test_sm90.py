@@ -15,22 +15,10 @@ import gpu_support
 import pytest
 import torch
 from cases import SM90_ROWS, Case, calls, without_pairs
-from gpu_support import (
-    DEVICE,
-    IMPL,
-    WIDTHS,
-    cu,
-    half,
-    needs_sm90,
-    rows,
-)
+from gpu_support import DEVICE, IMPL, WIDTHS, cu, half, needs_sm90, rows
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
-from sm90_support import (
-    check,
-    run,
-    tensors,
-)
+from sm90_support import check, run, tensors
 
 from flashmla_hf import attention
 

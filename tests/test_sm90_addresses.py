@@ -4,18 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from gpu_support import (
-    DEVICE,
-    IMPL,
-    exact,
-    needs_memory,
-    needs_sm90,
-    on_gpu,
-)
-from sm90_support import (
-    ROWS_OF_2_31,
-    tensors,
-)
+from gpu_support import DEVICE, IMPL, exact, needs_memory, needs_sm90, on_gpu
+from sm90_support import ROWS_OF_2_31, tensors
 
 from flashmla_hf import attention
 

@@ -18,17 +18,7 @@ import pytest
 import torch
 from cases import SM90_ROWS, Case, without_pairs
 from counting import counted_calls
-from gpu_support import (
-    DEVICE,
-    HALF,
-    IMPL,
-    WIDTHS,
-    half,
-    needs_sm90,
-    offset_by,
-    on_gpu,
-    rows,
-)
+from gpu_support import DEVICE, HALF, IMPL, WIDTHS, half, needs_sm90, offset_by, on_gpu, rows
 from sm90_support import (
     BACKWARD,
     MASKS,

@@ -8,19 +8,8 @@ import numerics
 import pytest
 import torch
 from cases import Case
-from gpu_support import (
-    DEVICE,
-    IMPL,
-    exact,
-    needs_memory,
-    needs_sm90,
-    on_gpu,
-)
-from sm90_support import (
-    ROWS_OF_2_31,
-    assert_same_bits,
-    gradients,
-)
+from gpu_support import DEVICE, IMPL, exact, needs_memory, needs_sm90, on_gpu
+from sm90_support import ROWS_OF_2_31, assert_same_bits, gradients
 
 from flashmla_hf import attention
 

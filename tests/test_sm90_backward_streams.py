@@ -8,14 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from cases import Case
-from gpu_support import (
-    DEVICE,
-    captured,
-    needs_sm90,
-    on_gpu,
-    rows,
-    run_behind_other_work,
-)
+from gpu_support import DEVICE, captured, needs_sm90, on_gpu, rows, run_behind_other_work
 from sm90_support import (
     BACKWARD,
     NAMES,

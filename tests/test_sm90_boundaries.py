@@ -10,12 +10,7 @@ import sanitize_gpu
 import torch
 from cases import Case
 from fresh_python import in_subprocess
-from gpu_support import (
-    DEVICE,
-    IMPL,
-    cu,
-    needs_sm90,
-)
+from gpu_support import DEVICE, IMPL, cu, needs_sm90
 
 from flashmla_hf import attention
 

@@ -7,16 +7,8 @@ import re
 import pytest
 import torch
 from counting import counted_calls
-from gpu_support import (
-    DEVICE,
-    IMPL,
-    cu,
-    needs_sm90,
-    offset_by,
-)
-from sm90_support import (
-    tensors,
-)
+from gpu_support import DEVICE, IMPL, cu, needs_sm90, offset_by
+from sm90_support import tensors
 
 from flashmla_hf import attention
 

@@ -9,20 +9,8 @@ import pytest
 import torch
 from cases import Case
 from counting import counted_calls
-from gpu_support import (
-    DEVICE,
-    IMPL,
-    captured,
-    needs_sm90,
-    on_gpu,
-    rows,
-    run_behind_other_work,
-)
-from sm90_support import (
-    copy_inputs,
-    run,
-    tensors,
-)
+from gpu_support import DEVICE, IMPL, captured, needs_sm90, on_gpu, rows, run_behind_other_work
+from sm90_support import copy_inputs, run, tensors
 
 from flashmla_hf import attention
 
