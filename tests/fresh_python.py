@@ -1,4 +1,4 @@
-"""Programs and functions of test modules, run in a Python process of their own: they may end it, or need its first call."""
+"""Runs programs and functions of test modules in a Python process of their own, which they may end or must be first in."""
 
 from __future__ import annotations
 

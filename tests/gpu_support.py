@@ -1,4 +1,4 @@
-"""What the GPU tests share: where the tests of ``sm90`` run, why it is not there, what it computes, a few inputs."""
+"""The device of the GPU tests, why ``sm90`` is missing, a few inputs, memory, graphs and streams, and a float64 truth."""
 
 from __future__ import annotations
 
@@ -66,8 +66,8 @@ def peak_bytes(run):
 
 
 def captured(run):
-    """Captures ``run()`` in a CUDA graph, after two runs on a stream of its own, as capturing wants it. Returns the graph and the
-    tensors that a replay writes."""
+    """Captures ``run()`` in a CUDA graph, after two runs on a stream of its own, as capturing wants it. Returns the graph and
+    the tensors that a replay writes."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -81,8 +81,9 @@ def captured(run):
 
 
 def run_behind_other_work(write, call):
-    """Queues a tenth of a second of work on a new stream, then ``write()`` and ``call()``. Returns the results of ``call()``, which
-    must come back before that work is done (it waits for nothing) and see what ``write()`` wrote (it runs on that stream)."""
+    """Queues a tenth of a second of work on a new stream, then ``write()`` and ``call()``. Returns the results of ``call()``.
+    Fails if ``call()`` returns after that work is done: it must wait for nothing. Its results show whether it ran on that
+    stream, because only there it sees what ``write()`` wrote."""
     torch.cuda.synchronize()
     stream, done = torch.cuda.Stream(), torch.cuda.Event()
     torch.cuda.set_sync_debug_mode("error")

@@ -1,5 +1,4 @@
-"""What the Transformers tests share: the device, what counts as a kernel's call, and comparisons that wrong attention
-fails."""
+"""The device of the Transformers tests, tiny models, the count of kernel calls, and a comparison that wrong attention fails."""
 
 from __future__ import annotations
 
@@ -31,7 +30,7 @@ def is_oracle_in_place() -> bool:
 KERNELS = ("cpu", "sm90", "flex")
 
 if is_oracle_in_place():
-    # Plumbing without a compiled library: the kernel's place is taken by the oracle.
+    # Without a compiled library the oracle takes the place of every kernel.
     direct.enabled = False
     for _name in KERNELS:
         dispatch.IMPLEMENTATIONS[_name] = replace(
@@ -40,7 +39,7 @@ if is_oracle_in_place():
 
 flashmla_hf.register()
 
-# The name with the shape of a hub kernel's.
+# The name shaped like a hub kernel's.
 SHAPED = "flashmla/flash-attn3"
 SIZES = {
     "vocab_size": 96, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -62,7 +61,7 @@ def random_ids(*shape, seed=0):
 
 
 def patch_options(names: list[str] | None, options: dict) -> dict:
-    """Of ``options`` of ``flashmla_hf.patch`` those that the patches in ``names`` (``None``: the default) have."""
+    """The ``options`` of ``flashmla_hf.patch`` that belong to the patches in ``names`` (``None``: the default)."""
     names = flashmla_hf.DEFAULT_PATCHES if names is None else names
     return {option: value for option, value in options.items() if flashmla_hf.PATCH_OPTIONS[option] in names}
 

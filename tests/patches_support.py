@@ -7,11 +7,11 @@ import families
 import hf_support
 import pytest
 import torch
+from families import FAMILY
 
 import flashmla_hf
 
 NAMES = ("Llama", "Mistral", "Qwen2", "Qwen3", "Gemma2", "Gemma3 text", "Phi3", "Mixtral")
-FAMILIES = {f.name: f for f in families.FAMILIES}
 SINGLE = {
     "loss": ["loss"],
     "mlp": ["mlp"],
@@ -28,15 +28,20 @@ SMALL = {"mlp_tile": 7, "loss_chunk": 9, "attention_chunk": 7, "keep_attention":
 
 
 def small(names=None, **options):
-    """Of ``options``, SMALL if there are none, those of the patches in ``names``."""
+    """The options that belong to the patches in ``names``, out of ``options`` or, if there are none, of SMALL."""
     return hf_support.patch_options(names, options or SMALL)
+
+
+def patched(model, names=None):
+    """``model`` with the patches in ``names`` and the options of SMALL that belong to them."""
+    return flashmla_hf.patch(model, names, **small(names))
 
 
 TILED = ("all", "mlp", "loss", "attention")
 
 
 def model_of(name, dtype=torch.float32, **config):
-    family = FAMILIES[name]
+    family = FAMILY[name]
     if config:
         family = copy.copy(family)
         plain = family.config
@@ -51,7 +56,7 @@ def _with(config, options):
 
 
 def batch_of(name, padding="none"):
-    return families.inputs(FAMILIES[name], padding, "cpu")
+    return families.inputs(FAMILY[name], padding, "cpu")
 
 
 def step(model, *batches, **kwargs):
@@ -87,7 +92,7 @@ def lora(model, **options):
 
 
 def attributes(model):
-    """Every instance attribute of every module, and what the attention's module calls."""
+    """Every instance attribute of every module, and the rotation that the model's module calls."""
     module = sys.modules[type(model).__module__]
     state = {(name, key): value for name, m in model.named_modules() for key, value in vars(m).items()}
     return {k: v if not isinstance(v, dict) else dict(v) for k, v in state.items()} | {

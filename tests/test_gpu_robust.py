@@ -1,4 +1,4 @@
-"""A GPU kernel bears scores and sinks of any size, calls without elements, graphs that are kept, errors of others, few multiprocessors.
+"""A GPU kernel bears scores and sinks of any size, empty calls, retained graphs, errors of others, few multiprocessors.
 
     python3 -m pytest tests/test_gpu_robust.py                                   # on a Hopper GPU
     FLASHMLA_SM90_TESTS_ON=cpu python3 -m pytest tests/test_gpu_robust.py        # the same promises of the CPU kernel
@@ -110,7 +110,7 @@ def test_sinks_of_nan_and_infinity_give_what_float64_gives(row, dtype, is_packed
     torch.testing.assert_close(got["dsinks"][plain].double(), exact["dsinks"][plain], rtol=0.03, atol=0.03)
 
 
-# ---- Nothing ---------------------------------------------------------------------------------------------------------
+# ---- Empty calls -----------------------------------------------------------------------------------------------------
 
 
 @half
@@ -163,7 +163,7 @@ def test_a_compiled_call_takes_length_zero_after_others():
 
 @pytest.mark.parametrize("impl", [IMPL, pytest.param("flex", marks=on_gpu)])
 def test_a_graph_that_is_kept_gives_its_gradients_twice(impl):
-    """``flex`` may refuse, in our words; torch's own error about donated buffers is none."""
+    """``flex`` may refuse with a message of this package, not with torch's error about donated buffers."""
     q, k, v = (torch.randn(1, 256, 4, 64, device=DEVICE, dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
     exact = attention(*(x.double() for x in (q, k, v)), is_causal=True, impl="reference")
     expected = torch.autograd.grad(exact.sum(), (q, k, v))

@@ -1,9 +1,9 @@
-"""A GPU kernel may be called from any thread: a thread's first work, eight threads at once, streams, another GPU, autograd's thread.
+"""A GPU kernel may be called from any thread: as a thread's first work, by eight at once, on streams, by autograd's thread.
 
     python3 -m pytest tests/test_gpu_threads.py                                   # on a Hopper GPU
     FLASHMLA_SM90_TESTS_ON=cpu python3 -m pytest tests/test_gpu_threads.py        # the same promises of the CPU kernel
 
-Autograd's thread starts once in a process: its tests are functions called by ``in_subprocess``.
+Autograd's thread starts once in a process, so its tests call functions of this module by ``in_subprocess``.
 """
 
 from __future__ import annotations

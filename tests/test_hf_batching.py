@@ -1,4 +1,4 @@
-"""Continuous batching under every name gives the tokens of generate; block tables and dictionaries of boundaries are refused."""
+"""Continuous batching gives the tokens of generate; block tables and dictionaries of boundaries are refused."""
 
 from __future__ import annotations
 

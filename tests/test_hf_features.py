@@ -12,7 +12,7 @@ import pytest
 import torch
 import transformers
 from counting import counted_calls
-from families import FAMILIES
+from families import FAMILY
 from hf_support import DEVICE, close, dispatch, kernel_calls
 
 from flashmla_hf import notices
@@ -22,7 +22,6 @@ pytestmark = hf_support.needs_kernel
 
 # On a GPU the attention is FlexAttention, which exists compiled by inductor only.
 BACKEND = "aot_eager" if DEVICE.type == "cpu" else "inductor"
-FAMILY = {family.name: family for family in FAMILIES}
 
 
 def pair(name="Llama"):

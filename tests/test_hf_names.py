@@ -1,5 +1,5 @@
-"""The name with the shape of a hub kernel's passes the checks of Transformers, its server, accelerate and DeepSpeed; models that choose
-a class; registration that fails, and registration by many threads."""
+"""The name shaped like a hub kernel's passes the checks of Transformers, its server, accelerate and DeepSpeed; models that
+choose a class; registration that fails, and registration by many threads."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def test_models_that_list_their_kernels_take_the_shaped_name(no_hub):
     assert ("GptOssPreTrainedModel", SHAPED) in found
 
 
-# ---- the checks of others ------------------------------------------------------------------------------------------
+# ---- Checks of other packages ------------------------------------------------------------------------------------------
 
 
 def test_transformers_serve_takes_the_shaped_name_only():

@@ -15,13 +15,12 @@ import pytest
 import torch
 import transformers
 from counting import counted_calls
-from families import FAMILIES
+from families import FAMILY
 from hf_support import DEVICE, close, kernel_calls, needs_kernel
 
 import flashmla_hf
 from flashmla_hf import notices
 
-FAMILY = {family.name: family for family in FAMILIES}
 ROOT = Path(__file__).parent.parent
 
 

@@ -1,4 +1,4 @@
-"""The search for the longest context finds it, writes it, and takes running out of memory for an answer."""
+"""The search for the longest context finds it, writes it, and counts a trial out of memory as too long."""
 
 from __future__ import annotations
 

@@ -5,7 +5,8 @@ import hf_support
 import pytest
 import torch
 import transformers
-from patches_support import FAMILIES, NAMES, SINGLE, TILED, assert_equal, batch_of, lora, model_of, small, step
+from families import FAMILY
+from patches_support import NAMES, SINGLE, TILED, assert_equal, batch_of, lora, model_of, small, step
 
 import flashmla_hf
 
@@ -44,7 +45,7 @@ def test_lora_gradients_equal_the_unpatched_models(name, patches):
 def test_accumulated_gradients_equal_the_unpatched_models(patches):
     """Two forward and backward passes, then one backward for two forward passes."""
     model, batch = model_of("Llama"), batch_of("Llama")
-    other = families.inputs(FAMILIES["Llama"], "none" if patches == "attention" else "right", "cpu", seed=5)
+    other = families.inputs(FAMILY["Llama"], "none" if patches == "attention" else "right", "cpu", seed=5)
     count = {"num_items_in_batch": torch.tensor(70)}
 
     def both():

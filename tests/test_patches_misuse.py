@@ -6,16 +6,12 @@ import hf_support
 import peft
 import pytest
 import torch
-from patches_support import assert_equal, batch_of, lora, model_of, small, step
+from patches_support import assert_equal, batch_of, lora, model_of, patched, step
 
 import flashmla_hf
 from flashmla_hf.patches import PatchError
 
 pytestmark = hf_support.needs_kernel
-
-
-def patched(model, names=None):
-    return flashmla_hf.patch(model, names, **small(names))
 
 
 # ---------------------------------------------------------------- copies

@@ -7,7 +7,8 @@ import hf_support
 import pytest
 import torch
 import transformers
-from patches_support import FAMILIES, NAMES, assert_equal, attributes, batch_of, message, model_of, small, step
+from families import FAMILY
+from patches_support import NAMES, assert_equal, attributes, batch_of, message, model_of, small, step
 
 import flashmla_hf
 from flashmla_hf import host_memory
@@ -78,7 +79,7 @@ def test_unknown_names_and_double_patches_are_refused():
     ],
 )
 def test_models_without_the_structure_are_refused_by_name_and_module(name, patch, parts):
-    family = FAMILIES[name]
+    family = FAMILY[name]
     model = families.build(family, "flashmla", "cpu")
     text = message(model, [patch])
     for part in [*parts, f"patch '{patch}' does not support this model", "flashmla_hf.patch(model, exclude="]:
@@ -86,7 +87,7 @@ def test_models_without_the_structure_are_refused_by_name_and_module(name, patch
 
 
 def test_kept_attention_needs_this_packages_attention():
-    model = families.build(FAMILIES["Llama"], "sdpa", "cpu")
+    model = families.build(FAMILY["Llama"], "sdpa", "cpu")
     assert "attn_implementation" in message(model, ["checkpointing", "keep_attention"])
     flashmla_hf.patch(model)  # the default does without it
     assert [*flashmla_hf.patch_report(model).left_out] == ["lora", "keep_attention"]

@@ -11,19 +11,14 @@ import accelerate
 import hf_support
 import pytest
 import torch
-from patches_support import SINGLE, assert_equal, batch_of, lora, model_of, small, step
+from patches_support import SINGLE, assert_equal, batch_of, lora, model_of, patched, small, step
 from torch import nn
 from torch.nn.utils import prune
 
-import flashmla_hf
 from flashmla_hf.patches import PatchError, mlp, weights
 
 pytestmark = hf_support.needs_kernel
 WITHOUT_LOSS = [name for name in SINGLE if name not in ("loss", "all")]
-
-
-def patched(model, names=None):
-    return flashmla_hf.patch(model, names, **small(names))
 
 
 def loss_of(model, batch):

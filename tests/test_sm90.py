@@ -176,7 +176,7 @@ def test_the_comparison_of_the_properties_can_fail():
             assert_same(run(inputs, case, **wrong), run(inputs, case), inputs.v)
 
 
-# ---- Empty things ----------------------------------------------------------------------------------------------------
+# ---- Empty calls -----------------------------------------------------------------------------------------------------
 
 
 @needs_sm90
