@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from flashmla_hf import libraries
+from flashmla_hf import libraries, ops  # noqa: F401  ops registers the operators
 
 needs_cpu_library = pytest.mark.skipif(
     "cpu" in libraries.unavailable, reason=f"cpu: {libraries.unavailable.get('cpu')}"

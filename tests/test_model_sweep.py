@@ -12,7 +12,7 @@ import torch
 import transformers
 from counting import counted_calls
 from model_sweep import __main__ as sweeper
-from model_sweep import page, probes
+from model_sweep import building, comparison, page, probes, verdicts
 from model_sweep.classes import Candidate, candidates
 from model_sweep.known import KNOWN
 
@@ -83,7 +83,7 @@ def ignores_padding(call, run):
 
 
 CONTROLS = [
-    ("LlamaForCausalLM", probes.zeros), ("LlamaForCausalLM", half), ("LlamaForCausalLM", flips_causal),
+    ("LlamaForCausalLM", comparison.zeros), ("LlamaForCausalLM", half), ("LlamaForCausalLM", flips_causal),
     ("LlamaForCausalLM", ignores_padding), ("MistralForCausalLM", forgets_the_window), ("BertModel", flips_causal),
     ("BertModel", ignores_padding), ("WhisperForConditionalGeneration", flips_causal),
 ]  # fmt: skip
@@ -93,11 +93,11 @@ CONTROLS = [
 def test_a_wrong_attention_fails_its_probe(name, wrong):
     candidate = next(c for c in candidates() if c.class_name == name)
     model_class = getattr(transformers, name)
-    result = probes.Result(name, candidate.model_type)
-    eager, config, batch = probes.build_eager(model_class, model_class.config_class, result)
-    ours = probes.build(model_class, config, "flashmla")
-    probes.copy_state(eager, ours)
-    pair = probes.Pair(eager, ours, result)
+    result = verdicts.Result(name, candidate.model_type)
+    eager, config, batch = building.build_eager(model_class, model_class.config_class, result)
+    ours = building.build(model_class, config, "flashmla")
+    building.copy_state(eager, ours)
+    pair = comparison.Pair(eager, ours, result)
     with torch.no_grad():
         pair.probe("forward", batch)
         probes.more_probes(pair, batch)
