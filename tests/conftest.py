@@ -39,7 +39,7 @@ NEEDS = {
     "test_finetune_gpu.py": ("transformers",),
     **dict.fromkeys(
         ("test_commands.py", "test_context_quality.py", "test_demo.py", "test_finetune.py", "test_finetune_mistakes.py",
-         "test_finetune_resume.py", "test_ledger.py", "test_max_length.py", "test_memory_report.py", "test_readme.py",
+         "test_finetune_resume.py", "test_ledger.py", "test_max_length.py", "test_documentation.py", "test_memory_report.py",
          "test_training_data.py"),
         ("transformers", "accelerate", "peft", "matplotlib"),
     ),
