@@ -15,6 +15,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 # Of the caller's shell, these would choose what is built; the CPU library alone is the quickest.
 SETTINGS = ("FLASHMLA_BUILD", "FLASHMLA_CUTLASS_DIR", "FLASHMLA_TORCH_DIR", "TORCH_CUDA_ARCH_LIST", "CUDA_HOME", "CXX")
+SUBPACKAGES = ("backends", "hf", "patches", "training")
 
 
 def environment_of_a_build(**changes):
@@ -86,14 +87,7 @@ class Package:
 
     def __init__(self, directory):
         self.directory = directory / "package"
-        for name in (
-            "flashmla_hf/backends",
-            "flashmla_hf/hf",
-            "flashmla_hf/patches",
-            "csrc/cpu",
-            "csrc/sm90",
-            "csrc/direct",
-        ):
+        for name in ("csrc/cpu", "csrc/sm90", "csrc/direct", *(f"flashmla_hf/{name}" for name in SUBPACKAGES)):
             (self.directory / name).mkdir(parents=True)
         for name in (
             "setup.py", "pyproject.toml", "README.md", "LICENSE", "csrc/sm90/check_build.py", "csrc/sm90/tiles.py", "csrc/sm90/tiles.h", "csrc/direct/sources.json",
@@ -101,9 +95,7 @@ class Package:
             shutil.copy(ROOT / name, self.directory / name)
         for name, text in {
             "flashmla_hf/__init__.py": "__version__ = '1.0'\n",
-            "flashmla_hf/backends/__init__.py": "",
-            "flashmla_hf/hf/__init__.py": "",
-            "flashmla_hf/patches/__init__.py": "",
+            **{f"flashmla_hf/{name}/__init__.py": "" for name in SUBPACKAGES},
             "csrc/params.h": "",
             "csrc/direct.h": "",
             "csrc/checks.h": "",

@@ -36,6 +36,7 @@ NEEDS = {
     "test_patches_misuse.py": ("peft",),
     "test_patches_weights.py": ("accelerate",),
     "test_benchmark*.py": ("transformers", "matplotlib"),
+    "test_readme.py": ("transformers", "matplotlib"),
     "test_finetune_gpu.py": ("transformers",),
     **dict.fromkeys(
         ("test_commands.py", "test_context_quality.py", "test_demo.py", "test_finetune.py", "test_finetune_mistakes.py",

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from build_support import ROOT, environment_of_a_build
+from build_support import ROOT, SUBPACKAGES, environment_of_a_build
 
 import flashmla_hf
 
@@ -58,9 +58,7 @@ def test_the_wheel_serves_every_python_and_holds_the_library(wheel):
     assert "flashmla_hf/libflashmla_cpu.so" in names
     assert "flashmla_hf/_direct.abi3.so" in names
     assert "flashmla_hf/_build.json" in names
-    assert {f"flashmla_hf/{name}/__init__.py" for name in ("backends", "hf", "patches")} | {"flashmla_hf/py.typed"} <= {
-        *names
-    }
+    assert {f"flashmla_hf/{name}/__init__.py" for name in SUBPACKAGES} | {"flashmla_hf/py.typed"} <= {*names}
     assert not any(name.startswith(("tests/", "csrc/")) for name in names)
     entry_points = next(name for name in names if name.endswith("entry_points.txt"))
     assert "flashmla_hf.autoload:install" in zipfile.ZipFile(wheel).read(entry_points).decode()

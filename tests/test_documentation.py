@@ -1,4 +1,4 @@
-"""The examples and options in README.md work as they stand there."""
+"""The examples and commands of docs/ work as they stand there."""
 
 from __future__ import annotations
 
@@ -10,25 +10,23 @@ from flashmla_hf.training import finetune
 pytestmark = pytest.mark.usefixtures("fresh_accelerate_state")
 
 
-def test_the_readmes_trainer_example_runs(tiny_model, corpus, tmp_path, monkeypatch, capsys):
-    text = (ROOT / "README.md").read_text()
+def test_the_trainer_example_of_the_documentation_runs(tiny_model, corpus, tmp_path, monkeypatch, capsys):
+    text = (ROOT / "docs" / "transformers.md").read_text()
     code = text.split("<!-- example: trainer -->\n```python\n")[1].split("```")[0]
     monkeypatch.chdir(tmp_path)
     texts = [path.read_text() for path in sorted(corpus.iterdir())]
-    # The example says nothing of the device: it takes a GPU where there is one, and the tiny model is float32.
+    # The example does not name a device: it takes a GPU if there is one, and the tiny model is float32.
     code = code.replace('report_to="none"', 'report_to="none", use_cpu=True, logging_steps=1')
     names = {"MODEL": str(tiny_model), "TEXTS": texts}
-    exec(compile(code, "README.md", "exec"), names)
+    exec(compile(code, "transformers.md", "exec"), names)
     logged = [entry["loss"] for entry in names["trainer"].state.log_history if "loss" in entry]
     assert len(logged) == 4
     assert logged[-1] < logged[0]
 
 
-def test_the_readmes_options_exist():
-    text = (ROOT / "README.md").read_text()
-    section = text[text.index("## Fine-tune") : text.index("## Examples")]
-    for line in (line for line in section.splitlines() if "scripts/finetune.py" in line and "--config" in line):
-        words = line.split("#")[0].split()
-        arguments = words[words.index("scripts/finetune.py") + 1 :]
-        finetune.parse_arguments(arguments)
-    assert "--find_max_length" in section
+def test_the_options_of_the_documented_commands_exist():
+    text = (ROOT / "docs" / "finetune.md").read_text()
+    commands = [line.split() for line in text.splitlines() if "--config scripts/configs/" in line]
+    assert len(commands) == 5
+    for words in commands:
+        finetune.parse_arguments(words[words.index("--config") :])

@@ -95,7 +95,9 @@ def test_other_flash_names_still_go_to_transformers():
 def test_an_unknown_argument_raises_with_the_models_and_the_arguments_name():
     model = tiny_llama()
     ids = torch.arange(3, 15, device=DEVICE)[None]
-    with pytest.raises(ValueError, match=r"LlamaAttention of model type 'llama' passes the argument 'indices'"):
+    with pytest.raises(
+        ValueError, match=r"LlamaAttention of model type 'llama' passed an unsupported argument 'indices'"
+    ):
         model(ids, indices=torch.zeros(1, device=DEVICE))
     with pytest.raises(ValueError, match="block_indices"):
         model(ids, block_indices=torch.zeros(1, device=DEVICE))
