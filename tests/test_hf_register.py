@@ -13,17 +13,14 @@ import families
 import hf_support
 import pytest
 import torch
+import transformers
 from counting import counted_calls
-from families import FAMILIES
-from hf_support import DEVICE, close, kernel_calls
+from families import FAMILY
+from hf_support import DEVICE, close, kernel_calls, needs_kernel
 
 import flashmla_hf
 from flashmla_hf import notices
 
-transformers = pytest.importorskip("transformers")
-transformers.logging.set_verbosity_error()
-needs_kernel = pytest.mark.skipif(not hf_support.is_built(), reason="the kernel of this device is not built")
-FAMILY = {family.name: family for family in FAMILIES}
 ROOT = Path(__file__).parent.parent
 
 

@@ -2,7 +2,6 @@
 
 import json
 
-import hf_support  # noqa: F401  (puts this folder on the path)
 import support_table
 from families import FAMILIES
 
