@@ -32,7 +32,7 @@ import models  # noqa: E402
 import numpy as np  # noqa: E402
 from measure_model import Measurement, Point  # noqa: E402
 
-from flashmla_hf.training import checkpoints, data, finetune, ledger, machine, memory  # noqa: E402
+from flashmla_hf.training import checkpoints, data, finetune, ledger, machine, memory, packing, rows, step  # noqa: E402
 
 ON_PATH = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
 
@@ -234,10 +234,10 @@ MISTAKES = {  # name: (changed options, file contents to write, what the sentenc
         "one optimizer step takes 1000",
     ),
     "empty": ({"train_file": "a.txt"}, {"a.txt": "  \n"}, "holds no text"),
-    "not text": ({"train_file": "a.txt"}, {"a.txt": b"\xff\xfe\x00"}, "is not text: byte 0 is not UTF-8"),
-    "bad json": ({"train_file": "a.jsonl"}, {"a.jsonl": '{"text": "x"}\n{oops'}, "line 2 is not a JSON object"),
+    "not text": ({"train_file": "a.txt"}, {"a.txt": b"\xff\xfe\x00"}, "not text: byte 0 is not UTF-8"),
+    "bad json": ({"train_file": "a.jsonl"}, {"a.jsonl": '{"text": "x"}\n{oops'}, "line 2: not a JSON object"),
     "missing column": ({"train_file": "a.jsonl"}, {"a.jsonl": '{"body": "x"}'}, "has no column 'text', only ['body']"),
-    "column of numbers": ({"train_file": "a.jsonl"}, {"a.jsonl": '{"text": 3}'}, "row 1: expected text, got int"),
+    "column of numbers": ({"train_file": "a.jsonl"}, {"a.jsonl": '{"text": 3}'}, "line 1: expected text, got int"),
     "bad parquet": ({"train_file": "a.parquet"}, {"a.parquet": "x"}, "is not a readable parquet file"),
     "one document to split": (
         {"train_file": "a.txt", "validation_split_percentage": 10},
@@ -274,7 +274,7 @@ MISTAKES = {  # name: (changed options, file contents to write, what the sentenc
     "half a pair": (
         {"train_file": "a.jsonl"},
         {"a.jsonl": r'{"text": "\ud800"}'},
-        "row 1: character 0 is half of a pair",
+        "line 1: character 0 is half of a pair",
     ),
     "YAML of another type": ({"config": "c.yaml"}, {"c.yaml": "seed: 3.7"}, "c.yaml: seed: expected int, got 3.7"),
     "YAML of no choice": ({"config": "c.yaml"}, {"c.yaml": "dtype: float16"}, "dtype: expected one of auto, float32"),
@@ -338,15 +338,15 @@ def test_yaml_values_are_read_as_the_command_line_reads_them(tmp_path):
 
 
 def test_documents_are_read_whatever_their_characters(tmp_path):
-    rows = ["one\u2028two", "three\u0085four\x0bfive"]
+    texts = ["one\u2028two", "three\u0085four\x0bfive"]
     file = tmp_path / "a.jsonl"
     file.write_text(
-        "\ufeff" + "\n".join(json.dumps({"text": row}, ensure_ascii=False) for row in rows), encoding="utf-8"
+        "\ufeff" + "\n".join(json.dumps({"text": text}, ensure_ascii=False) for text in texts), encoding="utf-8"
     )
-    assert data.read_documents(str(file), "text") == rows
+    assert [row["text"] for _, row in rows.read_files(str(file), list, "train")] == texts
     (tmp_path / ".git" / "objects").mkdir(parents=True)
     (tmp_path / ".git" / "objects" / "ab").write_bytes(b"\xff\xfe")
-    assert data.read_documents(str(tmp_path), "text") == rows
+    assert [row["text"] for _, row in rows.read_files(str(tmp_path), list, "train")] == texts
 
 
 @pytest.mark.parametrize("family", ["Mixtral", "GPT2"])
@@ -492,9 +492,10 @@ def test_an_interrupted_run_says_how_to_go_on(tiny_model, corpus, tmp_path, monk
 
 def test_held_out_documents_of_a_file_go_with_a_dataset(monkeypatch, tmp_path):
     (tmp_path / "held_out.txt").write_text("held out")
-    monkeypatch.setattr(data, "_load_dataset", lambda data_args: (["train"], []))
+    monkeypatch.setattr(data, "read_dataset", lambda *args: iter([(rows.Place("d", "row", 1), {"text": "train"})]))
     data_args = finetune.DataArguments(dataset_name="d", validation_file=str(tmp_path / "held_out.txt"))
-    assert finetune.load_documents(data_args, 0) == (["train"], ["held out"])
+    loaded = data.load_documents(data_args, 0, rows.BadRows())
+    assert [[content for _, content in side] for side in loaded] == [["train"], ["held out"]]
 
 
 def test_tokens_beyond_the_embedding_are_refused(tiny_model, corpus, tmp_path):
@@ -517,7 +518,7 @@ def test_the_configs_that_ship_are_valid():
 def test_packing_keeps_every_token_once_and_fills_packs():
     rng = np.random.default_rng(0)
     documents = [np.arange(n, dtype=np.int32) for n in rng.integers(2, 700, size=200)]
-    packs = finetune.pack(documents, 256)
+    packs = packing.pack(documents, 256)
     pieces = [piece for one in packs for piece in one]
     assert all(sum(map(len, one)) <= 256 for one in packs)
     # Only a last piece of a single token, which predicts nothing, is left out.
@@ -529,11 +530,11 @@ def test_the_processes_of_a_step_share_its_packs_and_an_epoch_repeats_none():
     packs = [[np.full(2 + i, i)] for i in range(17)]
     args = finetune.TrainingArguments(output_dir="x", gradient_accumulation_steps=2, per_device_train_batch_size=2)
     epoch = []
-    for step in (0, 1):  # 17 packs are two steps of 8
+    for number in (0, 1):  # 17 packs are two steps of 8
         mine = []
         for rank in (0, 1):
             accelerator = type("Accelerator", (), {"num_processes": 2, "process_index": rank})
-            batches, count = finetune.step_batches(packs, step, accelerator, args)
+            batches, count, _ = step.step_batches(packs, number, accelerator, args)
             assert [len(batch) for batch in batches] == [2, 2]
             mine.append([int(one[0][0]) for batch in batches for one in batch])
         assert count == sum(1 + i for ids in mine for i in ids)
