@@ -59,7 +59,7 @@ class PackStream:
         """The next ``count`` packs."""
         taken: list[Pack] = []
         while len(taken) < count:
-            if self.place.index == len(self._packs):
+            while self.place.index == len(self._packs):
                 self._next_window()
             taken.append(self._packs[self.place.index])
             self.place.index += 1
