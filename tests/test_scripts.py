@@ -236,7 +236,11 @@ MISTAKES = {  # name: (changed options, file contents to write, what the sentenc
     "empty": ({"train_file": "a.txt"}, {"a.txt": "  \n"}, "holds no text"),
     "not text": ({"train_file": "a.txt"}, {"a.txt": b"\xff\xfe\x00"}, "not text: byte 0 is not UTF-8"),
     "bad json": ({"train_file": "a.jsonl"}, {"a.jsonl": '{"text": "x"}\n{oops'}, "line 2: not a JSON object"),
-    "missing column": ({"train_file": "a.jsonl"}, {"a.jsonl": '{"body": "x"}'}, "has no column 'text', only ['body']"),
+    "missing column": (
+        {"train_file": "a.jsonl"},
+        {"a.jsonl": '{"body": "x"}'},
+        "line 1: no column 'text', only ['body']",
+    ),
     "column of numbers": ({"train_file": "a.jsonl"}, {"a.jsonl": '{"text": 3}'}, "line 1: expected text, got int"),
     "bad parquet": ({"train_file": "a.parquet"}, {"a.parquet": "x"}, "is not a readable parquet file"),
     "one document to split": (

@@ -239,6 +239,23 @@ def test_prompts_and_completions_of_messages(tokenizer):
         encoded(tokenizer, begun)
 
 
+@pytest.mark.parametrize("as_json", [False, True])
+def test_tools_are_given_to_the_template(as_json, tokenizer):
+    """Keys of None are what datasets and parquet make of a key that another row has."""
+    tokenizer.chat_template = "{{ tools | tojson if tools else 'no tools' }}" + MARKED.replace(
+        "message['content'] + '<|im_end|>' }}{% endgen",
+        "message['content'] + message['tool_calls'] | tojson }}{% endgen",
+    )
+    tools = [{"type": "function", "function": {"name": "add", "description": "a", "parameters": None}}]
+    call = {"role": "assistant", "content": None, "tool_calls": [{"id": None, "function": {"name": "add"}}]}
+    row = {"messages": [CHAT[1], call], "tools": json.dumps(tools) if as_json else tools}
+    piece = encoded(tokenizer, row, assistant_only_loss=True)
+    assert trained_texts(tokenizer, piece) == ['[{"function": {"name": "add"}}]']
+    text = tokenizer.decode(packing.token_ids(piece))
+    assert text.startswith('[{"type": "function", "function": {"name": "add", "description": "a"}}]<|im_start|>')
+    assert encoded(tokenizer, row | {"tools": None}).size < piece.size
+
+
 @pytest.mark.parametrize("length", [5, 16, 17, 33, 64])
 def test_a_row_that_is_cut_keeps_its_marks(length, tokenizer):
     piece = encoded(tokenizer, {"messages": CHAT * 2}, assistant_only_loss=True)
@@ -320,6 +337,7 @@ def test_the_format_of_a_row_that_has_several(tmp_path):
     assert contents(file, assistant_only_loss=True)[0].messages == CHAT
     assert contents(file, completion_only_loss=True)[0].completion == "c"
     assert contents(file, dataset_text_field="body") == ["b"]
+    assert contents(file, dataset_text_field="body", completion_only_loss=True)[0].completion == "c"
     own = write_jsonl(tmp_path / "own.jsonl", [{"dialog": CHAT}])
     assert contents(own, dataset_text_field="dialog", assistant_only_loss=True)[0].messages == CHAT
 

@@ -45,10 +45,10 @@ class Formats:
         self.wants_completion = bool(data_args.completion_only_loss)
         chats, completion, text = [("messages",), ("conversations",)], [("prompt", "completion")], [(self.text_field,)]
         # A row may have columns of several formats: the first of these counts.
-        if self.text_field != "text":
-            self.known = text
-        elif self.wants_completion:
+        if self.wants_completion:
             self.known = completion
+        elif self.text_field != "text":
+            self.known = text
         elif self.wants_assistant:
             self.known = chats + completion
         else:
