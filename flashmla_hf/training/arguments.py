@@ -79,7 +79,7 @@ class DataArguments:
     )
     streaming: bool = field(
         default=False,
-        metadata={"help": "read the training data as training goes on, and hold none of it; needs max_steps"},
+        metadata={"help": "read the training data as training goes on, a window at a time; needs max_steps"},
     )
     assistant_only_loss: bool = field(
         default=False, metadata={"help": "of messages, train on the assistant's tokens alone"}

@@ -1,4 +1,4 @@
-"""Packs of data that is read as training goes on: no list of it is ever held.
+"""Packs of data that is read as training goes on: a window of it is held at a time.
 
 Rows are read in order, until their tokens fill a window. A window is packed as a whole data set would be, and its packs run
 in a random order of its own. After the last row the data begins again. Every process reads all rows and runs its share.
