@@ -40,9 +40,6 @@ def _load() -> None:
         if not path.exists():
             unavailable[impl] = f"{filename} was not built"
             continue
-        if impl == "sm90" and sm90_limits is None:
-            unavailable[impl] = f"_build.json does not hold the limits of {filename}: build the package again"
-            continue
         try:
             torch.ops.load_library(path)
         except OSError as error:
@@ -51,6 +48,9 @@ def _load() -> None:
                 unavailable[impl] = f"{filename} needs a torch with CUDA: torch {torch.__version__} has none"
             else:
                 unavailable[impl] = f"{filename} does not load into torch {torch.__version__}: {error}"
+            continue
+        if impl == "sm90" and sm90_limits is None:
+            unavailable[impl] = f"_build.json does not hold the limits of {filename}: build the package again"
 
 
 _load()

@@ -22,10 +22,14 @@ MISTAKES = {  # name: (changed options, file contents to write, what the sentenc
         "one optimizer step takes 1000",
     ),
     "empty": ({"train_file": "a.txt"}, {"a.txt": "  \n"}, "holds no text"),
-    "not text": ({"train_file": "a.txt"}, {"a.txt": b"\xff\xfe\x00"}, "is not text: byte 0 is not UTF-8"),
-    "bad json": ({"train_file": "a.jsonl"}, {"a.jsonl": '{"text": "x"}\n{oops'}, "line 2 is not a JSON object"),
-    "missing column": ({"train_file": "a.jsonl"}, {"a.jsonl": '{"body": "x"}'}, "has no column 'text', only ['body']"),
-    "column of numbers": ({"train_file": "a.jsonl"}, {"a.jsonl": '{"text": 3}'}, "row 1: expected text, got int"),
+    "not text": ({"train_file": "a.txt"}, {"a.txt": b"\xff\xfe\x00"}, "not text: byte 0 is not UTF-8"),
+    "bad json": ({"train_file": "a.jsonl"}, {"a.jsonl": '{"text": "x"}\n{oops'}, "line 2: not a JSON object"),
+    "missing column": (
+        {"train_file": "a.jsonl"},
+        {"a.jsonl": '{"body": "x"}'},
+        "line 1: no column 'text', only ['body']",
+    ),
+    "column of numbers": ({"train_file": "a.jsonl"}, {"a.jsonl": '{"text": 3}'}, "line 1: expected text, got int"),
     "bad parquet": ({"train_file": "a.parquet"}, {"a.parquet": "x"}, "is not a readable parquet file"),
     "one document to split": (
         {"train_file": "a.txt", "validation_split_percentage": 10},
@@ -62,7 +66,7 @@ MISTAKES = {  # name: (changed options, file contents to write, what the sentenc
     "half a pair": (
         {"train_file": "a.jsonl"},
         {"a.jsonl": r'{"text": "\ud800"}'},
-        "row 1: character 0 is half of a pair",
+        "line 1: character 0 is half of a pair",
     ),
     "YAML of another type": ({"config": "c.yaml"}, {"c.yaml": "seed: 3.7"}, "c.yaml: seed: expected int, got 3.7"),
     "YAML of no choice": ({"config": "c.yaml"}, {"c.yaml": "dtype: float16"}, "dtype: expected one of auto, float32"),
