@@ -186,7 +186,9 @@ def segment_boundaries(
         if not segments.is_meta:
             torch._assert_async(
                 number[-1] <= capacity,
-                f"flashmla: packed sequences in a compiled model: expected at most {capacity}, got more. Pass cu_seq_lens_q/k "
+                # Constants alone: a formatted length would make every length a graph of its own.
+                f"flashmla: packed sequences in a compiled model: expected at most {MIN_COMPILED_SEGMENTS}, or one for every "
+                f"{MIN_COMPILED_TOKENS_PER_SEGMENT} tokens, got more. Pass cu_seq_lens_q/k "
                 "(DataCollatorWithFlattening(return_flash_attn_kwargs=True)), or run without torch.compile",
             )
     wanted = torch.arange(1, capacity + 2, device=segments.device, dtype=torch.int32)
