@@ -26,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import torch
 from cases import SM90_ROWS, Case
 
+import flashmla_hf.ops  # noqa: F401 (registers the operators)
 from flashmla_hf import libraries, reference
 
 # Largest error, relative to the largest value (at least 1): a wrong index, mask or stride is far beyond.
