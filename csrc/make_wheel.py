@@ -1,10 +1,10 @@
 """Builds the wheel that serves every torch >= 2.10 and every Python >= 3.10 of this platform, into dist: `make wheel`.
 
-The Hopper library is part of it if it can be compiled, whatever torch is here: FLASHMLA_BUILD=auto, as for setup.py, but a torch
-without CUDA is no reason to leave it out, because the wheel is for other machines. FLASHMLA_BUILD=cuda fails without it, cpu
-leaves it out. auditwheel then reads which symbols of the system's libraries the wheel needs, and names the oldest systems that
-have them in the wheel's tag (manylinux). The tag depends on the machine that builds: an older system gives a wheel for more of
-them.
+The Hopper library is part of it if it can be compiled. FLASHMLA_BUILD decides as for setup.py (auto, cuda, cpu), but with auto a
+torch without CUDA is no reason to leave the library out: the wheel is for other machines.
+
+auditwheel reads which symbols of the system's libraries the wheel needs, and the wheel's tag (manylinux) names the oldest
+systems that have them. The tag depends on the machine that builds: a wheel of an older system serves more systems.
 """
 
 from __future__ import annotations
@@ -101,5 +101,7 @@ def newest_versions(library: bytes) -> list[str]:
 
 if __name__ == "__main__":
     if platform.system() != "Linux":
-        sys.exit("flashmla_hf: make wheel: expected Linux, whose wheels have manylinux tags; use python -m build --wheel")
+        sys.exit(
+            "flashmla_hf: make wheel: expected Linux, whose wheels have manylinux tags; use python -m build --wheel"
+        )
     main()
