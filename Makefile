@@ -12,8 +12,9 @@
 # make test-older-transformers    the integration tests on older releases
 # make test-newest                the integration tests on the newest torch, Transformers, accelerate and peft there are
 # make sweep     every model class of Transformers against eager, and docs/models.md of it (half an hour on 2 cores)
-# make tiles     the tables of README.md and docs/kernels.md, from csrc/sm90/tiles.h
-# make support   the README's table of models, from the parity suite's results
+# make tiles     tables and limits in README.md and docs/, from csrc/sm90/tiles.h
+# make readme    README.md's numbers and figure, from benchmarks/results
+# make support   docs/support.md, from the parity suite's results
 # make bench     attention and model benchmarks on this machine
 # make memory    on a GPU host: memory and speed of long training steps beside the ledger, per model
 # make lint      ruff and clang-format, checking only      make format   the same, rewriting
@@ -49,7 +50,7 @@ READY = $(call on_gpu_or,build/in-place.stamp,$(VENV)/package.stamp)
 SOURCES := $(shell find csrc -type f) setup.py pyproject.toml
 CXX_FILES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo test test-other-torch test-older-transformers test-newest sweep support tiles gpu sanitize cuda headers bench memory \
+.PHONY: demo test test-other-torch test-older-transformers test-newest sweep support tiles readme gpu sanitize cuda headers bench memory \
   lint types format wheel sdist test-wheel docs clean
 demo: ready
 	$(RUN) scripts/demo.py
@@ -78,6 +79,9 @@ test-newest:
 	$(NEWEST)/venv/bin/pip list | grep -E '^(torch|transformers|accelerate|peft) '
 	cd $(NEWEST)/source && FLASHMLA_BUILD=cpu ../venv/bin/pip install -q --no-build-isolation --no-deps -e . && \
 	  ../venv/bin/python -m flashmla_hf doctor && ../venv/bin/python -m pytest $(NEWEST_TESTS)
+
+readme: ready
+	$(RUN) benchmarks/readme.py
 
 support: ready
 	FLASHMLA_SUPPORT_JSON=tests/support.json $(RUN) -m pytest tests/test_hf_parity.py
@@ -117,8 +121,8 @@ wheel: torch-ready $(WHEEL)/requirements.stamp
 sdist: $(WHEEL)/requirements.stamp
 	$(WHEEL)/bin/python -m build --sdist --no-isolation --outdir dist .
 
-# Slow: it compiles twice and installs a second torch. FLASHMLA_TEST_WHEEL names a wheel that was built before.
-test-wheel: ready $(WHEEL)/requirements.stamp
+# Slow: it compiles and downloads a second torch. FLASHMLA_TEST_WHEEL names a wheel that was built before.
+test-wheel: ready
 	FLASHMLA_TEST_INSTALLS=1 $(RUN) -m pytest tests/test_wheel.py
 
 docs: $(DOCS)/requirements.stamp

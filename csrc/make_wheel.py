@@ -1,7 +1,7 @@
 """Builds the wheel that serves every torch >= 2.10 and every Python >= 3.10 of this platform, into dist: `make wheel`.
 
-The Hopper library is part of it if it can be compiled. FLASHMLA_BUILD decides as for setup.py (auto, cuda, cpu), but with auto a
-torch without CUDA is no reason to leave the library out: the wheel is for other machines.
+The Hopper library is part of it if it can be compiled. FLASHMLA_BUILD decides as for setup.py (auto, cuda, cpu), but with auto
+a torch without CUDA is no reason to leave the library out: the wheel is for other machines.
 
 auditwheel reads which symbols of the system's libraries the wheel needs, and the wheel's tag (manylinux) names the oldest
 systems that have them. The tag depends on the machine that builds: a wheel of an older system serves more systems.

@@ -1,4 +1,4 @@
-// Kernel parameters (plain data). Plain data: no torch header, no CUDA header, shared by every backend.
+// Kernel parameters. Plain data: no torch header, no CUDA header, shared by every backend.
 //
 // The math, per sequence and query head h (kv head h / (heads_q / heads_kv)), query i, key j, in fp32:
 //   S[i,j] = scale * Q[i,:]·K[j,:]            then, if softcap > 0:  S = softcap * tanh(S / softcap)
@@ -7,7 +7,7 @@
 //                                      = 0)
 //   lse[i] = log( sum_{visible j} exp(S[i,j]) + [has_sinks] exp(sinks[h]) )      natural log
 //   O[i,:] = sum_{visible j} exp(S[i,j] - lse[i]) V[j,:]
-// A query that sees no key has O = 0 and lse = -inf (lse = sinks[h] where there is a sink).
+// A query that sees no key has O = 0 and lse = -inf (lse = sinks[h] if there is a sink).
 #pragma once
 
 #include <cstdint>

@@ -3,7 +3,8 @@
 ``import torch`` loads and calls every entry point of the group ``torch.backends``; ours is :func:`install`. At that
 moment torch is only partially imported, every Python process that uses torch is paying, and an exception would break
 ``import torch``. So this module imports the standard library alone, and ``install`` only puts one finder in front of
-``sys.meta_path`` which waits for ``transformers.modeling_utils``, registers after that module has run, and is gone.
+``sys.meta_path`` which waits for ``transformers.modeling_utils``, registers after that module has run, and is gone. If that
+module itself imports torch first (``from transformers import Trainer``), no finder sees it: its spec is watched instead.
 
 Off with ``FLASHMLA_AUTOLOAD=0`` (or ``TORCH_DEVICE_BACKEND_AUTOLOAD=0``, which turns off the whole group).
 """
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import importlib.abc
+import importlib.machinery
 import importlib.util
 import os
 import sys
@@ -44,6 +46,27 @@ class _Hook(importlib.abc.MetaPathFinder):
         return spec
 
 
+class _WatchedSpec(importlib.machinery.ModuleSpec):
+    """The spec of ``transformers.modeling_utils`` while it is being imported.
+
+    The import system clears ``_initializing`` in its last step, after a success and after a failure.
+    """
+
+    @property
+    def _initializing(self) -> bool:
+        return self.__dict__["_initializing"]
+
+    @_initializing.setter
+    def _initializing(self, value: bool) -> None:
+        self.__dict__["_initializing"] = value
+        if not value:
+            self.__class__ = importlib.machinery.ModuleSpec  # type: ignore[assignment]
+            if _TRIGGER in sys.modules:
+                _register()
+            else:
+                _add()  # the import may be tried again
+
+
 _hook = _Hook()
 _is_imported_by_torch = False
 
@@ -51,7 +74,7 @@ _is_imported_by_torch = False
 def install() -> None:
     """The entry point: registers when Transformers is imported. Never raises."""
     if os.environ.get("FLASHMLA_AUTOLOAD", "1") != "0":
-        _add()
+        _wait()
         return
     if _is_imported_by_torch:
         # Loading this entry point has imported the package. Remove it, or a later ``import flashmla_hf`` would find it imported
@@ -70,6 +93,14 @@ def watch_unless_torch_is_loading() -> None:
         return
     if _TRIGGER in sys.modules and not _is_loading(_TRIGGER):
         _register()
+    else:
+        _wait()
+
+
+def _wait() -> None:
+    """Registers as soon as Transformers has been imported."""
+    if _is_loading(_TRIGGER):
+        sys.modules[_TRIGGER].__spec__.__class__ = _WatchedSpec
     else:
         _add()
 

@@ -105,4 +105,6 @@ def _reclaimable(name: str) -> int:
 
 def _status_bytes(name: str) -> int:
     found = re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    if found is None:
+        raise RuntimeError(f"/proc/self/status: expected a line {name}, got none")
     return int(found.group(1)) * 1024

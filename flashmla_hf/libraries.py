@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import torch
@@ -20,6 +21,18 @@ def path_of(filename: str) -> Path:
     return Path(__file__).with_name(filename)
 
 
+def _sm90_limits() -> tuple[int, int] | None:
+    """(multiple, largest) head dim of the Hopper kernels: setup.py writes them from csrc/sm90/tiles.h. ``None``: not known."""
+    try:
+        limits = json.loads(path_of("_build.json").read_text())["sm90"]
+        return limits["head_dim_multiple"], limits["largest_head_dim"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+sm90_limits = _sm90_limits()
+
+
 def _load() -> None:
     """Loads every library that was built, which registers its kernels with torch, and fills :data:`unavailable`."""
     for impl, filename in LIBRARIES.values():
@@ -35,6 +48,9 @@ def _load() -> None:
                 unavailable[impl] = f"{filename} needs a torch with CUDA: torch {torch.__version__} has none"
             else:
                 unavailable[impl] = f"{filename} does not load into torch {torch.__version__}: {error}"
+            continue
+        if impl == "sm90" and sm90_limits is None:
+            unavailable[impl] = f"_build.json does not hold the limits of {filename}: build the package again"
 
 
 _load()

@@ -10,7 +10,7 @@ This is the run of ``flashmla finetune`` and of ``accelerate launch -m flashmla_
 functions of the package, to be read in this order:
 
     arguments.parse_arguments      defaults, then --config YAML, then the command line
-    finetune.prepare_data          documents -> tokens -> pieces of at most max_length -> packs of pieces
+    data.prepare_data              rows -> documents -> tokens -> pieces of at most max_length -> packs of pieces
     finetune.prepare_model         weights, adapter, memory patches, optimizer, schedule
     finetune.resume                weights, states and the place in the data, from a checkpoint
     finetune.train_steps           the loop

@@ -1,4 +1,4 @@
-"""What stands in for the implementations behind ``attention()``, and how often each was called."""
+"""Stand-ins for the implementations behind ``attention()``, and a count of the calls of each."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from flashmla_hf import direct, dispatch
 
 @contextlib.contextmanager
 def standing_in(around: Callable):
-    """Inside the block ``around(name, call, run)`` answers every call of the implementation ``name``; ``run(call)`` is its own
-    answer."""
+    """Inside the block ``around(name, call, run)`` computes every call of the implementation ``name``; ``run(call)`` is what
+    that implementation computes."""
     saved, was_enabled = dict(dispatch.IMPLEMENTATIONS), direct.enabled
 
     def stand_in(name, implementation):
@@ -30,8 +30,8 @@ def standing_in(around: Callable):
 
 @contextlib.contextmanager
 def counted_calls(stub: tuple[str, ...] = (), wrong: Callable | None = None):
-    """Counts, by implementation, the calls inside the block. Those of ``stub`` are not computed: zeros come back.
-    ``wrong(call, run)`` answers in place of every other, as a negative control."""
+    """Counts the calls inside the block by implementation. Those of ``stub`` are not computed and give zeros.
+    ``wrong(call, run)`` computes in place of every other, as a negative control."""
     calls: Counter[str] = Counter()
 
     def counting(name, call, run):

@@ -268,6 +268,7 @@ FAMILIES = (
            lambda: _t5gemma(), inputs="seq2seq", layers=6, paddings=("none", "right"),
            note="bidirectional window, cross-attention"),
 )  # fmt: skip
+FAMILY = {family.name: family for family in FAMILIES}
 
 
 def _t5gemma():

@@ -52,31 +52,38 @@ def sanitizer(tool: str) -> Step:
     return Step(tool, ("tests/sanitize_gpu.py",), 200, tool, expected)
 
 
+def files(*subjects: str) -> tuple[str, ...]:
+    """The test files of ``subjects``, from the root of the checkout."""
+    return tuple(f"tests/test_{subject}.py" for subject in subjects)
+
+
 # In order: what decides whether the kernel is right comes first.
 PARTS: dict[str, tuple[Step, ...]] = {
     "doctor": (Step("doctor", ("-m", "flashmla_hf", "doctor"), 120),),
     "sm90": (
-        Step("sm90", (*PARALLEL, "tests/test_sm90.py", "-k", "not elements"), 300),
-        Step("sm90 backward", (*PARALLEL, "tests/test_sm90_backward.py", "-k", "not elements"), 300),
+        Step(
+            "sm90", (*PARALLEL, *files("sm90", "sm90_refusals", "sm90_boundaries", "sm90_streams", "sanitize_gpu")), 300
+        ),
+        Step("sm90 backward", (*PARALLEL, *files("sm90_backward", "sm90_backward_streams")), 300),
         # Each of these wants half of the GPU's memory.
-        Step("sm90 elements", (*PYTEST, "tests/test_sm90.py", "tests/test_sm90_backward.py", "-k", "elements"), 240),
-        Step("sm90 contract", (*PARALLEL, "tests/test_gpu.py", "tests/test_direct.py", "-k", "sm90 or not flex"), 240),
+        Step("sm90 addresses", (*PYTEST, *files("sm90_addresses", "sm90_backward_addresses")), 240),
+        Step("sm90 contract", (*PARALLEL, *files("gpu", "direct"), "-k", "sm90 or not flex"), 240),
     ),
     "robust": (
-        Step("robust", (*PARALLEL, "tests/test_gpu_robust.py", "-k", "not without_memory and not more_"), 400),
+        Step("robust", (*PARALLEL, *files("gpu_robust", "gpu_threads", "gpu_hidden_values")), 400),
         # Each of these wants the GPU's memory, or torch's allocator, to itself.
-        Step("robust memory", (*PYTEST, "tests/test_gpu_robust.py", "-k", "without_memory or more_"), 300),
+        Step("robust memory", (*PYTEST, *files("gpu_memory_limits")), 300),
     ),
-    "sweep": (Step("sweep", (*PARALLEL, "tests/test_fuzz.py", "-k", "sm90"), 300),),
-    "hf": (Step("hf", (*PARALLEL, "tests/test_hf_gpu.py"), 300),),
-    "patches": (Step("patches", (*PYTEST, "tests/test_patches_gpu.py"), 180),),
-    "finetune": (Step("finetune", (*PYTEST, "tests/test_finetune_gpu.py"), 180),),
+    "sweep": (Step("sweep", (*PARALLEL, *files("fuzz"), "-k", "sm90"), 300),),
+    "hf": (Step("hf", (*PARALLEL, *files("hf_gpu")), 300),),
+    "patches": (Step("patches", (*PYTEST, *files("patches_gpu")), 180),),
+    "finetune": (Step("finetune", (*PYTEST, *files("finetune_gpu")), 180),),
     "sanitize": (
         # The sanitizer must see an overrun before its silence counts.
         Step("memcheck control", ("tests/sanitize_gpu.py", "--control"), 60, "memcheck", (SANITIZER_ERROR,)),
         *map(sanitizer, SANITIZERS),
     ),
-    "flex": (Step("flex", (*PYTEST, "tests/test_gpu.py", "-k", "flex", "-m", "not slow"), 420),),
+    "flex": (Step("flex", (*PYTEST, *files("gpu"), "-k", "flex", "-m", "not slow"), 420),),
     "bench": (
         Step(
             "bench",

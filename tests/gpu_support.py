@@ -1,12 +1,9 @@
-"""What the GPU tests share: where the tests of ``sm90`` run, why it is not there, what it computes, a few inputs."""
+"""The device of the GPU tests, why ``sm90`` is missing, a few inputs, memory, graphs and streams, and a float64 truth."""
 
 from __future__ import annotations
 
 import math
 import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -29,6 +26,7 @@ def sm90_missing() -> str | None:
 
 
 needs_sm90 = pytest.mark.skipif(DEVICE == "cuda" and sm90_missing() is not None, reason=f"sm90: {sm90_missing()}")
+on_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
 half = pytest.mark.parametrize("dtype", HALF, ids=str)
 rows = pytest.mark.parametrize("row", SM90_ROWS, ids=lambda row: f"{row[0]}/{row[1]}")
 # Head dims (qk, v): every row, and what a row pads.
@@ -57,19 +55,50 @@ def cu(*values: int) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.int32, device=DEVICE)
 
 
-def in_subprocess(module: str, call: str, timeout: float = 120) -> str:
-    """Runs ``call`` of the test module ``module`` in a fresh Python; its standard output. Fails with its standard error."""
-    tests = Path(__file__).resolve().parent
-    result = subprocess.run(
-        [sys.executable, "-c", f"import {module} as t; t.{call}"],
-        env=os.environ
-        | {"PYTHONPATH": os.pathsep.join([str(tests), str(tests.parent), os.environ.get("PYTHONPATH", "")])},
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-    )
-    assert result.returncode == 0, result.stderr[-4000:]
-    return result.stdout.strip()
+def peak_bytes(run):
+    """Bytes of GPU memory that ``run()`` needed beyond those allocated before it."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    run()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def captured(run):
+    """Captures ``run()`` in a CUDA graph, after two runs on a stream of its own, as capturing wants it. Returns the graph and
+    the tensors that a replay writes."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            run()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = run()
+    return graph, result
+
+
+def run_behind_other_work(write, call):
+    """Queues a tenth of a second of work on a new stream, then ``write()`` and ``call()``. Returns the results of ``call()``.
+    Fails if ``call()`` returns after that work is done: it must wait for nothing. Its results show whether it ran on that
+    stream, because only there it sees what ``write()`` wrote."""
+    torch.cuda.synchronize()
+    stream, done = torch.cuda.Stream(), torch.cuda.Event()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with torch.cuda.stream(stream):
+            torch.cuda._sleep(200_000_000)  # a tenth of a second
+            write()
+            results = call()
+            done.record()
+            was_running = not done.query()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    stream.synchronize()
+    assert was_running, "the call waited for the stream"
+    return results
 
 
 def exact(q, k, v, scale: float, first_key: int = 0, chunk: int = 2**15) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,31 +1,36 @@
-"""What the Transformers tests share: the device, what counts as a kernel's call, and comparisons that wrong attention
-fails."""
+"""The device of the Transformers tests, tiny models, the count of kernel calls, and a comparison that wrong attention fails."""
 
 from __future__ import annotations
 
 import os
-import sys
 from collections import Counter
 from dataclasses import replace
-from pathlib import Path
 
+import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent))
+import transformers
 
 import flashmla_hf
 from flashmla_hf import direct, dispatch, libraries
 from flashmla_hf.backend import kernel_refusal
 
+transformers.logging.set_verbosity_error()
 torch.set_num_threads(2)
 DEVICE = torch.device(os.environ.get("FLASHMLA_TEST_DEVICE", "cpu"))
 # FlexAttention multiplies fp32 on tensor cores unless told otherwise; parity is about attention, not about TF32.
 torch.backends.cuda.matmul.allow_tf32 = False
 TOLERANCE = 1e-3 if DEVICE.type == "cpu" else 4e-3
+
+
+def is_oracle_in_place() -> bool:
+    """Whether the oracle stands in for the kernels (FLASHMLA_TEST_IMPL=reference)."""
+    return os.environ.get("FLASHMLA_TEST_IMPL") == "reference"
+
+
 KERNELS = ("cpu", "sm90", "flex")
 
-if os.environ.get("FLASHMLA_TEST_IMPL") == "reference":
-    # Plumbing without a compiled library: the kernel's place is taken by the oracle.
+if is_oracle_in_place():
+    # Without a compiled library the oracle takes the place of every kernel.
     direct.enabled = False
     for _name in KERNELS:
         dispatch.IMPLEMENTATIONS[_name] = replace(
@@ -34,9 +39,29 @@ if os.environ.get("FLASHMLA_TEST_IMPL") == "reference":
 
 flashmla_hf.register()
 
+# The name shaped like a hub kernel's.
+SHAPED = "flashmla/flash-attn3"
+SIZES = {
+    "vocab_size": 96, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "initializer_range": 0.3, "eos_token_id": None, "pad_token_id": 0, "bos_token_id": 1,
+}  # fmt: skip
+
+
+def build_causal_lm(implementation, family="Llama", **options):
+    """A two-layer causal language model of ``family`` with weights of seed 0, in evaluation mode on DEVICE."""
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{family}Config")(**SIZES, **options)
+    cls = getattr(transformers, f"{family}ForCausalLM")
+    return cls._from_config(config, attn_implementation=implementation).to(DEVICE).eval()
+
+
+def random_ids(*shape, seed=0):
+    """Token ids from 3 to 89 of this shape, on DEVICE."""
+    return torch.randint(3, 90, shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
+
 
 def patch_options(names: list[str] | None, options: dict) -> dict:
-    """Of ``options`` of ``flashmla_hf.patch`` those that the patches in ``names`` (``None``: the default) have."""
+    """The ``options`` of ``flashmla_hf.patch`` that belong to the patches in ``names`` (``None``: the default)."""
     names = flashmla_hf.DEFAULT_PATCHES if names is None else names
     return {option: value for option, value in options.items() if flashmla_hf.PATCH_OPTIONS[option] in names}
 
@@ -46,11 +71,11 @@ def kernel_calls(calls: Counter[str]) -> int:
 
 
 def is_built() -> bool:
-    return (
-        os.environ.get("FLASHMLA_TEST_IMPL") == "reference"
-        or DEVICE.type != "cpu"
-        or "cpu" not in libraries.unavailable
-    )
+    """Whether a kernel of DEVICE is there, or the oracle stands in for it."""
+    return is_oracle_in_place() or DEVICE.type != "cpu" or "cpu" not in libraries.unavailable
+
+
+needs_kernel = pytest.mark.skipif(not is_built(), reason=f"the kernel of {DEVICE} is not built")
 
 
 def close(got: torch.Tensor, expected: torch.Tensor, tolerance: float = TOLERANCE) -> bool:
@@ -63,8 +88,3 @@ def close(got: torch.Tensor, expected: torch.Tensor, tolerance: float = TOLERANC
     return (
         bool((got - expected).abs().max() <= tolerance * max(1.0, float(expected.abs().max()))) if got.numel() else True
     )
-
-
-def is_oracle_in_place() -> bool:
-    """Whether the oracle stands in for the kernels (FLASHMLA_TEST_IMPL=reference)."""
-    return os.environ.get("FLASHMLA_TEST_IMPL") == "reference"

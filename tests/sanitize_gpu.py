@@ -220,8 +220,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--control", action="store_true", help="only write past the end of an allocation")
     args = parser.parse_args(arguments)
-    # Read when torch first allocates. Here and not at import: tests/test_sm90.py imports this module, and without the
-    # cache every allocation waits for the GPU and none can be captured in a graph.
+    # torch reads this when it first allocates. It is set here and not at import, because test files import this module, and
+    # without the cache every allocation waits for the GPU and none can be captured in a graph.
     os.environ["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
     if args.control:
         write_past_the_end()

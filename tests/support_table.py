@@ -1,10 +1,10 @@
-"""README's support table, from the results of the parity suite.
+"""The support table of docs/support.md, from the results of the parity suite.
 
     FLASHMLA_SUPPORT_JSON=tests/support.json python -m pytest tests/test_hf_parity.py    # measures, writes the JSON
     python tests/support_table.py                                                       # writes the table into
-    README.md
+    docs/support.md
 
-tests/test_hf_support_table.py fails when the families, the JSON and README disagree.
+tests/test_hf_support_table.py fails when the families, the JSON and the page disagree.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "tests" / "support.json"
-README = ROOT / "README.md"
+PAGE = ROOT / "docs" / "support.md"
 BEGIN, END = "<!-- support:begin -->", "<!-- support:end -->"
 
 
@@ -52,17 +52,17 @@ def render(results: dict) -> str:
 
 
 def block(text: str) -> str:
-    """What stands between the markers of README."""
+    """The text between the markers."""
     return text.split(BEGIN, 1)[1].split(END, 1)[0].strip()
 
 
 def main() -> None:
-    text = README.read_text()
+    text = PAGE.read_text()
     if text.count(BEGIN) != 1 or text.count(END) != 1:
-        raise SystemExit(f"{README} has no markers {BEGIN} and {END}")
+        raise SystemExit(f"{PAGE} has no markers {BEGIN} and {END}")
     head, rest = text.split(BEGIN, 1)
     tail = rest.split(END, 1)[1]
-    README.write_text(f"{head}{BEGIN}\n{render(json.loads(RESULTS.read_text()))}\n{END}{tail}")
+    PAGE.write_text(f"{head}{BEGIN}\n{render(json.loads(RESULTS.read_text()))}\n{END}{tail}")
 
 
 if __name__ == "__main__":

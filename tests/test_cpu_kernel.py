@@ -1,6 +1,6 @@
-"""The compiled CPU kernel at operator level: instruction sets, determinism, memory, skipped gradients, layouts, errors.
+"""The compiled CPU kernel at operator level: instruction sets, determinism, memory, skipped gradients, layouts.
 
-What the public API promises is tested elsewhere for every implementation; here is what only this kernel can get wrong.
+The public API's promises are tested elsewhere for every implementation; these are the errors that only this kernel can make.
 Checks that need their own process (another instruction set, peak memory) are functions called by ``in_subprocess``.
 """
 
@@ -8,62 +8,16 @@ from __future__ import annotations
 
 import math
 import os
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
+from cpu_support import DTYPES, ISAS, kernel, make_inputs, needs_cpu_library
+from fresh_python import in_subprocess
 from numerics import tolerance_floor
 
-from flashmla_hf import libraries
-
-pytestmark = pytest.mark.skipif("cpu" in libraries.unavailable, reason=f"cpu: {libraries.unavailable.get('cpu')}")
-
-ISAS = ("baseline", "avx2", "avx512", "avx512_bf16", "amx")
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-TESTS = Path(__file__).parent
-
-
-def in_subprocess(call: str, module: str = "test_cpu_kernel", **environment: str) -> str:
-    """Run ``<module>.<call>`` in a fresh Python; its standard output. Fails with its standard error."""
-    result = subprocess.run(
-        [sys.executable, "-c", f"import {module} as t; t.{call}"],
-        env=os.environ | {"PYTHONPATH": f"{TESTS}{os.pathsep}{TESTS.parent}"} | environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert result.returncode == 0, result.stderr[-4000:]
-    return result.stdout.strip()
-
-
-def make_inputs(batch, seqlen_q, seqlen_kv, heads_q, heads_kv, head_dim_qk, head_dim_v, dtype, gain=1.0, seed=0):
-    """q, k, v, dout, dlse, sinks; ``gain`` scales q, and so the scores."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def normal(*shape):
-        return torch.randn(shape, generator=generator)
-
-    q = (normal(batch, seqlen_q, heads_q, head_dim_qk) * gain).to(dtype)
-    k = normal(batch, seqlen_kv, heads_kv, head_dim_qk).to(dtype)
-    v = normal(batch, seqlen_kv, heads_kv, head_dim_v).to(dtype)
-    dout = normal(batch, seqlen_q, heads_q, head_dim_v).to(dtype)
-    return q, k, v, dout, normal(batch, heads_q, seqlen_q), normal(heads_q)
-
-
-def kernel(q, k, v, dout=None, dlse=None, sinks=None, *, window=(-1, -1), softcap=0.0, scale=None, cu=None, needs=None):
-    """out, lse and, where dout is given, dq, dk, dv, dsinks."""
-    cu_q, cu_kv = cu or (None, None)
-    longest = [0, 0] if cu is None else [int(x.diff().max()) for x in cu]
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    options = (cu_q, cu_kv, *longest, scale, *window, softcap, False)
-    out, lse = torch.ops.flashmla.flash_attn_forward(q, k, v, sinks, *options)
-    if dout is None:
-        return out, lse
-    needs = needs or (True, True, True, sinks is not None)
-    return out, lse, *torch.ops.flashmla.flash_attn_backward(dout, dlse, q, k, v, out, lse, sinks, *options, *needs)
+pytestmark = needs_cpu_library
 
 
 def eager(q, k, v, dout, dlse, sinks, window, softcap, dtype):
@@ -140,13 +94,13 @@ def test_every_instruction_set_is_as_exact_as_eager(isa):
     best = torch.ops.flashmla.cpu_isa()
     if "FLASHMLA_CPU_ISA" not in os.environ and ISAS.index(isa) > ISAS.index(best):
         pytest.skip(f"this machine offers {best}")
-    assert in_subprocess("check_against_float64()", FLASHMLA_CPU_ISA=isa) == isa
+    assert in_subprocess("test_cpu_kernel", "check_against_float64()", 300, FLASHMLA_CPU_ISA=isa) == isa
 
 
 def test_an_unknown_instruction_set_is_an_error_at_the_first_call():
     call = "torch.ops.flashmla.cpu_isa()"
     with pytest.raises(AssertionError, match="FLASHMLA_CPU_ISA is not one of baseline, avx2, avx512, avx512_bf16, amx"):
-        in_subprocess(call, FLASHMLA_CPU_ISA="sse9")
+        in_subprocess("test_cpu_kernel", call, FLASHMLA_CPU_ISA="sse9")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -211,7 +165,7 @@ def test_a_row_does_not_depend_on_the_rows_beside_it():
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("needs", [(n & 1 > 0, n & 2 > 0, n & 4 > 0, n & 8 > 0) for n in range(16)])
-def test_gradients_nobody_needs_are_empty_and_change_nothing(dtype, needs):
+def test_unneeded_gradients_are_empty_and_change_no_other(dtype, needs):
     q, k, v, dout, dlse, sinks = make_inputs(1, 90, 160, 2, 1, 40, 24, dtype)
     expected = kernel(q, k, v, dout, dlse, sinks, window=(-1, 0))[2:]
     got = kernel(q, k, v, dout, dlse, sinks, window=(-1, 0), needs=needs)[2:]
@@ -219,7 +173,7 @@ def test_gradients_nobody_needs_are_empty_and_change_nothing(dtype, needs):
         assert torch.equal(x, y) if need else x.shape == (0,)
 
 
-def test_gradients_nobody_needs_cost_nothing():
+def test_unneeded_gradients_cost_no_time():
     q, k, v, dout, *_ = make_inputs(1, 1024, 1024, 2, 2, 64, 64, torch.float32)
     nothing, everything = (False, False, False, False), (True, True, True, False)
     dv_alone, dq_alone = (False, False, True, False), (True, False, False, False)
@@ -240,7 +194,7 @@ def test_gradients_nobody_needs_cost_nothing():
     assert backward[dq_alone] < 0.85 * backward[everything]
 
 
-def test_dlse_of_an_unused_out_and_an_expanded_dlse():
+def test_dlse_alone_and_expanded_gives_the_same_gradients():
     q, k, v, dout, dlse, _ = make_inputs(2, 50, 60, 2, 1, 32, 32, torch.float32)
     ones = torch.ones(()).expand_as(dlse)
     expected = kernel(q, k, v, torch.zeros_like(dout), torch.ones_like(dlse))
@@ -250,7 +204,7 @@ def test_dlse_of_an_unused_out_and_an_expanded_dlse():
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_any_strides_with_a_contiguous_last_dimension(dtype):
+def test_any_strides_with_a_contiguous_last_dimension_give_the_same_bits(dtype):
     q, k, v, dout, dlse, _ = make_inputs(2, 70, 90, 4, 2, 40, 24, dtype)
     expected = kernel(q, k, v, dout, dlse, window=(-1, 0))
 
@@ -268,7 +222,7 @@ def test_any_strides_with_a_contiguous_last_dimension(dtype):
             assert x.is_contiguous()
 
 
-def test_expanded_inputs():
+def test_expanded_inputs_give_the_same_bits():
     q, k, v, dout, dlse, _ = make_inputs(1, 40, 50, 1, 1, 32, 32, torch.float32)
     sizes = ((3, 40, 4, 32), (3, 50, 2, 32), (3, 50, 2, 32), (3, 40, 4, 32))
     expanded = [x.expand(size) for x, size in zip((q, k, v, dout), sizes, strict=True)]
@@ -304,7 +258,7 @@ def test_packed_sequences_equal_separate_calls_bit_for_bit(dtype):
 
 
 @pytest.mark.parametrize(("batch", "seqlen_q", "seqlen_kv"), [(0, 4, 4), (2, 0, 4), (2, 4, 0), (0, 0, 0), (2, 0, 0)])
-def test_empty_dimensions(batch, seqlen_q, seqlen_kv):
+def test_empty_dimensions_give_empty_or_zero_results(batch, seqlen_q, seqlen_kv):
     for dtype in DTYPES:
         q, k, v, dout, dlse, sinks = make_inputs(batch, seqlen_q, seqlen_kv, 2, 1, 16, 24, dtype)
         out, lse, dq, dk, dv, dsinks = kernel(q, k, v, dout, dlse, sinks)
@@ -337,116 +291,9 @@ def measure_peak_of_64k_tokens(dtype_name, head_dim):
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="needs Linux's /proc/self/clear_refs")
 @pytest.mark.parametrize(("dtype_name", "head_dim"), [("float32", 128), ("bfloat16", 128)])
 def test_temporaries_of_64k_tokens_stay_under_200_mib(dtype_name, head_dim):
-    temporaries = float(in_subprocess(f"measure_peak_of_64k_tokens({dtype_name!r}, {head_dim})"))
+    temporaries = float(
+        in_subprocess("test_cpu_kernel", f"measure_peak_of_64k_tokens({dtype_name!r}, {head_dim})", 300)
+    )
     assert temporaries < 200
     if dtype_name == "bfloat16":
         assert temporaries > 20  # dq in fp32 takes 32: the measurement sees something
-
-
-def call_with(**changes):
-    q, k, v, dout, _dlse, _sinks = make_inputs(2, 8, 8, 4, 2, 16, 16, torch.float32)
-    arguments = {
-        "q": q,
-        "k": k,
-        "v": v,
-        "sinks": None,
-        "cu_seqlens_q": None,
-        "cu_seqlens_kv": None,
-        "max_seqlen_q": 8,
-        "max_seqlen_kv": 8,
-        "scale": 0.25,
-        "window_left": -1,
-        "window_right": -1,
-        "softcap": 0.0,
-        "deterministic": False,
-    }
-    backward = {"dout": dout, "dlse": None, "out": torch.zeros_like(dout), "lse": torch.zeros(2, 4, 8)}
-    needs = {"needs_dq": True, "needs_dk": True, "needs_dv": True, "needs_dsinks": False}
-    if changes.keys() & (backward.keys() | needs.keys()):
-        return torch.ops.flashmla.flash_attn_backward(**(arguments | backward | needs | changes))
-    return torch.ops.flashmla.flash_attn_forward(**(arguments | changes))
-
-
-def cu(*values, dtype=torch.int32):
-    return torch.tensor(values, dtype=dtype)
-
-
-def packed(**changes):
-    q, k = torch.zeros(8, 4, 16), torch.zeros(8, 2, 16)
-    return {"q": q, "k": k, "v": k, "cu_seqlens_q": cu(0, 3, 8), "cu_seqlens_kv": cu(0, 3, 8)} | changes
-
-
-def without_storage():
-    x = torch.zeros(2, 8, 2, 16)
-    x.untyped_storage().resize_(64)
-    return x
-
-
-ERRORS = {
-    "q: expected dtype float32, float16 or bfloat16, got float64": lambda: {"q": torch.zeros(2, 8, 4, 16).double()},
-    "k: expected dtype float32 (that of q), got bfloat16": lambda: {"k": torch.zeros(2, 8, 2, 16).bfloat16()},
-    "q: expected 4 dimensions, [batch, seqlen, heads, dim], without cu_seqlens, got shape [8, 4, 16]": lambda: {
-        "q": torch.zeros(8, 4, 16)
-    },
-    "k: expected a contiguous last dimension (stride 1), got stride 2": lambda: {
-        "k": torch.zeros(2, 8, 2, 32)[..., ::2]
-    },
-    "k: expected shape [2, 8, 2, 16] (batch and head dimension of q), got shape [3, 8, 2, 16]": lambda: {
-        "k": torch.zeros(3, 8, 2, 16)
-    },
-    "k: expected shape [2, 8, 2, 16] (batch and head dimension of q), got shape [2, 8, 2, 12]": lambda: {
-        "k": torch.zeros(2, 8, 2, 12)
-    },
-    "v: expected shape [2, 8, 2, 16] (that of k but for the head dimension), got shape [2, 9, 2, 16]": lambda: {
-        "v": torch.zeros(2, 9, 2, 16)
-    },
-    "q: expected a multiple of the 3 kv heads, got 4 heads": lambda: {
-        "k": torch.zeros(2, 8, 3, 16),
-        "v": torch.zeros(2, 8, 3, 16),
-    },
-    "k: expected at least 1 head, got 0": lambda: {"k": torch.zeros(2, 8, 0, 16)},
-    "v: expected a head dimension of at least 1, got 0": lambda: {"v": torch.zeros(2, 8, 2, 0)},
-    "v: expected a storage that holds all of [2, 8, 2, 16], got a storage of 64 bytes": lambda: {
-        "v": without_storage()
-    },
-    "sinks: expected dtype float32, got float16": lambda: {"sinks": torch.zeros(4).half()},
-    "sinks: expected shape [4] (heads of q), got shape [2]": lambda: {"sinks": torch.zeros(2)},
-    "sinks: expected a contiguous tensor, got stride 2": lambda: {"sinks": torch.zeros(8)[::2]},
-    "scale: expected a finite number, got nan": lambda: {"scale": math.nan},
-    "scale: expected a finite number, got 1e+300": lambda: {"scale": 1e300},
-    "softcap: expected 0 (none) or a finite positive number, got -1": lambda: {"softcap": -1.0},
-    "softcap: expected 0 (none) or a finite positive number, got inf": lambda: {"softcap": math.inf},
-    "window_left: expected at least -1, got -2": lambda: {"window_left": -2},
-    "window_right: expected at least -1, got -9223372036854775808": lambda: {"window_right": -(2**63)},
-    "cu_seqlens_kv: expected a tensor, since the other cu_seqlens is one, got None": lambda: packed(cu_seqlens_kv=None),
-    "cu_seqlens_q: expected dtype int32, got int64": lambda: packed(cu_seqlens_q=cu(0, 3, 8, dtype=torch.int64)),
-    "cu_seqlens_q: expected 1 dimension, [num_sequences + 1], got shape [0]": lambda: packed(cu_seqlens_q=cu()),
-    "cu_seqlens_q: expected a contiguous tensor, got stride 2": lambda: packed(cu_seqlens_q=cu(0, 0, 3, 3, 8, 8)[::2]),
-    "cu_seqlens_kv: expected shape [3] (that of cu_seqlens_q), got shape [2]": lambda: packed(cu_seqlens_kv=cu(0, 8)),
-    "cu_seqlens_q: expected to start at 0, got 1": lambda: packed(cu_seqlens_q=cu(1, 3, 8)),
-    "cu_seqlens_q: expected non-decreasing values, got 5 then 3 at 2": lambda: packed(cu_seqlens_q=cu(0, 5, 3)),
-    "cu_seqlens_kv: expected to end within the 8 packed rows, got 9": lambda: packed(cu_seqlens_kv=cu(0, 3, 9)),
-    "max_seqlen_q: expected at least the longest sequence, 5, got 4": lambda: packed(max_seqlen_q=4),
-    "q: expected 3 dimensions, [total, heads, dim], with cu_seqlens, got shape [1, 8, 4, 16]": lambda: packed(
-        q=torch.zeros(1, 8, 4, 16)
-    ),
-    "dout: expected shape [2, 8, 4, 16] (that of the forward's out), got shape [2, 8, 4, 8]": lambda: {
-        "dout": torch.zeros(2, 8, 4, 8)
-    },
-    "dout: expected dtype float32 (that of q), got float16": lambda: {"dout": torch.zeros(2, 8, 4, 16).half()},
-    "lse: expected shape [2, 4, 8] (that of the forward's lse), got shape [2, 8, 4]": lambda: {
-        "lse": torch.zeros(2, 8, 4)
-    },
-    "dlse: expected dtype float32, got bfloat16": lambda: {"dlse": torch.zeros(2, 4, 8).bfloat16()},
-    "needs_dsinks: expected False, since sinks is None, got True": lambda: {"needs_dsinks": True},
-}
-
-
-@pytest.mark.parametrize("message", ERRORS)
-def test_bad_input_is_named_and_never_crashes(message):
-    changes = ERRORS[message]()
-    is_backward = changes.keys() & {"dout", "dlse", "lse", "needs_dsinks"}
-    operator = "flash_attn_backward" if is_backward else "flash_attn_forward"
-    with pytest.raises(RuntimeError) as error:
-        call_with(**changes)
-    assert str(error.value).splitlines()[0] == f"{operator}: {message}"

@@ -9,11 +9,10 @@ import random
 
 import pytest
 import torch
-from test_cpu_kernel import DTYPES, ISAS, in_subprocess, kernel, make_inputs
+from cpu_support import DTYPES, ISAS, kernel, make_inputs, needs_cpu_library
+from fresh_python import in_subprocess
 
-from flashmla_hf import libraries
-
-pytestmark = pytest.mark.skipif("cpu" in libraries.unavailable, reason=f"cpu: {libraries.unavailable.get('cpu')}")
+pytestmark = needs_cpu_library
 
 on_every_isa = pytest.mark.parametrize("isa", ISAS)
 
@@ -23,7 +22,7 @@ def run_on(isa, call):
     best = torch.ops.flashmla.cpu_isa()
     if "FLASHMLA_CPU_ISA" not in os.environ and ISAS.index(isa) > ISAS.index(best):
         pytest.skip(f"this machine offers {best}")
-    return in_subprocess(call, "test_cpu_values", FLASHMLA_CPU_ISA=isa)
+    return in_subprocess("test_cpu_values", call, 300, FLASHMLA_CPU_ISA=isa)
 
 
 def visible_pairs(lengths_q, lengths_kv, total_q, total_kv, window):
@@ -127,7 +126,7 @@ def check_hidden_values(num_trials):
 
 
 @on_every_isa
-def test_what_is_hidden_from_a_row_never_reaches_it(isa):
+def test_values_hidden_from_a_row_never_reach_it(isa):
     assert int(run_on(isa, "check_hidden_values(120)")) > 1000  # rows beside rows that see what is not finite
 
 
@@ -162,7 +161,7 @@ def check_one_dimension():
 
 
 @on_every_isa
-def test_what_a_row_does_see_reaches_it_in_its_own_dimension(isa):
+def test_values_that_a_row_sees_reach_it_in_their_own_dimension(isa):
     run_on(isa, "check_one_dimension()")
 
 
@@ -225,7 +224,7 @@ def check_many_keys():
 
 
 @on_every_isa
-def test_a_lone_key_is_all_of_a_row_however_large_its_score(isa):
+def test_a_row_of_one_key_gives_its_value_however_large_the_score(isa):
     run_on(isa, "check_a_lone_key()")
 
 
@@ -258,7 +257,7 @@ def softmax_with_sinks(q, k, v, sinks, visible):
 
 @pytest.mark.parametrize("seqlen_q", [3, 70])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_sinks_that_are_not_finite_are_what_softmax_says_and_stay_with_their_head(seqlen_q, dtype):
+def test_infinite_and_nan_sinks_give_what_softmax_gives_in_their_head_alone(seqlen_q, dtype):
     sinks = torch.tensor([0.5, math.nan, math.inf, -math.inf])
     for seqlen_kv in (0, 2, 40, 90):
         q, k, v, dout, dlse, _ = make_inputs(1, seqlen_q, seqlen_kv, 4, 4, 32, 32, dtype)

@@ -77,11 +77,15 @@ def assert_same(mine, other):
 # ---- What it computes ------------------------------------------------------------------------------------------------
 
 
-@on_each_device
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_it_gives_what_the_operators_give(case, device, spy):
-    if device == "cuda" and case.sm90_row is None:
-        pytest.skip("not for sm90")
+# On a GPU those that sm90 computes.
+EVERY_CASE = [pytest.param(case, "cpu", id=f"{case.name}-cpu") for case in CASES]
+EVERY_CASE += [
+    pytest.param(case, *ON_GPU.values, marks=ON_GPU.marks, id=f"{case.name}-cuda") for case in CASES if case.sm90_row
+]
+
+
+@pytest.mark.parametrize(("case", "device"), EVERY_CASE)
+def test_direct_calls_equal_the_operators_bit_for_bit(case, device, spy):
     inputs = case.inputs(torch.bfloat16, device)
     mine = run(deterministic, case, inputs)
     assert spy.done == ["attend", "backward"]
@@ -102,7 +106,7 @@ def test_gradients_of_every_subset(wants, flows, device, spy):
 
 
 @on_each_device
-def test_without_gradients_nobody_writes_the_lse(device, spy):
+def test_a_call_without_gradients_gives_the_same_with_and_without_lse(device, spy):
     arguments = tensors(device)
     out = attention(**arguments, is_causal=True)
     out_too, lse = attention(**arguments, is_causal=True, return_lse=True)
@@ -113,7 +117,7 @@ def test_without_gradients_nobody_writes_the_lse(device, spy):
 
 
 @on_each_device
-def test_parameters_and_no_grad(device, spy):
+def test_parameters_are_computed_directly_with_and_without_gradients(device, spy):
     arguments = {name: torch.nn.Parameter(x) for name, x in tensors(device).items()}
     with torch.no_grad():
         out = attention(**arguments)
@@ -178,7 +182,7 @@ NOT_PLAIN = {
 
 @pytest.mark.filterwarnings("ignore:flashmla attention. attn_mask")
 @pytest.mark.parametrize("change", NOT_PLAIN.values(), ids=NOT_PLAIN.keys())
-def test_what_is_not_plain_goes_the_long_way_and_is_right(change, spy):
+def test_calls_that_are_not_plain_take_the_operators_and_are_right(change, spy):
     arguments = change(tensors(dtype=torch.float32))
     # By the reference the sinks come with float64.
     options = {"impl": "reference"} if arguments["q"].dtype == torch.float64 else {}
@@ -196,7 +200,7 @@ def profiler():
 
 
 @pytest.mark.parametrize("watch", [SeesOperators, SeesFunctions, profiler])
-def test_who_watches_sees_operators_forward_and_backward(watch, spy):
+def test_torch_modes_see_the_operators_forward_and_backward(watch, spy):
     arguments = tensors(requires_grad=True)
     with watch() as watcher:
         attention(**arguments).float().sum().backward()
@@ -209,7 +213,7 @@ def test_who_watches_sees_operators_forward_and_backward(watch, spy):
         assert {"flashmla::flash_attn_forward", "flashmla::flash_attn_backward"} <= names
 
 
-def test_who_watches_backward_alone_sees_the_operator(spy):
+def test_a_mode_around_backward_alone_sees_the_operator(spy):
     out = attention(**tensors(requires_grad=True))
     with SeesOperators() as watcher:
         out.float().sum().backward()
@@ -217,7 +221,7 @@ def test_who_watches_backward_alone_sees_the_operator(spy):
     assert "backward" not in spy.done
 
 
-def test_torch_func_goes_by_the_operators(spy):
+def test_torch_func_uses_the_operators(spy):
     q, k, v, _ = tensors(dtype=torch.float32).values()
     found = torch.func.grad(lambda q: attention(q, k, v).square().sum())(q)
     assert spy.done == []
@@ -238,7 +242,7 @@ def test_forward_mode_is_refused_and_not_dropped(name, requires_grad, spy):
     assert spy.done == []
 
 
-def test_gradients_in_batches(spy):
+def test_batched_gradients_equal_a_loop_over_the_operators(spy):
     arguments = tensors(dtype=torch.float32, requires_grad=True)
     out = attention(**arguments)
     dout = torch.randn(3, *out.shape)
@@ -256,7 +260,7 @@ def test_a_gradient_of_zeros_without_memory(spy):
 
 
 @on_each_device
-def test_layouts_that_are_copied_first(device, spy):
+def test_gradients_of_unaligned_layouts_are_copied_first(device, spy):
     """A gradient that is expanded, transposed or unaligned."""
     arguments = tensors(device, requires_grad=True)
     out = deterministic(**arguments, is_causal=True)
@@ -334,7 +338,7 @@ WRONG = {
 
 @pytest.mark.parametrize("requires_grad", [False, True], ids=["no gradients", "gradients"])
 @pytest.mark.parametrize("change", WRONG.values(), ids=WRONG.keys())
-def test_what_is_wrong_is_said_by_the_long_way(change, requires_grad, spy):
+def test_wrong_calls_are_refused_by_the_operators(change, requires_grad, spy):
     def failure():
         arguments = {n: x.detach() if isinstance(x, torch.Tensor) else x for n, x in change(tensors()).items()}
         if requires_grad and isinstance(arguments["v"], torch.Tensor) and arguments["v"].is_floating_point():
@@ -349,7 +353,7 @@ def test_what_is_wrong_is_said_by_the_long_way(change, requires_grad, spy):
         assert failure() == mine
 
 
-def test_windows_beyond_64_bits_mean_what_they_say(spy):
+def test_window_bounds_beyond_64_bits_give_what_the_operators_give(spy):
     """An int has no largest value in Python."""
     arguments = tensors()
 

@@ -10,12 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from cpu_support import needs_cpu_library
 
 from flashmla_hf import __main__, direct, doctor, libraries
 from flashmla_hf.backend import Backend
 from flashmla_hf.dispatch import IMPLEMENTATIONS
-
-needs_cpu_library = pytest.mark.skipif("cpu" in libraries.unavailable, reason=str(libraries.unavailable.get("cpu")))
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +52,7 @@ def test_releases_newer_than_the_tests_have_seen_are_named(report, capsys):
     assert "2.13" in direct.TESTED_WITH
 
 
-def test_the_way_past_the_dispatcher_is_off_with_a_torch_it_was_not_tested_with():
+def test_direct_calls_are_off_with_an_untested_torch():
     """In a process of its own, where torch says it is another."""
     program = (
         "import json, logging, torch\n"
@@ -79,7 +78,7 @@ def test_the_way_past_the_dispatcher_is_off_with_a_torch_it_was_not_tested_with(
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_what_is_not_available_says_why(report):
+def test_the_report_says_why_an_implementation_is_unavailable(report):
     for name in ("sm90", "flex"):
         entry = report["implementations"][name]
         assert entry == {"available": False, "reason": "no GPU that torch can use", "self-tests": []}
@@ -204,7 +203,7 @@ def test_the_manifest_of_the_build_is_shown(monkeypatch, tmp_path, capsys, repor
 
 @pytest.mark.parametrize("has_rich", [True, False])
 @pytest.mark.parametrize("problems", [[], ["the [bold]sky[/] falls"]])
-def test_the_text_names_everything(has_rich, problems, report, monkeypatch, capsys):
+def test_the_printed_report_names_every_field(has_rich, problems, report, monkeypatch, capsys):
     if has_rich:
         pytest.importorskip("rich")
         monkeypatch.setenv("COLUMNS", "200")

@@ -16,12 +16,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+import transformers
 from counting import counted_calls
 from gpu_support import DEVICE, IMPL, needs_sm90
 from hf_support import direct, dispatch
-
-transformers = pytest.importorskip("transformers")
-transformers.logging.set_verbosity_error()
 
 pytestmark = needs_sm90
 STEPS, BATCH, HALF_OF_A_ROW = (50, 4, 128) if DEVICE == "cuda" else (12, 2, 40)
@@ -144,7 +142,7 @@ CONTROLS = {
 
 
 @pytest.mark.parametrize("control", CONTROLS)
-def test_wrong_attention_trains_otherwise(control, monkeypatch):
+def test_training_with_wrong_attention_breaks_the_rule(control, monkeypatch):
     right = dispatch.IMPLEMENTATIONS[IMPL]
     wrong = replace(right, run=functools.partial(CONTROLS[control], run=right.run))
     monkeypatch.setitem(dispatch.IMPLEMENTATIONS, IMPL, wrong)

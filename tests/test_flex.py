@@ -138,7 +138,7 @@ def test_block_lists_hold_exactly_the_visible_keys(seqlen_q, seqlen_kv, left, ri
         assert partial.is_contiguous()
 
 
-def test_boundaries_out_of_range_lead_no_list_out_of_the_keys():
+def test_boundaries_out_of_range_keep_block_lists_inside_the_keys():
     cu_seqlens_q = torch.tensor([0, 40, 20, 900], dtype=torch.int32)
     cu_seqlens_kv = torch.tensor([0, 5000, -7, 64], dtype=torch.int32)
     mask = flex_mask.build(64, 64, cu_seqlens_q, cu_seqlens_kv, 9, 0, torch.device("cpu"), 16)
@@ -216,7 +216,7 @@ def test_refusals_name_the_reason(shape_q, shape_v, reason, monkeypatch):
     assert flex.size_refusal(q, q, v) == reason
 
 
-def test_without_triton_it_refuses(monkeypatch):
+def test_a_missing_triton_is_refused(monkeypatch):
     monkeypatch.setattr(flex, "_HAS_TRITON", False)
     assert "triton is not installed" in flex.size_refusal(*(torch.empty(1, 8, 2, 64),) * 3)
 
@@ -333,7 +333,7 @@ def test_a_caller_over_its_own_recompile_limit_still_gets_a_compiled_kernel(grap
     assert len(flex._kernels) == 1
 
 
-def test_what_would_run_uncompiled_raises(graphs):
+def test_calls_that_would_run_uncompiled_raise(graphs):
     q = torch.randn(2, 40, 2, 16)
     with (
         torch.compiler.set_stance("force_eager"),
@@ -423,7 +423,7 @@ def test_on_a_gpu_graphs_are_retained_and_autocast_changes_nothing():
 
 
 @pytest.mark.parametrize("sink", [math.nan, math.inf, -math.inf])
-def test_sinks_that_are_no_number_are_those_of_the_reference(sink, monkeypatch):
+def test_nan_and_infinite_sinks_give_what_the_reference_gives(sink, monkeypatch):
     simulate(monkeypatch)
     q, k, v = torch.randn(1, 8, 2, 16), torch.randn(1, 5, 2, 16), torch.randn(1, 5, 2, 16)
     sinks = torch.tensor([sink, 0.5])

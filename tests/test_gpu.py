@@ -17,6 +17,7 @@ import numerics
 import pytest
 import torch
 from cases import Case
+from gpu_support import captured, peak_bytes
 
 from flashmla_hf.backends import flex
 from flashmla_hf.dispatch import IMPLEMENTATIONS, attention
@@ -184,7 +185,7 @@ def test_gradients_flow_through_either_result_alone(impl, has_dout, has_dlse):
 
 
 @pytest.mark.parametrize("wants", [("q",), ("k", "v")], ids=str)
-def test_gradients_of_some_inputs_only(impl, wants):
+def test_gradients_of_some_inputs_are_computed_alone(impl, wants):
     result = check(impl, DENSE[1], wants=wants)
     assert set(result.grads) == set(wants)
 
@@ -213,16 +214,6 @@ def test_repeating_a_call_gives_the_same_bits(impl):
 
 
 # ---- Memory: nothing of size seqlen_q * seqlen_kv --------------------------------------------------------------------
-
-
-def peak_bytes(run):
-    """Memory that ``run`` needed beyond what was there before it."""
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    run()
-    torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() - before
 
 
 def forward_backward(impl, seqlen, requires_grad, **options):
@@ -269,7 +260,7 @@ def test_64k_tokens_fit_and_are_right(impl):
     assert all(x.grad.isfinite().all() for x in inputs)
 
 
-def test_128k_tokens_with_a_window(impl):
+def test_128k_tokens_with_a_window_fit_and_are_right(impl):
     seqlen, window = 131072, 1000
     q, k, v = qkv(2, seqlen, seqlen)
     outs = []
@@ -302,7 +293,7 @@ def test_a_call_does_not_wait_for_the_gpu(impl):
         torch.cuda.set_sync_debug_mode("default")
 
 
-def test_another_stream_gives_the_same(impl):
+def test_a_call_on_another_stream_gives_the_same(impl):
     q, k, v = qkv(2, 777, 777)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -313,25 +304,11 @@ def test_another_stream_gives_the_same(impl):
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU")
-def test_another_device_than_the_current_one(impl):
+def test_a_call_on_another_device_than_the_current_one_gives_the_same(impl):
     inputs = qkv(2, 300, 300)
     out = attention(*(x.to("cuda:1") for x in inputs), is_causal=True, impl=impl)
     assert out.device == torch.device("cuda:1")
     torch.testing.assert_close(out.to(DEVICE), attention(*inputs, is_causal=True, impl=impl))
-
-
-def captured(run):
-    """``run`` in a CUDA graph, and its results' memory; run before on a stream of its own, as capturing wants it."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(2):
-            run()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        result = run()
-    return graph, result
 
 
 def test_a_cuda_graph_replays_with_new_values(impl):
@@ -356,7 +333,7 @@ def test_a_cuda_graph_replays_with_new_boundaries(impl):
     assert (out[290:] == 0).all()
 
 
-def test_torch_compile_takes_it_whole(impl):
+def test_torch_compile_takes_a_call_whole(impl):
     def layer(q, k, v):
         return attention(torch.sin(q), k, v, window=(100, 0), impl=impl).square()
 

@@ -10,20 +10,18 @@ import families
 import hf_support
 import pytest
 import torch
+import transformers
 from counting import counted_calls
-from families import FAMILIES
+from families import FAMILY
 from hf_support import DEVICE, close, dispatch, kernel_calls
 
-transformers = pytest.importorskip("transformers")
-pytestmark = pytest.mark.skipif(not hf_support.is_built(), reason="the kernel of this device is not built")
-transformers.logging.set_verbosity_error()
+from flashmla_hf import notices
+from flashmla_hf.hf import forward
 
-from flashmla_hf import notices  # noqa: E402
-from flashmla_hf.hf import forward  # noqa: E402
+pytestmark = hf_support.needs_kernel
 
 # On a GPU the attention is FlexAttention, which exists compiled by inductor only.
 BACKEND = "aot_eager" if DEVICE.type == "cpu" else "inductor"
-FAMILY = {family.name: family for family in FAMILIES}
 
 
 def pair(name="Llama"):
@@ -135,7 +133,7 @@ def _pad(examples):
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
-def test_gradient_checkpointing(use_reentrant):
+def test_gradient_checkpointing_gives_eagers_gradients(use_reentrant):
     eager, ours = pair("Mistral")
     batch = families.inputs(FAMILY["Mistral"], "left", DEVICE)
     want = step(eager.train(), **batch)
@@ -184,7 +182,7 @@ def test_selective_checkpointing_keeps_the_operator_s_output():
 
 
 @pytest.mark.parametrize("targets", [["q_proj", "v_proj"], ["q_proj"], ["k_proj", "o_proj"], "all-linear"])
-def test_lora(targets):
+def test_lora_gradients_equal_eager(targets):
     peft = pytest.importorskip("peft")
     batch = families.inputs(FAMILY["Llama"], "right", DEVICE)
     results = []
@@ -196,7 +194,7 @@ def test_lora(targets):
     assert_same(results[1], results[0])
 
 
-def test_prefix_tuning():
+def test_prefix_tuning_equals_eager():
     peft = pytest.importorskip("peft")
     batch = families.inputs(FAMILY["Llama"], "left", DEVICE)
     results = []
@@ -213,7 +211,7 @@ def test_prefix_tuning():
 
 @pytest.mark.parametrize("use_cache", [False, True])
 @pytest.mark.parametrize("name", ["Llama", "Qwen3", "Gemma2", "DeepSeek-V3", "GPT-OSS"])
-def test_autocast_with_its_mixed_dtypes(name, use_cache):
+def test_autocast_reaches_the_kernel_with_one_dtype(name, use_cache):
     _, ours = pair(name)
     batch = families.inputs(FAMILY[name], "left", DEVICE)
     dtypes = []
@@ -336,7 +334,7 @@ def test_prefill_in_chunks_with_sliding_caches_is_exact(name):
 
 
 @pytest.mark.parametrize("options", [{"prompt_lookup_num_tokens": 3}, {"do_sample": True, "num_return_sequences": 2}])
-def test_other_ways_to_generate(options):
+def test_other_ways_to_generate_give_eagers_tokens(options):
     eager, ours = pair()
     x = ids(1, 6).repeat(1, 3)
     tokens = []

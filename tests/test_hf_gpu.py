@@ -28,9 +28,6 @@ from families import FAMILIES
 from gpu_support import DEVICE, IMPL, needs_sm90
 from hf_support import direct, dispatch
 
-transformers = pytest.importorskip("transformers")
-transformers.logging.set_verbosity_error()
-
 pytestmark = needs_sm90
 # How many of a family's attention calls without padding are the kernel's, from the recorded results of the parity suite.
 RECORDED = json.loads((Path(__file__).parent / "support.json").read_text())["families"]
@@ -168,7 +165,7 @@ def test_wrong_attention_breaks_the_rule(control):
         assert any(text.startswith("logits") for text in missed) == is_of_forward, missed
 
 
-def test_a_call_that_goes_elsewhere_is_noticed(monkeypatch):
+def test_the_count_notices_a_call_of_another_implementation(monkeypatch):
     """The count above must see it: sm90 refuses, another implementation answers with the right numbers."""
     family = next(family for family in FAMILIES if family.name == "Llama")
     monkeypatch.setattr(direct, "enabled", False)

@@ -10,14 +10,13 @@ import warnings
 import hf_support
 import pytest
 import torch
+import transformers
 from hf_support import DEVICE, close
 
 import flashmla_hf
 from flashmla_hf.hf import check, forward, masks
 
-transformers = pytest.importorskip("transformers")
-transformers.logging.set_verbosity_error()
-pytestmark = pytest.mark.skipif(not hf_support.is_built(), reason="the kernel of this device is not built")
+pytestmark = hf_support.needs_kernel
 
 TEXT = {
     "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -62,7 +61,7 @@ def ids(*shape, seed=1):
 
 
 @pytest.mark.parametrize("name", UNSAID)
-def test_what_only_the_mask_says_is_exact(name):
+def test_layers_whose_masks_alone_say_what_is_visible_are_exact(name):
     model, config, options = UNSAID[name]
     if not hasattr(transformers, config):
         pytest.skip("not in this Transformers")
@@ -149,7 +148,7 @@ def test_packed_rows_stay_exact_beside_a_padded_row(use_cache, llamas):
         assert close(got[1:, 4:], eager(x[1:, 4:]).logits)
 
 
-def test_arguments_for_somebody_else_are_ignored_and_selected_keys_are_refused(llamas):
+def test_arguments_of_other_attentions_are_ignored_and_selected_keys_are_refused(llamas):
     ours = llamas[1]
     x = ids(1, 8)
     with torch.no_grad():
@@ -161,7 +160,7 @@ def test_arguments_for_somebody_else_are_ignored_and_selected_keys_are_refused(l
                 forward._refuse_unknown(ours.model.layers[0].self_attn, {name: x})
 
 
-def test_the_honoured_arguments_are_those_of_the_attention_function():
+def test_the_list_of_honoured_arguments_is_that_of_the_attention_function():
     parameters = inspect.signature(forward.attention_forward).parameters.keys()
     assert parameters - {"kwargs"} == check.HONOURED_KWARGS
 
@@ -171,7 +170,7 @@ def lazy(dtype=torch.bool):
     return masks.LazyMask(pattern, (2, 1, 6, 6), dtype, torch.empty(0)), pattern.dense(6, 6, torch.device("cpu"))
 
 
-def test_a_lazy_mask_is_the_dense_one_to_whoever_computes_with_it():
+def test_computing_with_a_lazy_mask_equals_the_dense_mask():
     mask, dense = lazy()
     assert torch.equal(torch.cat([mask, mask], dim=-1), torch.cat([dense, dense], dim=-1).expand(2, -1, -1, -1))
     assert torch.equal(mask[:, :, 1:3, :2], dense.expand(2, 1, 6, 6)[:, :, 1:3, :2])
@@ -183,7 +182,7 @@ def test_a_lazy_mask_is_the_dense_one_to_whoever_computes_with_it():
         assert type(whole) is masks.LazyMask
 
 
-def test_a_lazy_mask_that_somebody_writes_to_loses_its_pattern():
+def test_a_lazy_mask_that_was_written_to_loses_its_pattern():
     for write in (lambda m: m[..., 0].fill_(False), lambda m: m.fill_(True), lambda m: m[:, :, :, :6].fill_(False)):
         mask, _ = lazy()
         write(mask)

@@ -1,5 +1,5 @@
-"""The name of a hub kernel's shape, put before the real checks that it is for; continuous batching under every name that
-may be used there; registration that fails, and registration by many threads."""
+"""The name shaped like a hub kernel's passes the checks of Transformers, its server, accelerate and DeepSpeed; models that
+choose a class; registration that fails, and registration by many threads."""
 
 from __future__ import annotations
 
@@ -17,42 +17,22 @@ from pathlib import Path
 import hf_support
 import pytest
 import torch
+import transformers
 from counting import counted_calls
-from hf_support import DEVICE, close, kernel_calls
+from hf_support import DEVICE, SHAPED, build_causal_lm, close, kernel_calls, random_ids
+from transformers import modeling_utils
+from transformers.integrations import hub_kernels
+from transformers.utils.generic import is_flash_attention_requested
 
 import flashmla_hf
+from flashmla_hf import notices
+from flashmla_hf.hf import check, names
 
-transformers = pytest.importorskip("transformers")
 pytestmark = [
-    pytest.mark.skipif(not hf_support.is_built(), reason="the kernel of this device is not built"),
+    hf_support.needs_kernel,
     pytest.mark.filterwarnings("ignore::FutureWarning"),  # the paged| prefix after 5.17
 ]
-transformers.logging.set_verbosity_error()
-
-from transformers import modeling_flash_attention_utils, modeling_utils  # noqa: E402
-from transformers.integrations import hub_kernels  # noqa: E402
-from transformers.utils.generic import is_flash_attention_requested  # noqa: E402
-
-from flashmla_hf import notices  # noqa: E402
-from flashmla_hf.hf import check, forward, names  # noqa: E402
-
 ROOT = Path(__file__).parent.parent
-SHAPED = "flashmla/flash-attn3"
-SIZES = {
-    "vocab_size": 96, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "initializer_range": 0.3, "eos_token_id": None, "pad_token_id": 0, "bos_token_id": 1,
-}  # fmt: skip
-
-
-def build(implementation, family="Llama", **options):
-    torch.manual_seed(0)
-    config = getattr(transformers, f"{family}Config")(**SIZES, **options)
-    cls = getattr(transformers, f"{family}ForCausalLM")
-    return cls._from_config(config, attn_implementation=implementation).to(DEVICE).eval()
-
-
-def ids(*shape, seed=0):
-    return torch.randint(3, 90, shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
 
 
 @pytest.fixture(params=[False, True], ids=["without kernels", "with kernels"])
@@ -77,19 +57,19 @@ def test_the_shaped_name_has_the_shape_that_others_look_for():
 
 def test_the_hub_is_asked_for_names_of_others_only(no_hub):
     with pytest.raises(AssertionError, match="looked up"):
-        build("somebody/flash-attn3")
-    build(SHAPED)
+        build_causal_lm("somebody/flash-attn3")
+    build_causal_lm(SHAPED)
 
 
 def test_every_route_takes_the_shaped_name_without_a_look_at_the_hub(no_hub, tmp_path):
-    x = ids(2, 9)
-    eager = build("eager")
+    x = random_ids(2, 9)
+    eager = build_causal_lm("eager")
     eager.save_pretrained(tmp_path)
-    switched = build("eager")
+    switched = build_causal_lm("eager")
     switched.set_attn_implementation(SHAPED)
     load = transformers.AutoModelForCausalLM.from_pretrained
     routes = [
-        build(SHAPED), switched, load(tmp_path, attn_implementation=SHAPED), load(tmp_path, attn_implementation={"": SHAPED}),
+        build_causal_lm(SHAPED), switched, load(tmp_path, attn_implementation=SHAPED), load(tmp_path, attn_implementation={"": SHAPED}),
         transformers.AutoModelForCausalLM.from_config(
             transformers.AutoConfig.from_pretrained(tmp_path, attn_implementation=SHAPED)
         ),
@@ -101,13 +81,13 @@ def test_every_route_takes_the_shaped_name_without_a_look_at_the_hub(no_hub, tmp
             assert close(model(x).logits, eager(x).logits)
         assert kernel_calls(calls) == 2
         assert flashmla_hf.check(model)
-    paged = build("eager")
+    paged = build_causal_lm("eager")
     paged.set_attn_implementation(f"paged|{SHAPED}")
     assert paged.config._attn_implementation.removeprefix("paged|") == SHAPED
 
 
 def test_a_saved_model_holds_no_name(tmp_path):
-    build(SHAPED).save_pretrained(tmp_path)
+    build_causal_lm(SHAPED).save_pretrained(tmp_path)
     assert "flash" not in (tmp_path / "config.json").read_text()
     assert transformers.AutoModelForCausalLM.from_pretrained(tmp_path).config._attn_implementation == "sdpa"
 
@@ -131,7 +111,7 @@ def test_models_that_list_their_kernels_take_the_shaped_name(no_hub):
     assert ("GptOssPreTrainedModel", SHAPED) in found
 
 
-# ---- the checks of others ------------------------------------------------------------------------------------------
+# ---- Checks of other packages ------------------------------------------------------------------------------------------
 
 
 def test_transformers_serve_takes_the_shaped_name_only():
@@ -156,7 +136,7 @@ def test_a_server_answers_with_the_tokens_of_generate(continuous_batching, tmp_p
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=plain, unk_token="<unk>", pad_token="<unk>")
     tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
     tokenizer.save_pretrained(tmp_path)
-    eager = build("eager")
+    eager = build_causal_lm("eager")
     eager.save_pretrained(tmp_path)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -260,136 +240,6 @@ def start(script: str, *arguments: str, **environment) -> subprocess.Popen:
     )  # fmt: skip
 
 
-# ---- continuous batching -------------------------------------------------------------------------------------------
-
-
-def batched(model, prompts, sizes=None, **options) -> list[list[int]]:
-    settings = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": -1, "pad_token_id": 0, **options}
-    config = transformers.ContinuousBatchingConfig(
-        **{"num_blocks": 64, "max_batch_tokens": 64, "use_cuda_graph": False, **(sizes or {})}
-    )
-    outputs = model.generate_batch(
-        inputs=prompts, generation_config=transformers.GenerationConfig(**settings), continuous_batching_config=config,
-        progress_bar=False,
-    )  # fmt: skip
-    assert all(output.error is None for output in outputs.values())
-    return [
-        list(outputs[key].generated_tokens) for key in sorted(outputs, key=lambda k: [int(n) for n in k if n.isdigit()])
-    ]
-
-
-def one_by_one(model, prompts) -> list[list[int]]:
-    return [
-        model.generate(torch.tensor([p], device=DEVICE), max_new_tokens=6, do_sample=False)[0, len(p) :].tolist()
-        for p in prompts
-    ]
-
-
-def prompts_of(*lengths):
-    return [ids(1, n, seed=n)[0].tolist() for n in lengths]
-
-
-@pytest.mark.parametrize("name", ["flashmla", SHAPED])
-@pytest.mark.parametrize(
-    ("family", "options"), [("Llama", {}), ("Mistral", {"sliding_window": 5}), ("Qwen3", {"head_dim": 16})], ids=str
-)
-def test_continuous_batching_gives_the_tokens_of_generate(family, options, name):
-    prompts = prompts_of(5, 19, 3)
-    ours = build(name, family, **options)
-    with counted_calls() as calls:
-        got = batched(ours, prompts)
-    assert kernel_calls(calls) > 0
-    assert got == one_by_one(build("eager", family, **options), prompts)
-    assert ours.config._attn_implementation == name
-
-
-def test_a_prompt_longer_than_a_batch_is_read_in_parts():
-    """Mistral's window lies across the parts."""
-    for family, options in (("Llama", {}), ("Mistral", {"sliding_window": 9})):
-        prompts = prompts_of(41, 7)
-        got = batched(build("flashmla", family, **options), prompts, {"max_batch_tokens": 16})
-        assert got == one_by_one(build("eager", family, **options), prompts)
-
-
-@pytest.mark.parametrize("is_shared", [False, True])
-def test_prompts_with_the_same_beginning_share_their_blocks(is_shared):
-    size = "page_size" if "page_size" in transformers.ContinuousBatchingConfig.__dataclass_fields__ else "block_size"
-    beginning = prompts_of(32)[0]
-    prompts = [beginning + rest for rest in prompts_of(3, 5)]
-    sizes = {size: 16, "allow_block_sharing": is_shared, "max_batch_tokens": 48}
-    assert batched(build("flashmla"), prompts, sizes) == one_by_one(build("eager"), prompts)
-
-
-def test_requests_that_fork_from_one_prompt_go_on_by_themselves():
-    prompts = prompts_of(9)
-    got = batched(build("flashmla"), prompts, do_sample=True, top_k=1, num_return_sequences=2)
-    want = one_by_one(build("eager"), prompts)
-    assert got in (want * 2, want)  # 5.17 hands back one of them
-
-
-def test_adapters_of_peft_take_part():
-    peft = pytest.importorskip("peft")
-    prompts = prompts_of(5, 9)
-
-    def adapted(name):
-        model = peft.get_peft_model(build(name), peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"]))
-        torch.manual_seed(1)
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.data.normal_(0, 0.3)
-        return model.base_model.model.eval()
-
-    got = batched(adapted("flashmla"), prompts)
-    assert got == one_by_one(adapted("eager"), prompts)
-    assert got != one_by_one(build("eager"), prompts), "the adapter changes nothing"
-
-
-def test_the_decode_path_is_told_that_there_is_no_function_for_block_tables(monkeypatch):
-    """On a GPU it looks for flash_attn_with_kvcache under names with a 2 or 3."""
-    from transformers.generation.continuous_batching import initialization
-
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    asked = []
-    wrapped = modeling_flash_attention_utils._lazy_imports
-    monkeypatch.setattr(
-        modeling_flash_attention_utils, "_lazy_imports", lambda *a, **k: asked.append(a[0]) or wrapped(*a, **k)
-    )
-    monkeypatch.setattr(modeling_flash_attention_utils, "_loaded_implementation", None)
-    for name in (SHAPED, f"paged|{SHAPED}"):
-        config = transformers.LlamaConfig(**SIZES)
-        config._attn_implementation = name
-        batching = transformers.ContinuousBatchingConfig(max_blocks_per_request=4)
-        initialization.ensure_decode_fast_path_is_available(config, batching, True)
-        assert batching.max_blocks_per_request == 0
-        assert name in asked
-
-
-@pytest.mark.parametrize("name", ["block_table", "k_cache", "v_cache"])
-def test_a_block_table_is_refused_by_name(name):
-    x = torch.randn(1, 2, 4, 8, device=DEVICE)
-    with pytest.raises(ValueError, match=rf"{name}: expected none.*max_blocks_per_request=0"):
-        forward.attention_forward(torch.nn.Module(), x, x, x, **{name: torch.zeros(1, 2, device=DEVICE)})
-
-
-def test_boundaries_of_every_kind_of_layer_are_refused_if_the_layer_chose_none():
-    x = torch.randn(1, 2, 4, 8, device=DEVICE)
-    boundaries = torch.tensor([0, 4], dtype=torch.int32, device=DEVICE)
-    kinds = {"full_attention": boundaries}
-    with pytest.raises(ValueError, match="cu_seq_lens_k: expected the boundaries of this layer's keys, got dict"):
-        forward.attention_forward(
-            torch.nn.Module(), x, x, x, cu_seq_lens_q=boundaries, cu_seq_lens_k=kinds, max_length_q=4,
-            max_length_k={"full_attention": 4}, read_index=[torch.arange(4)], write_index=[torch.arange(4)],
-        )  # fmt: skip
-
-
-def test_an_ordinary_cache_among_the_arguments_is_left_alone():
-    x = torch.randn(1, 2, 4, 8, device=DEVICE)
-    cache = transformers.DynamicCache()
-    out, _ = forward.attention_forward(torch.nn.Module(), x, x, x, cache=cache)
-    assert torch.equal(out, forward.attention_forward(torch.nn.Module(), x, x, x)[0])
-    assert cache.get_seq_length() == 0
-
-
 # ---- models that choose a class, and submodels ---------------------------------------------------------------------
 
 
@@ -424,7 +274,6 @@ def test_a_submodel_that_computes_attention_itself_goes_to_eager_when_its_model_
 
 # ---- registration --------------------------------------------------------------------------------------------------
 
-
 FAILED = """
     import sys, torch, warnings
     warnings.simplefilter("ignore")
@@ -452,7 +301,7 @@ FAILED = """
 """
 
 
-def test_who_asks_for_a_name_that_could_not_be_registered_is_told_why():
+def test_a_name_that_could_not_be_registered_raises_with_the_reason():
     out, errors = start(FAILED).communicate(timeout=240)
     assert out.splitlines() == ["ModuleNotFoundError True True"] * 9, errors
 

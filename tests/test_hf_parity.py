@@ -22,9 +22,7 @@ from counting import counted_calls, standing_in
 from families import FAMILIES
 from hf_support import DEVICE, TOLERANCE, close, kernel_calls
 
-transformers = pytest.importorskip("transformers")
-pytestmark = pytest.mark.skipif(not hf_support.is_built(), reason="the kernel of this device is not built")
-transformers.logging.set_verbosity_error()
+pytestmark = hf_support.needs_kernel
 
 by_family = pytest.mark.parametrize("family", FAMILIES, ids=str)
 RESULTS: dict[str, dict] = {}
@@ -94,10 +92,8 @@ def test_logits_loss_and_gradients_equal_eager(family):
         RESULTS[family.name].setdefault("calls", dict(calls))
 
 
-@by_family
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family.generates], ids=str)
 def test_generated_tokens_equal_eager(family):
-    if not family.generates:
-        pytest.skip("this family does not generate")
     eager, ours = models(family)
     paddings = [p for p in family.paddings if p != "right"] if family.inputs != "seq2seq" else family.paddings
     for padding in paddings:
@@ -121,12 +117,10 @@ def test_generated_tokens_equal_eager(family):
             record(family, f"generate {name}")
 
 
-@by_family
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family.packs], ids=str)
 def test_packed_rows_equal_eager_on_each_sequence(family):
     """Two rows, each of two sequences, position_ids restarting: without a cache (the mask layer sees it) and with
     one."""
-    if not family.packs:
-        pytest.skip("not a family of this test")
     eager, ours = models(family)
     ids = families.inputs(family, "none", DEVICE)["input_ids"]
     cut = [7, 12]

@@ -13,17 +13,14 @@ import families
 import hf_support
 import pytest
 import torch
+import transformers
 from counting import counted_calls
-from families import FAMILIES
-from hf_support import DEVICE, close, kernel_calls
+from families import FAMILY
+from hf_support import DEVICE, close, kernel_calls, needs_kernel
 
 import flashmla_hf
 from flashmla_hf import notices
 
-transformers = pytest.importorskip("transformers")
-transformers.logging.set_verbosity_error()
-needs_kernel = pytest.mark.skipif(not hf_support.is_built(), reason="the kernel of this device is not built")
-FAMILY = {family.name: family for family in FAMILIES}
 ROOT = Path(__file__).parent.parent
 
 
@@ -98,7 +95,9 @@ def test_other_flash_names_still_go_to_transformers():
 def test_an_unknown_argument_raises_with_the_models_and_the_arguments_name():
     model = tiny_llama()
     ids = torch.arange(3, 15, device=DEVICE)[None]
-    with pytest.raises(ValueError, match=r"LlamaAttention of model type 'llama' passes the argument 'indices'"):
+    with pytest.raises(
+        ValueError, match=r"LlamaAttention of model type 'llama' passed an unsupported argument 'indices'"
+    ):
         model(ids, indices=torch.zeros(1, device=DEVICE))
     with pytest.raises(ValueError, match="block_indices"):
         model(ids, block_indices=torch.zeros(1, device=DEVICE))
@@ -289,6 +288,38 @@ def test_autoload_can_be_turned_off_and_an_import_still_registers(tmp_path):
 def test_any_order_of_imports_works(tmp_path, first, switch):
     script = f"{first}\nimport torch, flashmla_hf\nfrom flashmla_hf import attention\nprint(callable(attention))"
     assert _run(script, tmp_path, FLASHMLA_AUTOLOAD=switch).split() == ["True"]
+
+
+@pytest.mark.parametrize(
+    "first",
+    [
+        "import transformers.modeling_utils",
+        "from transformers import PreTrainedModel",
+        "from transformers import AttentionInterface",
+        "from transformers import Trainer",
+        "from transformers import AutoModelForCausalLM",
+        "from transformers import pipeline",
+        "import transformers.modeling_outputs, transformers.modeling_utils",
+        "import accelerate",
+        "import peft",
+    ],
+)
+def test_whatever_a_program_imports_first_our_names_are_known(first, tmp_path):
+    assert _run(f"{first}\n{textwrap.dedent(LOAD)}", tmp_path).split() == ["loaded", "False"]
+
+
+def test_an_import_of_transformers_that_fails_may_be_tried_again(tmp_path):
+    """The first try fails after torch was imported by it, the second one registers."""
+    first = """
+    import sys
+    sys.modules["safetensors.torch"] = None
+    try:
+        import transformers.modeling_utils
+    except ImportError:
+        print("failed")
+    del sys.modules["safetensors.torch"]
+    """
+    assert _run(textwrap.dedent(first) + textwrap.dedent(LOAD), tmp_path).split() == ["failed", "loaded", "False"]
 
 
 def test_import_torch_loads_nothing_of_us_but_the_hook(tmp_path):

@@ -3,37 +3,20 @@ there. Calls that could end the interpreter run in a child process."""
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import gpu_support
 import pytest
 import torch
+from cpu_support import needs_cpu_library
+from fresh_python import run_program
 
 from flashmla_hf import attention, direct, libraries
 
-pytestmark = pytest.mark.skipif("cpu" in libraries.unavailable, reason=f"cpu: {libraries.unavailable.get('cpu')}")
+pytestmark = needs_cpu_library
 
 FORWARD = torch.ops.flashmla.flash_attn_forward
 BACKWARD = torch.ops.flashmla.flash_attn_backward
 needs_gpu = pytest.mark.skipif(gpu_support.sm90_missing() is not None, reason=str(gpu_support.sm90_missing()))
 OPTIONS = (0.3, -1, -1, 0.0, False)
-
-
-def in_child(program: str, timeout: int = 240) -> str:
-    """What ``program`` prints; fails if it ended by a signal or an error."""
-    tests = Path(__file__).parent
-    result = subprocess.run(
-        [sys.executable, "-c", program],
-        env=os.environ | {"PYTHONPATH": f"{tests.parent}{os.pathsep}{tests}"},
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-    )
-    assert result.returncode == 0, (result.returncode, result.stderr[-2000:])
-    return result.stdout
 
 
 @pytest.fixture(params=["direct", "operator"])
@@ -145,12 +128,12 @@ def check_hostile_calls(num_calls, seed):
 
 @pytest.mark.parametrize("seed", range(3))
 def test_hostile_sizes_and_strides_never_end_the_interpreter(seed):
-    answers = int(in_child(f"import test_host as t; t.check_hostile_calls(1500, {seed})"))
+    answers = int(run_program(f"import test_host as t; t.check_hostile_calls(1500, {seed})"))
     assert answers > 100
 
 
 @pytest.mark.parametrize("layout", ["heads", "batch", "sequences"])
-def test_more_than_65535_heads_or_sequences(layout):
+def test_more_than_65535_heads_or_sequences_are_computed(layout):
     n = 70_001
     shape = {"heads": (1, 2, n, 8), "batch": (n, 2, 1, 8), "sequences": (2 * n, 1, 8)}[layout]
     q, k, v, dout = (torch.randn(shape) for _ in range(4))
@@ -189,7 +172,7 @@ def test_ragged_sequences_take_memory_by_their_rows_and_not_by_the_longest():
         "t.BACKWARD(q, None, q, q, q, out, lse, sinks, *options, True, True, True, True)\n"
     )
     assert q.shape[0] == 40_000
-    in_child(program)
+    run_program(program)
 
 
 # ---- No elements -----------------------------------------------------------------------------------------------------
@@ -197,7 +180,7 @@ def test_ragged_sequences_take_memory_by_their_rows_and_not_by_the_longest():
 
 @pytest.mark.parametrize("shape", [(0, 5, 2, 8), (2, 0, 2, 8), (0, 2, 8)], ids=str)
 @pytest.mark.parametrize("strides", ["expanded", "wide", "transposed"])
-def test_strides_of_tensors_without_elements_say_nothing(shape, strides, way):
+def test_strides_of_inputs_and_gradients_without_elements_are_ignored(shape, strides, way):
     def with_strides(shape):
         if strides == "expanded":
             return torch.ones(()).expand(shape)
@@ -248,7 +231,7 @@ def test_a_workspace_that_does_not_fit_is_torchs_error(way):
         "print(t.memory_error(lambda: t.backward_directly(out, x)))\n"
         "print(t.torch_message())\n"
     )
-    lines = in_child(program).splitlines()
+    lines = run_program(program).splitlines()
     said = [line for line in lines if "not enough memory" in line or "can't allocate memory" in line]
     assert len(said) == 4, lines
     assert all(line.startswith(said[-1]) for line in said)
@@ -276,7 +259,7 @@ def test_gradients_that_do_not_fit_are_torchs_error():
         assert memory_error(call).startswith(torch_message())
 
 
-def test_memory_errors_leave_nothing_behind(way):
+def test_memory_errors_keep_no_memory_and_the_next_call_computes(way):
     """The next call computes, and a loop of failures does not keep memory."""
     x = torch.randn(1, 3, 1, 8)
     expected = attention(x, x, x)
@@ -288,7 +271,7 @@ def test_memory_errors_leave_nothing_behind(way):
 
 @needs_gpu
 @pytest.mark.parametrize("step", ["forward", "outputs", "backward", "copy"])
-def test_on_a_gpu_it_is_torch_out_of_memory_error(step, way):
+def test_a_gpu_without_memory_raises_torchs_out_of_memory_error(step, way):
     """A fraction of the memory is all there is; what the library allocates does not fit, by both ways."""
     torch.cuda.empty_cache()
     try:
@@ -318,7 +301,7 @@ def test_on_a_gpu_it_is_torch_out_of_memory_error(step, way):
 
 
 @needs_gpu
-def test_on_a_gpu_it_is_torch_out_of_memory_error_compiled():
+def test_a_gpu_without_memory_raises_torchs_out_of_memory_error_compiled():
     wide = torch.zeros(8, device="cuda", dtype=torch.bfloat16).expand(1 << 16, 1 << 10, 64, 8)  # 2^32 rows of 8
     compiled = torch.compile(lambda x: attention(x, x, x), fullgraph=True)
     assert "Tried to allocate" in memory_error(lambda: compiled(wide), torch.OutOfMemoryError)

@@ -119,7 +119,7 @@ def test_scripts_use_public_names_only(directory):
                 assert not any(name.startswith("_") and not name.startswith("__") for name in names)
 
 
-def test_no_module_is_named_after_nothing():
+def test_no_file_is_named_utils_common_helpers_or_misc():
     forbidden = {"utils", "util", "common", "helpers", "misc"}
     for directory in ("flashmla_hf", "csrc", "scripts", "benchmarks", "tests"):
         for path in (ROOT / directory).rglob("*"):

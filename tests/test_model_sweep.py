@@ -12,7 +12,7 @@ import torch
 import transformers
 from counting import counted_calls
 from model_sweep import __main__ as sweeper
-from model_sweep import page, probes
+from model_sweep import building, comparison, page, probes, verdicts
 from model_sweep.classes import Candidate, candidates
 from model_sweep.known import KNOWN
 
@@ -54,7 +54,7 @@ def test_every_class_of_the_shard_equals_eager_or_says_why_not():
     assert equal > len(found) / 2, f"{equal} of {len(found)} classes are equal: the sweep builds too few"
 
 
-def test_the_layers_of_the_sweeps_check_are_told_truly():
+def test_the_check_of_the_sweep_agrees_with_the_counted_calls():
     """check(model) says of each layer whether it calls the kernel; the sweep counts the calls."""
     for name in ("LlamaForCausalLM", "T5ForConditionalGeneration"):
         candidate = next(c for c in candidates() if c.class_name == name)
@@ -83,7 +83,7 @@ def ignores_padding(call, run):
 
 
 CONTROLS = [
-    ("LlamaForCausalLM", probes.zeros), ("LlamaForCausalLM", half), ("LlamaForCausalLM", flips_causal),
+    ("LlamaForCausalLM", comparison.zeros), ("LlamaForCausalLM", half), ("LlamaForCausalLM", flips_causal),
     ("LlamaForCausalLM", ignores_padding), ("MistralForCausalLM", forgets_the_window), ("BertModel", flips_causal),
     ("BertModel", ignores_padding), ("WhisperForConditionalGeneration", flips_causal),
 ]  # fmt: skip
@@ -93,11 +93,11 @@ CONTROLS = [
 def test_a_wrong_attention_fails_its_probe(name, wrong):
     candidate = next(c for c in candidates() if c.class_name == name)
     model_class = getattr(transformers, name)
-    result = probes.Result(name, candidate.model_type)
-    eager, config, batch = probes.build_eager(model_class, model_class.config_class, result)
-    ours = probes.build(model_class, config, "flashmla")
-    probes.copy_state(eager, ours)
-    pair = probes.Pair(eager, ours, result)
+    result = verdicts.Result(name, candidate.model_type)
+    eager, config, batch = building.build_eager(model_class, model_class.config_class, result)
+    ours = building.build(model_class, config, "flashmla")
+    building.copy_state(eager, ours)
+    pair = comparison.Pair(eager, ours, result)
     with torch.no_grad():
         pair.probe("forward", batch)
         probes.more_probes(pair, batch)

@@ -48,7 +48,7 @@ def test_every_case_keeps_the_error_rule(case, dtype):
 @pytest.mark.parametrize(
     "case", named("causal gqa", "sinks, softcap, window", "packed, ragged, empty, rest"), ids=lambda case: case.name
 )
-def test_opcheck(case):
+def test_opcheck_accepts_the_operator(case):
     arguments = operator_arguments(case)
     torch.library.opcheck(FORWARD, arguments)
     q, k, v, sinks, *options = (x.detach() if isinstance(x, torch.Tensor) else x for x in arguments)
@@ -65,7 +65,7 @@ def test_opcheck(case):
 @pytest.mark.parametrize(
     "wants", [(), ("q",), ("k",), ("v",), ("q", "v"), ("k", "v"), ("sinks",), ("q", "k", "v", "sinks")]
 )
-def test_gradients_nobody_needs_are_not_computed_and_the_others_are_right(wants):
+def test_unneeded_gradients_are_not_computed_and_the_others_are_right(wants):
     case = Case(batch=2, seqlen_q=40, heads_q=4, heads_kv=2, head_dim_qk=16, is_causal=True, has_sinks=True)
     seen = []
 

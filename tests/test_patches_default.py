@@ -3,25 +3,25 @@
 import logging
 import types
 
+import families
+import hf_support
 import pytest
 import torch
+import transformers
+from families import FAMILY
+from patches_support import assert_equal, attributes, batch_of, lora, message, model_of, step
 
-transformers = pytest.importorskip("transformers")
-import families  # noqa: E402
-import hf_support  # noqa: E402
-from test_patches import FAMILIES, assert_equal, attributes, batch_of, lora, message, model_of, step  # noqa: E402
+import flashmla_hf
+from flashmla_hf.patches import PatchError, UnsupportedPatch
 
-import flashmla_hf  # noqa: E402
-from flashmla_hf.patches import PatchError, UnsupportedPatch  # noqa: E402
-
-pytestmark = pytest.mark.skipif(not hf_support.is_built(), reason="no compiled CPU library")
+pytestmark = hf_support.needs_kernel
 # The default on a model without adapters.
 ALL = tuple(name for name in flashmla_hf.DEFAULT_PATCHES if name != "lora")
 
 
 def llama(kind):
     """A two-layer Llama of the class ``kind``."""
-    config = FAMILIES["Llama"].config()
+    config = FAMILY["Llama"].config()
     config.pad_token_id, config.num_labels = 0, 3
     torch.manual_seed(0)
     return kind._from_config(config, attn_implementation="flashmla").train()
@@ -110,7 +110,7 @@ def test_without_checkpointing_its_dependants_are_left_out_too():
 
 
 def test_a_model_that_no_default_supports_is_refused():
-    text = message(families.build(FAMILIES["BERT"], "flashmla", "cpu"))
+    text = message(families.build(FAMILY["BERT"], "flashmla", "cpu"))
     assert "BertForMaskedLM): no default patch supports this model: mlp: " in text
     assert "loss: loss_function: expected transformers' ForCausalLMLoss" in text
 

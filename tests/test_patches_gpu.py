@@ -15,11 +15,10 @@ import gpu_support
 import hf_support
 import pytest
 import torch
+import transformers
 
-transformers = pytest.importorskip("transformers")
-
-import flashmla_hf  # noqa: E402
-from flashmla_hf.patches import memory, mlp, rope  # noqa: E402
+import flashmla_hf
+from flashmla_hf.patches import memory, mlp, rope
 
 pytestmark = gpu_support.needs_sm90
 DEVICE = gpu_support.DEVICE

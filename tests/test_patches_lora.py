@@ -2,19 +2,17 @@
 
 import copy
 
+import hf_support
+import peak_memory
+import peft
 import pytest
 import torch
+from patches_support import NAMES, assert_equal, batch_of, lora, message, model_of, small, step
+from peft.tuners.lora.layer import Linear
 
-peft = pytest.importorskip("peft")
-transformers = pytest.importorskip("transformers")
-import hf_support  # noqa: E402
-import peak_memory  # noqa: E402
-from peft.tuners.lora.layer import Linear  # noqa: E402
-from test_patches import NAMES, assert_equal, batch_of, lora, message, model_of, small, step  # noqa: E402
+import flashmla_hf
 
-import flashmla_hf  # noqa: E402
-
-pytestmark = pytest.mark.skipif(not hf_support.is_built(), reason="no compiled CPU library")
+pytestmark = hf_support.needs_kernel
 
 
 @pytest.fixture
@@ -46,7 +44,7 @@ def test_gradients_equal_pefts(name, names, peft_calls):
     assert all(torch.equal(again[1][n], g) for n, g in expected[1].items())
 
 
-def test_a_default_where_there_are_adapters():
+def test_the_default_has_patch_lora_only_with_adapters():
     def names(model):
         flashmla_hf.patch(model)
         return vars(flashmla_hf.patches.structure.base_model(model))["_flashmla_patches"].names
@@ -156,7 +154,7 @@ def older_peft(model):
     ],
     ids=["an older peft", "dropout", "bias", "hook", "two adapters", "merged", "disabled", "DoRA"],
 )
-def test_what_peft_does_beyond_the_plain_sum_stays_pefts(change, peft_calls):
+def test_features_of_peft_beyond_the_plain_sum_use_pefts_own_forward(change, peft_calls):
     model, batch = lora(model_of("Llama"), use_dora=change is None), batch_of("Llama")
     if change is not None:
         change(model)
@@ -202,7 +200,7 @@ def test_a_model_without_such_layers_is_refused():
     assert all(part in text for part in ("LlamaForCausalLM", "'lora'", "peft.tuners.lora.Linear", "get_peft_model"))
 
 
-def test_no_wide_copies_are_made():
+def test_patch_lora_makes_no_wide_copies():
     """One projection of 64 to 512: peft makes the adapter's part, its scaled copy and the sum beside the layer's own result."""
     layer = peft.get_peft_model(
         torch.nn.Sequential(torch.nn.Linear(64, 512, bias=False)),

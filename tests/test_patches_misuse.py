@@ -2,22 +2,16 @@
 
 import copy
 
+import hf_support
+import peft
 import pytest
 import torch
+from patches_support import assert_equal, batch_of, lora, model_of, patched, step
 
-peft = pytest.importorskip("peft")
-transformers = pytest.importorskip("transformers")
-import hf_support  # noqa: E402
-from test_patches import assert_equal, batch_of, lora, model_of, small, step  # noqa: E402
+import flashmla_hf
+from flashmla_hf.patches import PatchError
 
-import flashmla_hf  # noqa: E402
-from flashmla_hf.patches import PatchError  # noqa: E402
-
-pytestmark = pytest.mark.skipif(not hf_support.is_built(), reason="no compiled CPU library")
-
-
-def patched(model, names=None):
-    return flashmla_hf.patch(model, names, **small(names))
+pytestmark = hf_support.needs_kernel
 
 
 # ---------------------------------------------------------------- copies
@@ -54,7 +48,7 @@ def test_second_derivatives_raise(names):
         torch.autograd.grad(loss, [weight], create_graph=True)
 
 
-def test_inference_mode_works():
+def test_patched_models_compute_the_same_in_inference_mode():
     model, batch = lora(model_of("Llama")), batch_of("Llama")
     for train in (True, False):
         model.train(train)
@@ -207,7 +201,7 @@ def test_alora_is_not_cut_into_tiles():
         flashmla_hf.unpatch(model)
 
 
-def test_a_projection_somebody_looks_at_is_not_overwritten():
+def test_a_projection_with_a_hook_is_not_overwritten():
     def loss_of(model):
         seen = []
         model.model.layers[0].self_attn.q_proj.register_forward_hook(lambda module, args, out: seen.append(out))
@@ -265,7 +259,7 @@ def test_backward_under_autocast_has_the_dtypes_of_the_forward_pass():
         assert (got[name] - grad).abs().max() <= 0.02 * grad.abs().max(), name
 
 
-def test_accelerates_way_out_leads_out():
+def test_the_remedy_for_accelerate_works():
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
 

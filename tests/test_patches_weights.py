@@ -7,25 +7,18 @@ import subprocess
 import sys
 from pathlib import Path
 
+import accelerate
+import hf_support
 import pytest
 import torch
+from patches_support import SINGLE, assert_equal, batch_of, lora, model_of, patched, small, step
 from torch import nn
 from torch.nn.utils import prune
 
-transformers = pytest.importorskip("transformers")
-accelerate = pytest.importorskip("accelerate")
-import hf_support  # noqa: E402
-from test_patches import SINGLE, assert_equal, batch_of, lora, model_of, small, step  # noqa: E402
+from flashmla_hf.patches import PatchError, mlp, weights
 
-import flashmla_hf  # noqa: E402
-from flashmla_hf.patches import PatchError, mlp, weights  # noqa: E402
-
-pytestmark = pytest.mark.skipif(not hf_support.is_built(), reason="no compiled CPU library")
+pytestmark = hf_support.needs_kernel
 WITHOUT_LOSS = [name for name in SINGLE if name not in ("loss", "all")]
-
-
-def patched(model, names=None):
-    return flashmla_hf.patch(model, names, **small(names))
 
 
 def loss_of(model, batch):
@@ -257,7 +250,7 @@ def test_a_norm_with_a_bias_is_not_taken_for_torchs():
     assert mlp._rms_norm_eps(NormWithBias(norm)) is None
 
 
-def test_the_answer_names_what_is_in_the_way():
+def test_unreadable_weights_are_named_with_the_reason():
     layer, x = nn.Linear(4, 4), torch.ones(1, 4)
     assert weights.unreadable(layer, x) is None
     assert "meta" in weights.unreadable(layer.to("meta"), x)

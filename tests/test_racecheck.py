@@ -25,13 +25,13 @@ def accepted(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("place", ["0x1a0 in {}", "{}+0x1a0"])
-def test_a_build_without_lines_gives_kernels_and_kinds(place):
+def test_hazards_of_a_build_without_line_numbers_have_kernels_and_kinds(place):
     output = warning(KERNEL, ("Write", place), ("Read", place)) + SUMMARY.format(1, 1)
     assert racecheck.hazards(output) == {"forward_kernel | Read | Write"}
 
 
 @pytest.mark.parametrize("place", ["0x1a0 in /somewhere/csrc/sm90/tiles.h:1:{}", "{}+0x1a0 in /somewhere/csrc/sm90/tiles.h:1"])  # fmt: skip
-def test_a_build_with_lines_gives_their_text(place):
+def test_hazards_of_a_build_with_line_numbers_have_the_source_text(place):
     output = warning(KERNEL, ("Write", place), ("Read", place), ("Write", place)) + SUMMARY.format(2, 2)
     first = " ".join((racecheck.ROOT / "csrc/sm90/tiles.h").read_text().splitlines()[0].split())
     assert racecheck.hazards(output) == {
@@ -45,7 +45,7 @@ def test_an_error_is_a_hazard_like_a_warning():
     assert racecheck.hazards(output) == {"f | Read | Write"}
 
 
-def test_output_that_cannot_be_read_is_refused_and_silence_is_none():
+def test_unreadable_output_is_refused_and_a_report_of_no_hazard_gives_none():
     with pytest.raises(ValueError, match="expected to read 121 hazards, got none"):
         racecheck.hazards("========= hazards in a form of its own\n" + SUMMARY.format(121, 121))
     with pytest.raises(ValueError, match="expected a kernel and an offset"):

@@ -1,10 +1,9 @@
-"""What only the Hopper backward can get wrong: splits of a group, the order of sums, gradients nobody wants, addresses.
+"""The Hopper backward: splits of a group, the order of sums, gradients that nobody wants, layouts, rows without a gradient.
 
-    python3 -m pytest tests/test_sm90_backward.py                      # about a minute on an H100
-    python3 -m pytest tests/test_sm90_backward.py -k "not elements"    # without the tests that want 45 GB
+    python3 -m pytest tests/test_sm90_backward*.py                      # about a minute on an H100
 
-That every head dim keeps the error rule under every mask, gradients included, is in tests/test_sm90.py; what every GPU
-implementation promises is in tests/test_gpu.py; random calls by the thousand are in tests/test_fuzz.py.
+tests/test_sm90.py has the error rule for every head dim under every mask, gradients included; tests/test_gpu.py the promises of
+every GPU implementation, tests/test_fuzz.py random calls by the thousand.
 """
 
 from __future__ import annotations
@@ -19,72 +18,23 @@ import pytest
 import torch
 from cases import SM90_ROWS, Case, without_pairs
 from counting import counted_calls
-from gpu_support import DEVICE, HALF, IMPL, WIDTHS, exact, half, needs_memory, needs_sm90, offset_by, rows
+from gpu_support import DEVICE, HALF, IMPL, WIDTHS, half, needs_sm90, offset_by, on_gpu, rows
+from sm90_support import (
+    BACKWARD,
+    MASKS,
+    NAMES,
+    assert_same_bits,
+    assert_same_up_to_rounding,
+    check,
+    gradients,
+    operator,
+    saved,
+)
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from flashmla_hf import attention
 
 pytestmark = needs_sm90
-on_a_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="is about a GPU")
-NAMES = ("q", "k", "v", "sinks")
-MASKS = {"none": {}, "causal": {"is_causal": True}, "window": {"window": (70, 5)}}
-BACKWARD = torch.ops.flashmla.flash_attn_backward.default
-
-
-def check(case, dtype=torch.bfloat16, **options):
-    return numerics.check(IMPL, case, dtype, DEVICE, **options)
-
-
-def gradients(case, inputs, wants=NAMES, flows=("dout", "dlse"), **changes):
-    """The gradients of ``wants`` by name; ``flows`` names what flows back, ``changes`` are arguments of attention."""
-    leaves = {name: getattr(inputs, name) for name in NAMES if getattr(inputs, name) is not None}
-    leaves = {name: x.detach().requires_grad_(name in wants) for name, x in leaves.items()}
-    out, lse = attention(
-        **leaves, cu_seqlens_q=inputs.cu_seqlens_q, cu_seqlens_kv=inputs.cu_seqlens_kv, return_lse=True,
-        **{"impl": IMPL, **case.options, **changes},
-    )  # fmt: skip
-    wanted = {name: x for name, x in leaves.items() if x.requires_grad}
-    results, back = zip(
-        *((result, getattr(inputs, name)) for name, result in (("dout", out), ("dlse", lse)) if name in flows),
-        strict=True,
-    )
-    return dict(zip(wanted, torch.autograd.grad(results, list(wanted.values()), back), strict=True))
-
-
-def saved(case, inputs):
-    """out, lse of the forward, as the operator of the backward wants them."""
-    return attention(
-        inputs.q, inputs.k, inputs.v, sinks=inputs.sinks, cu_seqlens_q=inputs.cu_seqlens_q,
-        cu_seqlens_kv=inputs.cu_seqlens_kv, return_lse=True, impl=IMPL, **case.options,
-    )  # fmt: skip
-
-
-def operator(case, inputs, out, lse, wants=NAMES, deterministic=False):
-    """The operator of the backward itself: dq, dk, dv, dsinks."""
-    left, right = (-1 if bound is None else bound for bound in case.window or (None, None))
-    scale = case.head_dim_qk**-0.5 if case.scale is None else case.scale
-    return torch.ops.flashmla.flash_attn_backward(
-        inputs.dout, inputs.dlse, inputs.q, inputs.k, inputs.v, out, lse, inputs.sinks, inputs.cu_seqlens_q,
-        inputs.cu_seqlens_kv, inputs.q.shape[-3], inputs.k.shape[-3], scale, left, 0 if case.is_causal else right,
-        case.softcap, deterministic, *(name in wants for name in NAMES),
-    )  # fmt: skip
-
-
-def assert_same_bits(got, expected):
-    assert got.keys() == expected.keys()
-    for name in got:
-        assert torch.equal(got[name], expected[name]), f"d{name} differs"
-
-
-def assert_same_up_to_rounding(got, expected):
-    """The same sums in another order: a rounding of the result apart, and one of the fp32 sums."""
-    assert got.keys() == expected.keys()
-    for name, grad in got.items():
-        eps, largest = torch.finfo(grad.dtype).eps, float(expected[name].abs().max())
-        allowed = (2 * eps if grad.dtype in HALF else 1e-5) * largest
-        torch.testing.assert_close(
-            grad, expected[name], rtol=0, atol=allowed, msg=lambda text, name=name: f"d{name}: {text}"
-        )
 
 
 def sliced(x):
@@ -150,7 +100,7 @@ def test_the_heads_of_a_group_are_summed_with_few_keys_and_with_many(row, group)
         check(case, dtype)
 
 
-@on_a_gpu
+@on_gpu
 @pytest.mark.parametrize("seqlen", [128, 256, 512, 1024])
 def test_the_heads_of_a_llama_are_summed_at_short_lengths(seqlen):
     check(Case(seqlen_q=seqlen, heads_q=32, heads_kv=8, head_dim_qk=128, is_causal=True))
@@ -321,7 +271,7 @@ def with_the_last_dimension_apart(x):
 @pytest.mark.parametrize(
     "lay_out", [*LAYOUTS.values(), with_the_last_dimension_apart], ids=[*LAYOUTS, "transposed whole"]
 )
-def test_dout_may_lie_in_memory_as_it_likes(lay_out):
+def test_dout_may_have_any_memory_layout(lay_out):
     case, inputs = case_of_layouts()
     moved = replace(inputs, dout=lay_out(inputs.dout))
     assert torch.equal(moved.dout, inputs.dout)
@@ -362,7 +312,7 @@ def test_dlse_may_be_transposed():
 
 
 @rows
-def test_what_lies_beside_the_tensors_has_no_say(row):
+def test_memory_beside_the_tensors_changes_no_result(row):
     """NaN between the rows of q, k, v and dout, and where a head dim below the row is padded."""
     for less, mask in itertools.product((0, 8), MASKS.values()):
         case = Case(
@@ -426,7 +376,7 @@ def test_empty_sequences_and_rows_of_no_sequence_have_gradients_of_exactly_zero(
 
 
 @pytest.mark.parametrize("has_sinks", [False, True])
-def test_nothing_to_attend_to_gives_zeros_and_the_sink_what_flows_through_lse(has_sinks):
+def test_calls_without_keys_give_zero_gradients_and_the_sink_that_of_lse(has_sinks):
     for case in without_pairs(heads_q=4, heads_kv=2, has_sinks=has_sinks):
         inputs = case.inputs(torch.bfloat16, DEVICE)
         in_sequences = sum(case.seqlens_q) if case.is_packed else case.seqlen_q
@@ -442,7 +392,7 @@ def test_nothing_to_attend_to_gives_zeros_and_the_sink_what_flows_through_lse(ha
 # ---- Memory, and addresses beyond 2^31 elements ----------------------------------------------------------------------
 
 
-@on_a_gpu
+@on_gpu
 @pytest.mark.parametrize("deterministic", [False, True])
 def test_temporaries_of_a_long_sequence_stay_small(deterministic):
     """The fp32 sums of dQ of all heads at once would take 512 MiB."""
@@ -459,226 +409,3 @@ def test_temporaries_of_a_long_sequence_stay_small(deterministic):
     temporaries = torch.cuda.max_memory_allocated() - before - sum(x.nbytes for x in grads)
     assert temporaries < 300 * 2**20 + 16 * seqlen * heads
     assert temporaries > 2**20, "the measurement sees nothing"
-
-
-def exact_gradients(q, k, v, dout, scale, chunk=2**15):
-    """dq, dk, dv in float64 of an unmasked call of one sequence, a chunk of its queries at a time."""
-    group = q.shape[2] // k.shape[2]
-    key, value = (x.transpose(1, 2).double().repeat_interleave(group, 1) for x in (k, v))
-    dk, dv, dq = (
-        torch.zeros_like(key),
-        torch.zeros_like(value),
-        torch.empty(q.shape, dtype=torch.float32, device=q.device),
-    )
-    for begin in range(0, q.shape[1], chunk):
-        query, back = (x[:, begin : begin + chunk].transpose(1, 2).double() for x in (q, dout))
-        weights = (query @ key.transpose(-1, -2) * scale).softmax(-1)
-        dv += weights.transpose(-1, -2) @ back
-        dweights = back @ value.transpose(-1, -2)
-        dscores = weights * (dweights - (weights * dweights).sum(-1, keepdim=True)) * scale
-        dk += dscores.transpose(-1, -2) @ query
-        dq[:, begin : begin + chunk] = (dscores @ key).transpose(1, 2)
-    return dq, *(x.transpose(1, 2).unflatten(2, (-1, group)).sum(3) for x in (dk, dv))
-
-
-def assert_near(name, got, expected):
-    """What is read or written at a wrong place is off by about its own size. Rounding puts up to 2.6 % (seen) into dk of a
-    key with half of a query's weight: delta is made from an out in bf16."""
-    largest = float(expected.abs().max())
-    error = float((got.double() - expected).abs().max())
-    assert error <= 0.05 * largest, f"{name}: error {error:.2e}, largest value {largest:.2e}"
-
-
-ROWS_OF_2_31 = 2**31 // (8 * 128)  # of [rows, 8 heads, 128]
-
-
-def normal(*shape):
-    return torch.empty(shape, dtype=torch.bfloat16, device=DEVICE).normal_()
-
-
-def test_the_yardstick_of_large_calls_agrees_with_the_reference():
-    case = Case(seqlen_q=90, seqlen_kv=65, heads_q=4, heads_kv=2)
-    inputs = case.inputs(torch.bfloat16, DEVICE)
-    got = exact_gradients(inputs.q, inputs.k, inputs.v, inputs.dout, case.head_dim_qk**-0.5, chunk=40)
-    truth = numerics.reference64(case, inputs, wants=("q", "k", "v"), has_dlse=False)
-    for name, grad in zip("qkv", got, strict=True):
-        torch.testing.assert_close(grad.double(), truth.grads[name], rtol=1e-5, atol=1e-6)
-
-
-@on_a_gpu
-def test_queries_and_sums_beyond_2_31_elements_get_their_gradients():
-    """q, out, dout and dq, and the fp32 sums of dQ if they were held at once."""
-    needs_memory(45)
-    rows_q = ROWS_OF_2_31 + 1001
-    q, dout = normal(1, rows_q, 8, 128), normal(1, rows_q, 8, 128)
-    k, v = normal(1, 65, 2, 128), normal(1, 65, 2, 128)
-    assert q.numel() > 2**31
-    leaves = [x.requires_grad_() for x in (q, k, v)]
-    dq, dk, dv = torch.autograd.grad(attention(*leaves, impl=IMPL), leaves, dout)
-    expected = exact_gradients(q.detach(), k.detach(), v.detach(), dout, 128**-0.5)
-    for begin in (0, ROWS_OF_2_31 // 2 - 500, ROWS_OF_2_31 - 500, rows_q - 1000):
-        part = slice(begin, begin + 1000)
-        assert_near(f"dq from row {begin}", dq[:, part], expected[0][:, part])
-    assert_near("dk", dk, expected[1])
-    assert_near("dv", dv, expected[2])
-
-
-@on_a_gpu
-def test_keys_beyond_2_31_elements_get_their_gradients():
-    needs_memory(45)
-    rows_kv, scale = ROWS_OF_2_31 + 3001, 128**-0.5
-    q, dout = normal(1, 70, 16, 128), normal(1, 70, 16, 128)
-    k, v = normal(1, rows_kv, 8, 128), normal(1, rows_kv, 8, 128)
-    assert k.numel() > 2**31
-    # One key of each kv head, past the edge, has about half of the weight of one query. (With all of it, dP - delta would
-    # be the rounding error of out.)
-    k[0, rows_kv - 9] = q[0, 3, ::2] * 1.3
-    leaves = [x.requires_grad_() for x in (q, k, v)]
-    dq, dk, dv = torch.autograd.grad(attention(*leaves, impl=IMPL), leaves, dout)
-    q, k, v = (x.detach() for x in leaves)
-    out, lse = exact(q, k, v, scale)
-    delta = (out * dout.double()).sum(-1).transpose(1, 2)[..., None]
-    query, back = (x.transpose(1, 2).double() for x in (q, dout))
-    expected_dq = torch.zeros_like(query)
-    edges = (0, ROWS_OF_2_31 // 2 - 500, ROWS_OF_2_31 - 500, rows_kv - 1000)
-    for begin in sorted({*range(0, rows_kv, 2**15), *edges}):
-        rows_of_dq = begin % 2**15 == 0
-        part = slice(begin, begin + (2**15 if rows_of_dq else 1000))
-        key, value = (x[:, part].transpose(1, 2).double().repeat_interleave(2, 1) for x in (k, v))
-        weights = (query @ key.transpose(-1, -2) * scale - lse[..., None]).exp()
-        dscores = weights * (back @ value.transpose(-1, -2) - delta) * scale
-        if rows_of_dq:
-            expected_dq += dscores @ key
-        if begin in edges:
-            for name, grad, sums in (
-                ("dk", dk, dscores.transpose(-1, -2) @ query),
-                ("dv", dv, weights.transpose(-1, -2) @ back),
-            ):
-                expected = sums.transpose(1, 2).unflatten(2, (-1, 2)).sum(3)[:, :1000]
-                assert_near(f"{name} from row {begin}", grad[:, begin : begin + 1000], expected)
-    expected_dq = expected_dq.transpose(1, 2)
-    for part in (slice(0, 3), slice(3, 4), slice(4, 70)):  # each beside its own largest value
-        assert_near(f"dq of rows {part}", dq[:, part], expected_dq[:, part])
-
-
-@on_a_gpu
-@pytest.mark.parametrize("dim", [0, 1, 2], ids=["batch", "rows", "heads"])
-def test_strides_beyond_2_31_elements_reach_the_right_place(dim):
-    needs_memory(12)
-    base = torch.zeros(2**31 + 2**20, dtype=torch.bfloat16, device=DEVICE)
-    strides, shape = [64 * 9, 64 * 3, 64, 1], [2, 3, 2, 64]
-    shape[dim], strides[dim] = 2, 2**31
-    case = Case(batch=shape[0], seqlen_q=shape[1], heads_q=shape[2])
-    inputs = case.inputs(torch.bfloat16, DEVICE)
-    expected = gradients(case, inputs, deterministic=True)
-    for name in ("q", "k", "v", "dout"):
-        far = base.as_strided(shape, strides)
-        far.copy_(getattr(inputs, name))
-        assert torch.equal(far, getattr(inputs, name)), "the view overlaps itself"
-        assert_same_bits(gradients(case, replace(inputs, **{name: far}), deterministic=True), expected)
-
-
-# ---- Streams, graphs, torch.library ----------------------------------------------------------------------------------
-
-
-@on_a_gpu
-@rows
-@pytest.mark.parametrize("deterministic", [False, True])
-def test_a_backward_runs_on_the_current_stream_and_waits_for_nothing(row, deterministic):
-    """Behind work that takes longer than the call: the call must come back before, and see what that work wrote."""
-    case = Case(seqlens_q=(300, 41, 100), heads_q=4, heads_kv=2, head_dim_qk=row[0], head_dim_v=row[1], has_sinks=True)
-    inputs = case.inputs(torch.bfloat16, DEVICE)
-    late = replace(inputs, q=torch.zeros_like(inputs.q), dout=torch.zeros_like(inputs.dout))
-    out, lse = saved(case, inputs)
-    expected = operator(case, inputs, out, lse, deterministic=deterministic)
-    torch.cuda.synchronize()
-    stream, done = torch.cuda.Stream(), torch.cuda.Event()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        with torch.cuda.stream(stream):
-            torch.cuda._sleep(200_000_000)  # a tenth of a second
-            late.q.copy_(inputs.q)
-            late.dout.copy_(inputs.dout)
-            got = operator(case, late, out, lse, deterministic=deterministic)
-            done.record()
-            was_running = not done.query()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    stream.synchronize()
-    assert was_running, "the call waited for the stream"
-    assert_same_up_to_rounding(*(dict(zip(NAMES, grads, strict=True)) for grads in (got, expected)))
-
-
-@on_a_gpu
-@pytest.mark.parametrize("is_packed", [False, True], ids=["dense", "packed"])
-@rows
-def test_a_cuda_graph_of_forward_and_backward_replays_with_changed_inputs(row, is_packed):
-    shape = {"seqlens_q": (150, 50), "seqlens_kv": (90, 110)} if is_packed else {"batch": 2, "seqlen_q": 100}
-    case = Case(heads_q=4, heads_kv=2, head_dim_qk=row[0], head_dim_v=row[1], is_causal=True, has_sinks=True, **shape)
-    inputs = case.inputs(torch.bfloat16, DEVICE)
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        gradients(case, inputs, deterministic=True)
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = gradients(case, inputs, deterministic=True)
-    other = replace(case, seqlens_q=(20, 180), seqlens_kv=(199, 1)) if is_packed else case
-    other_inputs = other.inputs(torch.bfloat16, DEVICE, seed=1)
-    for name in ("q", "k", "v", "sinks", "cu_seqlens_q", "cu_seqlens_kv", "dout", "dlse"):
-        if getattr(inputs, name) is not None:
-            getattr(inputs, name).copy_(getattr(other_inputs, name))
-    expected = gradients(other, other_inputs, deterministic=True)
-    for _ in range(3):  # what orders the sums must be as new each time
-        for x in captured.values():
-            x.fill_(math.nan)
-        graph.replay()
-        assert_same_bits(captured, expected)
-
-
-@on_a_gpu
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU")
-def test_a_second_gpu_computes_gradients_and_the_current_one_stays():
-    case = Case(batch=2, seqlen_q=300, heads_q=4, heads_kv=2, is_causal=True)
-    inputs = case.inputs(torch.bfloat16, DEVICE)
-    there = replace(inputs, **{name: getattr(inputs, name).to("cuda:1") for name in ("q", "k", "v", "dout", "dlse")})
-    got, expected = (gradients(case, x, deterministic=True) for x in (there, inputs))
-    assert torch.cuda.current_device() == 0
-    assert_same_bits({name: x.to("cuda:0") for name, x in got.items()}, expected)
-
-
-@pytest.mark.parametrize("is_packed", [False, True], ids=["dense", "packed"])
-def test_opcheck(is_packed):
-    lengths = {"seqlens_q": (40, 30)} if is_packed else {"batch": 2, "seqlen_q": 70}
-    case = Case(heads_q=4, heads_kv=2, is_causal=True, has_sinks=True, **lengths)
-    inputs = case.inputs(torch.bfloat16, DEVICE)
-    out, lse = saved(case, inputs)
-    for wants in (NAMES, ("q",), ("k", "v")):
-        torch.library.opcheck(
-            BACKWARD,
-            (
-                inputs.dout, inputs.dlse, inputs.q, inputs.k, inputs.v, out, lse, inputs.sinks, inputs.cu_seqlens_q,
-                inputs.cu_seqlens_kv, 70, 70, 0.125, -1, 0, 0.0, False, *(name in wants for name in NAMES),
-            ),
-            test_utils=("test_schema", "test_faketensor"),
-        )  # fmt: skip
-
-
-def test_an_argument_that_does_not_fit_is_named():
-    case = Case(batch=2, seqlen_q=70, heads_q=4, heads_kv=2)
-    inputs = case.inputs(torch.bfloat16, DEVICE)
-    out, lse = saved(case, inputs)
-    wrong = {
-        "dout": replace(inputs, dout=inputs.dout[:, :50]),
-        "dlse": replace(inputs, dlse=inputs.dlse.double()),
-        "k": replace(inputs, k=inputs.k.half()),
-        "needs_dsinks": inputs,
-    }
-    for name, x in wrong.items():
-        wants = NAMES if name == "needs_dsinks" else ("q", "k", "v")
-        with pytest.raises(RuntimeError, match=rf"flash_attn_backward: {name}: expected .*, got "):
-            operator(case, x, out, lse, wants=wants)
-    for name, x in {"out": (out[:, :50], lse), "lse": (out, lse.double())}.items():
-        with pytest.raises(RuntimeError, match=rf"flash_attn_backward: {name}: expected .*, got "):
-            operator(case, inputs, *x, wants=("q", "k", "v"))

@@ -30,7 +30,7 @@ def test_every_entry_has_a_comment_above_it():
     assert all(entry[1].startswith("//") for entry in entries)
 
 
-def test_the_limits_are_those_of_the_list():
+def test_the_limits_are_those_of_the_list_of_head_dims():
     assert sm90_tiles.limits() == {"head_dim_multiple": 8, "largest_head_dim": SM90_ROWS[-1][0]}
     assert max(max(row) for row in SM90_ROWS) == SM90_ROWS[-1][0]
 

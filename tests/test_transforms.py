@@ -93,7 +93,7 @@ def test_vmap_over_any_of_the_tensors_is_a_loop(copies, is_packed):
 
 
 @pytest.mark.parametrize("dim", [1, 2, 3, 4, -1])
-def test_vmap_over_any_dimension(dim):
+def test_vmap_over_any_dimension_gives_the_same(dim):
     tensors = make("q k v")
     expected = torch.vmap(of(ours, tensors, False))(*tensors.values())
     moved = [x.movedim(0, dim) for x in tensors.values()]
@@ -169,7 +169,7 @@ def test_the_operators_themselves_take_transforms():
     assert_same(func.grad(total, argnums=(0, 1, 2))(q, k, v), expected(q, k, v))
 
 
-def test_gradients_in_batches_are_a_loop():
+def test_batched_gradients_equal_a_loop():
     tensors = [x.requires_grad_() for x in make("q k v sinks", "").values()]
     out, lse = of(ours, ("q", "k", "v", "sinks"), False)(*tensors)
     dout, dlse = torch.randn(COPIES, *out.shape), torch.randn(COPIES, *lse.shape)
@@ -191,7 +191,7 @@ class Layer(torch.nn.Module):
         return self.out(attention(q, k, v, is_causal=True).flatten(2))
 
 
-def test_ensembles_train_as_their_members_do():
+def test_an_ensemble_trains_as_its_members_do():
     members = [Layer() for _ in range(COPIES)]
     x = torch.randn(4, 6, 16)
     parameters, buffers = func.stack_module_state(members)
@@ -232,7 +232,7 @@ def test_masks_go_through_transforms(impl, transform, kind):
     assert_same(function(*tensors.values()), TRANSFORMS[transform](truth, 3)(*tensors.values()))
 
 
-def test_boundaries_of_their_own_in_each_copy_are_refused():
+def test_boundaries_that_differ_between_vmap_copies_are_refused():
     q, k, v = make("q k v", "q k v", is_packed=True).values()
     boundaries = PACKED["cu_seqlens_q"].expand(COPIES, -1)
 
@@ -311,7 +311,7 @@ def test_vmap_computes_all_copies_in_one_call(monkeypatch):
     assert calls.count("flashmla::flash_attn_forward") == 1
 
 
-def test_alignment_is_looked_at_under_transforms():
+def test_alignment_can_be_read_under_transforms():
     """What the Hopper kernels need; here that the look itself does no harm."""
     seen = []
 
@@ -325,7 +325,7 @@ def test_alignment_is_looked_at_under_transforms():
     assert seen == [[], []]
 
 
-def test_the_way_past_the_dispatcher_stands_aside(monkeypatch):
+def test_direct_calls_leave_transforms_to_the_operators(monkeypatch):
     class Never:
         def __getattr__(self, name):
             def call(*arguments):

@@ -18,11 +18,10 @@ from pathlib import Path
 import other_torch
 import pytest
 import torch
-from test_build import SETTINGS
+from build_support import ROOT, SETTINGS, cutlass, load, toolkit
 
 import flashmla_hf
 
-ROOT = Path(__file__).resolve().parent.parent
 OLDEST_TORCH = "2.10.0"
 # torch's own requirements but for CUDA's libraries.
 OF_TORCH = ("filelock", "typing-extensions", "sympy", "networkx", "jinja2", "fsspec")
@@ -199,8 +198,6 @@ def test_the_wheel_passes_doctor_under_another_python_and_the_oldest_torch(wheel
 
 @pytest.fixture
 def make_wheel():
-    from test_build import load
-
     return load(ROOT / "csrc/make_wheel.py")
 
 
@@ -209,8 +206,6 @@ def test_auto_puts_cuda_into_the_wheel_whatever_torch_is_here(
     make_wheel, monkeypatch, tmp_path, capsys, has_cuda, mode
 ):
     if has_cuda:
-        from test_build import cutlass, toolkit
-
         cutlass(tmp_path / "cutlass" / "include")
         monkeypatch.setenv("CUDA_HOME", toolkit(tmp_path))
         monkeypatch.setenv("FLASHMLA_CUTLASS_DIR", str(tmp_path / "cutlass"))

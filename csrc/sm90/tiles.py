@@ -1,4 +1,4 @@
-"""Reads tiles.h, the table of the Hopper kernels, and writes the tables of README.md and docs/kernels.md: `make tiles`.
+"""Reads tiles.h, the table of the Hopper kernels, and writes the tables and limits of the documents: `make tiles`.
 
 A document's text between the markers `<!-- tiles NAME -->` and `<!-- /tiles -->` is this script's. With --check it changes
 nothing and fails if a text is out of date. setup.py, the benchmarks and the tests read the table by these functions as well.
@@ -10,7 +10,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
-DOCUMENTS = ("README.md", "docs/kernels.md")
+DOCUMENTS = ("README.md", "docs/limits.md", "docs/kernels.md")
 KIND = r"(Forward|Backward|BackwardQueries)Config"
 
 

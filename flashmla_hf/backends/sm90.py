@@ -25,9 +25,11 @@ def refusal(call: Call) -> str | None:
         return f"{properties.name} is not a Hopper GPU (compute capability 9.0)"
     if call.q.dtype not in (torch.float16, torch.bfloat16):
         return f"dtype {dtype_name(call.q.dtype)}: expected float16 or bfloat16"
+    assert libraries.sm90_limits is not None  # otherwise the library is unavailable
+    multiple, largest = libraries.sm90_limits
     for name, head_dim in (("q and k", call.q.shape[-1]), ("v", call.v.shape[-1])):
-        if head_dim % 8 != 0 or head_dim > 256:
-            return f"{name}: head_dim {head_dim}: expected a multiple of 8 up to 256"
+        if head_dim % multiple != 0 or head_dim > largest:
+            return f"{name}: head_dim {head_dim}: expected a multiple of {multiple} up to {largest}"
     reason = kernel_refusal(call)
     if reason is None and call.impl == "sm90" and (names := unaligned(call)):
         # Automatic dispatch copies. Who asks for this implementation by name gets no hidden copy.

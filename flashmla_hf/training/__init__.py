@@ -1,7 +1,10 @@
 """Fine-tuning on long documents, and the arithmetic of its memory: the modules behind the command ``flashmla``.
 
     finetune     one training run: the loop, and the stages around it
-    arguments    its options                     data         documents -> tokens -> packs -> batches
+    arguments    its options                     data         rows -> documents -> tokens -> packs, by the next six:
+    rows         reads files and datasets        formats      what the columns of a row mean
+    encoding     tokens, and which have a loss   packing      tokens -> packs -> batches
+    stream       packs as training goes on       preview      the first pack as text
     model        the model and its adapter       step         the batches of one optimizer step, forward and backward
     evaluation   the loss of held-out documents  checkpoints  saving, and resuming
     max_length   the longest context that fits   memory       a step's measured memory beside the ledger's

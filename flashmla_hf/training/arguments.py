@@ -59,19 +59,48 @@ class DataArguments:
     train_file: str | None = field(
         default=None,
         metadata={
-            "help": "a folder (each file a document), a .jsonl or .parquet file (each row a document), or a text file "
-            "(one document)"
+            "help": "a folder (each file a document), a .jsonl, .json or .parquet file (each row a document), a text file "
+            "(one document), or a folder that save_to_disk wrote; docs/data.md tells what a row may hold"
         },
     )
     validation_file: str | None = field(default=None, metadata={"help": "held-out documents, like train_file"})
     validation_split_percentage: float = field(
         default=0.0, metadata={"help": "without validation_file: hold out this share of the documents, whole documents"}
     )
-    dataset_name: str | None = field(default=None, metadata={"help": "instead of files: for datasets.load_dataset"})
+    dataset_name: str | None = field(
+        default=None,
+        metadata={"help": "instead of files: for datasets.load_dataset, or a folder of save_to_disk"},
+    )
     dataset_config: str | None = field(default=None)
     dataset_train_split: str = field(default="train")
     dataset_test_split: str | None = field(default=None, metadata={"help": "the split of held-out documents"})
-    dataset_text_field: str = field(default="text", metadata={"help": "the column that holds the text"})
+    dataset_text_field: str = field(
+        default="text", metadata={"help": "the column that holds the text; another one than text may hold messages"}
+    )
+    streaming: bool = field(
+        default=False,
+        metadata={"help": "read the training data as training goes on, a window at a time; needs max_steps"},
+    )
+    assistant_only_loss: bool = field(
+        default=False, metadata={"help": "of messages, train on the assistant's tokens alone"}
+    )
+    completion_only_loss: bool | None = field(
+        default=None,
+        metadata={
+            "help": "of prompt and completion, train on the completion alone (the default); false: on both; true: refuse "
+            "rows of other formats"
+        },
+    )
+    chat_template_path: str | None = field(
+        default=None,
+        metadata={"help": "a Jinja file, or the tokenizer whose chat template is used instead of the model's"},
+    )
+    skip_bad_rows: bool = field(
+        default=False, metadata={"help": "leave out rows that cannot be used, and count them, instead of ending"}
+    )
+    preview: bool = field(
+        default=False, metadata={"help": "print the first packed sequence, with what is trained on marked, and end"}
+    )
     max_length: int = field(default=1024, metadata={"help": "tokens of one packed sequence"})
     max_train_samples: int | None = field(default=None, metadata={"help": "use this many packed sequences"})
     max_eval_samples: int | None = field(default=None, metadata={"help": "evaluate on this many packed sequences"})
@@ -160,6 +189,12 @@ def parse_arguments(
         set_defaults(parser, argv)
     except ValueError as error:
         raise UserError(str(error)) from None
+    for action in parser._actions:
+        if action.dest == "completion_only_loss":
+            action.nargs, action.const = (
+                "?",
+                True,
+            )  # a switch like the others, which HfArgumentParser makes of a bool alone
     model_args, data_args, args, _ = parser.parse_args_into_dataclasses(args=argv)
     _check_numbers(model_args, data_args, args)
     _check_names(model_args, data_args, args)
@@ -170,11 +205,25 @@ def parse_arguments(
         raise UserError("--dataset_test_split: expected it with --dataset_name; files have --validation_file")
     if data_args.dataset_test_split is not None and data_args.validation_file is not None:
         raise UserError("expected at most one of --dataset_test_split and --validation_file")
+    if data_args.streaming and not is_search:
+        _check_streaming(data_args, args)
     try:
         chosen_patches(model_args, args)
     except ValueError as error:
         raise UserError(f"--patches: {error}") from None
     return model_args, data_args, args
+
+
+def _check_streaming(data_args: DataArguments, args: TrainingArguments) -> None:
+    if args.max_steps < 1:
+        raise UserError("--streaming: expected --max_steps, because the length of streamed data is not known")
+    if data_args.validation_split_percentage > 0:
+        raise UserError(
+            "--streaming: expected --validation_split_percentage 0, because streamed data cannot be split; held-out documents "
+            "come from --validation_file or --dataset_test_split"
+        )
+    if data_args.max_train_samples is not None:
+        raise UserError("--streaming: expected no --max_train_samples; --max_steps says how much is used")
 
 
 def _check_numbers(model_args: ModelArguments, data_args: DataArguments, args: TrainingArguments) -> None:
@@ -191,6 +240,7 @@ def _check_numbers(model_args: ModelArguments, data_args: DataArguments, args: T
 def _check_names(model_args: ModelArguments, data_args: DataArguments, args: TrainingArguments) -> None:
     for group, name in (
         (model_args, "model_name_or_path"), (data_args, "train_file"), (data_args, "validation_file"), (args, "output_dir"),
+        (data_args, "chat_template_path"),
     ):  # fmt: skip
         value = getattr(group, name)
         if value is not None and not value.strip():

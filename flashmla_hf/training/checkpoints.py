@@ -24,7 +24,7 @@ import torch
 from accelerate import Accelerator
 
 from flashmla_hf.training.arguments import ModelArguments, TrainingArguments, UserError, first_line
-from flashmla_hf.training.data import Pack
+from flashmla_hf.training.packing import Pack
 
 
 @dataclass
@@ -32,13 +32,15 @@ class TrainerState:
     """What a checkpoint holds beside tensors: ``trainer_state.json``."""
 
     step: int = 0
-    tokens: int = 0
+    tokens: int = 0  # read, but the first of each piece
+    loss_tokens: int = 0  # of these, those that had a loss
     runtime: float = 0.0  # seconds of training, earlier runs included
     interval_losses: list[float] = field(default_factory=list)  # since the last log entry
     log_history: list[dict] = field(default_factory=list)
     flops: int = 0  # the model's own, of this process (Shape.training_flops), earlier runs included
     fingerprint: str = ""  # of the data and arguments that decide the course of the losses
     frozen_fingerprint: str = ""  # of the weights that are not in the checkpoint
+    stream: dict | None = None  # the StreamPlace of streamed data
 
 
 def checkpoints(output_dir: Path) -> list[Path]:
@@ -135,8 +137,18 @@ def save_checkpoint(accelerator: Accelerator, args: TrainingArguments, state: Tr
     accelerator.wait_for_everyone()
 
 
-def fingerprint(model_args: ModelArguments, args: TrainingArguments, packs: list[Pack], processes: int) -> str:
-    """Differs if a resumed run would not continue the interrupted one: other data, batches, optimizer or adapter."""
+def fingerprint(
+    model_args: ModelArguments,
+    args: TrainingArguments,
+    packs: list[Pack],
+    processes: int,
+    streamed: dict[str, object] | None = None,
+) -> str:
+    """Differs if a resumed run would not continue the interrupted one: other data, batches, optimizer or adapter.
+
+    ``packs`` hold which of their tokens have a loss. Of streamed data they are the first ones, and ``streamed`` has the options
+    that decide the others.
+    """
     # The number of steps bends every schedule but the constant one: max_steps, or epochs if that does not say it.
     length: tuple[str, ...] = ("max_steps",) if args.max_steps > 0 else ("num_train_epochs",)
     if args.lr_scheduler_type == "constant":
@@ -151,6 +163,8 @@ def fingerprint(model_args: ModelArguments, args: TrainingArguments, packs: list
     }  # fmt: skip
     adapter = ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules") if model_args.use_peft else ()
     decisive |= {name: getattr(model_args, name) for name in ("use_peft", "dtype", *adapter)}
+    if streamed is not None:
+        decisive |= {"streamed": streamed}
     digest = hashlib.sha256(json.dumps(decisive, sort_keys=True).encode())
     for one in packs:
         for piece in one:

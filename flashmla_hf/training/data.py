@@ -1,104 +1,109 @@
-"""Documents -> tokens -> pieces of at most ``max_length`` -> packs of pieces -> batches without padding.
+"""The data of a run: rows of files or of a dataset -> contents -> marked tokens -> packs, all of them or a stream.
 
-DataCollatorWithFlattening lays a batch of packs end to end and marks where each piece begins (``position_ids``,
-``cu_seq_lens_*``): no token attends to another document.
+rows      reads rows                        formats   what their columns mean
+encoding  contents -> tokens with marks     packing   tokens -> packs -> batches
+stream    packs, read as training goes on   preview   a pack as text
 """
 
 from __future__ import annotations
 
-import json
+import dataclasses
+import functools
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
-from transformers import DataCollatorWithFlattening, PreTrainedTokenizerBase
+from accelerate import Accelerator
+from transformers import PreTrainedTokenizerBase
 
-from flashmla_hf.training.arguments import DataArguments, UserError, first_line
+from flashmla_hf.training.arguments import DataArguments, ModelArguments, TrainingArguments, UserError
+from flashmla_hf.training.encoding import Encoder, set_chat_template
+from flashmla_hf.training.formats import Content, Formats
+from flashmla_hf.training.model import load_tokenizer
+from flashmla_hf.training.packing import Pack, pack, predicted_tokens, spread
+from flashmla_hf.training.preview import preview
+from flashmla_hf.training.rows import BadRow, BadRows, Place, Rows, read_dataset, read_files
+from flashmla_hf.training.stream import PackStream
 
-Pack = list[np.ndarray]  # pieces of documents, int32 [piece_length] each, together at most max_length tokens
+Document = tuple[Place, Content]
+ROWS_AT_A_TIME = 1000  # are tokenized together
 
 
-def read_documents(path: str, text_field: str) -> list[str]:
-    """The documents of a folder, a .jsonl/.json/.parquet file or a text file, in a fixed order."""
-    root = Path(path)
-    if root.is_dir():
-        paths = (p for p in root.rglob("*") if not any(part.startswith(".") for part in p.relative_to(root).parts))
-        files = sorted(p for p in paths if p.is_file())
-        if not files:
-            raise UserError(f"the folder {path} holds no files")
-    elif root.is_file():
-        files = [root]
-    else:
-        raise UserError(f"{path}: no such file or folder")
-    documents = [document for file in files for document in _read_file(file, text_field) if document.strip()]
-    if not documents:
-        raise UserError(f"{path} holds no text")
+@dataclass
+class Data:
+    """Packed sequences of a run, to train on and to evaluate on."""
+
+    tokenizer: PreTrainedTokenizerBase
+    train_packs: list[Pack] | PackStream
+    eval_packs: list[Pack]
+    packs_per_step: int  # of all processes
+    bad_rows: BadRows  # of training and held-out data
+
+    @property
+    def bad_row_count(self) -> int:
+        """The bad rows that were left out; of a stream, those that have been read."""
+        streamed = self.train_packs.bad_rows.count if isinstance(self.train_packs, PackStream) else 0
+        return self.bad_rows.count + streamed
+
+    def known_packs(self) -> list[Pack]:
+        """The training packs that are known now: all of them, or those of a stream's first window."""
+        return self.train_packs if isinstance(self.train_packs, list) else self.train_packs.first_window
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return len(self.train_packs) // self.packs_per_step if isinstance(self.train_packs, list) else 0
+
+    def epochs(self, step: int) -> float:
+        """How often the data has been read after ``step`` steps; of a stream, whose length is not known, how often whole."""
+        return self.train_packs.place.epoch if isinstance(self.train_packs, PackStream) else step / self.steps_per_epoch
+
+
+def train_rows(data_args: DataArguments, choose) -> Rows:
+    if data_args.dataset_name is None:
+        return read_files(data_args.train_file, choose, data_args.dataset_train_split)
+    split = data_args.dataset_train_split
+    return read_dataset(data_args.dataset_name, data_args.dataset_config, split, data_args.streaming, choose)
+
+
+def held_out_rows(data_args: DataArguments, choose) -> Rows | None:
+    if data_args.validation_file is not None:
+        return read_files(data_args.validation_file, choose, data_args.dataset_test_split or "test")
+    if data_args.dataset_name is None or data_args.dataset_test_split is None:
+        return None
+    split = data_args.dataset_test_split
+    return read_dataset(data_args.dataset_name, data_args.dataset_config, split, data_args.streaming, choose)
+
+
+def documents_of(rows: Rows, formats: Formats, bad_rows: BadRows, keeps_blank: bool = False) -> list[Document]:
+    """What the rows hold, with their places. Bad rows are added to ``bad_rows``."""
+    documents = []
+    for place, row in rows:
+        try:
+            content = formats.content(row)
+        except BadRow as error:
+            bad_rows.add(place, error)
+            continue
+        if keeps_blank or not isinstance(content, str) or content.strip():
+            documents.append((place, content))
     return documents
 
 
-def _read_file(file: Path, text_field: str) -> list[str]:
-    if file.suffix == ".parquet":
-        return _read_parquet(file, text_field)
-    try:
-        text = file.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{file} is not text: byte {error.start} is not UTF-8") from None
-    if file.suffix not in (".jsonl", ".json"):
-        return [text]
-    rows = []
-    # Not splitlines(): JSON allows U+2028 and its like inside a string.
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{file}, line {number} is not a JSON object: {error}") from None
-        if not isinstance(row, dict):
-            raise UserError(f"{file}, line {number}: expected a JSON object, got {type(row).__name__}")
-        if text_field not in row:
-            raise UserError(_no_column(f"{file}, line {number}", text_field, list(row)))
-        rows.append(_checked_text(row[text_field], file, number))
-    return rows
-
-
-def _read_parquet(file: Path, text_field: str) -> list[str]:
-    try:
-        import pyarrow.parquet
-    except ImportError:
-        raise UserError(f"{file}: reading parquet needs the package pyarrow: pip install pyarrow") from None
-    try:
-        table = pyarrow.parquet.read_table(file)
-    except (OSError, pyarrow.ArrowException) as error:
-        raise UserError(f"{file} is not a readable parquet file: {' '.join(str(error).split())}") from None
-    if text_field not in table.column_names:
-        raise UserError(_no_column(str(file), text_field, table.column_names))
-    return [_checked_text(value, file, row) for row, value in enumerate(table[text_field].to_pylist(), start=1)]
-
-
-def _no_column(where: str, text_field: str, columns: list[str]) -> str:
-    return f"{where} has no column {text_field!r}, only {columns}: name one with --dataset_text_field"
-
-
-def _checked_text(value: object, where: object, row: int) -> str:
-    if not isinstance(value, str):
-        raise UserError(f"{where}, row {row}: expected text, got {type(value).__name__}")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise UserError(f"{where}, row {row}: character {error.start} is half of a pair (a lone surrogate)") from None
-    return value
-
-
-def load_documents(data_args: DataArguments, seed: int) -> tuple[list[str], list[str]]:
-    """Training and held-out documents; a document is wholly on one side."""
-    if data_args.dataset_name is not None:
-        train, held_out = _load_dataset(data_args)
-    else:
-        train = read_documents(data_args.train_file, data_args.dataset_text_field)
-        held_out = []
-    if data_args.validation_file is not None:
-        held_out = read_documents(data_args.validation_file, data_args.dataset_text_field)
+def load_documents(data_args: DataArguments, seed: int, bad_rows: BadRows) -> tuple[list[Document], list[Document]]:
+    """Training and held-out documents; a document is wholly on one side. Streamed training data is not read here."""
+    formats = Formats(data_args)
+    train: list[Document] = []
+    if not data_args.streaming:
+        # A dataset's blank rows are documents of the split below; they hold nothing to train on.
+        rows = train_rows(data_args, formats.choose)
+        train = documents_of(rows, formats, bad_rows, keeps_blank=data_args.dataset_name is not None)
+    held_out_read = held_out_rows(data_args, formats.choose)
+    held_out = documents_of(held_out_read, formats, bad_rows) if held_out_read is not None else []
+    bad_rows.check()
+    if not train and not data_args.streaming:
+        raise _holds_nothing(data_args.train_file or data_args.dataset_name, bad_rows)
+    if held_out_read is not None and not held_out:
+        raise _holds_nothing(data_args.validation_file or f"the split {data_args.dataset_test_split!r}", bad_rows)
     if not held_out and data_args.validation_split_percentage > 0:
         if len(train) < 2:
             raise UserError(
@@ -111,81 +116,96 @@ def load_documents(data_args: DataArguments, seed: int) -> tuple[list[str], list
     return train, held_out
 
 
-def _load_dataset(data_args: DataArguments) -> tuple[list[str], list[str]]:
-    try:
-        import datasets
-    except ImportError:
-        raise UserError("--dataset_name needs the package datasets: pip install datasets") from None
-
-    def split(name: str) -> list[str]:
-        try:
-            rows = datasets.load_dataset(data_args.dataset_name, data_args.dataset_config, split=name)
-        except Exception as error:  # datasets raises many kinds, all about the name, the network or the files
-            raise UserError(
-                f"dataset {data_args.dataset_name!r}, split {name!r} cannot be loaded: {first_line(error)}"
-            ) from None
-        if data_args.dataset_text_field not in rows.column_names:
-            raise UserError(_no_column(data_args.dataset_name, data_args.dataset_text_field, rows.column_names))
-        texts = rows[data_args.dataset_text_field]
-        return [_checked_text(value, data_args.dataset_name, row) for row, value in enumerate(texts, start=1)]
-
-    held_out = split(data_args.dataset_test_split) if data_args.dataset_test_split else []
-    return split(data_args.dataset_train_split), held_out
+def _holds_nothing(path: str, bad_rows: BadRows) -> UserError:
+    because = f": its rows are bad, all {bad_rows.count}; the first is {bad_rows.shown[0]}" if bad_rows.count else ""
+    return UserError(f"{path} holds no text{because}")
 
 
-def tokenize(documents: list[str], tokenizer: PreTrainedTokenizerBase) -> list[np.ndarray]:
-    """Token ids of each document, int32 [length], ended by the end-of-text token if the tokenizer has one."""
-    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    return [np.array(ids + end, dtype=np.int32) for ids in tokenizer(documents, verbose=False)["input_ids"]]
+def encode(documents: Iterable[Document], encoder: Encoder, bad_rows: BadRows) -> list[np.ndarray]:
+    """The marked tokens of each document, int32 [length]. Documents that have none are added to ``bad_rows``."""
+    documents, tokens = list(documents), []
+    for start in range(0, len(documents), ROWS_AT_A_TIME):
+        chunk = documents[start : start + ROWS_AT_A_TIME]
+        for (place, _), encoded in zip(chunk, encoder.encode([content for _, content in chunk]), strict=True):
+            if isinstance(encoded, BadRow):
+                bad_rows.add(place, encoded)
+            else:
+                tokens.append(encoded)
+    return tokens
 
 
-def pack(documents: list[np.ndarray], max_length: int) -> list[Pack]:
-    """Cuts documents into pieces of at most ``max_length`` tokens and packs the pieces, best fit decreasing.
-
-    Source: Ding et al. 2024, arXiv 2404.10830 (TRL's packing strategy "bfd"): nothing is cut that fits whole.
-    """
-    pieces = [ids[start : start + max_length] for ids in documents for start in range(0, len(ids), max_length)]
-    pieces = [piece for piece in pieces if len(piece) > 1]  # a single token predicts nothing
-    pieces.sort(key=len, reverse=True)  # stable: the order is a function of the data alone
-    packs: list[Pack] = []
-    with_room: dict[int, list[int]] = {}  # tokens still free -> packs with that much room
-    for piece in pieces:
-        rooms = [room for room in with_room if room >= len(piece)]
-        if rooms:
-            room = min(rooms)
-            index = with_room[room].pop()
-            if not with_room[room]:
-                del with_room[room]
-            packs[index].append(piece)
-        else:
-            room, index = max_length, len(packs)
-            packs.append([piece])
-        if room - len(piece) > 1:
-            with_room.setdefault(room - len(piece), []).append(index)
-    return packs
-
-
-def spread(packs: list[Pack], count: int | None) -> list[Pack]:
-    """``count`` of the packs (``None``: all), from the whole list: it is sorted by the longest piece."""
-    if count is None or count >= len(packs):
-        return packs
-    return [packs[i] for i in np.linspace(0, len(packs) - 1, count, dtype=int)]
+def prepare_data(
+    model_args: ModelArguments, data_args: DataArguments, args: TrainingArguments, accelerator: Accelerator
+) -> Data:
+    """Reads, tokenizes and packs the documents. Raises UserError if they do not fill one step."""
+    bad_rows = BadRows(data_args.skip_bad_rows)
+    train_documents, held_out_documents = load_documents(data_args, args.seed, bad_rows)
+    tokenizer = load_tokenizer(model_args)
+    if data_args.chat_template_path is not None:
+        set_chat_template(tokenizer, data_args.chat_template_path)
+    encoder = Encoder(tokenizer, data_args)
+    held_out_tokens = encode(held_out_documents, encoder, bad_rows)
+    train_tokens = encode(train_documents, encoder, bad_rows)
+    bad_rows.check()
+    eval_packs = spread(pack(held_out_tokens, data_args.max_length), data_args.max_eval_samples)
+    per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
+    train_packs: list[Pack] | PackStream
+    if data_args.streaming:
+        train_packs, told = _stream(data_args, args, encoder, bad_rows), "training data is streamed"
+    else:
+        train_packs = spread(pack(train_tokens, data_args.max_length), data_args.max_train_samples)
+        told = _told(train_tokens, train_packs, data_args, per_step)
+    accelerator.print(f"{told}; held out: {len(held_out_documents)} documents, {len(eval_packs)} sequences evaluated")
+    if bad_rows.count:
+        accelerator.print(f"bad rows, left out: {bad_rows.count}; {'; '.join(bad_rows.shown)}")
+    data = Data(tokenizer, train_packs, eval_packs, per_step, bad_rows)
+    accelerator.print(preview(first_pack(data, args.seed), tokenizer, is_short=not data_args.preview))
+    return data
 
 
-def predicted_tokens(packs: list[Pack]) -> int:
-    """How many tokens have a loss: all but the first of each piece."""
-    return sum(len(piece) - 1 for one in packs for piece in one)
+def _told(tokens: list[np.ndarray], packs: list[Pack], data_args: DataArguments, per_step: int) -> str:
+    """A sentence on the training data. Raises UserError if it is too short."""
+    token_count = sum(map(len, tokens))
+    if token_count < data_args.max_length:
+        raise UserError(
+            f"the training data is too short: {token_count} tokens, fewer than one sequence of "
+            f"max_length={data_args.max_length}; give more text or a smaller --max_length"
+        )
+    if len(packs) < per_step:
+        raise UserError(
+            f"the training data is too short: {len(packs)} packed sequences of {data_args.max_length} tokens, "
+            f"and one optimizer step takes {per_step} (batch size x accumulation x processes)"
+        )
+    is_masked = any((document < 0).any() for document in tokens)
+    trained = f" ({predicted_tokens(packs):,} of them trained on)" if is_masked else ""
+    return (
+        f"{len(tokens)} training documents: {token_count:,} tokens{trained} in {len(packs)} sequences of at most "
+        f"{data_args.max_length}"
+    )
 
 
-class Collator:
-    """Packs -> one row [1, tokens] of input_ids, labels, position_ids, and cu_seq_lens_* for flash-style attention."""
+def _stream(data_args: DataArguments, args: TrainingArguments, encoder: Encoder, bad_rows: BadRows) -> PackStream:
+    formats = Formats(data_args)
+    # Bad rows of held-out data are counted by now; a stream sets its own count when it goes to a place.
+    streamed = BadRows(bad_rows.is_skipping)
+    read = functools.partial(train_rows, data_args, formats.choose)
+    keeps_blank = data_args.dataset_name is not None
+    return PackStream(read, formats, encoder, streamed, data_args.max_length, args.seed, keeps_blank)
 
-    def __init__(self, attn_implementation: str):
-        is_flash = "flash" in attn_implementation  # Transformers' own test of which backends read cu_seq_lens_*
-        self.flatten = DataCollatorWithFlattening(return_flash_attn_kwargs=is_flash)
 
-    def __call__(self, packs: list[Pack], device: torch.device) -> dict:
-        batch = self.flatten([{"input_ids": piece} for one in packs for piece in one])
-        batch = {name: value.to(device) if torch.is_tensor(value) else value for name, value in batch.items()}
-        # A cache is of no use here, and with one Transformers would not see where packed documents begin.
-        return batch | {"use_cache": False}
+def first_pack(data: Data, seed: int) -> Pack:
+    """The first packed sequence of the first step."""
+    packs = data.known_packs()
+    if isinstance(data.train_packs, PackStream):
+        return packs[0]
+    return packs[np.random.default_rng((seed, 0)).permutation(len(packs))[0]]
+
+
+def streamed_options(data_args: DataArguments) -> dict[str, object]:
+    """What decides the packs of a stream, beside its first window: for the fingerprint of a run."""
+    names = (
+        "dataset_name", "dataset_config", "dataset_train_split", "dataset_text_field", "max_length", "assistant_only_loss",
+        "completion_only_loss", "skip_bad_rows",
+    )  # fmt: skip
+    chosen = {name: value for name, value in dataclasses.asdict(data_args).items() if name in names}
+    return chosen | {"train_file": data_args.train_file and Path(data_args.train_file).name}

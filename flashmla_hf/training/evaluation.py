@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from peft import PeftModel
 from torch.nn import functional as F
 
-from flashmla_hf.training.data import Collator, Pack
+from flashmla_hf.training.packing import Collator, Pack
 
 LOGITS_BYTES = 2**28  # of the logits that evaluation holds at a time, as fp32
 

@@ -35,7 +35,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerBase, get_scheduler
+from transformers import get_scheduler
 
 from flashmla_hf.host_memory import GIB
 from flashmla_hf.training import machine, max_length
@@ -57,32 +57,19 @@ from flashmla_hf.training.checkpoints import (
     save_checkpoint,
     writing_result,
 )
-from flashmla_hf.training.data import Collator, Pack, load_documents, pack, spread, tokenize
+from flashmla_hf.training.data import Data, prepare_data, streamed_options
 from flashmla_hf.training.evaluation import evaluate, mean_loss, perplexity
 from flashmla_hf.training.ledger import Ledger
 from flashmla_hf.training.model import (
     ledger_of,
     load_model,
-    load_tokenizer,
     make_optimizer,
     out_of_memory_message,
     positions_exceeded,
 )
+from flashmla_hf.training.packing import Collator, largest_id
 from flashmla_hf.training.step import run_batches, step_batches
-
-
-@dataclass
-class Data:
-    """Packed sequences of a run, to train on and to evaluate on."""
-
-    tokenizer: PreTrainedTokenizerBase
-    train_packs: list[Pack]
-    eval_packs: list[Pack]
-    packs_per_step: int  # of all processes
-
-    @property
-    def steps_per_epoch(self) -> int:
-        return len(self.train_packs) // self.packs_per_step
+from flashmla_hf.training.stream import PackStream, StreamPlace
 
 
 @dataclass
@@ -109,9 +96,15 @@ class Run:
 
     def log(self, entry: dict) -> None:
         state = self.state
-        entry = {"step": state.step, "epoch": round(state.step / self.data.steps_per_epoch, 4), **entry}
+        entry = {"step": state.step, "epoch": round(self.data.epochs(state.step), 4), **entry}
         state.log_history.append(entry)
         self.accelerator.log({name: value for name, value in entry.items() if name != "step"}, step=state.step)
+
+    def save(self) -> None:
+        """Writes a checkpoint, with the place in streamed data."""
+        if isinstance(self.data.train_packs, PackStream):
+            self.state.stream = dataclasses.asdict(self.data.train_packs.place)
+        save_checkpoint(self.accelerator, self.args, self.state)
 
     def evaluate(self) -> tuple[float, list[dict]]:
         """The mean loss of the held-out sequences, and the loss by position. Both are logged."""
@@ -132,7 +125,8 @@ class Run:
 
 def train(model_args: ModelArguments, data_args: DataArguments, args: TrainingArguments) -> dict:
     """The whole run; returns the content of ``all_results.json``. Raises UserError for a mistake that the caller can mend."""
-    output_dir = make_output_dir(model_args, args)
+    # A preview writes nothing.
+    output_dir = Path(args.output_dir) if data_args.preview else make_output_dir(model_args, args)
     accelerator = Accelerator(
         mixed_precision="bf16" if args.bf16 else "no",
         cpu=args.use_cpu,
@@ -140,10 +134,14 @@ def train(model_args: ModelArguments, data_args: DataArguments, args: TrainingAr
         project_dir=args.output_dir,
     )
     set_seed(args.seed)
-    resumed = find_checkpoint(args, model_args.use_peft)
+    resumed = None if data_args.preview else find_checkpoint(args, model_args.use_peft)
     # Data first: a mistake there shows before a large model is loaded.
     data = prepare_data(model_args, data_args, args, accelerator)
-    state = TrainerState(fingerprint=fingerprint(model_args, args, data.train_packs, accelerator.num_processes))
+    if data_args.preview:
+        return {}
+    streamed = streamed_options(data_args) if data_args.streaming else None
+    identity = fingerprint(model_args, args, data.known_packs(), accelerator.num_processes, streamed)
+    state = TrainerState(fingerprint=identity)
     if resumed is not None and resumed[1].fingerprint != state.fingerprint:
         raise UserError(
             f"{resumed[0]} belongs to another run (other data, batch sizes, processes, schedule, seed or adapter): resume with "
@@ -154,35 +152,6 @@ def train(model_args: ModelArguments, data_args: DataArguments, args: TrainingAr
         resume(run, *resumed)
     train_steps(run)
     return finish(run)
-
-
-def prepare_data(
-    model_args: ModelArguments, data_args: DataArguments, args: TrainingArguments, accelerator: Accelerator
-) -> Data:
-    """Reads, tokenizes and packs the documents. Raises UserError if they do not fill one step."""
-    train_documents, held_out_documents = load_documents(data_args, args.seed)
-    tokenizer = load_tokenizer(model_args)
-    train_tokens = tokenize(train_documents, tokenizer)
-    train_packs = spread(pack(train_tokens, data_args.max_length), data_args.max_train_samples)
-    token_count = sum(map(len, train_tokens))
-    if token_count < data_args.max_length:
-        raise UserError(
-            f"the training data is too short: {token_count} tokens, fewer than one sequence of "
-            f"max_length={data_args.max_length}; give more text or a smaller --max_length"
-        )
-    per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
-    if len(train_packs) < per_step:
-        raise UserError(
-            f"the training data is too short: {len(train_packs)} packed sequences of {data_args.max_length} tokens, "
-            f"and one optimizer step takes {per_step} (batch size x accumulation x processes)"
-        )
-    eval_packs = pack(tokenize(held_out_documents, tokenizer), data_args.max_length) if held_out_documents else []
-    eval_packs = spread(eval_packs, data_args.max_eval_samples)
-    accelerator.print(
-        f"{len(train_documents)} training documents: {token_count:,} tokens in {len(train_packs)} sequences of at most "
-        f"{data_args.max_length}; held out: {len(held_out_documents)} documents, {len(eval_packs)} sequences evaluated"
-    )
-    return Data(tokenizer, train_packs, eval_packs, per_step)
 
 
 def prepare_model(
@@ -230,7 +199,9 @@ def prepare_model(
 
 def _check_vocabulary(model: torch.nn.Module, model_args: ModelArguments, data: Data) -> None:
     rows = model.get_input_embeddings().weight.shape[0]
-    largest = max(int(piece.max()) for one in (*data.train_packs, *data.eval_packs) for piece in one)
+    largest = largest_id([*data.known_packs(), *data.eval_packs])
+    if isinstance(data.train_packs, PackStream):
+        data.train_packs.embedded = rows
     if largest >= rows:
         raise UserError(
             f"the tokenizer of {model_args.model_name_or_path} gives token {largest}, and the model embeds {rows}: they do not "
@@ -262,6 +233,8 @@ def resume(run: Run, checkpoint: Path, saved: TrainerState) -> None:
             raise
         raise UserError(f"{checkpoint} is damaged: {first_line(error)}; resume from an earlier one") from None
     run.state = saved
+    if isinstance(run.data.train_packs, PackStream):
+        run.data.train_packs.seek(StreamPlace(**(saved.stream or {})))
     run.accelerator.print(f"resumed from {checkpoint} at step {saved.step} of {run.max_steps}")
 
 
@@ -282,8 +255,8 @@ def train_steps(run: Run) -> None:
     model.train()
     while state.step < run.max_steps:
         started = time.perf_counter()
-        batches, num_items = step_batches(run.data.train_packs, state.step, accelerator, args)
-        step_loss = run_batches(model, batches, num_items, run.collate, accelerator)
+        batches, loss_tokens, tokens = step_batches(run.data.train_packs, state.step, accelerator, args)
+        step_loss = run_batches(model, batches, loss_tokens, run.collate, accelerator)
         if args.max_grad_norm > 0:
             # Not the list from before prepare: sharding replaces parameters.
             accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
@@ -292,7 +265,7 @@ def train_steps(run: Run) -> None:
         run.scheduler.step()
         run.optimizer.zero_grad()
         state.step += 1
-        state.tokens += num_items
+        state.tokens, state.loss_tokens = state.tokens + tokens, state.loss_tokens + loss_tokens
         state.interval_losses.append(float(accelerator.reduce(step_loss, "sum")))
         training_seconds += time.perf_counter() - started
         state.runtime = seconds_before + training_seconds
@@ -319,7 +292,7 @@ def train_steps(run: Run) -> None:
         if eval_packs and args.eval_steps and state.step % args.eval_steps == 0 and state.step < run.max_steps:
             run.evaluate()
         if args.save_steps and state.step % args.save_steps == 0:
-            save_checkpoint(accelerator, args, state)
+            run.save()
     bar.close()
 
 
@@ -340,9 +313,11 @@ def finish(run: Run) -> dict:
         "train_loss": mean_loss(state.log_history),
         "train_runtime": state.runtime,
         "train_tokens": state.tokens,
+        "train_loss_tokens": state.loss_tokens,
+        "bad_rows": run.data.bad_row_count,
         "train_tokens_per_second": state.tokens / state.runtime if state.runtime else None,
         "train_steps": state.step,
-        "epoch": state.step / run.data.steps_per_epoch,
+        "epoch": run.data.epochs(state.step),
         "peak_memory_gib": machine.peak_memory(accelerator.device) / GIB,
         "mfu": run.mfu,
         "trainable_parameters": run.trained_parameters,

@@ -21,8 +21,8 @@ from flashmla_hf.host_memory import GIB
 from flashmla_hf.training import child_process, machine
 from flashmla_hf.training.arguments import DataArguments, ModelArguments, TrainingArguments, UserError
 from flashmla_hf.training.checkpoints import make_output_dir
-from flashmla_hf.training.data import Collator
 from flashmla_hf.training.model import ledger_of, load_model, make_optimizer, positions_exceeded
+from flashmla_hf.training.packing import Collator
 from flashmla_hf.training.shape import load_config
 from flashmla_hf.training.step import run_batches
 

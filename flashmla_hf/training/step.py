@@ -1,36 +1,50 @@
 """One optimizer step: which batches each process runs in it, and their forward and backward.
 
-The loss of a step is the sum over its predicted tokens divided by their number, over all accumulated batches and all
+The loss of a step is the sum over its tokens that have one, divided by their number, over all accumulated batches and all
 processes: packs of different length, or another ``gradient_accumulation_steps``, do not change what is optimised.
 """
 
 from __future__ import annotations
 
 import contextlib
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from accelerate import Accelerator
 
 from flashmla_hf.training.arguments import TrainingArguments
-from flashmla_hf.training.data import Collator, Pack, predicted_tokens
+from flashmla_hf.training.packing import Collator, Pack, predicted_tokens
+from flashmla_hf.training.stream import PackStream
+
+
+class StepBatches(NamedTuple):
+    """One optimizer step: the batches of this process, and what all processes read in it."""
+
+    batches: list[list[Pack]]
+    loss_tokens: int  # that have a loss
+    tokens: int  # that have one or could have had one: all but the first of each piece
 
 
 def step_batches(
-    packs: list[Pack], step: int, accelerator: Accelerator, args: TrainingArguments
-) -> tuple[list[list[Pack]], int]:
-    """The batches this process runs in optimizer step ``step``, and the predicted tokens of all processes in it.
+    packs: list[Pack] | PackStream, step: int, accelerator: Accelerator, args: TrainingArguments
+) -> StepBatches:
+    """The batches of optimizer step ``step``.
 
-    A function of the step alone, so that resuming needs no replay. Every epoch is one permutation of the packs. Packs at
-    its end that do not fill a whole step are left out of that epoch.
+    Of a list, a function of the step alone, so that resuming needs no replay. Every epoch is one permutation of the packs.
+    Packs at its end that do not fill a whole step are left out of that epoch. Of a stream, the packs that follow.
     """
     size = args.per_device_train_batch_size
     per_step = size * args.gradient_accumulation_steps * accelerator.num_processes
-    epoch, index = divmod(step, len(packs) // per_step)
-    order = np.random.default_rng((args.seed, epoch)).permutation(len(packs))
-    chosen = [packs[i] for i in order[index * per_step : (index + 1) * per_step]]
+    if isinstance(packs, PackStream):
+        chosen = packs.take(per_step)
+    else:
+        epoch, index = divmod(step, len(packs) // per_step)
+        order = np.random.default_rng((args.seed, epoch)).permutation(len(packs))
+        chosen = [packs[i] for i in order[index * per_step : (index + 1) * per_step]]
     mine = chosen[accelerator.process_index :: accelerator.num_processes]
-    return [mine[i : i + size] for i in range(0, len(mine), size)], predicted_tokens(chosen)
+    tokens = sum(len(piece) - 1 for one in chosen for piece in one)
+    return StepBatches([mine[i : i + size] for i in range(0, len(mine), size)], predicted_tokens(chosen), tokens)
 
 
 def run_batches(

@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import transformers
 
 import flashmla_hf  # noqa: F401  (registers the name)
-from model_sweep import probes
+from model_sweep import probes, verdicts
 from model_sweep.classes import Candidate, candidates
 
 MEMORY = 10 << 30
@@ -57,8 +57,8 @@ class Worker:
                 try:
                     result = probes.examine(candidate, only_forward)
                 except Exception as error:  # of the sweep itself
-                    result = probes.Result(candidate.class_name, candidate.model_type, "failed")
-                    result.reason = f"the sweep itself raises: {probes.raised(error)}"
+                    result = verdicts.Result(candidate.class_name, candidate.model_type, "failed")
+                    result.reason = f"the sweep itself raises: {verdicts.raised(error)}"
                 result.seconds = round(time.time() - began, 2)
                 os.write(writer, (json.dumps(result.as_dict()) + "\n").encode())
                 gc.collect()
@@ -79,7 +79,7 @@ class Worker:
         _, status = os.waitpid(self.child, 0)
         if self.left:
             candidate = self.left.pop(0)
-            lost = probes.Result(candidate.class_name, candidate.model_type, "failed")
+            lost = verdicts.Result(candidate.class_name, candidate.model_type, "failed")
             number = os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
             lost.reason = f"the process died with status {status}"
             if number == signal.SIGALRM:

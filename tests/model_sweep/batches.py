@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 import torch
 from transformers import PreTrainedConfig
 
-from .tiny_configs import FIRST_SPECIAL
+from model_sweep.tiny_configs import FIRST_SPECIAL
 
 BATCH, SEQLEN, DECODER_SEQLEN = 2, 24, 9
 MAX_TRIES = 48

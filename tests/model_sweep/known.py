@@ -23,7 +23,7 @@ KNOWN: dict[str, tuple[str, str]] = {
         _BOOLEAN,
     ),
     **dict.fromkeys(("Nemotron3_5AsrForRNNT", "NemotronAsrStreamingForRNNT", "NemotronAsrStreamingEncoder"), _INVERTED),
-    **dict.fromkeys(("RecurrentGemmaForCausalLM", "RecurrentGemmaModel", "SeamlessM4Tv2ForSpeechToText"), _UNSEEN),
+    **dict.fromkeys(("RecurrentGemmaForCausalLM", "SeamlessM4Tv2ForSpeechToText"), _UNSEEN),
     **dict.fromkeys(
         (
             "ModernVBertForSequenceClassification", "UltraVBertForSequenceClassification", "PeAudioModel",

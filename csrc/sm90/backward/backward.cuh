@@ -128,7 +128,8 @@ struct Backward {
   static constexpr int kDSBarrier = 1, kOwnBarrier = 2;
   __device__ static int ds_barrier(int warpgroup, int stage) { return 1 + warpgroup * kNumDS + stage; }
 
-  // One function with two schedules, longer than others: the fragments of both are the same registers.
+  // One function with two schedules, longer than others: they share fragments and rings. A function (lambda) for each
+  // schedule's step was tried: ptxas orders every kernel's instructions differently then (docs/log.md, 2026-11-27).
   __device__ static void consume(BackwardArguments const& arguments, SharedStorage& shared, int warpgroup) {
     using namespace cute;
     int const thread = ptx::read_thread_index();

@@ -1,0 +1,27 @@
+"""Runs programs and functions of test modules in a Python process of their own, which they may end or must be first in."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+TESTS = Path(__file__).resolve().parent
+
+
+def run_program(program: str, timeout: float = 240, **environment: str) -> str:
+    """Runs ``program`` with this folder and the checkout on its path, ``environment`` added. Returns what it printed, stripped.
+    Fails with the exit code and standard error if the program ends by a signal or an error; after ``timeout`` seconds, too."""
+    path = os.pathsep.join([str(TESTS), str(TESTS.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+    result = subprocess.run(
+        [sys.executable, "-c", program], env=os.environ | {"PYTHONPATH": path} | environment, capture_output=True,
+        text=True, timeout=timeout,
+    )  # fmt: skip
+    assert result.returncode == 0, f"exit code {result.returncode}\n{result.stderr[-4000:]}"
+    return result.stdout.strip()
+
+
+def in_subprocess(module: str, call: str, timeout: float = 120, **environment: str) -> str:
+    """:func:`run_program` on ``call``, an expression of the names of the test module ``module``."""
+    return run_program(f"import {module} as t; t.{call}", timeout, **environment)

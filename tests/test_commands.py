@@ -1,0 +1,82 @@
+"""Every command and program has a help; the commands that a missing extra, a model or the machine's memory decides."""
+
+from __future__ import annotations
+
+import sys
+
+import demo
+import measure_model
+import memory_report
+import pytest
+from training_support import ON_PATH
+
+from flashmla_hf.training import finetune, ledger, memory
+
+
+@pytest.mark.parametrize("module", [demo, finetune, memory, ledger, memory_report, measure_model])
+def test_every_program_prints_a_help(module, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [module.__file__, "--help"])
+    with pytest.raises(SystemExit) as caught:
+        module.main()
+    assert caught.value.code == 0
+    assert len(capsys.readouterr().out.splitlines()) > 10
+
+
+def _flashmla(capsys, *arguments):
+    from flashmla_hf.__main__ import main
+
+    try:
+        code = main([str(argument) for argument in arguments])
+    except SystemExit as error:
+        code = error.code
+    said = capsys.readouterr()
+    return code, said.out + said.err
+
+
+@pytest.mark.parametrize("command", ["finetune", "max-length", "memory", "ledger", "check", "doctor"])
+def test_every_command_has_a_help(command, capsys):
+    code, said = _flashmla(capsys, command, "--help")
+    assert code == 0
+    assert said.startswith(f"usage: flashmla {command}")
+    assert len(said.splitlines()) > 6
+    assert f"    {command}" in _flashmla(capsys)[1]
+
+
+def test_a_missing_extra_is_named_with_its_command(monkeypatch, capsys):
+    from flashmla_hf import training
+
+    found = training.importlib.util.find_spec
+    monkeypatch.setattr(
+        training.importlib.util, "find_spec", lambda name: None if name in ("peft", "yaml") else found(name)
+    )
+    code, said = _flashmla(capsys, "finetune", "--help")
+    assert (code, said) == (1, 'flashmla finetune: not installed: peft, yaml. Run: pip install "flashmla_hf[train]"\n')
+    assert _flashmla(capsys, "ledger", "llama-8b")[0] == 0
+
+
+def test_check_reports_a_model_without_its_weights(tiny_model, capsys):
+    code, said = _flashmla(capsys, "check", tiny_model)
+    assert code == 0
+    assert "LlamaForCausalLM: 2 of 2 attention layers use the flashmla kernel" in said
+    code, said = _flashmla(capsys, "check", "./nowhere")
+    assert code == 1
+    assert "'./nowhere' cannot be built" in said
+
+
+def test_memory_is_measured_beside_the_ledger(tiny_model, monkeypatch, capsys):
+    monkeypatch.setenv("PYTHONPATH", ON_PATH["PYTHONPATH"])
+    real = memory.run_trial
+
+    def limited(argv, length, timeout):
+        out_of_memory = {"length": length, "status": "out_of_memory", "reason": "finetune: out of memory"}
+        return out_of_memory if length > 512 else real(argv, length, timeout)
+
+    monkeypatch.setattr(memory, "run_trial", limited)
+    code, said = _flashmla(
+        capsys, "memory", "--model_name_or_path", tiny_model, "--use_cpu", "--tokens", 256, 1024, "--disable_tqdm"
+    )
+    assert code == 0, said
+    assert "| 256 | " in said
+    assert "| 1,024 | out of memory | " in said
+    code, said = _flashmla(capsys, "memory", "--model_name_or_path", "./nowhere", "--tokens", 256)
+    assert "has no loadable configuration" in str(code)

@@ -1,0 +1,209 @@
+"""A mistake in the options, the files or the model, and running out of memory or disk, end finetune with one sentence."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from training_support import SCRIPTS, options
+
+from flashmla_hf.training import checkpoints, finetune, machine
+
+pytestmark = pytest.mark.usefixtures("fresh_accelerate_state")
+
+MISTAKES = {  # name: (changed options, file contents to write, what the sentence says)
+    "no such file": ({"train_file": "nowhere.txt"}, {}, "nowhere.txt: no such file or folder"),
+    "no such model": ({"model_name_or_path": "./nowhere"}, {}, "model ./nowhere: no such folder"),
+    "too short": ({"train_file": "a.txt"}, {"a.txt": "hello"}, "too short: 6 tokens, fewer than one sequence"),
+    "too few for a step": (
+        {"gradient_accumulation_steps": 1000},
+        {},
+        "one optimizer step takes 1000",
+    ),
+    "empty": ({"train_file": "a.txt"}, {"a.txt": "  \n"}, "holds no text"),
+    "not text": ({"train_file": "a.txt"}, {"a.txt": b"\xff\xfe\x00"}, "not text: byte 0 is not UTF-8"),
+    "bad json": ({"train_file": "a.jsonl"}, {"a.jsonl": '{"text": "x"}\n{oops'}, "line 2: not a JSON object"),
+    "missing column": (
+        {"train_file": "a.jsonl"},
+        {"a.jsonl": '{"body": "x"}'},
+        "line 1: no column 'text', only ['body']",
+    ),
+    "column of numbers": ({"train_file": "a.jsonl"}, {"a.jsonl": '{"text": 3}'}, "line 1: expected text, got int"),
+    "bad parquet": ({"train_file": "a.parquet"}, {"a.parquet": "x"}, "is not a readable parquet file"),
+    "one document to split": (
+        {"train_file": "a.txt", "validation_split_percentage": 10},
+        {"a.txt": "word " * 500},
+        "a single document, which cannot be split",
+    ),
+    "no checkpoint": ({"resume_from_checkpoint": "nowhere"}, {}, "no checkpoint there"),
+    "unknown option in YAML": ({"config": "c.yaml"}, {"c.yaml": "lr: 1"}, "unknown option 'lr'"),
+    "bad YAML": ({"config": "c.yaml"}, {"c.yaml": "a: [1"}, "--config c.yaml cannot be read"),
+    "wrong module": (
+        {"use_peft": True, "lora_target_modules": "nothing_proj"},
+        {},
+        "--lora_target_modules nothing_proj",
+    ),
+    "zero batch": ({"per_device_train_batch_size": 0}, {}, "expected at least 1, got 0"),
+    "bad schedule": ({"lr_scheduler_type": "zigzag"}, {}, "--lr_scheduler_type zigzag"),
+    "schedule of measures": (
+        {"lr_scheduler_type": "reduce_lr_on_plateau"},
+        {},
+        "--lr_scheduler_type reduce_lr_on_plateau",
+    ),
+    "negative rate": ({"learning_rate": -1}, {}, "--learning_rate: expected at least 0, got -1.0"),
+    "no number": ({"learning_rate": "nan"}, {}, "--learning_rate: expected at least 0, got nan"),
+    "seed too large": ({"seed": 2**33}, {}, "--seed: expected 0 to"),
+    "no epochs": ({"num_train_epochs": 0, "max_steps": -1}, {}, "--num_train_epochs: expected more than 0"),
+    "keep -1 checkpoints": ({"save_total_limit": -1}, {}, "--save_total_limit: expected at least 1, got -1"),
+    "rank 0": ({"use_peft": True, "lora_r": 0}, {}, "--lora_r: expected at least 1, got 0"),
+    "empty name": ({"train_file": ""}, {}, "--train_file: expected a name"),
+    "test split of files": (
+        {"dataset_test_split": "test"},
+        {},
+        "--dataset_test_split: expected it with --dataset_name",
+    ),
+    "half a pair": (
+        {"train_file": "a.jsonl"},
+        {"a.jsonl": r'{"text": "\ud800"}'},
+        "line 1: character 0 is half of a pair",
+    ),
+    "YAML of another type": ({"config": "c.yaml"}, {"c.yaml": "seed: 3.7"}, "c.yaml: seed: expected int, got 3.7"),
+    "YAML of no choice": ({"config": "c.yaml"}, {"c.yaml": "dtype: float16"}, "dtype: expected one of auto, float32"),
+    "YAML of nothing": ({"config": "c.yaml"}, {"c.yaml": "max_length:"}, "max_length: expected a value, got none"),
+    "YAML list": ({"config": "c.yaml"}, {"c.yaml": "seed: [1]"}, "seed: expected one value, got [1]"),
+    "YAML of no truth": ({"config": "c.yaml"}, {"c.yaml": "use_peft: maybe"}, "c.yaml: use_peft: "),
+    "YAML of bytes": ({"config": "c.yaml"}, {"c.yaml": b"seed: \xff"}, "--config c.yaml cannot be read"),
+    "an adapter as model": ({"model_name_or_path": "a"}, {"a/adapter_config.json": "{}"}, "model a is an adapter"),
+    "not our checkpoint": (
+        {"resume_from_checkpoint": "c"},
+        {"c/trainer_state.json": '{"global_step": 5}', "c/optimizer.bin": "x"},
+        "trainer_state.json is not of flashmla finetune",
+    ),
+    "results of another kind": ({}, {"out/adapter_config.json": "{}"}, "holds an adapter of an earlier run"),
+    "earlier checkpoints": (
+        {},
+        {"out/checkpoint-3/optimizer.bin": "x"},
+        "holds checkpoint-3 of an earlier run: continue",
+    ),
+    "learning rate too high": ({"learning_rate": 1e30, "max_steps": 8, "max_grad_norm": 0}, {}, "the loss became"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_ends_with_one_sentence(mistake, tiny_model, corpus, tmp_path, monkeypatch):
+    changed, files, sentence = MISTAKES[mistake]
+    if mistake == "bad parquet":
+        pytest.importorskip("pyarrow")
+    monkeypatch.chdir(tmp_path)
+    for name, content in files.items():
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        Path(name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(SystemExit) as caught:
+        finetune.main(options(tiny_model, corpus, tmp_path / "out", **{"max_steps": 1, **changed}))
+    message = str(caught.value)
+    assert message.startswith("finetune: ")
+    assert sentence in message
+    assert "\n" not in message
+
+
+def test_the_yaml_file_sets_options_and_the_command_line_wins(tmp_path):
+    config = tmp_path / "c.yaml"
+    config.write_text(
+        "model_name_or_path: m\noutput_dir: o\ntrain_file: t\nlearning_rate: 3e-4\nlora_target_modules: [a, b]\n"
+    )
+    model_args, _, args = finetune.parse_arguments(["--config", str(config), "--output_dir", "other"])
+    assert (args.learning_rate, args.output_dir, model_args.lora_target_modules) == (3e-4, "other", ["a", "b"])
+
+
+def test_yaml_values_are_read_as_the_command_line_reads_them(tmp_path):
+    config = tmp_path / "c.yaml"
+    required = {"model_name_or_path": "m", "train_file": "~/t", "output_dir": "o"}
+    config.write_text(
+        "\n".join([*(f"{k}: {v}" for k, v in required.items()), "patches: loss", "lora_target_modules: q_proj"])
+    )
+    model_args, data_args, _ = finetune.parse_arguments(["--config", str(config)])
+    assert (model_args.patches, model_args.lora_target_modules) == (["loss"], ["q_proj"])
+    assert data_args.train_file == str(Path("~/t").expanduser())
+    with pytest.raises(ValueError, match="--conf"):  # no abbreviation: the file would not be read
+        finetune.parse_arguments(["--conf", str(config), *options("m", "t", "o")])
+
+
+def test_out_of_memory_is_what_torch_says_and_nothing_that_sounds_like_it():
+    with pytest.raises(RuntimeError) as torchs_own:
+        torch.empty(2**45)
+    assert machine.is_out_of_memory(torchs_own.value)
+    assert machine.is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"))
+    assert machine.is_out_of_memory(MemoryError())
+    for text in (
+        "Expected tensor allocated on cuda:0", "not enough memory of the past", "cannot allocate a name", "memory format"
+    ):  # fmt: skip
+        assert not machine.is_out_of_memory(RuntimeError(text))
+
+
+def test_a_place_that_cannot_be_written_shows_at_once(tiny_model, corpus, tmp_path, monkeypatch):
+    def read_only(dir):
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(checkpoints.tempfile, "TemporaryFile", read_only)
+    for more in ({"max_steps": 1}, {"find_max_length": True}):
+        with pytest.raises(SystemExit, match="out cannot be written to: Read-only file system"):
+            finetune.main(options(tiny_model, corpus, tmp_path / "out", **more))
+
+
+def test_tokens_beyond_the_embedding_are_refused(tiny_model, corpus, tmp_path):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    model.resize_token_embeddings(60)
+    model.save_pretrained(tmp_path / "small")
+    AutoTokenizer.from_pretrained(tiny_model).save_pretrained(tmp_path / "small")
+    with pytest.raises(SystemExit, match=r"gives token .*, and the model embeds 60"):
+        finetune.main(options(tmp_path / "small", corpus, tmp_path / "out", max_steps=1))
+
+
+def test_the_configs_that_ship_are_valid():
+    for config in (SCRIPTS / "configs").glob("*.yaml"):
+        required = ["--model_name_or_path", "m", "--train_file", "t", "--output_dir", "o"]
+        finetune.parse_arguments(["--config", str(config), *required])
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (
+            torch.OutOfMemoryError("CUDA out of memory."),
+            "out of memory; by the ledger .* add loss|out of memory; by the",
+        ),
+        (MemoryError(), "out of memory; by the ledger"),
+        (OSError(28, "No space left on device"), "No space left on device; what is saved there stays"),
+        (
+            RuntimeError("flashmla_hf.patch: patch 'offload': host memory: expected more"),
+            "patch 'offload': host memory",
+        ),
+        (ValueError("flashmla_hf.patch: patch 'mlp': expected\na tensor"), "patch 'mlp': expected a tensor"),
+    ],
+)
+def test_running_out_ends_with_one_sentence(error, said, tiny_model, corpus, tmp_path, monkeypatch):
+    def fail(*args):
+        raise error
+
+    monkeypatch.setattr(finetune, "run_batches", fail)
+    with pytest.raises(SystemExit, match=said) as caught:
+        finetune.main(options(tiny_model, corpus, tmp_path, max_steps=1))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("patches", "said"),
+    [
+        (["nothing"], "unknown patch 'nothing': expected all, none, some of loss"),
+        (["offload=many"], "expected a number after offload="),
+        (["offload"], "needs patch 'checkpointing'"),
+    ],
+)
+def test_a_wrong_patch_ends_with_one_sentence(patches, said, tiny_model, corpus, tmp_path):
+    with pytest.raises(SystemExit) as caught:
+        finetune.main([*options(tiny_model, corpus, tmp_path / "out", max_steps=1), "--patches", *patches])
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)

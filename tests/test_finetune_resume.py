@@ -1,0 +1,175 @@
+"""A run that was killed, interrupted or out of disk resumes with the same losses; a checkpoint of another run is refused."""
+
+from __future__ import annotations
+
+import json
+import resource
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from training_support import ON_PATH, SCRIPTS, losses, options
+
+from flashmla_hf.training import finetune
+
+pytestmark = pytest.mark.usefixtures("fresh_accelerate_state")
+
+
+def test_a_killed_run_resumed_gives_the_losses_of_one_that_was_not(tiny_model, corpus, tmp_path):
+    shared = {
+        "max_steps": 30, "use_peft": True, "lora_dropout": 0.1, "save_steps": 3, "gradient_accumulation_steps": 2,
+        "validation_split_percentage": 10, "eval_steps": 10, "logging_steps": 2, "warmup_steps": 0.1,
+    }  # fmt: skip
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    finetune.main(options(tiny_model, corpus, whole, **shared))
+
+    arguments = options(tiny_model, corpus, killed, **shared)
+    process = subprocess.Popen([sys.executable, str(SCRIPTS / "finetune.py"), *arguments], env=ON_PATH)
+    try:
+        deadline = time.monotonic() + 120
+        while not (killed / "checkpoint-6").exists():
+            assert process.poll() is None, "ended before it could be killed"
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    # As a kill within a checkpoint leaves it.
+    (killed / "unfinished-checkpoint-30").mkdir()
+    assert not (killed / "all_results.json").exists()
+
+    finetune.main([*arguments, "--resume_from_checkpoint", "latest"])
+    assert losses(killed) == losses(whole)
+    states = [json.loads((d / "trainer_state.json").read_text()) for d in (whole, killed)]
+    assert [s["tokens"] for s in states] == [states[0]["tokens"]] * 2
+    evaluations = [[e["eval_loss"] for e in s["log_history"] if "eval_loss" in e] for s in states]
+    assert evaluations[0] == evaluations[1]
+
+
+def test_resuming_another_run_is_refused(tiny_model, corpus, tmp_path):
+    shared = {"max_steps": 2, "save_steps": 1, "use_peft": True}
+    finetune.main(options(tiny_model, corpus, tmp_path, **shared))
+    with pytest.raises(SystemExit, match="belongs to another run"):
+        finetune.main(options(tiny_model, corpus, tmp_path, **shared, seed=1, resume_from_checkpoint="latest"))
+
+
+def test_a_checkpoint_that_cannot_be_written_loses_nothing_saved(tiny_model, corpus, tmp_path, monkeypatch):
+    from accelerate import Accelerator
+
+    save = Accelerator.save_state
+
+    def full_disk(self, folder):
+        save(self, folder)
+        if "checkpoint-2" in folder:
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Accelerator, "save_state", full_disk)
+    with pytest.raises(SystemExit, match=r"checkpoint-2 could not be written .*No space left.*checkpoint-1 is whole"):
+        finetune.main(options(tiny_model, corpus, tmp_path, max_steps=3, save_steps=1, use_peft=True))
+    assert [path.name for path in sorted(tmp_path.iterdir())] == ["checkpoint-1"]
+    monkeypatch.undo()
+    finetune.main(
+        options(tiny_model, corpus, tmp_path, max_steps=3, save_steps=1, use_peft=True, resume_from_checkpoint="latest")
+    )
+
+
+def test_results_of_an_interrupted_run_equal_those_of_an_uninterrupted_one(tiny_model, corpus, tmp_path):
+    """Resumed when it was finished, or logged at other steps, a run says the same of itself."""
+    shared = {"max_steps": 3, "validation_split_percentage": 20, "save_steps": 3}
+    results = {}
+    for name, more in (("once", {"logging_steps": 1}), ("twice", {"logging_steps": 2})):
+        finetune.main(options(tiny_model, corpus, tmp_path / name, **shared, **more))
+        if name == "twice":
+            (tmp_path / name / "all_results.json").unlink()
+            finetune.main(
+                options(tiny_model, corpus, tmp_path / name, **shared, **more, resume_from_checkpoint="latest")
+            )
+        results[name] = json.loads((tmp_path / name / "all_results.json").read_text())
+    for name in ("train_loss", "eval_loss", "train_tokens"):
+        assert results["twice"][name] == pytest.approx(results["once"][name], rel=1e-6), name
+    assert results["twice"].keys() == results["once"].keys()
+    assert results["twice"]["mfu"] > 0
+    assert json.loads((tmp_path / "once" / "config.json").read_text()).get("use_cache", True)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"lora_dropout": 0.1}, {"max_grad_norm": 0.5}, {"lr_scheduler_type": "linear"}, {"max_steps": 2}],
+    ids=str,
+)
+def test_resuming_with_other_options_is_refused(change, tiny_model, corpus, tmp_path):
+    shared = {"max_steps": 1, "save_steps": 1, "use_peft": True}
+    finetune.main(options(tiny_model, corpus, tmp_path, **shared))
+    with pytest.raises(SystemExit, match="belongs to another run"):
+        finetune.main(options(tiny_model, corpus, tmp_path, **shared | change, resume_from_checkpoint="latest"))
+
+
+def test_resuming_on_another_base_model_or_from_a_damaged_checkpoint_is_refused(tiny_model, corpus, tmp_path):
+    import shutil
+
+    from transformers import AutoModelForCausalLM
+
+    shared = {"max_steps": 1, "save_steps": 1, "use_peft": True, "resume_from_checkpoint": "latest"}
+    finetune.main(options(tiny_model, corpus, tmp_path / "out", **shared))
+    other = tmp_path / "other"
+    shutil.copytree(tiny_model, other)
+    model = AutoModelForCausalLM.from_pretrained(other)
+    torch.nn.init.normal_(model.model.norm.weight)
+    model.save_pretrained(other)
+    with pytest.raises(SystemExit, match="belongs to another base model"):
+        finetune.main(options(other, corpus, tmp_path / "out", **shared))
+    changed = {"use_peft": False, "resume_from_checkpoint": tmp_path / "out" / "checkpoint-1"}
+    with pytest.raises(SystemExit, match="expected a whole model by --use_peft false, got an adapter"):
+        finetune.main(options(tiny_model, corpus, tmp_path / "full", **shared | changed))
+    checkpoint = tmp_path / "out" / "checkpoint-1"
+    whole = (checkpoint / "optimizer.bin").read_bytes()
+    for damaged in (b"oops", whole[: len(whole) // 2]):
+        (checkpoint / "optimizer.bin").write_bytes(damaged)
+        with pytest.raises(SystemExit, match="checkpoint-1 is damaged"):
+            finetune.main(options(tiny_model, corpus, tmp_path / "out", **shared))
+    (checkpoint / "adapter_model.safetensors").write_bytes(b"oops")
+    with pytest.raises(SystemExit, match="checkpoint-1 holds no adapter of this model"):
+        finetune.main(options(tiny_model, corpus, tmp_path / "out", **shared))
+
+
+def test_an_interrupted_run_says_how_to_go_on(tiny_model, corpus, tmp_path, monkeypatch, capsys):
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(finetune, "run_batches", interrupted)
+    with pytest.raises(SystemExit) as caught:
+        finetune.main(options(tiny_model, corpus, tmp_path / "out", max_steps=1))
+    assert caught.value.code == 130
+    assert "--resume_from_checkpoint latest" in capsys.readouterr().err
+
+
+def test_a_patched_run_resumes_with_the_same_losses(tiny_model, corpus, tmp_path):
+    shared = {"use_peft": True, "patches": "all", "save_steps": 3, "lr_scheduler_type": "constant"}
+    finetune.main(options(tiny_model, corpus, tmp_path / "whole", **shared, max_steps=6))
+    finetune.main(options(tiny_model, corpus, tmp_path / "parts", **shared, max_steps=3))
+    finetune.main(
+        options(tiny_model, corpus, tmp_path / "parts", **shared, max_steps=6, resume_from_checkpoint="latest")
+    )
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+
+
+def test_a_disk_that_fills_up_at_a_checkpoint_loses_nothing_saved(tiny_model, corpus, tmp_path):
+    """Really: the system refuses files beyond a limit, which the optimizer's state is over."""
+    shared = {"save_steps": 1, "lr_scheduler_type": "constant"}
+    finetune.main(options(tiny_model, corpus, tmp_path, **shared, max_steps=1))
+    before = (tmp_path / "checkpoint-1" / "model.safetensors").read_bytes()
+    arguments = options(tiny_model, corpus, tmp_path, **shared, max_steps=2, resume_from_checkpoint="latest")
+    done = subprocess.run(
+        [sys.executable, "-m", "flashmla_hf.training.finetune", *arguments], env=ON_PATH, capture_output=True, text=True,
+        timeout=120, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000)),
+    )  # fmt: skip
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("finetune: checkpoint-2 could not be written"), done.stderr
+    assert last.endswith("checkpoint-1 is whole: resume from it")
+    assert not list(tmp_path.glob("*checkpoint-2"))
+    assert (tmp_path / "checkpoint-1" / "model.safetensors").read_bytes() == before
+    finetune.main(arguments)
+    assert len(losses(tmp_path)) == 2

@@ -1,0 +1,145 @@
+"""Continuous batching gives the tokens of generate; block tables and dictionaries of boundaries are refused."""
+
+from __future__ import annotations
+
+import hf_support
+import pytest
+import torch
+import transformers
+from counting import counted_calls
+from hf_support import DEVICE, SHAPED, SIZES, build_causal_lm, kernel_calls, random_ids
+from transformers import modeling_flash_attention_utils
+
+from flashmla_hf.hf import forward
+
+pytestmark = [
+    hf_support.needs_kernel,
+    pytest.mark.filterwarnings("ignore::FutureWarning"),  # the paged| prefix after 5.17
+]
+
+
+def batched(model, prompts, sizes=None, **options) -> list[list[int]]:
+    settings = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": -1, "pad_token_id": 0, **options}
+    config = transformers.ContinuousBatchingConfig(
+        **{"num_blocks": 64, "max_batch_tokens": 64, "use_cuda_graph": False, **(sizes or {})}
+    )
+    outputs = model.generate_batch(
+        inputs=prompts, generation_config=transformers.GenerationConfig(**settings), continuous_batching_config=config,
+        progress_bar=False,
+    )  # fmt: skip
+    assert all(output.error is None for output in outputs.values())
+    return [
+        list(outputs[key].generated_tokens) for key in sorted(outputs, key=lambda k: [int(n) for n in k if n.isdigit()])
+    ]
+
+
+def one_by_one(model, prompts) -> list[list[int]]:
+    return [
+        model.generate(torch.tensor([p], device=DEVICE), max_new_tokens=6, do_sample=False)[0, len(p) :].tolist()
+        for p in prompts
+    ]
+
+
+def prompts_of(*lengths):
+    return [random_ids(1, n, seed=n)[0].tolist() for n in lengths]
+
+
+@pytest.mark.parametrize("name", ["flashmla", SHAPED])
+@pytest.mark.parametrize(
+    ("family", "options"), [("Llama", {}), ("Mistral", {"sliding_window": 5}), ("Qwen3", {"head_dim": 16})], ids=str
+)
+def test_continuous_batching_gives_the_tokens_of_generate(family, options, name):
+    prompts = prompts_of(5, 19, 3)
+    ours = build_causal_lm(name, family, **options)
+    with counted_calls() as calls:
+        got = batched(ours, prompts)
+    assert kernel_calls(calls) > 0
+    assert got == one_by_one(build_causal_lm("eager", family, **options), prompts)
+    assert ours.config._attn_implementation == name
+
+
+def test_a_prompt_longer_than_a_batch_is_read_in_parts():
+    """Mistral's window lies across the parts."""
+    for family, options in (("Llama", {}), ("Mistral", {"sliding_window": 9})):
+        prompts = prompts_of(41, 7)
+        got = batched(build_causal_lm("flashmla", family, **options), prompts, {"max_batch_tokens": 16})
+        assert got == one_by_one(build_causal_lm("eager", family, **options), prompts)
+
+
+@pytest.mark.parametrize("is_shared", [False, True])
+def test_prompts_with_the_same_beginning_share_their_blocks(is_shared):
+    size = "page_size" if "page_size" in transformers.ContinuousBatchingConfig.__dataclass_fields__ else "block_size"
+    beginning = prompts_of(32)[0]
+    prompts = [beginning + rest for rest in prompts_of(3, 5)]
+    sizes = {size: 16, "allow_block_sharing": is_shared, "max_batch_tokens": 48}
+    assert batched(build_causal_lm("flashmla"), prompts, sizes) == one_by_one(build_causal_lm("eager"), prompts)
+
+
+def test_requests_that_fork_from_one_prompt_go_on_by_themselves():
+    prompts = prompts_of(9)
+    got = batched(build_causal_lm("flashmla"), prompts, do_sample=True, top_k=1, num_return_sequences=2)
+    want = one_by_one(build_causal_lm("eager"), prompts)
+    assert got in (want * 2, want)  # 5.17 hands back one of them
+
+
+def test_continuous_batching_uses_pefts_adapters():
+    peft = pytest.importorskip("peft")
+    prompts = prompts_of(5, 9)
+
+    def adapted(name):
+        model = peft.get_peft_model(build_causal_lm(name), peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"]))
+        torch.manual_seed(1)
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data.normal_(0, 0.3)
+        return model.base_model.model.eval()
+
+    got = batched(adapted("flashmla"), prompts)
+    assert got == one_by_one(adapted("eager"), prompts)
+    assert got != one_by_one(build_causal_lm("eager"), prompts), "the adapter changes nothing"
+
+
+def test_the_decode_path_is_told_that_there_is_no_function_for_block_tables(monkeypatch):
+    """On a GPU it looks for flash_attn_with_kvcache under names with a 2 or 3."""
+    from transformers.generation.continuous_batching import initialization
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    asked = []
+    wrapped = modeling_flash_attention_utils._lazy_imports
+    monkeypatch.setattr(
+        modeling_flash_attention_utils, "_lazy_imports", lambda *a, **k: asked.append(a[0]) or wrapped(*a, **k)
+    )
+    monkeypatch.setattr(modeling_flash_attention_utils, "_loaded_implementation", None)
+    for name in (SHAPED, f"paged|{SHAPED}"):
+        config = transformers.LlamaConfig(**SIZES)
+        config._attn_implementation = name
+        batching = transformers.ContinuousBatchingConfig(max_blocks_per_request=4)
+        initialization.ensure_decode_fast_path_is_available(config, batching, True)
+        assert batching.max_blocks_per_request == 0
+        assert name in asked
+
+
+@pytest.mark.parametrize("name", ["block_table", "k_cache", "v_cache"])
+def test_a_block_table_is_refused_by_name(name):
+    x = torch.randn(1, 2, 4, 8, device=DEVICE)
+    with pytest.raises(ValueError, match=rf"{name}: expected none.*max_blocks_per_request=0"):
+        forward.attention_forward(torch.nn.Module(), x, x, x, **{name: torch.zeros(1, 2, device=DEVICE)})
+
+
+def test_boundaries_of_every_kind_of_layer_are_refused_if_the_layer_chose_none():
+    x = torch.randn(1, 2, 4, 8, device=DEVICE)
+    boundaries = torch.tensor([0, 4], dtype=torch.int32, device=DEVICE)
+    kinds = {"full_attention": boundaries}
+    with pytest.raises(ValueError, match="cu_seq_lens_k: expected the boundaries of this layer's keys, got dict"):
+        forward.attention_forward(
+            torch.nn.Module(), x, x, x, cu_seq_lens_q=boundaries, cu_seq_lens_k=kinds, max_length_q=4,
+            max_length_k={"full_attention": 4}, read_index=[torch.arange(4)], write_index=[torch.arange(4)],
+        )  # fmt: skip
+
+
+def test_an_ordinary_cache_among_the_arguments_is_left_alone():
+    x = torch.randn(1, 2, 4, 8, device=DEVICE)
+    cache = transformers.DynamicCache()
+    out, _ = forward.attention_forward(torch.nn.Module(), x, x, x, cache=cache)
+    assert torch.equal(out, forward.attention_forward(torch.nn.Module(), x, x, x)[0])
+    assert cache.get_seq_length() == 0

@@ -1,0 +1,50 @@
+"""The sweep for compute-sanitizer (tests/sanitize_gpu.py) covers every kernel, is right, and notices wrong results."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import gpu_support
+import pytest
+import sanitize_gpu
+import torch
+from cases import SM90_ROWS
+from cpu_support import needs_cpu_library
+from gpu_support import DEVICE, needs_sm90
+
+TESTS = Path(__file__).parent
+
+
+@needs_cpu_library
+def test_the_sweep_for_the_sanitizer_is_right_on_the_cpu_and_covers_every_kernel():
+    assert sanitize_gpu.sweep("cpu") == []
+    covered = {(c.sm90_row, c.mask_kind, c.is_packed) for c, _ in sanitize_gpu.sweep_cases()}
+    assert len(covered) == len(SM90_ROWS) * 3 * 2
+    assert {(case.sm90_row, dtype) for case, dtype in sanitize_gpu.sweep_cases()} == {
+        (row, dtype) for row in SM90_ROWS for dtype in gpu_support.HALF
+    }
+
+
+@needs_cpu_library
+def test_the_sweep_for_the_sanitizer_finds_wrong_results():
+    forward = torch.ops.flashmla.flash_attn_forward
+
+    def unmasked(*arguments):
+        return forward(*arguments[:9], -1, -1, *arguments[11:])
+
+    def shifted(*arguments):
+        out, lse = forward(*arguments)
+        return out.roll(1, dims=-1), lse
+
+    for wrong in (unmasked, shifted):
+        assert len(sanitize_gpu.sweep("cpu", wrong)) >= 12
+
+
+@needs_sm90
+@pytest.mark.skipif(DEVICE == "cpu", reason="is the same test")
+def test_the_sweep_for_the_sanitizer_is_right_on_this_gpu():
+    result = subprocess.run([sys.executable, TESTS / "sanitize_gpu.py"], capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    assert " 0 wrong results" in result.stdout
