@@ -126,7 +126,7 @@ test-wheel: ready
 	FLASHMLA_TEST_INSTALLS=1 $(RUN) -m pytest tests/test_wheel.py
 
 docs: $(DOCS)/requirements.stamp
-	$(DOCS)/bin/mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --strict
 
 headers: torch-ready
 	$(RUN) csrc/check_headers.py
