@@ -1,7 +1,7 @@
 """What `make docs` does beyond Markdown: the repository's own pages join the site, and links to them are followed.
 
-README.md, CONTRIBUTING.md, SECURITY.md, CHANGELOG.md and benchmarks/RESULTS.md stand outside docs/, where people look for them in
-a repository. They become pages of the site while it is built; there is no second copy to keep up.
+README.md, CONTRIBUTING.md, SECURITY.md, CHANGELOG.md and benchmarks/RESULTS.md stand outside docs/, in their usual places of a
+repository. They become pages of the site while it is built; no second copy is kept.
 """
 
 from __future__ import annotations
