@@ -45,7 +45,7 @@ def ran(*command, **environment):
     if result.returncode != 0 and re.search(NO_REGISTRY, result.stdout + result.stderr):
         pytest.skip("no package registry")
     assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-4000:]
-    return result.stdout
+    return result.stdout + result.stderr  # pip -v puts what a build prints into stderr
 
 
 def tracked_files():
