@@ -3,6 +3,10 @@
 # make gpu       the one entry for a GPU host: doctor, correctness, sanitizer, benchmark; PARTS="sm90 sweep" runs some of it
 # make sanitize  the CPU kernel under AddressSanitizer and UBSan
 # make cuda      the CUDA library, compiled on any machine that has nvcc; fails on a spilled register, and on any warning in csrc
+# make wheel     the one wheel for every torch and Python, with the Hopper library if nvcc is there; manylinux tag by auditwheel
+# make sdist     the source archive, which builds by itself
+# make test-wheel                 installs both into fresh environments, of two torch releases and two Pythons, and runs doctor
+# make docs      the documentation as a site, from docs/*.md and docstrings; fails on a warning
 # make headers   host code against the headers of every supported torch, and of the oldest CUDA and a new one
 # make test-other-torch           doctor and the operator tests on the oldest torch; OTHER_TORCH=2.12.0 on another one
 # make test-older-transformers    the integration tests on older releases
@@ -38,6 +42,8 @@ HAS_GPU = $(eval HAS_GPU := $(shell $(PYTHON) -c "import torch; print(int(torch.
 on_gpu_or = $(if $(filter 1,$(HAS_GPU)),$(1),$(2))
 VENV := .venv
 LINT := .venv-lint
+DOCS := .venv-docs
+WHEEL := .venv-wheel
 RUN = $(call on_gpu_or,PYTHONPATH=$(CURDIR) $(PYTHON),$(VENV)/bin/python)
 TORCH_READY = $(call on_gpu_or,,$(VENV)/requirements.stamp)
 READY = $(call on_gpu_or,build/in-place.stamp,$(VENV)/package.stamp)
@@ -45,7 +51,7 @@ SOURCES := $(shell find csrc -type f) setup.py pyproject.toml
 CXX_FILES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 .PHONY: demo test test-other-torch test-older-transformers test-newest sweep support tiles readme gpu sanitize cuda headers bench memory \
-  lint types format clean
+  lint types format wheel sdist test-wheel docs clean
 demo: ready
 	$(RUN) scripts/demo.py
 
@@ -109,6 +115,19 @@ sanitize:
 cuda: torch-ready
 	$(RUN) csrc/sm90/check_build.py
 
+wheel: torch-ready $(WHEEL)/requirements.stamp
+	$(WHEEL)/bin/python csrc/make_wheel.py --torch "$$($(RUN) -c 'import torch; print(torch.__path__[0])')"
+
+sdist: $(WHEEL)/requirements.stamp
+	$(WHEEL)/bin/python -m build --sdist --no-isolation --outdir dist .
+
+# Slow: it compiles and downloads a second torch. FLASHMLA_TEST_WHEEL names a wheel that was built before.
+test-wheel: ready
+	FLASHMLA_TEST_INSTALLS=1 $(RUN) -m pytest tests/test_wheel.py
+
+docs: $(DOCS)/requirements.stamp
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --strict
+
 headers: torch-ready
 	$(RUN) csrc/check_headers.py
 
@@ -128,7 +147,7 @@ format: $(LINT)/requirements.stamp
 	$(LINT)/bin/clang-format -i $(CXX_FILES)
 
 clean:
-	rm -rf build dist *.egg-info flashmla_hf/*.so flashmla_hf/_build.json
+	rm -rf build dist site *.egg-info flashmla_hf/*.so flashmla_hf/_build.json
 
 # Prerequisites that depend on HAS_GPU: recipes are expanded only if they run, prerequisites always.
 .PHONY: ready torch-ready
@@ -150,6 +169,16 @@ $(VENV)/requirements.stamp: requirements.txt
 $(LINT)/requirements.stamp: requirements-lint.txt
 	$(PYTHON) -m venv $(LINT)
 	$(LINT)/bin/pip install -q -r requirements-lint.txt
+	touch $@
+
+$(DOCS)/requirements.stamp: requirements-docs.txt
+	$(PYTHON) -m venv $(DOCS)
+	$(DOCS)/bin/pip install -q -r requirements-docs.txt
+	touch $@
+
+$(WHEEL)/requirements.stamp: requirements-wheel.txt
+	$(PYTHON) -m venv $(WHEEL)
+	$(WHEEL)/bin/pip install -q -r requirements-wheel.txt
 	touch $@
 
 $(VENV)/package.stamp: $(VENV)/requirements.stamp $(SOURCES)

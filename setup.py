@@ -8,7 +8,8 @@ works under build isolation and finds the torch of the environment it installs i
 
 Environment:
 
-FLASHMLA_BUILD        auto (CUDA if it can be compiled, else one sentence says why not), cpu, or cuda (fail without it)
+FLASHMLA_BUILD        auto (CUDA if torch has it and it can be compiled, else one sentence says why not), cpu, or cuda (also for
+                      a torch without CUDA, as for a wheel that serves both; the build fails if it cannot be had)
 MAX_JOBS              compilers at a time; all cores otherwise
 CXX                   the C++ compiler, nvcc's host compiler too
 CUDA_HOME             the CUDA toolkit, where nvcc is not on PATH
@@ -33,7 +34,7 @@ import sysconfig
 import time
 import zlib
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,6 +55,14 @@ CPU, SM90, DIRECT = "flashmla_hf.libflashmla_cpu", "flashmla_hf.libflashmla_sm90
 # ours passes through torch's frames, and an unwinder that never ran has no table of registers yet.
 LOCAL_RUNTIME = ["-Wl,--exclude-libs,ALL", "-lgcc_s"] if sys.platform == "linux" else []
 BACKENDS = {CPU: "cpu", SM90: "sm90", DIRECT: "direct"}  # directories of csrc
+# Seconds without a finished source after which the build names those that it is compiling.
+STILL_COMPILING = 30.0
+
+
+def tell(text: str) -> None:
+    """Prints in one piece: several threads print, and ``print`` writes the end of a line apart from it."""
+    sys.stdout.write(f"{text}\n")
+    sys.stdout.flush()
 
 
 def fail(sentence: str) -> None:
@@ -94,6 +103,18 @@ def find_torch() -> Path:
     fail(
         "torch was not found in this environment: install it first (pip install torch), or name its directory in "
         "FLASHMLA_TORCH_DIR, or build with --no-build-isolation."
+    )
+
+
+def torch_without_cuda(torch_dir: Path) -> str | None:
+    """One sentence if this torch is built without CUDA. Read from its files: build isolation cannot import torch."""
+    text = (torch_dir / "version.py").read_text()
+    if not re.search(r"^cuda\b[^=\n]*= *None\b", text, re.M):
+        return None
+    version = re.search(r"__version__ = '([^']+)'", text)[1]
+    return (
+        f"torch {version} has no CUDA, and the Hopper library, minutes of compiling, would not load into it; "
+        "FLASHMLA_BUILD=cuda builds it all the same."
     )
 
 
@@ -301,7 +322,18 @@ class BuildLibraries(build_ext):
         for name, reason in ((SM90, self.no_cuda), (DIRECT, self.no_direct)):
             if reason is not None:
                 self._leave_out(name)
+        started = time.monotonic()
         super().run()
+        tell(self._what_was_built(time.monotonic() - started))
+
+    def _what_was_built(self, seconds: float) -> str:
+        """The last line of a build, which pip shows with -v alone; the manifest keeps the same for ``doctor``."""
+        names = ", ".join(self._filenames(ext.name for ext in self.extensions))
+        without = (
+            "without CUDA, as FLASHMLA_BUILD=cpu asks" if self.mode == "cpu" else "without CUDA, for the reason above"
+        )
+        cuda = f"with CUDA {self.cuda.release} for Hopper" if self.cuda else without
+        return f"flashmla_hf: built {names} in {seconds:.0f} s, {cuda}. `python -m flashmla_hf doctor` tests what is installed."
 
     def _leave_out(self, name: str) -> None:
         self.extensions = [ext for ext in self.extensions if ext.name != name]
@@ -315,6 +347,8 @@ class BuildLibraries(build_ext):
             fail(f"FLASHMLA_BUILD: expected auto, cpu or cuda, got {self.mode!r}.")
         if self.mode == "cpu":
             return None, "FLASHMLA_BUILD=cpu asked for the CPU library alone."
+        if self.mode == "auto" and (reason := torch_without_cuda(self.torch_dir)):
+            return None, self._without_cuda(reason)
         try:
             return find_cuda(Path(self.get_finalized_command("build").build_base)), None
         except NoCuda as reason:
@@ -466,33 +500,64 @@ def compile_all(jobs: dict[str, list[Job]], dispensable: set[str]) -> dict[str, 
     library is not dispensable."""
     failed: dict[str, CompilerError] = {}
 
-    def compile_unless_failed(task: tuple[str, Job]) -> None:
+    def compile_unless_failed(task: tuple[str, Job]) -> bool:
         name, job = task
         if name in failed or failed.keys() - dispensable:
-            return
+            return False
         try:
             compile_one(job)
         except CompilerError as error:
             failed.setdefault(name, error)
+            return False
+        return True
 
     # One pool for all, the CUDA sources first: they take longest.
-    tasks = [(name, job) for name, group in jobs.items() for job in group]
+    tasks = [(name, job) for name, group in jobs.items() for job in group if not is_up_to_date(job)]
     tasks.sort(key=lambda task: task[1].source.suffix != ".cu")
-    with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", os.cpu_count() or 1))) as pool:
-        list(pool.map(compile_unless_failed, tasks))
+    workers = int(os.environ.get("MAX_JOBS", os.cpu_count() or 1))
+    if tasks:
+        tell(f"flashmla_hf: compiling {announcement(tasks, workers)}")
+    with ThreadPoolExecutor(workers) as pool:
+        show_progress({pool.submit(compile_unless_failed, task): task[1] for task in tasks})
     return failed
 
 
-def compile_one(job: Job) -> None:
-    """Compiles unless the object is newer than all it is made of and made by the same command."""
+def announcement(tasks: list[tuple[str, Job]], workers: int) -> str:
+    of_cuda = sum(name == SM90 for name, _ in tasks)
+    hint = f", {of_cuda} of them for CUDA: minutes; FLASHMLA_BUILD=cpu leaves those out" if of_cuda else ""
+    return f"{len(tasks)} sources, {workers} at a time (MAX_JOBS){hint}"
+
+
+def show_progress(jobs: dict[Future, Job]) -> None:
+    """A line for each source that was compiled, and one now and then while none is: a silent build looks dead."""
+    pending, started, compiled = set(jobs), time.monotonic(), 0
+    while pending:
+        done, pending = wait(pending, timeout=STILL_COMPILING, return_when=FIRST_COMPLETED)
+        seconds = f"{time.monotonic() - started:.0f} s"
+        for future in done:
+            if future.result():  # raises what is not a compiler's error
+                compiled += 1
+                source = jobs[future].source.name
+                tell(f"flashmla_hf: {compiled} of {len(jobs)} sources compiled, {seconds}: {source}")
+        if not done:
+            running = sorted(jobs[future].source.name for future in pending if future.running())
+            tell(f"flashmla_hf: still compiling after {seconds}: {', '.join(running)}")
+
+
+def is_up_to_date(job: Job) -> bool:
+    """Whether the object is newer than all it is made of and made by the same command."""
     record = job.object.with_suffix(".json")
-    if record.exists() and job.object.exists():
-        before = json.loads(record.read_text())
-        # The start counts: what was edited during the compilation is not in the object.
-        newest = max(job.newest_header, job.source.stat().st_mtime)
-        if before["command"] == job.command and before["started"] > newest:
-            return
-        record.unlink()
+    if not record.exists() or not job.object.exists():
+        return False
+    before = json.loads(record.read_text())
+    # The start counts: what was edited during the compilation is not in the object.
+    newest = max(job.newest_header, job.source.stat().st_mtime)
+    return before["command"] == job.command and before["started"] > newest
+
+
+def compile_one(job: Job) -> None:
+    record = job.object.with_suffix(".json")
+    record.unlink(missing_ok=True)  # of an object that is about to be replaced
     started = time.time()
     output = run(job.command)
     facts = {"command": job.command, "started": started, "seconds": round(time.time() - started, 1), "output": output}
@@ -501,12 +566,12 @@ def compile_one(job: Job) -> None:
 
 def run(command: list[str]) -> str:
     """Everything the command said; printed, too, without ptxas's lines on each kernel: check_build.py makes a table of them."""
-    print(shlex.join(command), flush=True)
+    tell(shlex.join(command))
     result = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     statistics = re.compile(r"ptxas info\s+: (?!.*Performance Loss)|    \d+ bytes stack frame")
     lines = [line for line in result.stdout.splitlines() if not statistics.match(line)]
     if lines:
-        print("\n".join(lines), flush=True)
+        tell("\n".join(lines))
     if result.returncode != 0:
         said = [line.strip() for line in lines if line.strip()] or ["no message"]
         errors = [line for line in said if re.search(r"\b(?:error|fatal|undefined reference)\b", line)]

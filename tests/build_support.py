@@ -8,9 +8,11 @@ import shutil
 import subprocess
 import sys
 import zipfile
+import zlib
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 # Of the caller's shell, these would choose what is built; the CPU library alone is the quickest.
@@ -115,7 +117,20 @@ class Package:
         sm90["sources"] = [{"file": "csrc/sm90/host.cpp"}, {"file": "csrc/sm90/kernel.cu"}]
         (self.directory / "csrc/sm90/sources.json").write_text(json.dumps(sm90))
         cutlass(directory / "cutlass" / "include")
-        self.defaults = {"CUDA_HOME": toolkit(directory), "FLASHMLA_CUTLASS_DIR": str(directory / "cutlass")}
+        self.defaults = {
+            "CUDA_HOME": toolkit(directory),
+            "FLASHMLA_CUTLASS_DIR": str(directory / "cutlass"),
+            "FLASHMLA_TORCH_DIR": self.torch_that_says("cuda: Optional[str] = '13.0'"),
+        }
+
+    def torch_that_says(self, line):
+        """The directory of a torch with the installed one's headers and libraries, and this line about CUDA."""
+        directory = self.directory.parent / f"torch-{zlib.crc32(line.encode())}" / "torch"
+        directory.mkdir(parents=True)
+        for name in ("include", "lib"):
+            (directory / name).symlink_to(Path(torch.__file__).parent / name)
+        (directory / "version.py").write_text(f"__version__ = '{torch.__version__}'\n{line}\n")
+        return str(directory)
 
     def run(self, *arguments, **environment):
         """What was printed; ``exit_code`` and ``stderr`` are the last run's."""

@@ -3,6 +3,7 @@
 import builtins
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -49,7 +50,17 @@ def test_releases_newer_than_the_tests_have_seen_are_named(report, capsys):
         doctor.show({**report, "newer than tested": [sentence]})
         assert "newer than" in capsys.readouterr().out
     assert doctor._newer_than_tested({"torch": "2.9.1", "transformers": "5.3.0"}) == []  # numbers, not text
-    assert "2.13" in direct.TESTED_WITH
+    assert newest["torch"] in direct.TESTED_WITH
+
+
+def test_the_newest_tested_releases_are_those_that_the_tests_install():
+    """doctor's table is the statement for users; what `make test` installs must be it."""
+    root = Path(__file__).resolve().parent.parent
+    installed = {
+        "torch": re.search(r"^TORCH \?= torch==(\d+\.\d+)", (root / "Makefile").read_text(), re.M)[1],
+        "transformers": re.search(r"^transformers==(\d+\.\d+)", (root / "requirements.txt").read_text(), re.M)[1],
+    }
+    assert installed == doctor.NEWEST_TESTED
 
 
 def test_direct_calls_are_off_with_an_untested_torch():
