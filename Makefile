@@ -47,7 +47,7 @@ WHEEL := .venv-wheel
 RUN = $(call on_gpu_or,PYTHONPATH=$(CURDIR) $(PYTHON),$(VENV)/bin/python)
 TORCH_READY = $(call on_gpu_or,,$(VENV)/requirements.stamp)
 READY = $(call on_gpu_or,build/in-place.stamp,$(VENV)/package.stamp)
-SOURCES := $(shell find csrc -type f) setup.py pyproject.toml
+SOURCES := $(shell find csrc -type f -not -name '*.pyc') setup.py pyproject.toml
 CXX_FILES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 .PHONY: demo test test-other-torch test-older-transformers test-newest sweep support tiles readme gpu sanitize cuda headers bench memory \

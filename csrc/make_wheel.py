@@ -10,7 +10,6 @@ systems that have them. The tag depends on the machine that builds: a wheel of a
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import os
 import platform
 import re
@@ -22,6 +21,9 @@ import zipfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "csrc"))
+from flashmla_build import toolchain  # noqa: E402
+
 # torch has loaded these before ours; a copy of them inside the wheel would be a second torch.
 OF_TORCH = ("libtorch.so", "libtorch_cpu.so", "libtorch_cuda.so", "libc10.so", "libc10_cuda.so")
 
@@ -49,12 +51,9 @@ def mode(wanted: str) -> str:
     """What setup.py is told: "auto" is decided here, because setup.py's "auto" depends on the torch that is here."""
     if wanted != "auto":
         return wanted
-    spec = importlib.util.spec_from_file_location("flashmla_setup", ROOT / "setup.py")
-    build = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(build)
     try:
-        build.find_cuda(ROOT / "build")
-    except build.NoCuda as reason:
+        toolchain.find_cuda(ROOT / "build")
+    except toolchain.CudaUnavailable as reason:
         print(f"flashmla_hf: the wheel is for the CPU alone: {reason}", flush=True)
         return "cpu"
     return "cuda"

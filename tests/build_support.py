@@ -33,7 +33,7 @@ def load(path):
 
 
 def refusal(build, function, *arguments):
-    with pytest.raises(build.NoCuda) as error:
+    with pytest.raises(build.toolchain.CudaUnavailable) as error:
         function(*arguments)
     return str(error.value)
 
@@ -89,10 +89,13 @@ class Package:
 
     def __init__(self, directory):
         self.directory = directory / "package"
-        for name in ("csrc/cpu", "csrc/sm90", "csrc/direct", *(f"flashmla_hf/{name}" for name in SUBPACKAGES)):
+        folders = ("csrc/cpu", "csrc/flashmla_build", "csrc/sm90", "csrc/direct")
+        for name in (*folders, *(f"flashmla_hf/{name}" for name in SUBPACKAGES)):
             (self.directory / name).mkdir(parents=True)
         for name in (
-            "setup.py", "pyproject.toml", "README.md", "LICENSE", "csrc/sm90/check_build.py", "csrc/sm90/tiles.py", "csrc/sm90/tiles.h", "csrc/direct/sources.json",
+            "setup.py", "pyproject.toml", "README.md", "LICENSE",
+            *(str(path.relative_to(ROOT)) for path in (ROOT / "csrc/flashmla_build").glob("*.py")),
+            "csrc/sm90/check_build.py", "csrc/sm90/tiles.py", "csrc/sm90/tiles.h", "csrc/direct/sources.json",
         ):  # fmt: skip
             shutil.copy(ROOT / name, self.directory / name)
         for name, text in {

@@ -98,7 +98,8 @@ def test_an_exception_reaches_torch_from_a_compiler_that_links_its_runtime_stati
         '#include <exception>\nextern "C" int catches(void (*call)()) {\n'
         "  try { call(); } catch (const std::exception&) { return 7; }\n  return 0;\n}\n"
     )
-    ours = ["-static-libstdc++", "-static-libgcc", "-Wl,--as-needed", *(build.LOCAL_RUNTIME if is_ours else [])]
+    local = build.compiling.LOCAL_RUNTIME if is_ours else []
+    ours = ["-static-libstdc++", "-static-libgcc", "-Wl,--as-needed", *local]
     for name, arguments in (("throws", ours), ("catches", [])):
         command = ["g++", "-shared", "-fPIC", str(tmp_path / f"{name}.cpp"), "-o", str(tmp_path / f"{name}.so")]
         subprocess.run([*command, *arguments], check=True)
@@ -112,6 +113,6 @@ def test_an_exception_reaches_torch_from_a_compiler_that_links_its_runtime_stati
 
 
 def test_every_kernel_source_is_built(build):
-    built = {path for path, _ in build.sources_of("sm90")}
+    built = {path for path, _ in build.sources.sources_of("sm90")}
     assert {path for path in (ROOT / "csrc/sm90").rglob("*") if path.suffix in (".cu", ".cpp")} <= built
     assert all(path.is_file() for path in built)

@@ -63,12 +63,14 @@ def test_auto_compiles_no_cuda_for_a_torch_without_it_and_cuda_does(package):
 
 @pytest.mark.parametrize("line", ["cuda = None", "cuda: Optional[str] = None", "cuda: str | None = None  # CPU"])
 def test_a_torch_without_cuda_is_known_from_its_files(build, package, line):
-    assert build.torch_without_cuda(Path(package.torch_that_says(line))).startswith(f"torch {torch.__version__} has no")
+    assert build.environment.torch_without_cuda(Path(package.torch_that_says(line))).startswith(
+        f"torch {torch.__version__} has no"
+    )
 
 
 @pytest.mark.parametrize("line", ["cuda = '12.8'", "cuda: Optional[str] = '13.0'", "hip = None", ""])
 def test_a_torch_that_may_have_cuda_is_no_reason(build, package, line):
-    assert build.torch_without_cuda(Path(package.torch_that_says(f"{line}\nhip: str = None"))) is None
+    assert build.environment.torch_without_cuda(Path(package.torch_that_says(f"{line}\nhip: str = None"))) is None
 
 
 def test_a_build_tells_what_it_compiles_and_at_its_end_what_was_built(package):
@@ -89,9 +91,9 @@ def test_a_build_tells_what_it_compiles_and_at_its_end_what_was_built(package):
 
 
 def test_a_source_that_takes_long_is_named_meanwhile(build, monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(build, "STILL_COMPILING", 0.2)
-    slow = build.Job(tmp_path / "slow.cu", tmp_path / "slow.o", ["sleep", "1"], 0.0)
-    assert build.compile_all({build.SM90: [slow]}, dispensable=set()) == {}
+    monkeypatch.setattr(build.compiling, "STILL_COMPILING", 0.2)
+    slow = build.compiling.Job(tmp_path / "slow.cu", tmp_path / "slow.o", ["sleep", "1"], 0.0)
+    assert build.compiling.compile_all({build.sources.SM90: [slow]}, dispensable=set()) == {}
     printed = capsys.readouterr().out
     assert re.search(r"^flashmla_hf: still compiling after 0 s: slow.cu$", printed, re.M)
     assert re.search(r"^flashmla_hf: 1 of 1 sources compiled, \d s: slow.cu$", printed, re.M)

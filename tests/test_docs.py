@@ -16,7 +16,11 @@ MESSAGES = re.findall(r"^### `(.+)`$", TROUBLESHOOTING, re.M)
 
 def texts():
     """Every string of the code, with … for what changes."""
-    for path in (ROOT / "setup.py", *(ROOT / "flashmla_hf").rglob("*.py")):
+    for path in (
+        ROOT / "setup.py",
+        *(ROOT / "csrc" / "flashmla_build").glob("*.py"),
+        *(ROOT / "flashmla_hf").rglob("*.py"),
+    ):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Constant) and isinstance(node.value, str):
                 yield node.value
