@@ -82,3 +82,21 @@ def test_without_a_terminal_pip_is_as_silent_as_ever(package, tmp_path):
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     assert not re.search("flashmla_hf: (?:compiling|built)", result.stdout + result.stderr)
+
+
+@pytest.mark.parametrize(
+    ("line", "variables", "first"),
+    [
+        ("uv pip install .", {"VIRTUAL_ENV": "/env"}, "/env"),
+        ("/opt/uv pip install --python /other/bin/python .", {"VIRTUAL_ENV": "/env"}, "/other"),
+        ("uv pip install --python=/other .", {}, "/other"),
+        ("uv pip install -p 3.12 .", {}, "{here}/.venv"),
+        ("/env/bin/python -m pip install .", {"VIRTUAL_ENV": "/env"}, None),
+    ],
+)
+def test_a_build_under_uv_looks_for_torch_where_uv_does(build, tmp_path, line, variables, first):
+    (tmp_path / "cmdline").write_bytes("\0".join([*line.split(), ""]).encode())
+    (tmp_path / "environ").write_bytes("".join(f"{key}={value}\0" for key, value in variables.items()).encode())
+    (tmp_path / "cwd").symlink_to(tmp_path)
+    found = [str(path) for path in build.environment.prefixes_of_uv(tmp_path)]
+    assert found[:1] == ([first.format(here=tmp_path)] if first else [])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import shlex
@@ -21,13 +22,34 @@ def site_packages() -> Iterator[Path]:
     """The package directories of the environment being installed into.
 
     pip's build isolation hides site-packages from ``sys.path`` but runs the environment's own interpreter, so sysconfig
-    still names the right directories.
+    still names the right directories. uv runs an interpreter of its own making: uv's process knows the environment.
     """
     yield from (Path(sysconfig.get_path(key)) for key in ("purelib", "platlib"))
-    if "VIRTUAL_ENV" in os.environ:
-        version = f"python{sys.version_info.major}.{sys.version_info.minor}"
-        yield Path(os.environ["VIRTUAL_ENV"]) / "lib" / version / "site-packages"
+    version = f"python{sys.version_info.major}.{sys.version_info.minor}"
+    prefixes = [Path(os.environ["VIRTUAL_ENV"])] if "VIRTUAL_ENV" in os.environ else []
+    yield from (prefix / "lib" / version / "site-packages" for prefix in (*prefixes, *prefixes_of_uv()))
     yield from (Path(p) for p in (*site.getsitepackages(), site.getusersitepackages(), *sys.path))
+
+
+def prefixes_of_uv(process: Path | None = None) -> list[Path]:
+    """Where uv looks for the environment that it installs into, if it is what runs this build: --python, VIRTUAL_ENV, .venv."""
+    process = process or Path(f"/proc/{os.getppid()}")
+    try:
+        words = (process / "cmdline").read_bytes().decode(errors="replace").split("\0")
+        if Path(words[0]).name != "uv":
+            return []
+        pairs = (process / "environ").read_bytes().decode(errors="replace").split("\0")
+        here = (process / "cwd").resolve()
+    except OSError:  # not Linux
+        return []
+    variables = dict(pair.split("=", 1) for pair in pairs if "=" in pair)
+    given = [following for word, following in itertools.pairwise(words) if word in ("-p", "--python")]
+    given += [word.partition("=")[2] for word in words if word.startswith("--python=")]
+    # An interpreter, its environment, or a version, which names no folder.
+    paths = [here / name for name in given if "/" in name]
+    found = [path.parents[1] if path.parent.name == "bin" else path for path in paths]
+    found += [here / variables["VIRTUAL_ENV"]] if variables.get("VIRTUAL_ENV") else []
+    return [*found, *(folder / ".venv" for folder in (here, *here.parents))]
 
 
 def find_torch() -> Path:
