@@ -3,9 +3,15 @@
 # make gpu       the one entry for a GPU host: doctor, correctness, sanitizer, benchmark; PARTS="sm90 sweep" runs some of it
 # make sanitize  the CPU kernel under AddressSanitizer and UBSan
 # make cuda      the CUDA library, compiled on any machine that has nvcc; fails on a spilled register, and on any warning in csrc
+# make wheel     the one wheel for every torch and Python, with the Hopper library if nvcc is there; manylinux tag by auditwheel
+# make sdist     the source archive, which builds by itself
+# make kernels   the wheel as a folder of Hugging Face's kernel hub, which LOCAL_KERNELS may name; WHEEL_FILE=… takes a wheel
+# make test-wheel                 installs both into fresh environments, of two torch releases and two Pythons, and runs doctor
+# make docs      the documentation as a site, from docs/*.md and docstrings; fails on a warning
 # make headers   host code against the headers of every supported torch, and of the oldest CUDA and a new one
 # make test-other-torch           doctor and the operator tests on the oldest torch; OTHER_TORCH=2.12.0 on another one
 # make test-older-transformers    the integration tests on older releases
+# make test-kernels               that folder under the package kernels and a release of Transformers that takes it
 # make test-newest                the integration tests on the newest torch, Transformers, accelerate and peft there are
 # make sweep     every model class of Transformers against eager, and docs/models.md of it (half an hour on 2 cores)
 # make tiles     tables and limits in README.md and docs/, from csrc/sm90/tiles.h
@@ -31,6 +37,9 @@ OLDER_TRANSFORMERS := 5.17.0 5.23.0
 PACKAGES_5.17.0 := huggingface_hub==1.33.0 httpx==0.28.1 httpcore==1.0.9 h11==0.16.0
 TESTS_5.17.0 := tests/test_hf_*.py
 PACKAGES_5.23.0 :=
+# kernels and what importing it needs; each release of Transformers takes one minor release of kernels.
+HUB_KERNELS := kernels==0.16.2 kernels-data==0.16.2 tomlkit==0.15.2
+HUB_KERNELS_TRANSFORMERS := 5.17.0
 TESTS_5.23.0 := tests/test_hf_register.py tests/test_hf_masks.py tests/test_hf_features.py
 
 # Asked once, and only by a target that needs the answer: importing torch takes seconds.
@@ -38,14 +47,16 @@ HAS_GPU = $(eval HAS_GPU := $(shell $(PYTHON) -c "import torch; print(int(torch.
 on_gpu_or = $(if $(filter 1,$(HAS_GPU)),$(1),$(2))
 VENV := .venv
 LINT := .venv-lint
+DOCS := .venv-docs
+WHEEL := .venv-wheel
 RUN = $(call on_gpu_or,PYTHONPATH=$(CURDIR) $(PYTHON),$(VENV)/bin/python)
 TORCH_READY = $(call on_gpu_or,,$(VENV)/requirements.stamp)
 READY = $(call on_gpu_or,build/in-place.stamp,$(VENV)/package.stamp)
-SOURCES := $(shell find csrc -type f) setup.py pyproject.toml
+SOURCES := $(shell find csrc -type f -not -name '*.pyc') setup.py pyproject.toml
 CXX_FILES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo test test-other-torch test-older-transformers test-newest sweep support tiles readme gpu sanitize cuda headers bench memory \
-  lint types format clean
+.PHONY: demo test test-other-torch test-older-transformers test-newest test-kernels sweep support tiles readme gpu sanitize cuda headers bench memory \
+  lint types format wheel sdist kernels test-wheel docs clean
 demo: ready
 	$(RUN) scripts/demo.py
 
@@ -60,6 +71,10 @@ OLDER_TARGETS := $(addprefix test-transformers-,$(OLDER_TRANSFORMERS))
 test-older-transformers: $(OLDER_TARGETS)
 $(OLDER_TARGETS): test-transformers-%: $(VENV)/package.stamp build/transformers-%.stamp
 	PYTHONPATH=$(CURDIR)/build/transformers-$* $(VENV)/bin/python -m pytest $(TESTS_$*)
+
+test-kernels: $(VENV)/package.stamp build/transformers-$(HUB_KERNELS_TRANSFORMERS).stamp build/hub-kernels.stamp
+	PYTHONPATH=$(CURDIR)/build/hub-kernels:$(CURDIR)/build/transformers-$(HUB_KERNELS_TRANSFORMERS) \
+	  $(VENV)/bin/python -m pytest tests/test_hub_kernels.py
 
 # Nothing is pinned but what the tests alone need. A copy of the tracked files, so the package in place stays as it is.
 NEWEST := build/newest
@@ -109,6 +124,22 @@ sanitize:
 cuda: torch-ready
 	$(RUN) csrc/sm90/check_build.py
 
+wheel: torch-ready $(WHEEL)/requirements.stamp
+	$(WHEEL)/bin/python csrc/make_wheel.py --torch "$$($(RUN) -c 'import torch; print(torch.__path__[0])')"
+
+sdist: $(WHEEL)/requirements.stamp
+	$(WHEEL)/bin/python -m build --sdist --no-isolation --outdir dist .
+
+kernels: $(if $(WHEEL_FILE),,wheel)
+	$(PYTHON) csrc/make_kernels.py $(or $(WHEEL_FILE),"$$(ls -t dist/flashmla_hf-*.whl | head -1)")
+
+# Slow: it compiles and downloads a second torch. FLASHMLA_TEST_WHEEL names a wheel that was built before.
+test-wheel: ready
+	FLASHMLA_TEST_INSTALLS=1 $(RUN) -m pytest tests/test_wheel.py
+
+docs: $(DOCS)/requirements.stamp
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --strict
+
 headers: torch-ready
 	$(RUN) csrc/check_headers.py
 
@@ -128,7 +159,7 @@ format: $(LINT)/requirements.stamp
 	$(LINT)/bin/clang-format -i $(CXX_FILES)
 
 clean:
-	rm -rf build dist *.egg-info flashmla_hf/*.so flashmla_hf/_build.json
+	rm -rf build dist site *.egg-info flashmla_hf/*.so flashmla_hf/_build.json
 
 # Prerequisites that depend on HAS_GPU: recipes are expanded only if they run, prerequisites always.
 .PHONY: ready torch-ready
@@ -152,6 +183,16 @@ $(LINT)/requirements.stamp: requirements-lint.txt
 	$(LINT)/bin/pip install -q -r requirements-lint.txt
 	touch $@
 
+$(DOCS)/requirements.stamp: requirements-docs.txt
+	$(PYTHON) -m venv $(DOCS)
+	$(DOCS)/bin/pip install -q -r requirements-docs.txt
+	touch $@
+
+$(WHEEL)/requirements.stamp: requirements-wheel.txt
+	$(PYTHON) -m venv $(WHEEL)
+	$(WHEEL)/bin/pip install -q -r requirements-wheel.txt
+	touch $@
+
 $(VENV)/package.stamp: $(VENV)/requirements.stamp $(SOURCES)
 	FLASHMLA_BUILD=$(or $(FLASHMLA_BUILD),cpu) $(VENV)/bin/pip install -q --no-build-isolation --no-deps -e .
 	touch $@
@@ -159,6 +200,10 @@ $(VENV)/package.stamp: $(VENV)/requirements.stamp $(SOURCES)
 build/in-place.stamp: $(SOURCES)
 	$(PYTHON) setup.py -q build_ext --inplace
 	mkdir -p build && touch $@
+
+build/hub-kernels.stamp: $(VENV)/requirements.stamp
+	$(VENV)/bin/pip install -q --no-deps --target build/hub-kernels $(HUB_KERNELS)
+	touch $@
 
 build/transformers-%.stamp: $(VENV)/requirements.stamp
 	$(VENV)/bin/pip install -q --no-deps --target build/transformers-$* transformers==$* $(PACKAGES_$*)

@@ -8,7 +8,8 @@ works under build isolation and finds the torch of the environment it installs i
 
 Environment:
 
-FLASHMLA_BUILD        auto (CUDA if it can be compiled, else one sentence says why not), cpu, or cuda (fail without it)
+FLASHMLA_BUILD        auto (CUDA if torch has it and it can be compiled, else one sentence says why not), cpu, or cuda (also for
+                      a torch without CUDA, as for a wheel that serves both; the build fails if it cannot be had)
 MAX_JOBS              compilers at a time; all cores otherwise
 CXX                   the C++ compiler, nvcc's host compiler too
 CUDA_HOME             the CUDA toolkit, where nvcc is not on PATH
@@ -19,22 +20,14 @@ FLASHMLA_TORCH_DIR    the ``torch`` package directory, where it is not found by 
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import platform
 import re
-import shlex
-import shutil
-import site
 import subprocess
 import sys
-import sysconfig
 import time
-import zlib
-from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Iterable
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -42,242 +35,29 @@ from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
-CSRC = ROOT / "csrc"
-MINIMUM_TORCH = (2, 10)
-# The oldest torch whose stable ABI the libraries use (torch/csrc/stable/version.h).
-TORCH_TARGET_VERSION = "0x020a000000000000"
-# The oldest nvcc that was seen to compile the kernels; csrc/check_headers.py compiles host code with its headers.
-MINIMUM_NVCC = (12, 4)
-CPU, SM90, DIRECT = "flashmla_hf.libflashmla_cpu", "flashmla_hf.libflashmla_sm90", "flashmla_hf._direct"
-# Some compilers link their C++ runtime statically. If other libraries saw it, it would mix with the one that torch has loaded,
-# of another release, and the first exception would end the process. The unwinder must be the process's own: an exception of
-# ours passes through torch's frames, and an unwinder that never ran has no table of registers yet.
-LOCAL_RUNTIME = ["-Wl,--exclude-libs,ALL", "-lgcc_s"] if sys.platform == "linux" else []
-BACKENDS = {CPU: "cpu", SM90: "sm90", DIRECT: "direct"}  # directories of csrc
-
-
-def fail(sentence: str) -> None:
-    raise SystemExit(f"flashmla_hf: {sentence}")
-
-
-class NoCuda(Exception):
-    """One sentence: why libflashmla_sm90.so cannot be built here, and the way out."""
-
-
-class CompilerError(Exception):
-    """What a compiler or linker failed on: its exit code and the first error it printed."""
-
-
-def site_packages() -> Iterator[Path]:
-    """The package directories of the environment being installed into.
-
-    pip's build isolation hides site-packages from ``sys.path`` but runs the environment's own interpreter, so sysconfig
-    still names the right directories.
-    """
-    yield from (Path(sysconfig.get_path(key)) for key in ("purelib", "platlib"))
-    if "VIRTUAL_ENV" in os.environ:
-        version = f"python{sys.version_info.major}.{sys.version_info.minor}"
-        yield Path(os.environ["VIRTUAL_ENV"]) / "lib" / version / "site-packages"
-    yield from (Path(p) for p in (*site.getsitepackages(), site.getusersitepackages(), *sys.path))
-
-
-def find_torch() -> Path:
-    override = os.environ.get("FLASHMLA_TORCH_DIR")
-    for place in [*([Path(override).parent] if override else []), *site_packages()]:
-        package = place / "torch"
-        if (package / "version.py").is_file():
-            text = (package / "version.py").read_text()
-            version = re.search(r"__version__ = '([^']+)'", text).group(1)
-            if tuple(int(part) for part in version.split(".")[:2]) < MINIMUM_TORCH:
-                fail(f"torch {version} is too old: install torch >= {'.'.join(map(str, MINIMUM_TORCH))} first.")
-            return package
-    fail(
-        "torch was not found in this environment: install it first (pip install torch), or name its directory in "
-        "FLASHMLA_TORCH_DIR, or build with --no-build-isolation."
-    )
-
-
-def missing_for_direct(torch_dir: Path) -> str | None:
-    """One sentence: why _direct.abi3.so cannot be built here; it saves a few microseconds a call, and all else works."""
-    if not (Path(sysconfig.get_path("include")) / "Python.h").is_file():
-        return "Python's headers (Python.h, of a package like python3-dev) were not found."
-    if "struct DLPackExchangeAPI" not in (torch_dir / "include" / "ATen" / "dlpack.h").read_text():
-        return "this torch's ATen/dlpack.h has no DLPackExchangeAPI."
-    return None
-
-
-def find_cxx() -> list[str]:
-    for candidate in (os.environ.get("CXX"), "g++", "clang++", "c++"):
-        if candidate and shutil.which(shlex.split(candidate)[0]):
-            return shlex.split(candidate)
-    fail("no C++ compiler was found: install g++ (>= 9) or clang++ (>= 10), or name one in CXX.")
-
-
-# ---- What CUDA needs -------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Cuda:
-    nvcc: str
-    release: str
-    cutlass: Path  # the include directory
-
-
-def find_cuda(downloads: Path) -> Cuda:
-    """Everything libflashmla_sm90.so is built with, or :class:`NoCuda`."""
-    check_arch_list()
-    nvcc, release = find_nvcc()
-    return Cuda(nvcc, release, find_cutlass(downloads))
-
-
-def check_arch_list() -> None:
-    listed = re.split(r"[\s;,]+", os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip(" ;,"))
-    if listed == [""]:
-        return
-    others = [arch for arch in listed if arch.lower().removesuffix("+ptx") not in ("9.0", "9.0a", "hopper")]
-    if len(others) == len(listed):
-        raise NoCuda(
-            f"TORCH_CUDA_ARCH_LIST: expected 9.0 among the entries, got {' '.join(listed)!r}, and the library is for Hopper "
-            "GPUs alone: add 9.0, or unset it."
-        )
-    if others:
-        print(
-            f"flashmla_hf: TORCH_CUDA_ARCH_LIST: {', '.join(others)} ignored, the CUDA library is for Hopper (9.0) alone."
-        )
-
-
-def find_nvcc() -> tuple[str, str]:
-    """(program, release): of CUDA_HOME where that is set, else of PATH or of the toolkit's usual place."""
-    oldest = ".".join(map(str, MINIMUM_NVCC))
-    home = os.environ.get("CUDA_HOME")
-    if home:
-        nvcc = shutil.which("nvcc", path=str(Path(home) / "bin"))
-        if nvcc is None:
-            raise NoCuda(f"CUDA_HOME: expected the directory of a CUDA toolkit, got {home!r}, which has no bin/nvcc.")
-    else:
-        nvcc = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
-        if nvcc is None:
-            raise NoCuda(
-                f"nvcc was not found: put a CUDA toolkit >= {oldest} on PATH, or name its directory in CUDA_HOME."
-            )
-    answer = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
-    match = re.search(r"release (\d+)\.(\d+)", answer)
-    if match is None:
-        raise NoCuda(
-            f"{nvcc} --version: expected a line with its release, got {answer.strip()!r}: reinstall the toolkit."
-        )
-    if tuple(map(int, match.groups())) < MINIMUM_NVCC:
-        raise NoCuda(
-            f"nvcc {'.'.join(match.groups())} is too old: expected CUDA >= {oldest}; install a newer toolkit, or name one in "
-            "CUDA_HOME."
-        )
-    return nvcc, ".".join(match.groups())
-
-
-def find_cutlass(downloads: Path) -> Path:
-    """CUTLASS's include directory: FLASHMLA_CUTLASS_DIR, else an installed nvidia-cutlass, else downloaded once.
-
-    Downloaded here and not by a build requirement (pyproject.toml, a PEP 517 hook): pip would install six packages this
-    one depends on and the compiler does not need, and without a network it would end the CPU build, too.
-    """
-    table = source_table("sm90")
-    override = os.environ.get("FLASHMLA_CUTLASS_DIR")
-    if override:
-        if not (Path(override) / "include" / "cutlass" / "cutlass.h").is_file():
-            raise NoCuda(
-                "FLASHMLA_CUTLASS_DIR: expected a CUTLASS checkout, which holds include/cutlass/cutlass.h, got "
-                f"{override!r}, which does not."
-            )
-        return Path(override) / "include"
-    name, version = table["cutlass"].split("==")
-    inside = Path("cutlass_library") / "source" / "include"
-    target = downloads / f"cutlass-{version}"
-    for place in (*site_packages(), target):
-        # Of another release what the kernels use may be missing or differ.
-        if cutlass_version(place / inside) == version.split(".")[:3]:
-            return (place / inside).resolve()
-
-    temporary = target.with_name(f"{target.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    requirement = temporary / "requirement.txt"
-    requirement.write_text(f"{table['cutlass']} --hash=sha256:{table['cutlass_sha256']}\n")
-    # Without PYTHONPATH: through it build isolation hides the environment's pip. An environment made by uv has no pip.
-    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    # Short waits: where there is no network, a build for the CPU shall not wait for minutes.
-    environment |= {"PIP_DEFAULT_TIMEOUT": "15", "UV_HTTP_TIMEOUT": "15", "PIP_RETRIES": "1", "PIP_USER": "0"}
-    programs = [[sys.executable, "-m", "pip"], *([[shutil.which("uv"), "pip"]] if shutil.which("uv") else [])]
-    for program in programs:
-        command = [*program, "install", "--quiet", "--no-deps", "--only-binary", ":all:", "--require-hashes",
-                   "--target", str(temporary), "-r", str(requirement)]  # fmt: skip
-        print(shlex.join(command), flush=True)
-        try:
-            subprocess.run(command, env=environment, timeout=120, check=True, capture_output=True, text=True)
-        except subprocess.TimeoutExpired:
-            problem = "no answer in 120 seconds"
-        except subprocess.CalledProcessError as error:
-            problem = ([line for line in error.stderr.splitlines() if line.strip()] or ["no message"])[-1]
-        else:
-            shutil.rmtree(target, ignore_errors=True)
-            temporary.rename(target)
-            return (target / inside).resolve()
-    shutil.rmtree(temporary)
-    raise NoCuda(
-        f"CUTLASS's headers could not be downloaded ({problem}): install them into this environment (pip install --no-deps "
-        f"{name}=={version}), or name a CUTLASS checkout in FLASHMLA_CUTLASS_DIR."
-    )
-
-
-def cutlass_version(include: Path) -> list[str] | None:
-    header = include / "cutlass" / "version.h"
-    if not header.is_file():
-        return None
-    return re.findall(r"#define CUTLASS_(?:MAJOR|MINOR|PATCH)\s+(\d+)", header.read_text())
-
-
-# ---- Compiling and linking -------------------------------------------------------------------------------------------
-
-
-def source_table(backend: str) -> dict:
-    return json.loads((CSRC / backend / "sources.json").read_text())
-
-
-def sources_of(backend: str) -> list[tuple[Path, list[str]]]:
-    """(source, flags) of a library on this machine's architecture."""
-    table = source_table(backend)
-    return [
-        (path, [*table["common_flags"], *row.get("flags", [])])
-        for row in table["sources"]
-        if row.get("arch") in (None, platform.machine())
-        for path in (sorted(ROOT.glob(row["file"])) if "*" in row["file"] else [ROOT / row["file"]])
-    ]
-
-
-def head_dim_limits() -> dict[str, int]:
-    """Which head dims the Hopper kernels take, from their table."""
-    spec = importlib.util.spec_from_file_location("sm90_tiles", CSRC / "sm90" / "tiles.py")
-    tiles = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tiles)
-    return tiles.limits()
-
-
-def macros_and_includes(name: str, torch_dir: Path) -> list[str]:
-    """Options of every source of a library; csrc/check_headers.py compiles with them, too."""
-    # -isystem: warnings in the headers of others are not ours to see.
-    options = [f"-DFLASHMLA_DIRECT_ABI={direct_abi()}u", f"-I{CSRC}", "-isystem", str(torch_dir / "include")]
-    if name == DIRECT:  # of torch it sees DLPack's structures, which are an ABI of their own
-        return [*options, "-isystem", sysconfig.get_path("include")]
-    return [*options, f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}"]
-
-
-@dataclass(frozen=True)
-class Job:
-    """One object. ``object`` with the suffix .json is its record: the command, what the compiler said, and how long."""
-
-    source: Path
-    object: Path
-    command: list[str]
-    newest_header: float
+# A build backend has this folder on no path, nor the folder that it imports from.
+sys.path.insert(0, str(ROOT / "csrc"))
+from flashmla_build.compiling import LOCAL_RUNTIME, CompilerError, Job, compile_all, run  # noqa: E402
+from flashmla_build.environment import (  # noqa: E402
+    MINIMUM_TORCH,
+    find_cxx,
+    find_torch,
+    missing_for_direct,
+    torch_without_cuda,
+)
+from flashmla_build.sources import (  # noqa: E402
+    BACKENDS,
+    CPU,
+    CSRC,
+    DIRECT,
+    SM90,
+    head_dim_limits,
+    macros_and_includes,
+    source_table,
+    sources_of,
+)
+from flashmla_build.terminal import fail, tell  # noqa: E402
+from flashmla_build.toolchain import Cuda, CudaUnavailable, find_cuda  # noqa: E402
 
 
 class BuildLibraries(build_ext):
@@ -294,14 +74,22 @@ class BuildLibraries(build_ext):
         self.nvcc_failed = False
         self.no_direct = missing_for_direct(self.torch_dir)
         if self.no_direct is not None:
-            print(
-                f"flashmla_hf: building without _direct, calls take some microseconds longer: {self.no_direct}",
-                flush=True,
-            )
+            tell(f"flashmla_hf: building without _direct, calls take some microseconds longer: {self.no_direct}")
         for name, reason in ((SM90, self.no_cuda), (DIRECT, self.no_direct)):
             if reason is not None:
                 self._leave_out(name)
+        started = time.monotonic()
         super().run()
+        tell(self._what_was_built(time.monotonic() - started))
+
+    def _what_was_built(self, seconds: float) -> str:
+        """The last line of a build; the manifest keeps the same for ``doctor``."""
+        names = ", ".join(self._filenames(ext.name for ext in self.extensions))
+        without = (
+            "without CUDA, as FLASHMLA_BUILD=cpu asks" if self.mode == "cpu" else "without CUDA, for the reason above"
+        )
+        cuda = f"with CUDA {self.cuda.release} for Hopper" if self.cuda else without
+        return f"flashmla_hf: built {names} in {seconds:.0f} s, {cuda}. `python -m flashmla_hf doctor` tests what is installed."
 
     def _leave_out(self, name: str) -> None:
         self.extensions = [ext for ext in self.extensions if ext.name != name]
@@ -315,16 +103,18 @@ class BuildLibraries(build_ext):
             fail(f"FLASHMLA_BUILD: expected auto, cpu or cuda, got {self.mode!r}.")
         if self.mode == "cpu":
             return None, "FLASHMLA_BUILD=cpu asked for the CPU library alone."
+        if self.mode == "auto" and (reason := torch_without_cuda(self.torch_dir)):
+            return None, self._without_cuda(reason)
         try:
             return find_cuda(Path(self.get_finalized_command("build").build_base)), None
-        except NoCuda as reason:
+        except CudaUnavailable as reason:
             return None, self._without_cuda(str(reason))
 
     def _without_cuda(self, reason: str) -> str:
         """The reason, printed, if the CPU library alone will do; else the end of the build."""
         if self.mode == "cuda":
             fail(f"FLASHMLA_BUILD=cuda: {reason}")
-        print(f"flashmla_hf: building the CPU library alone: {reason}", flush=True)
+        tell(f"flashmla_hf: building the CPU library alone: {reason}")
         return reason
 
     def build_extensions(self) -> None:
@@ -454,64 +244,6 @@ class WheelForEveryPython(bdist_wheel):
 
     def get_tag(self) -> tuple[str, str, str]:
         return "py3", "none", super().get_tag()[2]
-
-
-def direct_abi() -> int:
-    """Of the types that csrc/direct/direct.cpp and the libraries share: of another build they are not called directly."""
-    return zlib.crc32(b"".join((CSRC / name).read_bytes() for name in ("direct.h", "checks.h")))
-
-
-def compile_all(jobs: dict[str, list[Job]], dispensable: set[str]) -> dict[str, CompilerError]:
-    """The first error of each library that has one. No job of that library begins afterwards, and no job at all if the
-    library is not dispensable."""
-    failed: dict[str, CompilerError] = {}
-
-    def compile_unless_failed(task: tuple[str, Job]) -> None:
-        name, job = task
-        if name in failed or failed.keys() - dispensable:
-            return
-        try:
-            compile_one(job)
-        except CompilerError as error:
-            failed.setdefault(name, error)
-
-    # One pool for all, the CUDA sources first: they take longest.
-    tasks = [(name, job) for name, group in jobs.items() for job in group]
-    tasks.sort(key=lambda task: task[1].source.suffix != ".cu")
-    with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", os.cpu_count() or 1))) as pool:
-        list(pool.map(compile_unless_failed, tasks))
-    return failed
-
-
-def compile_one(job: Job) -> None:
-    """Compiles unless the object is newer than all it is made of and made by the same command."""
-    record = job.object.with_suffix(".json")
-    if record.exists() and job.object.exists():
-        before = json.loads(record.read_text())
-        # The start counts: what was edited during the compilation is not in the object.
-        newest = max(job.newest_header, job.source.stat().st_mtime)
-        if before["command"] == job.command and before["started"] > newest:
-            return
-        record.unlink()
-    started = time.time()
-    output = run(job.command)
-    facts = {"command": job.command, "started": started, "seconds": round(time.time() - started, 1), "output": output}
-    record.write_text(json.dumps(facts, indent=1) + "\n")
-
-
-def run(command: list[str]) -> str:
-    """Everything the command said; printed, too, without ptxas's lines on each kernel: check_build.py makes a table of them."""
-    print(shlex.join(command), flush=True)
-    result = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    statistics = re.compile(r"ptxas info\s+: (?!.*Performance Loss)|    \d+ bytes stack frame")
-    lines = [line for line in result.stdout.splitlines() if not statistics.match(line)]
-    if lines:
-        print("\n".join(lines), flush=True)
-    if result.returncode != 0:
-        said = [line.strip() for line in lines if line.strip()] or ["no message"]
-        errors = [line for line in said if re.search(r"\b(?:error|fatal|undefined reference)\b", line)]
-        raise CompilerError(f"exit code {result.returncode} ({[*errors, said[-1]][0][:300]})")
-    return result.stdout
 
 
 if __name__ == "__main__":

@@ -14,11 +14,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-import setup as build  # noqa: E402
+sys.path.insert(0, str(ROOT / "csrc"))
+from flashmla_build import environment, sources  # noqa: E402
 
 TORCH = ("2.10.0", "2.11.0", "2.12.0", "2.13.0", "2.14.1")
-# The first is the oldest that README.md names; setup.MINIMUM_NVCC is held to it.
+# The first is the oldest that README.md names; flashmla_build.toolchain.MINIMUM_NVCC is held to it.
 CUDA = {
     "12.4": ("nvidia-cuda-runtime-cu12==12.4.127", "nvidia-cuda-nvcc-cu12==12.4.131"),
     "13.0": ("nvidia-cuda-runtime==13.0.96", "nvidia-cuda-crt==13.0.88"),
@@ -42,30 +42,30 @@ def main() -> None:
 def jobs(torches: list[Path], cudas: list[list[Path]]):
     """(name, command) of every source that sees the headers of torch or CUDA."""
     for release, torch_dir in zip(TORCH, torches, strict=True):
-        for source, library in (("ops_cpu.cpp", build.CPU), ("direct/direct.cpp", build.DIRECT)):
-            yield f"torch {release}: {source}", command(library, torch_dir, build.CSRC / source)
+        for source, library in (("ops_cpu.cpp", sources.CPU), ("direct/direct.cpp", sources.DIRECT)):
+            yield f"torch {release}: {source}", command(library, torch_dir, sources.CSRC / source)
         for cuda, includes in zip(CUDA, cudas, strict=True):
             yield (
                 f"torch {release}, CUDA {cuda}: ops_sm90.cpp",
-                command(build.SM90, torch_dir, build.CSRC / "ops_sm90.cpp", includes),
+                command(sources.SM90, torch_dir, sources.CSRC / "ops_sm90.cpp", includes),
             )
     # Of the host code of the kernels, what is not compiled by nvcc alone.
     headers = HEADERS / "sm90_headers.cpp"
     headers.write_text(
-        "".join(f'#include "{path.relative_to(build.CSRC)}"\n' for path in sorted(build.CSRC.glob("sm90/**/*.h")))
+        "".join(f'#include "{path.relative_to(sources.CSRC)}"\n' for path in sorted(sources.CSRC.glob("sm90/**/*.h")))
     )
     for cuda, includes in zip(CUDA, cudas, strict=True):
-        for source in (build.CSRC / "sm90/dispatch.cpp", headers):
-            yield f"CUDA {cuda}: {source.name}", command(build.SM90, torches[0], source, includes)
+        for source in (sources.CSRC / "sm90/dispatch.cpp", headers):
+            yield f"CUDA {cuda}: {source.name}", command(sources.SM90, torches[0], source, includes)
 
 
 def command(library: str, torch_dir: Path, source: Path, cuda: list[Path] = ()) -> list[str]:
-    table = build.source_table(build.BACKENDS[library])
+    table = sources.source_table(sources.BACKENDS[library])
     flags = [flag for flag in table["common_flags"] if flag.startswith(("-D", "-std="))]
     includes = [word for directory in cuda for word in ("-isystem", str(directory))]
     return [
-        *build.find_cxx(), "-fsyntax-only", "-Wall", "-Wextra", "-Werror", *flags,
-        *build.macros_and_includes(library, torch_dir), *includes, str(source),
+        *environment.find_cxx(), "-fsyntax-only", "-Wall", "-Wextra", "-Werror", *flags,
+        *sources.macros_and_includes(library, torch_dir), *includes, str(source),
     ]  # fmt: skip
 
 

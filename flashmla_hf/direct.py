@@ -14,13 +14,10 @@ from typing import Any
 
 import torch
 
-from flashmla_hf import libraries, recompute_cache
+from flashmla_hf import libraries, recompute_cache, tested_releases
 
 # The module of Python's limited API, beside this file.
 FILENAME = "_direct.abi3.so"
-
-# The releases of torch in which the module knows everything that watches calls. Another release may have more: it is off there.
-TESTED_WITH = ("2.10", "2.11", "2.12", "2.13", "2.14")
 
 # Whether calls may take the fast path. :func:`load` turns it on; tests that replace an implementation turn it off.
 enabled = False
@@ -29,8 +26,8 @@ module: Any = None
 
 
 def is_tested_torch() -> bool:
-    """Whether the fast path was tested with the release of torch that is imported."""
-    return ".".join(torch.__version__.split(".")[:2]) in TESTED_WITH
+    """Whether the module knows everything that watches calls in the torch that is imported: another release may have more."""
+    return tested_releases.is_tested("torch", torch.__version__)
 
 
 def load(apply_attention: Any) -> None:
@@ -44,9 +41,9 @@ def load(apply_attention: Any) -> None:
         libraries.unavailable["direct"] = f"{FILENAME} was not built"
         return
     if not is_tested_torch():
+        releases = ", ".join(tested_releases.TESTED["torch"])
         libraries.unavailable["direct"] = (
-            f"off: tested with torch {', '.join(TESTED_WITH)}, and this is {torch.__version__}; every call goes through "
-            "torch's dispatcher"
+            f"off: tested with torch {releases}, and this is {torch.__version__}; every call goes through torch's dispatcher"
         )
         level = logging.WARNING if os.environ.get("FLASHMLA_LOG", "0") == "1" else logging.INFO
         logging.getLogger("flashmla_hf").log(level, "%s: %s", FILENAME, libraries.unavailable["direct"])

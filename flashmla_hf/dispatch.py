@@ -115,8 +115,9 @@ def attention(
     fused kernels (``impl="reference"`` computes both). Boundaries of packed sequences cannot be vmapped.
 
     Raises:
-        TypeError: an argument has the wrong type or dtype. ValueError: it has a wrong shape or value. RuntimeError: the
-        implementation cannot compute this call; the message names the reason and a fix.
+        TypeError: an argument has the wrong type or dtype.
+        ValueError: an argument has a wrong shape or value.
+        RuntimeError: the implementation cannot compute this call; the message names the reason and a remedy.
     """
     # In the order of csrc/direct/direct.cpp, which validate() follows.
     request = (

@@ -13,7 +13,6 @@ import json
 import math
 import os
 import platform
-import re
 import sys
 import time
 from pathlib import Path
@@ -22,7 +21,7 @@ from typing import Any
 import torch
 
 import flashmla_hf
-from flashmla_hf import direct, libraries, nvidia_smi, reference
+from flashmla_hf import direct, libraries, nvidia_smi, reference, tested_releases
 from flashmla_hf.dispatch import IMPLEMENTATIONS
 from flashmla_hf.validation import Call
 
@@ -30,9 +29,6 @@ PACKAGES = ("flashmla_hf", "torch", "triton", "transformers", "accelerate", "pef
 
 # The implementations that compute attention by this package's own means; the others are torch's and the oracle.
 TESTED = ("cpu", "sm90", "flex")
-
-# The newest releases that the tests ran with, by package.
-NEWEST_TESTED = {"torch": "2.13", "transformers": "5.24"}
 
 
 def examine() -> dict:
@@ -69,15 +65,11 @@ def _versions() -> dict:
 
 def _newer_than_tested(versions: dict[str, str | None]) -> list[str]:
     """A sentence for each release newer than the tested ones: not a problem, but the first place to look."""
-
-    def number(version: str | None) -> tuple[int, ...]:
-        return tuple(int(part) for part in re.findall(r"\d+", version or "")[:2])
-
     return [
-        f"{name} {versions[name]} is newer than {newest}, the newest release that flashmla_hf {flashmla_hf.__version__} was "
+        f"{name} {version} is newer than {tested[-1]}, the newest release that flashmla_hf {flashmla_hf.__version__} was "
         "tested with"
-        for name, newest in NEWEST_TESTED.items()
-        if versions[name] is not None and number(versions[name]) > number(newest)
+        for name, tested in tested_releases.TESTED.items()
+        if (version := versions.get(name)) is not None and tested_releases.is_newer_than_tested(name, version)
     ]
 
 

@@ -8,9 +8,11 @@ import shutil
 import subprocess
 import sys
 import zipfile
+import zlib
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 # Of the caller's shell, these would choose what is built; the CPU library alone is the quickest.
@@ -31,7 +33,7 @@ def load(path):
 
 
 def refusal(build, function, *arguments):
-    with pytest.raises(build.NoCuda) as error:
+    with pytest.raises(build.toolchain.CudaUnavailable) as error:
         function(*arguments)
     return str(error.value)
 
@@ -87,10 +89,13 @@ class Package:
 
     def __init__(self, directory):
         self.directory = directory / "package"
-        for name in ("csrc/cpu", "csrc/sm90", "csrc/direct", *(f"flashmla_hf/{name}" for name in SUBPACKAGES)):
+        folders = ("csrc/cpu", "csrc/flashmla_build", "csrc/sm90", "csrc/direct")
+        for name in (*folders, *(f"flashmla_hf/{name}" for name in SUBPACKAGES)):
             (self.directory / name).mkdir(parents=True)
         for name in (
-            "setup.py", "pyproject.toml", "README.md", "LICENSE", "csrc/sm90/check_build.py", "csrc/sm90/tiles.py", "csrc/sm90/tiles.h", "csrc/direct/sources.json",
+            "setup.py", "pyproject.toml", "README.md", "LICENSE",
+            *(str(path.relative_to(ROOT)) for path in (ROOT / "csrc/flashmla_build").glob("*.py")),
+            "csrc/sm90/check_build.py", "csrc/sm90/tiles.py", "csrc/sm90/tiles.h", "csrc/direct/sources.json",
         ):  # fmt: skip
             shutil.copy(ROOT / name, self.directory / name)
         for name, text in {
@@ -115,7 +120,20 @@ class Package:
         sm90["sources"] = [{"file": "csrc/sm90/host.cpp"}, {"file": "csrc/sm90/kernel.cu"}]
         (self.directory / "csrc/sm90/sources.json").write_text(json.dumps(sm90))
         cutlass(directory / "cutlass" / "include")
-        self.defaults = {"CUDA_HOME": toolkit(directory), "FLASHMLA_CUTLASS_DIR": str(directory / "cutlass")}
+        self.defaults = {
+            "CUDA_HOME": toolkit(directory),
+            "FLASHMLA_CUTLASS_DIR": str(directory / "cutlass"),
+            "FLASHMLA_TORCH_DIR": self.torch_that_says("cuda: Optional[str] = '13.0'"),
+        }
+
+    def torch_that_says(self, line):
+        """The directory of a torch with the installed one's headers and libraries, and this line about CUDA."""
+        directory = self.directory.parent / f"torch-{zlib.crc32(line.encode())}" / "torch"
+        directory.mkdir(parents=True)
+        for name in ("include", "lib"):
+            (directory / name).symlink_to(Path(torch.__file__).parent / name)
+        (directory / "version.py").write_text(f"__version__ = '{torch.__version__}'\n{line}\n")
+        return str(directory)
 
     def run(self, *arguments, **environment):
         """What was printed; ``exit_code`` and ``stderr`` are the last run's."""

@@ -12,6 +12,7 @@ import shutil
 import sys
 from fnmatch import fnmatch
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import settings
@@ -129,12 +130,17 @@ def fresh_accelerate_state():
 
 @pytest.fixture
 def build(monkeypatch):
-    """setup.py as a module, and none of its settings in the environment."""
+    """What setup.py builds with (csrc/flashmla_build), and none of its settings in the environment."""
     import build_support
 
     for name in build_support.SETTINGS:
         monkeypatch.delenv(name, raising=False)
-    return build_support.load(ROOT / "setup.py")
+    from flashmla_build import compiling, environment, sources, terminal, toolchain
+
+    terminal.hidden_terminal.cache_clear()
+    return SimpleNamespace(
+        compiling=compiling, environment=environment, sources=sources, terminal=terminal, toolchain=toolchain
+    )
 
 
 @pytest.fixture

@@ -66,10 +66,11 @@ def copy_of_tracked_files(target: Path) -> None:
             shutil.copyfile(here, there)
 
 
-def install(release: str, packages: Path) -> None:
+def install(release: str, packages: Path, python: str = sys.executable) -> None:
+    """Puts this release of torch for ``python`` into the folder ``packages``, with stand-ins for the libraries of CUDA."""
     temporary = packages.with_name("packages.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
-    pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-cache-dir", "--target", str(temporary)]
+    pip = [python, "-m", "pip", "install", "-q", "--no-deps", "--no-cache-dir", "--target", str(temporary)]
     subprocess.run([*pip, f"torch=={release}"], check=True)
     libraries = sorted((temporary / "torch/lib").glob("*.so*"))
     needed = {

@@ -46,6 +46,59 @@ def test_auto_says_once_why_it_builds_for_the_cpu_alone(package):
     assert manifest["no_cuda"].startswith("TORCH_CUDA_ARCH_LIST: expected 9.0")
 
 
+def test_auto_compiles_no_cuda_for_a_torch_without_it_and_cuda_does(package):
+    torch_dir = package.torch_that_says("cuda: Optional[str] = None")
+    stdout = package.run("setup.py", "build_ext", "--inplace", FLASHMLA_BUILD="auto", FLASHMLA_TORCH_DIR=torch_dir)
+    assert package.exit_code == 0, package.stderr
+    reason = (
+        f"torch {torch.__version__} has no CUDA, and the Hopper library, minutes of compiling, would not load into it; "
+        "FLASHMLA_BUILD=cuda builds it all the same."
+    )
+    assert stdout.count(f"flashmla_hf: building the CPU library alone: {reason}\n") == 1
+    assert package.manifest()["no_cuda"] == reason
+    assert package.manifest()["libraries"] == ["libflashmla_cpu.so", "_direct.abi3.so"]
+    package.build(FLASHMLA_BUILD="cuda", FLASHMLA_TORCH_DIR=torch_dir)
+    assert package.manifest()["libraries"] == LIBRARIES
+
+
+@pytest.mark.parametrize("line", ["cuda = None", "cuda: Optional[str] = None", "cuda: str | None = None  # CPU"])
+def test_a_torch_without_cuda_is_known_from_its_files(build, package, line):
+    assert build.environment.torch_without_cuda(Path(package.torch_that_says(line))).startswith(
+        f"torch {torch.__version__} has no"
+    )
+
+
+@pytest.mark.parametrize("line", ["cuda = '12.8'", "cuda: Optional[str] = '13.0'", "hip = None", ""])
+def test_a_torch_that_may_have_cuda_is_no_reason(build, package, line):
+    assert build.environment.torch_without_cuda(Path(package.torch_that_says(f"{line}\nhip: str = None"))) is None
+
+
+def test_a_build_tells_what_it_compiles_and_at_its_end_what_was_built(package):
+    stdout = package.run("setup.py", "build_ext", "--inplace", FLASHMLA_BUILD="cuda", MAX_JOBS="1")
+    ours = [line for line in stdout.splitlines() if line.startswith("flashmla_hf: ")]
+    assert ours[0] == (
+        "flashmla_hf: compiling 4 sources, 1 at a time (MAX_JOBS), 2 of them for CUDA: minutes; FLASHMLA_BUILD=cpu leaves "
+        "those out"
+    )
+    steps = [re.fullmatch(r"flashmla_hf: (\d) of 4 sources compiled, \d+ s: (\S+)", line) for line in ours[1:-1]]
+    assert [step[1] for step in steps] == ["1", "2", "3", "4"]
+    assert {step[2] for step in steps} == {"kernel.cu", "host.cpp", "cpu.cpp", "direct.cpp"}
+    built = r"flashmla_hf: built libflashmla_cpu.so, libflashmla_sm90.so, _direct.abi3.so in \d+ s, with CUDA 12.4 for Hopper. "
+    assert re.match(built, stdout.splitlines()[-1])
+    again = package.run("setup.py", "build_ext", "--inplace", FLASHMLA_BUILD="cpu")
+    assert "compiling" not in again
+    assert "without CUDA, as FLASHMLA_BUILD=cpu asks. `python -m flashmla_hf doctor` tests" in again.splitlines()[-1]
+
+
+def test_a_source_that_takes_long_is_named_meanwhile(build, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(build.compiling, "STILL_COMPILING", 0.2)
+    slow = build.compiling.Job(tmp_path / "slow.cu", tmp_path / "slow.o", ["sleep", "1"], 0.0)
+    assert build.compiling.compile_all({build.sources.SM90: [slow]}, dispensable=set()) == {}
+    printed = capsys.readouterr().out
+    assert re.search(r"^flashmla_hf: still compiling after 0 s: slow.cu$", printed, re.M)
+    assert re.search(r"^flashmla_hf: 1 of 1 sources compiled, \d s: slow.cu$", printed, re.M)
+
+
 def test_mode_cuda_ends_with_the_reason_if_cuda_cannot_be_built(package):
     package.run("setup.py", "build_ext", "--inplace", FLASHMLA_BUILD="cuda", TORCH_CUDA_ARCH_LIST="8.0")
     assert package.exit_code == 1

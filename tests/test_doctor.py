@@ -3,6 +3,7 @@
 import builtins
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from cpu_support import needs_cpu_library
 from flashmla_hf import __main__, direct, doctor, libraries
 from flashmla_hf.backend import Backend
 from flashmla_hf.dispatch import IMPLEMENTATIONS
+from flashmla_hf.tested_releases import TESTED
 
 
 @pytest.fixture(scope="module")
@@ -39,17 +41,34 @@ def test_a_sound_machine_passes(report):
         assert all(0 < x["error"] <= x["allowed"] for x in test["errors"].values())
 
 
-def test_releases_newer_than_the_tests_have_seen_are_named(report, capsys):
-    newest = doctor.NEWEST_TESTED
-    for name in newest:
-        versions = dict.fromkeys(newest) | {name: "99.1.0+cpu"}
-        (sentence,) = doctor._newer_than_tested(versions)
-        assert sentence.startswith(f"{name} 99.1.0+cpu is newer than {newest[name]}")
-        assert doctor._newer_than_tested({**versions, name: f"{newest[name]}.7"}) == []
-        doctor.show({**report, "newer than tested": [sentence]})
-        assert "newer than" in capsys.readouterr().out
-    assert doctor._newer_than_tested({"torch": "2.9.1", "transformers": "5.3.0"}) == []  # numbers, not text
-    assert "2.13" in direct.TESTED_WITH
+@pytest.mark.parametrize("name", ["torch", "transformers", "accelerate", "peft"])
+def test_releases_newer_than_the_tests_have_seen_are_named(report, capsys, name):
+    newest = TESTED[name][-1]
+    versions = {**dict.fromkeys(doctor.PACKAGES), name: "99.1.0+cpu"}
+    (sentence,) = doctor._newer_than_tested(versions)
+    assert sentence.startswith(f"{name} 99.1.0+cpu is newer than {newest}, the newest release that flashmla_hf ")
+    assert doctor._newer_than_tested({**versions, name: f"{newest}.7"}) == []
+    doctor.show({**report, "newer than tested": [sentence]})
+    assert "newer than" in capsys.readouterr().out
+
+
+def test_releases_are_compared_as_numbers():
+    assert (
+        doctor._newer_than_tested({"torch": "2.9.1", "transformers": "5.3.0", "peft": "0.9", "accelerate": "1"}) == []
+    )
+
+
+def test_the_tested_releases_are_those_that_the_tests_install(headers):
+    """One table is the statement for users; what the Makefile and CI install must be it."""
+    root = Path(__file__).resolve().parent.parent
+    makefile = (root / "Makefile").read_text()
+    assert [".".join(release.split(".")[:2]) for release in headers.TORCH] == list(TESTED["torch"])
+    assert re.search(r"^TORCH \?= torch==(\d+\.\d+)", makefile, re.M)[1] in TESTED["torch"]
+    older = re.search(r"^OLDER_TRANSFORMERS := (.+)$", makefile, re.M)[1].split()
+    pins = dict(re.findall(r"^(\w+)==(\d+\.\d+)", (root / "requirements.txt").read_text(), re.M))
+    assert (*(re.match(r"\d+\.\d+", release)[0] for release in older), pins["transformers"]) == TESTED["transformers"]
+    assert (pins["accelerate"],) == TESTED["accelerate"]
+    assert (pins["peft"],) == TESTED["peft"]
 
 
 def test_direct_calls_are_off_with_an_untested_torch():

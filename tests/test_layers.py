@@ -13,7 +13,7 @@ LAYERS = [
     {"__main__", "check_command", "training"},
     {"__init__", "doctor", "autoload", "hf", "patches"},
     {"dispatch", "flash_attn_api", "backends", "backend", "validation", "notices", "reference"},
-    {"ops", "direct", "recompute_cache", "libraries", "torch_state", "host_memory", "nvidia_smi"},
+    {"ops", "direct", "recompute_cache", "libraries", "torch_state", "host_memory", "nvidia_smi", "tested_releases"},
 ]
 MAY_IMPORT_TRANSFORMERS = {
     "check_command", "training", "hf.masks", "hf.paged", "hf.register", "hf.transformers_private", "patches",

@@ -52,11 +52,11 @@ def test_the_oldest_torch_and_every_older_transformers_have_their_tests(headers)
 
 
 def test_the_oldest_releases_are_those_that_the_build_and_the_readme_name(headers, build):
-    assert headers.TORCH[0].startswith(".".join(map(str, build.MINIMUM_TORCH)) + ".")
-    assert tuple(map(int, next(iter(headers.CUDA)).split("."))) == build.MINIMUM_NVCC
+    assert headers.TORCH[0].startswith(".".join(map(str, build.environment.MINIMUM_TORCH)) + ".")
+    assert tuple(map(int, next(iter(headers.CUDA)).split("."))) == build.toolchain.MINIMUM_NVCC
     text = (ROOT / "README.md").read_text() + (ROOT / "docs" / "install.md").read_text()
-    assert text.count(f"torch >= {'.'.join(map(str, build.MINIMUM_TORCH))} already there") == 2
-    assert text.count(f"`nvcc` ≥ {'.'.join(map(str, build.MINIMUM_NVCC))} is found") == 2
+    assert text.count(f"torch >= {'.'.join(map(str, build.environment.MINIMUM_TORCH))} already there") == 2
+    assert text.count(f"`nvcc` ≥ {'.'.join(map(str, build.toolchain.MINIMUM_NVCC))} is found") == 2
 
 
 def test_every_minor_release_of_torch_up_to_the_installed_one_is_compiled_against(headers):
@@ -71,9 +71,9 @@ def test_every_host_source_that_sees_torch_or_cuda_is_compiled_against_each(head
     torches = [tmp_path / release for release in headers.TORCH]
     names = [name for name, _ in headers.jobs(torches, [[tmp_path]] * len(headers.CUDA))]
     seers = {
-        str(path.relative_to(build.CSRC))
-        for backend in build.BACKENDS.values()
-        for path, _ in build.sources_of(backend)
+        str(path.relative_to(build.sources.CSRC))
+        for backend in build.sources.BACKENDS.values()
+        for path, _ in build.sources.sources_of(backend)
         if path.suffix == ".cpp" and re.search(r"#include (?:<torch|\"host\.h|\"direct/objects\.h)", path.read_text())
     }
     assert seers == {"ops_cpu.cpp", "ops_sm90.cpp", "direct/direct.cpp"}
@@ -101,5 +101,5 @@ def test_make_headers_fails_on_what_a_release_lacks(headers, build, tmp_path, te
     (tmp_path / "torch/include/torch/here.h").write_text("inline void theirs() { int spare; }\n")
     source = tmp_path / "source.cpp"
     source.write_text(text)
-    output = headers.compile_one(headers.command(build.CPU, tmp_path / "torch", source))
+    output = headers.compile_one(headers.command(build.sources.CPU, tmp_path / "torch", source))
     assert (output is None) if error is None else (error in output)

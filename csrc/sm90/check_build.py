@@ -14,8 +14,8 @@ from collections import Counter
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
-import setup as build  # noqa: E402
+sys.path.insert(0, str(ROOT / "csrc"))
+from flashmla_build import sources  # noqa: E402
 
 BUILD = ROOT / "build" / "cuda"
 # Not in ptxas's report: shared memory of a size chosen at launch.
@@ -45,8 +45,8 @@ def records() -> list[tuple[str, dict]]:
     """(source, what setup.py kept of its compilation) of every library."""
     return [
         (str(source.relative_to(ROOT)), json.loads((BUILD / library / f"{source.stem}.json").read_text()))
-        for library, backend in build.BACKENDS.items()
-        for source, _ in build.sources_of(backend)
+        for library, backend in sources.BACKENDS.items()
+        for source, _ in sources.sources_of(backend)
     ]
 
 
