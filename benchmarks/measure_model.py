@@ -49,6 +49,7 @@ class Point:
     dtype: str = "float32"
     device: str = "cpu"
     use_peft: bool = True  # LoRA r=16 on every linear layer; otherwise all weights have gradients
+    load_in_4bit: bool = False  # the frozen linear layers but the head, by bitsandbytes (nf4, double quantization)
     lora_dtype: str = "float32"  # of the adapter; otherwise "auto", the model's
     gradient_checkpointing: bool = False  # Transformers' own
     patches: tuple[str, ...] = ()  # names in flashmla_hf.PATCHES
@@ -87,6 +88,7 @@ class Point:
             gradient_checkpointing=self.gradient_checkpointing,
             use_peft=self.use_peft,
             weight_bytes=itemsize,
+            load_in_4bit=self.load_in_4bit,
             adapter_bytes=4 if self.lora_dtype == "float32" else itemsize,
             casts_adapter_inputs=not self.patches,
             activation_bytes=itemsize,
@@ -142,7 +144,8 @@ def _measure(point: Point) -> Measurement:
         share = point.memory_limit / machine.memory_limit("cuda")
         torch.cuda.set_per_process_memory_fraction(min(1.0, share))
     dtype = getattr(torch, point.dtype)
-    model = models.load(point.model, point.attn_implementation, dtype, point.device, point.sliding_window)
+    load = models.load_4bit if point.load_in_4bit else models.load
+    model = load(point.model, point.attn_implementation, dtype, point.device, point.sliding_window)
     vocabulary = model.config.get_text_config().vocab_size
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(vocabulary, (point.batch_size, point.context), generator=generator).to(point.device)

@@ -229,7 +229,9 @@ def section(results: list[Measurement], document: dict) -> str:
 
 def description(point: Point) -> str:
     trained = (
-        f"LoRA ({'float32' if point.lora_dtype == 'float32' else point.dtype} adapter)" if point.use_peft else "full"
+        f"{'Q' * point.load_in_4bit}LoRA ({'float32' if point.lora_dtype == 'float32' else point.dtype} adapter)"
+        if point.use_peft
+        else "full"
     )
     step = "forward, backward and AdamW" if point.optim != "none" else "forward and backward"
     is_limited = point.device == "cuda" and point.memory_limit

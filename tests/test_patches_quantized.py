@@ -29,9 +29,17 @@ def quantized_model(tmp_path, name="Llama", dtype=torch.float32, compute_dtype=N
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=compute_dtype or dtype,
     )
-    loaded = type(model).from_pretrained(
-        tmp_path / "model", quantization_config=settings, dtype=dtype, attn_implementation="flashmla", device_map="cpu"
-    ).train()
+    loaded = (
+        type(model)
+        .from_pretrained(
+            tmp_path / "model",
+            quantization_config=settings,
+            dtype=dtype,
+            attn_implementation="flashmla",
+            device_map="cpu",
+        )
+        .train()
+    )
     assert sum(quantized.is_4bit(m) for m in loaded.modules()) >= 7
     for parameter in loaded.parameters():
         parameter.requires_grad_(False)
