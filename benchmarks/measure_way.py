@@ -34,7 +34,7 @@ from flashmla_hf.training.shape import Shape
 REPEATED = 8
 # Predictions from shorter contexts are low: short ones are slowed down by other things than those that grow.
 CAUTION = 1.2
-SHARE = 0.6
+SHARE = 0.7
 GRACE = 10  # seconds past its own time after which a process is ended
 
 
@@ -84,13 +84,25 @@ def _next(
 
 
 def _predicted(point: Point, done: list[Measurement], step: Step | None) -> float | None:
-    """Seconds of one step of ``point``, from the nearest measured one by their operations; ``None`` without any."""
+    """Seconds of one step of ``point``, by its operations; ``None`` before anything is measured.
+
+    Along the line through the two nearest measured contexts, or, with one or if that falls, in proportion.
+    """
     if not done or step is None:
         return None
-    nearest = min(done, key=lambda r: abs(r.point.context - point.context))
     shape = Shape.of(step.model.config)
-    ours, theirs = (shape.training_flops([n], True) for n in (point.context, nearest.point.context))
-    return CAUTION * nearest.seconds * ours / theirs
+
+    def operations(p: Point) -> int:
+        return shape.training_flops([p.context], True)
+
+    first, *more = sorted(done, key=lambda r: abs(r.point.context - point.context))
+    slope = 0.0
+    if more:
+        slope = (first.seconds - more[0].seconds) / (operations(first.point) - operations(more[0].point))
+    if slope <= 0:
+        slope = first.seconds / operations(first.point)
+    beyond = first.seconds + slope * (operations(point) - operations(first.point))
+    return CAUTION * max(beyond, 0.0)
 
 
 def _measure(point: Point, step: Step | None) -> tuple[Measurement, Step | None]:
@@ -140,9 +152,16 @@ class Way:
             lines.put(line)
         lines.put(None)
 
-    def measure(self, seconds: float, on_result: Callable[[Measurement], None]) -> list[Measurement]:
-        """Measures for ``seconds``; every point has a result. A process that dies begins once more, without that point."""
-        deadline = time.monotonic() + seconds
+    def measure(
+        self, seconds: float, on_result: Callable[[Measurement], None], most: float | None = None
+    ) -> list[Measurement]:
+        """Measures for ``seconds``; every point has a result. A process that dies begins once more, without that point.
+
+        A step that takes longer than predicted may end later, but the process is ended GRACE after ``most`` seconds.
+        """
+        started = time.monotonic()
+        deadline = started + seconds
+        self.end_at = started + (seconds if most is None else most) + GRACE
         results = self._measure_once(self.points, deadline, on_result)
         missing = [p for p in self.points if all(r.point.context != p.context for r in results)]
         if missing and self.has_died and deadline - time.monotonic() > GRACE:
@@ -177,7 +196,7 @@ class Way:
             return results
         while len(results) < len(points):
             try:
-                line = self.lines.get(timeout=max(0.1, deadline + GRACE - time.monotonic()))
+                line = self.lines.get(timeout=max(0.1, self.end_at - time.monotonic()))
             except queue.Empty:
                 self.end()
                 return results
@@ -214,7 +233,7 @@ def measure_ways(ways: list[Way], seconds: float, on_result: Callable[[Measureme
     try:
         for i, way in enumerate(ways):
             left = max(0.0, deadline - time.monotonic())
-            results += way.measure(left if i == len(ways) - 1 else SHARE * left, on_result)
+            results += way.measure(left if i == len(ways) - 1 else SHARE * left, on_result, left)
     finally:
         for way in ways:
             way.end()
