@@ -51,6 +51,7 @@ class Point:
     use_peft: bool = True  # LoRA r=16 on every linear layer; otherwise all weights have gradients
     load_in_4bit: bool = False  # the frozen linear layers but the head, by bitsandbytes (nf4, double quantization)
     lora_dtype: str = "float32"  # of the adapter; otherwise "auto", the model's
+    has_autocast: bool = True  # for an adapter in float32 beside a model that is not; otherwise as peft alone computes
     gradient_checkpointing: bool = False  # Transformers' own
     patches: tuple[str, ...] = ()  # names in flashmla_hf.PATCHES
     patch_options: tuple[tuple[str, int], ...] = ()  # of flashmla_hf.patch
@@ -90,7 +91,7 @@ class Point:
             weight_bytes=itemsize,
             load_in_4bit=self.load_in_4bit,
             adapter_bytes=4 if self.lora_dtype == "float32" else itemsize,
-            casts_adapter_inputs=not self.patches,
+            casts_adapter_inputs=not self.patches if self.has_autocast else "lora" not in self.patches,
             activation_bytes=itemsize,
             **dict(self.patch_options),
         )
@@ -225,7 +226,7 @@ def _train_step(model: torch.nn.Module, point: Point):
         model = get_peft_model(model, lora, autocast_adapter_dtype=point.lora_dtype == "float32")
     if point.patches:
         flashmla_hf.patch(model, point.patches, **dict(point.patch_options))
-        if point.use_peft:
+        if point.use_peft and point.has_autocast:
             # As flashmla finetune does; a series without patches is peft's and Transformers' own.
             keep_adapter_inputs(model)
     model.train()
@@ -234,7 +235,8 @@ def _train_step(model: torch.nn.Module, point: Point):
     if point.optim == "adamw_torch":
         # Fused: without temporaries of the weights' size.
         optimizer = torch.optim.AdamW(trainable, lr=1e-5, fused=point.device == "cuda")
-    is_autocast = point.dtype != "float32" and any(parameter.dtype == torch.float32 for parameter in trainable)
+    is_mixed = point.dtype != "float32" and any(parameter.dtype == torch.float32 for parameter in trainable)
+    is_autocast = is_mixed and point.has_autocast
 
     def run(ids: torch.Tensor) -> float:
         started = _now(point.device)

@@ -232,8 +232,9 @@ def section(results: list[Measurement], document: dict) -> str:
 
 
 def description(point: Point) -> str:
+    no_autocast = "" if point.has_autocast else ", no autocast"
     trained = (
-        f"{'Q' * point.load_in_4bit}LoRA ({'float32' if point.lora_dtype == 'float32' else point.dtype} adapter)"
+        f"{'Q' * point.load_in_4bit}LoRA ({'float32' if point.lora_dtype == 'float32' else point.dtype} adapter{no_autocast})"
         if point.use_peft
         else "full"
     )

@@ -201,6 +201,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--lora_dtype", choices=("float32", "auto"), default="float32", help="of the adapter; auto: the weights'"
     )
+    parser.add_argument(
+        "--no_autocast",
+        action="store_true",
+        help="a float32 adapter without autocast: peft casts its inputs to float32",
+    )
     parser.add_argument("--optim", choices=("adamw_torch", "none"), default="adamw_torch", help="ends every step")
     parser.add_argument(
         "--gradient_checkpointing", action="store_true", help="in every series that has no checkpointing"
@@ -239,6 +244,7 @@ def _wanted_points(args: argparse.Namespace) -> list[Point]:
         use_peft=not args.full,
         load_in_4bit=args.load_in_4bit,
         lora_dtype=args.lora_dtype,
+        has_autocast=not args.no_autocast,
         optim=args.optim,
         gradient_checkpointing=args.gradient_checkpointing,
         warmup=args.warmup,

@@ -187,6 +187,7 @@ def test_the_memory_configs_that_ship_are_valid(tmp_path, monkeypatch):
         "memory-llama-8b",
         "memory-llama-8b-window",
         "memory-llama-8b-qlora",
+        "memory-llama-8b-peft",
         "memory-llama-8b-qlora-window",
         "memory-llama-1b-full",
         "memory-llama-1b-full-window",
