@@ -49,7 +49,9 @@ class Point:
     dtype: str = "float32"
     device: str = "cpu"
     use_peft: bool = True  # LoRA r=16 on every linear layer; otherwise all weights have gradients
+    load_in_4bit: bool = False  # the frozen linear layers but the head, by bitsandbytes (nf4, double quantization)
     lora_dtype: str = "float32"  # of the adapter; otherwise "auto", the model's
+    has_autocast: bool = True  # for an adapter in float32 beside a model that is not; otherwise as peft alone computes
     gradient_checkpointing: bool = False  # Transformers' own
     patches: tuple[str, ...] = ()  # names in flashmla_hf.PATCHES
     patch_options: tuple[tuple[str, int], ...] = ()  # of flashmla_hf.patch
@@ -87,8 +89,9 @@ class Point:
             gradient_checkpointing=self.gradient_checkpointing,
             use_peft=self.use_peft,
             weight_bytes=itemsize,
+            load_in_4bit=self.load_in_4bit,
             adapter_bytes=4 if self.lora_dtype == "float32" else itemsize,
-            casts_adapter_inputs=not self.patches,
+            casts_adapter_inputs=not self.patches if self.has_autocast else "lora" not in self.patches,
             activation_bytes=itemsize,
             **dict(self.patch_options),
         )
@@ -134,24 +137,43 @@ def in_subprocess(point: Point, timeout: float) -> Measurement:
 # ---------------------------------------------------------------- in the child
 
 
-def _measure(point: Point) -> Measurement:
+class Step:
+    """What a point measures: its model, loaded once, for contexts of any length. ``run(ids)`` returns seconds."""
+
+    def __init__(self, point: Point) -> None:
+        _limit_memory(point)
+        dtype = getattr(torch, point.dtype)
+        load = models.load_4bit if point.load_in_4bit else models.load
+        self.model = load(point.model, point.attn_implementation, dtype, point.device, point.sliding_window)
+        self.vocabulary = self.model.config.get_text_config().vocab_size
+        self.run = _train_step(self.model, point) if point.mode == "train" else _decode(self.model, point)
+        self.peak_flops = machine.peak_flops(point.device, point.dtype) if point.mode == "train" else None
+
+    def ids(self, point: Point, context: int) -> torch.Tensor:
+        """Random tokens [batch, context], the same ones for the same point."""
+        generator = torch.Generator().manual_seed(0)
+        return torch.randint(self.vocabulary, (point.batch_size, context), generator=generator).to(point.device)
+
+
+def _limit_memory(point: Point) -> None:
     if point.device == "cpu" and point.memory_limit:
         # An allocation beyond it fails as out of memory, before the machine starts swapping or killing.
         resource.setrlimit(resource.RLIMIT_DATA, (point.memory_limit, point.memory_limit))
     elif point.memory_limit:
         share = point.memory_limit / machine.memory_limit("cuda")
         torch.cuda.set_per_process_memory_fraction(min(1.0, share))
-    dtype = getattr(torch, point.dtype)
-    model = models.load(point.model, point.attn_implementation, dtype, point.device, point.sliding_window)
-    vocabulary = model.config.get_text_config().vocab_size
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(vocabulary, (point.batch_size, point.context), generator=generator).to(point.device)
-    run = _train_step(model, point) if point.mode == "train" else _decode(model, point)
 
+
+def measure(point: Point, step: Step | None = None) -> Measurement:
+    """Measures ``point`` in this process. ``step`` is one that was made for a point of another context, and has run."""
+    is_first = step is None
+    step = step or Step(point)
+    ids, run = step.ids(point, point.context), step.run
     # Touches every weight (files are mapped lazily), makes the optimizer's states, and lets libraries build what they keep
     # (Triton compiles, cuBLAS chooses): a first long step is then timed like any other, but for the host memory that the
     # patch offload pins in it.
-    run(ids[:, : point.warmup])
+    if is_first:
+        run(ids[:, : point.warmup])
     gc.collect()
     before = _reset_peak(point.device)
     times = [run(ids)]
@@ -167,8 +189,8 @@ def _measure(point: Point) -> Measurement:
     tokens = point.batch_size * (point.context if point.mode == "train" else 1)
     flops, mfu, peak_flops = None, None, None
     if point.mode == "train":
-        rate, source = machine.peak_flops(point.device, point.dtype)
-        shape = Shape.of(model.config)
+        rate, source = step.peak_flops
+        shape = Shape.of(step.model.config)
         flops = shape.training_flops([point.context] * point.batch_size, point.use_peft)
         mfu, peak_flops = flops / seconds / rate, f"{rate / 1e12:.4g} TFLOP/s, {source}"
     return Measurement(
@@ -204,7 +226,7 @@ def _train_step(model: torch.nn.Module, point: Point):
         model = get_peft_model(model, lora, autocast_adapter_dtype=point.lora_dtype == "float32")
     if point.patches:
         flashmla_hf.patch(model, point.patches, **dict(point.patch_options))
-        if point.use_peft:
+        if point.use_peft and point.has_autocast:
             # As flashmla finetune does; a series without patches is peft's and Transformers' own.
             keep_adapter_inputs(model)
     model.train()
@@ -213,7 +235,8 @@ def _train_step(model: torch.nn.Module, point: Point):
     if point.optim == "adamw_torch":
         # Fused: without temporaries of the weights' size.
         optimizer = torch.optim.AdamW(trainable, lr=1e-5, fused=point.device == "cuda")
-    is_autocast = point.dtype != "float32" and any(parameter.dtype == torch.float32 for parameter in trainable)
+    is_mixed = point.dtype != "float32" and any(parameter.dtype == torch.float32 for parameter in trainable)
+    is_autocast = is_mixed and point.has_autocast
 
     def run(ids: torch.Tensor) -> float:
         started = _now(point.device)
@@ -284,6 +307,11 @@ def _peak(device: str) -> int:
     return machine.peak_memory(torch.device(device))
 
 
+def out_of_memory_reason(error: BaseException) -> str:
+    """Where memory ran out, for a table."""
+    return "no room on the host" if machine.NO_HOST_MEMORY in str(error) else "the allocation failed"
+
+
 def main() -> None:
     if len(sys.argv) != 2 or sys.argv[1] in ("-h", "--help"):
         fields = ", ".join(f"{f.name}" for f in dataclasses.fields(Point))
@@ -296,12 +324,11 @@ def main() -> None:
     except (TypeError, json.JSONDecodeError) as error:
         sys.exit(f"measure_model: {error}; --help says what is expected")
     try:
-        result = _measure(point)
+        result = measure(point)
     except (RuntimeError, MemoryError) as error:
         if not machine.is_out_of_memory(error):
             raise
-        is_host = machine.NO_HOST_MEMORY in str(error)
-        result = Measurement(point, "out_of_memory", "no room on the host" if is_host else "the allocation failed")
+        result = Measurement(point, "out_of_memory", out_of_memory_reason(error))
     print(RESULT_MARK + json.dumps(result.as_dict()), flush=True)
 
 

@@ -31,6 +31,10 @@ def series_of(results: list[Measurement]) -> list[str]:
     return list(dict.fromkeys(r.point.series for r in results))
 
 
+def series_of_points(points: Sequence[Point]) -> list[str]:
+    return list(dict.fromkeys(p.series for p in points))
+
+
 def table(results: list[Measurement]) -> str:
     """Markdown: a row per context, peak memory and step time per series."""
     series = series_of(results)
@@ -228,8 +232,11 @@ def section(results: list[Measurement], document: dict) -> str:
 
 
 def description(point: Point) -> str:
+    no_autocast = "" if point.has_autocast else ", no autocast"
     trained = (
-        f"LoRA ({'float32' if point.lora_dtype == 'float32' else point.dtype} adapter)" if point.use_peft else "full"
+        f"{'Q' * point.load_in_4bit}LoRA ({'float32' if point.lora_dtype == 'float32' else point.dtype} adapter{no_autocast})"
+        if point.use_peft
+        else "full"
     )
     step = "forward, backward and AdamW" if point.optim != "none" else "forward and backward"
     is_limited = point.device == "cuda" and point.memory_limit

@@ -27,6 +27,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib.util
 import json
 import sys
 import time
@@ -193,9 +194,17 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: the faster one here")
     parser.add_argument("--batch_size", type=at_least(1), default=1)
+    parser.add_argument(
+        "--load_in_4bit", action="store_true", help="QLoRA: frozen linear layers in 4 bits (needs bitsandbytes)"
+    )
     parser.add_argument("--full", action="store_true", help="all weights are trained instead of LoRA")
     parser.add_argument(
         "--lora_dtype", choices=("float32", "auto"), default="float32", help="of the adapter; auto: the weights'"
+    )
+    parser.add_argument(
+        "--no_autocast",
+        action="store_true",
+        help="a float32 adapter without autocast: peft casts its inputs to float32",
     )
     parser.add_argument("--optim", choices=("adamw_torch", "none"), default="adamw_torch", help="ends every step")
     parser.add_argument(
@@ -218,6 +227,10 @@ def _parser() -> argparse.ArgumentParser:
 
 def _wanted_points(args: argparse.Namespace) -> list[Point]:
     """The points that the arguments name. Raises NoModelError or ValueError for a model or a series that cannot be measured."""
+    if args.load_in_4bit and args.full:
+        raise ValueError("--load_in_4bit: expected no --full, because 4-bit weights are not trained")
+    if args.load_in_4bit and importlib.util.find_spec("bitsandbytes") is None:
+        raise ValueError("--load_in_4bit: expected the package bitsandbytes, got none; run: pip install bitsandbytes")
     # Converts smollm2 once here, not in the first measured process.
     models.config_of(args.model, args.sliding_window)
     points = points_for(
@@ -229,7 +242,9 @@ def _wanted_points(args: argparse.Namespace) -> list[Point]:
         batch_size=args.batch_size,
         sliding_window=args.sliding_window,
         use_peft=not args.full,
+        load_in_4bit=args.load_in_4bit,
         lora_dtype=args.lora_dtype,
+        has_autocast=not args.no_autocast,
         optim=args.optim,
         gradient_checkpointing=args.gradient_checkpointing,
         warmup=args.warmup,

@@ -23,6 +23,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+from flashmla_hf.training import quantization
 from flashmla_hf.training.arguments import UserError
 from flashmla_hf.training.shape import load_config
 
@@ -213,3 +214,52 @@ def load(
     folder = str(smollm2_folder()) if name == "smollm2" else name
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation=attn_implementation)
     return model.to(device).eval()
+
+
+def load_4bit(
+    name: str, attn_implementation: str, dtype: torch.dtype, device: str, sliding_window: int | None = None
+) -> PreTrainedModel:
+    """As ``load``, but the linear layers other than the head are bitsandbytes' with 4 bits (nf4, double quantization).
+
+    Random weights are drawn and packed one layer at a time: there is never a whole model of ``dtype``.
+    """
+    config, settings = config_of(name, sliding_window), quantization.settings("nf4", dtype)
+    if name not in SHAPES:
+        folder = str(smollm2_folder()) if name == "smollm2" else name
+        place = torch.cuda.current_device() if device == "cuda" else device
+        model = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype,
+            attn_implementation=attn_implementation,
+            quantization_config=settings,
+            device_map={"": place},
+        )
+        return _trainable_4bit(model, device)
+    import bitsandbytes
+    from transformers.integrations.bitsandbytes import replace_with_bnb_linear
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attn_implementation)
+    model = replace_with_bnb_linear(model, ["lm_head"], settings)
+    torch.manual_seed(0)
+    std = config.initializer_range
+    for module in list(model.modules()):
+        if not isinstance(module, bitsandbytes.nn.Linear4bit):
+            module.to_empty(device=device, recurse=False)
+            continue
+        shape = module.out_features, module.in_features
+        weight = torch.empty(shape, dtype=dtype, device=device).normal_(0.0, std)
+        module.weight = bitsandbytes.nn.Params4bit(weight, quant_type="nf4", module=module).to(device)
+    model.tie_weights()
+    with torch.no_grad():
+        for module in model.modules():
+            if not isinstance(module, bitsandbytes.nn.Linear4bit):
+                model._init_weights(module)
+    model.is_loaded_in_4bit = True
+    return _trainable_4bit(model, device)
+
+
+def _trainable_4bit(model: PreTrainedModel, device: str) -> PreTrainedModel:
+    if device == "cpu":
+        quantization.keep_trainable_on_cpu(model)
+    return model.eval()

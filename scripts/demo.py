@@ -5,6 +5,7 @@
     python scripts/demo.py --model FOLDER         # any causal language model in a folder
     python scripts/demo.py --model random         # random weights of SmolLM2's shape
     python scripts/demo.py --skip finetune --contexts 1024 2048 --publish
+    python scripts/demo.py --time_budget 240      # on a GPU: everything within 240 seconds (default there: 540)
 
 1. loads the model with attn_implementation="flashmla";
 2. compares logits and generated text with eager attention;
@@ -14,7 +15,9 @@
    the package's memory patches (benchmarks/memory_report.py), each point in its own process;
 5. writes plots, JSON and a Markdown page into results/demo.
 
-On a GPU everything runs there, in bfloat16 and at longer contexts.
+On a GPU everything runs there, in bfloat16. Memory and time are those of a model that people fine-tune there, Llama-3.1-8B's
+shape with random weights (--shape), for flashmla with its patches, SDPA with Liger's kernels (if liger-kernel is installed) and
+checkpointing, SDPA and eager. One process measures all contexts of one of them, until it runs out of memory or of time.
 """
 
 from __future__ import annotations
@@ -37,6 +40,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 if importlib.util.find_spec("flashmla_hf") is None:
     sys.exit("demo: flashmla_hf is not installed in this Python: run 'make demo', or 'pip install .' first")
 
+import measure_way
 import memory_page
 import memory_report
 import models
@@ -57,6 +61,9 @@ STAGES = ("compare", "finetune", "measure")
 # Beside the backends alone, the one with the package's memory patches.
 SERIES = ("flashmla+all", *memory_report.BACKENDS)
 PROMPT = "def read_lines(path):\n    "
+# Shares of --time_budget: the longest that fine-tuning may take, and what is kept for writing.
+FINETUNE_SHARE = 0.25
+WRITING = 8
 # The work that a machine of each kind does within the demo's few minutes.
 SETTINGS = {
     "cpu": {
@@ -70,8 +77,8 @@ SETTINGS = {
         "max_length": 8192,
         "max_steps": 60,
         "eval_sequences": 16,
-        "contexts": [2048, 4096, 8192, 16384, 32768],
-        "budget": 240,
+        "contexts": [2048, 8192, 16384, 32768, 65536, 98304, 131072, 262144],
+        "budget": 540,  # of the whole demo
     },
 }
 
@@ -131,22 +138,27 @@ def compare(folder: Path, text: str, device: str) -> dict:
     }
 
 
-def finetune(folder: Path, train_file: Path, held_out: Path, output_dir: Path, device: str, args) -> dict:
-    """Runs scripts/finetune.py in a process of its own; returns its results and its log."""
+def finetune(
+    folder: Path, train_file: Path, held_out: Path, output_dir: Path, args: argparse.Namespace, timeout: float | None
+) -> dict | None:
+    """Runs scripts/finetune.py in a process of its own; returns its results and its log, or None if it took too long."""
+    device = args.device
     settings = SETTINGS[device]
+    # A short budget pays for the start of the process and for the steps that show the loss fall.
+    steps = args.max_steps or (settings["max_steps"] if timeout is None or timeout > 120 else 24)
     options = {
         "model_name_or_path": folder,
         "train_file": train_file,
         "validation_file": held_out,
         "output_dir": output_dir,
         "max_length": settings["max_length"],
-        "max_steps": args.max_steps or settings["max_steps"],
+        "max_steps": steps,
         "max_eval_samples": settings["eval_sequences"],
         "gradient_accumulation_steps": 1,
         "learning_rate": 1e-3,
         "warmup_steps": 2,
         "logging_steps": 1,
-        "eval_steps": (args.max_steps or settings["max_steps"]) // 3 or 1,
+        "eval_steps": steps // 3 or 1,
         "save_steps": 0,
         "bf16": machine.fastest_dtype(device) == "bfloat16",
         "use_cpu": device == "cpu",
@@ -155,7 +167,12 @@ def finetune(folder: Path, train_file: Path, held_out: Path, output_dir: Path, d
     for name, value in options.items():
         command += [f"--{name}", str(value)]
     shutil.rmtree(output_dir, ignore_errors=True)
-    if subprocess.run(command).returncode != 0:
+    try:
+        code = subprocess.run(command, timeout=timeout).returncode
+    except subprocess.TimeoutExpired:
+        print(f"fine-tuning was ended: it took longer than its {timeout:.0f} s of --time_budget")
+        return None
+    if code != 0:
         sys.exit("demo: fine-tuning failed; its message stands above")
     results = json.loads((output_dir / "all_results.json").read_text())
     log = json.loads((output_dir / "trainer_state.json").read_text())["log_history"]
@@ -203,7 +220,8 @@ def page(report: dict, table: str | None) -> str:
         )
     if table is not None:
         lines.append(
-            f"**Memory and time of a training step** (peak above the loaded model, forward and backward)\n\n{table}"
+            f"**Memory and time of a training step** of {report['measured_model']} (LoRA, batch 1; peak above the loaded "
+            f"model)\n\n{table}"
         )
     lines.append(
         "Seconds: " + ", ".join(f"{name} {seconds:.0f}" for name, seconds in report["seconds"].items()) + ".\n"
@@ -217,6 +235,18 @@ def _parser() -> argparse.ArgumentParser:
         "--model", default="auto", help="smollm2 (real weights), random (its shape), auto (the one it can), or a folder"
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), default=machine.default_device())
+    parser.add_argument(
+        "--shape",
+        choices=tuple(models.SHAPES),
+        help="measure memory and time of this published shape, with random weights made on the device, instead of the model; "
+        "one process measures all contexts of a way (default on a GPU: llama-8b, unless --model names a folder)",
+    )
+    parser.add_argument(
+        "--time_budget",
+        type=at_least(30),
+        metavar="S",
+        help="seconds for the whole demo: stages are cut to fit (default: on a GPU 540; on a CPU by stage)",
+    )
     parser.add_argument("--skip", nargs="+", choices=STAGES, default=[], help="stages to leave out")
     parser.add_argument("--max_steps", type=at_least(1), help="fine-tuning steps; default: by device")
     parser.add_argument("--contexts", nargs="+", type=at_least(2), metavar="TOKENS", help="default: by device")
@@ -225,30 +255,84 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def measure(folder: Path, args: argparse.Namespace) -> list[Measurement]:
-    """Memory and time of a training step of every series at every context."""
+def measure(folder: Path, args: argparse.Namespace, seconds: float | None) -> list[Measurement]:
+    """Memory and time of a training step of every series at every context; within ``seconds`` if given."""
     settings = SETTINGS[args.device]
-    points = memory_report.points_for(
-        str(folder),
-        list(SERIES),
-        sorted(args.contexts or settings["contexts"]),
-        device=args.device,
-        dtype=machine.fastest_dtype(args.device),
-        repeats=1 if args.device == "cpu" else 3,
-    )
+    contexts = sorted(args.contexts or settings["contexts"])
+    dtype = machine.fastest_dtype(args.device)
+    if args.shape is None:
+        points = memory_report.points_for(
+            str(folder),
+            list(SERIES),
+            contexts,
+            device=args.device,
+            dtype=dtype,
+            repeats=1 if args.device == "cpu" else 3,
+        )
+    else:
+        points = memory_report.points_for(
+            args.shape, ways(), contexts, device=args.device, dtype=dtype, optim="adamw_torch", warmup=2048
+        )
     with tqdm(total=len(points), unit="point", desc="measuring") as bar:
 
         def show(result: Measurement) -> None:
             bar.write(memory_report.describe(result))
             bar.update()
 
-        return memory_report.measure_all(points, time_limit=60, time_budget=settings["budget"], on_result=show)
+        if args.shape is None:
+            budget = settings["budget"] if seconds is None else seconds
+            return memory_report.measure_all(points, time_limit=60, time_budget=budget, on_result=show)
+        return measure_way.measure_ways(
+            [
+                measure_way.Way([p for p in points if p.series == name], longest_first=i == 0)
+                for i, name in enumerate(memory_page.series_of_points(points))
+            ],
+            settings["budget"] if seconds is None else seconds,
+            show,
+        )
+
+
+def ways() -> list[str]:
+    """The compared ways to train on a GPU, ours first: what goes furthest gets most of the time."""
+    liger = "+liger" if importlib.util.find_spec("liger_kernel") else ""
+    return ["flashmla+all", f"sdpa{liger}+gradient_checkpointing", "sdpa", "eager"]
+
+
+def verdicts(results: list[Measurement]) -> str:
+    """Sentences on how far each series goes, and on lengths at which ours is slower than another one."""
+    ok = [r for r in results if r.status == "ok"]
+    lines = []
+    for name in memory_page.series_of(results):
+        mine = sorted((r for r in results if r.point.series == name), key=lambda r: r.point.context)
+        last = max((r for r in mine if r.status == "ok"), key=lambda r: r.point.context, default=None)
+        beyond = next((r for r in mine if r.status == "out_of_memory"), None)
+        reached = "none" if last is None else f"{last.point.context:,} tokens, {last.tokens_per_second:,.0f} tokens/s"
+        limit = f"; out of memory at {beyond.point.context:,}" if beyond else ""
+        lines.append(f"- {name}: longest measured: {reached}{limit}")
+    ours = {r.point.context: r for r in ok if r.point.series == SERIES[0]}
+    for context, mine in sorted(ours.items()):
+        others = [r for r in ok if r.point.context == context and r.point.series != SERIES[0]]
+        best = min(others, key=lambda r: r.seconds, default=None)
+        if best is not None and mine.seconds > 1.05 * best.seconds:
+            lines.append(
+                f"- at {context:,} tokens the memory patches cost time: {mine.seconds:.2f} s a step beside "
+                f"{best.seconds:.2f} s of {best.point.series}"
+            )
+    return "\n".join(lines) + "\n"
 
 
 def main(argv: list[str] | None = None) -> None:
     args = _parser().parse_args(argv)
     transformers_logging.set_verbosity_error()
     started = time.monotonic()
+    if args.device == "cuda":
+        args.time_budget = args.time_budget or SETTINGS["cuda"]["budget"]
+        if args.shape is None and args.model in ("auto", "smollm2", "random"):
+            args.shape = "llama-8b"
+
+    def left() -> float | None:
+        return None if args.time_budget is None else max(1.0, args.time_budget - WRITING - (time.monotonic() - started))
+
     seconds: dict[str, float] = {}
     stages = 2 + len(STAGES) - len(args.skip)
     output_dir = args.output_dir
@@ -286,13 +370,21 @@ def main(argv: list[str] | None = None) -> None:
     if "finetune" not in args.skip:
         train_file, held_out = split(documents, output_dir)
         begin("finetune", f"fine-tuning with LoRA on {len(documents)} modules of the standard library, some held out")
-        report["finetune"] = f = finetune(folder, train_file, held_out, output_dir / "adapter", args.device, args)
-        print(f"held-out loss: {f['first_eval_loss']:.4f} before, {f['eval_loss']:.4f} after {f['train_steps']} steps")
+        timeout = None if args.time_budget is None else min(left(), FINETUNE_SHARE * args.time_budget)
+        f = finetune(folder, train_file, held_out, output_dir / "adapter", args, timeout)
+        if f is not None:
+            report["finetune"] = f
+            print(
+                f"held-out loss: {f['first_eval_loss']:.4f} before, {f['eval_loss']:.4f} after {f['train_steps']} steps"
+            )
 
     if "measure" not in args.skip:
-        begin("measure", "memory and time of a training step against context, each point in its own process")
-        results = measure(folder, args)
-        table = memory_page.table(results)
+        begin(
+            "measure", f"memory and time of a training step against context{f' of {args.shape}' if args.shape else ''}"
+        )
+        results = measure(folder, args, left())
+        table = f"{memory_page.table(results)}\n{verdicts(results)}"
+        report["measured_model"] = f"{args.shape}'s shape, random weights" if args.shape else model_name
         report["measure"] = [r.as_dict() for r in results]
         print(f"\n{table}")
 
@@ -311,7 +403,8 @@ def write(report: dict, results: list[Measurement], table: str | None, output_di
     """JSON, figure and page of the run; with ``publish`` also the figure that the README shows."""
     (output_dir / "demo.json").write_text(json.dumps(report, indent=1) + "\n")
     figure = output_dir / "demo.png"
-    draw(report, results, figure, f"{report['model']}, {report['environment']['device']}")
+    names = dict.fromkeys([report["model"], report.get("measured_model", report["model"])])
+    draw(report, results, figure, f"{'; '.join(names)}; {report['environment']['device']}")
     (output_dir / "demo.md").write_text(page(report, table))
     if publish and figure.exists():
         published = records.REPOSITORY / "docs" / "demo.png"

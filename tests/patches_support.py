@@ -82,7 +82,9 @@ def lora(model, **options):
     peft = pytest.importorskip("peft")
     targets = ["q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj", "gate_proj", "up_proj", "down_proj", "gate_up_proj"]
     present = [
-        t for t in targets if any(n.endswith("." + t) for n, m in model.named_modules() if type(m) is torch.nn.Linear)
+        t
+        for t in targets
+        if any(n.endswith("." + t) for n, m in model.named_modules() if isinstance(m, torch.nn.Linear))
     ]
     torch.manual_seed(3)
     config = peft.LoraConfig(

@@ -175,15 +175,20 @@ def test_the_memory_configs_that_ship_are_valid(tmp_path, monkeypatch):
     )
     record = records.describe("cpu")
     monkeypatch.setattr(records, "describe", lambda device: record)
+    monkeypatch.setattr(memory_report.importlib.util, "find_spec", lambda name: name)  # bitsandbytes, for QLoRA
     configs = sorted((ROOT / "benchmarks" / "configs").glob("*.yaml"))
     for config in configs:
         memory_report.main(["--config", str(config), "--device", "cuda", "--output_dir", str(tmp_path)])
-    assert {point.memory_limit for point in seen} == {78 * GIB}
+    assert {point.memory_limit for point in seen} == {78 * GIB, 22 * GIB}
+    assert {point.memory_limit for point in seen if not point.load_in_4bit} == {78 * GIB}
     assert {point.model for point in seen} == {"llama-8b", "llama-1b", "mistral-7b"}
     assert {point.optim for point in seen} == {"adamw_torch"}
     assert {path.stem for path in tmp_path.glob("*.json")} == {
         "memory-llama-8b",
         "memory-llama-8b-window",
+        "memory-llama-8b-qlora",
+        "memory-llama-8b-peft",
+        "memory-llama-8b-qlora-window",
         "memory-llama-1b-full",
         "memory-llama-1b-full-window",
         "memory-mistral-7b",

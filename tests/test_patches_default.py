@@ -57,7 +57,8 @@ def test_a_model_without_a_language_models_loss_gets_the_other_patches(kind, los
     assert report.applied == tuple(name for name in ALL if name != "loss")
     assert report.left_out == {
         "loss": "get_output_embeddings(): expected the linear layer of a causal language model, got none",
-        "lora": "modules: expected a peft.tuners.lora.Linear over a torch.nn.Linear (call get_peft_model before patch), got none",
+        "lora": "modules: expected a peft.tuners.lora.Linear over a torch.nn.Linear or a bitsandbytes.nn.Linear4bit (call "
+        "get_peft_model before patch), got none",
     }
     assert report.idle == {}
     assert "left out: loss: get_output_embeddings()" in str(report)

@@ -261,5 +261,6 @@ def _log(model: nn.Module, found: PatchReport) -> None:
     """Logs what a user would not expect. A model without adapters has no use for "lora"."""
     parts = [f"left out {name!r} ({reason})" for name, reason in found.left_out.items() if name != "lora"]
     parts += [f"{name!r} has no effect ({reason})" for name, reason in found.idle.items()]
+    parts += [f"{name!r} is partial ({reason})" for name, reason in found.partial.items()]
     if parts:
         logging.getLogger("flashmla_hf").warning("flashmla_hf.patch(%s): %s", type(model).__name__, "; ".join(parts))

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from flashmla_hf.patches import gradients, weights
+from flashmla_hf.patches import gradients, precision, quantized, weights
 from flashmla_hf.torch_state import without_autocast
 
 
@@ -56,6 +56,7 @@ class _Linear(torch.autograd.Function):
         x: torch.Tensor,
         saved: Any,
         weight: torch.Tensor,
+        state: Any,
         bias: torch.Tensor | None,
         a: torch.Tensor | None,
         b: torch.Tensor | None,
@@ -65,10 +66,10 @@ class _Linear(torch.autograd.Function):
     ) -> torch.Tensor:
         if saved is None:
             ctx.save_for_backward(x, weight, a, b, low)
-        ctx.saved, ctx.scaling = saved, scaling
+        ctx.saved, ctx.state, ctx.scaling = saved, state, scaling
         if is_skipped:  # the right shape and dtype over one element of memory
-            return x.new_zeros(()).expand(*x.shape[:-1], weight.shape[0])
-        return _product(x, weight, bias, b, low, scaling)
+            return x.new_zeros(()).expand(*x.shape[:-1], weight.shape[0] if state is None else state.shape[0])
+        return _product(x, quantized.dense(weight, state, x.dtype), bias, b, low, scaling)
 
     @staticmethod
     @gradients.first_derivatives
@@ -80,23 +81,24 @@ class _Linear(torch.autograd.Function):
 
 def _gradients(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     x, weight, a, b, low = (ctx.saved or ctx).saved_tensors
-    needs_x, _, needs_weight, needs_bias, needs_a, needs_b, *_ = ctx.needs_input_grad
+    needs_x, _, needs_weight, _, needs_bias, needs_a, needs_b, *_ = ctx.needs_input_grad
     rows, grads = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
     grad_low = grad_x = None
     if a is not None and (needs_x or needs_a):
-        grad_low = (grads @ b).mul_(ctx.scaling)
+        grad_low = precision.matmul(grads, b).mul_(ctx.scaling)
     if needs_x:
-        grad_x = grads @ weight
+        grad_x = grads @ quantized.dense(weight, ctx.state, grads.dtype)
         if grad_low is not None:
-            grad_x.addmm_(grad_low, a)
+            precision.add_matmul(grad_x, grad_low, a)
         grad_x = grad_x.view(x.shape)
     return (
         grad_x,
         None,
         grads.t() @ rows if needs_weight else None,
+        None,
         grads.sum(0) if needs_bias else None,
-        grad_low.t() @ rows if needs_a and grad_low is not None else None,
-        (grads.t() @ low).mul_(ctx.scaling) if needs_b else None,
+        precision.matmul(grad_low.t(), rows) if needs_a and grad_low is not None else None,
+        precision.matmul(grads.t(), low).mul_(ctx.scaling) if needs_b else None,
         None,
         None,
         None,
@@ -113,7 +115,7 @@ def _product(
 ) -> torch.Tensor:
     out = nn.functional.linear(x, weight, bias)
     if low is not None and b is not None:
-        out.view(-1, out.shape[-1]).addmm_(low, b.t(), alpha=scaling)
+        precision.add_matmul(out.view(-1, out.shape[-1]), low, b.t(), scaling)
     return out
 
 
@@ -129,18 +131,22 @@ def apply(
 ) -> torch.Tensor:
     """y [..., out] of x [..., in], weight [out, in], bias [out] or ``None``, a [rank, in] and b [out, rank] or ``None``.
 
-    All tensors are cast to ``dtype``, which :func:`product_dtype` gives. y counts as the result of ``module``: a
-    :class:`LastLinear` observes it, and inside :meth:`LastLinear.skip` of that module its values are undefined.
+    A weight of a ``Linear4bit`` is packed. All others are cast to ``dtype``, which :func:`product_dtype` gives, but an adapter
+    stays in float32 if :func:`adds_mixed` says so. y counts as the result of ``module``: a :class:`LastLinear` observes it, and
+    inside :meth:`LastLinear.skip` of that module its values are undefined.
     """
-    x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-    a, b = None if a is None else a.to(dtype), None if b is None else b.to(dtype)
+    state = quantized.state_of(weight)
+    x, bias = x.to(dtype), None if bias is None else bias.to(dtype)
+    weight = weight.to(dtype) if state is None else weight
+    if a is not None and b is not None and not adds_mixed(x, a, b):
+        a, b = a.to(dtype), b.to(dtype)
     with torch.no_grad():
-        low = None if a is None else x.reshape(-1, x.shape[-1]) @ a.t()
+        low = None if a is None else precision.matmul(x.reshape(-1, x.shape[-1]), a.t())
     if not torch.is_grad_enabled():
-        out = _product(x, weight, bias, b, low, scaling)
+        out = _product(x, quantized.dense(weight, state, dtype), bias, b, low, scaling)
     else:
         x, saved = save_early(x, weight, a, b, low)
-        out = _Linear.apply(x, saved, weight, bias, a, b, low, scaling, _thread.skipped is module)
+        out = _Linear.apply(x, saved, weight, state, bias, a, b, low, scaling, _thread.skipped is module)
     _record(module, out)
     return out
 
@@ -215,7 +221,7 @@ def skippable(module: nn.Linear) -> Callable[[torch.Tensor], torch.Tensor]:
         if torch.compiler.is_compiling():
             return forward(x)
         if _thread.skipped is module and weights.unreadable(module, x) is None:
-            dtype = product_dtype(x, module.weight, module.bias)
+            dtype = product_dtype(x, module)
             if dtype is not None:
                 return apply(module, dtype, x, module.weight, module.bias)
         out = forward(x)
@@ -225,24 +231,36 @@ def skippable(module: nn.Linear) -> Callable[[torch.Tensor], torch.Tensor]:
     return skippable_forward
 
 
-def product_dtype(x: torch.Tensor, *others: torch.Tensor | None) -> torch.dtype | None:
-    """The dtype in which a linear layer over ``x`` computes: autocast's, or the one that all tensors have.
+def product_dtype(x: torch.Tensor, module: nn.Linear) -> torch.dtype | None:
+    """The dtype in which ``module``, one of :func:`is_plain`, multiplies ``x``: autocast's, or the one that all tensors have.
 
-    ``None`` if they have several dtypes and there is no autocast.
+    ``None`` if they have several dtypes and there is no autocast, or if a ``Linear4bit`` computes in another one.
     """
-    device = x.device.type
-    if device != "meta" and torch.is_autocast_enabled(device):
-        return torch.get_autocast_dtype(device)
-    return None if any(t is not None and t.dtype != x.dtype for t in others) else x.dtype
+    is_cast = is_autocast(x)
+    dtype = torch.get_autocast_dtype(x.device.type) if is_cast else x.dtype
+    if quantized.is_4bit(module):  # it gives its input's dtype, whatever autocast says
+        return dtype if x.dtype == dtype == quantized.compute_dtype(module, x) else None
+    others = (module.weight, module.bias)
+    return dtype if is_cast or all(t is None or t.dtype == dtype for t in others) else None
+
+
+def adds_mixed(x: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether an adapter in float32 is added to a layer over ``x`` in bfloat16 with the adapter's precision."""
+    return not is_autocast(x) and precision.is_mixed(x.dtype, a, b)
+
+
+def is_autocast(x: torch.Tensor) -> bool:
+    """Whether products with ``x`` are cast to another dtype now."""
+    return x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
 
 
 def is_plain(module: nn.Module) -> bool:
-    """Whether a call of ``module`` is ``torch.nn.Linear.forward`` and nothing else.
+    """Whether a call of ``module`` is the forward of ``torch.nn.Linear``, or of a ``Linear4bit``, and nothing else.
 
     A hook or another forward would not be called, and weights that are brought for each call would be missing.
     """
     return (
-        type(module) is nn.Linear
+        (type(module) is nn.Linear or quantized.is_4bit(module))
         and "forward" not in vars(module)
         and not has_hooks(module)
         and weights.unreadable(module) is None

@@ -62,9 +62,9 @@ class Layer:
     mlp: nn.Module | None
 
 
-def peft_layer(name: str) -> type | None:
-    """The class ``peft.tuners.lora.layer.<name>``. ``None`` if nobody imported peft: then the model has no adapters."""
-    return getattr(sys.modules.get("peft.tuners.lora.layer"), name, None)
+def peft_layer(name: str, module: str = "layer") -> type | None:
+    """The class ``peft.tuners.lora.<module>.<name>``. ``None`` if nobody imported peft: then the model has no adapters."""
+    return getattr(sys.modules.get(f"peft.tuners.lora.{module}"), name, None)
 
 
 def base_model(model: nn.Module) -> nn.Module:

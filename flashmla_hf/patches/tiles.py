@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from flashmla_hf.patches import gradients, linear
+from flashmla_hf.patches import gradients, linear, quantized
 from flashmla_hf.torch_state import without_autocast
 
 
@@ -39,7 +39,7 @@ class _Tiles(torch.autograd.Function):
         trained = [p for p, need in zip(ctx.parameters, needs, strict=True) if need]
         grad_x = torch.empty_like(x) if needs_x else None
         sums: list[torch.Tensor | None] = [None] * len(trained)
-        with ctx.run.replay():
+        with ctx.run.replay(), quantized.kept_dense():
             for start in range(0, x.shape[0], ctx.tile):
                 rows = slice(start, start + ctx.tile)
                 piece = x[rows].detach().requires_grad_(needs_x)
@@ -128,15 +128,17 @@ class Run:
 
 def run_rows(run: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, tile: int) -> torch.Tensor:
     """``run`` over x [rows, width], ``tile`` rows at a time, into one result [rows, any width]."""
+    if x.shape[0] <= tile:
+        return run(x)
     out = None
-    for start in range(0, x.shape[0], tile):
-        piece = run(x[start : start + tile])
-        if x.shape[0] <= tile:
-            return piece
-        if out is None:
-            out = piece.new_empty((x.shape[0], *piece.shape[1:]))
-        out[start : start + tile] = piece
-    return out if out is not None else run(x)
+    with quantized.kept_dense():
+        for start in range(0, x.shape[0], tile):
+            piece = run(x[start : start + tile])
+            if out is None:
+                out = piece.new_empty((x.shape[0], *piece.shape[1:]))
+            out[start : start + tile] = piece
+    assert out is not None
+    return out
 
 
 def in_tiles(

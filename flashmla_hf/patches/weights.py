@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from flashmla_hf.patches import quantized
 from flashmla_hf.patches.structure import PatchError
 
 
@@ -28,8 +29,12 @@ def unreadable(module: nn.Module, x: torch.Tensor | None = None) -> str | None:
         return f"accelerate's {type(hook).__name__} (offloading: the weights are loaded for each call)"
     if "weight" not in module._parameters:
         return "a weight that is computed for each call (parametrization, pruning)"
+    is_4bit = quantized.is_4bit(module)
     for name, parameter in module._parameters.items():
-        reason = None if parameter is None else _unreadable_parameter(parameter, x)
+        if is_4bit and name == "weight" and type(parameter).__name__ == "Params4bit":
+            reason = quantized.unreadable(parameter)
+        else:
+            reason = None if parameter is None else _unreadable_parameter(parameter, x)
         if reason is not None:
             return f"{name} {reason}"
     return None

@@ -41,6 +41,16 @@ class ModelArguments:
             "choices": ["auto", "float32", "bfloat16"],
         },
     )
+    load_in_4bit: bool = field(
+        default=False,
+        metadata={
+            "help": "QLoRA: load the frozen weights of the linear layers in 4 bits, with double quantization (needs --use_peft "
+            "and the package bitsandbytes)"
+        },
+    )
+    bnb_4bit_quant_type: str = field(
+        default="nf4", metadata={"help": "the numbers that 4 bits stand for", "choices": ["nf4", "fp4"]}
+    )
     use_peft: bool = field(default=False, metadata={"help": "train a LoRA adapter instead of all weights"})
     lora_r: int = field(default=16, metadata={"help": "rank"})
     lora_alpha: int = field(default=32, metadata={"help": "scale: the adapter counts lora_alpha / lora_r"})

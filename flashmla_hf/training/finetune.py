@@ -38,7 +38,7 @@ from tqdm import tqdm
 from transformers import get_scheduler
 
 from flashmla_hf.host_memory import GIB
-from flashmla_hf.training import machine, max_length
+from flashmla_hf.training import machine, max_length, quantization
 from flashmla_hf.training.arguments import (
     DataArguments,
     ModelArguments,
@@ -169,7 +169,7 @@ def prepare_model(
     _check_vocabulary(model, model_args, data)
     state.frozen_fingerprint = frozen_fingerprint(model)
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    trained, everything = (sum(p.numel() for p in some) for some in (trainable, model.parameters()))
+    trained, everything = sum(p.numel() for p in trainable), quantization.parameter_count(model)
     accelerator.print(f"{trained:,} of {everything:,} parameters are trained")
     if longest := positions_exceeded(model, data_args.max_length):
         accelerator.print(f"max_length={data_args.max_length} is beyond the {longest} positions of the model")
@@ -348,6 +348,7 @@ def main(argv: list[str] | None = None, command: str = "finetune") -> None:
     description = (max_length.__doc__ if searches else __doc__).split("\n\n")[0]
     try:
         model_args, data_args, args = parse_arguments(argv, f"flashmla {command}", description)
+        quantization.check(model_args)
         if args.trial_length is not None:
             max_length.try_length(model_args, args)
         elif args.find_max_length:

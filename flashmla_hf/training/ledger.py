@@ -189,6 +189,7 @@ def ledger(
     use_peft: bool = True,
     lora_r: int = 16,
     dtype: str = "bfloat16",
+    load_in_4bit: bool = False,
 ) -> Prediction:
     """Predicts the memory of one training step with AdamW. Arithmetic alone: no weight is loaded, no tensor made.
 
@@ -201,6 +202,7 @@ def ledger(
         liger: whether the kernels of the package liger-kernel are used.
         use_peft: an adapter of rank ``lora_r`` is trained, otherwise all weights.
         dtype: ``"bfloat16"`` or ``"float32"``, of weights, adapter and activations.
+        load_in_4bit: the frozen weights of the linear layers but the head are in 4 bits (QLoRA).
 
     Raises:
         ValueError: a model that is not a dense decoder, an unknown patch or dtype, or numbers below 1.
@@ -210,6 +212,10 @@ def ledger(
             raise ValueError(f"flashmla_hf.ledger: {name}: expected a number of at least 1, got {value!r}")
     if dtype not in ITEM_BYTES:
         raise ValueError(f"flashmla_hf.ledger: dtype: expected one of {', '.join(ITEM_BYTES)}, got {dtype!r}")
+    if load_in_4bit and not use_peft:
+        raise ValueError(
+            "flashmla_hf.ledger: load_in_4bit: expected use_peft=True, because 4-bit weights are not trained"
+        )
     names, options = parse_patches([patches] if isinstance(patches, str) else list(patches), "cuda", use_peft)
     switches = Switches(
         attn_implementation=attn_implementation,
@@ -219,6 +225,7 @@ def ledger(
         use_peft=use_peft,
         lora_r=lora_r,
         weight_bytes=ITEM_BYTES[dtype],
+        load_in_4bit=load_in_4bit,
         adapter_bytes=ITEM_BYTES[dtype],
         activation_bytes=ITEM_BYTES[dtype],
         **options,
@@ -246,6 +253,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--liger", action="store_true", help="with the kernels of the package liger-kernel")
     parser.add_argument("--gradient_checkpointing", action="store_true", help="Transformers' own")
     parser.add_argument("--full", action="store_true", help="train all weights instead of LoRA")
+    parser.add_argument("--load_in_4bit", action="store_true", help="QLoRA: frozen linear layers in 4 bits")
     parser.add_argument("--memory_gib", type=float, default=80.0, help="memory to find the longest context for")
     args = parser.parse_args(argv)
     if not 0 < args.memory_gib < math.inf:
@@ -260,6 +268,7 @@ def main(argv: list[str] | None = None) -> None:
             liger=args.liger,
             gradient_checkpointing=args.gradient_checkpointing,
             use_peft=not args.full,
+            load_in_4bit=args.load_in_4bit,
         )
     except ValueError as error:
         sys.exit(f"flashmla ledger: {error}")

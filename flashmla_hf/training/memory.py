@@ -15,7 +15,7 @@ import sys
 from tqdm import tqdm
 
 from flashmla_hf.host_memory import GIB
-from flashmla_hf.training import machine
+from flashmla_hf.training import machine, quantization
 from flashmla_hf.training.arguments import UserError, parse_arguments
 from flashmla_hf.training.max_length import run_trial
 from flashmla_hf.training.model import ledger_of
@@ -52,6 +52,7 @@ def main(argv: list[str] | None = None) -> None:
     options = [*options, "--output_dir", os.devnull]
     try:
         model_args, _, args = parse_arguments([*options, "--trial_length", str(own.tokens[0])], "flashmla memory")
+        quantization.check(model_args)
         ledger = ledger_of(model_args, args, load_config(model_args.model_name_or_path))
     except UserError as error:
         sys.exit(f"flashmla memory: {error}")

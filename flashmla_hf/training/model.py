@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 import flashmla_hf
+from flashmla_hf.training import quantization
 from flashmla_hf.training.arguments import (
     DataArguments,
     ModelArguments,
@@ -47,10 +48,15 @@ def load_model(model_args: ModelArguments, args: TrainingArguments, checkpoint: 
     name = str(checkpoint) if is_full_resume else model_args.model_name_or_path
     try:
         model = AutoModelForCausalLM.from_pretrained(
-            name, dtype=model_args.weight_dtype(args.bf16), attn_implementation=model_args.attn_implementation
+            name,
+            dtype=model_args.weight_dtype(args.bf16),
+            attn_implementation=model_args.attn_implementation,
+            **quantization.loading_options(model_args, args),
         )
     except (OSError, ValueError, ImportError, SafetensorError) as error:
         raise UserError(f"model {name!r} cannot be loaded: {first_line(error)}") from None
+    if args.device_type == "cpu":
+        quantization.keep_trainable_on_cpu(model)
     _check_loss_arguments(model)
     # These warnings are between peft and Transformers: a caller could change nothing.
     warnings.filterwarnings("ignore", message=".*is_activation_checkpointing|.*activation_checkpointing_enable")
@@ -146,6 +152,7 @@ def ledger_of(model_args: ModelArguments, args: TrainingArguments, config) -> Le
         use_peft=model_args.use_peft,
         lora_r=model_args.lora_r,
         weight_bytes=weight_bytes,
+        load_in_4bit=model_args.load_in_4bit,
         casts_adapter_inputs=not args.bf16,
         activation_bytes=2 if args.bf16 else weight_bytes,
         **options,

@@ -14,6 +14,8 @@ from flashmla_hf.host_memory import GIB
 from flashmla_hf.training.shape import Shape
 
 FP32 = 4
+# Per weight in 4 bits: the scale of 64 weights in 8 bits, and the float32 scale of 256 such scales.
+PACKED_BYTES = 1 / 2 + 1 / 64 + FP32 / (64 * 256)
 MOMENTS = ("loss", "mlp", "attention")
 OUR_BACKENDS = ("flashmla", "fmla", "flashmla/flash-attn3")
 LEAN_BACKENDS = (*OUR_BACKENDS, "flash_attention_2", "flash_attention_3")  # they store no scores and repeat no keys
@@ -30,6 +32,7 @@ class Switches:
     use_peft: bool = True
     lora_r: int = 16
     weight_bytes: int = 2  # per loaded weight
+    load_in_4bit: bool = False  # the linear layers but the head, which then have PACKED_BYTES
     adapter_bytes: int = 4  # per adapter weight
     casts_adapter_inputs: bool = True  # as peft does by itself, whatever autocast then computes in
     activation_bytes: int = 2
@@ -112,10 +115,20 @@ def terms_of(shape: Shape, switches: Switches) -> tuple[Term, ...]:
 
 def _fixed(shape: Shape, s: Switches) -> list[Term]:
     """Weights, gradients and AdamW's two moments. Gradients and moments are in the dtype of the trained weights."""
-    weights = Term("weights", MOMENTS, fixed=shape.parameters * s.weight_bytes)
+    packed = shape.linear_parameters if s.load_in_4bit else 0
+    size = (shape.parameters - packed) * s.weight_bytes + packed * PACKED_BYTES
+    weights = Term("weights", MOMENTS, fixed=size)
     if s.use_peft:
         adapter = shape.lora_parameters(s.lora_r) * s.adapter_bytes
-        return [weights, Term("adapter, its gradients and optimizer states", MOMENTS, fixed=4 * adapter)]
+        terms = [weights, Term("adapter, its gradients and optimizer states", MOMENTS, fixed=4 * adapter)]
+        if s.load_in_4bit:
+            # Tiles keep the three of an MLP while they run.
+            number = 3 if "mlp" in s.patches else 1
+            one = shape.hidden * shape.intermediate * s.activation_bytes
+            terms.append(Term("an MLP's weights, unpacked", ("mlp",), fixed=number * one))
+            one = shape.hidden * shape.heads_q * shape.head_dim * s.activation_bytes
+            terms.append(Term("a projection's weights, unpacked", ("attention",), fixed=one))
+        return terms
     if s.weight_bytes > 2:
         weights = replace(weights, remover="use --dtype bfloat16, or --use_peft")
     trained = shape.parameters * s.weight_bytes
