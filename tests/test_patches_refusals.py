@@ -1,6 +1,7 @@
 """Patches refuse models, options and calls that they cannot serve, and unpatch restores every attribute."""
 
 import sys
+import warnings
 
 import families
 import hf_support
@@ -175,18 +176,35 @@ def test_offload_without_host_memory_is_refused(monkeypatch):
         model(**batch_of("Llama"), use_cache=False)
 
 
-def test_transformers_checkpointing_switch_keeps_the_patch():
+@pytest.mark.parametrize("settings", [None, {"use_reentrant": False}, {"use_reentrant": True}], ids=str)
+def test_transformers_checkpointing_switch_keeps_the_patch_without_a_word(settings):
     model, batch = model_of("Llama"), batch_of("Llama")
     expected = step(model, batch)
     flashmla_hf.patch(model, ["checkpointing", "keep_attention"])
     ours = model.model.layers[0]._gradient_checkpointing_func
-    with pytest.warns(UserWarning, match="stays as it is"):
-        model.gradient_checkpointing_enable()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="flashmla")
+        model.gradient_checkpointing_enable(settings)
     assert model.model.layers[0]._gradient_checkpointing_func is ours
     assert_equal(step(model, batch), expected, 0.0)
     model.gradient_checkpointing_disable()
     assert not model.model.layers[1].gradient_checkpointing
     flashmla_hf.unpatch(model)
+
+
+@pytest.mark.parametrize(
+    ("name", "switch"),
+    [
+        ("preserve_rng_state", lambda model: model.gradient_checkpointing_enable({"preserve_rng_state": False})),
+        ("every_n_layers", lambda model: model._set_gradient_checkpointing(every_n_layers=2)),
+        ("the function print", lambda model: model._set_gradient_checkpointing(gradient_checkpointing_func=print)),
+    ],
+)
+def test_a_setting_of_transformers_checkpointing_that_the_patch_does_not_honour_is_named(name, switch):
+    model = flashmla_hf.patch(model_of("Llama"))
+    with pytest.warns(UserWarning, match=f"own way: {name} of gradient_checkpointing_enable.* has no effect"):
+        switch(model)
+    assert model.model.layers[1].gradient_checkpointing
 
 
 def test_checkpointing_that_was_on_before_is_on_again_after():

@@ -17,6 +17,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -319,15 +320,30 @@ def _refuse_cache(layers: list[Any]) -> Callable[[nn.Module, tuple, dict[str, An
 
 
 def _switch(layers: list[Any]) -> Callable[..., None]:
-    """Replaces Transformers' switch for checkpointing, which would put its own function in place of this patch's."""
+    """Replaces Transformers' switch for checkpointing, which would put its own function in place of this patch's.
+
+    Trainers switch checkpointing on by default, and around generation: that is no mistake of the user's. Only a setting that
+    this patch does not honour is worth a warning. ``use_reentrant`` is none: it gives the same numbers.
+    """
 
     def set_gradient_checkpointing(
-        enable: bool = True, gradient_checkpointing_func: Callable[..., Any] | None = None, **kwargs: Any
+        enable: bool = True,
+        gradient_checkpointing_func: Callable[..., Any] = checkpoint,
+        every_n_layers: int = 1,
+        **kwargs: Any,
     ) -> None:
-        if enable:
+        settings = [] if every_n_layers == 1 else ["every_n_layers"]
+        function = gradient_checkpointing_func
+        if isinstance(function, partial):
+            settings += [name for name in function.keywords if name != "use_reentrant"]
+            function = function.func
+        if function is not checkpoint:  # Transformers' offload=True, or a function of somebody else's
+            settings.append(f"the function {getattr(function, '__qualname__', repr(function))}")
+        if enable and settings:
             warnings.warn(
-                "flashmla_hf.patch: the patch 'checkpointing' already does gradient checkpointing and stays as it is. "
-                "gradient_checkpointing_enable() and its arguments have no effect. Pass gradient_checkpointing=False",
+                "flashmla_hf.patch: the patch 'checkpointing' checkpoints every layer in its own way: "
+                f"{', '.join(settings)} of gradient_checkpointing_enable() has no effect. Leave it out. "
+                f"{structure.exclude('checkpointing')}",
                 stacklevel=3,
             )
         for layer in layers:

@@ -1,0 +1,194 @@
+"""examples/ run as a user runs them, on a tiny model: their losses are those of eager attention without memory patches.
+
+Each run is a process of its own. A test is skipped if the library of its example is not installed.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+EXAMPLES = ROOT / "examples"
+WITHOUT_US = ("--attn_implementation", "eager", "--no_patches")
+CHAT_TEMPLATE = (
+    "{% for m in messages %}{{ m['role'] }}: {% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] }}<end>"
+    "{% endgeneration %}{% else %}{{ m['content'] }}\n{% endif %}{% endfor %}"
+)
+
+
+def needs(package: str) -> None:
+    if importlib.util.find_spec(package) is None:
+        pytest.skip(f"not installed: {package}")
+
+
+def words(count: int, seed: int) -> str:
+    return " ".join(("alpha", "beta", "gamma", "delta", "epsilon")[(seed + i * i) % 5] for i in range(count))
+
+
+ROWS = {
+    "chats": lambda i: {
+        "messages": [
+            {"role": "user", "content": words(4 + i % 3, i)},
+            {"role": "assistant", "content": words(5 + 3 * (i % 4), i + 1)},
+        ]
+    },
+    "preferences": lambda i: {
+        "prompt": words(4 + i % 3, i),
+        "chosen": " " + words(6 + i % 4, i + 1),
+        "rejected": " " + words(5 + i % 3, i + 2),
+    },
+    "prompts": lambda i: {"prompt": words(4 + i % 3, i)},
+    "texts": lambda i: {"text": words(10 + 7 * (i % 4), i)},
+    "pairs": lambda i: {"query": words(4 + i % 3, i), "answer": words(10 + 7 * (i % 4), i + i // 4)},
+    "choices": lambda i: {"text": words(3 + i, i), "label": i % 2, "choices": [" alpha", " beta gamma"]},
+}
+
+
+@pytest.fixture(scope="module")
+def model(tiny_model, tmp_path_factory) -> Path:
+    """The tiny model with a token for padding, and with a chat template that marks what the assistant says."""
+    folder = tmp_path_factory.mktemp("chat") / "model"
+    shutil.copytree(tiny_model, folder)
+    settings = folder / "tokenizer_config.json"
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"pad_token": "<end>"}))
+    (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE)
+    return folder
+
+
+@pytest.fixture
+def data(tmp_path) -> Path:
+    for name, row in ROWS.items():
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row(i)) + "\n" for i in range(16)))
+    return tmp_path
+
+
+def run(folder: Path, *command: str | Path) -> None:
+    """Runs Python with ``command`` in ``folder``, without a network, and fails if it warns of anything that names us."""
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = {"PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "HF_HOME": str(folder / "hub")}
+    result = subprocess.run(
+        [sys.executable, *map(str, command)], cwd=folder, env=os.environ | environment, capture_output=True, text=True,
+        timeout=200,
+    )  # fmt: skip
+    assert result.returncode == 0, f"exit code {result.returncode}\n{result.stdout[-2000:]}\n{result.stderr[-4000:]}"
+    said = [line for line in result.stderr.splitlines() if " INFO " not in line]
+    ours = [line for line in said if re.search(r"flashmla|flash.?att", line, re.IGNORECASE)]
+    assert not ours, f"warnings that name us:\n{ours}"
+
+
+def log_of(script: str, folder: Path, model: Path, *options: str) -> list[dict[str, float]]:
+    """What two steps of an example log."""
+    output = folder / ("eager" if "eager" in options else "flashmla")
+    run(
+        folder, EXAMPLES / script, "--model_name_or_path", model, "--output_dir", output, "--max_steps", "2",
+        "--logging_steps", "1", "--per_device_train_batch_size", "4", "--report_to", "none", "--use_cpu",
+        "--learning_rate", "1e-2", "--disable_tqdm", "True", *options,
+    )  # fmt: skip
+    assert list(output.glob("*.safetensors")), "no model was saved"
+    history = json.loads((output / "checkpoint-2" / "trainer_state.json").read_text())["log_history"]
+    return [entry for entry in history if "loss" in entry]
+
+
+def assert_same(script: str, folder: Path, model: Path, options: tuple[str, ...], names=("loss", "grad_norm")) -> None:
+    ours = log_of(script, folder, model, *options)
+    eager = log_of(script, folder, model, *options, *WITHOUT_US)
+    assert len(ours) == len(eager) == 2
+    for name in names:
+        expected = [entry[name] for entry in eager]
+        assert all(expected), f"{name} says nothing: {expected}"
+        assert [entry[name] for entry in ours] == pytest.approx(expected, rel=1e-3), name
+
+
+IN_FLOAT32 = ("--dtype", "float32", "--bf16", "False")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "options",
+    [("--packing", "--max_length", "64"), ("--padding_free", "--assistant_only_loss")],
+    ids=lambda o: o[0][2:],
+)
+def test_trl_sft(options, data, model):
+    needs("trl")
+    assert_same("trl_sft.py", data, model, ("--dataset", "chats.jsonl", *IN_FLOAT32, *options))
+
+
+@pytest.mark.slow
+def test_trl_dpo(data, model):
+    needs("trl")
+    assert_same("trl_dpo.py", data, model, ("--dataset", "preferences.jsonl", *IN_FLOAT32))
+
+
+@pytest.mark.slow
+def test_trl_grpo(data, model):
+    """Its loss is zero in the first step after each generation, by definition; its gradient is not."""
+    needs("trl")
+    options = ("--dataset", "prompts.jsonl", *IN_FLOAT32, "--num_generations", "2", "--max_completion_length", "8")
+    assert_same("trl_grpo.py", data, model, options, names=("grad_norm", "reward", "entropy"))
+
+
+@pytest.mark.slow
+def test_transformers_trainer(data, model):
+    assert_same("transformers_trainer.py", data, model, ("--dataset", "texts.jsonl"))
+
+
+@pytest.mark.slow
+def test_embedding_model(data, model):
+    needs("sentence_transformers")
+    assert_same("embedding_model.py", data, model, ("--dataset", "pairs.jsonl"))
+
+
+TASKS = {
+    "tiny_choice": {
+        "file": "choices.jsonl", "output_type": "multiple_choice", "doc_to_text": "{{text}}", "doc_to_target": "{{label}}",
+        "doc_to_choice": "{{choices}}", "metric_list": [{"metric": "brier_score"}],
+    },
+    "tiny_text": {
+        "file": "texts.jsonl", "output_type": "loglikelihood_rolling", "doc_to_text": "", "doc_to_target": "{{text}}",
+        "metric_list": [{"metric": "bits_per_byte"}],
+    },
+}  # fmt: skip
+
+
+@pytest.mark.slow
+def test_the_lm_eval_command_of_the_page(data, model):
+    needs("lm_eval")
+    page = (EXAMPLES / "README.md").read_text()
+    command = re.search(
+        r"^lm_eval (run --model hf --model_args pretrained=)MODEL(,attn_implementation=flashmla) ", page, re.M
+    )
+    assert command, "examples/README.md: expected the command of lm_eval"
+    (data / "tasks").mkdir()
+    for name, task in TASKS.items():
+        files = {"dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(data / task["file"])}}}
+        rest = {key: value for key, value in task.items() if key != "file"}
+        (data / "tasks" / f"{name}.yaml").write_text(json.dumps({"task": name, "test_split": "test", **files, **rest}))
+    found = {}
+    for attention in ("flashmla", "eager"):
+        start = f"{command[1]}{model}{command[2]}".replace("=flashmla", f"={attention}")
+        run(
+            data, "-m", "lm_eval", *start.split(), "--device", "cpu", "--include_path", data / "tasks", "--tasks",
+            ",".join(TASKS), "--output_path", data / f"{attention}.json",
+        )  # fmt: skip
+        (results,) = data.glob(f"**/{attention}_*.json")
+        results = json.loads(results.read_text())["results"]
+        found[attention] = [
+            results["tiny_choice"]["brier_score,none"],
+            results["tiny_text"]["bits_per_byte,none"],
+        ]
+    assert found["flashmla"] == pytest.approx(found["eager"], rel=1e-5)
+
+
+@pytest.mark.parametrize("script", sorted(path.name for path in EXAMPLES.glob("*.py")))
+def test_an_example_is_short_and_in_the_table(script):
+    assert len((EXAMPLES / script).read_text().splitlines()) <= 80
+    assert f"`{script}`" in (EXAMPLES / "README.md").read_text()
