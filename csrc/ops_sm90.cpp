@@ -112,6 +112,14 @@ struct Sm90 {
     launch(op, arguments.q, sm90::forward_workspace, sm90::launch_forward, params);
   }
 
+  static Problem check_decode(const char* op, const DecodeArguments& arguments) {
+    check_device(op, arguments.q);
+    check_decode_inputs(op, arguments);
+    fail(op, "q", "a tensor on the CPU, since this build has no kernel for caches", "one on a GPU");
+  }
+
+  static void run_decode(const char*, const DecodeParams&, const DecodeArguments&, const TensorInfo&) {}
+
   static void run_backward(const char* op, const BackwardParams& params, const Arguments& arguments,
                            const BackwardTensors&) {
     launch(op, arguments.q, sm90::backward_workspace, sm90::launch_backward, params);
