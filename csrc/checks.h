@@ -152,7 +152,8 @@ inline void check_flag_number(const char* op, const char* name, int64_t value, i
 
 // The numbers of every call: scale, windows, softcap. Windows that reach every key become -1 (unbounded), which also
 // keeps later arithmetic on them far from overflow.
-inline void check_scalars(const char* op, const Arguments& arguments, Problem& p) {
+template <class Call>
+inline void check_scalars(const char* op, const Call& arguments, Problem& p) {
   const double scale = arguments.scale, softcap = arguments.softcap;
   const int64_t window_left = arguments.window_left, window_right = arguments.window_right;
   if (!std::isfinite(scale) || !std::isfinite(static_cast<float>(scale))) fail(op, "scale", "a finite number", scale);
@@ -171,8 +172,10 @@ inline void check_scalars(const char* op, const Arguments& arguments, Problem& p
 
 // Expanded tensors may be of any size. Workspaces, outputs and the numbers of tasks are products of these sums, at most
 // 64 bytes a number: below this bound none overflows, and nothing within it could be allocated or computed.
-inline void check_sizes(const char* op, const Arguments& arguments, const Problem& p) {
-  constexpr double kLargestProduct = 9007199254740992.0;  // 2^53: a double is exact up to there
+constexpr double kLargestProduct = 9007199254740992.0;  // 2^53: a double is exact up to there
+
+template <class Call>
+inline void check_sizes(const char* op, const Call& arguments, const Problem& p) {
   const double rows = static_cast<double>(p.batch) + static_cast<double>(p.total_q) + static_cast<double>(p.total_kv);
   const double width = static_cast<double>(p.head_dim_qk) + static_cast<double>(p.head_dim_v);
   if (rows * static_cast<double>(p.heads_q) * width >= kLargestProduct)
@@ -181,10 +184,11 @@ inline void check_sizes(const char* op, const Arguments& arguments, const Proble
              shape_name(arguments.v.shape()));
 }
 
-// q, k, v and sinks; fills everything of Problem but the scalars, and for the packed layout the sequence lengths.
-inline Problem check_inputs(const char* op, const Arguments& arguments) {
-  const TensorInfo &q = arguments.q, &k = arguments.k, &v = arguments.v;
-  Problem p;
+// q, k and v: the dtype and device of q, the rank of `layouts`, and what every kernel relies on. Fills the dtype.
+template <class Call>
+inline void check_qkv(const char* op, const Call& arguments, int64_t rank, const char* layout_q, const char* layout_kv,
+                      Problem& p) {
+  const TensorInfo& q = arguments.q;
   switch (q.dtype) {
     case ScalarType::Float:
       p.dtype = DType::kFloat32;
@@ -198,20 +202,11 @@ inline Problem check_inputs(const char* op, const Arguments& arguments) {
     default:
       fail(op, "q", "dtype float32, float16 or bfloat16", dtype_name(q.dtype));
   }
-  check_same_device(op, "k", k, q);
-  check_same_device(op, "v", v, q);
-  check_dtype(op, "k", k, q.dtype, " (that of q)");
-  check_dtype(op, "v", v, q.dtype, " (that of q)");
-
-  const bool is_packed = arguments.cu_seqlens_q.has_value();
-  if (is_packed != arguments.cu_seqlens_kv.has_value())
-    fail(op, is_packed ? "cu_seqlens_kv" : "cu_seqlens_q", "a tensor, since the other cu_seqlens is one", "None");
-  const int64_t rank = is_packed ? 3 : 4;
-  const char* layout = is_packed ? "3 dimensions, [total, heads, dim], with cu_seqlens"
-                                 : "4 dimensions, [batch, seqlen, heads, dim], without cu_seqlens";
-  const std::pair<const char*, const TensorInfo*> inputs[] = {{"q", &q}, {"k", &k}, {"v", &v}};
+  const std::pair<const char*, const TensorInfo*> inputs[] = {{"q", &q}, {"k", &arguments.k}, {"v", &arguments.v}};
+  for (const auto& [name, t] : inputs) check_same_device(op, name, *t, q);
+  for (const auto& [name, t] : inputs) check_dtype(op, name, *t, q.dtype, " (that of q)");
   for (const auto& [name, t] : inputs) {
-    if (t->dim != rank) fail(op, name, layout, "shape " + shape_name(t->shape()));
+    if (t->dim != rank) fail(op, name, t == &q ? layout_q : layout_kv, "shape " + shape_name(t->shape()));
     for (int64_t i = 0; i < rank; ++i)
       if (t->size(i) > std::numeric_limits<int32_t>::max())
         fail(op, name, "sizes below 2^31", "shape " + shape_name(t->shape()));
@@ -220,11 +215,39 @@ inline Problem check_inputs(const char* op, const Arguments& arguments) {
     check_last_stride(op, name, *t);
     check_storage(op, name, *t);
   }
-
   p.heads_q = q.size(rank - 2);
-  p.heads_kv = k.size(rank - 2);
+  p.heads_kv = arguments.k.size(rank - 2);
   p.head_dim_qk = q.size(rank - 1);
-  p.head_dim_v = v.size(rank - 1);
+  p.head_dim_v = arguments.v.size(rank - 1);
+}
+
+inline void check_groups(const char* op, const Problem& p) {
+  if (p.heads_q % p.heads_kv != 0)
+    fail(op, "q", "a multiple of the " + std::to_string(p.heads_kv) + " kv heads",
+         std::to_string(p.heads_q) + " heads");
+}
+
+inline void check_sinks(const char* op, const std::optional<TensorInfo>& sinks, const TensorInfo& q, Problem& p) {
+  if (!sinks) return;
+  check_same_device(op, "sinks", *sinks, q);
+  check_dtype(op, "sinks", *sinks, ScalarType::Float, "");
+  check_shape(op, "sinks", *sinks, {p.heads_q}, "heads of q");
+  if (p.heads_q > 1 && sinks->stride(0) != 1)
+    fail(op, "sinks", "a contiguous tensor", "stride " + std::to_string(sinks->stride(0)));
+  check_storage(op, "sinks", *sinks);
+  p.sinks = static_cast<const float*>(sinks->data);
+}
+
+// q, k, v and sinks; fills everything of Problem but the scalars, and for the packed layout the sequence lengths.
+inline Problem check_inputs(const char* op, const Arguments& arguments) {
+  const TensorInfo &q = arguments.q, &k = arguments.k, &v = arguments.v;
+  Problem p;
+  const bool is_packed = arguments.cu_seqlens_q.has_value();
+  if (is_packed != arguments.cu_seqlens_kv.has_value())
+    fail(op, is_packed ? "cu_seqlens_kv" : "cu_seqlens_q", "a tensor, since the other cu_seqlens is one", "None");
+  const char* layout = is_packed ? "3 dimensions, [total, heads, dim], with cu_seqlens"
+                                 : "4 dimensions, [batch, seqlen, heads, dim], without cu_seqlens";
+  check_qkv(op, arguments, is_packed ? 3 : 4, layout, layout, p);
   const char *k_meaning = is_packed ? "head dimension of q" : "batch and head dimension of q",
              *v_meaning = "that of k but for the head dimension";
   if (is_packed) {
@@ -234,9 +257,7 @@ inline Problem check_inputs(const char* op, const Arguments& arguments) {
     check_shape(op, "k", k, {q.size(0), k.size(1), p.heads_kv, p.head_dim_qk}, k_meaning);
     check_shape(op, "v", v, {q.size(0), k.size(1), p.heads_kv, p.head_dim_v}, v_meaning);
   }
-  if (p.heads_q % p.heads_kv != 0)
-    fail(op, "q", "a multiple of the " + std::to_string(p.heads_kv) + " kv heads",
-         std::to_string(p.heads_q) + " heads");
+  check_groups(op, p);
 
   if (is_packed) {
     const TensorInfo &cu_seqlens_q = *arguments.cu_seqlens_q, &cu_seqlens_kv = *arguments.cu_seqlens_kv;
@@ -265,16 +286,7 @@ inline Problem check_inputs(const char* op, const Arguments& arguments) {
     p.total_kv = p.batch * p.seqlen_kv;
   }
   check_sizes(op, arguments, p);
-  if (arguments.sinks.has_value()) {
-    const TensorInfo& sinks = *arguments.sinks;
-    check_same_device(op, "sinks", sinks, q);
-    check_dtype(op, "sinks", sinks, ScalarType::Float, "");
-    check_shape(op, "sinks", sinks, {p.heads_q}, "heads of q");
-    if (p.heads_q > 1 && sinks.stride(0) != 1)
-      fail(op, "sinks", "a contiguous tensor", "stride " + std::to_string(sinks.stride(0)));
-    check_storage(op, "sinks", sinks);
-    p.sinks = static_cast<const float*>(sinks.data);
-  }
+  check_sinks(op, arguments.sinks, q, p);
   return p;
 }
 

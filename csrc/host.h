@@ -5,6 +5,7 @@
 #include <cstdio>
 #include <tuple>
 
+#include "checks_decode.h"
 #include "direct.h"
 #include "tensors.h"
 
@@ -25,6 +26,7 @@ inline Arguments arguments_of(const Tensor& q, const Tensor& k, const Tensor& v,
 //   check(op, arguments) -> Problem                            refuses what it does not compute
 //   can_read(info), make_readable(tensor)                      whether dout and out must be copied first, and the copy
 //   run_forward(op, params, arguments, out), run_backward(op, params, arguments, tensors)
+//   check_decode(op, arguments) -> Problem, run_decode(op, params, arguments, out)   the same for DecodeArguments
 template <class Backend>
 struct Host {
   // A backward call's own inputs, before they are copied where a kernel cannot read them.
@@ -48,6 +50,16 @@ struct Host {
         ScalarType::Float);
     const TensorInfo out_info = info_of(out);
     Backend::run_forward(op, forward_params(p, arguments, out_info, info_of(lse)), arguments, out_info);
+    return {out, lse};
+  }
+
+  static std::tuple<Tensor, Tensor> decode_of(const char* op, const DecodeArguments& arguments) {
+    const Problem p = Backend::check_decode(op, arguments);
+    const TensorInfo& like = arguments.q;
+    const Tensor out = make_tensor(like, {p.batch, p.seqlen_q, p.heads_q, p.head_dim_v}, like.dtype);
+    const Tensor lse = make_tensor(like, {p.batch, p.heads_q, p.seqlen_q}, ScalarType::Float);
+    const TensorInfo out_info = info_of(out);
+    Backend::run_decode(op, decode_params(p, arguments, out_info, info_of(lse)), arguments, out_info);
     return {out, lse};
   }
 
@@ -165,6 +177,27 @@ struct Operators<Backend, Arguments(const Tensor&, const Tensor&, const Tensor&,
   }
 };
 
+// flash_attn_decode, in the order of its schema (flashmla_hf/decode_ops.py).
+template <class Backend>
+std::tuple<Tensor, Tensor> decode_operator(Tensor q, Tensor k, Tensor v, std::optional<Tensor> sinks,
+                                           std::optional<Tensor> cache_seqlens, std::optional<Tensor> kv_start,
+                                           std::optional<Tensor> block_table, double scale, int64_t window_left,
+                                           int64_t window_right, double softcap, bool can_split) {
+  const DecodeArguments arguments{info_of(q),
+                                  info_of(k),
+                                  info_of(v),
+                                  info_of(sinks),
+                                  info_of(cache_seqlens),
+                                  info_of(kv_start),
+                                  info_of(block_table),
+                                  scale,
+                                  window_left,
+                                  window_right,
+                                  softcap,
+                                  can_split};
+  return with_torch_errors([&] { return Host<Backend>::decode_of("flash_attn_decode", arguments); });
+}
+
 }  // namespace flashmla
 
 #define FLASHMLA_EXPORT extern "C" __attribute__((visibility("default")))
@@ -176,6 +209,7 @@ struct Operators<Backend, Arguments(const Tensor&, const Tensor&, const Tensor&,
            TORCH_BOX((&flashmla::Operators<Backend, decltype(flashmla::arguments_of)>::forward)));      \
     m.impl("flash_attn_backward",                                                                       \
            TORCH_BOX((&flashmla::Operators<Backend, decltype(flashmla::arguments_of)>::backward)));     \
+    m.impl("flash_attn_decode", TORCH_BOX((&flashmla::decode_operator<Backend>)));                      \
   }                                                                                                     \
   FLASHMLA_EXPORT uint32_t flashmla_direct_abi() {                                                      \
     return FLASHMLA_DIRECT_ABI;                                                                         \

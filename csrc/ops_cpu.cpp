@@ -1,15 +1,15 @@
 // The CPU backend's host side: checks, allocates, fills params and calls the kernel of this machine's instruction set.
 //
-// Registers flash_attn_forward and flash_attn_backward (defined in flashmla_hf/ops.py) for the CPU, through torch's
-// stable ABI, and defines `flashmla::cpu_isa() -> str`: the instruction set in use, one of baseline, avx2, avx512,
-// avx512_bf16, amx. The environment variable FLASHMLA_CPU_ISA, read once when this library is loaded, lowers it for
-// tests.
+// Registers flash_attn_forward, flash_attn_backward and flash_attn_decode (defined in flashmla_hf/ops.py and
+// decode_ops.py) for the CPU, through torch's stable ABI, and defines `flashmla::cpu_isa() -> str`: the instruction set
+// in use, one of baseline, avx2, avx512, avx512_bf16, amx. The environment variable FLASHMLA_CPU_ISA, read once when
+// this library is loaded, lowers it for tests.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
 
 #include <cstring>
 
-#include "cpu/kernel.h"
+#include "cpu/cache.h"
 #include "host.h"
 
 namespace flashmla {
@@ -57,10 +57,33 @@ void zero_rows_after(const TensorInfo& t, int64_t begin) {
   std::memset(static_cast<char*>(t.data) + begin * row_bytes, 0, (total - begin) * row_bytes);
 }
 
+void check_device(const char* op, const TensorInfo& q) {
+  if (q.device_type != aoti_torch_device_type_cpu()) fail(op, "q", "a tensor on the CPU", "one on another device");
+}
+
+void check_lengths(const char* op, const char* name, const std::optional<TensorInfo>& lengths, const Problem& p) {
+  for (int64_t b = 0; lengths && b < p.batch; ++b)
+    if (const int32_t value = static_cast<const int32_t*>(lengths->data)[b]; value < 0 || value > p.seqlen_kv)
+      fail(op, name, "numbers from 0 to " + std::to_string(p.seqlen_kv) + " (the rows a sequence may have)",
+           std::to_string(value) + " for sequence " + std::to_string(b));
+}
+
+// Of the pages that hold keys which some query may see. The others may be anything.
+void check_pages(const char* op, const DecodeParams& params) {
+  for (int64_t b = 0; params.block_table != nullptr && b < params.problem.batch; ++b) {
+    const cpu::CacheKeys keys = cpu::keys_in_cache(params, b);
+    if (keys.begin == keys.end) continue;
+    for (int64_t n = keys.begin / params.page_size; n * params.page_size < keys.end; ++n)
+      if (const int32_t page = params.block_table[b * params.stride_block_table + n];
+          page < 0 || page >= params.num_pages)
+        fail(op, "block_table", "pages from 0 to " + std::to_string(params.num_pages - 1) + " where keys are read",
+             std::to_string(page) + " at [" + std::to_string(b) + ", " + std::to_string(n) + "]");
+  }
+}
+
 struct Cpu {
   static Problem check(const char* op, const Arguments& arguments) {
-    if (arguments.q.device_type != aoti_torch_device_type_cpu())
-      fail(op, "q", "a tensor on the CPU", "one on another device");
+    check_device(op, arguments.q);
     Problem p = check_inputs(op, arguments);
     if (p.cu_seqlens_q != nullptr) {
       // The kernel takes the true longest sequences: a caller's generous bound costs nothing.
@@ -94,6 +117,24 @@ struct Cpu {
         std::fill(lse.data + h * lse.stride_heads + used, lse.data + h * lse.stride_heads + p.total_q,
                   -std::numeric_limits<float>::infinity());
     }
+  }
+
+  static Problem check_decode(const char* op, const DecodeArguments& arguments) {
+    check_device(op, arguments.q);
+    const Problem p = check_decode_inputs(op, arguments);
+    check_lengths(op, "cache_seqlens", arguments.cache_seqlens, p);
+    check_lengths(op, "kv_start", arguments.kv_start, p);
+    return p;
+  }
+
+  static void run_decode(const char* op, const DecodeParams& params, const DecodeArguments& arguments,
+                         const TensorInfo& out) {
+    if (out.numel() == 0) return;
+    check_pages(op, params);
+    const cpu::Parallel parallel = make_parallel();
+    cpu::CacheAttention attention(params, cpu::entry_for(checked_kernels(op), params.problem), parallel.num_workers);
+    const Workspace workspace = make_workspace(arguments.q, attention.workspace());
+    attention.run(workspace.data, parallel);
   }
 
   static void run_backward(const char* op, const BackwardParams& params, const Arguments& arguments,

@@ -59,6 +59,24 @@ struct ForwardParams {
   RowView lse;  // data may be null
 };
 
+// Queries at the end of sequences whose keys lie in a cache. Sequence b has L = cache_seqlens[b] keys, its last included;
+// query i stands at position p = L - seqlen_q + i, and keys before kv_start[b] are hidden besides those of the window.
+// Key j of sequence b is row j % page_size of page block_table[b, j / page_size], or row j of page b without a table.
+// What the device memory holds is not trusted: L is taken for at most problem.seqlen_kv, pages outside the cache hold 0.
+struct DecodeParams {
+  Problem problem;                         // seqlen_kv: the rows that a sequence may have; dense, not deterministic
+  TensorView q, out;                       // [batch, seqlen_q, heads_q, head_dim]
+  TensorView k, v;                         // [num_pages, page_size, heads_kv, head_dim]: stride_batch is a page's
+  RowView lse;                             // [batch, heads_q, seqlen_q]; data may be null
+  const int32_t* cache_seqlens = nullptr;  // [batch], or null: problem.seqlen_kv
+  const int32_t* kv_start = nullptr;       // [batch], or null: 0
+  const int32_t* block_table = nullptr;    // [batch, pages of a sequence], or null: page b is all of sequence b
+  int64_t stride_block_table = 0;          // of its rows, in elements
+  int64_t num_pages = 0;
+  int64_t page_size = 0;
+  bool can_split = true;  // a sequence's keys may be shared among CTAs; if not, its result depends on nothing else
+};
+
 struct BackwardParams {
   Problem problem;
   TensorView q, k, v, out, dout;

@@ -14,8 +14,10 @@ __version__ = "0.1.0"
 # Public name -> the module that defines it.
 _PUBLIC = {
     "attention": "flashmla_hf.dispatch",
+    "decode_attention": "flashmla_hf.decode",
     "flash_attn_func": "flashmla_hf.flash_attn_api",
     "flash_attn_varlen_func": "flashmla_hf.flash_attn_api",
+    "flash_attn_with_kvcache": "flashmla_hf.flash_attn_api",
     "register": "flashmla_hf.hf.register",
     "check": "flashmla_hf.hf.check",
     "patch": "flashmla_hf.patches",
@@ -26,7 +28,12 @@ _PUBLIC = {
     "PATCHES": "flashmla_hf.patches",
     "PATCH_OPTIONS": "flashmla_hf.patches",
 }
-_WITHOUT_TRANSFORMERS = {"flashmla_hf.dispatch", "flashmla_hf.flash_attn_api", "flashmla_hf.hf.check"}
+_WITHOUT_TRANSFORMERS = {
+    "flashmla_hf.dispatch",
+    "flashmla_hf.decode",
+    "flashmla_hf.flash_attn_api",
+    "flashmla_hf.hf.check",
+}
 __all__ = ["__version__", *_PUBLIC]
 
 

@@ -36,6 +36,10 @@ def kernel_refusal(call: Call) -> str | None:
         return "attn_mask is given: expected none (impl='sdpa' and impl='reference' take one)"
     if call.dropout_p > 0.0:
         return f"dropout_p={call.dropout_p}: expected 0 (impl='sdpa' and impl='reference' compute dropout)"
-    if call.q.dtype not in KERNEL_DTYPES:
-        return f"dtype {dtype_name(call.q.dtype)}: expected float32, float16 or bfloat16 (impl='reference' computes float64)"
+    return dtype_refusal(call.q.dtype)
+
+
+def dtype_refusal(dtype: torch.dtype) -> str | None:
+    if dtype not in KERNEL_DTYPES:
+        return f"dtype {dtype_name(dtype)}: expected float32, float16 or bfloat16 (impl='reference' computes float64)"
     return None

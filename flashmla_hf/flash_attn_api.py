@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from flashmla_hf.decode import decode_attention
 from flashmla_hf.dispatch import attention
 from flashmla_hf.validation import fail
 
@@ -72,3 +73,58 @@ def _flash_attn(q, k, v, alibi_slopes, return_attn_probs, **options):
     options["deterministic"] = options["deterministic"] or None
     out = attention(q, k, v, return_lse=return_attn_probs, **options)
     return (*out, None) if return_attn_probs else out
+
+
+def flash_attn_with_kvcache(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    k: torch.Tensor | None = None,
+    v: torch.Tensor | None = None,
+    rotary_cos: torch.Tensor | None = None,
+    rotary_sin: torch.Tensor | None = None,
+    cache_seqlens: int | torch.Tensor | None = None,
+    cache_batch_idx: torch.Tensor | None = None,
+    cache_leftpad: torch.Tensor | None = None,
+    block_table: torch.Tensor | None = None,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    rotary_interleaved: bool = True,
+    alibi_slopes: torch.Tensor | None = None,
+    num_splits: int = 0,
+    return_softmax_lse: bool = False,
+    s_aux: torch.Tensor | None = None,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """:func:`flashmla_hf.decode_attention` under flash-attn 2's name and argument order.
+
+    q [batch, seqlen_q, heads, dim]; the caches [batch, capacity, heads_kv, dim], or with ``block_table`` [num_pages, page_size,
+    heads_kv, dim]. k and v are written into the caches at ``cache_seqlens`` first. As there, causal and window_size are aligned
+    to the last key, and ``cache_leftpad`` is the first key of each sequence. ``cache_batch_idx`` int32 [batch] is the cache's
+    row of each sequence; it needs a capacity that is a multiple of 16. ``s_aux`` [heads] are the sinks. ``rotary_cos``,
+    ``rotary_sin``, ``alibi_slopes`` and a ``num_splits`` above 1 raise.
+
+    Returns out, and with ``return_softmax_lse`` also lse fp32 [batch, heads, seqlen_q].
+    """
+    for name, x in (("rotary_cos", rotary_cos), ("rotary_sin", rotary_sin)):
+        if x is not None:
+            fail(ValueError, name, "none (rotate q and k before the call)", "a tensor")
+    if alibi_slopes is not None:
+        fail(ValueError, "alibi_slopes", "none (pass the bias to flashmla_hf.attention as attn_mask)", "a tensor")
+    if isinstance(cache_seqlens, int) and not isinstance(cache_seqlens, bool):
+        cache_seqlens = torch.full((q.shape[0],), cache_seqlens, dtype=torch.int32, device=q.device)
+    if cache_batch_idx is not None:
+        if block_table is not None:
+            fail(ValueError, "cache_batch_idx", "none with block_table (which says where a sequence lies)", "a tensor")
+        if not isinstance(cache_batch_idx, torch.Tensor) or cache_batch_idx.dim() != 1:
+            fail(TypeError, "cache_batch_idx", "an int32 tensor [batch]", cache_batch_idx)
+        if k_cache.shape[1] % 16 != 0:
+            expected = "none, or a capacity that is a multiple of 16 (or pass k_cache[cache_batch_idx])"
+            fail(ValueError, "cache_batch_idx", expected, f"a tensor and a capacity of {k_cache.shape[1]}")
+        block_table = cache_batch_idx[:, None]  # a row of the cache is a page
+    return decode_attention(
+        q, k_cache, v_cache, cache_seqlens=cache_seqlens, block_table=block_table, kv_start=cache_leftpad, k=k, v=v,
+        scale=softmax_scale, is_causal=causal, window=window_size, softcap=softcap, sinks=s_aux, num_splits=num_splits,
+        return_lse=return_softmax_lse,
+    )  # fmt: skip

@@ -8,6 +8,7 @@ import warnings
 
 import torch
 
+from flashmla_hf.decode_ops import DecodeArguments
 from flashmla_hf.ops import Arguments, dtype_name
 
 logger = logging.getLogger("flashmla_hf")
@@ -26,7 +27,7 @@ def warn_once(message: str, stacklevel: int) -> None:
         warnings.warn(message, stacklevel=stacklevel)
 
 
-def log_choice(call: Arguments, impl: str, reason: str) -> None:
+def log_choice(call: Arguments | DecodeArguments, impl: str, reason: str) -> None:
     """Logs which implementation computes calls of this shape and why, once for each."""
     if not LOG_CHOICES or torch.compiler.is_compiling():
         return

@@ -1,6 +1,7 @@
 """The operator layer: schemas, fake kernels and autograd of ``torch.ops.flashmla``.
 
-Two operators, defined here and implemented by the compiled libraries (one per backend, see :mod:`flashmla_hf.libraries`):
+Two operators, defined here and implemented by the compiled libraries (one per backend, see :mod:`flashmla_hf.libraries`);
+the third, for caches, is :mod:`flashmla_hf.decode_ops`'s:
 
 ``flash_attn_forward(q, k, v, ...) -> (out, lse)``
 ``flash_attn_backward(dout, dlse, q, k, v, out, lse, ...) -> (dq, dk, dv, dsinks)``
@@ -100,12 +101,12 @@ def _lse_shape(q: torch.Tensor, cu_seqlens_q: torch.Tensor | None) -> tuple:
     return (heads_q, total_q)
 
 
-def _refuse(operator: str, name: str, expected: object, got: object) -> typing.NoReturn:
+def refuse(operator: str, name: str, expected: object, got: object) -> typing.NoReturn:
     """Raises an error in the words of the host code (csrc/checks.h)."""
     raise RuntimeError(f"{operator}: {name}: expected {expected}, got {got}")
 
 
-def _check_tensor(
+def check_tensor(
     operator: str, name: str, x: torch.Tensor | None, q: torch.Tensor, dtype: torch.dtype, shape: tuple
 ) -> None:
     """Raises for a fake call what the host raises for a real one. The host checks sizes that are not known yet."""
@@ -115,11 +116,11 @@ def _check_tensor(
         return
     if x.device != q.device:
         # Torch runs the fake kernel if one tensor is on "meta", whatever device the others are on.
-        _refuse(operator, name, f"a tensor on {q.device} (the device of q)", f"one on {x.device}")
+        refuse(operator, name, f"a tensor on {q.device} (the device of q)", f"one on {x.device}")
     if x.dtype != dtype:
-        _refuse(operator, name, f"dtype {dtype_name(dtype)}", dtype_name(x.dtype))
+        refuse(operator, name, f"dtype {dtype_name(dtype)}", dtype_name(x.dtype))
     if len(x.shape) != len(shape) or any(guard_or_false(a != b) for a, b in zip(x.shape, shape, strict=True)):
-        _refuse(operator, name, f"shape {[*shape]}", f"shape {[*x.shape]}")
+        refuse(operator, name, f"shape {[*shape]}", f"shape {[*x.shape]}")
 
 
 def _check_inputs(operator: str, q, k, v, sinks, cu_seqlens_q, cu_seqlens_kv):
@@ -127,23 +128,23 @@ def _check_inputs(operator: str, q, k, v, sinks, cu_seqlens_q, cu_seqlens_kv):
 
     if (cu_seqlens_q is None) != (cu_seqlens_kv is None):
         name = "cu_seqlens_q" if cu_seqlens_q is None else "cu_seqlens_kv"
-        _refuse(operator, name, "a tensor, since the other cu_seqlens is one", "None")
+        refuse(operator, name, "a tensor, since the other cu_seqlens is one", "None")
     rank = 4 if cu_seqlens_q is None else 3
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.dim() != rank:
-            _refuse(operator, name, f"{rank} dimensions", f"shape {[*x.shape]}")
+            refuse(operator, name, f"{rank} dimensions", f"shape {[*x.shape]}")
     if q.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        _refuse(operator, "q", "dtype float32, float16 or bfloat16", dtype_name(q.dtype))
+        refuse(operator, "q", "dtype float32, float16 or bfloat16", dtype_name(q.dtype))
     rows = (q.shape[0], k.shape[1]) if rank == 4 else (k.shape[0],)
     heads_q, heads_kv = q.shape[-2], k.shape[-2]
-    _check_tensor(operator, "k", k, q, q.dtype, (*rows, heads_kv, q.shape[-1]))
-    _check_tensor(operator, "v", v, q, q.dtype, (*rows, heads_kv, v.shape[-1]))
+    check_tensor(operator, "k", k, q, q.dtype, (*rows, heads_kv, q.shape[-1]))
+    check_tensor(operator, "v", v, q, q.dtype, (*rows, heads_kv, v.shape[-1]))
     if guard_or_false(heads_kv == 0) or guard_or_false(heads_q % heads_kv != 0):
-        _refuse(operator, "q", f"a multiple of the {heads_kv} kv heads", f"{heads_q} heads")
-    _check_tensor(operator, "sinks", sinks, q, torch.float32, (heads_q,))
+        refuse(operator, "q", f"a multiple of the {heads_kv} kv heads", f"{heads_q} heads")
+    check_tensor(operator, "sinks", sinks, q, torch.float32, (heads_q,))
     if cu_seqlens_q is not None:
-        _check_tensor(operator, "cu_seqlens_q", cu_seqlens_q, q, torch.int32, (cu_seqlens_q.shape[0],))
-        _check_tensor(operator, "cu_seqlens_kv", cu_seqlens_kv, q, torch.int32, (cu_seqlens_q.shape[0],))
+        check_tensor(operator, "cu_seqlens_q", cu_seqlens_q, q, torch.int32, (cu_seqlens_q.shape[0],))
+        check_tensor(operator, "cu_seqlens_kv", cu_seqlens_kv, q, torch.int32, (cu_seqlens_q.shape[0],))
 
 
 @torch.library.register_fake("flashmla::flash_attn_forward")
@@ -158,9 +159,9 @@ def _backward_fake(dout, dlse, q, k, v, out, lse, sinks, cu_seqlens_q, cu_seqlen
     operator = "flash_attn_backward"
     _check_inputs(operator, q, k, v, sinks, cu_seqlens_q, cu_seqlens_kv)
     for name, x in (("dout", dout), ("out", out)):
-        _check_tensor(operator, name, x, q, q.dtype, (*q.shape[:-1], v.shape[-1]))
+        check_tensor(operator, name, x, q, q.dtype, (*q.shape[:-1], v.shape[-1]))
     for name, x in (("lse", lse), ("dlse", dlse)):
-        _check_tensor(operator, name, x, q, torch.float32, _lse_shape(q, cu_seqlens_q))
+        check_tensor(operator, name, x, q, torch.float32, _lse_shape(q, cu_seqlens_q))
     needs = options[-4:]
     grads = [x.new_empty(x.shape if need else (0,)) for x, need in zip((q, k, v), needs[:3], strict=True)]
     heads_q = q.shape[-2]
@@ -252,13 +253,13 @@ def flash_attn(arguments: Arguments) -> tuple[torch.Tensor, torch.Tensor]:
     if torch.compiler.is_compiling() or has_transforms():
         return torch.ops.flashmla.flash_attn_forward(*inputs)
     if forward_ad._current_level >= 0:
-        _refuse_tangents("flash_attn_forward", "q k v sinks", inputs)
-    if _needs_graph(inputs[:_NUM_TENSORS]):
+        refuse_tangents("flash_attn_forward", "q k v sinks", inputs)
+    if needs_graph(inputs[:_NUM_TENSORS]):
         return _FlashAttention.apply(*inputs[:_NUM_TENSORS], inputs[_NUM_TENSORS:], None, True)
     return _call_operator(*inputs)
 
 
-def _refuse_tangents(operator: str, names: str, tensors: tuple) -> None:
+def refuse_tangents(operator: str, names: str, tensors: tuple) -> None:
     """Raises for a dual tensor, whose tangent the operators would drop silently."""
     for name, x in zip(names.split(), tensors, strict=False):
         if x is not None and forward_ad.unpack_dual(x).tangent is not None:
@@ -273,7 +274,7 @@ def _call_operator(*inputs):
         return torch.ops.flashmla.flash_attn_forward.default(*inputs)
 
 
-def _needs_graph(tensors) -> bool:
+def needs_graph(tensors) -> bool:
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 
@@ -283,9 +284,9 @@ def _needs_graph(tensors) -> bool:
 
 def _differentiable_forward(*inputs):
     if forward_ad._current_level >= 0:
-        _refuse_tangents("flash_attn_forward", "q k v sinks", inputs)
+        refuse_tangents("flash_attn_forward", "q k v sinks", inputs)
     output = _call_operator(*inputs)
-    if not _needs_graph(inputs[:_NUM_TENSORS]):
+    if not needs_graph(inputs[:_NUM_TENSORS]):
         return output
     with enable_single_level_autograd_function():
         return _apply_attention(*inputs[:_NUM_TENSORS], inputs[_NUM_TENSORS:], output, True)
@@ -293,10 +294,10 @@ def _differentiable_forward(*inputs):
 
 def _differentiable_backward(*inputs):
     if forward_ad._current_level >= 0:
-        _refuse_tangents("flash_attn_backward", "dout dlse q k v out lse sinks", inputs)
+        refuse_tangents("flash_attn_backward", "dout dlse q k v out lse sinks", inputs)
     with torch._C._AutoDispatchBelowAutograd():
         gradients = torch.ops.flashmla.flash_attn_backward.default(*inputs)
-    if not _needs_graph(inputs[:8]):
+    if not needs_graph(inputs[:8]):
         return gradients
     with enable_single_level_autograd_function():
         return _apply_refusal(gradients, *inputs[:8])
@@ -319,7 +320,7 @@ class _Fold:
     def __init__(self, operator: str, size: int, dims: dict[str, int | None], is_packed: bool):
         for name in ("cu_seqlens_q", "cu_seqlens_kv"):
             if dims[name] is not None:
-                _refuse(
+                refuse(
                     operator,
                     name,
                     "boundaries shared by all copies of torch.vmap (in_dims=None)",

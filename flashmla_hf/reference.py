@@ -274,6 +274,70 @@ def _sequence_bounds(cu_seqlens: torch.Tensor, packed: torch.Tensor, name: str) 
     return list(pairwise(bounds))
 
 
+def decode_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    sinks: torch.Tensor | None = None,
+    cache_seqlens: torch.Tensor | None = None,
+    kv_start: torch.Tensor | None = None,
+    block_table: torch.Tensor | None = None,
+    scale: float,
+    window_left: int = -1,
+    window_right: int = -1,
+    softcap: float = 0.0,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Exact attention to caches, a sequence at a time, in at least float32 (float64 inputs compute in float64).
+
+    Shapes and meaning as in :mod:`flashmla_hf.decode_ops`. Returns (out, lse). Rows and pages that no query sees are not read.
+    """
+    batch, seqlen_q, heads_q, _ = q.shape
+    capacity = k.shape[1] if block_table is None else block_table.shape[1] * k.shape[1]
+    lengths = _lengths("cache_seqlens", cache_seqlens, batch, capacity, capacity)
+    starts = _lengths("kv_start", kv_start, batch, 0, capacity)
+    out = q.new_empty(batch, seqlen_q, heads_q, v.shape[-1])
+    lse = q.new_empty(batch, heads_q, seqlen_q, dtype=torch.promote_types(torch.float32, q.dtype))
+    options = (scale, window_left, window_right, softcap, 0.0)
+    with without_autocast(q.device):
+        for b, (begin, end) in enumerate(zip(starts, lengths, strict=True)):
+            if window_left >= 0:
+                begin = max(begin, end - seqlen_q - window_left)
+            # Queries are aligned to the last key: without the keys before the first visible one they stand where they did.
+            begin = min(begin, end) if seqlen_q > 0 else end
+            key, value = (_cached_rows(cache, b, begin, end, block_table) for cache in (k, v))
+            out[b : b + 1], lse[b : b + 1], _ = _sequence_attention(q[b : b + 1], key, value, sinks, None, *options)
+    return out, lse
+
+
+def _lengths(name: str, values: torch.Tensor | None, batch: int, default: int, capacity: int) -> list[int]:
+    lengths = [default] * batch if values is None else values.tolist()
+    for b, length in enumerate(lengths):
+        if not 0 <= length <= capacity:
+            raise ValueError(
+                f"flashmla attention: {name}: expected numbers from 0 to {capacity} (the rows a sequence may have), got "
+                f"{length} for sequence {b}"
+            )
+    return lengths
+
+
+def _cached_rows(cache: torch.Tensor, b: int, begin: int, end: int, block_table: torch.Tensor | None) -> torch.Tensor:
+    """Rows [begin, end) of sequence b: [1, end - begin, heads_kv, head_dim]."""
+    if block_table is None:
+        return cache[b : b + 1, begin:end]
+    page_size = cache.shape[1]
+    first, last = begin // page_size, -(-end // page_size) if begin < end else begin // page_size
+    pages = block_table[b, first:last].tolist()
+    for n, page in enumerate(pages, first):
+        if not 0 <= page < cache.shape[0]:
+            raise ValueError(
+                f"flashmla attention: block_table: expected pages from 0 to {cache.shape[0] - 1} where keys are read, got "
+                f"{page} at [{b}, {n}]"
+            )
+    rows = cache[torch.tensor(pages, dtype=torch.int64, device=cache.device)].flatten(0, 1)
+    return rows[None, begin - first * page_size : end - first * page_size]
+
+
 def streaming_attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, scale: float, block_size: int
 ) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,4 +1,5 @@
-"""The checks of a call of :func:`flashmla_hf.attention`, and the validated :class:`Call` that implementations compute."""
+"""The checks of a call of :func:`flashmla_hf.attention`, and the validated :class:`Call` that implementations compute; and of
+one of :func:`flashmla_hf.decode_attention`, a :class:`DecodeCall`."""
 
 from __future__ import annotations
 
@@ -10,7 +11,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from flashmla_hf import ops
+from flashmla_hf import decode_ops, ops
 from flashmla_hf.ops import dtype_name
 from flashmla_hf.torch_state import has_transforms
 
@@ -49,7 +50,7 @@ def validate(
         fail(ValueError, name, "none without cu_seqlens", value)
     if scale is None:
         scale = q.shape[-1] ** -0.5
-    softcap, dropout_p, scale = _number("softcap", softcap), _number("dropout_p", dropout_p), _number("scale", scale)
+    softcap, dropout_p, scale = number("softcap", softcap), number("dropout_p", dropout_p), number("scale", scale)
     if softcap < 0.0:
         fail(ValueError, "softcap", "0 (none) or a positive number", softcap)
     if not 0.0 <= dropout_p < 1.0:
@@ -57,9 +58,9 @@ def validate(
     if isinstance(scale, torch.SymFloat):
         # It depends on a symbolic head dim. As an operator's number it would become a constant of the graph.
         q, scale = (q * scale).to(q.dtype), 1.0
-    window_left, window_right = _resolve_window(window, is_causal)
+    window_left, window_right = resolve_window(window, is_causal)
     if sinks is not None:
-        sinks = _checked_sinks(sinks, q)
+        sinks = checked_sinks(sinks, q)
     if is_packed:
         _check_cu_seqlens(cu_seqlens_q, cu_seqlens_kv, q)
         if attn_mask is not None:
@@ -84,7 +85,7 @@ def _checked_qkv(q: Any, k: Any, v: Any, is_packed: bool) -> tuple[torch.Tensor,
     has_true_strides = not has_transforms()
     has_empty_strides = False
     for name, x in (("q", q), ("k", k), ("v", v)):
-        _check_tensor(name, x)
+        check_tensor(name, x)
         if x.dim() != (3 if is_packed else 4):
             layout = (
                 "[total, heads, dim] with cu_seqlens" if is_packed else "[batch, seqlen, heads, dim] without cu_seqlens"
@@ -116,9 +117,9 @@ def _checked_qkv(q: Any, k: Any, v: Any, is_packed: bool) -> tuple[torch.Tensor,
     return q, k, v
 
 
-def _checked_sinks(sinks: Any, q: torch.Tensor) -> torch.Tensor:
+def checked_sinks(sinks: Any, q: torch.Tensor) -> torch.Tensor:
     """``sinks`` in the dtype of the statistics: fp32, or float64 with float64 inputs, which only the reference takes."""
-    _check_tensor("sinks", sinks)
+    check_tensor("sinks", sinks)
     if tuple(sinks.shape) != (q.shape[-2],):
         fail(ValueError, "sinks", f"shape [{q.shape[-2]}] (one logit per query head)", [*sinks.shape])
     if not sinks.dtype.is_floating_point:
@@ -128,7 +129,7 @@ def _checked_sinks(sinks: Any, q: torch.Tensor) -> torch.Tensor:
     return sinks.to(torch.promote_types(torch.float32, q.dtype)).contiguous()
 
 
-def _check_tensor(name: str, x: object) -> None:
+def check_tensor(name: str, x: object) -> None:
     if not isinstance(x, torch.Tensor):
         fail(TypeError, name, "a torch.Tensor", type(x).__name__)
     if x.layout != torch.strided or x.is_nested:
@@ -137,7 +138,7 @@ def _check_tensor(name: str, x: object) -> None:
         )
 
 
-def _number(name: str, value: object) -> float:
+def number(name: str, value: object) -> float:
     """A number of Python's, numpy's, a symbolic one, or one in a tensor, as a float; a symbolic one stays that."""
     if isinstance(value, torch.Tensor):
         if value.dim() != 0 or value.dtype == torch.bool or value.is_complex():
@@ -162,7 +163,7 @@ def _number(name: str, value: object) -> float:
 _LARGEST = sys.float_info.max  # an int may be larger
 
 
-def _integer(name: str, value: Any, expected: str) -> int:
+def integer(name: str, value: Any, expected: str) -> int:
     """An int of Python's, numpy's, a symbolic one, or one in a tensor."""
     if isinstance(value, torch.Tensor):  # some data collators hand a zero-dimensional tensor
         if value.dim() != 0 or value.dtype == torch.bool or value.is_floating_point() or value.is_complex():
@@ -175,14 +176,14 @@ def _integer(name: str, value: Any, expected: str) -> int:
     return value
 
 
-def _resolve_window(window: object, is_causal: bool) -> tuple[int, int]:
+def resolve_window(window: object, is_causal: bool) -> tuple[int, int]:
     if window is None:
         window = (-1, -1)
     if not isinstance(window, (tuple, list)) or len(window) != 2:
         fail(TypeError, "window", "a pair (left, right)", window)
     bounds = []
     for side, bound in zip(("left", "right"), window, strict=True):
-        bound = -1 if bound is None else _integer(f"window {side}", bound, "an int or None")
+        bound = -1 if bound is None else integer(f"window {side}", bound, "an int or None")
         if bound < -1:
             fail(ValueError, f"window {side}", "a bound >= 0, or -1 or None for unbounded", bound)
         bounds.append(min(bound, _FARTHEST))
@@ -196,7 +197,7 @@ def _check_cu_seqlens(cu_seqlens_q: Any, cu_seqlens_kv: Any, q: torch.Tensor) ->
     for name, x in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_kv", cu_seqlens_kv)):
         if x is None:
             fail(ValueError, name, "a tensor, since the other cu_seqlens is given (pass both or neither)", None)
-        _check_tensor(name, x)
+        check_tensor(name, x)
         if x.dtype != torch.int32:
             fail(TypeError, name, "dtype int32", dtype_name(x.dtype))
         if x.dim() != 1 or x.shape[0] < 1 or not x.is_contiguous():
@@ -214,7 +215,7 @@ def _check_cu_seqlens(cu_seqlens_q: Any, cu_seqlens_kv: Any, q: torch.Tensor) ->
 def _max_seqlen(name: str, value: object, bound: int) -> int:
     if value is None:
         return bound
-    value = _integer(name, value, "an int")
+    value = integer(name, value, "an int")
     if torch.compiler.is_compiling():
         # A length that comes from the data has no value yet; the host compares it with the boundaries.
         from torch.fx.experimental.symbolic_shapes import guard_or_false
@@ -228,7 +229,7 @@ def _max_seqlen(name: str, value: object, bound: int) -> int:
 
 
 def _check_attn_mask(attn_mask: Any, shape: tuple[int, ...], device: torch.device) -> None:
-    _check_tensor("attn_mask", attn_mask)
+    check_tensor("attn_mask", attn_mask)
     if attn_mask.dtype != torch.bool and not attn_mask.dtype.is_floating_point:
         fail(
             TypeError,
@@ -242,3 +243,130 @@ def _check_attn_mask(attn_mask: Any, shape: tuple[int, ...], device: torch.devic
         fail(ValueError, "attn_mask", f"a shape that broadcasts to {[*shape]}", [*attn_mask.shape])
     if attn_mask.device != device:
         fail(ValueError, "attn_mask", f"device {device} (that of q)", attn_mask.device)
+
+
+# ---- Caches ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(slots=True)  # not frozen, as ops.Arguments
+class DecodeCall(decode_ops.DecodeArguments):
+    """One validated call on caches, defaults resolved. Field names and shapes are the operator's (:mod:`decode_ops`)."""
+
+    impl: str | None  # what the caller asked for
+
+    @property
+    def capacity(self) -> int:
+        """The rows that a sequence may have."""
+        return self.k.shape[1] * (1 if self.block_table is None else self.block_table.shape[1])
+
+
+def validate_decode(
+    q: Any, k_cache: Any, v_cache: Any, cache_seqlens: Any, block_table: Any, kv_start: Any, scale: Any, is_causal: Any,
+    window: Any, softcap: Any, sinks: Any, num_splits: Any, impl: str | None,
+) -> DecodeCall:  # fmt: skip
+    """Checks the arguments of :func:`flashmla_hf.decode_attention` except the new keys and values, and resolves defaults.
+
+    The implementations check ``impl`` and the values of cache_seqlens, kv_start and block_table.
+    """
+    _check_cached(q, k_cache, v_cache, block_table)
+    for name, x in (("cache_seqlens", cache_seqlens), ("kv_start", kv_start)):
+        if x is None:
+            continue
+        _check_int32(name, x, q)
+        if tuple(x.shape) != (q.shape[0],) or not x.is_contiguous():
+            fail(ValueError, name, f"a contiguous tensor [{q.shape[0]}] (batch of q)", f"shape {[*x.shape]}")
+    if scale is None:
+        scale = q.shape[-1] ** -0.5
+    softcap, scale = number("softcap", softcap), number("scale", scale)
+    if softcap < 0.0:
+        fail(ValueError, "softcap", "0 (none) or a positive number", softcap)
+    if isinstance(scale, torch.SymFloat):  # as in validate
+        q, scale = (q * scale).to(q.dtype), 1.0
+    window_left, window_right = resolve_window(window, is_causal)
+    if sinks is not None:
+        sinks = checked_sinks(sinks, q)
+    num_splits = integer("num_splits", num_splits, "0 or 1")
+    if num_splits not in (0, 1):
+        expected = "0 (as many as are fast) or 1 (a sequence's result does not depend on the rest of the batch)"
+        fail(ValueError, "num_splits", expected, num_splits)
+    return DecodeCall(
+        q=q, k=k_cache, v=v_cache, sinks=sinks, cache_seqlens=cache_seqlens, kv_start=kv_start, block_table=block_table,
+        scale=scale, window_left=window_left, window_right=window_right, softcap=softcap, can_split=num_splits == 0, impl=impl,
+    )  # fmt: skip
+
+
+def _check_int32(name: str, x: Any, q: torch.Tensor) -> None:
+    check_tensor(name, x)
+    if x.dtype != torch.int32:
+        fail(TypeError, name, "dtype int32 (call .int())", dtype_name(x.dtype))
+    if x.device != q.device:
+        fail(ValueError, name, f"device {q.device} (that of q)", x.device)
+
+
+def _check_cached(q: Any, k_cache: Any, v_cache: Any, block_table: Any) -> None:
+    """q, the caches and the table: together of fitting shapes."""
+    layout = "[batch, capacity, heads_kv, dim] without block_table"
+    if block_table is not None:
+        layout = "[num_pages, page_size, heads_kv, dim] with block_table"
+    tensors = (("q", q, "[batch, seqlen_q, heads_q, dim]"), ("k_cache", k_cache, layout), ("v_cache", v_cache, layout))
+    for name, x, expected in tensors:
+        check_tensor(name, x)
+        if x.dim() != 4:
+            fail(ValueError, name, expected, f"{x.dim()} dimensions {[*x.shape]}")
+        if x.dtype != q.dtype:
+            fail(TypeError, name, f"dtype {dtype_name(q.dtype)} (that of q)", dtype_name(x.dtype))
+        if x.device != q.device:
+            fail(ValueError, name, f"device {q.device} (that of q)", x.device)
+        if x.shape[-1] == 0 or x.shape[-2] == 0:
+            fail(ValueError, name, "at least one head and one dimension", f"shape {[*x.shape]}")
+        if x.stride(-1) != 1 and x.shape[-1] != 1 and x.numel() != 0 and not has_transforms():
+            fail(ValueError, name, "a contiguous last dimension (call .contiguous())", f"stride {x.stride(-1)}")
+    if not q.dtype.is_floating_point:
+        fail(TypeError, "q", "a floating dtype", dtype_name(q.dtype))
+    if k_cache.shape[-1] != q.shape[-1]:
+        fail(ValueError, "k_cache", f"head_dim {q.shape[-1]} (that of q)", k_cache.shape[-1])
+    if k_cache.shape[:-1] != v_cache.shape[:-1]:
+        expected = f"shape {[*k_cache.shape[:-1]]} before the last dimension (that of k_cache)"
+        fail(ValueError, "v_cache", expected, [*v_cache.shape[:-1]])
+    if q.shape[-2] % k_cache.shape[-2] != 0:
+        fail(ValueError, "k_cache", f"a number of heads that divides q's {q.shape[-2]}", k_cache.shape[-2])
+    if block_table is not None:
+        _check_block_table(block_table, q, k_cache.shape[1])
+    elif k_cache.shape[0] != q.shape[0]:
+        fail(ValueError, "k_cache", f"batch {q.shape[0]} (that of q)", k_cache.shape[0])
+
+
+def _check_block_table(block_table: Any, q: torch.Tensor, page_size: int) -> None:
+    _check_int32("block_table", block_table, q)
+    if block_table.dim() != 2 or block_table.shape[0] != q.shape[0]:
+        expected = f"shape [{q.shape[0]}, pages of a sequence] (batch of q)"
+        fail(ValueError, "block_table", expected, [*block_table.shape])
+    if block_table.stride(1) != 1 and block_table.shape[1] > 1 and block_table.numel() != 0 and not has_transforms():
+        fail(ValueError, "block_table", "contiguous rows (call .contiguous())", f"stride {block_table.stride(1)}")
+    if page_size < 1 or page_size % decode_ops.PAGE_SIZE_MULTIPLE != 0:
+        expected = f"a page_size (its size 1) that is a multiple of {decode_ops.PAGE_SIZE_MULTIPLE}"
+        fail(ValueError, "k_cache", expected, page_size)
+
+
+def check_appended(call: DecodeCall, k: Any, v: Any) -> None:
+    """The new keys and values of a call: both or neither, like the caches, no more than fit, and somewhere to begin."""
+    for name, x, cache in (("k", k, call.k), ("v", v, call.v)):
+        if x is None:
+            fail(
+                ValueError, name, f"a tensor, since {'v' if name == 'k' else 'k'} is given (pass both or neither)", None
+            )
+        check_tensor(name, x)
+        if x.dtype != cache.dtype:
+            fail(TypeError, name, f"dtype {dtype_name(cache.dtype)} (that of the cache)", dtype_name(x.dtype))
+        if x.device != cache.device:
+            fail(ValueError, name, f"device {cache.device} (that of the cache)", x.device)
+        rows = x.shape[1] if x.dim() == 4 else "seqlen_new"
+        expected = [call.q.shape[0], rows if name == "k" else k.shape[1], *cache.shape[2:]]
+        if [*x.shape] != expected:
+            fail(ValueError, name, f"shape {expected}".replace("'", ""), [*x.shape])
+    if call.cache_seqlens is None:
+        fail(ValueError, "cache_seqlens", "a tensor, since k and v are given (they begin there)", None)
+    if k.shape[1] > call.capacity:
+        fail(ValueError, "k", f"at most {call.capacity} new keys (the rows a sequence may have)", k.shape[1])
+    if call.k.shape[0] == 0 and k.shape[0] * k.shape[1] > 0:
+        fail(ValueError, "k_cache", "at least one page, since k and v are given", "0")

@@ -12,8 +12,18 @@ ROOT = Path(__file__).resolve().parent.parent
 LAYERS = [
     {"__main__", "check_command", "training"},
     {"__init__", "doctor", "autoload", "hf", "patches"},
-    {"dispatch", "flash_attn_api", "backends", "backend", "validation", "notices", "reference"},
-    {"ops", "direct", "recompute_cache", "libraries", "torch_state", "host_memory", "nvidia_smi", "tested_releases"},
+    {"dispatch", "decode", "flash_attn_api", "backends", "backend", "validation", "notices", "reference"},
+    {
+        "ops",
+        "decode_ops",
+        "direct",
+        "recompute_cache",
+        "libraries",
+        "torch_state",
+        "host_memory",
+        "nvidia_smi",
+        "tested_releases",
+    },
 ]
 MAY_IMPORT_TRANSFORMERS = {
     "check_command", "training", "hf.masks", "hf.paged", "hf.register", "hf.transformers_private", "patches",

@@ -10,7 +10,7 @@ from flashmla_hf import libraries, ops
 from flashmla_hf.backend import Backend, kernel_refusal
 from flashmla_hf.notices import log_choice
 from flashmla_hf.ops import dtype_name
-from flashmla_hf.validation import Call
+from flashmla_hf.validation import Call, DecodeCall
 
 
 def refusal(call: Call) -> str | None:
@@ -18,19 +18,7 @@ def refusal(call: Call) -> str | None:
         return (
             f"{libraries.unavailable['sm90']}; impl='flex' runs on every GPU (python -m flashmla_hf doctor says more)"
         )
-    if call.q.device.type != "cuda":
-        return f"the tensors are on {call.q.device}: expected a Hopper GPU"
-    properties = torch.cuda.get_device_properties(call.q.device)  # a constant to torch.compile
-    if (properties.major, properties.minor) != (9, 0):
-        return f"{properties.name} is not a Hopper GPU (compute capability 9.0)"
-    if call.q.dtype not in (torch.float16, torch.bfloat16):
-        return f"dtype {dtype_name(call.q.dtype)}: expected float16 or bfloat16"
-    assert libraries.sm90_limits is not None  # otherwise the library is unavailable
-    multiple, largest = libraries.sm90_limits
-    for name, head_dim in (("q and k", call.q.shape[-1]), ("v", call.v.shape[-1])):
-        if head_dim % multiple != 0 or head_dim > largest:
-            return f"{name}: head_dim {head_dim}: expected a multiple of {multiple} up to {largest}"
-    reason = kernel_refusal(call)
+    reason = device_refusal(call.q, call.v) or kernel_refusal(call)
     if reason is None and call.impl == "sm90" and (names := unaligned(call)):
         # Automatic dispatch copies. Who asks for this implementation by name gets no hidden copy.
         reason = (
@@ -39,7 +27,24 @@ def refusal(call: Call) -> str | None:
     return reason
 
 
-def unaligned(call: Call) -> list[str]:
+def device_refusal(q: torch.Tensor, v: torch.Tensor) -> str | None:
+    """Why no call with this q and v can be computed here, if the library is loaded; ``None`` if it does not rule that out."""
+    if q.device.type != "cuda":
+        return f"the tensors are on {q.device}: expected a Hopper GPU"
+    properties = torch.cuda.get_device_properties(q.device)  # a constant to torch.compile
+    if (properties.major, properties.minor) != (9, 0):
+        return f"{properties.name} is not a Hopper GPU (compute capability 9.0)"
+    if q.dtype not in (torch.float16, torch.bfloat16):
+        return f"dtype {dtype_name(q.dtype)}: expected float16 or bfloat16"
+    assert libraries.sm90_limits is not None  # otherwise the library is unavailable
+    multiple, largest = libraries.sm90_limits
+    for name, head_dim in (("q and k", q.shape[-1]), ("v", v.shape[-1])):
+        if head_dim % multiple != 0 or head_dim > largest:
+            return f"{name}: head_dim {head_dim}: expected a multiple of {multiple} up to {largest}"
+    return None
+
+
+def unaligned(call: Call | DecodeCall) -> list[str]:
     """The names of q, k and v whose address or strides TMA cannot read.
 
     A storage begins aligned, so the offset in it tells whether the address is. torch.compile traces neither; in a compiled call

@@ -1,0 +1,240 @@
+"""The public function :func:`decode_attention`: attention to keys and values that lie in caches, for inference.
+
+Which implementation runs when ``impl`` is ``None``:
+
+=====================================================  ===========================================================
+the call has                                           implementation
+=====================================================  ===========================================================
+fp16 or bf16 tensors on a Hopper GPU, head dims of     ``sm90``, if its library is built; it copies q if TMA cannot
+multiples of 8 up to 256, aligned caches               read its strides or address, never a cache
+fp32, fp16 or bf16 tensors on the CPU                  ``cpu``
+anything else                                          ``reference``; one warning, since it copies K and V and waits
+                                                       for the device
+=====================================================  ===========================================================
+
+An explicit ``impl`` never falls back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+
+from flashmla_hf import decode_ops, libraries, reference
+from flashmla_hf.backend import dtype_refusal
+from flashmla_hf.backends import cpu, sm90
+from flashmla_hf.notices import log_choice, warn_once
+from flashmla_hf.torch_state import values_are_readable
+from flashmla_hf.validation import DecodeCall, check_appended, fail, validate_decode
+
+
+# Longer than 80 lines: the docstring is the contract.
+def decode_attention(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    *,
+    cache_seqlens: torch.Tensor | None = None,
+    block_table: torch.Tensor | None = None,
+    kv_start: torch.Tensor | None = None,
+    k: torch.Tensor | None = None,
+    v: torch.Tensor | None = None,
+    scale: float | None = None,
+    is_causal: bool = True,
+    window: tuple[int | None, int | None] | None = None,
+    softcap: float = 0.0,
+    sinks: torch.Tensor | None = None,
+    num_splits: int = 0,
+    return_lse: bool = False,
+    impl: str | None = None,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Exact attention of the last queries of sequences to their keys and values in a cache, dense or paged, without a copy.
+
+    Sequence b has ``L = cache_seqlens[b]`` keys (after the new ones are appended). Its query i stands at key position
+    ``p = L - seqlen_q + i``. Key j is row j of ``k_cache[b]``, or with ``block_table`` row ``j % page_size`` of the page
+    ``block_table[b, j // page_size]``. For one to a few dozen queries a sequence: decoding, assisted decoding, chunked
+    prefill. There is no gradient: a tensor that requires one raises, except under ``torch.no_grad()``.
+
+    Args:
+        q: [batch, seqlen_q, heads_q, head_dim_qk].
+        k_cache: [batch, capacity, heads_kv, head_dim_qk]; with ``block_table`` [num_pages, page_size, heads_kv, head_dim_qk],
+            page_size a multiple of 16. ``heads_q`` is a multiple of ``heads_kv``.
+        v_cache: as k_cache, with head_dim_v. q and the caches share one dtype and device; any strides, the last dimension
+            contiguous.
+        cache_seqlens: int32 [batch] keys of each sequence, before the new ones; ``None`` means all rows: capacity, or
+            pages of a sequence * page_size. May be 0, and less than seqlen_q: the first queries then see nothing.
+        block_table: int32 [batch, pages of a sequence], its rows contiguous. Entries behind those needed may be anything.
+        kv_start: int32 [batch] first key of each sequence, as left padding leaves it: keys before it are hidden, and
+            positions do not move. ``None`` means 0.
+        k, v: [batch, seqlen_new, heads_kv, head_dim], both or neither: written into the caches at positions
+            ``cache_seqlens[b]`` and following, before attention; the sequence then has ``cache_seqlens[b] + seqlen_new`` keys.
+            cache_seqlens itself does not change. No two sequences may append to the same row of a page.
+        scale: factor on Q Kᵀ; ``None`` means ``head_dim_qk ** -0.5``.
+        is_causal: key j is visible to query i if ``j <= p``.
+        window: ``(left, right)``: query i sees keys ``p - left ... p + right``, both included; -1 or ``None`` is unbounded.
+            ``is_causal`` makes right 0. Pages before the window are not read.
+        softcap: if positive, scores become ``softcap * tanh(scores / softcap)`` before masking.
+        sinks: [heads_q] logits, each one more key without a value in its head's softmax.
+        num_splits: 0: the keys of a sequence may be shared among parts of a GPU; a repeated call gives the same bits. 1:
+            they are not, and a sequence's result has the same bits whatever else is in the batch. Others raise. A CPU's
+            results have both properties always.
+        return_lse: also return the natural logarithm of each softmax denominator, sink included.
+        impl: ``"sm90"``, ``"cpu"`` or ``"reference"``; ``None`` follows the module's table.
+
+    Returns:
+        out [batch, seqlen_q, heads_q, head_dim_v] in q's dtype; with ``return_lse`` also lse fp32 [batch, heads_q, seqlen_q].
+        A query that sees no key has out 0 and lse -inf (with sinks: the sink's logit).
+
+    The values of cache_seqlens, kv_start and block_table: on the CPU and with ``"reference"``, lengths and starts that are
+    negative or beyond the capacity, pages outside the cache where keys are read or appended, and new keys that do not fit
+    raise. On a GPU nothing is read back, so that the call waits for nothing and may be captured in a CUDA graph: lengths are
+    clamped to the capacity, pages outside the cache hold zeros, and new keys beyond the capacity or in such pages are not
+    written. What rows and pages hold that no query sees does not matter, even NaN.
+
+    Raises:
+        TypeError: an argument has the wrong type or dtype. ValueError: it has a wrong shape or value. RuntimeError: the
+        implementation cannot compute this call, or a tensor requires a gradient; the message names the reason and a fix.
+
+    Source: Dao, Haziza, Massa and Sizov 2023, "Flash-Decoding" (keys split among blocks); Kwon et al., arXiv 2309.06180
+    (pages).
+    """
+    call = validate_decode(
+        q, k_cache, v_cache, cache_seqlens, block_table, kv_start, scale, is_causal, window, softcap, sinks, num_splits, impl
+    )  # fmt: skip
+    decode_ops.refuse_gradients(
+        "flashmla attention",
+        (("q", q), ("k_cache", k_cache), ("v_cache", v_cache), ("k", k), ("v", v), ("sinks", sinks)),
+    )
+    run = _choose(call)
+    if k is not None or v is not None:
+        check_appended(call, k, v)
+        append(call, k, v)  # type: ignore[arg-type]
+        call.cache_seqlens = call.cache_seqlens + k.shape[1]  # type: ignore[operator, union-attr]
+    out, lse = run(call)
+    return (out, lse) if return_lse else out
+
+
+def has_kernel(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor) -> bool:
+    """Whether a kernel computes :func:`decode_attention` of these tensors (its first table), so that no cache is copied."""
+    name = _KERNELS.get(q.device.type)
+    if name is None:
+        return False
+    call = validate_decode(q, k_cache, v_cache, None, None, None, 1.0, False, None, 0.0, None, 0, None)
+    return IMPLEMENTATIONS[name][0](call) is None
+
+
+def append(call: DecodeCall, k: torch.Tensor, v: torch.Tensor) -> None:
+    """Writes k and v into the caches at the positions ``cache_seqlens[b] ...``, with torch's operators.
+
+    Nothing waits for a GPU: what does not fit is not known here. Such an entry repeats the first that fits, or a row of the
+    cache if none does, so that what is written twice is the same.
+    """
+    batch, seqlen_new = k.shape[:2]
+    if batch * seqlen_new == 0:
+        return
+    device, page_size = call.q.device, call.k.shape[1]
+    begin: torch.Tensor = call.cache_seqlens  # type: ignore[assignment]
+    position = begin.long()[:, None] + torch.arange(seqlen_new, device=device)
+    if can_check := device.type == "cpu" and values_are_readable(begin):
+        _check_room(begin, seqlen_new, call.capacity)
+    fits = (position >= 0) & (position < call.capacity)
+    position = position.clamp(0, call.capacity - 1)
+    if call.block_table is None:
+        page, row = torch.arange(batch, device=device)[:, None].expand_as(position), position
+    else:
+        page, row = call.block_table.gather(1, position // page_size).long(), position % page_size
+        exists = (page >= 0) & (page < call.k.shape[0])
+        if can_check and not bool(exists.all()):
+            expected = f"pages from 0 to {call.k.shape[0] - 1} where k and v are appended"
+            fail(ValueError, "block_table", expected, page[~exists][0].item())
+        page, fits = page.clamp(0, call.k.shape[0] - 1), fits & exists
+    page, row, fits = page.flatten(), row.flatten(), fits.flatten()
+    if can_check:
+        for cache, new in ((call.k, k), (call.v, v)):
+            cache.index_put_((page, row), new.flatten(0, 1))
+        return
+    entry = torch.where(fits, torch.arange(batch * seqlen_new, device=device), fits.int().argmax())
+    any_fits, page, row = fits.any(), page[entry], row[entry]
+    for cache, new in ((call.k, k), (call.v, v)):
+        cache.index_put_((page, row), torch.where(any_fits, new.flatten(0, 1)[entry], cache[page, row]))
+
+
+def _check_room(cache_seqlens: torch.Tensor, seqlen_new: int, capacity: int) -> None:
+    for b, length in enumerate(cache_seqlens.tolist()):
+        if not 0 <= length <= capacity - seqlen_new:
+            expected = (
+                f"numbers from 0 to {capacity - seqlen_new} (the rows a sequence may have, less the {seqlen_new} of k)"
+            )
+            fail(ValueError, "cache_seqlens", expected, f"{length} for sequence {b}")
+
+
+# ---- Implementations -------------------------------------------------------------------------------------------------
+
+
+def _sm90_refusal(call: DecodeCall) -> str | None:
+    if "sm90" in libraries.unavailable:
+        return libraries.unavailable["sm90"]
+    reason = sm90.device_refusal(call.q, call.v)
+    if reason is not None:
+        return reason
+    cache_names = {"k": "k_cache", "v": "v_cache", "q": "q"}
+    names = [cache_names[name] for name in sm90.unaligned(call) if name != "q" or call.impl == "sm90"]
+    if names:
+        return f"{names[0]}: expected an address and strides in multiples of 16 bytes"
+    return None
+
+
+def _cpu_refusal(call: DecodeCall) -> str | None:
+    return cpu.device_refusal(call.q) or dtype_refusal(call.q.dtype)
+
+
+def _run_sm90(call: DecodeCall) -> tuple[torch.Tensor, torch.Tensor]:
+    if "q" in sm90.unaligned(call):
+        call = replace(call, q=call.q.clone(memory_format=torch.contiguous_format))
+    return decode_ops.flash_attn_decode(call)
+
+
+def _run_reference(call: DecodeCall) -> tuple[torch.Tensor, torch.Tensor]:
+    return reference.decode_attention(
+        call.q, call.k, call.v, sinks=call.sinks, cache_seqlens=call.cache_seqlens, kv_start=call.kv_start,
+        block_table=call.block_table, scale=call.scale, window_left=call.window_left, window_right=call.window_right,
+        softcap=call.softcap,
+    )  # fmt: skip
+
+
+_Run = Callable[[DecodeCall], tuple[torch.Tensor, torch.Tensor]]
+IMPLEMENTATIONS: dict[str, tuple[Callable[[DecodeCall], str | None], _Run]] = {
+    "sm90": (_sm90_refusal, _run_sm90),
+    "cpu": (_cpu_refusal, decode_ops.flash_attn_decode),
+    "reference": (lambda call: None, _run_reference),
+}
+_KERNELS = {"cuda": "sm90", "cpu": "cpu", "meta": "cpu"}
+
+
+def _choose(call: DecodeCall) -> _Run:
+    """The implementation for this call, by the module's table; raises if the one that was asked for cannot compute it."""
+    impl = call.impl
+    if impl is not None:
+        if impl not in IMPLEMENTATIONS:
+            fail(ValueError, "impl", f"one of {list(IMPLEMENTATIONS)} or None", repr(impl))
+        refusal, run = IMPLEMENTATIONS[impl]
+        if (reason := refusal(call)) is not None:
+            raise RuntimeError(f"flashmla attention: impl={impl!r} cannot compute this call: {reason}")
+        log_choice(call, impl, "explicit")
+        return run
+    device = call.q.device.type
+    reason = f"no kernel runs on {device}"
+    if device in _KERNELS:
+        refusal, run = IMPLEMENTATIONS[_KERNELS[device]]
+        if (reason := refusal(call)) is None:
+            log_choice(call, _KERNELS[device], f"first choice on {device}")
+            return run
+    warn_once(
+        f"flashmla attention: decode_attention is computed by impl='reference', exactly but not by a kernel: it copies K and V "
+        f"and waits for the device. The reason: {reason}.",
+        stacklevel=4,
+    )
+    log_choice(call, "reference", reason)
+    return _run_reference
