@@ -1,4 +1,4 @@
-"""Stand-ins for the implementations behind ``attention()``, and a count of the calls of each."""
+"""Stand-ins for the implementations behind ``attention()`` and ``decode_attention()``, and a count of the calls of each."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 
-from flashmla_hf import direct, dispatch
+from flashmla_hf import decode, direct, dispatch
 
 
 @contextlib.contextmanager
@@ -15,16 +15,19 @@ def standing_in(around: Callable):
     """Inside the block ``around(name, call, run)`` computes every call of the implementation ``name``; ``run(call)`` is what
     that implementation computes."""
     saved, was_enabled = dict(dispatch.IMPLEMENTATIONS), direct.enabled
+    saved_decode = dict(decode.IMPLEMENTATIONS)
 
-    def stand_in(name, implementation):
-        return replace(implementation, run=lambda call: around(name, call, implementation.run))
+    def stand_in(name, run):
+        return lambda call: around(name, call, run)
 
-    dispatch.IMPLEMENTATIONS.update({name: stand_in(name, item) for name, item in saved.items()})
+    dispatch.IMPLEMENTATIONS.update({name: replace(item, run=stand_in(name, item.run)) for name, item in saved.items()})
+    decode.IMPLEMENTATIONS.update({name: (reason, stand_in(name, run)) for name, (reason, run) in saved_decode.items()})
     direct.enabled = False  # the fast path calls the compiled kernels past the table
     try:
         yield
     finally:
         dispatch.IMPLEMENTATIONS.update(saved)
+        decode.IMPLEMENTATIONS.update(saved_decode)
         direct.enabled = was_enabled
 
 

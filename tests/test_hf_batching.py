@@ -1,6 +1,9 @@
-"""Continuous batching gives the tokens of generate; block tables and dictionaries of boundaries are refused."""
+"""Continuous batching gives the tokens of generate, with block tables too; what says less is refused."""
 
 from __future__ import annotations
+
+import contextlib
+import inspect
 
 import hf_support
 import pytest
@@ -10,6 +13,7 @@ from counting import counted_calls
 from hf_support import DEVICE, SHAPED, SIZES, build_causal_lm, kernel_calls, random_ids
 from transformers import modeling_flash_attention_utils
 
+from flashmla_hf import libraries
 from flashmla_hf.hf import forward
 
 pytestmark = [
@@ -99,11 +103,58 @@ def test_continuous_batching_uses_pefts_adapters():
     assert got != one_by_one(build_causal_lm("eager"), prompts), "the adapter changes nothing"
 
 
+HANDS_PAGES = "v_cache" in inspect.signature(modeling_flash_attention_utils._flash_attention_forward).parameters
+
+
+@pytest.mark.skipif(not HANDS_PAGES, reason="this Transformers does not hand a layer its pages")
+@pytest.mark.parametrize(("family", "options"), [("Llama", {}), ("Qwen3", {"head_dim": 16})], ids=str)
+def test_decoding_with_block_tables_gives_the_tokens_of_generate(family, options, monkeypatch):
+    """Transformers has them on a GPU alone: its check is passed over here."""
+    from transformers.generation.continuous_batching import initialization
+
+    monkeypatch.setattr(initialization, "ensure_decode_fast_path_is_available", lambda *_: None)
+    size = "page_size" if "page_size" in transformers.ContinuousBatchingConfig.__dataclass_fields__ else "block_size"
+    prompts = prompts_of(5, 19, 3, 16, 31)
+    with counted_calls() as calls, counted_decoding() as decoding:
+        got = batched(build_causal_lm(SHAPED, family, **options), prompts, {"max_blocks_per_request": 4, size: 16})
+    assert got == one_by_one(build_causal_lm("eager", family, **options), prompts)
+    assert kernel_calls(calls) > 0, "the prompts"
+    assert sum(decoding) > 0, "the tokens after them"
+
+
+@contextlib.contextmanager
+def counted_decoding():
+    """The calls of decode_attention with a block table."""
+    seen, original = [], forward.decode.decode_attention
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            forward.decode,
+            "decode_attention",
+            lambda *args, **options: seen.append(options.get("block_table") is not None) or original(*args, **options),
+        )
+        yield seen
+
+
+@pytest.mark.skipif(not HANDS_PAGES, reason="this Transformers does not hand a layer its pages")
+def test_the_decode_path_finds_the_function_for_block_tables_if_a_kernel_reads_pages(monkeypatch):
+    from transformers.generation.continuous_batching import initialization
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(modeling_flash_attention_utils, "_loaded_implementation", None)
+    monkeypatch.delitem(libraries.unavailable, "sm90", raising=False)
+    config = transformers.LlamaConfig(**SIZES)
+    config._attn_implementation = SHAPED
+    batching = transformers.ContinuousBatchingConfig(max_blocks_per_request=4)
+    initialization.ensure_decode_fast_path_is_available(config, batching, True)
+    assert batching.max_blocks_per_request == 4
+
+
 def test_the_decode_path_is_told_that_there_is_no_function_for_block_tables(monkeypatch):
     """On a GPU it looks for flash_attn_with_kvcache under names with a 2 or 3."""
     from transformers.generation.continuous_batching import initialization
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setitem(libraries.unavailable, "sm90", "not built")
     asked = []
     wrapped = modeling_flash_attention_utils._lazy_imports
     monkeypatch.setattr(

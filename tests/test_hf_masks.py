@@ -325,8 +325,8 @@ def test_flattening_copies_nothing_where_tokens_are_dense(monkeypatch):
     seen = []
     monkeypatch.setattr(forward, "attention", lambda *tensors, **options: seen.append(tensors) or tensors[0])
     for batch, layout in ((3, "bshd"), (1, "cache")):
-        q, k, v = qkv(batch, 12, 12, layout=layout)
-        mask = torch.ones(batch, 12, dtype=torch.bool, device=DEVICE)
+        q, k, v = qkv(batch, 24, 24, layout=layout)
+        mask = torch.ones(batch, 24, dtype=torch.bool, device=DEVICE)
         mask[0, :4] = False
         forward.attention_forward(Layer(), q, k, v, mask)
         assert [x.data_ptr() for x in seen[-1]] == [x.data_ptr() for x in (q, k, v)]

@@ -190,10 +190,11 @@ def _subclasses(cls: type) -> Iterator[type]:
 def _kvcache_function():
     """``flash_attn_with_kvcache`` if this release hands a layer its pages, and a kernel reads them; else ``None``.
 
-    Continuous batching passes block tables if there is such a function.
+    Continuous batching passes block tables if there is such a function. It asks on machines with a GPU alone.
     """
     hands_pages = "v_cache" in inspect.signature(modeling_flash_attention_utils._flash_attention_forward).parameters
-    return flash_attn_with_kvcache if hands_pages and "sm90" not in libraries.unavailable else None
+    kernel = "sm90" if torch.cuda.is_available() else "cpu"
+    return flash_attn_with_kvcache if hands_pages and kernel not in libraries.unavailable else None
 
 
 def _wrap_lazy_imports(original):
