@@ -55,8 +55,8 @@ class Plan:
     """The plan of one forward pass.
 
     Layers below ``first_on_device`` offload their input. Layers from ``first_kept`` on keep their attention; those of them
-    below ``first_kept_on_device`` keep it on the host. Layers from ``first_whole`` on run without a checkpoint. ``parked`` holds
-    what was offloaded, by layer and kind.
+    below ``first_kept_on_device`` keep it on the host. Layers from ``first_whole`` on run without a checkpoint. ``parked``
+    holds what was offloaded, by layer and kind.
     """
 
     first_on_device: int
@@ -158,8 +158,8 @@ class Checkpointing:
         backward works with. It is filled with the last layers' inputs, then with the last layers' attention. With "offload",
         inputs without room go to the host as far as its free bytes reach (the count for the GPU is the more careful one), and
         kept attention too. Without "offload" every input stays, whatever the count is. Numbers given by the caller are used
-        unchanged. If everything fits and "keep_attention" may choose, the last layers run without a checkpoint, as many as there
-        is room for: a short sequence pays nothing for memory that it does not need. Without a GPU nothing can be saved: all but
+        unchanged. If everything fits and "keep_attention" may choose, the last layers run without a checkpoint, as many as
+        there is room for: a short sequence pays nothing for memory that it does not need. Without a GPU nothing can be saved: all but
         the last layer go to the host, so that the same code runs.
         """
         number, device = len(self.layers), hidden.device

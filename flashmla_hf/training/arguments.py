@@ -28,10 +28,10 @@ class ModelArguments:
     patches: list[str] = field(
         default_factory=lambda: ["auto"],
         metadata={
-            "help": "memory patches: auto (the default: all, or on a CPU light if the step fits without the others), all that "
-            "the model supports, light (those that cost no time: loss, rope, lora), none, or some of loss, mlp, norm, rope, attention, lora, checkpointing, "
-            "keep_attention, offload (flashmla_hf.PATCHES); mlp_tile=N, loss_chunk=N, keep_attention=N, offload=N give one "
-            "its number"
+            "help": "memory patches: auto (the default: all, or on a CPU light if the step fits without the others), all "
+            "(that the model supports), light (those that cost no time: loss, rope, lora), none, or some of loss, mlp, "
+            "norm, rope, attention, lora, checkpointing, keep_attention, offload (flashmla_hf.PATCHES); mlp_tile=N, "
+            "loss_chunk=N, keep_attention=N, offload=N give one its number"
         },
     )
     dtype: str | None = field(
