@@ -159,8 +159,8 @@ class Checkpointing:
         inputs without room go to the host as far as its free bytes reach (the count for the GPU is the more careful one), and
         kept attention too. Without "offload" every input stays, whatever the count is. Numbers given by the caller are used
         unchanged. If everything fits and "keep_attention" may choose, the last layers run without a checkpoint, as many as
-        there is room for: a short sequence pays nothing for memory that it does not need. Without a GPU nothing can be saved: all but
-        the last layer go to the host, so that the same code runs.
+        there is room for: a short sequence pays nothing for memory that it does not need. Without a GPU nothing can be saved:
+        all but the last layer go to the host, so that the same code runs.
         """
         number, device = len(self.layers), hidden.device
         is_gpu = device.type == "cuda"
