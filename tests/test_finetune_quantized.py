@@ -85,10 +85,10 @@ def test_a_random_model_is_packed_layer_by_layer_and_the_ledger_counts_its_weigh
 
 def test_the_ledger_of_a_qlora_step():
     dense, packed = (
-        flashmla_hf.ledger("llama-8b", 131072, patches="all", load_in_4bit=is_4bit) for is_4bit in (False, True)
+        flashmla_hf.ledger("llama-8b", 131072, patches="all", dtype=dtype) for dtype in ("bfloat16", "4bit")
     )
     saved = (dense.peak_bytes - packed.peak_bytes) / GIB
     assert 9 < saved < 10  # 13 GiB of linear weights become 3.4; an MLP's three are unpacked
     assert packed.longest(22) > 100_000
-    with pytest.raises(ValueError, match="load_in_4bit: expected use_peft=True"):
-        flashmla_hf.ledger("llama-8b", load_in_4bit=True, use_peft=False)
+    with pytest.raises(ValueError, match="'4bit': expected an adapter"):
+        flashmla_hf.ledger("llama-8b", dtype="4bit", use_peft=False)

@@ -1,9 +1,12 @@
 """The plan of checkpointing divides tensors between GPU and host by the memory that is free."""
 
+import dataclasses
+
 import hf_support
+import pytest
 import torch
 import transformers
-from patches_support import model_of
+from patches_support import assert_equal, batch_of, lora, model_of, step
 
 import flashmla_hf
 from flashmla_hf import host_memory
@@ -44,6 +47,94 @@ def test_the_plan_fills_the_gpu_then_the_host(monkeypatch):
     assert planned(monkeypatch, 40, 0, None, None) == (0, 0, 0)
     assert planned(monkeypatch, 10, 0, 5, None) == (0, 5, 0)  # numbers are taken as they are
     assert planned(monkeypatch, 10, 0, True, 20) == (20, 32, 20)
+
+
+def whole_layers(monkeypatch, free, keep_attention="auto", offload_layers="auto", tokens=2**14, name="Llama"):
+    """Of 32 layers like Llama-3.1-8B's: how many run without a checkpoint, at 16,384 tokens."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    monkeypatch.setattr(memory, "device_free_bytes", lambda device: free * GIB)
+    monkeypatch.setattr(host_memory, "available_bytes", lambda: 0)
+    config = transformers.LlamaConfig(
+        hidden_size=4096, intermediate_size=14336, num_hidden_layers=1, num_attention_heads=32, num_key_value_heads=8
+    )
+    with torch.device("meta"):
+        model = transformers.LlamaForCausalLM(config)
+    (layer,) = structure.decoder_layers(model, "checkpointing")
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        hidden = torch.empty(1, tokens, 4096, dtype=torch.bfloat16, device="cuda")
+    plan = checkpointing.Checkpointing([layer] * 32, keep_attention, offload_layers).plan(hidden)
+    return 32 - plan.first_whole
+
+
+def test_layers_that_fit_run_without_a_checkpoint(monkeypatch):
+    # A layer's tensors are at most 4 GiB at 16,384 tokens: 2.6 by the ledger's count, and what it does not count.
+    assert whole_layers(monkeypatch, 20) == 0
+    some = whole_layers(monkeypatch, 78)
+    assert 5 < some < 32
+    assert whole_layers(monkeypatch, 40) < some
+    assert whole_layers(monkeypatch, 300) == 32
+    assert whole_layers(monkeypatch, 78, tokens=2048) == 32
+    assert whole_layers(monkeypatch, 78, tokens=131072) == 0
+    # A number says that memory is to be spared, or how it is to be used.
+    assert whole_layers(monkeypatch, 300, keep_attention=32) == 0
+    assert whole_layers(monkeypatch, 300, keep_attention=True) == 0
+    assert whole_layers(monkeypatch, 300, offload_layers=31) == 0
+    assert whole_layers(monkeypatch, 300, keep_attention=None) == 0
+
+
+@pytest.mark.parametrize("is_adapted", [False, True], ids=["bare", "adapters"])
+@pytest.mark.parametrize("name", ["Llama", "Mistral", "Qwen2", "Qwen3", "Gemma2", "Phi3"])
+def test_a_layer_saves_no_more_than_the_plan_counts(name, is_adapted, monkeypatch):
+    model = model_of(name)
+    batch = batch_of(name)
+    if is_adapted:
+        model = lora(model)
+    inner = structure.base_model(model)
+    saved = {}
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+
+    def pack(x):
+        if x.untyped_storage().data_ptr() not in weights:
+            saved[x.untyped_storage().data_ptr()] = (x.untyped_storage().nbytes(), x)
+        return x
+
+    forward = checkpointing.Checkpointing.run
+    counted = []
+
+    def run(self, index, function, *args):
+        saved.clear()
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            out = forward(self, index, function, *args)
+        tokens = args[0].shape[:-1].numel()
+        counted.append((sum(n for n, _ in saved.values()), structure.saved_elements(self.layers[index]) * tokens * 4))
+        return out
+
+    monkeypatch.setattr(checkpointing.Checkpointing, "run", run)
+    plan = checkpointing.Checkpointing.plan
+    monkeypatch.setattr(
+        checkpointing.Checkpointing, "plan", lambda self, x: dataclasses.replace(plan(self, x), first_whole=0)
+    )
+    for names in (["checkpointing"], None):
+        expected = step(model, batch)
+        flashmla_hf.patch(model, names)
+        assert_equal(step(model, batch), expected)
+        flashmla_hf.unpatch(model)
+    assert len(counted) == 2 * inner.config.num_hidden_layers
+    assert all(0 < real <= estimated for real, estimated in counted), counted
+
+
+def test_switching_adapters_is_still_refused_in_the_layers_with_a_checkpoint(monkeypatch):
+    model = lora(model_of("Llama"))
+    plan = checkpointing.Checkpointing.plan
+    monkeypatch.setattr(
+        checkpointing.Checkpointing, "plan", lambda self, x: dataclasses.replace(plan(self, x), first_whole=1)
+    )
+    flashmla_hf.patch(model, ["checkpointing"])
+    loss = model(**batch_of("Llama"), use_cache=False).loss
+    model.base_model.disable_adapter_layers()
+    with pytest.raises(flashmla_hf.patches.PatchError, match="adapters changed"):
+        loss.backward()
 
 
 def test_the_plan_leaves_room_for_gradients_that_are_not_there_yet(monkeypatch):

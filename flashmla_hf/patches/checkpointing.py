@@ -40,6 +40,8 @@ USED_SHARE = 0.9
 # Inputs are worth more: the run ends if there is no room for them.
 USED_HOST_SHARE = 0.75
 USED_HOST_SHARE_FOR_INPUTS = 0.95
+# Share of what is then left for layers without a checkpoint, whose tensors are estimated and not known.
+WHOLE_SHARE = 0.8
 # Bytes for the loss's chunk and the MLP's tile.
 WORKING_BYTES = 5 * memory.GIB
 
@@ -54,12 +56,14 @@ class Plan:
     """The plan of one forward pass.
 
     Layers below ``first_on_device`` offload their input. Layers from ``first_kept`` on keep their attention; those of them
-    below ``first_kept_on_device`` keep it on the host. ``parked`` holds what was offloaded, by layer and kind.
+    below ``first_kept_on_device`` keep it on the host. Layers from ``first_whole`` on run without a checkpoint. ``parked``
+    holds what was offloaded, by layer and kind.
     """
 
     first_on_device: int
     first_kept: int
     first_kept_on_device: int
+    first_whole: int
     parked: dict[tuple[int, str], weakref.ref[Offloaded]] = field(default_factory=dict)
 
     def next_needed(self, layer: int, kind: str) -> Offloaded | None:
@@ -98,6 +102,8 @@ class Checkpointing:
         if index == 0 or self._plan is None:
             self._plan = self.plan(hidden)
         plan = self._plan
+        if index >= plan.first_whole:
+            return function(*args)
         contexts: Contexts = noop_context_fn
         hooks: contextlib.AbstractContextManager = contextlib.nullcontext()
         if index == 0:
@@ -153,7 +159,9 @@ class Checkpointing:
         backward works with. It is filled with the last layers' inputs, then with the last layers' attention. With "offload",
         inputs without room go to the host as far as its free bytes reach (the count for the GPU is the more careful one), and
         kept attention too. Without "offload" every input stays, whatever the count is. Numbers given by the caller are used
-        unchanged. Without a GPU nothing can be saved: all but the last layer go to the host, so that the same code runs.
+        unchanged. If everything fits and "keep_attention" may choose, the last layers run without a checkpoint, as many as
+        there is room for: a short sequence pays nothing for memory that it does not need. Without a GPU nothing can be saved:
+        all but the last layer go to the host, so that the same code runs.
         """
         number, device = len(self.layers), hidden.device
         is_gpu = device.type == "cuda"
@@ -190,7 +198,27 @@ class Checkpointing:
             kept_on_device = kept
         else:  # a number sends everything that these layers keep to the host
             kept_on_device = min(kept, fit if self.offload == "auto" and is_gpu else number - offloaded)
-        return Plan(offloaded, number - kept, number - kept_on_device)
+        whole = 0
+        if is_gpu and self.keep_attention == "auto" and offloaded == 0 and kept_on_device == number:
+            left = int((room - number * attention_bytes) * WHOLE_SHARE)
+            whole = self._whole_layers(left, tokens, hidden)
+        return Plan(offloaded, number - kept, number - kept_on_device, number - whole)
+
+    def _whole_layers(self, left: int, tokens: int, hidden: torch.Tensor) -> int:
+        """How many of the last layers save everything that their backward needs in ``left`` bytes."""
+        is_autocast = torch.is_autocast_enabled(hidden.device.type)
+        count = 0
+        for layer in reversed(self.layers):
+            elements = structure.saved_elements(layer)
+            if elements is None:
+                break
+            left -= elements * tokens * hidden.element_size()
+            if is_autocast:  # cast weights are saved too
+                left -= 2 * sum(p.numel() for p in layer.module.parameters() if p.dtype is torch.float32)
+            if left < 0:
+                break
+            count += 1
+        return count
 
     def _host_bytes(self, device: torch.device) -> int:
         """Bytes of the host for this process: its share of the available ones, and those that the arena holds unused."""

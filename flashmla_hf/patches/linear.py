@@ -56,14 +56,13 @@ class _Linear(torch.autograd.Function):
         x: torch.Tensor,
         saved: Any,
         weight: torch.Tensor,
-        state: Any,
         bias: torch.Tensor | None,
         a: torch.Tensor | None,
         b: torch.Tensor | None,
         low: torch.Tensor | None,
-        scaling: float,
-        is_skipped: bool,
+        settings: tuple[Any, float, bool],
     ) -> torch.Tensor:
+        state, scaling, is_skipped = settings
         if saved is None:
             ctx.save_for_backward(x, weight, a, b, low)
         ctx.saved, ctx.state, ctx.scaling = saved, state, scaling
@@ -81,7 +80,7 @@ class _Linear(torch.autograd.Function):
 
 def _gradients(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     x, weight, a, b, low = (ctx.saved or ctx).saved_tensors
-    needs_x, _, needs_weight, _, needs_bias, needs_a, needs_b, *_ = ctx.needs_input_grad
+    needs_x, _, needs_weight, needs_bias, needs_a, needs_b, *_ = ctx.needs_input_grad
     rows, grads = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
     grad_low = grad_x = None
     if a is not None and (needs_x or needs_a):
@@ -95,11 +94,9 @@ def _gradients(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         grad_x,
         None,
         grads.t() @ rows if needs_weight else None,
-        None,
         grads.sum(0) if needs_bias else None,
         precision.matmul(grad_low.t(), rows) if needs_a and grad_low is not None else None,
         precision.matmul(grads.t(), low).mul_(ctx.scaling) if needs_b else None,
-        None,
         None,
         None,
     )
@@ -146,7 +143,7 @@ def apply(
         out = _product(x, quantized.dense(weight, state, dtype), bias, b, low, scaling)
     else:
         x, saved = save_early(x, weight, a, b, low)
-        out = _Linear.apply(x, saved, weight, state, bias, a, b, low, scaling, _thread.skipped is module)
+        out = _Linear.apply(x, saved, weight, bias, a, b, low, (state, scaling, _thread.skipped is module))
     _record(module, out)
     return out
 

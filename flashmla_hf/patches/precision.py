@@ -1,7 +1,7 @@
 """Products of bfloat16 with float32, by the tensor cores' bfloat16 products and float32 sums.
 
-peft keeps adapters in float32 beside a bfloat16 model. It copies every input of an adapter to float32 and multiplies in float32,
-without tensor cores. A float32 number is the sum of three bfloat16 numbers of 8 bits each, exactly:
+peft keeps adapters in float32 beside a bfloat16 model. It copies every input of an adapter to float32 and multiplies in
+float32, without tensor cores. A float32 number is the sum of three bfloat16 numbers of 8 bits each, exactly:
 
     w = w₁ + w₂ + w₃,   w₁ = bf16(w),   w₂ = bf16(w - w₁),   w₃ = bf16(w - w₁ - w₂)
 
@@ -21,7 +21,7 @@ def is_mixed(dtype: torch.dtype, *adapter: torch.Tensor) -> bool:
 
 
 def matmul(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
-    """x [n, k] @ w [k, m]. If one is in bfloat16 and the other in float32, the result is in float32, as exact as its products."""
+    """x [n, k] @ w [k, m]. If one is in bfloat16 and the other in float32, the result is that of their product in float32."""
     if x.dtype == w.dtype:
         return x @ w
     if w.dtype is torch.float32:

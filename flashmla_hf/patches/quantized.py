@@ -1,7 +1,7 @@
 """Linear layers of bitsandbytes with 4-bit weights (QLoRA, arXiv 2305.14314): their weights, dense, while somebody needs them.
 
-A frozen ``bitsandbytes.nn.Linear4bit`` computes ``y = x Wᵀ + b`` with W unpacked from 4 bits for each product, and once more for
-the gradient of x. It has no gradient of its own. A patch that computes with W does the same by :func:`dense`.
+A frozen ``bitsandbytes.nn.Linear4bit`` computes ``y = x Wᵀ + b`` with W unpacked from 4 bits for each product, and once more
+for the gradient of x. It has no gradient of its own. A patch that computes with W does the same by :func:`dense`.
 
 Inside :func:`kept_dense`, every W is unpacked once. Tiles use it: they run the same few layers over and over.
 """

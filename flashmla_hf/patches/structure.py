@@ -172,6 +172,27 @@ def row_width(module: nn.Module) -> int:
     return max(widths, default=1)
 
 
+def saved_elements(layer: Layer) -> int | None:
+    """At most so many elements per token are saved for backward by a decoder layer without a checkpoint.
+
+    They are estimated by the sides of its linear layers, once for the input and once for the result. The norms' results, the
+    residuals and fp32 copies of them are eight hidden vectors more, the activation in the MLP is one more of its width, and
+    adapters save their input and a copy in fp32. ``None`` for a layer with experts or without linear layers in its MLP.
+    """
+    linear: list[Any] = [m for m in layer.module.modules() if hasattr(m, "in_features") and hasattr(m, "out_features")]
+    adapted = [m for m in linear if hasattr(m, "lora_A")]
+    inside = {id(part) for m in adapted for part in m.modules() if part is not m}
+    if layer.mlp is None or layer.attention is None or any(p.dim() == 3 for p in layer.module.parameters()):
+        return None
+    mlp = [m for m in linear if id(m) not in inside and id(m) in {id(part) for part in layer.mlp.modules()}]
+    if not mlp:
+        return None
+    widths = [m.in_features + m.out_features for m in linear if id(m) not in inside]
+    adapters = sum(3 * m.in_features + m.out_features for m in adapted)
+    hidden = max(min(m.in_features, m.out_features) for m in mlp)
+    return sum(widths) + 8 * hidden + 2 * row_width(layer.mlp) + adapters
+
+
 def attention_width(attention: nn.Module) -> int:
     """Elements per token of the attention's output before its output projection."""
     heads = getattr(getattr(attention, "config", None), "num_attention_heads", None)

@@ -26,11 +26,12 @@ class ModelArguments:
     model_name_or_path: str = field(metadata={"help": "a folder with config.json, or a name on the Hub"})
     attn_implementation: str = field(default="flashmla", metadata={"help": "flashmla, sdpa, eager, ..."})
     patches: list[str] = field(
-        default_factory=lambda: ["none"],
+        default_factory=lambda: ["auto"],
         metadata={
-            "help": "memory patches: all, none, or some of loss, mlp, norm, rope, attention, lora, checkpointing, "
-            "keep_attention, offload (flashmla_hf.PATCHES); mlp_tile=N, loss_chunk=N, keep_attention=N, offload=N give one "
-            "its number"
+            "help": "memory patches: auto (the default: all, or on a CPU light if the step fits without the others), all "
+            "(that the model supports), light (those that cost no time: loss, rope, lora), none, or some of loss, mlp, "
+            "norm, rope, attention, lora, checkpointing, keep_attention, offload (flashmla_hf.PATCHES); mlp_tile=N, "
+            "loss_chunk=N, keep_attention=N, offload=N give one its number"
         },
     )
     dtype: str | None = field(
@@ -264,12 +265,20 @@ def chosen_patches(model_args: ModelArguments, args: TrainingArguments) -> tuple
     return parse_patches(model_args.patches, args.device_type, model_args.use_peft)
 
 
+# --patches light: they cost no time, on a GPU or a CPU.
+LIGHT = ("loss", "rope", "lora")
+GROUPS = ("auto", "all", "light")
+
+
 def parse_patches(wanted: list[str], device: str, use_peft: bool) -> tuple[list[str], dict[str, int]]:
     """The names and the options of flashmla_hf.patch that ``--patches`` stands for.
 
-    "all" is the default of flashmla_hf.patch, without patches that have no effect on ``device`` or without an adapter.
+    "all" is the default of flashmla_hf.patch, without patches that have no effect on ``device`` or without an adapter. "light"
+    is those of them that cost no time. "auto" is "all" here: model.plan_patches() decides before.
     "none" is none, and "offload=31" is the patch offload with that option. Raises ValueError for an unknown name.
     """
+    if "auto" in wanted and len(wanted) > 1:
+        raise ValueError(f"auto: expected it alone, got {' '.join(wanted)}; all takes further names and numbers")
     wanted = [name for name in wanted if name != "none"]
     if not wanted:
         return [], {}
@@ -284,12 +293,28 @@ def parse_patches(wanted: list[str], device: str, use_peft: bool) -> tuple[list[
                 raise ValueError(f"--patches {part}: expected a number after {name}=")
             options[name] = int(value)
             name = PATCH_OPTIONS[name]
-        elif name not in ("all", *PATCHES) or value:
-            expected = f"all, none, some of {', '.join(PATCHES)}, or {', '.join(f'{o}=NUMBER' for o in PATCH_OPTIONS)}"
+        elif name not in (*GROUPS, *PATCHES) or value:
+            groups = f"{', '.join(GROUPS)}, none"
+            expected = f"{groups}, some of {', '.join(PATCHES)}, or {', '.join(f'{o}=NUMBER' for o in PATCH_OPTIONS)}"
             raise ValueError(f"unknown patch {part!r}: expected {expected}")
         names.append(name)
-    if "all" in names:
-        # On a CPU there is no other memory to offload to. The name alone still selects it there.
-        has_effect = {"offload": device != "cpu", "lora": use_peft}
+    # On a CPU there is no other memory to offload to. The name alone still selects it there.
+    has_effect = {"offload": device != "cpu", "lora": use_peft}
+    if "all" in names or "auto" in names:
         names += [name for name in DEFAULT_PATCHES if has_effect.get(name, True)]
+    elif "light" in names:
+        names += [name for name in LIGHT if has_effect.get(name, True)]
     return [name for name in PATCHES if name in names], options
+
+
+def required_patches(wanted: list[str]) -> set[str] | None:
+    """The patches that ``--patches`` names itself, and which the model must support; ``None`` if that is all of them.
+
+    Those that a group brings are left out if the model does not support them.
+    """
+    from flashmla_hf import PATCH_OPTIONS, PATCHES
+
+    if not set(wanted) & set(GROUPS):
+        return None
+    named = {PATCH_OPTIONS.get(part.partition("=")[0], part) for part in wanted}
+    return named & set(PATCHES)

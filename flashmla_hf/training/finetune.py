@@ -37,6 +37,7 @@ from accelerate.utils import set_seed
 from tqdm import tqdm
 from transformers import get_scheduler
 
+import flashmla_hf
 from flashmla_hf.host_memory import GIB
 from flashmla_hf.training import machine, max_length, quantization
 from flashmla_hf.training.arguments import (
@@ -44,7 +45,6 @@ from flashmla_hf.training.arguments import (
     ModelArguments,
     TrainingArguments,
     UserError,
-    chosen_patches,
     first_line,
     parse_arguments,
 )
@@ -65,6 +65,7 @@ from flashmla_hf.training.model import (
     load_model,
     make_optimizer,
     out_of_memory_message,
+    plan_patches,
     positions_exceeded,
 )
 from flashmla_hf.training.packing import Collator, largest_id
@@ -322,7 +323,7 @@ def finish(run: Run) -> dict:
         "mfu": run.mfu,
         "trainable_parameters": run.trained_parameters,
         "attn_implementation": run.model_args.attn_implementation,
-        "patches": chosen_patches(run.model_args, run.args)[0],
+        "patches": list(flashmla_hf.patch_report(accelerator.unwrap_model(run.model)).applied),
     }
     if eval_loss is not None:
         first = next(entry["eval_loss"] for entry in state.log_history if "eval_loss" in entry)
@@ -349,6 +350,7 @@ def main(argv: list[str] | None = None, command: str = "finetune") -> None:
     try:
         model_args, data_args, args = parse_arguments(argv, f"flashmla {command}", description)
         quantization.check(model_args)
+        model_args.patches = plan_patches(model_args, args, args.trial_length or data_args.max_length)
         if args.trial_length is not None:
             max_length.try_length(model_args, args)
         elif args.find_max_length:

@@ -31,7 +31,7 @@ from flashmla_hf.training.shape import PUBLISHED, Shape, load_config
 from flashmla_hf.training.terms import MOMENTS, Switches, Term, terms_of
 
 KIB = 2**10
-ITEM_BYTES = {"float32": 4, "bfloat16": 2}
+ITEM_BYTES = {"float32": 4, "bfloat16": 2, "4bit": 2}
 RESERVE = 0.06  # of the memory: the allocator's split blocks, cuBLAS's workspaces and the context, which are no tensors
 
 
@@ -189,7 +189,6 @@ def ledger(
     use_peft: bool = True,
     lora_r: int = 16,
     dtype: str = "bfloat16",
-    load_in_4bit: bool = False,
 ) -> Prediction:
     """Predicts the memory of one training step with AdamW. Arithmetic alone: no weight is loaded, no tensor made.
 
@@ -201,8 +200,8 @@ def ledger(
             ``name=number``, ``"all"`` or ``"none"``.
         liger: whether the kernels of the package liger-kernel are used.
         use_peft: an adapter of rank ``lora_r`` is trained, otherwise all weights.
-        dtype: ``"bfloat16"`` or ``"float32"``, of weights, adapter and activations.
-        load_in_4bit: the frozen weights of the linear layers but the head are in 4 bits (QLoRA).
+        dtype: ``"bfloat16"`` or ``"float32"``, of weights, adapter and activations; ``"4bit"`` is bfloat16 with the frozen
+            weights of the linear layers but the head in 4 bits (QLoRA).
 
     Raises:
         ValueError: a model that is not a dense decoder, an unknown patch or dtype, or numbers below 1.
@@ -212,10 +211,8 @@ def ledger(
             raise ValueError(f"flashmla_hf.ledger: {name}: expected a number of at least 1, got {value!r}")
     if dtype not in ITEM_BYTES:
         raise ValueError(f"flashmla_hf.ledger: dtype: expected one of {', '.join(ITEM_BYTES)}, got {dtype!r}")
-    if load_in_4bit and not use_peft:
-        raise ValueError(
-            "flashmla_hf.ledger: load_in_4bit: expected use_peft=True, because 4-bit weights are not trained"
-        )
+    if dtype == "4bit" and not use_peft:
+        raise ValueError("flashmla_hf.ledger: dtype '4bit': expected an adapter, because 4-bit weights are not trained")
     names, options = parse_patches([patches] if isinstance(patches, str) else list(patches), "cuda", use_peft)
     switches = Switches(
         attn_implementation=attn_implementation,
@@ -225,7 +222,7 @@ def ledger(
         use_peft=use_peft,
         lora_r=lora_r,
         weight_bytes=ITEM_BYTES[dtype],
-        load_in_4bit=load_in_4bit,
+        load_in_4bit=dtype == "4bit",
         adapter_bytes=ITEM_BYTES[dtype],
         activation_bytes=ITEM_BYTES[dtype],
         **options,
@@ -268,7 +265,7 @@ def main(argv: list[str] | None = None) -> None:
             liger=args.liger,
             gradient_checkpointing=args.gradient_checkpointing,
             use_peft=not args.full,
-            load_in_4bit=args.load_in_4bit,
+            dtype="4bit" if args.load_in_4bit else "bfloat16",
         )
     except ValueError as error:
         sys.exit(f"flashmla ledger: {error}")

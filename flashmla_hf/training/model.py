@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import warnings
 from pathlib import Path
@@ -12,7 +13,7 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 import flashmla_hf
-from flashmla_hf.training import quantization
+from flashmla_hf.training import machine, quantization
 from flashmla_hf.training.arguments import (
     DataArguments,
     ModelArguments,
@@ -20,6 +21,7 @@ from flashmla_hf.training.arguments import (
     UserError,
     chosen_patches,
     first_line,
+    required_patches,
 )
 from flashmla_hf.training.ledger import Ledger, build_ledger
 from flashmla_hf.training.shape import Shape, load_config
@@ -69,10 +71,41 @@ def load_model(model_args: ModelArguments, args: TrainingArguments, checkpoint: 
             keep_adapter_inputs(model)
     if patches:
         try:
-            flashmla_hf.patch(model, patches, **options)
+            _patch(model, model_args.patches, patches, options)
         except ValueError as error:
             raise UserError(f"--patches {' '.join(model_args.patches)}: {' '.join(str(error).split())}") from None
     return model
+
+
+def _patch(model: torch.nn.Module, wanted: list[str], names: list[str], options: dict[str, int]) -> None:
+    """Applies ``names``, which ``wanted`` stands for. A model may lack what a group of them brings, but none that is named."""
+    required = required_patches(wanted)
+    if required is None or not set(names) <= set(flashmla_hf.DEFAULT_PATCHES):
+        flashmla_hf.patch(model, names, **options)
+        return
+    others = [name for name in flashmla_hf.DEFAULT_PATCHES if name not in names]
+    flashmla_hf.patch(model, exclude=others, **options)
+    for name, reason in flashmla_hf.patch_report(model).left_out.items():
+        if name in required:
+            raise ValueError(f"patch {name!r} does not support this model: {reason}. Leave it out")
+
+
+def plan_patches(model_args: ModelArguments, args: TrainingArguments, tokens: int) -> list[str]:
+    """What ``--patches`` stands for in a run on sequences of ``tokens``: with "auto", a group that costs no time for nothing.
+
+    On a GPU that is all of them: they divide the free memory at every length, and layers that fit keep everything. On a CPU
+    the patches that run something again are left out if the ledger's peak without them is at most half the free memory.
+    """
+    if model_args.patches != ["auto"]:
+        return model_args.patches
+    if args.device_type != "cpu":
+        return ["all"]
+    light = dataclasses.replace(model_args, patches=["light"])
+    ledger = ledger_of(light, args, load_config(model_args.model_name_or_path))
+    fits = ledger is not None and ledger.peak(tokens * args.per_device_train_batch_size) <= (
+        machine.memory_available("cpu") / 2
+    )
+    return ["light"] if fits else ["all"]
 
 
 def _check_loss_arguments(model: torch.nn.Module) -> None:
