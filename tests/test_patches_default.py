@@ -189,6 +189,17 @@ def test_the_report_says_that_another_librarys_loss_makes_ours_idle(library, is_
     assert all("'loss' has no effect" in line for line in said)
 
 
+def test_the_fused_loss_of_the_installed_trl_is_recognised():
+    add_fused_lm_head = pytest.importorskip("trl.trainer.utils", reason="not installed: trl").add_fused_lm_head
+    model, batch = model_of("Llama"), batch_of("Llama")
+    expected = float(model(**batch).loss)
+    flashmla_hf.patch(model)
+    add_fused_lm_head(model)
+    reason = flashmla_hf.patch_report(model).idle["loss"]
+    assert reason == "trl.trainer.utils has replaced the model's forward and computes the loss itself"
+    assert float(model(**batch, fused_lm_head=True).loss) == pytest.approx(expected, rel=1e-5)
+
+
 def test_other_replaced_forwards_are_not_taken_for_a_fused_loss():
     model = model_of("Llama")
     install(model, "my_trainer")
