@@ -7,6 +7,7 @@ import decode_cases
 import gpu_support
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 from decode_cases import DecodeCase, device_of, dtypes_of, each_impl, inputs_of, int32
 
 import flashmla_hf
@@ -158,7 +159,7 @@ def test_torch_compile_has_no_graph_breaks_and_the_same_results(page_size):
 
 def test_torch_compile_with_dynamic_shapes_compiles_once():
     torch._dynamo.reset()
-    counter = torch._dynamo.testing.CompileCounter()
+    counter = CompileCounter()
     compiled = torch.compile(decode_attention, fullgraph=True, dynamic=True, backend=counter)
     for capacity, batch in ((48, 2), (100, 3), (70, 5)):
         inputs = inputs_of(DecodeCase(lengths=(9,) * batch, capacity=capacity), torch.float32, "cpu")

@@ -41,7 +41,7 @@ struct SequenceKeys {
   int32_t begin, end, unmasked_begin, unmasked_end;
 };
 
-__device__ inline SequenceKeys keys_of(DecodeArguments const& arguments, int32_t batch) {
+__host__ __device__ inline SequenceKeys keys_of(DecodeArguments const& arguments, int32_t batch) {
   DecodeParams const& params = arguments.params;
   int32_t const capacity = static_cast<int32_t>(params.problem.seqlen_kv);
   SequenceKeys keys;
@@ -61,12 +61,12 @@ struct KVBlocks {
   int32_t begin, end;
 };
 
-__device__ inline KVBlocks blocks_of(DecodeArguments const& arguments, SequenceKeys const& keys) {
+__host__ __device__ inline KVBlocks blocks_of(DecodeArguments const& arguments, SequenceKeys const& keys) {
   if (keys.begin >= keys.end) return {0, 0};
   return {keys.begin / arguments.block_kv, (keys.end + arguments.block_kv - 1) / arguments.block_kv};
 }
 
-__device__ inline int32_t units_of(DecodeArguments const& arguments, int32_t batch) {
+__host__ __device__ inline int32_t units_of(DecodeArguments const& arguments, int32_t batch) {
   KVBlocks const blocks = blocks_of(arguments, keys_of(arguments, batch));
   return max(1, blocks.end - blocks.begin);
 }
@@ -121,6 +121,9 @@ struct Shares {
     size = period / count;
     num_larger = period - size * count;
   }
+
+  // Whether no tile is split, each tile having `each` units.
+  __host__ __device__ bool has_whole_tiles(uint32_t each) const { return count == 1 && period % each == 0; }
 
   __host__ __device__ uint32_t begin(uint32_t share) const {
     uint32_t const periods = share / count, within = share - periods * count;

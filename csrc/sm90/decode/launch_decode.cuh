@@ -43,14 +43,23 @@ DecodeArguments plan_decode(DecodeParams const& params) {
   return arguments;
 }
 
+// Whether tiles may be split among CTAs. Lengths that lie on the device are not known here.
+inline bool may_split(DecodeArguments const& arguments) {
+  DecodeParams const& params = arguments.params;
+  if (!params.can_split || !has_equal_lengths(params)) return params.can_split;
+  uint32_t const units = static_cast<uint32_t>(units_of(arguments, 0));
+  uint32_t const tiles = static_cast<uint32_t>(params.problem.batch * arguments.tiles_per_sequence);
+  return !Shares(static_cast<uint32_t>(arguments.num_ctas), tiles * units, units).has_whole_tiles(units);
+}
+
 inline int64_t partial_sums_bytes(DecodeArguments const& arguments) {
   return 2 * int64_t{arguments.num_ctas} * arguments.partial_rows * static_cast<int64_t>(sizeof(float2));
 }
 
 template <int kHeadDimQK, int kHeadDimV>
 int64_t decode_workspace_head_dims(DecodeParams const& params) {
-  if (!params.can_split) return 0;
   DecodeArguments const arguments = plan_decode<kHeadDimQK, kHeadDimV>(params);
+  if (!may_split(arguments)) return 0;
   return partial_sums_bytes(arguments) *
          (1 + params.problem.head_dim_v * static_cast<int64_t>(sizeof(float)) / static_cast<int64_t>(sizeof(float2)));
 }
@@ -93,7 +102,7 @@ const char* launch_decode_element(DecodeParams const& params, void* workspace, c
   error = launch_kernel<DecodeArguments>(kernel, dim3(static_cast<unsigned>(arguments.num_ctas)),
                                          Kernel::Tiles::kNumThreads, Kernel::kSharedBytes, stream, Launch::kDependent,
                                          arguments);
-  if (error != nullptr || !params.can_split) return error;
+  if (error != nullptr || !may_split(arguments)) return error;
   // A tile that is split begins in a share and ends in a later one: a share has one such tile at most.
   int64_t const tiles = problem.batch * arguments.tiles_per_sequence;
   dim3 const rows(static_cast<unsigned>(std::min<int64_t>(tiles, arguments.num_ctas)),

@@ -45,7 +45,7 @@ struct VisibleKeys {
   int32_t begin, end, unmasked_begin, unmasked_end;
 };
 
-__device__ inline VisibleKeys visible_keys(Window window, int32_t seqlen_kv, int32_t first, int32_t last) {
+__host__ __device__ inline VisibleKeys visible_keys(Window window, int32_t seqlen_kv, int32_t first, int32_t last) {
   VisibleKeys keys{0, seqlen_kv, 0, seqlen_kv};
   if (window.right >= 0) {
     keys.end = max(0, min(seqlen_kv, last + window.right + 1));
