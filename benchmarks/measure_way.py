@@ -2,7 +2,7 @@
 
 A process takes many seconds to start and to build a model, so it is kept: it measures one context after another, and recovers
 from running out of memory. A context that would take longer than what is left is left out and says so. Ours is measured at its
-longest context as soon as two short ones tell how long that takes; the contexts between follow while there is time.
+longest context as soon as three short ones tell how long that takes; the contexts between follow while there is time.
 
     python benchmarks/measure_way.py        # reads one line of JSON: {"points": [...], "seconds": 60, "longest_first": true}
 """
@@ -26,14 +26,16 @@ from pathlib import Path
 import measure_model
 import torch
 from measure_model import RESULT_MARK, Measurement, Point, Step
+from memory_report import extrapolated
 
 from flashmla_hf.training import machine
 from flashmla_hf.training.shape import Shape
 
 # A step that is predicted to take longer is not timed a second time.
 REPEATED = 8
-# Predictions from shorter contexts are low: short ones are slowed down by other things than those that grow.
-CAUTION = 1.2
+CAUTION = 1.2  # for predictions
+BEST = 0.6  # of the device's rate
+PROBES = 3  # contexts from which the longest one's time is predicted
 SHARE = 0.7
 GRACE = 10  # seconds past its own time after which a process is ended
 
@@ -76,33 +78,29 @@ def _next(
     waiting: list[Point], done: list[Measurement], step: Step | None, left: float, longest_first: bool
 ) -> Point | None:
     """The point to measure now; ``None`` if there is no time for any."""
-    if len(done) < 2 and longest_first:
+    if len(done) < PROBES and longest_first:
         fits = [p for p in waiting if (_predicted(p, done, step) or 0.0) <= left]
         return fits[0] if fits and left > 0 else None
-    order = reversed(waiting) if longest_first and len(done) == 2 else waiting
+    order = reversed(waiting) if longest_first and len(done) == PROBES else waiting
     return next((p for p in order if left > 0 and (_predicted(p, done, step) or 0.0) <= left), None)
 
 
 def _predicted(point: Point, done: list[Measurement], step: Step | None) -> float | None:
     """Seconds of one step of ``point``, by its operations; ``None`` before anything is measured.
 
-    Along the line through the two nearest measured contexts, or, with one or if that falls, in proportion.
+    As memory_report.py extrapolates, but no faster than BEST of the device's rate: short contexts do not show what attention
+    will take.
     """
     if not done or step is None:
         return None
-    shape = Shape.of(step.model.config)
-
-    def operations(p: Point) -> int:
-        return shape.training_flops([p.context], True)
-
-    first, *more = sorted(done, key=lambda r: abs(r.point.context - point.context))
-    slope = 0.0
-    if more:
-        slope = (first.seconds - more[0].seconds) / (operations(first.point) - operations(more[0].point))
-    if slope <= 0:
-        slope = first.seconds / operations(first.point)
-    beyond = first.seconds + slope * (operations(point) - operations(first.point))
-    return CAUTION * max(beyond, 0.0)
+    shorter = sorted((r for r in done if r.point.context < point.context), key=lambda r: r.point.context)
+    measured = [(r.point.context, r.seconds) for r in shorter] or [(done[0].point.context, done[0].seconds)]
+    least = 0.0
+    if step.peak_flops is not None and point.device == "cuda":
+        least = Shape.of(step.model.config).training_flops([point.context], point.use_peft) / (
+            BEST * step.peak_flops[0]
+        )
+    return max(CAUTION * extrapolated(measured, point.context), least)
 
 
 def _measure(point: Point, step: Step | None) -> tuple[Measurement, Step | None]:
@@ -241,7 +239,10 @@ def measure_ways(ways: list[Way], seconds: float, on_result: Callable[[Measureme
 
 
 def main() -> None:
-    order = json.loads(sys.stdin.readline())
+    line = sys.stdin.readline()
+    if not line:  # whoever started this has ended
+        return
+    order = json.loads(line)
     points = [Point(**p) for p in order["points"]]
 
     def emit(result: Measurement) -> None:

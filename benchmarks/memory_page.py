@@ -31,10 +31,6 @@ def series_of(results: list[Measurement]) -> list[str]:
     return list(dict.fromkeys(r.point.series for r in results))
 
 
-def series_of_points(points: Sequence[Point]) -> list[str]:
-    return list(dict.fromkeys(p.series for p in points))
-
-
 def table(results: list[Measurement]) -> str:
     """Markdown: a row per context, peak memory and step time per series."""
     series = series_of(results)

@@ -1,7 +1,7 @@
 """Fine-tuning with Transformers' Trainer: documents laid end to end, none of which sees another.
 
-    python examples/transformers_trainer.py --model_name_or_path Qwen/Qwen3-0.6B --max_length 32768 --bf16 --output_dir out
-    python examples/transformers_trainer.py --model_name_or_path Qwen/Qwen3-8B --max_length 131072 --use_peft --output_dir out --bf16
+    python examples/transformers_trainer.py --model_name_or_path Qwen/Qwen3-0.6B --max_length 32768 --bf16
+    python examples/transformers_trainer.py --model_name_or_path Qwen/Qwen3-8B --use_peft --max_length 131072 --bf16
 
 Every option of TrainingArguments is an option here. --attn_implementation sdpa --no_patches is the same run without this
 package.

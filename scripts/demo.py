@@ -117,6 +117,8 @@ def compare(folder: Path, text: str, device: str) -> dict:
             )
             continuation[name] = tokenizer.decode(tokens[0])
         del model
+    if device == "cuda":
+        torch.cuda.empty_cache()  # the measured processes need it
     truth = logits.get("truth", logits["eager"])
     error = float((logits["flashmla"] - truth).abs().max())
     if dtype == torch.float32:
@@ -255,41 +257,42 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def measure(folder: Path, args: argparse.Namespace, seconds: float | None) -> list[Measurement]:
+def start_ways(args: argparse.Namespace) -> list[measure_way.Way]:
+    """A process for each way to train ``args.shape``. They import while the other stages run; ours is the first one."""
+    points = memory_report.points_for(
+        args.shape,
+        ways(),
+        sorted(args.contexts or SETTINGS[args.device]["contexts"]),
+        device=args.device,
+        dtype=machine.fastest_dtype(args.device),
+        optim="adamw_torch",
+        warmup=2048,
+    )
+    return [measure_way.Way([p for p in points if p.series == w], longest_first=w == SERIES[0]) for w in ways()]
+
+
+def measure(
+    folder: Path, args: argparse.Namespace, started: list[measure_way.Way], seconds: float | None
+) -> list[Measurement]:
     """Memory and time of a training step of every series at every context; within ``seconds`` if given."""
-    settings = SETTINGS[args.device]
-    contexts = sorted(args.contexts or settings["contexts"])
-    dtype = machine.fastest_dtype(args.device)
-    if args.shape is None:
-        points = memory_report.points_for(
-            str(folder),
-            list(SERIES),
-            contexts,
-            device=args.device,
-            dtype=dtype,
-            repeats=1 if args.device == "cpu" else 3,
-        )
-    else:
-        points = memory_report.points_for(
-            args.shape, ways(), contexts, device=args.device, dtype=dtype, optim="adamw_torch", warmup=2048
-        )
+    budget = SETTINGS[args.device]["budget"] if seconds is None else seconds
+    points = [point for way in started for point in way.points] or memory_report.points_for(
+        str(folder),
+        list(SERIES),
+        sorted(args.contexts or SETTINGS[args.device]["contexts"]),
+        device=args.device,
+        dtype=machine.fastest_dtype(args.device),
+        repeats=1 if args.device == "cpu" else 3,
+    )
     with tqdm(total=len(points), unit="point", desc="measuring") as bar:
 
         def show(result: Measurement) -> None:
             bar.write(memory_report.describe(result))
             bar.update()
 
-        if args.shape is None:
-            budget = settings["budget"] if seconds is None else seconds
-            return memory_report.measure_all(points, time_limit=60, time_budget=budget, on_result=show)
-        return measure_way.measure_ways(
-            [
-                measure_way.Way([p for p in points if p.series == name], longest_first=i == 0)
-                for i, name in enumerate(memory_page.series_of_points(points))
-            ],
-            settings["budget"] if seconds is None else seconds,
-            show,
-        )
+        if started:
+            return measure_way.measure_ways(started, budget, show)
+        return memory_report.measure_all(points, time_limit=60, time_budget=budget, on_result=show)
 
 
 def ways() -> list[str]:
@@ -333,6 +336,7 @@ def main(argv: list[str] | None = None) -> None:
     def left() -> float | None:
         return None if args.time_budget is None else max(1.0, args.time_budget - WRITING - (time.monotonic() - started))
 
+    started_ways = start_ways(args) if args.shape is not None and "measure" not in args.skip else []
     seconds: dict[str, float] = {}
     stages = 2 + len(STAGES) - len(args.skip)
     output_dir = args.output_dir
@@ -382,7 +386,7 @@ def main(argv: list[str] | None = None) -> None:
         begin(
             "measure", f"memory and time of a training step against context{f' of {args.shape}' if args.shape else ''}"
         )
-        results = measure(folder, args, left())
+        results = measure(folder, args, started_ways, left())
         table = f"{memory_page.table(results)}\n{verdicts(results)}"
         report["measured_model"] = f"{args.shape}'s shape, random weights" if args.shape else model_name
         report["measure"] = [r.as_dict() for r in results]

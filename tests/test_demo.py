@@ -75,3 +75,29 @@ def test_held_out_modules_are_not_trained_on(tmp_path):
     assert train | held_out == set(documents)
     assert not train & held_out
     assert len(held_out) >= 8
+
+
+def test_fine_tuning_that_takes_too_long_is_ended_and_the_demo_goes_on(tiny_model, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(demo, "FINETUNE_SHARE", 0.001)
+    demo.main(
+        ["--model", str(tiny_model), "--device", "cpu", "--skip", "compare", "measure", "--time_budget", "60",
+         "--output_dir", str(tmp_path)]
+    )  # fmt: skip
+    assert "it took longer than its 0 s of --time_budget" in capsys.readouterr().out
+    report = json.loads((tmp_path / "demo.json").read_text())
+    assert "finetune" not in report
+    assert report["seconds"]["all"] < 60
+
+
+def test_the_demo_of_a_shape_measures_every_way_in_its_own_process(tiny_model, tmp_path, capsys):
+    demo.main(
+        ["--model", str(tiny_model), "--device", "cpu", "--skip", "compare", "finetune", "--shape", "tiny",
+         "--contexts", "64", "128", "--time_budget", "200", "--output_dir", str(tmp_path)]
+    )  # fmt: skip
+    report = json.loads((tmp_path / "demo.json").read_text())
+    found = {(p["point"]["series"], p["point"]["context"]): p["status"] for p in report["measure"]}
+    assert found == {(way, n): "ok" for way in demo.ways() for n in (64, 128)}
+    page = (tmp_path / "demo.md").read_text()
+    assert "tiny's shape, random weights" in page
+    assert "eager: longest measured: 128 tokens" in page
+    assert (tmp_path / "demo.png").stat().st_size > 10_000

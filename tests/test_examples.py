@@ -5,6 +5,7 @@ Each run is a process of its own. A test is skipped if the library of its exampl
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
 import os
@@ -12,6 +13,7 @@ import re
 import shutil
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -186,6 +188,29 @@ def test_the_lm_eval_command_of_the_page(data, model):
             results["tiny_text"]["bits_per_byte,none"],
         ]
     assert found["flashmla"] == pytest.approx(found["eager"], rel=1e-5)
+
+
+def test_the_axolotl_plugin_adds_our_name_and_patches(tiny_model, monkeypatch):
+    """With stand-ins for the two modules that it imports: Axolotl pins another Transformers."""
+    from transformers import AutoModelForCausalLM
+
+    import flashmla_hf
+
+    base, schema = types.ModuleType("axolotl.integrations.base"), types.ModuleType("axolotl.utils.schemas.config")
+    base.BasePlugin = object
+    schema.CANONICAL_ATTN_IMPLS = schema.ATTN_IMPLS_SUPPORTING_PACKING = frozenset({"sdpa"})
+    names = ("axolotl", "axolotl.integrations", "axolotl.utils", "axolotl.utils.schemas")
+    modules = {name: types.ModuleType(name) for name in names} | {base.__name__: base, schema.__name__: schema}
+    modules["axolotl.utils.schemas"].config = schema
+    for name, module in modules.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    plugin = importlib.import_module("axolotl_plugin").FlashMLAPlugin()
+    plugin.register({})
+    assert "flashmla" in schema.CANONICAL_ATTN_IMPLS & schema.ATTN_IMPLS_SUPPORTING_PACKING
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, attn_implementation="flashmla")
+    plugin.post_model_load({}, model)
+    assert "mlp" in flashmla_hf.patch_report(model).applied
 
 
 @pytest.mark.parametrize("script", sorted(path.name for path in EXAMPLES.glob("*.py")))

@@ -197,7 +197,7 @@ def test_running_out_ends_with_one_sentence(error, said, tiny_model, corpus, tmp
 @pytest.mark.parametrize(
     ("patches", "said"),
     [
-        (["nothing"], "unknown patch 'nothing': expected all, none, some of loss"),
+        (["nothing"], "unknown patch 'nothing': expected auto, all, light, none, some of loss"),
         (["offload=many"], "expected a number after offload="),
         (["offload"], "needs patch 'checkpointing'"),
     ],

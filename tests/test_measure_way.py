@@ -29,6 +29,7 @@ class Machine:
         class Step:
             def __init__(self, point):
                 machine.now += 20.0
+                self.peak_flops = None
                 self.model = SimpleNamespace(config=models.SHAPES["llama-8b"], zero_grad=self.zero_grad)
 
             def zero_grad(self, set_to_none):
@@ -64,9 +65,9 @@ class Machine:
 
 def test_the_longest_context_is_measured_although_there_is_no_time_for_all(monkeypatch):
     machine = Machine(monkeypatch)
-    needed = 20.5 + 2 * machine.seconds(2048) + 2 * machine.seconds(8192) + 1.25 * machine.seconds(131072)
+    needed = 20.5 + sum(2 * machine.seconds(n) for n in (2048, 8192, 32768)) + 1.3 * machine.seconds(131072)
     found = machine.measure(needed, longest_first=True)
-    assert [n for n, _ in machine.log][:3] == [2048, 8192, 131072]
+    assert [n for n, _ in machine.log][:4] == [2048, 8192, 32768, 131072]
     assert found[131072].status == "ok"
     assert found[65536].status == "skipped"
     assert "would take about" in found[65536].reason
@@ -76,7 +77,7 @@ def test_the_longest_context_is_measured_although_there_is_no_time_for_all(monke
 def test_the_contexts_between_follow_while_there_is_time(monkeypatch):
     machine = Machine(monkeypatch)
     found = machine.measure(10**6, longest_first=True)
-    assert [n for n, _ in machine.log] == [2048, 8192, 131072, 32768, 65536]
+    assert [n for n, _ in machine.log] == [2048, 8192, 32768, 131072, 65536]
     assert all(r.status == "ok" for r in found.values())
     # A short step is timed apart from the first one; a long one is not run twice.
     assert dict(machine.log)[8192] == 1

@@ -101,7 +101,10 @@ def plan_patches(model_args: ModelArguments, args: TrainingArguments, tokens: in
     if args.device_type != "cpu":
         return ["all"]
     light = dataclasses.replace(model_args, patches=["light"])
-    ledger = ledger_of(light, args, load_config(model_args.model_name_or_path))
+    try:
+        ledger = ledger_of(light, args, load_config(model_args.model_name_or_path))
+    except UserError:  # the loader says what is wrong with the model
+        ledger = None
     fits = ledger is not None and ledger.peak(tokens * args.per_device_train_batch_size) <= (
         machine.memory_available("cpu") / 2
     )
