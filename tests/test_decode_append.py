@@ -7,8 +7,8 @@ import decode_cases
 import gpu_support
 import pytest
 import torch
-from torch._dynamo.testing import CompileCounter
 from decode_cases import DecodeCase, device_of, dtypes_of, each_impl, inputs_of, int32
+from torch._dynamo.testing import CompileCounter
 
 import flashmla_hf
 from flashmla_hf import decode, flash_attn_with_kvcache
