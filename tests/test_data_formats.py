@@ -1,5 +1,7 @@
 """The data of fine-tuning: formats, which tokens have a loss, bad rows. No network."""
 
+# ruff: noqa: F811 (tests take the fixtures that they import)
+
 from __future__ import annotations
 
 import json

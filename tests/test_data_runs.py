@@ -1,5 +1,7 @@
 """The data of fine-tuning in runs: losses, the preview, streams. No network."""
 
+# ruff: noqa: F811 (tests take the fixtures that they import)
+
 from __future__ import annotations
 
 import json

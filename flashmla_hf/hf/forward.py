@@ -225,7 +225,7 @@ def _from_cache(q, k, v, ranges: boundaries.KeyRanges, options) -> torch.Tensor 
     Either every query sees the keys of ``ranges``, or the last query stands at the last key and ``ranges`` all end there.
     """
     tensors = [x for x in (q, k, v, options["sinks"]) if x is not None]
-    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors) or not decode.has_kernel(q, k, v):
+    if (torch.is_grad_enabled() and any(x.requires_grad for x in tensors)) or not decode.has_kernel(q, k, v):
         return None
     names = ("scale", "softcap", "sinks", "is_causal", "window")
     out = decode.decode_attention(
