@@ -243,3 +243,52 @@ def test_free_memory_is_what_torch_may_take():
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
     assert memory.device_free_bytes(torch.device(DEVICE)) >= free
+
+
+def test_products_of_bfloat16_with_float32_are_those_of_float32():
+    from flashmla_hf.patches import precision
+
+    torch.manual_seed(0)
+    x = torch.randn(4096, 1024, device=DEVICE, dtype=torch.bfloat16)
+    w = torch.randn(1024, 16, device=DEVICE)
+    low = torch.randn(4096, 16, device=DEVICE)
+    b = torch.randn(16, 1024, device=DEVICE)
+
+    def error(got, exact):
+        return float((got.double() - exact).norm() / exact.norm())
+
+    assert error(precision.matmul(x, w), x.double() @ w.double()) <= 1e-6
+    assert error(precision.matmul(x.t(), low), x.t().double() @ low.double()) <= 1e-6
+    assert error(precision.matmul(low.t(), x), low.t().double() @ x.double()) <= 1e-6
+    exact = x.double() + 2 * low.double() @ b.double()
+    theirs = (x.float() + 2 * (low @ b)).to(torch.bfloat16)  # one rounding, as peft's
+    got = x.clone()
+    precision.add_matmul(got, low, b, 2.0)
+    assert error(got, exact) <= 1.01 * error(theirs, exact)
+
+
+def test_a_4bit_base_on_the_gpu_has_the_unpatched_gradients():
+    bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    torch.manual_seed(0)
+    base = torch.nn.Sequential(torch.nn.Linear(256, 512, bias=False)).bfloat16()
+    packed = bnb.nn.Linear4bit(256, 512, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4")
+    packed.load_state_dict(base[0].state_dict())
+    base[0], base.is_loaded_in_4bit = packed.to(DEVICE), True
+    layer = peft.get_peft_model(base, peft.LoraConfig(r=16, target_modules=["0"], init_lora_weights=False)).to(DEVICE)
+    x = torch.randn(4096, 256, device=DEVICE, dtype=torch.bfloat16)
+    grad = torch.randn(4096, 512, device=DEVICE, dtype=torch.bfloat16)
+
+    def gradients():
+        layer.zero_grad()
+        rows = x.clone().requires_grad_()
+        out = layer(rows)
+        out.backward(grad)
+        return [out.detach(), rows.grad, *(p.grad.clone() for p in layer.parameters() if p.grad is not None)]
+
+    expected = gradients()
+    flashmla_hf.patches.lora.patch_lora(layer, flashmla_hf.patches.Replacements(("lora",)))
+    for got, unpatched in zip(gradients(), expected, strict=True):
+        # One rounding instead of several in bfloat16; adapters have float32 gradients.
+        allowed = 1e-2 if got.dtype == torch.bfloat16 else 1e-5
+        assert float((got - unpatched).norm()) <= allowed * float(unpatched.norm())
