@@ -111,7 +111,7 @@ def decode_attention(
     if k is not None or v is not None:
         check_appended(call, k, v)
         append(call, k, v)  # type: ignore[arg-type]
-        call.cache_seqlens = call.cache_seqlens + k.shape[1]  # type: ignore[operator, union-attr]
+        call.cache_seqlens = cache_seqlens + k.shape[1]  # type: ignore[operator, union-attr, assignment]
     out, lse = run(call)
     return (out, lse) if return_lse else out
 
