@@ -13,6 +13,10 @@ template <int kHeadDimQK, int kHeadDimV>
 int64_t backward_workspace_head_dims(BackwardParams const& params);
 template <int kHeadDimQK, int kHeadDimV>
 const char* launch_backward_head_dims(BackwardParams const& params, void* workspace, cudaStream_t stream);
+template <int kHeadDimQK, int kHeadDimV>
+int64_t decode_workspace_head_dims(DecodeParams const& params);
+template <int kHeadDimQK, int kHeadDimV>
+const char* launch_decode_head_dims(DecodeParams const& params, void* workspace, cudaStream_t stream);
 
 namespace {
 
@@ -27,6 +31,12 @@ struct BackwardHeadDimConfig {
   bool has_softcap;
   int64_t (*workspace)(BackwardParams const& params);
   const char* (*launch)(BackwardParams const& params, void* workspace, cudaStream_t stream);
+};
+
+struct DecodeHeadDimConfig {
+  int64_t head_dim_qk, head_dim_v;
+  int64_t (*workspace)(DecodeParams const& params);
+  const char* (*launch)(DecodeParams const& params, void* workspace, cudaStream_t stream);
 };
 
 // The host has checked that no head dim is larger than the last configuration's.
@@ -54,6 +64,16 @@ BackwardHeadDimConfig const& backward_config_for(Problem const& problem, HeadDim
   return *config;
 }
 
+template <class... Dims>
+DecodeHeadDimConfig const& decode_config_for(Problem const& problem, HeadDimList<Dims...>) {
+  static constexpr DecodeHeadDimConfig kConfigs[] = {{Dims::kHeadDimQK, Dims::kHeadDimV,
+                                                      decode_workspace_head_dims<Dims::kHeadDimQK, Dims::kHeadDimV>,
+                                                      launch_decode_head_dims<Dims::kHeadDimQK, Dims::kHeadDimV>}...};
+  DecodeHeadDimConfig const* config = kConfigs;
+  while (problem.head_dim_qk > config->head_dim_qk || problem.head_dim_v > config->head_dim_v) ++config;
+  return *config;
+}
+
 ForwardHeadDimConfig const& config_for(ForwardParams const& params) {
   return forward_config_for(params.problem, ForwardHeadDims{});
 }
@@ -62,13 +82,41 @@ BackwardHeadDimConfig const& config_for(BackwardParams const& params) {
   return backward_config_for(params.problem, BackwardHeadDims{});
 }
 
+DecodeHeadDimConfig const& config_for(DecodeParams const& params) {
+  return decode_config_for(params.problem, DecodeHeadDims{});
+}
+
+// A dense forward as attention to a cache that holds a page a sequence, all of it full.
+DecodeParams as_decode(ForwardParams const& params) {
+  DecodeParams decode;
+  decode.problem = params.problem;
+  decode.q = params.q;
+  decode.k = params.k;
+  decode.v = params.v;
+  decode.out = params.out;
+  decode.lse = params.lse;
+  decode.num_pages = params.problem.batch;
+  decode.page_size = params.problem.seqlen_kv;
+  return decode;
+}
+
+// Up to here one warpgroup has room for the rows of most models, and reading K and V takes longer than the products.
+constexpr int64_t kMostDecodeQueries = 16;
+
+bool is_decode(Problem const& problem) {
+  return problem.cu_seqlens_q == nullptr && problem.seqlen_q <= kMostDecodeQueries &&
+         problem.seqlen_q * (problem.heads_q / problem.heads_kv) <= kWarpgroupRows;
+}
+
 }  // namespace
 
 int64_t forward_workspace(ForwardParams const& params) {
+  if (is_decode(params.problem)) return decode_workspace(as_decode(params));
   return forward_schedule_bytes(params.problem, config_for(params).block_q);
 }
 
 const char* launch_forward(ForwardParams const& params, void* workspace, cudaStream_t stream) {
+  if (is_decode(params.problem)) return launch_decode(as_decode(params), workspace, stream);
   return config_for(params).launch(params, workspace, stream);
 }
 
@@ -77,6 +125,14 @@ int64_t backward_workspace(BackwardParams const& params) {
 }
 
 const char* launch_backward(BackwardParams const& params, void* workspace, cudaStream_t stream) {
+  return config_for(params).launch(params, workspace, stream);
+}
+
+int64_t decode_workspace(DecodeParams const& params) {
+  return config_for(params).workspace(params);
+}
+
+const char* launch_decode(DecodeParams const& params, void* workspace, cudaStream_t stream) {
   return config_for(params).launch(params, workspace, stream);
 }
 

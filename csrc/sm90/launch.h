@@ -17,4 +17,8 @@ const char* launch_forward(ForwardParams const& params, void* workspace, cudaStr
 int64_t backward_workspace(BackwardParams const& params);
 const char* launch_backward(BackwardParams const& params, void* workspace, cudaStream_t stream);
 
+// The same of attention to caches; the workspace holds parts that CTAs leave for each other's tiles.
+int64_t decode_workspace(DecodeParams const& params);
+const char* launch_decode(DecodeParams const& params, void* workspace, cudaStream_t stream);
+
 }  // namespace flashmla::sm90

@@ -198,6 +198,42 @@ struct BackwardQueriesConfig<256> {
   static constexpr int kNumConsumers = 2, kProducerRegisters = 24, kConsumerRegisters = 240;
 };
 
+// ---- decode: queries at the end of sequences whose keys lie in a cache
+// ------------------------------------------------
+//
+// kBlockKV: keys of a step. kNumStages: depth of the rings of K and V. kNumCtas: CTAs that share a multiprocessor. One
+// consumer warpgroup holds S (kBlockKV/2 registers a thread), P (kBlockKV/4) and O (head_dim_v/2): memory is waited
+// for, not the tensor cores.
+
+template <int kHeadDimQK, int kHeadDimV>
+struct DecodeConfig;
+
+template <>
+struct DecodeConfig<64, 64> {
+  static constexpr int kBlockKV = 64;
+  static constexpr int kNumStages = 6, kNumCtas = 2;
+};
+
+template <>
+struct DecodeConfig<128, 128> {
+  static constexpr int kBlockKV = 64;
+  static constexpr int kNumStages = 3, kNumCtas = 2;
+};
+
+template <>
+struct DecodeConfig<192, 128> {
+  static constexpr int kBlockKV = 64;
+  static constexpr int kNumStages = 5, kNumCtas = 1;
+};
+
+template <>
+struct DecodeConfig<256, 256> {
+  static constexpr int kBlockKV = 64;
+  static constexpr int kNumStages = 3, kNumCtas = 1;
+};
+
+using DecodeHeadDims = HeadDimList<HeadDims<64, 64>, HeadDims<128, 128>, HeadDims<192, 128>, HeadDims<256, 256>>;
+
 // ---- what follows from an entry, and what it must satisfy -----------------------------------------------------------
 
 // A CTA is one producer warpgroup and the consumers.
@@ -232,6 +268,11 @@ struct BackwardQueryTiles : WarpgroupPlan<BackwardQueriesConfig<kHeadDim>> {
   static_assert(Config::kBlockKV % 16 == 0, "the depth of dS K");
 };
 
+template <int kHeadDimQK, int kHeadDimV>
+struct DecodeTiles : DecodeConfig<kHeadDimQK, kHeadDimV> {
+  static constexpr int kNumThreads = kWarpgroupThreads + kWarpThreads;  // consumers, and a warp that loads
+};
+
 // The last of a list is the widest.
 template <class First, class... Rest>
 constexpr int largest_head_dim(HeadDimList<First, Rest...>) {
@@ -244,5 +285,6 @@ constexpr int largest_head_dim(HeadDimList<First, Rest...>) {
 }
 constexpr int kLargestHeadDim = largest_head_dim(ForwardHeadDims{});
 static_assert(largest_head_dim(BackwardHeadDims{}) == kLargestHeadDim, "what has a forward has a backward");
+static_assert(largest_head_dim(DecodeHeadDims{}) == kLargestHeadDim, "and can be decoded");
 
 }  // namespace flashmla::sm90

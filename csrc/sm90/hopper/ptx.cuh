@@ -86,6 +86,14 @@ __device__ inline void reduce_add(float* address, float4 x) {
                : "memory");
 }
 
+// ---- other kernels of the stream
+// -------------------------------------------------------------------------------------
+
+// 9.7.13.13, griddepcontrol.wait: until the kernels before have ended. CUTLASS's function lets loads move across.
+__device__ inline void wait_on_dependent_grids() {
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+}
+
 // ---- the copy engine ------------------------------------------------------------------------------------------------
 
 // 9.7.9.25.4.2, cp.reduce.async.bulk: has it add floats of shared memory to global memory.

@@ -18,6 +18,26 @@ namespace flashmla::sm90 {
 constexpr float kLog2e = 1.4426950408889634f;
 constexpr float kLn2 = 0.6931471805599453f;
 
+// The end of a row's softmax: `sum` of exponentials against max_log2, and a sink (or null) joins as one more key.
+// Returns the factor on O; lse is natural.
+__device__ inline float finish_row(float max_log2, float sum, float const* sink, float& lse) {
+  float shrink = 1.0f;
+  if (sink != nullptr) {
+    if (!(*sink < INFINITY)) {  // NaN, or inf - inf in the softmax
+      lse = sum != sum ? NAN : *sink;
+      return NAN;
+    }
+    float const sink_log2 = *sink * kLog2e;
+    float const joint = fmaxf(max_log2, sink_log2);
+    shrink = joint == -INFINITY ? 0.0f : exp2f(max_log2 - joint);
+    sum = joint == -INFINITY ? 0.0f : sum * shrink + exp2f(sink_log2 - joint);
+    max_log2 = joint;
+  }
+  bool const is_nan = sum != sum;
+  lse = sum > 0.0f || is_nan ? (max_log2 + log2f(sum)) * kLn2 : -INFINITY;
+  return sum > 0.0f || is_nan ? shrink / sum : 0.0f;
+}
+
 // kScores: scores a thread holds of its two rows together. kAsksOnce: whether scores are large is asked of a row's
 // first tile alone, which saves 5 % of the time where three warpgroups share the exponentials.
 template <int kScores, bool kAsksOnce>
@@ -125,27 +145,12 @@ struct Softmax {
     }
   }
 
-  // The four lanes of a row add their parts; the sink joins as one more key. Returns the factor on O; lse is natural.
+  // The four lanes of a row add their parts. Returns the factor on O; lse is natural.
   __device__ float finish(int row, float const* sink, float& lse) {
     float sum = row_sum[row];
     sum += __shfl_xor_sync(0xffffffff, sum, 1);
     sum += __shfl_xor_sync(0xffffffff, sum, 2);
-    float max_log2 = row_max[row] == -INFINITY ? -INFINITY : row_max[row] * scale_log2;
-    float shrink = 1.0f;
-    if (sink != nullptr) {
-      if (!(*sink < INFINITY)) {  // NaN, or inf - inf in the softmax
-        lse = sum != sum ? NAN : *sink;
-        return NAN;
-      }
-      float const sink_log2 = *sink * kLog2e;
-      float const joint = fmaxf(max_log2, sink_log2);
-      shrink = joint == -INFINITY ? 0.0f : exp2f(max_log2 - joint);
-      sum = joint == -INFINITY ? 0.0f : sum * shrink + exp2f(sink_log2 - joint);
-      max_log2 = joint;
-    }
-    bool const is_nan = sum != sum;
-    lse = sum > 0.0f || is_nan ? (max_log2 + log2f(sum)) * kLn2 : -INFINITY;
-    return sum > 0.0f || is_nan ? shrink / sum : 0.0f;
+    return finish_row(row_max[row] == -INFINITY ? -INFINITY : row_max[row] * scale_log2, sum, sink, lse);
   }
 };
 

@@ -36,9 +36,11 @@ struct MapDimension {
 };
 
 // `dimensions` from the contiguous one outwards, at most five; its box is one swizzle row (64 elements, or 32). What
-// lies outside the tensor arrives as zeros. Returns null or a sentence that says what went wrong.
+// lies outside the tensor arrives as zeros. `promotion`: what L2 reads of memory at once. Returns null or a sentence
+// that says what went wrong.
 inline const char* make_tensor_map(CUtensorMap& map, void* data, DType dtype,
-                                   std::initializer_list<MapDimension> dimensions) {
+                                   std::initializer_list<MapDimension> dimensions,
+                                   CUtensorMapL2promotion promotion = CU_TENSOR_MAP_L2_PROMOTION_L2_256B) {
   if (tensor_map_encode() == nullptr) return "the CUDA driver has no cuTensorMapEncodeTiled (12.0 or newer is needed)";
   cuuint64_t extents[5], strides[5];
   cuuint32_t boxes[5], steps[5];
@@ -56,7 +58,7 @@ inline const char* make_tensor_map(CUtensorMap& map, void* data, DType dtype,
   auto const swizzle = boxes[0] == 64 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B;
   CUresult const result =
       tensor_map_encode()(&map, type, rank, data, extents, strides + 1, boxes, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
-                          swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+                          swizzle, promotion, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (result == CUDA_SUCCESS) return nullptr;
   thread_local char message[160];  // until the thread's next refusal: the host throws it on at once
   std::snprintf(message, sizeof(message),

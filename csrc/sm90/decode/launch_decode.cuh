@@ -1,0 +1,113 @@
+// Host side of the decode kernels: TMA descriptors, shares and launches. One instantiation per head-dim row and dtype.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+
+#include "sm90/decode/combine.cuh"
+#include "sm90/decode/decode.cuh"
+#include "sm90/hopper/device.h"
+#include "sm90/hopper/tensor_map.h"
+#include "sm90/launch.h"
+
+namespace flashmla::sm90 {
+
+// What follows from the shapes: everything but descriptors and the workspace.
+template <int kHeadDimQK, int kHeadDimV>
+DecodeArguments plan_decode(DecodeParams const& params) {
+  using Tiles = DecodeTiles<kHeadDimQK, kHeadDimV>;
+  Problem const& problem = params.problem;
+  int device = 0;
+  cudaGetDevice(&device);
+  auto ceil_div = [](int64_t a, int64_t b) { return (a + b - 1) / b; };
+
+  DecodeArguments arguments{};
+  arguments.params = params;
+  arguments.window = window_of(problem);
+  arguments.block_kv = Tiles::kBlockKV;
+  int64_t rows_per_box = Tiles::kBlockKV;
+  if (params.block_table != nullptr) {
+    while (params.page_size % rows_per_box != 0) rows_per_box /= 2;  // pages are multiples of 16
+  }
+  arguments.rows_per_box = static_cast<int32_t>(rows_per_box);
+  arguments.group = static_cast<int32_t>(problem.heads_q / problem.heads_kv);
+  arguments.num_rows = static_cast<int32_t>(arguments.group * problem.seqlen_q);
+  arguments.tiles_per_head = static_cast<int32_t>(ceil_div(arguments.num_rows, kWarpgroupRows));
+  arguments.tiles_per_sequence = static_cast<int32_t>(problem.heads_kv * arguments.tiles_per_head);
+  arguments.partial_rows = std::min(arguments.num_rows, kWarpgroupRows);
+  int64_t const tiles = problem.batch * arguments.tiles_per_sequence;
+  int64_t const units = std::max<int64_t>(1, ceil_div(problem.seqlen_kv, Tiles::kBlockKV));
+  int64_t const most = int64_t{Tiles::kNumCtas} * num_sms(device);
+  arguments.num_ctas = static_cast<int32_t>(std::min(most, params.can_split ? tiles * units : tiles));
+  return arguments;
+}
+
+inline int64_t partial_sums_bytes(DecodeArguments const& arguments) {
+  return 2 * int64_t{arguments.num_ctas} * arguments.partial_rows * static_cast<int64_t>(sizeof(float2));
+}
+
+template <int kHeadDimQK, int kHeadDimV>
+int64_t decode_workspace_head_dims(DecodeParams const& params) {
+  if (!params.can_split) return 0;
+  DecodeArguments const arguments = plan_decode<kHeadDimQK, kHeadDimV>(params);
+  return partial_sums_bytes(arguments) *
+         (1 + params.problem.head_dim_v * static_cast<int64_t>(sizeof(float)) / static_cast<int64_t>(sizeof(float2)));
+}
+
+template <int kHeadDimQK, int kHeadDimV, class Element>
+const char* launch_decode_element(DecodeParams const& params, void* workspace, cudaStream_t stream) {
+  using Kernel = Decode<kHeadDimQK, kHeadDimV, Element>;
+  Problem const& problem = params.problem;
+  DecodeArguments arguments = plan_decode<kHeadDimQK, kHeadDimV>(params);
+  double const units = std::ceil(static_cast<double>(problem.seqlen_kv) / Kernel::kBlockKV);
+  if (static_cast<double>(problem.batch) * arguments.tiles_per_sequence * std::max(1.0, units) > INT32_MAX) {
+    return "the cache is too large: expected fewer than 2^31 blocks of keys over all sequences and heads; pass a part "
+           "of "
+           "the batch at a time";
+  }
+  arguments.partial_sums = static_cast<float2*>(workspace);
+  arguments.partial_out =
+      reinterpret_cast<float*>(static_cast<unsigned char*>(workspace) + partial_sums_bytes(arguments));
+  auto make_cache = [&](CUtensorMap& map, TensorView const& view, int64_t head_dim) -> const char* {
+    if (params.num_pages == 0 || params.page_size == 0) return nullptr;  // nothing is loaded
+    return make_tensor_map(
+        map, view.data, problem.dtype,
+        {{head_dim, 1, Kernel::kSwizzleColumns},
+         {params.page_size, view.stride_seqlen, arguments.rows_per_box},
+         {problem.heads_kv, view.stride_heads, 1},
+         {params.num_pages, view.stride_batch, 1}},
+        // Beside a row of 256 bytes lies the same row of another head, which this CTA does not read.
+        head_dim % 128 == 0 ? CU_TENSOR_MAP_L2_PROMOTION_L2_256B : CU_TENSOR_MAP_L2_PROMOTION_L2_128B);
+  };
+  const char* error = make_cache(arguments.k, params.k, problem.head_dim_qk);
+  if (error == nullptr) error = make_cache(arguments.v, params.v, problem.head_dim_v);
+  if (error != nullptr) return error;
+
+  int device = 0;
+  cudaGetDevice(&device);
+  constexpr auto* kernel = decode_kernel<kHeadDimQK, kHeadDimV, Element>;
+  if (cudaError_t const status = allow_shared_memory<kernel>(Kernel::kSharedBytes, device); status != cudaSuccess) {
+    return cudaGetErrorString(status);
+  }
+  error = launch_kernel<DecodeArguments>(kernel, dim3(static_cast<unsigned>(arguments.num_ctas)),
+                                         Kernel::Tiles::kNumThreads, Kernel::kSharedBytes, stream, Launch::kDependent,
+                                         arguments);
+  if (error != nullptr || !params.can_split) return error;
+  // A tile that is split begins in a share and ends in a later one: a share has one such tile at most.
+  int64_t const tiles = problem.batch * arguments.tiles_per_sequence;
+  dim3 const rows(static_cast<unsigned>(std::min<int64_t>(tiles, arguments.num_ctas)),
+                  static_cast<unsigned>(arguments.partial_rows),
+                  static_cast<unsigned>((problem.head_dim_v + kCombineColumns - 1) / kCombineColumns));
+  return launch_kernel<DecodeArguments>(combine_kernel<Element>, rows, kCombineThreads, 0, stream, Launch::kDependent,
+                                        arguments);
+}
+
+template <int kHeadDimQK, int kHeadDimV>
+const char* launch_decode_head_dims(DecodeParams const& params, void* workspace, cudaStream_t stream) {
+  return params.problem.dtype == DType::kFloat16
+             ? launch_decode_element<kHeadDimQK, kHeadDimV, cutlass::half_t>(params, workspace, stream)
+             : launch_decode_element<kHeadDimQK, kHeadDimV, cutlass::bfloat16_t>(params, workspace, stream);
+}
+
+}  // namespace flashmla::sm90
