@@ -458,7 +458,7 @@ class WheelForEveryPython(bdist_wheel):
 
 def direct_abi() -> int:
     """Of the types that csrc/direct/direct.cpp and the libraries share: of another build they are not called directly."""
-    return zlib.crc32(b"".join((CSRC / name).read_bytes() for name in ("direct.h", "checks.h")))
+    return zlib.crc32(b"".join((CSRC / name).read_bytes() for name in ("direct.h", "checks.h", "checks_decode.h")))
 
 
 def compile_all(jobs: dict[str, list[Job]], dispensable: set[str]) -> dict[str, CompilerError]:
