@@ -5,7 +5,7 @@
 
 #include <cstddef>
 
-#include "checks.h"
+#include "checks_decode.h"
 
 namespace flashmla {
 
@@ -27,15 +27,22 @@ struct DirectForward {
   std::optional<TensorInfo> lse;  // absent: not wanted
 };
 
+struct DirectDecode {
+  DecodeArguments arguments;
+  TensorInfo out;
+  std::optional<TensorInfo> lse;
+};
+
 struct DirectBackward {
   Arguments arguments;
   BackwardTensors tensors;
 };
 
-// Exported as flashmla_direct_forward, flashmla_direct_backward and flashmla_direct_abi, which gives
-// FLASHMLA_DIRECT_ABI.
+// Exported as flashmla_direct_forward, flashmla_direct_backward, flashmla_direct_decode and flashmla_direct_abi, which
+// gives FLASHMLA_DIRECT_ABI.
 using DirectForwardFunction = DirectResult(const DirectForward& call, DirectError& failure);
 using DirectBackwardFunction = DirectResult(const DirectBackward& call, DirectError& failure);
+using DirectDecodeFunction = DirectResult(const DirectDecode& call, DirectError& failure);
 using DirectAbiFunction = uint32_t();
 
 }  // namespace flashmla

@@ -5,7 +5,6 @@
 #include <cstdio>
 #include <tuple>
 
-#include "checks_decode.h"
 #include "direct.h"
 #include "tensors.h"
 
@@ -136,6 +135,20 @@ struct Host {
     });
   }
 
+  static DirectResult direct_decode(const DirectDecode& call, DirectError& failure) {
+    const char* op = "flash_attn_decode";
+    const DecodeArguments& arguments = call.arguments;
+    auto check = [&] {
+      const Problem p = Backend::check_decode(op, arguments);
+      check_out(op, "out", p, arguments.q, call.out);
+      if (call.lse) check_rows(op, "lse", p, arguments.q, *call.lse);
+      return p;
+    };
+    return directly(failure, check, [&](const Problem& p) {
+      Backend::run_decode(op, decode_params(p, arguments, call.out, call.lse), arguments, call.out);
+    });
+  }
+
   static DirectResult direct_backward(const DirectBackward& call, DirectError& failure) {
     const char* op = "flash_attn_backward";
     const Arguments& arguments = call.arguments;
@@ -221,4 +234,8 @@ std::tuple<Tensor, Tensor> decode_operator(Tensor q, Tensor k, Tensor v, std::op
   FLASHMLA_EXPORT flashmla::DirectResult flashmla_direct_backward(const flashmla::DirectBackward& call, \
                                                                   flashmla::DirectError& failure) {     \
     return flashmla::Host<Backend>::direct_backward(call, failure);                                     \
+  }                                                                                                     \
+  FLASHMLA_EXPORT flashmla::DirectResult flashmla_direct_decode(const flashmla::DirectDecode& call,     \
+                                                                flashmla::DirectError& failure) {       \
+    return flashmla::Host<Backend>::direct_decode(call, failure);                                       \
   }

@@ -22,7 +22,7 @@ from dataclasses import replace
 
 import torch
 
-from flashmla_hf import decode_ops, libraries, reference
+from flashmla_hf import decode_ops, direct, libraries, notices, reference
 from flashmla_hf.backend import dtype_refusal
 from flashmla_hf.backends import cpu, sm90
 from flashmla_hf.notices import log_choice, warn_once
@@ -100,6 +100,14 @@ def decode_attention(
     Source: Dao, Haziza, Massa and Sizov 2023, "Flash-Decoding" (keys split among blocks); Kwon et al., arXiv 2309.06180
     (pages).
     """
+    if k is None and v is None and not torch.compiler.is_compiling() and not notices.LOG_CHOICES:
+        # As in attention: the checks in C++ find the same errors. In the order of csrc/direct/direct.cpp.
+        output = direct.decode((
+            q, k_cache, v_cache, cache_seqlens, block_table, kv_start, scale, is_causal, window, softcap, sinks, num_splits,
+            impl, return_lse,
+        ))  # fmt: skip
+        if output is not None:
+            return output
     call = validate_decode(
         q, k_cache, v_cache, cache_seqlens, block_table, kv_start, scale, is_causal, window, softcap, sinks, num_splits, impl
     )  # fmt: skip
@@ -111,7 +119,7 @@ def decode_attention(
     if k is not None or v is not None:
         check_appended(call, k, v)
         append(call, k, v)  # type: ignore[arg-type]
-        call.cache_seqlens = call.cache_seqlens + k.shape[1]  # type: ignore[operator, union-attr]
+        call.cache_seqlens = cache_seqlens + k.shape[1]  # type: ignore[operator, union-attr, assignment]
     out, lse = run(call)
     return (out, lse) if return_lse else out
 

@@ -74,6 +74,12 @@ def attend(request: tuple) -> Any:
     return module.attend(*request) if enabled and recompute_cache.active.cache is None else None
 
 
+def decode(request: tuple) -> Any:
+    """``flashmla_hf.decode_attention`` of a plain call without new keys: out, or (out, lse); ``None`` if the fast path does not
+    apply. ``request`` is the tuple that it builds, in the order that ``decode`` of csrc/direct/direct.cpp reads."""
+    return module.decode(*request) if enabled else None
+
+
 def backward(dout, dlse, out, lse, needs: tuple[bool, ...], inputs: tuple) -> tuple | None:
     """The gradients of q, k, v and sinks (``None`` for those not in ``needs``); ``None`` if the fast path does not apply.
 

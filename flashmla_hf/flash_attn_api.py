@@ -112,7 +112,7 @@ def flash_attn_with_kvcache(
             fail(ValueError, name, "none (rotate q and k before the call)", "a tensor")
     if alibi_slopes is not None:
         fail(ValueError, "alibi_slopes", "none (pass the bias to flashmla_hf.attention as attn_mask)", "a tensor")
-    if isinstance(cache_seqlens, int) and not isinstance(cache_seqlens, bool):
+    if isinstance(cache_seqlens, int):
         cache_seqlens = torch.full((q.shape[0],), cache_seqlens, dtype=torch.int32, device=q.device)
     if cache_batch_idx is not None:
         if block_table is not None:

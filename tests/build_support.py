@@ -104,6 +104,7 @@ class Package:
             "csrc/params.h": "",
             "csrc/direct.h": "",
             "csrc/checks.h": "",
+            "csrc/checks_decode.h": "",
             "csrc/direct/direct.cpp": 'extern "C" int direct() { return FLASHMLA_DIRECT_ABI != 0; }\n',
             "csrc/cpu/cpu.h": "",
             "csrc/cpu/cpu.cpp": 'extern "C" int cpu() { return 0; }\n',

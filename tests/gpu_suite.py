@@ -69,6 +69,7 @@ PARTS: dict[str, tuple[Step, ...]] = {
         Step("sm90 addresses", (*PYTEST, *files("sm90_addresses", "sm90_backward_addresses")), 240),
         Step("sm90 contract", (*PARALLEL, *files("gpu", "direct"), "-k", "sm90 or not flex"), 240),
     ),
+    "decode": (Step("decode", (*PARALLEL, *files("decode", "decode_append", "decode_refusals")), 300),),
     "robust": (
         Step("robust", (*PARALLEL, *files("gpu_robust", "gpu_threads", "gpu_hidden_values")), 400),
         # Each of these wants the GPU's memory, or torch's allocator, to itself.

@@ -19,7 +19,7 @@ import pytest
 import torch
 from decode_cases import DecodeCase, check, device_of, dtypes_of, each_impl, inputs_of, int32, random_cases
 
-from flashmla_hf import attention
+from flashmla_hf import attention, direct, libraries
 from flashmla_hf.decode import decode_attention
 
 RANDOM_CASES = int(os.environ.get("FLASHMLA_DECODE_CASES", "1200"))
@@ -290,6 +290,26 @@ def test_a_repeated_call_gives_the_same_bits(impl):
     inputs = inputs_of(BATCH, dtypes_of(impl)[-1], device_of(impl))
     first, *others = (decode_attention(**inputs.tensors, impl=impl) for _ in range(5))
     assert all(torch.equal(first, other) for other in others)
+
+
+@each_impl
+def test_the_fast_path_gives_the_bits_of_the_operator(impl, monkeypatch):
+    """Every plain call takes it (tests/test_direct.py says what is plain); the reference has none."""
+    if direct.module is None:
+        pytest.skip(libraries.unavailable["direct"])
+    dtype, taken, decode = dtypes_of(impl)[-1], [], direct.decode
+    monkeypatch.setattr(direct, "decode", lambda request: taken.append(decode(request)) or taken[-1])
+    for case, seed in random_cases(impl, dtype, 60, 7):
+        inputs = inputs_of(case, dtype, device_of(impl), seed)
+        for return_lse in (False, True):
+            monkeypatch.setattr(direct, "enabled", True)
+            got = decode_attention(**inputs.tensors, **case.options, return_lse=return_lse, impl=impl)
+            assert (taken.pop() is None) == (impl == "reference")
+            monkeypatch.setattr(direct, "enabled", False)
+            expected = decode_attention(**inputs.tensors, **case.options, return_lse=return_lse, impl=impl)
+            assert taken.pop() is None
+            pairs = zip(got, expected, strict=True) if return_lse else [(got, expected)]
+            assert all(torch.equal(x, y) for x, y in pairs)
 
 
 @pytest.mark.parametrize("name", ["a ragged batch", "chunked prefill", "17 queries", "16 queries of 16 heads"])

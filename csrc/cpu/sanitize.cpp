@@ -4,7 +4,7 @@
 // Every tensor is an allocation of exactly its size (rows spaced by a gap filled with NaN), so a read or write past an
 // edge is seen, and a read of the gap turns the result into NaN. Each result is compared with a scalar float64
 // computation of the formulas in ../params.h and with a second run on another number of workers, which must agree bit
-// for bit. No torch.
+// for bit. Attention to caches (cache.h) is compared with the forward kernel on copies of the keys. No torch.
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
@@ -14,7 +14,7 @@
 #include <thread>
 #include <vector>
 
-#include "kernel.h"
+#include "cache.h"
 
 namespace {
 
@@ -129,6 +129,14 @@ void run_threads(int64_t num_workers, void (*body)(void*, int64_t), void* contex
   for (std::thread& thread : threads) thread.join();
 }
 
+template <typename Body>
+void with_workspace(int64_t bytes, const Body& body) {
+  void* data = std::aligned_alloc(64, static_cast<size_t>((bytes + 63) / 64 * 64 + 64));
+  std::memset(data, 0xff, static_cast<size_t>(bytes));  // NaN: nothing may rely on what was there
+  body(data);
+  std::free(data);
+}
+
 struct Results {
   Array out, dq, dk, dv;
   std::vector<float> lse, dsinks;
@@ -221,12 +229,6 @@ void run_case(const cpu::Kernels& kernels, DType dtype, int shape_index) {
     if (shape.has_sinks) backward.dsinks = r.dsinks.data();
     const cpu::Entry& entry = cpu::entry_for(kernels, p);
     const cpu::Parallel parallel = {num_workers, run_threads};
-    const auto with_workspace = [](int64_t bytes, const auto& body) {
-      void* data = std::aligned_alloc(64, static_cast<size_t>((bytes + 63) / 64 * 64 + 64));
-      std::memset(data, 0xff, static_cast<size_t>(bytes));  // NaN: nothing may rely on what was there
-      body(data);
-      std::free(data);
-    };
     with_workspace(entry.forward_workspace(forward, num_workers),
                    [&](void* data) { entry.forward(forward, data, parallel); });
     with_workspace(entry.backward_workspace(backward, num_workers),
@@ -323,6 +325,108 @@ void run_case(const cpu::Kernels& kernels, DType dtype, int shape_index) {
       compare("dsinks", r.dsinks[h], dsinks[h], 8 * unit * (1 + std::fabs(dsinks[h])), isa, dtype, shape_index);
 }
 
+// Sequences in a cache, as pages in disorder or dense (page_size 0); what none of them uses is NaN.
+void run_cache_case(const cpu::Kernels& kernels, DType dtype, int64_t page_size, int64_t seqlen_q,
+                    int64_t window_left) {
+  const std::vector<int32_t> lengths = {37, 0, 1, 100}, starts = {5, 0, 0, 60};
+  const int64_t batch = 4, heads_q = 6, heads_kv = 2, d = 40, dv = 24, capacity = page_size > 0 ? 144 : 101;
+  const int64_t rows_of_page = page_size > 0 ? page_size : capacity, pages = capacity / rows_of_page;
+  random_state = 11;
+  Array q(dtype, batch * seqlen_q, heads_q, d, 3, true), k(dtype, batch * capacity, heads_kv, d, 1, false),
+      v(dtype, batch * capacity, heads_kv, dv, 0, false);
+  std::vector<int32_t> table(static_cast<size_t>(batch * pages));
+  for (int64_t i = 0; i < batch * pages; ++i)
+    table[static_cast<size_t>(i)] = static_cast<int32_t>(batch * pages - 1 - i);
+  const auto row_of = [&](int64_t b, int64_t j) {
+    const int64_t page = page_size > 0 ? table[static_cast<size_t>(b * pages + j / rows_of_page)] : b;
+    return page * rows_of_page + j % rows_of_page;
+  };
+  for (int64_t b = 0; b < batch; ++b)
+    for (int64_t j = starts[static_cast<size_t>(b)]; j < lengths[static_cast<size_t>(b)]; ++j)
+      for (int64_t h = 0; h < heads_kv; ++h) {
+        for (int64_t c = 0; c < d; ++c)
+          k.set((row_of(b, j) * heads_kv + h) * (d + 1) + c, from_bf16(to_bf16(random_number())));
+        for (int64_t c = 0; c < dv; ++c)
+          v.set((row_of(b, j) * heads_kv + h) * dv + c, from_bf16(to_bf16(random_number())));
+      }
+
+  DecodeParams params;
+  Problem& p = params.problem;
+  p.dtype = dtype;
+  p.batch = batch;
+  p.seqlen_q = seqlen_q;
+  p.seqlen_kv = capacity;
+  p.total_q = batch * seqlen_q;
+  p.total_kv = batch * capacity;
+  p.heads_q = heads_q;
+  p.heads_kv = heads_kv;
+  p.head_dim_qk = d;
+  p.head_dim_v = dv;
+  p.window_left = window_left;
+  p.window_right = 0;
+  p.scale = 0.3f;
+  params.q = q.view(seqlen_q, false);
+  params.k = k.view(rows_of_page, false);
+  params.v = v.view(rows_of_page, false);
+  params.cache_seqlens = lengths.data();
+  params.kv_start = starts.data();
+  params.block_table = page_size > 0 ? table.data() : nullptr;
+  params.stride_block_table = pages;
+  params.num_pages = batch * pages;
+  params.page_size = rows_of_page;
+  const cpu::Entry& entry = cpu::entry_for(kernels, p);
+  const auto fail_case = [&](const char* what, int64_t number) {
+    std::printf("FAIL %s dtype %d pages of %d, %d queries, window %d: %s %d\n",
+                cpu::kIsaNames[static_cast<int>(kernels.isa)], static_cast<int>(dtype), static_cast<int>(page_size),
+                static_cast<int>(seqlen_q), static_cast<int>(window_left), what, static_cast<int>(number));
+    ++failures;
+  };
+
+  std::vector<uint8_t> first;
+  for (const int64_t num_workers : {1, 3, 12}) {  // 12: more than there are kv heads in the batch
+    Array out(dtype, batch * seqlen_q, heads_q, dv, 0, false);
+    params.out = out.view(seqlen_q, false);
+    const cpu::Parallel parallel = {num_workers, run_threads};
+    cpu::CacheAttention attention(params, entry, num_workers);
+    with_workspace(attention.workspace(), [&](void* data) { attention.run(data, parallel); });
+    if (num_workers > 1) {
+      if (out.bytes != first) fail_case("another result with workers", num_workers);
+      continue;
+    }
+    first = out.bytes;
+    for (int64_t b = 0; b < batch; ++b) {
+      const int64_t start = starts[static_cast<size_t>(b)], length = lengths[static_cast<size_t>(b)] - start;
+      Array copy_k(dtype, length, heads_kv, d, 0, false), copy_v(dtype, length, heads_kv, dv, 0, false),
+          expected(dtype, seqlen_q, heads_q, dv, 0, false);
+      for (int64_t j = 0; j < length; ++j)
+        for (int64_t h = 0; h < heads_kv; ++h) {
+          for (int64_t c = 0; c < d; ++c)
+            copy_k.set((j * heads_kv + h) * d + c, static_cast<float>(k.at(row_of(b, start + j), h, c)));
+          for (int64_t c = 0; c < dv; ++c)
+            copy_v.set((j * heads_kv + h) * dv + c, static_cast<float>(v.at(row_of(b, start + j), h, c)));
+        }
+      ForwardParams forward;
+      forward.problem = p;
+      forward.problem.batch = 1;
+      forward.problem.seqlen_kv = forward.problem.total_kv = length;
+      forward.problem.total_q = seqlen_q;
+      forward.q = params.q;
+      forward.q.data = static_cast<uint8_t*>(params.q.data) + b * params.q.stride_batch * q.item();
+      forward.k = copy_k.view(length, false);
+      forward.v = copy_v.view(length, false);
+      forward.out = expected.view(seqlen_q, false);
+      with_workspace(entry.forward_workspace(forward, 1),
+                     [&](void* data) { entry.forward(forward, data, {1, run_threads}); });
+      const double unit = dtype == DType::kFloat32 ? 2e-5 : dtype == DType::kFloat16 ? 4e-3 : 3e-2;
+      for (int64_t i = 0; i < seqlen_q; ++i)
+        for (int64_t h = 0; h < heads_q; ++h)
+          for (int64_t c = 0; c < dv; ++c)
+            if (!(std::fabs(out.at(b * seqlen_q + i, h, c) - expected.at(i, h, c)) <= unit))
+              return fail_case("another result for sequence", b);
+    }
+  }
+}
+
 }  // namespace
 
 int main() {
@@ -332,6 +436,13 @@ int main() {
     for (const DType dtype : {DType::kFloat32, DType::kFloat16, DType::kBFloat16})
       for (int shape = 0; shape < static_cast<int>(sizeof(kShapes) / sizeof(kShapes[0])); ++shape, ++cases)
         run_case(kernels, dtype, shape);
+    for (const DType dtype : {DType::kFloat32, DType::kFloat16, DType::kBFloat16})
+      for (const int64_t page_size : {0, 16, 48})
+        for (const int64_t seqlen_q : {1, 5, 45})
+          for (const int64_t window_left : {-1, 20}) {
+            run_cache_case(kernels, dtype, page_size, seqlen_q, window_left);
+            ++cases;
+          }
     std::printf("%-12s %d cases\n", cpu::kIsaNames[isa], cases);
   }
   std::printf(failures ? "%d failures\n" : "no failures\n", failures);

@@ -18,6 +18,7 @@ struct Library {
   PyObject* name = nullptr;
   DirectForwardFunction* forward = nullptr;
   DirectBackwardFunction* backward = nullptr;
+  DirectDecodeFunction* decode = nullptr;
 };
 
 Library libraries[kNumDeviceTypes];
@@ -65,6 +66,27 @@ struct Attend {
     kMaxSeqlenQ,
     kMaxSeqlenKV,
     kDeterministic,
+    kImpl,
+    kReturnLse,
+    kCount
+  };
+};
+
+// Of decode_attention's arguments (flashmla_hf.decode_attention).
+struct Decode {
+  enum Position {
+    kQ,
+    kK,
+    kV,
+    kCacheSeqlens,
+    kBlockTable,
+    kKvStart,
+    kScale,
+    kIsCausal,
+    kWindow,
+    kSoftcap,
+    kSinks,
+    kNumSplits,
     kImpl,
     kReturnLse,
     kCount
@@ -197,6 +219,33 @@ PyObject* backward(PyObject*, PyObject* const* values, Py_ssize_t count) {
   });
 }
 
+template <class Call>
+void read_window(PyObject* window, PyObject* is_causal, Call& arguments) {
+  arguments.window_left = arguments.window_right = -1;
+  if (window != Py_None) {
+    if (!PyTuple_CheckExact(window) || PyTuple_Size(window) != 2) throw NotPlain{};
+    arguments.window_left = bound_of(PyTuple_GetItem(window, 0));
+    arguments.window_right = bound_of(PyTuple_GetItem(window, 1));
+  }
+  if (truth_of(is_causal)) arguments.window_right = 0;
+}
+
+// The implementation that was asked for by name must be this library's.
+void check_name(PyObject* impl, const Library& library) {
+  if (impl != Py_None && (!PyUnicode_CheckExact(impl) || PyUnicode_Compare(impl, library.name) != 0)) throw NotPlain{};
+}
+
+double scale_of(PyObject* scale, const TensorInfo& q) {
+  return scale == Py_None ? std::pow(static_cast<double>(q.sizes[q.dim - 1]), -0.5) : plain_number_of(scale);
+}
+
+bool any_requires_grad(std::initializer_list<PyObject*> tensors) {
+  for (PyObject* const tensor : tensors)
+    if (tensor != Py_None && Owned(PyObject_GetAttr(tensor, name_requires_grad)).get() == Py_True)
+      return !is_false(is_grad_enabled);
+  return false;
+}
+
 // attend(*values in the order of Attend) -> the result of flashmla_hf.attention, or None. The arguments are
 // attention's, unchecked. If a gradient is needed, `with_gradient` gets the computed outputs and records the backward.
 PyObject* attend(PyObject*, PyObject* const* values, Py_ssize_t count) {
@@ -216,39 +265,25 @@ PyObject* attend(PyObject*, PyObject* const* values, Py_ssize_t count) {
     check_unobserved();
     if (plain_number_of(values[Attend::kDropoutP]) != 0.0) throw NotPlain{};
     Arguments arguments;
-    arguments.window_left = arguments.window_right = -1;
-    if (window != Py_None) {
-      if (!PyTuple_CheckExact(window) || PyTuple_Size(window) != 2) throw NotPlain{};
-      arguments.window_left = bound_of(PyTuple_GetItem(window, 0));
-      arguments.window_right = bound_of(PyTuple_GetItem(window, 1));
-    }
-    if (truth_of(values[Attend::kIsCausal])) arguments.window_right = 0;
+    read_window(window, values[Attend::kIsCausal], arguments);
     arguments.softcap = plain_number_of(values[Attend::kSoftcap]);
     arguments.deterministic = truth_of(values[Attend::kDeterministic]);
 
     arguments.q = info_of(q);
-    const Library& library = library_for(arguments.q);
-    if (impl != Py_None && (!PyUnicode_CheckExact(impl) || PyUnicode_Compare(impl, library.name) != 0)) {
-      throw NotPlain{};
-    }
+    check_name(impl, library_for(arguments.q));
     arguments.k = info_of(k);
     const int64_t rank = is_packed ? 3 : 4;
     if (arguments.q.dim != rank || arguments.k.dim != rank) throw NotPlain{};
     if (!is_packed && (max_seqlen_q != Py_None || max_seqlen_kv != Py_None)) throw NotPlain{};
     arguments.max_seqlen_q = length_of(max_seqlen_q, arguments.q.sizes[rank - 3]);
     arguments.max_seqlen_kv = length_of(max_seqlen_kv, arguments.k.sizes[rank - 3]);
-    arguments.scale =
-        scale == Py_None ? std::pow(static_cast<double>(arguments.q.sizes[rank - 1]), -0.5) : plain_number_of(scale);
+    arguments.scale = scale_of(scale, arguments.q);
 
     arguments.v = info_of(v);
     arguments.sinks = optional_info_of(sinks);
     arguments.cu_seqlens_q = optional_info_of(cu_seqlens_q);
     arguments.cu_seqlens_kv = optional_info_of(cu_seqlens_kv);
-    auto requires_grad = [](PyObject* tensor) {
-      return tensor != Py_None && Owned(PyObject_GetAttr(tensor, name_requires_grad)).get() == Py_True;
-    };
-    const bool needs_gradient = (requires_grad(q) || requires_grad(k) || requires_grad(v) || requires_grad(sinks)) &&
-                                !is_false(is_grad_enabled);
+    const bool needs_gradient = any_requires_grad({q, k, v, sinks});
     Owned outputs(compute(q, arguments, returns_lse || needs_gradient));
     if (needs_gradient) {
       return Owned(PyObject_CallFunction(
@@ -263,6 +298,55 @@ PyObject* attend(PyObject*, PyObject* const* values, Py_ssize_t count) {
     PyObject* const out = PyTuple_GetItem(outputs.get(), 0);
     Py_INCREF(out);
     return out;
+  });
+}
+
+// decode(*values in the order of Decode) -> the result of flashmla_hf.decode_attention without new keys, or None. The
+// arguments are decode_attention's, unchecked; a tensor that requires a gradient is refused by the normal path.
+PyObject* decode(PyObject*, PyObject* const* values, Py_ssize_t count) {
+  return guarded([&]() -> PyObject* {
+    check_count(count, Decode::kCount);
+    PyObject *const q = values[Decode::kQ], *const k = values[Decode::kK], *const v = values[Decode::kV],
+                    *const sinks = values[Decode::kSinks], *const num_splits = values[Decode::kNumSplits];
+    check_plain(q), check_plain(k), check_plain(v);
+    for (const int i : {Decode::kCacheSeqlens, Decode::kBlockTable, Decode::kKvStart, Decode::kSinks})
+      check_plain_or_none(values[i]);
+    check_unobserved();
+    DirectDecode call{};
+    DecodeArguments& arguments = call.arguments;
+    read_window(values[Decode::kWindow], values[Decode::kIsCausal], arguments);
+    arguments.softcap = plain_number_of(values[Decode::kSoftcap]);
+    const int64_t splits = length_of(num_splits, -1);
+    if (splits != 0 && splits != 1) throw NotPlain{};
+    arguments.can_split = splits == 0;
+    if (any_requires_grad({q, k, v, sinks})) throw NotPlain{};
+
+    arguments.q = info_of(q);
+    const Library& library = library_for(arguments.q);
+    check_name(values[Decode::kImpl], library);
+    arguments.k = info_of(k);
+    arguments.v = info_of(v);
+    if (library.decode == nullptr || arguments.q.dim != 4 || arguments.v.dim != 4) throw NotPlain{};
+    arguments.scale = scale_of(values[Decode::kScale], arguments.q);
+    arguments.sinks = optional_info_of(sinks);
+    arguments.cache_seqlens = optional_info_of(values[Decode::kCacheSeqlens]);
+    arguments.kv_start = optional_info_of(values[Decode::kKvStart]);
+    arguments.block_table = optional_info_of(values[Decode::kBlockTable]);
+
+    const int64_t* const sizes = arguments.q.sizes;
+    const int64_t width = arguments.v.sizes[3];
+    const Owned out(sizes[3] == width ? call_with(empty_like, q, like_contiguous)
+                                      : make_like(q, {sizes[0], sizes[1], sizes[2], width}, nullptr));
+    call.out = info_of(out.get(), Origin::kFresh);
+    if (!truth_of(values[Decode::kReturnLse])) {
+      run(q, library.decode, call);
+      Py_INCREF(out.get());
+      return out.get();
+    }
+    const Owned lse(make_like(q, {sizes[0], sizes[2], sizes[1]}, as_float32));
+    call.lse = info_of(lse.get(), Origin::kFresh);
+    run(q, library.decode, call);
+    return PyTuple_Pack(2, out.get(), lse.get());
   });
 }
 
@@ -288,6 +372,7 @@ PyObject* set_up(PyObject*, PyObject* const* values, Py_ssize_t count) {
       Library& library = libraries[device_type];
       library.forward = reinterpret_cast<DirectForwardFunction*>(dlsym(handle, "flashmla_direct_forward"));
       library.backward = reinterpret_cast<DirectBackwardFunction*>(dlsym(handle, "flashmla_direct_backward"));
+      library.decode = reinterpret_cast<DirectDecodeFunction*>(dlsym(handle, "flashmla_direct_decode"));
       Py_INCREF(name);
       library.name = name;
     }
@@ -303,6 +388,7 @@ PyCFunction as_method(Function* function) {
 PyMethodDef methods[] = {
     {"attend", as_method(attend), METH_FASTCALL, nullptr},
     {"backward", as_method(backward), METH_FASTCALL, nullptr},
+    {"decode", as_method(decode), METH_FASTCALL, nullptr},
     {"set_up", as_method(set_up), METH_FASTCALL, nullptr},
     {nullptr, nullptr, 0, nullptr},
 };

@@ -51,4 +51,4 @@ def macros_and_includes(name: str, torch_dir: Path) -> list[str]:
 
 def direct_abi() -> int:
     """Of the types that csrc/direct/direct.cpp and the libraries share: of another build they are not called directly."""
-    return zlib.crc32(b"".join((CSRC / name).read_bytes() for name in ("direct.h", "checks.h")))
+    return zlib.crc32(b"".join((CSRC / name).read_bytes() for name in ("direct.h", "checks.h", "checks_decode.h")))
