@@ -1,8 +1,8 @@
 // The Hopper backend's host side: checks, allocates, fills params and launches on the current stream.
 //
-// Registers flash_attn_forward and flash_attn_backward (defined in flashmla_hf/ops.py) for CUDA, through torch's stable
-// ABI. Nothing here waits for the device: the values of cu_seqlens are not read back; the kernels clamp them to the
-// tensors.
+// Registers flash_attn_forward, flash_attn_backward and flash_attn_decode (defined in flashmla_hf/ops.py and
+// decode_ops.py) for CUDA, through torch's stable ABI. Nothing here waits for the device: the values of cu_seqlens are
+// not read back; the kernels clamp them to the tensors.
 #include <cuda_runtime_api.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
@@ -67,25 +67,32 @@ void check_device(const char* op, const TensorInfo& q) {
          "compute capability " + std::to_string(capability / 10) + "." + std::to_string(capability % 10));
 }
 
+// dtypes, head dims, addresses, strides and lengths that no kernel takes.
+template <class Call>
+void check_kernel_limits(const char* op, const Call& arguments, const Problem& p) {
+  if (p.dtype == DType::kFloat32) fail(op, "q", "dtype float16 or bfloat16", "float32");
+  const std::pair<const char*, int64_t> head_dims[] = {{"q", p.head_dim_qk}, {"v", p.head_dim_v}};
+  for (const auto& [name, head_dim] : head_dims)
+    if (head_dim % sm90::kHeadDimMultiple != 0 || head_dim > sm90::kLargestHeadDim)
+      fail(op, name,
+           "a head dimension that is a multiple of " + std::to_string(sm90::kHeadDimMultiple) + " up to " +
+               std::to_string(sm90::kLargestHeadDim),
+           head_dim);
+  const std::pair<const char*, const TensorInfo*> inputs[] = {
+      {"q", &arguments.q}, {"k", &arguments.k}, {"v", &arguments.v}};
+  for (const auto& [name, t] : inputs) {
+    check_alignment(op, name, *t);
+    if (t->size(t->dim - 3) >= kLargestLength)
+      fail(op, name, "fewer than 2^28 rows", "shape " + shape_name(t->shape()));
+  }
+  if (p.seqlen_kv >= kLargestLength) fail(op, "k", "room for fewer than 2^28 keys a sequence", p.seqlen_kv);
+}
+
 struct Sm90 {
   static Problem check(const char* op, const Arguments& arguments) {
     check_device(op, arguments.q);
     Problem p = check_inputs(op, arguments);
-    if (p.dtype == DType::kFloat32) fail(op, "q", "dtype float16 or bfloat16", "float32");
-    const std::pair<const char*, int64_t> head_dims[] = {{"q", p.head_dim_qk}, {"v", p.head_dim_v}};
-    for (const auto& [name, head_dim] : head_dims)
-      if (head_dim % sm90::kHeadDimMultiple != 0 || head_dim > sm90::kLargestHeadDim)
-        fail(op, name,
-             "a head dimension that is a multiple of " + std::to_string(sm90::kHeadDimMultiple) + " up to " +
-                 std::to_string(sm90::kLargestHeadDim),
-             head_dim);
-    const std::pair<const char*, const TensorInfo*> inputs[] = {
-        {"q", &arguments.q}, {"k", &arguments.k}, {"v", &arguments.v}};
-    for (const auto& [name, t] : inputs) {
-      check_alignment(op, name, *t);
-      if (t->size(p.cu_seqlens_q ? 0 : 1) >= kLargestLength)
-        fail(op, name, "fewer than 2^28 rows", "shape " + shape_name(t->shape()));
-    }
+    check_kernel_limits(op, arguments, p);
     if (p.cu_seqlens_q != nullptr) {
       check_flag_number(op, "max_seqlen_q", arguments.max_seqlen_q, 0);
       check_flag_number(op, "max_seqlen_kv", arguments.max_seqlen_kv, 0);
@@ -114,11 +121,16 @@ struct Sm90 {
 
   static Problem check_decode(const char* op, const DecodeArguments& arguments) {
     check_device(op, arguments.q);
-    check_decode_inputs(op, arguments);
-    fail(op, "q", "a tensor on the CPU, since this build has no kernel for caches", "one on a GPU");
+    const Problem p = check_decode_inputs(op, arguments);
+    check_kernel_limits(op, arguments, p);
+    return p;
   }
 
-  static void run_decode(const char*, const DecodeParams&, const DecodeArguments&, const TensorInfo&) {}
+  static void run_decode(const char* op, const DecodeParams& params, const DecodeArguments& arguments,
+                         const TensorInfo& out) {
+    if (out.numel() == 0) return;
+    launch(op, arguments.q, sm90::decode_workspace, sm90::launch_decode, params);
+  }
 
   static void run_backward(const char* op, const BackwardParams& params, const Arguments& arguments,
                            const BackwardTensors&) {

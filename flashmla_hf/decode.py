@@ -116,6 +116,15 @@ def decode_attention(
     return (out, lse) if return_lse else out
 
 
+def has_kernel(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor) -> bool:
+    """Whether a kernel computes :func:`decode_attention` of these tensors (its first table), so that no cache is copied."""
+    name = _KERNELS.get(q.device.type)
+    if name is None:
+        return False
+    call = validate_decode(q, k_cache, v_cache, None, None, None, 1.0, False, None, 0.0, None, 0, None)
+    return IMPLEMENTATIONS[name][0](call) is None
+
+
 def append(call: DecodeCall, k: torch.Tensor, v: torch.Tensor) -> None:
     """Writes k and v into the caches at the positions ``cache_seqlens[b] ...``, with torch's operators.
 

@@ -81,13 +81,14 @@ class KeyRanges:
     """Which keys of each row are valid, as one range per row.
 
     start, end: int32 [batch]. ``uniform``: the one (start, end) of all rows, or ``None`` if rows differ or cannot be
-    read. ``has_holes``: the valid keys of some row are not one range, so start and end mean nothing (in eager mode; a
-    compiled graph asserts instead).
+    read. ``common_end``: the end that all rows have, or ``None`` likewise. ``has_holes``: the valid keys of some row are
+    not one range, so start and end mean nothing (in eager mode; a compiled graph asserts instead).
     """
 
     start: torch.Tensor
     end: torch.Tensor
     uniform: tuple[int, int] | None
+    common_end: int | None
     has_holes: bool
     boundaries: dict = field(default_factory=dict)
 
@@ -106,21 +107,22 @@ def key_ranges(valid: torch.Tensor) -> KeyRanges:
     end = torch.where(valid, position + 1, 0).amax(dim=1).to(torch.int32)
     start = torch.minimum(start, end)  # a row without valid keys: 0 ... 0
     is_contiguous = (valid.sum(dim=1) == end - start).all()
-    uniform, has_holes = None, False
+    uniform, common_end, has_holes = None, None, False
     if values_are_readable(valid):
         # The one synchronisation of this mask.
         extremes = torch.stack([start.amin(), start.amax(), end.amin(), end.amax(), is_contiguous.to(torch.int32)])
         first_start, last_start, first_end, last_end, contiguous = extremes.tolist()
         has_holes = not contiguous
-        if not has_holes and first_start == last_start and first_end == last_end:
-            uniform = (first_start, first_end)
+        if not has_holes and first_end == last_end:
+            common_end = first_end
+            uniform = (first_start, first_end) if first_start == last_start else None
     elif not valid.is_meta:
         torch._assert_async(
             is_contiguous,
             "flashmla: attention_mask in a compiled model: expected one range of valid keys per row, got keys that are not one "
             "range per row. Run this model without torch.compile, or pass a 4-D mask",
         )
-    kept["ranges"] = KeyRanges(start, end, uniform, has_holes)
+    kept["ranges"] = KeyRanges(start, end, uniform, common_end, has_holes)
     return kept["ranges"]
 
 

@@ -10,11 +10,14 @@ from typing import Any
 
 import torch
 
-from flashmla_hf import reference
+from flashmla_hf import decode, reference
 from flashmla_hf.dispatch import attention
 from flashmla_hf.hf import boundaries, check, masks, paged, transformers_private
 from flashmla_hf.notices import warn_once
 from flashmla_hf.torch_state import values_are_readable
+
+# Queries a row up to which keys are read where they lie in a cache. More of them share K and V among tiles of queries.
+_MOST_DECODE_QUERIES = 16
 
 
 # Longer than 80 lines: more than half of it is Transformers' signature and the meaning of its arguments.
@@ -76,7 +79,10 @@ def attention_forward(
         NotImplementedError: context parallelism is active, or an input is a DTensor. It also raises everything that
         :func:`flashmla_hf.attention` raises.
     """
-    gathered = paged.gather(module, key, value, cu_seq_lens_k, max_length_q, max_length_k, kwargs)
+    pages = paged.pages(module, key, cu_seq_lens_k, kwargs)
+    gathered = None
+    if pages is None:
+        gathered = paged.gather(module, key, value, cu_seq_lens_k, max_length_q, max_length_k, kwargs)
     if gathered is not None:
         key, value, cu_seq_lens_k, max_length_q, max_length_k = gathered
         attention_mask = None  # the boundaries say everything
@@ -93,7 +99,11 @@ def attention_forward(
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
     q, k, v = (x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous() for x in (q, k, v))
 
-    is_causal, window = _without_mask(module, is_causal, sliding_window, is_paged=gathered is not None)
+    is_paged = pages is not None or gathered is not None
+    is_causal, window = _without_mask(module, is_causal, sliding_window, is_paged)
+    if pages is not None:
+        options = {"scale": scaling, "softcap": float(softcap or 0.0), "sinks": s_aux}
+        return _from_pages(q, pages, k, v, options, window), None
     pattern, mask = _read_mask(module, attention_mask, masks.Pattern(is_causal, window), q, k.shape[1])
     options: dict[str, Any] = {
         "scale": scaling,
@@ -201,8 +211,39 @@ def _fused(q, k, v, pattern: masks.Pattern, options) -> torch.Tensor | None:
         start, end = ranges.uniform
         if not queries_are_keys or (end == seqlen_kv and start <= seqlen_kv - seqlen_q):
             return _attention(q, k[:, start:end], v[:, start:end], **options)
+    if seqlen_q <= _MOST_DECODE_QUERIES and (not queries_are_keys or ranges.common_end == seqlen_kv):
+        out = _from_cache(q, k, v, ranges, options)
+        if out is not None:
+            return out
     cu_seqlens = boundaries.range_boundaries(ranges, seqlen_q, seqlen_kv, queries_are_keys)
     return _packed(q, k, v, cu_seqlens, (seqlen_q, seqlen_kv), **options)
+
+
+def _from_cache(q, k, v, ranges: boundaries.KeyRanges, options) -> torch.Tensor | None:
+    """Decoding with padding or with the unused rows of a static cache, where k and v lie; ``None`` if no kernel does that.
+
+    Either every query sees the keys of ``ranges``, or the last query stands at the last key and ``ranges`` all end there.
+    """
+    tensors = [x for x in (q, k, v, options["sinks"]) if x is not None]
+    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors) or not decode.has_kernel(q, k, v):
+        return None
+    names = ("scale", "softcap", "sinks", "is_causal", "window")
+    out = decode.decode_attention(
+        q, k, v, cache_seqlens=ranges.end, kv_start=ranges.start, **{name: options[name] for name in names}
+    )
+    assert isinstance(out, torch.Tensor)
+    return out
+
+
+def _from_pages(q, pages: paged.Pages, k, v, options, window) -> torch.Tensor:
+    """A decoding step of continuous batching. q, k, v [1, num_sequences, heads, dim], a new token of each sequence."""
+    q, k, v = (x[0][:, None].to(pages.k_cache.dtype) for x in (q, k, v))
+    out = decode.decode_attention(
+        q, pages.k_cache, pages.v_cache, cache_seqlens=pages.cache_seqlens, block_table=pages.block_table, k=k, v=v,
+        scale=options["scale"], softcap=options["softcap"], sinks=options["sinks"], window=window,
+    )  # fmt: skip
+    assert isinstance(out, torch.Tensor)
+    return out[:, 0][None]
 
 
 def _attention(*tensors: torch.Tensor, **options: Any) -> torch.Tensor:

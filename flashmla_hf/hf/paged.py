@@ -7,9 +7,9 @@ gathers the keys of all sequences depends on the release:
 * 5.23: the attention function, with a cache that also picks this layer's boundaries out of ``cu_seq_lens_k``.
 * 5.24: the layer, before it calls the attention function, which gets the gathered keys and their boundaries.
 
-In decoding Transformers may pass a block table in place of gathered keys. It does so only if it finds a
-``flash_attn_with_kvcache`` under the model's name; for our names it finds none (:mod:`transformers_private`). A block table
-raises an error.
+In decoding Transformers may pass a block table and the pages of this layer in place of gathered keys (:func:`pages`): from
+5.23 on, on a GPU, by the name ``flashmla/flash-attn3``. It does so only if it finds a ``flash_attn_with_kvcache`` under the
+model's name (:mod:`transformers_private`). A block table without pages, as 5.17 passes it, raises an error.
 """
 
 from __future__ import annotations
@@ -33,6 +33,38 @@ class Gathered(NamedTuple):
     cu_seq_lens_k: torch.Tensor
     max_length_q: int | None
     max_length_k: int | None
+
+
+class Pages(NamedTuple):
+    """Where the keys of a decoding step lie: caches [num_pages, page_size, heads_kv, dim], block_table int32
+    [num_sequences, pages of a sequence], and cache_seqlens int32 [num_sequences], without the new token of each sequence
+    (-1 for a sequence that only fills the batch)."""
+
+    k_cache: torch.Tensor
+    v_cache: torch.Tensor
+    block_table: torch.Tensor
+    cache_seqlens: torch.Tensor
+
+
+def pages(module, key, cu_seq_lens_k, kwargs: dict) -> Pages | None:
+    """The pages of a decoding step with a block table; ``None`` for every other call.
+
+    Args:
+        key: [1, heads_kv, num_sequences, dim], a new token of each sequence, which is not in the cache yet.
+        kwargs: the other arguments of the attention function; those of continuous batching are taken out.
+    """
+    if any(kwargs.get(name) is None for name in ("block_table", "k_cache", "v_cache")):
+        return None
+    given = {name: kwargs.pop(name, None) for name in (*_ARGUMENTS, "max_seqlen_q", "max_seqlen_k")}
+    num_sequences = key.shape[2]
+    if not isinstance(cu_seq_lens_k, torch.Tensor):
+        raise ValueError(
+            f"flashmla in {type(module).__name__}: cu_seq_lens_k: expected the boundaries of this layer's keys, got "
+            f"{type(cu_seq_lens_k).__name__}. Set max_blocks_per_request=0 in ContinuousBatchingConfig, which switches block "
+            "tables off"
+        )
+    lengths = cu_seq_lens_k[1 : num_sequences + 1] - cu_seq_lens_k[:num_sequences] - 1
+    return Pages(given["k_cache"], given["v_cache"], given["block_table"][:num_sequences], lengths.to(torch.int32))
 
 
 def gather(module, key, value, cu_seq_lens_k, max_length_q, max_length_k, kwargs: dict) -> Gathered | None:

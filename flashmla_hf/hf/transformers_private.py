@@ -19,7 +19,8 @@ from typing import NamedTuple
 import torch
 from transformers import masking_utils, modeling_flash_attention_utils, modeling_utils
 
-from flashmla_hf.flash_attn_api import flash_attn_func, flash_attn_varlen_func
+from flashmla_hf import libraries
+from flashmla_hf.flash_attn_api import flash_attn_func, flash_attn_varlen_func, flash_attn_with_kvcache
 from flashmla_hf.hf import check
 from flashmla_hf.hf.names import KERNEL_NAME, NAME, NAMES, is_ours
 from flashmla_hf.notices import warn_once
@@ -186,6 +187,15 @@ def _subclasses(cls: type) -> Iterator[type]:
 # ---- Registration -----------------------------------------------------------------------------------------------------
 
 
+def _kvcache_function():
+    """``flash_attn_with_kvcache`` if this release hands a layer its pages, and a kernel reads them; else ``None``.
+
+    Continuous batching passes block tables if there is such a function.
+    """
+    hands_pages = "v_cache" in inspect.signature(modeling_flash_attention_utils._flash_attention_forward).parameters
+    return flash_attn_with_kvcache if hands_pages and "sm90" not in libraries.unavailable else None
+
+
 def _wrap_lazy_imports(original):
     """Gives our functions for our names.
 
@@ -197,7 +207,7 @@ def _wrap_lazy_imports(original):
     def lazy_imports(implementation, *args, **kwargs):
         if is_ours(implementation):
             pad, unpad = modeling_flash_attention_utils._pad_input, modeling_flash_attention_utils._unpad_input
-            return flash_attn_func, flash_attn_varlen_func, None, pad, unpad
+            return flash_attn_func, flash_attn_varlen_func, _kvcache_function(), pad, unpad
         return original(implementation, *args, **kwargs)
 
     lazy_imports._flashmla_wraps = original  # type: ignore[attr-defined]

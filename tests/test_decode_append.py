@@ -1,0 +1,258 @@
+"""New keys and values of a call on caches, and flash_attn_with_kvcache, which flash-attn 2 gives its signature."""
+
+import inspect
+import math
+
+import decode_cases
+import gpu_support
+import pytest
+import torch
+from decode_cases import DecodeCase, device_of, dtypes_of, each_impl, inputs_of, int32
+
+import flashmla_hf
+from flashmla_hf import decode, flash_attn_with_kvcache
+from flashmla_hf.decode import decode_attention
+
+LENGTHS = (20, 0, 7, 33)
+
+
+def appended(impl, page_size, layout="contiguous", seqlen_new=3):
+    """Inputs whose caches hold all but the last ``seqlen_new`` keys, these keys and values, and the result with all."""
+    lengths = tuple(n + seqlen_new for n in LENGTHS)
+    case = DecodeCase(lengths=lengths, seqlen_q=2, capacity=48, page_size=page_size, layout=layout)
+    inputs = inputs_of(case, dtypes_of(impl)[-1], device_of(impl))
+    expected = decode_attention(**inputs.tensors, impl=impl)
+    news = [
+        torch.stack([x[b, n : n + seqlen_new] for b, n in enumerate(LENGTHS)]) for x in (inputs.clean_k, inputs.clean_v)
+    ]
+    tensors = {**inputs.tensors, "cache_seqlens": int32(LENGTHS, device_of(impl))}
+    for name in ("k_cache", "v_cache"):
+        tensors[name] = tensors[name].clone()
+        for b, n in enumerate(LENGTHS):
+            for j in range(n, n + seqlen_new):
+                page, row = place(tensors, page_size, b, j)
+                tensors[name][page, row] = math.nan
+    return inputs, tensors, news, expected
+
+
+def place(tensors, page_size, b, j):
+    return (b, j) if not page_size else (tensors["block_table"][b, j // page_size].item(), j % page_size)
+
+
+@each_impl
+@pytest.mark.parametrize("layout", decode_cases.LAYOUTS)
+@pytest.mark.parametrize("page_size", [0, 16])
+def test_new_keys_are_written_and_seen(impl, page_size, layout):
+    inputs, tensors, (k, v), expected = appended(impl, page_size, layout)
+    before = tensors["cache_seqlens"].clone()
+    got = decode_attention(**tensors, k=k, v=v, impl=impl)
+    assert torch.equal(got, expected)
+    assert torch.equal(tensors["cache_seqlens"], before)
+    for name in ("k_cache", "v_cache"):
+        torch.testing.assert_close(tensors[name], inputs.tensors[name], rtol=0, atol=0, equal_nan=True)
+
+
+@each_impl
+def test_no_new_keys_change_nothing(impl):
+    inputs = inputs_of(DecodeCase(lengths=(9, 30), page_size=16), dtypes_of(impl)[-1], device_of(impl))
+    k, v = (x[:, :0] for x in (inputs.clean_k, inputs.clean_v))
+    before = inputs.k_cache.clone()
+    assert torch.equal(
+        decode_attention(**inputs.tensors, k=k, v=v, impl=impl), decode_attention(**inputs.tensors, impl=impl)
+    )
+    torch.testing.assert_close(inputs.k_cache, before, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("impl", ["cpu", "reference"])
+@pytest.mark.parametrize("page_size", [0, 16])
+def test_on_a_cpu_new_keys_that_do_not_fit_raise_and_nothing_is_written(impl, page_size):
+    _, tensors, (k, v), _ = appended(impl, page_size)
+    before = tensors["k_cache"].clone()
+    for lengths, got in (([20, 46, 7, 33], "46 for sequence 1"), ([20, 0, -1, 33], "-1 for sequence 2")):
+        changed = {**tensors, "cache_seqlens": int32(lengths, "cpu")}
+        with pytest.raises(ValueError, match=f"cache_seqlens: expected numbers from 0 to 45 .*, got {got}"):
+            decode_attention(**changed, k=k, v=v, impl=impl)
+    if page_size:
+        tensors["block_table"][3, 2] = tensors["k_cache"].shape[0]
+        with pytest.raises(ValueError, match=f"block_table: expected pages from 0 to 14 .*, got {before.shape[0]}"):
+            decode_attention(**tensors, k=k, v=v, impl=impl)
+    torch.testing.assert_close(tensors["k_cache"], before, rtol=0, atol=0, equal_nan=True)
+
+
+# What nobody may check (a GPU's values, values while something traces) is masked instead.
+
+
+def unchecked_append(tensors, k, v, page_size, lengths, monkeypatch):
+    """The caches after an append whose values cannot be read, and what they should be."""
+    monkeypatch.setattr(decode, "values_are_readable", lambda x: False)
+    expected = [tensors["k_cache"].clone(), tensors["v_cache"].clone()]
+    table, capacity, num_pages = tensors["block_table"], 48, tensors["k_cache"].shape[0]
+    for b, n in enumerate(lengths):
+        for i, j in enumerate(range(n, n + k.shape[1])):
+            page, row = (
+                (b, j) if not page_size else (table[b, min(max(j, 0), capacity - 1) // page_size].item(), j % page_size)
+            )
+            if 0 <= j < capacity and 0 <= page < num_pages:
+                expected[0][page, row], expected[1][page, row] = k[b, i], v[b, i]
+    call = decode.validate_decode(
+        tensors["q"], tensors["k_cache"], tensors["v_cache"], int32(lengths, k.device), table, None, None, True, None, 0.0, None,
+        0, None,
+    )  # fmt: skip
+    decode.append(call, k, v)
+    for got, want in zip((tensors["k_cache"], tensors["v_cache"]), expected, strict=True):
+        torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)
+
+
+OVERFLOWS = {
+    "all fit": LENGTHS,
+    "one does not": (20, 0, 48, 33),
+    "part of one does not": (20, 46, 47, 33),
+    "the first do not": (60, 50, 3, 45),
+    "none fits": (48, 60, 10**6, 2**31 - 1),
+    "before the beginning": (-2, 0, -3, -(2**31)),
+}
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=[gpu_support.needs_sm90, gpu_support.on_gpu])])
+@pytest.mark.parametrize("page_size", [0, 16])
+@pytest.mark.parametrize("name", OVERFLOWS)
+def test_values_that_cannot_be_read_write_nothing_outside_the_cache(device, page_size, name, monkeypatch):
+    _, tensors, (k, v), _ = appended("sm90" if device == "cuda" else "cpu", page_size)
+    unchecked_append(tensors, k, v, page_size, OVERFLOWS[name], monkeypatch)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=[gpu_support.needs_sm90, gpu_support.on_gpu])])
+@pytest.mark.parametrize("sequences", [(0,), (3,), (0, 1, 2, 3)])
+def test_pages_outside_the_cache_are_not_written(device, sequences, monkeypatch):
+    _, tensors, (k, v), _ = appended("sm90" if device == "cuda" else "cpu", 16)
+    for b, page in zip(sequences, (-1, 2**31 - 1, -(2**31), tensors["k_cache"].shape[0]), strict=False):
+        tensors["block_table"][b] = page
+    unchecked_append(tensors, k, v, 16, LENGTHS, monkeypatch)
+
+
+@gpu_support.needs_sm90
+@gpu_support.on_gpu
+@pytest.mark.parametrize("page_size", [0, 16])
+def test_appending_waits_for_nothing(page_size):
+    _, tensors, (k, v), expected = appended("sm90", page_size)
+    q = tensors["q"].clone()
+    got = gpu_support.run_behind_other_work(
+        lambda: tensors["q"].copy_(q), lambda: decode_attention(**tensors, k=k, v=v, impl="sm90")
+    )
+    assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("page_size", [0, 16])
+def test_torch_compile_has_no_graph_breaks_and_the_same_results(page_size):
+    _, tensors, (k, v), expected = appended("cpu", page_size)
+    copies = {name: x if x is None else x.clone() for name, x in tensors.items()}
+    compiled = torch.compile(decode_attention, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(**tensors, k=k, v=v), expected)
+    decode_attention(**copies, k=k, v=v)
+    for name in ("k_cache", "v_cache"):
+        torch.testing.assert_close(tensors[name], copies[name], rtol=0, atol=0, equal_nan=True)
+    tensors["cache_seqlens"] = int32([20, 46, 7, 33], "cpu")
+    with pytest.raises(RuntimeError, match=r"cache_seqlens: expected numbers from 0 to 48 .*, got 49 for sequence 1"):
+        compiled(**tensors, k=k, v=v)
+
+
+def test_torch_compile_with_dynamic_shapes_compiles_once():
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounter()
+    compiled = torch.compile(decode_attention, fullgraph=True, dynamic=True, backend=counter)
+    for capacity, batch in ((48, 2), (100, 3), (70, 5)):
+        inputs = inputs_of(DecodeCase(lengths=(9,) * batch, capacity=capacity), torch.float32, "cpu")
+        assert torch.equal(compiled(**inputs.tensors), decode_attention(**inputs.tensors))
+    assert counter.frame_count == 1
+
+
+# ---- flash_attn_with_kvcache -----------------------------------------------------------------------------------------
+
+# flash-attn 2.8's, in order.
+SIGNATURE = [
+    "q", "k_cache", "v_cache", "k", "v", "rotary_cos", "rotary_sin", "cache_seqlens", "cache_batch_idx", "cache_leftpad",
+    "block_table", "softmax_scale", "causal", "window_size", "softcap", "rotary_interleaved", "alibi_slopes", "num_splits",
+    "return_softmax_lse",
+]  # fmt: skip
+
+
+def test_it_has_flash_attns_signature():
+    parameters = inspect.signature(flash_attn_with_kvcache).parameters
+    assert [*parameters][: len(SIGNATURE)] == SIGNATURE
+    assert [*parameters][len(SIGNATURE) :] == ["s_aux"]
+    defaults = {name: parameters[name].default for name in SIGNATURE[3:]}
+    assert {name: value for name, value in defaults.items() if value is not None} == {
+        "causal": False, "window_size": (-1, -1), "softcap": 0.0, "rotary_interleaved": True, "num_splits": 0,
+        "return_softmax_lse": False,
+    }  # fmt: skip
+    assert flashmla_hf.flash_attn_with_kvcache is flash_attn_with_kvcache
+
+
+@pytest.mark.parametrize("page_size", [0, 16])
+@pytest.mark.parametrize(
+    "options", [{}, {"causal": True}, {"window_size": (4, 0)}, {"window_size": (4, 2)}, {"softcap": 2.0}], ids=str
+)
+def test_it_is_decode_attention(page_size, options):
+    case = DecodeCase(lengths=(20, 3, 33), starts=(2, 0, 33), seqlen_q=4, capacity=48, page_size=page_size)
+    x = inputs_of(case, torch.float32, "cpu")
+    out, lse = flash_attn_with_kvcache(
+        x.q, x.k_cache, x.v_cache, cache_seqlens=x.cache_seqlens, cache_leftpad=x.kv_start, block_table=x.block_table,
+        return_softmax_lse=True, softmax_scale=0.3, **options,
+    )  # fmt: skip
+    expected = decode_attention(
+        **x.tensors, is_causal=options.get("causal", False), window=options.get("window_size"), scale=0.3,
+        softcap=options.get("softcap", 0.0), return_lse=True,
+    )  # fmt: skip
+    assert torch.equal(out, expected[0])
+    assert torch.equal(lse, expected[1])
+
+
+def test_new_keys_begin_at_cache_seqlens_which_may_be_an_int():
+    _, tensors, (k, v), _ = appended("cpu", 0)
+    tensors["k_cache"].nan_to_num_(0.0)
+    tensors["v_cache"].nan_to_num_(0.0)
+    copies = [tensors[name].clone() for name in ("k_cache", "v_cache")]
+    got = flash_attn_with_kvcache(tensors["q"], *copies, k, v, cache_seqlens=30, causal=True)
+    assert torch.equal(copies[0][:, 30:33], k)
+    assert torch.equal(copies[1][:, 30:33], v)
+    expected = decode_attention(tensors["q"], *copies, cache_seqlens=int32([33] * 4, "cpu"))
+    assert torch.equal(got, expected)
+
+
+def test_cache_batch_idx_says_where_a_sequence_lies():
+    x = inputs_of(DecodeCase(lengths=(20, 3, 33), capacity=48), torch.float32, "cpu")
+    caches = [cache[torch.tensor([2, 0, 1, 1])] for cache in (x.k_cache, x.v_cache)]
+    index = int32([1, 3, 0], "cpu")
+    got = flash_attn_with_kvcache(x.q, *caches, cache_seqlens=x.cache_seqlens, cache_batch_idx=index)
+    assert torch.equal(got, flash_attn_with_kvcache(x.q, x.k_cache, x.v_cache, cache_seqlens=x.cache_seqlens))
+    k = torch.ones(3, 1, *caches[0].shape[2:])
+    flash_attn_with_kvcache(x.q, *caches, k, k, cache_seqlens=x.cache_seqlens, cache_batch_idx=index)
+    assert (caches[0][index.long(), x.cache_seqlens.long()] == 1).all()
+
+
+REFUSED = {
+    "rotary_cos": (torch.ones(9, 8), "rotary_cos: expected none (rotate q and k before the call)"),
+    "rotary_sin": (torch.ones(9, 8), "rotary_sin: expected none (rotate q and k before the call)"),
+    "alibi_slopes": (torch.ones(4), "alibi_slopes: expected none"),
+    "num_splits": (4, "num_splits: expected 0 (as many as are fast) or 1"),
+    "cache_batch_idx": (
+        int32([0, 0, 0], "cpu"),
+        "cache_batch_idx: expected none, or a capacity that is a multiple of 16",
+    ),
+    "k": (torch.ones(3, 1, 2, 64), "v: expected a tensor, since k is given"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_not_covered_is_refused_by_name(name):
+    x = inputs_of(DecodeCase(lengths=(20, 3, 33), capacity=50), torch.float32, "cpu")
+    value, message = REFUSED[name]
+    with pytest.raises(ValueError) as error:
+        flash_attn_with_kvcache(x.q, x.k_cache, x.v_cache, cache_seqlens=x.cache_seqlens, **{name: value})
+    assert str(error.value).startswith(f"flashmla attention: {message}")
+
+
+def test_cache_batch_idx_and_block_table_exclude_each_other():
+    x = inputs_of(DecodeCase(lengths=(20,), page_size=16), torch.float32, "cpu")
+    with pytest.raises(ValueError, match="cache_batch_idx: expected none with block_table"):
+        flash_attn_with_kvcache(x.q, x.k_cache, x.v_cache, block_table=x.block_table, cache_batch_idx=int32([0], "cpu"))
