@@ -31,15 +31,9 @@ product of the same dtype, same run. Memory is a call's peak beyond its inputs; 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import gc
 import importlib.util
-import json
 import statistics
-import sys
-import time
-from dataclasses import dataclass
-from pathlib import Path
 
 import records
 import render_results
@@ -48,20 +42,13 @@ import torch._functorch.config
 import verdicts
 from check import Inputs, expected, verdict
 from peers import DEFAULT_PEERS, PEERS, Unsupported
-from shapes import DEFAULT_SUITES, DTYPES, MODES, SUITES, Shape
+from series import Benchmark, Job
+from shapes import DEFAULT_SUITES, MODES, SUITES, Shape
 from timing import copy_bandwidth, free, gpu_state, interleaved, matmul_ceiling, peak_memory, spread, timed_call
-from tqdm import tqdm
 
-from flashmla_hf.training import machine
 from flashmla_hf.training.arguments import first_line
 
 # ---------------------------------------------------------------- one shape
-
-
-@dataclass(frozen=True)
-class Job:
-    shape: Shape
-    peers: dict[str, list[str]]  # of each mode
 
 
 # "bwd" repeats the backward of one kept forward, which compiled graphs that give their buffers away refuse.
@@ -138,48 +125,6 @@ def measure_shape(job: Job, device: str, repeats: int, seconds: float) -> list[d
 # ---------------------------------------------------------------- the run
 
 
-def jobs(args: argparse.Namespace, earlier: list[dict]) -> list[Job]:
-    """The measurements that the arguments name and ``earlier`` records lack. Suites may share shapes: each is measured once."""
-    chosen = [(suite.shapes, suite) for suite in map(SUITES.get, args.suite or ())]
-    if args.shape:
-        chosen.append(([Shape.parse(text) for text in args.shape], None))
-    elif not args.suite:
-        chosen = [(suite.shapes, suite) for suite in map(SUITES.get, DEFAULT_SUITES[args.device])]
-    default_modes = ("fwd", "bwd") if args.device == "cuda" else ("fwd", "fwd+bwd")
-    asked: dict[Shape, dict[str, list[str]]] = {}
-    for shapes, suite in chosen:
-        peers = args.peers or (suite and suite.peers) or DEFAULT_PEERS[args.device]
-        for shape in shapes:
-            if args.dtype:
-                shape = dataclasses.replace(shape, dtype=args.dtype)
-            for mode in args.directions or (suite and suite.modes) or default_modes:
-                mine = asked.setdefault(shape, {}).setdefault(mode, [])
-                mine += [peer for peer in peers if peer not in mine]
-    result = []
-    for shape, modes in asked.items():
-        mine = [r for r in earlier if r["shape"] == str(shape)]
-        have = {(r["peer"], r["mode"]) for r in mine}
-        missing = {}
-        for mode, peers in modes.items():
-            if not all((peer, mode) in have or (peer, None) in have for peer in peers):
-                # Peers are compared within one series of turns only: those that were there before run again.
-                missing[mode] = list(dict.fromkeys([r["peer"] for r in mine if r["mode"] == mode] + peers))
-        if missing:
-            result.append(Job(shape, missing))
-    return result
-
-
-def merge(earlier: list[dict], new: list[dict]) -> list[dict]:
-    """The new records, and those earlier ones they do not replace."""
-    replaced = {(r["shape"], r["mode"]) for r in new}
-    refused = {(r["shape"], r["peer"]) for r in new}
-    return [
-        r
-        for r in earlier
-        if (r["shape"], r["mode"]) not in replaced and not (r["mode"] is None and (r["shape"], r["peer"]) in refused)
-    ] + new
-
-
 def _window_tile() -> list[int]:
     """Rows of Q and of K/V in a tile of the Hopper kernel at head dim 128, read from its table; (128, 128) without it."""
     path = records.REPOSITORY / "csrc" / "sm90" / "tiles.py"
@@ -190,36 +135,6 @@ def _window_tile() -> list[int]:
     spec.loader.exec_module(tiles)
     (entry,) = (e for e in tiles.entries("Forward") if e["head_dims"] == (128, 128) and e["mask"] == "kMask")
     return [entry["kBlockQ"], entry["kBlockKV"]]
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=("cpu", "cuda"), default=machine.default_device())
-    parser.add_argument("--suite", nargs="+", choices=list(SUITES), help="named shapes; default: the device's")
-    parser.add_argument("--shape", nargs="+", metavar="SHAPE", help="own shapes, e.g. 'd64 B1 H9/3 S2048 causal fp32'")
-    parser.add_argument("--dtype", choices=list(DTYPES), help="instead of each shape's own")
-    parser.add_argument("--peers", nargs="+", choices=list(PEERS), metavar="PEER", help=f"of {', '.join(PEERS)}")
-    parser.add_argument(
-        "--directions",
-        nargs="+",
-        choices=MODES,
-        metavar="MODE",
-        help=f"of {', '.join(MODES)}; default: the suite's own, else fwd bwd on a GPU, fwd fwd+bwd on a CPU",
-    )
-    parser.add_argument("--repeats", type=int, default=10, help="turns per peer at least (default: 10)")
-    parser.add_argument(
-        "--seconds",
-        type=float,
-        metavar="S",
-        help="per peer, shape and mode, about (default: 0.2 on a GPU, 1 on a CPU)",
-    )
-    parser.add_argument("--time_budget", type=float, metavar="S", help="begin no shape after this many seconds")
-    parser.add_argument("--name", help="name of the JSON file; default: attention-DEVICE")
-    parser.add_argument("--resume", action="store_true", help="keep the file's records, measure only what it lacks")
-    parser.add_argument("--output_dir", type=Path, default=records.RESULTS, help="default: benchmarks/results")
-    parser.add_argument("--list", action="store_true", help="print the shapes of every suite and end")
-    records.add_dirty_option(parser)
-    return parser
 
 
 def _document(args: argparse.Namespace, todo: list[Job], resumed: dict) -> dict:
@@ -240,54 +155,6 @@ def _document(args: argparse.Namespace, todo: list[Job], resumed: dict) -> dict:
     }
 
 
-def main(argv: list[str] | None = None) -> None:
-    args = _parser().parse_args(argv)
-    if args.list:
-        for name, suite in SUITES.items():
-            print(name, *(f"  {shape}" for shape in suite.shapes), sep="\n")
-        return
-    if args.device == "cuda" and not torch.cuda.is_available():
-        sys.exit("bench_attention: --device cuda: torch sees no GPU here")
-    records.refuse_dirty_tree("bench_attention", args.output_dir, args.allow_dirty)
-    name = args.name or f"attention-{records.slug(machine.device_name(args.device))}"
-    path = args.output_dir / f"{name}.json"
-    resumed = json.loads(path.read_text()) if args.resume and path.exists() else {"records": [], "orders": "balanced"}
-    try:
-        todo = jobs(args, resumed["records"])
-    except ValueError as error:
-        sys.exit(f"bench_attention: --shape: {error}")
-    seconds = args.seconds or (0.2 if args.device == "cuda" else 1.0)
-
-    started = time.monotonic()
-    document = _document(args, todo, resumed)
-    free(args.device)
-    wrong = []
-    bar = tqdm(todo, unit="shape", desc="measuring")
-    for job in bar:
-        bar.set_postfix_str(str(job.shape))
-        left = None if args.time_budget is None else args.time_budget - (time.monotonic() - started)
-        if left is not None and left <= 0:
-            document["skipped"].append(str(job.shape))
-        else:
-            results = measure_shape(job, args.device, args.repeats, seconds)
-            document["records"] = merge(document["records"], results)
-            wrong += [r for r in results if r["status"] == "wrong"]
-            for line in summary(results):
-                bar.write(line)
-        records.write_json(document, path)
-    document["environment"]["clocks_at_end"] = machine.clocks(args.device)
-    records.write_json(document, path)
-    if document["skipped"]:
-        print(f"not measured, --time_budget {args.time_budget:.0f} s was used up: {'; '.join(document['skipped'])}")
-    for line in verdicts.lines(document):
-        print(line)
-    table = render_results.write(args.output_dir)
-    print(f"written in {time.monotonic() - started:.0f} s: {path} and {table}")
-    if wrong:
-        first = wrong[0]
-        sys.exit(f"bench_attention: WRONG RESULTS, not timed: {first['peer']} at {first['shape']}: {first['reason']}")
-
-
 def summary(results: list[dict]) -> list[str]:
     lines = []
     for r in results:
@@ -303,6 +170,28 @@ def summary(results: list[dict]) -> list[str]:
                 f"{render_results.rate(r['flops_per_second'])}{memory}"
             )
     return lines
+
+
+BENCHMARK = Benchmark(
+    program="bench_attention",
+    kind="attention",
+    suites=SUITES,
+    default_suites=DEFAULT_SUITES,
+    peers=PEERS,
+    default_peers=DEFAULT_PEERS,
+    modes=MODES,
+    default_modes={"cpu": ("fwd", "fwd+bwd"), "cuda": ("fwd", "bwd")},
+    shape=Shape,
+    example="d64 B1 H9/3 S2048 causal fp32",
+    measure=measure_shape,
+    document=_document,
+    bars=verdicts.bars,
+    summary=summary,
+)
+
+
+def main(argv: list[str] | None = None) -> None:
+    BENCHMARK.run(BENCHMARK.parser(__doc__).parse_args(argv))
 
 
 if __name__ == "__main__":

@@ -10,12 +10,14 @@ from __future__ import annotations
 import argparse
 import json
 import os
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 import records
 from records import RESULTS
 from shapes import LAYOUTS
-from verdicts import DIRECTIONS, Row, bars, geometric_mean, rows, varlen_rates, window_ratios
+from verdicts import DIRECTIONS, Bar, Row, bars, geometric_mean, rows, varlen_rates, window_ratios
 
 from flashmla_hf.host_memory import GIB
 
@@ -60,9 +62,11 @@ def _section(document: dict, path: Path, page: Path) -> str | None:
     kind = document.get("kind")
     if kind == "attention":
         body = attention_section(document)
-        for plot in plots(document, path):
-            body += f"\n![{plot.stem}: TFLOP/s per shape]({os.path.relpath(plot, page.parent)})\n"
-        return body
+        return body + _images(attention_plots(document, path), "TFLOP/s per shape", page)
+    if kind == "decode":
+        import decode_results
+
+        return decode_results.section(document) + _images(decode_results.plots(document, path), "GB/s per shape", page)
     if kind == "model":
         return model_section(document)
     if kind == "memory":
@@ -75,6 +79,10 @@ def _section(document: dict, path: Path, page: Path) -> str | None:
         plot = os.path.relpath(path.with_suffix(".png"), page.parent)
         return f"{context_quality.section(document)}\n![loss of held-out documents by context]({plot})\n"
     return None
+
+
+def _images(written: list[Path], what: str, page: Path) -> str:
+    return "".join(f"\n![{plot.stem}: {what}]({os.path.relpath(plot, page.parent)})\n" for plot in written)
 
 
 # ---------------------------------------------------------------- attention
@@ -100,24 +108,34 @@ def attention_section(document: dict) -> str:
         f"median); – is not measured. Peers ran in turn, {order}, the L2 cache was not flushed; every number's result was "
         "checked against float64 on a slice.\n"
     ]
-    word = {True: "pass", False: "**fail**", None: "stated"}
-    if held := [[bar.what, bar.measured, word[bar.met]] for bar in bars(document)]:
-        parts.append(table(["asked", "measured", ""], held))
+    parts += bar_table(bars(document))
     for mode in DIRECTIONS:
         parts += _direction(document, mode, peers, unit, factor)
     for mode in ("host", "host+grad"):
         if here := rows(document, mode):
-            parts += _host_table(here, mode, peers)
+            parts += host_table(here, mode, peers)
+    return "\n".join(parts + without_number(document))
+
+
+def bar_table(held: Iterable[Bar]) -> list[str]:
+    word = {True: "pass", False: "**fail**", None: "stated"}
+    lines = [[bar.what, bar.measured, word[bar.met]] for bar in held]
+    return [table(["asked", "measured", ""], lines)] if lines else []
+
+
+def without_number(document: dict) -> list[str]:
+    """What was refused, wrong or left out."""
+    parts = []
     notes = dict.fromkeys(
         f"- {r['peer']} at {r['shape']}: {r['status'].replace('_', ' ')}: {r['reason']}"
-        for r in results
+        for r in document["records"]
         if r["status"] != "ok"
     )
     if notes:
         parts.append("\n".join(["Without a number:\n", *notes, ""]))
     if document.get("skipped"):
         parts.append(f"Not measured for want of time: {'; '.join(document['skipped'])}.\n")
-    return "\n".join(parts)
+    return parts
 
 
 def _machine(document: dict, unit: str, factor: float) -> str:
@@ -125,6 +143,12 @@ def _machine(document: dict, unit: str, factor: float) -> str:
     text = ", ".join(f"{name} {rate / factor:.0f} {unit}" for name, rate in document["matmul_flops_per_second"].items())
     if copy := document.get("copy_bytes_per_second"):
         text += f"; copy within the device: {copy / 1e9:,.0f} GB/s"
+    return text + gpu_text(document)
+
+
+def gpu_text(document: dict) -> str:
+    """Driver, clocks and power while it measured; empty for a CPU."""
+    text = ""
     if document["environment"]["device_type"] == "cuda":
         clocks = [r["sm_mhz"] for r in document["records"] if "sm_mhz" in r]
         watts = [r["watts"] for r in document["records"] if "watts" in r]
@@ -194,7 +218,7 @@ def _window_table(document: dict, windows: list, mode: str, peers: list[str]) ->
     ]
 
 
-def _host_table(here: list[Row], mode: str, peers: list[str]) -> list[str]:
+def host_table(here: list[Row], mode: str, peers: list[str]) -> list[str]:
     grad = "inputs that require gradients" if mode == "host+grad" else "no gradients"
     shown = [peer for peer in peers if any(peer in row.records for row in here)]
     lines = [
@@ -255,8 +279,23 @@ def memory_table(here: list[Row], peers: list[str]) -> str:
     return f"Peak memory of a call beyond its {beyond}, MiB.\n\n" + table(header, lines)
 
 
-def plots(document: dict, path: Path) -> list[Path]:
-    """Grouped bars of TFLOP/s per shape, one PNG per direction, beside the JSON file; none without matplotlib."""
+@dataclass(frozen=True)
+class Quantity:
+    """What a plot shows of a record, and the machine's own rates as lines."""
+
+    key: str
+    unit: str
+    factor: float
+    ceilings: dict[str, float]
+
+
+def attention_plots(document: dict, path: Path) -> list[Path]:
+    ceilings = {f"{dtype} matrix product": rate for dtype, rate in document["matmul_flops_per_second"].items()}
+    return plots(document, path, DIRECTIONS, Quantity("flops_per_second", "TFLOP/s", 1e12, ceilings))
+
+
+def plots(document: dict, path: Path, modes: Iterable[str], quantity: Quantity) -> list[Path]:
+    """Grouped bars per shape, one PNG per mode, beside the JSON file; none without matplotlib."""
     try:
         import matplotlib
     except ImportError:
@@ -265,7 +304,7 @@ def plots(document: dict, path: Path) -> list[Path]:
     from matplotlib import pyplot as plt
 
     written = []
-    for mode in DIRECTIONS:
+    for mode in modes:
         here = [row for row in rows(document, mode) if len(row.records) > 1]
         if len(here) < 2:
             continue
@@ -274,14 +313,14 @@ def plots(document: dict, path: Path) -> list[Path]:
         width = 0.85 / len(peers)
         for i, peer in enumerate(peers):
             at = [j + (i - (len(peers) - 1) / 2) * width for j in range(len(here))]
-            rates = [row.records[peer]["flops_per_second"] / 1e12 if peer in row.records else 0 for row in here]
+            rates = [row.records[peer][quantity.key] / quantity.factor if peer in row.records else 0 for row in here]
             axes.bar(at, rates, width, label=peer, color=COLOURS[i % len(COLOURS)])
-        for dtype, ceiling in document["matmul_flops_per_second"].items():
-            axes.axhline(ceiling / 1e12, color="grey", linestyle=":", linewidth=1)
-            axes.annotate(f"{dtype} matrix product", (0, ceiling / 1e12), fontsize=7, color="grey", va="bottom")
+        for name, ceiling in quantity.ceilings.items():
+            axes.axhline(ceiling / quantity.factor, color="grey", linestyle=":", linewidth=1)
+            axes.annotate(name, (0, ceiling / quantity.factor), fontsize=7, color="grey", va="bottom")
         labels = [str(row.shape) for row in here]
         axes.set_xticks(range(len(here)), labels, rotation=60, ha="right", fontsize=7)
-        axes.set_ylabel("TFLOP/s")
+        axes.set_ylabel(quantity.unit)
         axes.set_title(f"{mode}, {document['environment']['device']}", fontsize=9)
         axes.margins(x=0.01)
         figure.legend(fontsize=8, loc="outside right upper")

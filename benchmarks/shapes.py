@@ -16,6 +16,14 @@ MODES = ("fwd", "bwd", "fwd+bwd", "host", "host+grad")
 LAYOUTS = ("dense", "packed", "ragged")
 
 
+def log_uniform(count: int, total: int, factor: int) -> list[int]:
+    """``count`` lengths that are ``total`` together, drawn with a fixed seed, log-uniform over ``factor``."""
+    generator = random.Random(0)
+    weights = [factor ** generator.random() for _ in range(count)]
+    bounds = [round(total * sum(weights[:i]) / sum(weights)) for i in range(count + 1)]
+    return [stop - start for start, stop in itertools.pairwise(bounds)]
+
+
 @dataclass(frozen=True)
 class Shape:
     batch: int
@@ -78,10 +86,7 @@ class Shape:
         scaled to batch * seqlen tokens; for 16 x 1024 from 209 to 3,228."""
         if self.layout != "ragged":
             return [self.seqlen_q] * self.batch
-        generator, total = random.Random(0), self.batch * self.seqlen_q
-        weights = [64 ** generator.random() for _ in range(self.batch)]
-        bounds = [round(total * sum(weights[:i]) / sum(weights)) for i in range(self.batch + 1)]
-        return [stop - start for start, stop in itertools.pairwise(bounds)]
+        return log_uniform(self.batch, self.batch * self.seqlen_q, 64)
 
     def documents(self) -> list[slice]:
         """Where each document lies in a packed tensor."""
@@ -142,7 +147,7 @@ class Shape:
 class Suite:
     """What ``--suite`` names. Modes and peers are those a suite is about; None leaves them to the device's defaults."""
 
-    shapes: list[Shape]
+    shapes: list  # of Shape, or of DecodeShape
     modes: tuple[str, ...] | None = None
     peers: tuple[str, ...] | None = None
 

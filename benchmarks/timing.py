@@ -42,6 +42,26 @@ def timed_call(peer: Peer, inputs: Inputs, mode: str) -> Timed:
     return Timed(peer, lambda: torch.autograd.grad(out, (q, k, v), mine.dout, retain_graph=True))
 
 
+def rotation(peer: Peer, calls: list[Callable[[], object]], count: int, device: str) -> Timed:
+    """``count`` calls as one, each the next of ``calls``: on a GPU a CUDA graph, in which the host has no part."""
+
+    def series() -> None:
+        for i in range(count):
+            calls[i % len(calls)]()
+
+    if device != "cuda":
+        return Timed(peer, series)
+    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    stream.wait_stream(torch.cuda.current_stream())
+    with peer.context(), torch.cuda.stream(stream):
+        for call in calls:
+            call()  # loads, chooses, allocates
+        with torch.cuda.graph(graph, stream=stream):
+            series()
+    torch.cuda.current_stream().wait_stream(stream)
+    return Timed(peer, graph.replay)
+
+
 def start_turn(timed: Timed, count: int, device: str, mode: str) -> Callable[[], float]:
     """Starts ``count`` calls in a row. The result waits for them on a GPU, and gives seconds per call."""
     if device == "cuda" and not mode.startswith("host"):
@@ -141,6 +161,14 @@ def copy_bandwidth(device: str) -> float:
     source = torch.ones(2**30 if device == "cuda" else 2**26, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     return 2 * source.numel() / _median_seconds(lambda: target.copy_(source), device)
+
+
+def read_bandwidth(device: str) -> float:
+    """Bytes read per second by the faster of two reductions, which write next to nothing."""
+    source = torch.ones(2**28 if device == "cuda" else 2**24, dtype=torch.float32, device=device)
+    half = source.view(torch.bfloat16)
+    seconds = min(_median_seconds(call, device) for call in (source.sum, source.amax, half.amax))
+    return 4 * source.numel() / seconds
 
 
 def _median_seconds(call: Callable[[], object], device: str) -> float:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 import math
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
+from decode_shapes import DecodeShape
 from shapes import Shape
 
 DIRECTIONS = ("fwd", "bwd", "fwd+bwd")
@@ -23,7 +24,7 @@ LONG = 1024
 class Row:
     """One shape in one mode: every peer's record, ours and the best of the others."""
 
-    shape: Shape
+    shape: Shape | DecodeShape
     records: dict[str, dict]
 
     @property
@@ -53,9 +54,9 @@ def rows(document: dict, mode: str) -> list[Row]:
             found.setdefault(r["shape"], {})[r["peer"]] = r
     # Ours is the peer named first in the whole run, if it has a number.
     order = list(dict.fromkeys(r["peer"] for r in document["records"]))
+    parse = DecodeShape.parse if document["kind"] == "decode" else Shape.parse
     return [
-        Row(Shape.parse(text), {peer: by_peer[peer] for peer in order if peer in by_peer})
-        for text, by_peer in found.items()
+        Row(parse(text), {peer: by_peer[peer] for peer in order if peer in by_peer}) for text, by_peer in found.items()
     ]
 
 
@@ -139,9 +140,9 @@ def _layout_bars(document: dict) -> Iterator[Bar]:
                 )
 
 
-def lines(document: dict) -> list[str]:
+def lines(held: Iterable[Bar]) -> list[str]:
     word = {True: "pass", False: "FAIL", None: "    "}
-    return [f"{word[bar.met]}  {bar.what}: {bar.measured}" for bar in bars(document)]
+    return [f"{word[bar.met]}  {bar.what}: {bar.measured}" for bar in held]
 
 
 def varlen_rates(document: dict, mode: str) -> list[tuple[str, dict[str, dict[str, float]]]]:

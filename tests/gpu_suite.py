@@ -52,10 +52,19 @@ def sanitizer(tool: str) -> Step:
     return Step(tool, ("tests/sanitize_gpu.py",), 200, tool, expected)
 
 
+def benchmark(name: str, program: str) -> Step:
+    budget = ("--device", "cuda", "--time_budget", "240")
+    return Step(name, (f"benchmarks/{program}.py", *budget, "--output_dir", "build/gpu/bench"), 420)
+
+
 def files(*subjects: str) -> tuple[str, ...]:
     """The test files of ``subjects``, from the root of the checkout."""
     return tuple(f"tests/test_{subject}.py" for subject in subjects)
 
+
+# Every test of attention to caches that is not another implementation's: -k finds parameters, and some tests have none.
+DECODE = (*(f"tests/{path.name}" for path in sorted((ROOT / "tests").glob("test_decode*.py"))),
+          "-k", "sm90 or not (cpu or reference)")  # fmt: skip
 
 # In order: what decides whether the kernel is right comes first.
 PARTS: dict[str, tuple[Step, ...]] = {
@@ -69,7 +78,7 @@ PARTS: dict[str, tuple[Step, ...]] = {
         Step("sm90 addresses", (*PYTEST, *files("sm90_addresses", "sm90_backward_addresses")), 240),
         Step("sm90 contract", (*PARALLEL, *files("gpu", "direct"), "-k", "sm90 or not flex"), 240),
     ),
-    "decode": (Step("decode", (*PARALLEL, *files("decode", "decode_append", "decode_refusals")), 300),),
+    "decode": (Step("decode", (*PARALLEL, *DECODE), 300),),
     "robust": (
         Step("robust", (*PARALLEL, *files("gpu_robust", "gpu_threads", "gpu_hidden_values")), 400),
         # Each of these wants the GPU's memory, or torch's allocator, to itself.
@@ -85,24 +94,11 @@ PARTS: dict[str, tuple[Step, ...]] = {
         *map(sanitizer, SANITIZERS),
     ),
     "flex": (Step("flex", (*PYTEST, *files("gpu"), "-k", "flex", "-m", "not slow"), 420),),
-    "bench": (
-        Step(
-            "bench",
-            (
-                "benchmarks/bench_attention.py",
-                "--device",
-                "cuda",
-                "--time_budget",
-                "240",
-                "--output_dir",
-                "build/gpu/bench",
-            ),
-            420,
-        ),
-    ),
+    "bench": (benchmark("bench", "bench_attention"),),
+    "bench-decode": (benchmark("bench-decode", "bench_decode"),),
     "profile": (Step("profile", ("benchmarks/profile_attention.py", "--output_dir", "build/gpu/bench"), 200),),
 }
-NEED_SM90 = ("sm90", "robust", "sweep", "hf", "finetune", "sanitize", "profile")
+NEED_SM90 = ("sm90", "decode", "robust", "sweep", "hf", "finetune", "sanitize", "bench-decode", "profile")
 
 
 def find_sanitizer() -> str | None:
@@ -185,7 +181,7 @@ def main(arguments: list[str] | None = None) -> int:
         for part, steps in PARTS.items():
             for step in steps:
                 tool = f"compute-sanitizer --tool {step.tool} " if step.tool else ""
-                print(f"{part:<9} at most {step.limit:>3} s  {tool}python3 {' '.join(step.arguments)}")
+                print(f"{part:<12} at most {step.limit:>3} s  {tool}python3 {' '.join(step.arguments)}")
         return 0
     import torch
 

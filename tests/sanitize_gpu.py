@@ -23,8 +23,10 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
+import decode_cases
 import torch
-from cases import SM90_ROWS, Case
+from cases import SM90_ROWS, Case, sm90_tiles
+from decode_cases import DecodeCase, DecodeInputs
 
 import flashmla_hf.ops  # noqa: F401 (registers the operators)
 from flashmla_hf import libraries, reference
@@ -78,6 +80,63 @@ def sweep_cases() -> list[tuple[Case, torch.dtype]]:
     ]
     return found
 
+
+DECODE_ROWS = tuple(sm90_tiles.head_dims("Decode"))
+# A cache in the layouts and with the bounds that a call may have; keys are two or three blocks of 64, so that CTAs share them.
+DECODE_KINDS = {
+    "dense": {"lengths": (150, 150), "has_lengths": False, "heads_q": 6, "has_sinks": True},
+    "dense, first keys hidden": {
+        "lengths": (130, 0, 1, 200), "starts": (70, 0, 0, 5), "capacity": 203, "layout": "transposed", "seqlen_q": 4,
+    },
+    "pages of 16, window": {
+        "lengths": (130, 3, 190), "page_size": 16, "window": (70, None), "seqlen_q": 3, "softcap": 2.0, "has_sinks": True,
+    },
+    # 16 heads of a group and 9 queries: three tiles for a kv head.
+    "pages of 48, tiles": {
+        "lengths": (140, 20), "starts": (17, 0), "page_size": 48, "seqlen_q": 9, "heads_q": 32, "layout": "sliced",
+        "scale": -0.1,
+    },
+}  # fmt: skip
+
+
+def decode_row(case: DecodeCase) -> tuple[int, int]:
+    dims = case.head_dim_qk, case.head_dim_v or case.head_dim_qk
+    return next(row for row in DECODE_ROWS if dims[0] <= row[0] and dims[1] <= row[1])
+
+
+def decode_cases_of_sweep() -> list[tuple[DecodeCase, torch.dtype]]:
+    """Every head-dim row, dense and paged, shared among CTAs and not; dtypes and narrower head dims take turns."""
+    found = []
+    for n, (row, kind) in enumerate(product(DECODE_ROWS, DECODE_KINDS)):
+        narrower, turn = 8 * (n % 3 == 2), n + n // len(DECODE_KINDS)
+        dims = {"head_dim_qk": row[0] - narrower, "head_dim_v": row[1] - narrower, "num_splits": turn // 2 % 2}
+        found.append((DecodeCase(**dims, **DECODE_KINDS[kind]), (torch.bfloat16, torch.float16)[turn % 2]))
+    found += [
+        (case, torch.bfloat16)
+        for case in (
+            # More tiles than CTAs: a CTA ends one tile, has whole ones, and begins another.
+            DecodeCase(lengths=(40, 100, 65, 130) * 36, heads_q=2),
+            # Equal ones: a CTA has two whole tiles.
+            DecodeCase(lengths=(70,) * 260, has_lengths=False, heads_q=2),
+            # As many parts as a row of combine_kernel reads ahead (64), and more.
+            DecodeCase(lengths=(4500,), heads_q=2, heads_kv=1),
+            DecodeCase(lengths=(4500,), heads_q=2, heads_kv=1, head_dim_qk=256, page_size=64),
+            DecodeCase(lengths=(0, 0), capacity=10),
+            DecodeCase(lengths=(9,), seqlen_q=0),
+        )
+    ]
+    return found
+
+
+# Lengths, starts and pages of two sequences of up to four pages of 16 in a cache of six pages, that no right caller passes.
+CORRUPT_CACHES = {
+    "lengths past the end": {"cache_seqlens": (1000, 2**31 - 1)},
+    "negative lengths": {"cache_seqlens": (-1, -(2**31))},
+    "starts past the end": {"kv_start": (1000, 2**31 - 1)},
+    "negative starts": {"kv_start": (-1, -(2**31))},
+    "no such pages": {"block_table": (6, 2**31 - 1, -1, -(2**31), 10**6, 7, -6, 5)},
+    "all of it": {"cache_seqlens": (10**6, -9), "kv_start": (-7, 10**9), "block_table": (6, -1, 2**30, 0) * 2},
+}
 
 # Boundaries of 100 packed rows that no right caller passes: the kernels must stay inside the tensors.
 CORRUPT = {
@@ -185,18 +244,62 @@ def run_corrupt(device: str, forward: Callable) -> int:
     return computed
 
 
-def sweep(device: str, forward: Callable | None = None) -> list[str]:
-    """Everything; what is wrong. ``forward`` takes the operator's place (the tests' negative controls)."""
+def decode_numbers(case: DecodeCase) -> tuple:
+    scale = case.head_dim_qk**-0.5 if case.scale is None else case.scale
+    return scale, *case.bounds, case.softcap, case.num_splits != 1
+
+
+DECODE_TENSORS = ("q", "k_cache", "v_cache", "sinks", "cache_seqlens", "kv_start", "block_table")
+
+
+def run_decode(case: DecodeCase, dtype: torch.dtype, device: str, decode: Callable) -> list[str]:
+    """Every difference of one call from float64."""
+    inputs: DecodeInputs = decode_cases.inputs_of(case, dtype, "cpu")
+    tensors = [place(getattr(inputs, name), device) for name in DECODE_TENSORS]
+    got = decode(*tensors, *decode_numbers(case))
+    tolerances = (TOLERANCES[dtype][0], LSE_TOLERANCE)
+    truth = decode_cases.truth(case, inputs)
+    found = [difference(*rest) for rest in zip(("out", "lse"), (x.cpu() for x in got), truth, tolerances, strict=True)]
+    return [f"{case} {dtype}: {text}" for text in found if text is not None]
+
+
+def run_corrupt_caches(device: str, decode: Callable) -> int:
+    """As :func:`run_corrupt`, of caches."""
+    computed = 0
+    for n, values in enumerate(CORRUPT_CACHES.values()):
+        row = DECODE_ROWS[n % len(DECODE_ROWS)]
+        case = DecodeCase(
+            lengths=(40, 60), starts=(0, 3), page_size=16, head_dim_qk=row[0], head_dim_v=row[1], num_splits=n // 2 % 2
+        )
+        inputs = decode_cases.inputs_of(case, torch.bfloat16, "cpu")
+        host = {name: getattr(inputs, name) for name in DECODE_TENSORS}
+        host |= {name: torch.tensor(x, dtype=torch.int32).view_as(host[name]) for name, x in values.items()}
+        try:
+            decode(*(place(x, device) for x in host.values()), *decode_numbers(case))[0].cpu()
+            computed += 1
+        except RuntimeError as error:
+            if not any(name in str(error) for name in values):
+                raise
+    return computed
+
+
+def sweep(device: str, forward: Callable | None = None, decode: Callable | None = None) -> list[str]:
+    """Everything; what is wrong. ``forward`` and ``decode`` take the operators' places (the tests' negative controls)."""
     forward = forward or torch.ops.flashmla.flash_attn_forward
+    decode = decode or torch.ops.flashmla.flash_attn_decode
     wrong, started = [], time.monotonic()
     cases = sweep_cases()
     for case, dtype in cases:
         wrong += run_case(case, dtype, device, forward)
     computed = run_corrupt(device, forward)
-    if device == "cuda" and computed == 0:
-        wrong.append("no call with corrupt boundaries was computed")
-    print(f"{len(cases)} calls and {computed} with corrupt boundaries, forward and backward, in "
-          f"{time.monotonic() - started:.1f} s: {len(wrong)} wrong results")  # fmt: skip
+    of_caches = decode_cases_of_sweep()
+    for case, dtype in of_caches:
+        wrong += run_decode(case, dtype, device, decode)
+    computed_caches = run_corrupt_caches(device, decode)
+    if device == "cuda" and 0 in (computed, computed_caches):
+        wrong.append("no call with corrupt boundaries, or none with a corrupt cache, was computed")
+    print(f"{len(cases)} calls and {computed} with corrupt boundaries, forward and backward, {len(of_caches)} to caches and "
+          f"{computed_caches} to corrupt ones in {time.monotonic() - started:.1f} s: {len(wrong)} wrong results")  # fmt: skip
     return wrong
 
 

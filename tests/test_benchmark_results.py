@@ -65,7 +65,7 @@ def test_the_bars_are_judged_and_written(tmp_path):
     tiles = Shape.parse(WINDOW).tiles_visited(128, 128) / Shape.parse(LONG_TEXT).tiles_visited(128, 128)
     assert f"for {tiles:.3f} of its tiles" in window[0]
     assert window[1] is None
-    assert verdicts.lines(document)[0].startswith("FAIL  fwd: at least cuDNN")
+    assert verdicts.lines(verdicts.bars(document))[0].startswith("FAIL  fwd: at least cuDNN")
     (tmp_path / "gpu.json").write_text(json.dumps(document))
     page = render_results.write(tmp_path).read_text()
     assert "driver 580; SM clock while measuring 1755 to 1755 MHz, power 600 to 600 W" in page

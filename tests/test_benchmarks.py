@@ -14,6 +14,7 @@ import check
 import compare
 import pytest
 import render_results
+import series
 import timing
 import torch
 from check import Inputs
@@ -191,7 +192,7 @@ def test_host_time_is_measured_over_many_calls_with_one_wait(monkeypatch):
 
 def _jobs(*arguments, earlier=()):
     args = {"suite": None, "shape": None, "dtype": None, "peers": None, "directions": None, "device": "cuda"}
-    return bench_attention.jobs(argparse.Namespace(**args | dict(arguments)), list(earlier))
+    return bench_attention.BENCHMARK.jobs(argparse.Namespace(**args | dict(arguments)), list(earlier))
 
 
 def test_suites_share_their_shapes_and_peers():
@@ -216,12 +217,12 @@ def test_resume_measures_missing_peers_beside_earlier_ones():
     (job,) = _jobs(*ask, ("peers", ["eager"]), earlier=earlier)
     assert job.peers == {"fwd": ["sdpa", "eager"]}
     new = [{"shape": text, "peer": peer, "mode": "fwd", "status": "ok"} for peer in ("sdpa", "eager")]
-    assert bench_attention.merge(earlier, new) == [earlier[1], *new]
+    assert series.merge(earlier, new) == [earlier[1], *new]
 
 
 def test_a_peer_without_a_backward_keeps_its_forward(monkeypatch):
     monkeypatch.setitem(PEERS, "flashmla-sm90", lambda shape, device: Peer(lambda q, k, v: _right(q, k, v).detach()))
-    job = bench_attention.Job(SMALL, {mode: ["flashmla-sm90", "sdpa"] for mode in ("fwd", "bwd", "host")})
+    job = series.Job(SMALL, {mode: ["flashmla-sm90", "sdpa"] for mode in ("fwd", "bwd", "host")})
     records = bench_attention.measure_shape(job, "cpu", repeats=2, seconds=0.01)
     assert {(r["peer"], r["mode"]) for r in records if r["status"] == "ok"} == {
         ("flashmla-sm90", "fwd"), ("flashmla-sm90", "host"), ("sdpa", "fwd"), ("sdpa", "bwd"), ("sdpa", "host")

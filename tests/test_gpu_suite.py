@@ -1,5 +1,6 @@
 """The runner of the GPU parts (tests/gpu_suite.py), as far as a machine without a GPU can tell."""
 
+import re
 import sys
 import time
 from pathlib import Path
@@ -30,6 +31,17 @@ def test_every_test_of_a_file_that_is_split_is_in_exactly_one_step():
             name = f"tests/{path.name}"
             steps = [step.name for step in STEPS if name in step.arguments and "-k" not in step.arguments]
             assert len(steps) == (name != "tests/test_gpu_suite.py"), name
+
+
+def test_the_part_decode_selects_what_needs_a_hopper():
+    (step,) = PARTS["decode"]
+    files = [name for name in step.arguments if name.endswith(".py")]
+    assert files == [f"tests/{path.name}" for path in sorted((ROOT / "tests").glob("test_decode*.py"))] != []
+    # Tests of the GPU alone have no parameter that names sm90: their names must not hold a word that is left out.
+    for name in files:
+        text = (ROOT / name).read_text()
+        for decorated in re.findall(r"@gpu_support\.needs_sm90\n(?:@.*\n)*def (\w+)", text):
+            assert not re.search("cpu|reference", decorated), decorated
 
 
 def test_a_step_that_hangs_is_ended_and_what_it_printed_is_kept(tmp_path, capsys):

@@ -42,6 +42,39 @@ def test_the_sweep_for_the_sanitizer_finds_wrong_results():
         assert len(sanitize_gpu.sweep("cpu", wrong)) >= 12
 
 
+def test_the_sweep_for_the_sanitizer_covers_every_decode_kernel():
+    cases = sanitize_gpu.decode_cases_of_sweep()
+    for part, values in (
+        ("row, dtype", {(sanitize_gpu.decode_row(case), dtype) for case, dtype in cases}),
+        ("row, split or not", {(sanitize_gpu.decode_row(case), case.num_splits) for case, _ in cases}),
+        ("row, pages or not", {(sanitize_gpu.decode_row(case), case.page_size > 0) for case, _ in cases}),
+    ):
+        assert len(values) == 2 * len(sanitize_gpu.DECODE_ROWS), part
+    several = [case for case, _ in cases if case.num_splits != 1]
+    assert any(case.window for case in several)
+    assert any(case.starts for case in several)
+    assert any(case.seqlen_q * case.heads_q // case.heads_kv > 64 for case in several)
+
+
+@needs_cpu_library
+def test_the_sweep_for_the_sanitizer_finds_wrong_decoding():
+    decode = torch.ops.flashmla.flash_attn_decode
+
+    def unmasked(*arguments):  # to the right: to the left lie pages that are none
+        return decode(*arguments[:9], -1, *arguments[10:])
+
+    def started_at_0(*arguments):
+        return decode(*arguments[:5], None, *arguments[6:])
+
+    for wrong in (unmasked, started_at_0):
+        found = [
+            x
+            for case, dtype in sanitize_gpu.decode_cases_of_sweep()[:16]
+            for x in sanitize_gpu.run_decode(case, dtype, "cpu", wrong)
+        ]
+        assert len(found) >= 8, found
+
+
 @needs_sm90
 @pytest.mark.skipif(DEVICE == "cpu", reason="is the same test")
 def test_the_sweep_for_the_sanitizer_is_right_on_this_gpu():

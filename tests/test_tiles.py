@@ -9,7 +9,7 @@ from cases import SM90_ROWS, sm90_tiles
 ROOT = Path(__file__).resolve().parents[1]
 
 
-@pytest.mark.parametrize("kind", ["Forward", "Backward"])
+@pytest.mark.parametrize("kind", ["Forward", "Backward", "Decode"])
 def test_the_list_of_head_dims_names_every_entry_once_and_each_has_its_instantiation(kind):
     listed = sm90_tiles.head_dims(kind)
     assert sorted(set(listed)) == sorted(listed) == sorted({row["head_dims"] for row in sm90_tiles.entries(kind)})
@@ -26,7 +26,7 @@ def test_the_head_dims_shared_by_columns_have_a_kernel_for_dq():
 def test_every_entry_has_a_comment_above_it():
     text = (ROOT / "csrc/sm90/tiles.h").read_text()
     entries = list(re.finditer(r"(.*\n)template <[^>]*>\nstruct \w+Config<[^>]*> {\n", text))
-    assert len(entries) == sum(len(sm90_tiles.entries(kind)) for kind in ("Forward", "Backward", "BackwardQueries"))
+    assert len(entries) == sum(len(sm90_tiles.entries(kind)) for kind in ("Forward", "Backward", "BackwardQueries", "Decode"))
     assert all(entry[1].startswith("//") for entry in entries)
 
 

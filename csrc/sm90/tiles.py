@@ -11,11 +11,11 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 DOCUMENTS = ("README.md", "docs/limits.md", "docs/kernels.md")
-KIND = r"(Forward|Backward|BackwardQueries)Config"
+KIND = r"(Forward|Backward|BackwardQueries|Decode)Config"
 
 
 def entries(kind: str, path: Path = HERE / "tiles.h") -> list[dict]:
-    """The entries of a kind (Forward, Backward, BackwardQueries): head_dims, mask (Forward; "kMask" is any), each member."""
+    """The entries of a kind (one of KIND): head_dims, mask (Forward; "kMask" is any), each member."""
     found = []
     for name, arguments, body in re.findall(rf"struct {KIND}<([^>]*)> {{\n(.*?)\n}};", path.read_text(), re.DOTALL):
         if name != kind:
@@ -79,11 +79,29 @@ def backward_table() -> str:
     return "\n".join(lines)
 
 
+def decode_table() -> str:
+    lines = [
+        "| head dims (qk / v) up to | keys of a step | stages | CTAs on a multiprocessor | K and V on their way to it, KiB "
+        "| shared memory of a CTA, KiB |",
+        "|---" * 6 + "|",
+    ]
+    for row in entries("Decode"):
+        qk, v = row["head_dims"]
+        ring = 2 * row["kNumStages"] * row["kBlockKV"] * (qk + v)
+        queries = 2 * 64 * qk
+        lines.append(
+            f"| {qk} / {v} | {row['kBlockKV']} | {row['kNumStages']} | {row['kNumCtas']} | {round(row['kNumCtas'] * ring / 1024)} "
+            f"| {round((ring + queries) / 1024)} |"
+        )
+    return "\n".join(lines)
+
+
 def texts() -> dict[str, str]:
     limit = limits()
     return {
         "forward": f"\n{forward_table()}\n",
         "backward": f"\n{backward_table()}\n",
+        "decode": f"\n{decode_table()}\n",
         "multiple": f"{limit['head_dim_multiple']}",
         "largest": f"{limit['largest_head_dim']}",
     }
