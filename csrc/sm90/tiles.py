@@ -89,8 +89,9 @@ def decode_table() -> str:
         qk, v = row["head_dims"]
         ring = 2 * row["kNumStages"] * row["kBlockKV"] * (qk + v)
         queries = 2 * 64 * qk
+        loading = round(row["kNumCtas"] * ring / 1024)
         lines.append(
-            f"| {qk} / {v} | {row['kBlockKV']} | {row['kNumStages']} | {row['kNumCtas']} | {round(row['kNumCtas'] * ring / 1024)} "
+            f"| {qk} / {v} | {row['kBlockKV']} | {row['kNumStages']} | {row['kNumCtas']} | {loading} "
             f"| {round((ring + queries) / 1024)} |"
         )
     return "\n".join(lines)

@@ -101,16 +101,11 @@ def attention_forward(
 
     is_paged = pages is not None or gathered is not None
     is_causal, window = _without_mask(module, is_causal, sliding_window, is_paged)
+    options: dict[str, Any] = {"scale": scaling, "softcap": float(softcap or 0.0), "sinks": s_aux}
     if pages is not None:
-        options = {"scale": scaling, "softcap": float(softcap or 0.0), "sinks": s_aux}
-        return _from_pages(q, pages, k, v, options, window), None
+        return _from_pages(q, pages, k, v, options | {"window": window}), None
     pattern, mask = _read_mask(module, attention_mask, masks.Pattern(is_causal, window), q, k.shape[1])
-    options: dict[str, Any] = {
-        "scale": scaling,
-        "softcap": float(softcap or 0.0),
-        "sinks": s_aux,
-        "deterministic": True if deterministic else None,
-    }
+    options |= {"deterministic": True if deterministic else None}
     if cu_seq_lens_q is not None and cu_seq_lens_k is not None and pattern is not None:
         cu_seqlens = (boundaries.as_boundaries(cu_seq_lens_q), boundaries.as_boundaries(cu_seq_lens_k))
         if not output_attentions and position_bias is None:
@@ -235,12 +230,12 @@ def _from_cache(q, k, v, ranges: boundaries.KeyRanges, options) -> torch.Tensor 
     return out
 
 
-def _from_pages(q, pages: paged.Pages, k, v, options, window) -> torch.Tensor:
+def _from_pages(q, pages: paged.Pages, k, v, options) -> torch.Tensor:
     """A decoding step of continuous batching. q, k, v [1, num_sequences, heads, dim], a new token of each sequence."""
     q, k, v = (x[0][:, None].to(pages.k_cache.dtype) for x in (q, k, v))
     out = decode.decode_attention(
         q, pages.k_cache, pages.v_cache, cache_seqlens=pages.cache_seqlens, block_table=pages.block_table, k=k, v=v,
-        scale=options["scale"], softcap=options["softcap"], sinks=options["sinks"], window=window,
+        **options,
     )  # fmt: skip
     assert isinstance(out, torch.Tensor)
     return out[:, 0][None]
