@@ -59,10 +59,11 @@ struct ForwardParams {
   RowView lse;  // data may be null
 };
 
-// Queries at the end of sequences whose keys lie in a cache. Sequence b has L = cache_seqlens[b] keys, its last included;
-// query i stands at position p = L - seqlen_q + i, and keys before kv_start[b] are hidden besides those of the window.
-// Key j of sequence b is row j % page_size of page block_table[b, j / page_size], or row j of page b without a table.
-// What the device memory holds is not trusted: L is taken for at most problem.seqlen_kv, pages outside the cache hold 0.
+// Queries at the end of sequences whose keys lie in a cache. Sequence b has L = cache_seqlens[b] keys, its last
+// included; query i stands at position p = L - seqlen_q + i, and keys before kv_start[b] are hidden besides those of
+// the window. Key j of sequence b is row j % page_size of page block_table[b, j / page_size], or row j of page b
+// without a table. What the device memory holds is not trusted: L is taken for at most problem.seqlen_kv, pages outside
+// the cache hold 0.
 struct DecodeParams {
   Problem problem;                         // seqlen_kv: the rows that a sequence may have; dense, not deterministic
   TensorView q, out;                       // [batch, seqlen_q, heads_q, head_dim]
