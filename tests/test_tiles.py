@@ -26,7 +26,9 @@ def test_the_head_dims_shared_by_columns_have_a_kernel_for_dq():
 def test_every_entry_has_a_comment_above_it():
     text = (ROOT / "csrc/sm90/tiles.h").read_text()
     entries = list(re.finditer(r"(.*\n)template <[^>]*>\nstruct \w+Config<[^>]*> {\n", text))
-    assert len(entries) == sum(len(sm90_tiles.entries(kind)) for kind in ("Forward", "Backward", "BackwardQueries", "Decode"))
+    assert len(entries) == sum(
+        len(sm90_tiles.entries(kind)) for kind in ("Forward", "Backward", "BackwardQueries", "Decode")
+    )
     assert all(entry[1].startswith("//") for entry in entries)
 
 

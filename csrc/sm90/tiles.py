@@ -88,9 +88,9 @@ def decode_table() -> str:
     for row in entries("Decode"):
         qk, v = row["head_dims"]
         ring = 2 * row["kNumStages"] * row["kBlockKV"] * (qk + v)
-        queries = 2 * 64 * qk
+        queries, ctas = 2 * 64 * qk, row["kNumCtas"]
         lines.append(
-            f"| {qk} / {v} | {row['kBlockKV']} | {row['kNumStages']} | {row['kNumCtas']} | {round(row['kNumCtas'] * ring / 1024)} "
+            f"| {qk} / {v} | {row['kBlockKV']} | {row['kNumStages']} | {ctas} | {round(ctas * ring / 1024)} "
             f"| {round((ring + queries) / 1024)} |"
         )
     return "\n".join(lines)
