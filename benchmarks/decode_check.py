@@ -16,7 +16,7 @@ from shapes import DTYPES
 
 # Of K and V together: the calls of a series walk through so many bytes before they come back, and no L2 holds them.
 ROTATED_BYTES = {"cuda": 400e6, "cpu": 0}
-MOST_COPIES = 64
+MOST_COPIES, MOST_BYTES = 64, 16e9  # windows are small parts of large caches
 
 
 @dataclass
@@ -57,7 +57,8 @@ class Inputs:
 
         q = normal(shape.batch, shape.seqlen_q, shape.heads_q, shape.head_dim_qk)
         k, v = cache(shape.head_dim_qk), cache(shape.head_dim_v)
-        copies = max(1, min(MOST_COPIES, math.ceil(ROTATED_BYTES[device] / shape.bytes_read())))
+        wanted = math.ceil(ROTATED_BYTES[device] / shape.bytes_read())
+        copies = max(1, min(wanted, MOST_COPIES, int(MOST_BYTES / (k.nbytes + v.nbytes))))
         # clone keeps the order of dimensions in memory.
         caches = [(k, v), *((k.clone(), v.clone()) for _ in range(copies - 1))]
         seqlens = None

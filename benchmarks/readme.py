@@ -12,6 +12,7 @@ import re
 import sys
 from pathlib import Path
 
+import decode_results
 import memory_page
 import records
 from measure_model import Measurement
@@ -25,6 +26,7 @@ README = records.REPOSITORY / "README.md"
 FIGURE = records.REPOSITORY / "docs" / "memory.png"
 MEMORY = "memory-llama-8b-h200.json"
 ATTENTION = "attention-h200-sm90.json"
+DECODE = "decode-h100.json"  # bench_decode.py --name decode-h100
 MISTRAL = "memory-mistral-7b-h200.json"
 QUALITY = "quality-smollm2.json"
 PEER, OURS = "#E69F00", "#0072B2"  # Okabe and Ito
@@ -109,6 +111,8 @@ def performance() -> str:
             f"| {geometric_mean(cudnn):.2f} × cuDNN's, {geometric_mean(best):.2f} × the best peer's "
             f"(cuDNN, FlashAttention 2 and 4); lowest {min(best):.2f} × |"
         )
+    if (records.RESULTS / DECODE).exists():
+        lines.append(decoding(json_of(DECODE)))
     for name, word in (("memory-llama-1b-full-h200.json", "Llama-3.2-1B, all weights"), (MISTRAL, "Mistral-7B, LoRA")):
         steps = [m for m in memory_page.read(records.RESULTS / name)[0] if m.status == "ok"]
         m = max((m for m in steps if m.point.attn_implementation == "flashmla"), key=lambda m: m.point.context)
@@ -124,6 +128,21 @@ def performance() -> str:
         f"{shortest:,} tokens of context, {losses[longest]:.2f} at {longest:,} |"
     )
     return "\n".join(lines)
+
+
+def decoding(document: dict) -> str:
+    """A row of the table: our reading of caches beside the peers' and the memory's own rate."""
+    judged = decode_results.table_rows(document)
+    ratios = [row.ratio(row.best_other) for row in judged]
+    best = max(row.ours["bytes_per_second"] for row in judged)
+    sizes = [row.shape.bytes_read() / 1e6 for row in judged]
+    environment, read = document["environment"], document["read_bytes_per_second"] / 1e9
+    return (
+        f"| decoding (one query a sequence), {environment['device']}, {len(judged)} caches of {min(sizes):,.0f} to "
+        f"{max(sizes):,.0f} MB: speed, geometric mean | {geometric_mean(ratios):.2f} × the best peer's "
+        f"(cuDNN, FlashAttention 2); lowest {min(ratios):.2f} ×; up to {best / 1e9:,.0f} GB/s of K and V "
+        f"(a pure read: {read:,.0f}) |"
+    )
 
 
 def updated(text: str) -> str:

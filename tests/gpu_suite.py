@@ -49,7 +49,7 @@ class Step:
 def sanitizer(tool: str) -> Step:
     # racecheck's exit code says that there are hazards; racecheck_problem says whether they are among the accepted ones.
     expected = (0, SANITIZER_ERROR) if tool == "racecheck" else (0,)
-    return Step(tool, ("tests/sanitize_gpu.py",), 200, tool, expected)
+    return Step(tool, ("tests/sanitize_gpu.py",), 300, tool, expected)
 
 
 def benchmark(name: str, program: str) -> Step:

@@ -16,6 +16,26 @@ def test_readme_holds_the_committed_numbers():
     assert readme.updated(text.replace("tokens/s", "tokens an hour")) == text
 
 
+def test_a_line_about_decoding_has_the_numbers_of_its_run():
+    shapes = (
+        "d128 B1 H32/8 S1/4096 dense bf16",
+        "d128 B8 H32/8 S1/8192 dense bf16",
+        "d128 B8 H32/8 S1/8192 paged16 bf16",
+    )
+    rates = {"flashmla": (2e12, 3e12, 9e12), "sdpa-cudnn": (1e12, 3e12, 1e12)}
+    results = [
+        {"shape": shape, "mode": "graph", "peer": peer, "status": "ok", "bytes_per_second": rate, "seconds": 1e6 / rate}
+        for peer, mine in rates.items()
+        for shape, rate in zip(shapes, mine, strict=True)
+    ]
+    environment = {"device": "a GPU", "device_type": "cuda"}
+    document = {"kind": "decode", "environment": environment, "records": results, "read_bytes_per_second": 3.1e12}
+    assert readme.decoding(document) == (
+        "| decoding (one query a sequence), a GPU, 2 caches of 17 to 268 MB: speed, geometric mean | 1.41 × the best peer's "
+        "(cuDNN, FlashAttention 2); lowest 1.00 ×; up to 3,000 GB/s of K and V (a pure read: 3,100) |"
+    )
+
+
 def test_readme_is_short():
     text = readme.README.read_text()
     assert len(text.splitlines()) <= 110
