@@ -88,16 +88,9 @@ def decode_table() -> str:
     for row in entries("Decode"):
         qk, v = row["head_dims"]
         ring = 2 * row["kNumStages"] * row["kBlockKV"] * (qk + v)
-<<<<<<< HEAD
-        queries = 2 * 64 * qk
-        loading = round(row["kNumCtas"] * ring / 1024)
-        lines.append(
-            f"| {qk} / {v} | {row['kBlockKV']} | {row['kNumStages']} | {row['kNumCtas']} | {loading} "
-=======
         queries, ctas = 2 * 64 * qk, row["kNumCtas"]
         lines.append(
             f"| {qk} / {v} | {row['kBlockKV']} | {row['kNumStages']} | {ctas} | {round(ctas * ring / 1024)} "
->>>>>>> wt27-decode-bench
             f"| {round((ring + queries) / 1024)} |"
         )
     return "\n".join(lines)
