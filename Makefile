@@ -40,7 +40,7 @@ PACKAGES_5.23.0 :=
 # kernels and what importing it needs; each release of Transformers takes one minor release of kernels.
 HUB_KERNELS := kernels==0.16.2 kernels-data==0.16.2 tomlkit==0.15.2
 HUB_KERNELS_TRANSFORMERS := 5.17.0
-TESTS_5.23.0 := tests/test_hf_register.py tests/test_hf_masks.py tests/test_hf_features.py
+TESTS_5.23.0 := tests/test_hf_register.py tests/test_hf_masks.py tests/test_hf_features.py tests/test_hf_batching.py
 
 # Asked once, and only by a target that needs the answer: importing torch takes seconds.
 HAS_GPU = $(eval HAS_GPU := $(shell $(PYTHON) -c "import torch; print(int(torch.cuda.is_available()))" 2>/dev/null))$(HAS_GPU)

@@ -79,7 +79,7 @@ def attention_forward(
         NotImplementedError: context parallelism is active, or an input is a DTensor. It also raises everything that
         :func:`flashmla_hf.attention` raises.
     """
-    pages = paged.pages(module, key, cu_seq_lens_k, kwargs)
+    pages = paged.pages(module, key, value, cu_seq_lens_k, max_length_k, kwargs)
     gathered = None
     if pages is None:
         gathered = paged.gather(module, key, value, cu_seq_lens_k, max_length_q, max_length_k, kwargs)

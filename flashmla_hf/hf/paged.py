@@ -7,9 +7,9 @@ gathers the keys of all sequences depends on the release:
 * 5.23: the attention function, with a cache that also picks this layer's boundaries out of ``cu_seq_lens_k``.
 * 5.24: the layer, before it calls the attention function, which gets the gathered keys and their boundaries.
 
-In decoding Transformers may pass a block table and the pages of this layer in place of gathered keys (:func:`pages`): from
-5.23 on, on a GPU, by the name ``flashmla/flash-attn3``. It does so only if it finds a ``flash_attn_with_kvcache`` under the
-model's name (:mod:`transformers_private`). A block table without pages, as 5.17 passes it, raises an error.
+In decoding Transformers may pass a block table in place of the indices that gather keys (:func:`pages`): from 5.23 on, on a
+GPU, by the name ``flashmla/flash-attn3``. It does so only if it finds a ``flash_attn_with_kvcache`` under the
+model's name (:mod:`transformers_private`). A block table of 5.17 raises an error.
 """
 
 from __future__ import annotations
@@ -46,25 +46,37 @@ class Pages(NamedTuple):
     cache_seqlens: torch.Tensor
 
 
-def pages(module, key, cu_seq_lens_k, kwargs: dict) -> Pages | None:
+def pages(module, key, value, cu_seq_lens_k, max_length_k, kwargs: dict) -> Pages | None:
     """The pages of a decoding step with a block table; ``None`` for every other call.
 
     Args:
-        key: [1, heads_kv, num_sequences, dim], a new token of each sequence, which is not in the cache yet.
+        key, value: [1, heads_kv, num_sequences, dim], a new token of each sequence, which is not in the cache yet.
         kwargs: the other arguments of the attention function; those of continuous batching are taken out.
     """
-    if any(kwargs.get(name) is None for name in ("block_table", "k_cache", "v_cache")):
+    cache = kwargs.get("cache")
+    if kwargs.get("block_table") is None or (cache is None and kwargs.get("v_cache") is None):
         return None
+    if cache is not None and not _updates_arguments(cache):
+        return None  # 5.17: gather() refuses it
     given = {name: kwargs.pop(name, None) for name in (*_ARGUMENTS, "max_seqlen_q", "max_seqlen_k")}
-    num_sequences = key.shape[2]
+    if cache is not None and given["v_cache"] is None:  # 5.23: the layer has not asked the cache
+        updated = {**given, "cu_seq_lens_k": cu_seq_lens_k, "max_length_k": max_length_k}
+        cache.update(key_states=key, value_states=value, layer_idx=module.layer_idx, kwargs=updated)
+        given, cu_seq_lens_k = updated, updated["cu_seq_lens_k"]
     if not isinstance(cu_seq_lens_k, torch.Tensor):
         raise ValueError(
             f"flashmla in {type(module).__name__}: cu_seq_lens_k: expected the boundaries of this layer's keys, got "
             f"{type(cu_seq_lens_k).__name__}. Set max_blocks_per_request=0 in ContinuousBatchingConfig, which switches block "
             "tables off"
         )
+    num_sequences = key.shape[2]
     lengths = cu_seq_lens_k[1 : num_sequences + 1] - cu_seq_lens_k[:num_sequences] - 1
     return Pages(given["k_cache"], given["v_cache"], given["block_table"][:num_sequences], lengths.to(torch.int32))
+
+
+def _updates_arguments(cache) -> bool:
+    """Whether the cache's update writes what a layer needs into the arguments that it is given (from 5.23 on)."""
+    return "kwargs" in inspect.signature(cache.update).parameters
 
 
 def gather(module, key, value, cu_seq_lens_k, max_length_q, max_length_k, kwargs: dict) -> Gathered | None:
@@ -93,7 +105,7 @@ def gather(module, key, value, cu_seq_lens_k, max_length_q, max_length_k, kwargs
         return Gathered(key, value, cu_seq_lens_k, max_length_q, max_length_k)
 
     indices = {"read_index": given["read_index"], "write_index": given["write_index"]}
-    if "kwargs" in inspect.signature(cache.update).parameters:
+    if _updates_arguments(cache):
         updated = {"cu_seq_lens_k": cu_seq_lens_k, "max_length_k": max_length_k, **indices}
         key, value = cache.update(key_states=key, value_states=value, layer_idx=module.layer_idx, kwargs=updated)
         return Gathered(key, value, updated["cu_seq_lens_k"], max_length_q, updated["max_length_k"])
