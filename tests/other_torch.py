@@ -15,7 +15,10 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-TESTS = ("tests/test_operator.py", "tests/test_cpu_kernel.py", "tests/test_cpu_errors.py", "tests/test_direct.py")
+TESTS = tuple(
+    f"tests/test_{subject}.py"
+    for subject in ("operator", "cpu_kernel", "cpu_errors", "direct", "decode", "decode_append", "decode_refusals")
+)
 RUNTIMES = {"libcudart.so.12": "nvidia-cuda-runtime-cu12", "libcudart.so.13": "nvidia-cuda-runtime"}
 # Libraries whose symbols have another version than the library's name, or none: the version, the symbols' prefix.
 OTHER_VERSIONS = {
