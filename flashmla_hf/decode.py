@@ -89,10 +89,10 @@ def decode_attention(
 
     The values of cache_seqlens, kv_start and block_table: on the CPU and with ``"reference"``, lengths and starts that are
     negative or beyond the capacity, pages outside the cache where keys are read or appended, and new keys that do not fit
-    raise ValueError, before anything is written into the caches. On a GPU no kernel's call reads them back, so that it waits
-    for nothing and may be captured in a CUDA graph: lengths are clamped to the capacity, pages outside the cache hold zeros,
-    and new keys beyond the capacity or in such pages are not written. What rows and pages hold that no query sees does not
-    matter, even NaN.
+    raise ValueError, before anything is written into the caches (under torch.compile the operator raises RuntimeError, after
+    it). On a GPU a kernel's call does not read them back, so that it waits for nothing and may be captured in a CUDA graph:
+    lengths are clamped to the capacity, pages outside the cache hold zeros, and new keys beyond the capacity or in such pages
+    are not written. What rows and pages hold that no query sees does not matter, even NaN.
 
     Raises:
         TypeError: an argument has the wrong type or dtype. ValueError: it has a wrong shape or value. RuntimeError: the
