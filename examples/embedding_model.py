@@ -8,6 +8,7 @@ of SentenceTransformerTrainingArguments is an option here.
 
 from dataclasses import dataclass, field
 
+import torch
 from datasets import load_dataset
 from sentence_transformers import (
     SentenceTransformer,
@@ -34,6 +35,7 @@ class ExampleArguments:
 
 def main() -> None:
     parser = HfArgumentParser((ExampleArguments, SentenceTransformerTrainingArguments))
+    parser.set_defaults(use_cpu=not torch.cuda.is_available())
     example_args, training_args = parser.parse_args_into_dataclasses()
     if example_args.dataset.endswith(".jsonl"):
         pairs = load_dataset("json", data_files=example_args.dataset, split="train")

@@ -38,6 +38,7 @@ class ExampleArguments:
 
 def main() -> None:
     parser = HfArgumentParser((ExampleArguments, TrainingArguments))
+    parser.set_defaults(use_cpu=not torch.cuda.is_available())
     example_args, training_args = parser.parse_args_into_dataclasses()
 
     tokenizer = AutoTokenizer.from_pretrained(example_args.model_name_or_path)

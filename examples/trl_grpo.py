@@ -8,6 +8,7 @@ Generation and training use the same attention. Every option of TRL's GRPOConfig
 
 from dataclasses import dataclass, field
 
+import torch
 from datasets import load_dataset
 from trl import GRPOConfig, GRPOTrainer, ModelConfig, TrlParser, get_peft_config
 
@@ -32,6 +33,8 @@ def main() -> None:
     parser = TrlParser((ExampleArguments, GRPOConfig, ModelConfig))
     parser.set_defaults(attn_implementation="flashmla", dtype="bfloat16", lora_target_modules=["all-linear"])
     parser.set_defaults(gradient_checkpointing=False)  # one of the patches does it
+    if not torch.cuda.is_available():
+        parser.set_defaults(use_cpu=True, bf16=False)
     example_args, training_args, model_args = parser.parse_args_and_config()
 
     if example_args.dataset.endswith(".jsonl"):

@@ -10,6 +10,7 @@ without this package.
 
 from dataclasses import dataclass, field
 
+import torch
 from datasets import load_dataset
 from trl import ModelConfig, SFTConfig, SFTTrainer, TrlParser, get_peft_config
 
@@ -26,6 +27,8 @@ def main() -> None:
     parser = TrlParser((ExampleArguments, SFTConfig, ModelConfig))
     parser.set_defaults(attn_implementation="flashmla", dtype="bfloat16", lora_target_modules=["all-linear"])
     parser.set_defaults(gradient_checkpointing=False)  # one of the patches does it
+    if not torch.cuda.is_available():
+        parser.set_defaults(use_cpu=True, bf16=False)
     example_args, training_args, model_args = parser.parse_args_and_config()
 
     if example_args.dataset.endswith(".jsonl"):

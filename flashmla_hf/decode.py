@@ -26,7 +26,7 @@ from flashmla_hf import decode_ops, direct, libraries, notices, reference
 from flashmla_hf.backend import dtype_refusal
 from flashmla_hf.backends import cpu, sm90
 from flashmla_hf.notices import log_choice, warn_once
-from flashmla_hf.torch_state import values_are_readable
+from flashmla_hf.torch_state import has_transforms, values_are_readable
 from flashmla_hf.validation import DecodeCall, check_appended, fail, validate_decode
 
 
@@ -89,9 +89,10 @@ def decode_attention(
 
     The values of cache_seqlens, kv_start and block_table: on the CPU and with ``"reference"``, lengths and starts that are
     negative or beyond the capacity, pages outside the cache where keys are read or appended, and new keys that do not fit
-    raise. On a GPU nothing is read back, so that the call waits for nothing and may be captured in a CUDA graph: lengths are
-    clamped to the capacity, pages outside the cache hold zeros, and new keys beyond the capacity or in such pages are not
-    written. What rows and pages hold that no query sees does not matter, even NaN.
+    raise ValueError, before anything is written into the caches (under torch.compile the operator raises RuntimeError, after
+    it). On a GPU a kernel's call does not read them back, so that it waits for nothing and may be captured in a CUDA graph:
+    lengths are clamped to the capacity, pages outside the cache hold zeros, and new keys beyond the capacity or in such pages
+    are not written. What rows and pages hold that no query sees does not matter, even NaN.
 
     Raises:
         TypeError: an argument has the wrong type or dtype. ValueError: it has a wrong shape or value. RuntimeError: the
@@ -102,10 +103,15 @@ def decode_attention(
     """
     if k is None and v is None and not torch.compiler.is_compiling() and not notices.LOG_CHOICES:
         # As in attention: the checks in C++ find the same errors. In the order of csrc/direct/direct.cpp.
-        output = direct.decode((
-            q, k_cache, v_cache, cache_seqlens, block_table, kv_start, scale, is_causal, window, softcap, sinks, num_splits,
-            impl, return_lse,
-        ))  # fmt: skip
+        try:
+            output = direct.decode((
+                q, k_cache, v_cache, cache_seqlens, block_table, kv_start, scale, is_causal, window, softcap, sinks, num_splits,
+                impl, return_lse,
+            ))  # fmt: skip
+        except RuntimeError:
+            if not isinstance(q, torch.Tensor) or q.device.type != "cpu":
+                raise
+            output = None  # the operator's error about a value: found below as the ValueError of this function
         if output is not None:
             return output
     call = validate_decode(
@@ -116,8 +122,12 @@ def decode_attention(
         (("q", q), ("k_cache", k_cache), ("v_cache", v_cache), ("k", k), ("v", v), ("sinks", sinks)),
     )
     run = _choose(call)
-    if k is not None or v is not None:
+    has_new = k is not None or v is not None
+    if has_new:
         check_appended(call, k, v)
+    if _values_are_checked(call) or (run is _run_reference and _values_are_readable(call)):
+        _check_values(call, k.shape[1] if has_new else 0)  # type: ignore[union-attr]
+    if has_new:
         append(call, k, v)  # type: ignore[arg-type]
         call.cache_seqlens = cache_seqlens + k.shape[1]  # type: ignore[operator, union-attr, assignment]
     out, lse = run(call)
@@ -136,8 +146,8 @@ def has_kernel(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor) ->
 def append(call: DecodeCall, k: torch.Tensor, v: torch.Tensor) -> None:
     """Writes k and v into the caches at the positions ``cache_seqlens[b] ...``, with torch's operators.
 
-    Nothing waits for a GPU: what does not fit is not known here. Such an entry repeats the first that fits, or a row of the
-    cache if none does, so that what is written twice is the same.
+    The caller has checked the values that can be read. Nothing waits for a GPU: what does not fit is not known here. Such an
+    entry repeats the first that fits, or a row of the cache if none does, so that what is written twice is the same.
     """
     batch, seqlen_new = k.shape[:2]
     if batch * seqlen_new == 0:
@@ -145,8 +155,6 @@ def append(call: DecodeCall, k: torch.Tensor, v: torch.Tensor) -> None:
     device, page_size = call.q.device, call.k.shape[1]
     begin: torch.Tensor = call.cache_seqlens  # type: ignore[assignment]
     position = begin.long()[:, None] + torch.arange(seqlen_new, device=device)
-    if can_check := device.type == "cpu" and values_are_readable(begin):
-        _check_room(begin, seqlen_new, call.capacity)
     fits = (position >= 0) & (position < call.capacity)
     position = position.clamp(0, call.capacity - 1)
     if call.block_table is None:
@@ -154,12 +162,9 @@ def append(call: DecodeCall, k: torch.Tensor, v: torch.Tensor) -> None:
     else:
         page, row = call.block_table.gather(1, position // page_size).long(), position % page_size
         exists = (page >= 0) & (page < call.k.shape[0])
-        if can_check and not bool(exists.all()):
-            expected = f"pages from 0 to {call.k.shape[0] - 1} where k and v are appended"
-            fail(ValueError, "block_table", expected, page[~exists][0].item())
         page, fits = page.clamp(0, call.k.shape[0] - 1), fits & exists
     page, row, fits = page.flatten(), row.flatten(), fits.flatten()
-    if can_check:
+    if _values_are_checked(call):  # then all fit
         for cache, new in ((call.k, k), (call.v, v)):
             cache.index_put_((page, row), new.flatten(0, 1))
         return
@@ -169,13 +174,48 @@ def append(call: DecodeCall, k: torch.Tensor, v: torch.Tensor) -> None:
         cache.index_put_((page, row), torch.where(any_fits, new.flatten(0, 1)[entry], cache[page, row]))
 
 
-def _check_room(cache_seqlens: torch.Tensor, seqlen_new: int, capacity: int) -> None:
-    for b, length in enumerate(cache_seqlens.tolist()):
-        if not 0 <= length <= capacity - seqlen_new:
-            expected = (
-                f"numbers from 0 to {capacity - seqlen_new} (the rows a sequence may have, less the {seqlen_new} of k)"
-            )
-            fail(ValueError, "cache_seqlens", expected, f"{length} for sequence {b}")
+# ---- Values of cache_seqlens, kv_start and block_table ---------------------------------------------------------------
+
+
+def _values_are_readable(call: DecodeCall) -> bool:
+    tensors = (call.q, call.cache_seqlens, call.kv_start, call.block_table)
+    return all(x is None or values_are_readable(x) for x in tensors) and not has_transforms()
+
+
+def _values_are_checked(call: DecodeCall) -> bool:
+    """Whether reading the values costs no wait for a device, so that every implementation raises for wrong ones."""
+    return call.q.device.type == "cpu" and _values_are_readable(call)
+
+
+def _check_values(call: DecodeCall, seqlen_new: int) -> None:
+    """Raises for a value that names no row, before ``seqlen_new`` keys a sequence are appended; nothing is written here.
+
+    The operator of the CPU and the reference refuse the same values, but they run after the append.
+    """
+    batch, capacity, page_size = call.q.shape[0], call.capacity, call.k.shape[1]
+    rows = "the rows a sequence may have" + (f", less the {seqlen_new} of k" if seqlen_new else "")
+    lengths = _numbers("cache_seqlens", call.cache_seqlens, batch, capacity, capacity - seqlen_new, rows)
+    starts = _numbers("kv_start", call.kv_start, batch, 0, capacity, "the rows a sequence may have")
+    if call.block_table is None:
+        return
+    for b, pages in enumerate(call.block_table.tolist()):
+        end = lengths[b] + seqlen_new
+        begin = starts[b] if call.window_left < 0 else max(starts[b], end - call.q.shape[1] - call.window_left)
+        if call.q.shape[1] == 0:
+            begin = end  # no query reads a key
+        for first, what in ((lengths[b], "k and v are appended"), (begin, "keys are read")):
+            for n in range(first // page_size, -(-end // page_size) if first < end else 0):
+                if not 0 <= pages[n] < call.k.shape[0]:
+                    expected = f"pages from 0 to {call.k.shape[0] - 1} where {what}"
+                    fail(ValueError, "block_table", expected, f"{pages[n]} at [{b}, {n}]")
+
+
+def _numbers(name: str, x: torch.Tensor | None, batch: int, default: int, most: int, rows: str) -> list[int]:
+    values: list[int] = [default] * batch if x is None else x.tolist()
+    for b, value in enumerate(values):
+        if not 0 <= value <= most:
+            fail(ValueError, name, f"numbers from 0 to {most} ({rows})", f"{value} for sequence {b}")
+    return values
 
 
 # ---- Implementations -------------------------------------------------------------------------------------------------

@@ -6,7 +6,8 @@ import torch
 
 from flashmla_hf.decode import decode_attention
 from flashmla_hf.dispatch import attention
-from flashmla_hf.validation import fail
+from flashmla_hf.torch_state import has_transforms, values_are_readable
+from flashmla_hf.validation import check_cached_layout, check_int32, fail
 
 
 def flash_attn_func(
@@ -102,8 +103,8 @@ def flash_attn_with_kvcache(
     q [batch, seqlen_q, heads, dim]; the caches [batch, capacity, heads_kv, dim], or with ``block_table`` [num_pages, page_size,
     heads_kv, dim]. k and v are written into the caches at ``cache_seqlens`` first. As there, causal and window_size are aligned
     to the last key, and ``cache_leftpad`` is the first key of each sequence. ``cache_batch_idx`` int32 [batch] is the cache's
-    row of each sequence; it needs a capacity that is a multiple of 16. ``s_aux`` [heads] are the sinks. ``rotary_cos``,
-    ``rotary_sin``, ``alibi_slopes`` and a ``num_splits`` above 1 raise.
+    row of each sequence, on a CPU refused if there is no such row; it needs a capacity that is a multiple of 16. ``s_aux``
+    [heads] are the sinks. ``rotary_cos``, ``rotary_sin``, ``alibi_slopes`` and a ``num_splits`` above 1 raise.
 
     Returns out, and with ``return_softmax_lse`` also lse fp32 [batch, heads, seqlen_q].
     """
@@ -112,13 +113,13 @@ def flash_attn_with_kvcache(
             fail(ValueError, name, "none (rotate q and k before the call)", "a tensor")
     if alibi_slopes is not None:
         fail(ValueError, "alibi_slopes", "none (pass the bias to flashmla_hf.attention as attn_mask)", "a tensor")
+    check_cached_layout(q, k_cache, v_cache, block_table)
     if isinstance(cache_seqlens, int):
         cache_seqlens = torch.full((q.shape[0],), cache_seqlens, dtype=torch.int32, device=q.device)
     if cache_batch_idx is not None:
         if block_table is not None:
             fail(ValueError, "cache_batch_idx", "none with block_table (which says where a sequence lies)", "a tensor")
-        if not isinstance(cache_batch_idx, torch.Tensor) or cache_batch_idx.dim() != 1:
-            fail(TypeError, "cache_batch_idx", "an int32 tensor [batch]", cache_batch_idx)
+        _check_cache_batch_idx(cache_batch_idx, q, k_cache.shape[0])
         if k_cache.shape[1] % 16 != 0:
             expected = "none, or a capacity that is a multiple of 16 (or pass k_cache[cache_batch_idx])"
             fail(ValueError, "cache_batch_idx", expected, f"a tensor and a capacity of {k_cache.shape[1]}")
@@ -128,3 +129,15 @@ def flash_attn_with_kvcache(
         scale=softmax_scale, is_causal=causal, window=window_size, softcap=softcap, sinks=s_aux, num_splits=num_splits,
         return_lse=return_softmax_lse,
     )  # fmt: skip
+
+
+def _check_cache_batch_idx(cache_batch_idx: torch.Tensor, q: torch.Tensor, rows: int) -> None:
+    """Under its own name: decode_attention would call it block_table."""
+    check_int32("cache_batch_idx", cache_batch_idx, q)
+    if tuple(cache_batch_idx.shape) != (q.shape[0],):
+        fail(ValueError, "cache_batch_idx", f"shape [{q.shape[0]}] (batch of q)", [*cache_batch_idx.shape])
+    if q.device.type != "cpu" or not values_are_readable(cache_batch_idx) or has_transforms():
+        return
+    for b, row in enumerate(cache_batch_idx.tolist()):
+        if not 0 <= row < rows:
+            fail(ValueError, "cache_batch_idx", f"rows of the cache, 0 to {rows - 1}", f"{row} for sequence {b}")

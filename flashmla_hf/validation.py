@@ -272,7 +272,7 @@ def validate_decode(
     for name, x in (("cache_seqlens", cache_seqlens), ("kv_start", kv_start)):
         if x is None:
             continue
-        _check_int32(name, x, q)
+        check_int32(name, x, q)
         if tuple(x.shape) != (q.shape[0],) or not x.is_contiguous():
             fail(ValueError, name, f"a contiguous tensor [{q.shape[0]}] (batch of q)", f"shape {[*x.shape]}")
     if scale is None:
@@ -295,7 +295,11 @@ def validate_decode(
     )  # fmt: skip
 
 
-def _check_int32(name: str, x: Any, q: torch.Tensor) -> None:
+def check_int32(name: str, x: Any, q: torch.Tensor) -> None:
+    """An argument of numbers: an int32 tensor on q's device."""
+    if isinstance(x, (list, tuple, int)):
+        expected = "a torch.Tensor (torch.tensor([...], dtype=torch.int32, device=q.device))"
+        fail(TypeError, name, expected, type(x).__name__)
     check_tensor(name, x)
     if x.dtype != torch.int32:
         fail(TypeError, name, "dtype int32 (call .int())", dtype_name(x.dtype))
@@ -303,8 +307,8 @@ def _check_int32(name: str, x: Any, q: torch.Tensor) -> None:
         fail(ValueError, name, f"device {q.device} (that of q)", x.device)
 
 
-def _check_cached(q: Any, k_cache: Any, v_cache: Any, block_table: Any) -> None:
-    """q, the caches and the table: together of fitting shapes."""
+def check_cached_layout(q: Any, k_cache: Any, v_cache: Any, block_table: Any) -> None:
+    """q and the caches: tensors of four dimensions."""
     layout = "[batch, capacity, heads_kv, dim] without block_table"
     if block_table is not None:
         layout = "[num_pages, page_size, heads_kv, dim] with block_table"
@@ -313,6 +317,12 @@ def _check_cached(q: Any, k_cache: Any, v_cache: Any, block_table: Any) -> None:
         check_tensor(name, x)
         if x.dim() != 4:
             fail(ValueError, name, expected, f"{x.dim()} dimensions {[*x.shape]}")
+
+
+def _check_cached(q: Any, k_cache: Any, v_cache: Any, block_table: Any) -> None:
+    """q, the caches and the table: together of fitting shapes."""
+    check_cached_layout(q, k_cache, v_cache, block_table)
+    for name, x in (("q", q), ("k_cache", k_cache), ("v_cache", v_cache)):
         if x.dtype != q.dtype:
             fail(TypeError, name, f"dtype {dtype_name(q.dtype)} (that of q)", dtype_name(x.dtype))
         if x.device != q.device:
@@ -329,15 +339,19 @@ def _check_cached(q: Any, k_cache: Any, v_cache: Any, block_table: Any) -> None:
         expected = f"shape {[*k_cache.shape[:-1]]} before the last dimension (that of k_cache)"
         fail(ValueError, "v_cache", expected, [*v_cache.shape[:-1]])
     if q.shape[-2] % k_cache.shape[-2] != 0:
-        fail(ValueError, "k_cache", f"a number of heads that divides q's {q.shape[-2]}", k_cache.shape[-2])
+        expected, got = f"a number of heads that divides q's {q.shape[-2]}", f"{k_cache.shape[-2]}"
+        # Transformers' caches, and perhaps its queries, are [batch, heads, seqlen, head_dim].
+        if k_cache.shape[1] > 0 and any(heads > 0 and heads % k_cache.shape[1] == 0 for heads in q.shape[1:3]):
+            got += ": tensors are [batch, seqlen, heads, head_dim]: call .transpose(1, 2)"
+        fail(ValueError, "k_cache", expected, got)
     if block_table is not None:
         _check_block_table(block_table, q, k_cache.shape[1])
     elif k_cache.shape[0] != q.shape[0]:
-        fail(ValueError, "k_cache", f"batch {q.shape[0]} (that of q)", k_cache.shape[0])
+        fail(ValueError, "k_cache", f"batch {q.shape[0]} (that of q), or pass block_table", k_cache.shape[0])
 
 
 def _check_block_table(block_table: Any, q: torch.Tensor, page_size: int) -> None:
-    _check_int32("block_table", block_table, q)
+    check_int32("block_table", block_table, q)
     if block_table.dim() != 2 or block_table.shape[0] != q.shape[0]:
         expected = f"shape [{q.shape[0]}, pages of a sequence] (batch of q)"
         fail(ValueError, "block_table", expected, [*block_table.shape])
@@ -345,7 +359,8 @@ def _check_block_table(block_table: Any, q: torch.Tensor, page_size: int) -> Non
         fail(ValueError, "block_table", "contiguous rows (call .contiguous())", f"stride {block_table.stride(1)}")
     if page_size < 1 or page_size % decode_ops.PAGE_SIZE_MULTIPLE != 0:
         expected = f"a page_size (its size 1) that is a multiple of {decode_ops.PAGE_SIZE_MULTIPLE}"
-        fail(ValueError, "k_cache", expected, page_size)
+        way_out = "allocate pages of such a size, or gather them into caches [batch, capacity, heads_kv, dim]"
+        fail(ValueError, "k_cache", expected, f"{page_size}: {way_out}")
 
 
 def check_appended(call: DecodeCall, k: Any, v: Any) -> None:

@@ -254,6 +254,38 @@ def test_what_is_not_covered_is_refused_by_name(name):
     assert str(error.value).startswith(f"flashmla attention: {message}")
 
 
+BAD_INDICES = [
+    (torch.tensor([0, 1]), TypeError, "expected dtype int32 (call .int()), got int64"),
+    ([0, 1], TypeError, "expected a torch.Tensor (torch.tensor([...], dtype=torch.int32, device=q.device)), got list"),
+    (int32([0], "cpu"), ValueError, "expected shape [2] (batch of q), got [1]"),
+    (int32([[0], [1]], "cpu"), ValueError, "expected shape [2] (batch of q), got [2, 1]"),
+    (int32([0, 3], "cpu"), ValueError, "expected rows of the cache, 0 to 2, got 3 for sequence 1"),
+    (int32([-1, 2], "cpu"), ValueError, "expected rows of the cache, 0 to 2, got -1 for sequence 0"),
+]
+
+
+@pytest.mark.parametrize(("index", "kind", "message"), BAD_INDICES)
+def test_a_wrong_cache_batch_idx_is_refused_by_its_name(index, kind, message):
+    x = inputs_of(DecodeCase(lengths=(20, 3, 33), capacity=48), torch.float32, "cpu")
+    before = x.k_cache.clone()
+    k, v = x.clean_k[:2, :1], x.clean_v[:2, :1]
+    with pytest.raises(kind) as error:
+        flash_attn_with_kvcache(x.q[:2], x.k_cache, x.v_cache, k, v, cache_seqlens=3, cache_batch_idx=index)
+    assert str(error.value) == f"flashmla attention: cache_batch_idx: {message}"
+    torch.testing.assert_close(x.k_cache, before, rtol=0, atol=0, equal_nan=True)
+
+
+def test_what_is_no_tensor_is_refused_by_its_name():
+    x = inputs_of(DecodeCase(lengths=(20,), capacity=48), torch.float32, "cpu")
+    index = int32([0], "cpu")
+    with pytest.raises(TypeError, match=r"^flashmla attention: k_cache: expected a torch.Tensor, got list$"):
+        flash_attn_with_kvcache(x.q, [1], x.v_cache, cache_batch_idx=index)
+    with pytest.raises(TypeError, match=r"^flashmla attention: q: expected a torch.Tensor, got NoneType$"):
+        flash_attn_with_kvcache(None, x.k_cache, x.v_cache, cache_seqlens=3)
+    with pytest.raises(ValueError, match=r"^flashmla attention: k_cache: expected \[batch, capacity, heads_kv, dim\] "):
+        flash_attn_with_kvcache(x.q, x.k_cache[0], x.v_cache, cache_batch_idx=index)
+
+
 def test_cache_batch_idx_and_block_table_exclude_each_other():
     x = inputs_of(DecodeCase(lengths=(20,), page_size=16), torch.float32, "cpu")
     with pytest.raises(ValueError, match="cache_batch_idx: expected none with block_table"):

@@ -36,7 +36,7 @@ WRONG = [
     ({"k_cache": torch.ones(2, 32, 2, 16, device="meta")}, ValueError, "k_cache: expected device cpu (that of q), got meta"),
     ({"k_cache": torch.ones(2, 32, 2, 8)}, ValueError, "k_cache: expected head_dim 16 (that of q), got 8"),
     ({"k_cache": torch.ones(3, 32, 2, 16), "v_cache": torch.ones(3, 32, 2, 16)}, ValueError,
-     "k_cache: expected batch 2 (that of q), got 3"),
+     "k_cache: expected batch 2 (that of q), or pass block_table, got 3"),
     ({"k_cache": torch.ones(2, 32, 3, 16), "v_cache": torch.ones(2, 32, 3, 16)}, ValueError,
      "k_cache: expected a number of heads that divides q's 4, got 3"),
     ({"k_cache": torch.ones(2, 32, 0, 16), "v_cache": torch.ones(2, 32, 0, 16)}, ValueError,
@@ -45,7 +45,16 @@ WRONG = [
      "v_cache: expected shape [2, 32, 2] before the last dimension (that of k_cache), got [2, 31, 2]"),
     ({"v_cache": torch.ones(2, 32, 16, 2).mT}, ValueError,
      "v_cache: expected a contiguous last dimension (call .contiguous()), got stride 2"),
-    ({"cache_seqlens": [20, 3]}, TypeError, "cache_seqlens: expected a torch.Tensor, got list"),
+    ({"cache_seqlens": [20, 3]}, TypeError,
+     "cache_seqlens: expected a torch.Tensor (torch.tensor([...], dtype=torch.int32, device=q.device)), got list"),
+    ({"cache_seqlens": 20}, TypeError,
+     "cache_seqlens: expected a torch.Tensor (torch.tensor([...], dtype=torch.int32, device=q.device)), got int"),
+    ({"k_cache": torch.ones(2, 2, 32, 16), "v_cache": torch.ones(2, 2, 32, 16)}, ValueError,
+     "k_cache: expected a number of heads that divides q's 4, got 32: tensors are [batch, seqlen, heads, head_dim]: call "
+     ".transpose(1, 2)"),
+    ({"q": torch.ones(2, 4, 1, 16), "k_cache": torch.ones(2, 2, 32, 16), "v_cache": torch.ones(2, 2, 32, 16)}, ValueError,
+     "k_cache: expected a number of heads that divides q's 1, got 32: tensors are [batch, seqlen, heads, head_dim]: call "
+     ".transpose(1, 2)"),
     ({"cache_seqlens": torch.tensor([20, 3])}, TypeError, "cache_seqlens: expected dtype int32 (call .int()), got int64"),
     ({"cache_seqlens": int32([20], "cpu")}, ValueError,
      "cache_seqlens: expected a contiguous tensor [2] (batch of q), got shape [1]"),
@@ -86,9 +95,11 @@ WRONG_PAGES = [
     ({"block_table": int32([[0, 1], [2, 3]], "cpu").T}, ValueError,
      "block_table: expected contiguous rows (call .contiguous()), got stride 2"),
     ({"k_cache": torch.ones(7, 24, 2, 16), "v_cache": torch.ones(7, 24, 2, 16)}, ValueError,
-     "k_cache: expected a page_size (its size 1) that is a multiple of 16, got 24"),
+     "k_cache: expected a page_size (its size 1) that is a multiple of 16, got 24: allocate pages of such a size, or gather them "
+     "into caches [batch, capacity, heads_kv, dim]"),
     ({"k_cache": torch.ones(7, 0, 2, 16), "v_cache": torch.ones(7, 0, 2, 16)}, ValueError,
-     "k_cache: expected a page_size (its size 1) that is a multiple of 16, got 0"),
+     "k_cache: expected a page_size (its size 1) that is a multiple of 16, got 0: allocate pages of such a size, or gather them "
+     "into caches [batch, capacity, heads_kv, dim]"),
     ({"k_cache": torch.ones(2, 4, 16)}, ValueError,
      "k_cache: expected [num_pages, page_size, heads_kv, dim] with block_table, got 3 dimensions [2, 4, 16]"),
     ({"k_cache": torch.ones(0, 16, 2, 16), "v_cache": torch.ones(0, 16, 2, 16), "k": torch.ones(2, 1, 2, 16),
@@ -131,9 +142,53 @@ VALUES = [
 @pytest.mark.parametrize("impl", ["cpu", "reference"])
 @pytest.mark.parametrize(("page_size", "name", "values", "message"), VALUES)
 def test_values_that_name_no_row_are_refused(impl, page_size, name, values, message):
-    with pytest.raises((ValueError, RuntimeError)) as error:
-        decode_attention(**arguments(page_size, **{name: int32(values, "cpu")}), impl=impl)
-    assert str(error.value).endswith(f": {name}: expected {message}")
+    tensors = arguments(page_size, **{name: int32(values, "cpu")})
+    for options in ({}, {"return_lse": True}):
+        with pytest.raises(ValueError) as error:
+            decode_attention(**tensors, impl=impl, **options)
+        assert str(error.value) == f"flashmla attention: {name}: expected {message}"
+    operator_tensors = dict(zip(NAMES, tensors.values(), strict=True))
+    with pytest.raises(RuntimeError) as error:
+        call(operator_tensors)
+    assert str(error.value) == f"flash_attn_decode: {name}: expected {message}"
+
+
+# With one new key a sequence.
+VALUES_BEFORE_AN_APPEND = [
+    (0, "kv_start", [-1, 3], "kv_start: expected numbers from 0 to 32 (the rows a sequence may have), got -1 for sequence 0"),
+    (0, "kv_start", [0, 33], "kv_start: expected numbers from 0 to 32 (the rows a sequence may have), got 33 for sequence 1"),
+    (0, "cache_seqlens", [32, 3],
+     "cache_seqlens: expected numbers from 0 to 31 (the rows a sequence may have, less the 1 of k), got 32 for sequence 0"),
+    (16, "kv_start", [0, -5], "kv_start: expected numbers from 0 to 32 (the rows a sequence may have), got -5 for sequence 1"),
+    (16, "block_table", [[7, 1], [2, 0]], "block_table: expected pages from 0 to 6 where keys are read, got 7 at [0, 0]"),
+    (16, "block_table", [[0, 1], [-1, 0]],
+     "block_table: expected pages from 0 to 6 where k and v are appended, got -1 at [1, 0]"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("impl", [None, "cpu", "reference"])
+@pytest.mark.parametrize(("page_size", "name", "values", "message"), VALUES_BEFORE_AN_APPEND)
+def test_values_are_refused_before_new_keys_are_written(impl, page_size, name, values, message):
+    tensors = arguments(page_size, **{name: int32(values, "cpu")})
+    before = [tensors[cache].clone() for cache in ("k_cache", "v_cache")]
+    new = torch.ones(2, 1, 2, 16)
+    with pytest.raises(ValueError) as error:
+        decode_attention(**tensors, k=new, v=new, impl=impl)
+    assert str(error.value) == f"flashmla attention: {message}"
+    for cache, kept in zip(("k_cache", "v_cache"), before, strict=True):
+        torch.testing.assert_close(tensors[cache], kept, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("impl", ["cpu", "reference"])
+def test_pages_that_neither_a_query_nor_an_append_needs_may_be_anything(impl):
+    tensors = arguments(16, cache_seqlens=int32([20, 3], "cpu"), block_table=int32([[-1, 1], [2, 99]], "cpu"))
+    tensors["kv_start"] = int32([16, 0], "cpu")
+    for cache in ("k_cache", "v_cache"):
+        tensors[cache] = tensors[cache].nan_to_num(1.0)
+    new = torch.ones(2, 1, 2, 16)
+    assert torch.isfinite(decode_attention(**tensors, k=new, v=new, impl=impl)).all()
+    windowed = {**tensors, "kv_start": None}
+    assert torch.isfinite(decode_attention(**windowed, k=new, v=new, window=(4, 0), impl=impl)).all()
 
 
 # ---- Implementations -------------------------------------------------------------------------------------------------

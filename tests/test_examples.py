@@ -17,6 +17,7 @@ import types
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLES = ROOT / "examples"
@@ -122,6 +123,24 @@ IN_FLOAT32 = ("--dtype", "float32", "--bf16", "False")
 def test_trl_sft(options, data, model):
     needs("trl")
     assert_same("trl_sft.py", data, model, ("--dataset", "chats.jsonl", *IN_FLOAT32, *options))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("script", "dataset", "options"),
+    [("trl_sft.py", "chats", ("--packing", "--max_length", "64")), ("transformers_trainer.py", "texts", ("--bf16",))],
+)
+def test_without_a_gpu_an_example_needs_no_option_for_it(script, dataset, options, data, model):
+    """The command of the page, without ``--use_cpu``: Transformers refuses bf16 on a machine without a GPU otherwise."""
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    if script.startswith("trl"):
+        needs("trl")
+    run(
+        data, EXAMPLES / script, "--model_name_or_path", model, "--dataset", f"{dataset}.jsonl", "--output_dir", "out",
+        "--max_steps", "1", "--report_to", "none", *options,
+    )  # fmt: skip
+    assert list((data / "out").glob("*.safetensors"))
 
 
 @pytest.mark.slow

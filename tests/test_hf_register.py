@@ -364,3 +364,10 @@ def test_without_transformers_the_import_does_nothing(tmp_path):
         tmp_path,
     )
     assert "True" in out
+
+
+@pytest.mark.parametrize("what", ["tiny", None])
+def test_check_of_what_is_no_model_says_so(what):
+    with pytest.raises(TypeError) as error:
+        flashmla_hf.check(what)
+    assert str(error.value) == f"check: model: expected a torch.nn.Module, got {type(what).__name__}; load it first"

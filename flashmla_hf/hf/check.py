@@ -72,7 +72,12 @@ class Report:
 
 
 def check(model: torch.nn.Module) -> Report:
-    """A :class:`Report` on every attention layer of ``model``, a Transformers model (or a module that contains one)."""
+    """A :class:`Report` on every attention layer of ``model``, a Transformers model (or a module that contains one).
+
+    Raises TypeError if ``model`` is not a module, its name for example.
+    """
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError(f"check: model: expected a torch.nn.Module, got {type(model).__name__}; load it first")
     layers = []
     for name, module in model.named_modules():
         if not _is_attention(type(module)) or _contains_attention(module):

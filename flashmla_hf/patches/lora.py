@@ -60,14 +60,18 @@ def patch_lora(model: nn.Module, replacements: Replacements) -> None:
     """Replaces ``forward`` of every one of :func:`adapted_layers` that has no forward of its own instance."""
     found = adapted_layers(model)
     if not found:
-        raise structure.refuse(
+        others = left_to_peft(model)
+        error = structure.refuse(
             model,
             "lora",
             "modules",
             "a peft.tuners.lora.Linear over a torch.nn.Linear or a bitsandbytes.nn.Linear4bit (call get_peft_model before "
             "patch)",
-            left_to_peft(model) or "none",
+            others or "none",
         )
+        if others is None:
+            error.reason = "the model has no LoRA adapters"  # what a report says: most models have none, and need none
+        raise error
     for module in (m for m in found if "forward" not in vars(m)):
         replacements.set(module, "forward", _adapted(module))
 
