@@ -72,6 +72,8 @@ from flashmla_hf.training.packing import Collator, largest_id
 from flashmla_hf.training.step import run_batches, step_batches
 from flashmla_hf.training.stream import PackStream, StreamPlace
 
+RESUME_ADVICE = "--resume_from_checkpoint latest continues from the last checkpoint"
+
 
 @dataclass
 class Run:
@@ -358,22 +360,21 @@ def main(argv: list[str] | None = None, command: str = "finetune") -> None:
         else:
             train(model_args, data_args, args)
     except UserError as error:
-        sys.exit(f"finetune: {error}")
-    except KeyboardInterrupt:
-        print(
-            "finetune: interrupted; --resume_from_checkpoint latest continues from the last checkpoint", file=sys.stderr
-        )
+        sys.exit(f"{command}: {error}")
+    except KeyboardInterrupt as interrupt:
+        advice = "a new search begins anew" if searches else RESUME_ADVICE
+        print(f"{command}: interrupted; {str(interrupt) or advice}", file=sys.stderr)
         sys.exit(130)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        sys.exit(f"finetune: {args.output_dir}: {error.strerror}; what is saved there stays: make room and resume")
+        sys.exit(f"{command}: {args.output_dir}: {error.strerror}; what is saved there stays: make room and resume")
     except (RuntimeError, MemoryError, ValueError) as error:
         if str(error).startswith("flashmla_hf.patch"):  # no room on the host, a call that a patch cannot follow
-            sys.exit(f"finetune: {' '.join(str(error).split())}")
+            sys.exit(f"{command}: {' '.join(str(error).split())}")
         if not machine.is_out_of_memory(error):
             raise
-        sys.exit(f"finetune: {max_length.OUT_OF_MEMORY}; {out_of_memory_message(model_args, data_args, args)}")
+        sys.exit(f"{command}: {max_length.OUT_OF_MEMORY}; {out_of_memory_message(model_args, data_args, args)}")
 
 
 if __name__ == "__main__":
