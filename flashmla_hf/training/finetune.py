@@ -9,7 +9,7 @@
 Options are named as in Transformers' and TRL's scripts. ``--config`` names a YAML file of them, and the command line wins.
 
 A run is five stages, each a function: prepare_data, prepare_model, resume, train_steps (the loop) and finish. ``--patches``
-names the memory patches of flashmla_hf (all, or some of its PATCHES). ``--find_max_length`` looks for the longest
+names the memory patches of flashmla_hf (all, or some of its PATCHES). ``flashmla max-length`` looks for the longest
 ``max_length`` that fits with the other options and trains nothing. Held-out documents are evaluated by position.
 """
 
@@ -45,6 +45,7 @@ from flashmla_hf.training.arguments import (
     ModelArguments,
     TrainingArguments,
     UserError,
+    end,
     first_line,
     parse_arguments,
 )
@@ -133,7 +134,7 @@ def train(model_args: ModelArguments, data_args: DataArguments, args: TrainingAr
     accelerator = Accelerator(
         mixed_precision="bf16" if args.bf16 else "no",
         cpu=args.use_cpu,
-        log_with="tensorboard" if args.report_to == "tensorboard" else None,
+        log_with="tensorboard" if args.logs_to_tensorboard else None,
         project_dir=args.output_dir,
     )
     set_seed(args.seed)
@@ -245,7 +246,7 @@ def train_steps(run: Run) -> None:
     """The loop: steps until ``max_steps``, with logs, evaluations and checkpoints between them."""
     args, accelerator, state, model = run.args, run.accelerator, run.state, run.model
     device, eval_packs = accelerator.device, run.data.eval_packs
-    if args.report_to == "tensorboard":
+    if args.logs_to_tensorboard:
         accelerator.init_trackers("runs")
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -360,7 +361,7 @@ def main(argv: list[str] | None = None, command: str = "finetune") -> None:
         else:
             train(model_args, data_args, args)
     except UserError as error:
-        sys.exit(f"{command}: {error}")
+        end(command, error)
     except KeyboardInterrupt as interrupt:
         advice = "a new search begins anew" if searches else RESUME_ADVICE
         print(f"{command}: interrupted; {str(interrupt) or advice}", file=sys.stderr)
