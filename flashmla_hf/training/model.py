@@ -207,4 +207,4 @@ def out_of_memory_message(model_args: ModelArguments, data_args: DataArguments, 
     advice = "lower --max_length or add --gradient_checkpointing, --patches all, --use_peft"
     if ledger is not None:
         advice = ledger.advice(tokens)
-    return f"{advice}. --find_max_length looks for the longest that fits"
+    return f"{advice}. flashmla max-length finds the longest that fits"
