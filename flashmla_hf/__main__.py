@@ -13,7 +13,7 @@ _TRAINING = {
     "memory": ("flashmla_hf.training.memory", "measure memory and time of a training step"),
     "ledger": ("flashmla_hf.training.ledger", "predict the memory of a training step, term by term"),
 }
-_WITHOUT_EXTRA = ("ledger",)  # needs Transformers alone
+_WITHOUT_EXTRA = ("ledger", "check")  # need Transformers alone
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -28,6 +28,8 @@ def main(arguments: list[str] | None = None) -> int:
 
         return doctor.main(as_json=options.json)
     if options.command == "check":
+        if _lacks_packages("check"):
+            return 1
         from flashmla_hf import check_command
 
         return check_command.main(options.model)
@@ -41,7 +43,7 @@ def _parser() -> argparse.ArgumentParser:
         description='Exact, memory-efficient attention for Hugging Face Transformers: attn_implementation="flashmla".',
         epilog="flashmla COMMAND --help describes a command. python -m flashmla_hf COMMAND is the same.",
     )
-    commands = parser.add_subparsers(dest="command", title="commands", metavar="")
+    commands = parser.add_subparsers(dest="command", title="commands", metavar="command")
     for name, (_, line) in _TRAINING.items():
         commands.add_parser(name, help=line, add_help=False)
     check = commands.add_parser(
@@ -61,13 +63,19 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _run_training(command: str, arguments: list[str]) -> int:
+def _lacks_packages(command: str) -> bool:
+    """Whether packages that ``command`` needs are not installed; says which, and how to install them."""
     from flashmla_hf import training
 
     missing = training.missing_packages()
     needed = [name for name in missing if name == "transformers"] if command in _WITHOUT_EXTRA else missing
     if needed:
         print(f"flashmla {command}: not installed: {', '.join(needed)}. Run: {training.EXTRA}", file=sys.stderr)
+    return bool(needed)
+
+
+def _run_training(command: str, arguments: list[str]) -> int:
+    if _lacks_packages(command):
         return 1
     module = importlib.import_module(_TRAINING[command][0])
     if command == "max-length":

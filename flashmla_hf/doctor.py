@@ -250,7 +250,7 @@ def show(report: dict, as_json: bool = False) -> None:
         print(json.dumps(report, indent=2))
         return
     sections = _sections(report)
-    verdict = "All is well." if report["passed"] else "Problems:"
+    verdict = _verdict(report)
     try:
         from rich.console import Console
         from rich.markup import escape
@@ -279,6 +279,17 @@ def show(report: dict, as_json: bool = False) -> None:
     console.print(f"[bold {'green' if report['passed'] else 'red'}]{verdict}[/]")
     for problem in report["problems"]:
         console.print(f"  - {escape(problem)}")
+
+
+def _verdict(report: dict) -> str:
+    if not report["passed"]:
+        return "Problems:"
+    if report["transformers"]["registered names"] is None:
+        return (
+            'All is well for attention without Transformers; the name attn_implementation="flashmla" and the commands '
+            "check, ledger and finetune need it: pip install transformers."
+        )
+    return "All is well."
 
 
 def _sections(report: dict) -> list[tuple[str, list[tuple[str, str, bool | None]]]]:

@@ -3,7 +3,7 @@
     python scripts/finetune.py --config scripts/configs/lora.yaml --train_file notes/ --output_dir results/notes
     accelerate launch scripts/finetune.py --config scripts/configs/lora.yaml --train_file notes/ --output_dir results/notes
     python scripts/finetune.py --config scripts/configs/lora.yaml ... --resume_from_checkpoint latest
-    python scripts/finetune.py --config scripts/configs/lora-long.yaml ... --find_max_length
+    flashmla max-length --config scripts/configs/lora-long.yaml ...
     tensorboard --logdir results/notes/runs
 
 This is the run of ``flashmla finetune`` and of ``accelerate launch -m flashmla_hf.training.finetune``. Its stages are

@@ -50,8 +50,21 @@ def test_a_missing_extra_is_named_with_its_command(monkeypatch, capsys):
         training.importlib.util, "find_spec", lambda name: None if name in ("peft", "yaml") else found(name)
     )
     code, said = _flashmla(capsys, "finetune", "--help")
-    assert (code, said) == (1, 'flashmla finetune: not installed: peft, yaml. Run: pip install "flashmla_hf[train]"\n')
+    hint = 'Run: pip install "flashmla_hf[train]", or in a checkout pip install ".[train]"\n'
+    assert (code, said) == (1, f"flashmla finetune: not installed: peft, yaml. {hint}")
     assert _flashmla(capsys, "ledger", "llama-8b")[0] == 0
+    monkeypatch.setattr(
+        training.importlib.util, "find_spec", lambda name: None if name == "transformers" else found(name)
+    )
+    for command in ("check", "ledger"):
+        assert _flashmla(capsys, command, "x") == (1, f"flashmla {command}: not installed: transformers. {hint}")
+
+
+def test_the_usage_names_what_is_missing(capsys):
+    assert _flashmla(capsys, "--help")[1].startswith("usage: flashmla [-h] command ...")
+    code, said = _flashmla(capsys, "nurse")
+    assert code == 2
+    assert "argument command: invalid choice: 'nurse'" in said
 
 
 def test_check_reports_a_model_without_its_weights(tiny_model, capsys):

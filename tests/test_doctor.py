@@ -243,6 +243,15 @@ def test_the_printed_report_names_every_field(has_rich, problems, report, monkey
     assert all(problem in text for problem in problems)
 
 
+def test_without_transformers_not_all_is_well(report, capsys):
+    state = {**report["transformers"], "registered names": None}
+    doctor.show({**report, "transformers": state, "problems": [], "passed": True})
+    text = " ".join(capsys.readouterr().out.split())
+    assert "Transformers is not installed" in text
+    assert "All is well for attention without Transformers; " in text
+    assert "All is well." not in text
+
+
 def test_the_exit_code_says_pass_or_fail(report, monkeypatch, capsys):
     for passed, code in ((True, 0), (False, 1)):
         monkeypatch.setattr(doctor, "examine", lambda passed=passed: {**report, "passed": passed})

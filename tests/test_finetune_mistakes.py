@@ -8,7 +8,7 @@ import pytest
 import torch
 from training_support import SCRIPTS, options
 
-from flashmla_hf.training import checkpoints, finetune, machine
+from flashmla_hf.training import arguments, checkpoints, finetune, machine, memory
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate_state")
 
@@ -38,6 +38,11 @@ MISTAKES = {  # name: (changed options, file contents to write, what the sentenc
     ),
     "no checkpoint": ({"resume_from_checkpoint": "nowhere"}, {}, "no checkpoint there"),
     "unknown option in YAML": ({"config": "c.yaml"}, {"c.yaml": "lr: 1"}, "unknown option 'lr'"),
+    "mistyped option in YAML": (
+        {"config": "c.yaml"},
+        {"c.yaml": "max_lenght: 3"},
+        "c.yaml: unknown option 'max_lenght'; did you mean 'max_length'? --help lists the options",
+    ),
     "bad YAML": ({"config": "c.yaml"}, {"c.yaml": "a: [1"}, "--config c.yaml cannot be read"),
     "wrong module": (
         {"use_peft": True, "lora_target_modules": "nothing_proj"},
@@ -105,6 +110,39 @@ def test_a_mistake_ends_with_one_sentence(mistake, tiny_model, corpus, tmp_path,
     assert message.startswith("finetune: ")
     assert sentence in message
     assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--max_lenght", "3"], "unknown option '--max_lenght'; did you mean '--max_length'? --help lists the options"),
+        (["--max-lenght=3"], "unknown option '--max-lenght'; did you mean '--max-length'? --help lists the options"),
+        (["--zzz"], "unknown option '--zzz'; --help lists the options"),
+        (["stray"], "unexpected argument 'stray'; --help lists the options"),
+    ],
+)
+def test_a_word_that_is_no_option_ends_as_argparse_ends(words, said, tiny_model, corpus, tmp_path, capsys):
+    for argv in ([*options(tiny_model, corpus, tmp_path), *words], words):
+        if argv == ["stray"]:
+            continue  # argparse names the options that are missing
+        with pytest.raises(SystemExit) as caught:
+            finetune.main(argv)
+        assert caught.value.code == 2
+        assert capsys.readouterr().err == f"finetune: {said}\n"
+    with pytest.raises(SystemExit) as caught:
+        memory.main(["--tokens", "8", *options(tiny_model, corpus, tmp_path), *words])
+    assert caught.value.code == 2
+    assert capsys.readouterr().err == f"flashmla memory: {said}\n"
+
+
+def test_logs_go_to_tensorboard_only_if_it_is_installed(monkeypatch):
+    required = ["--model_name_or_path", "m", "--train_file", "t", "--output_dir", "o"]
+    for is_installed in (True, False):
+        monkeypatch.setattr(arguments, "has_tensorboard", lambda is_installed=is_installed: is_installed)
+        assert finetune.parse_arguments(required)[2].logs_to_tensorboard is is_installed
+        assert not finetune.parse_arguments([*required, "--report_to", "none"])[2].logs_to_tensorboard
+    with pytest.raises(arguments.UserError, match="--report_to tensorboard: not installed: tensorboard"):
+        finetune.parse_arguments([*required, "--report_to", "tensorboard"])
 
 
 def test_the_yaml_file_sets_options_and_the_command_line_wins(tmp_path):

@@ -200,6 +200,18 @@ def test_the_ledger_prints_its_table(capsys):
     out = capsys.readouterr().out
     assert "| logits and cross-entropy | 1,503 | 46.97 |" in out
     assert "longest context in 80 GiB" in out
+    assert "by memory" not in out
+    first = "assumed: 32,768 tokens x 1, LoRA of rank 16, bfloat16, attention flashmla, patches none, gradient_checkpointing, a"
+    assert out.startswith(f"{first} card of 80 GiB\n")
+
+
+def test_the_ledger_names_the_positions_that_memory_is_beyond(tiny_model, capsys):
+    ledger.main([str(tiny_model), "--max_length", "4096", "--full", "--batch_size", "2", "--patches", "rope", "loss"])
+    out = capsys.readouterr().out
+    assert "assumed: 4,096 tokens (beyond the model's 2,048 positions) x 2, all weights trained, bfloat16, " in out
+    assert "attention flashmla, patches loss rope, a card of 80 GiB" in out
+    assert " tokens by memory; the model has 2,048 positions" in out
+    assert Shape.of(models.SHAPES["tiny"]).positions == 8192
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 from training_support import ON_PATH, options
@@ -30,13 +34,87 @@ def test_the_search_finds_the_length_and_writes_it(tiny_model, tmp_path, monkeyp
     monkeypatch.setattr(max_length, "run_trial", limited)
     monkeypatch.setattr(ledger.Ledger, "longest", lambda self, memory: 512)
     monkeypatch.setattr(machine, "memory_available", lambda device: 4 * GIB)
-    arguments = options(tiny_model, tmp_path, tmp_path / "out", use_peft=True, find_max_length=True)
+    arguments = options(tiny_model, tmp_path, tmp_path / "out", use_peft=True, find_max_length=True, max_length=4096)
     finetune.main(arguments)
     result = json.loads((tmp_path / "out" / "max_length.json").read_text())
     assert result["trials"][0]["status"] == "ok", result
     assert result["trials"][0]["peak_bytes"] > 0
     assert 0.96 * limit <= result["max_length"] <= limit < result["first_that_does_not_fit"]
-    assert "max_length: " in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "max_length: " in said
+    assert "bounded by max_length 4,096, beyond the model's 2,048 positions" in said
+
+
+def test_the_search_ends_at_the_positions_of_the_model(tiny_model, tmp_path, monkeypatch, capsys):
+    def fits(argv, length, timeout):
+        return {"length": length, "status": "ok", "peak_bytes": 2**20 * length, "seconds": 1.0}
+
+    monkeypatch.setattr(max_length, "run_trial", fits)
+    for predicted in (10**7, 512):
+        monkeypatch.setattr(ledger.Ledger, "longest", lambda self, memory, predicted=predicted: predicted)
+        finetune.main(options(tiny_model, tmp_path, tmp_path / "out"), "max-length")
+        result = json.loads((tmp_path / "out" / "max_length.json").read_text())
+        assert result["max_length"] == max(trial["length"] for trial in result["trials"]) == 2048
+        said = capsys.readouterr().out
+        first = min(predicted, 2048)
+        assert f"trying {first:,} tokens, for at most 600 s\n{first:>9,} tokens: ok" in said
+        assert (
+            said.count("bounded by the model's 2,048 positions (max_position_embeddings); a larger --max_length") == 2
+        )
+    assert max_length.search_bound(None, 10**6) == (None, "")
+    assert max_length.search_bound(512, 1024)[0] == 512  # 1024 is the default: nobody asked for it
+
+
+def test_an_interrupted_search_says_what_it_has_found(tiny_model, tmp_path, monkeypatch, capsys):
+    trials, allowed = [], [0]
+
+    def interrupted(argv, length, timeout):
+        if len(trials) == allowed[0]:
+            raise KeyboardInterrupt
+        trials.append(length)
+        return {"length": length, "status": "ok", "peak_bytes": 2**20 * length, "seconds": 1.0}
+
+    monkeypatch.setattr(max_length, "run_trial", interrupted)
+    monkeypatch.setattr(ledger.Ledger, "longest", lambda self, memory: 512)
+    for count, said in ((0, "no trial has ended"), (1, "up to 512 tokens fit so far; the trials that ended are in ")):
+        allowed[0] = count
+        with pytest.raises(SystemExit) as caught:
+            finetune.main(options(tiny_model, tmp_path, tmp_path / "out"), "max-length")
+        assert caught.value.code == 130
+        found = capsys.readouterr().err
+        assert f"max-length: interrupted; {said}" in found
+        assert "--resume" not in found
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP], ids=lambda number: number.name)
+def test_a_signal_that_ends_the_search_ends_the_trial(number, tmp_path):
+    """The trial has a child of its own; both are gone, and the parent ends as the signal ends any Python process."""
+    written = tmp_path / "pids"
+    child = (
+        "import os, subprocess, sys, time; "
+        "p = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)']); "
+        f"open({str(written) + '.part'!r}, 'w').write(f'{{os.getpid()}} {{p.pid}}'); "
+        f"os.rename({str(written) + '.part'!r}, {str(written)!r}); time.sleep(60)"
+    )
+    program = f"import sys; from flashmla_hf.training import child_process as c; c.run([sys.executable, '-c', {child!r}], 'X', 60)"
+    parent = subprocess.Popen([sys.executable, "-c", program], env=ON_PATH, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 50
+    while not written.exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    pids = [int(pid) for pid in written.read_text().split()]
+    os.kill(parent.pid, number)
+    assert parent.wait(20) == -number
+    deadline = time.monotonic() + 10
+    while any(map(_is_running, pids)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not any(map(_is_running, pids))
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
 
 
 def test_a_trial_without_host_memory_counts_as_too_long(tmp_path, monkeypatch):

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import importlib.util
 
-EXTRA = 'pip install "flashmla_hf[train]"'
+EXTRA = 'pip install "flashmla_hf[train]", or in a checkout pip install ".[train]"'
 # The modules that the extra brings.
 _MODULES = ("transformers", "accelerate", "peft", "datasets", "yaml", "tqdm")
 

@@ -2,18 +2,38 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 from transformers import HfArgumentParser
 
-from flashmla_hf.training.options import set_defaults
+from flashmla_hf.training.options import check_names, set_defaults
 
 
 class UserError(ValueError):
     """A mistake that the caller can mend. The message is the one sentence that is printed."""
+
+
+class UnknownOptionError(UserError):
+    """A word of the command line that is no option."""
+
+
+def end(command: str, error: UserError) -> NoReturn:
+    """Ends the process with the error's sentence; with argparse's exit code, 2, if a word is no option."""
+    if isinstance(error, UnknownOptionError):
+        print(f"{command}: {error}", file=sys.stderr)
+        sys.exit(2)
+    sys.exit(f"{command}: {error}")
+
+
+def has_tensorboard() -> bool:
+    """Whether a package that accelerate writes TensorBoard's files with is installed."""
+    return any(importlib.util.find_spec(name) for name in ("tensorboard", "tensorboardX"))
 
 
 def first_line(error: BaseException) -> str:
@@ -145,7 +165,13 @@ class TrainingArguments:
     resume_from_checkpoint: str | None = field(
         default=None, metadata={"help": "a checkpoint folder, or latest: the last one in output_dir, if any"}
     )
-    report_to: str = field(default="tensorboard", metadata={"choices": ["tensorboard", "none"]})
+    report_to: str = field(
+        default="auto",
+        metadata={
+            "help": "logs beside trainer_state.json: auto (the default: tensorboard if it is installed), tensorboard, none",
+            "choices": ["auto", "tensorboard", "none"],
+        },
+    )
     disable_tqdm: bool = field(default=False)
     find_max_length: bool = field(
         default=False, metadata={"help": "look for the longest max_length that fits, write max_length.json, and end"}
@@ -154,6 +180,10 @@ class TrainingArguments:
     trial_length: int | None = field(
         default=None, metadata={"help": "for the processes of --find_max_length: try this length and end"}
     )
+
+    @property
+    def logs_to_tensorboard(self) -> bool:
+        return self.report_to == "tensorboard" or (self.report_to == "auto" and has_tensorboard())
 
     @property
     def device_type(self) -> str:
@@ -197,6 +227,10 @@ def parse_arguments(
     )
     parser.add_argument("--config", metavar="FILE.yaml", help="YAML file of options; the command line wins")
     try:
+        check_names(parser, argv)
+    except ValueError as error:
+        raise UnknownOptionError(str(error)) from None
+    try:
         set_defaults(parser, argv)
     except ValueError as error:
         raise UserError(str(error)) from None
@@ -206,12 +240,18 @@ def parse_arguments(
                 "?",
                 True,
             )  # a switch like the others, which HfArgumentParser makes of a bool alone
-    model_args, data_args, args, _ = parser.parse_args_into_dataclasses(args=argv)
+    model_args, data_args, args, _, rest = parser.parse_args_into_dataclasses(
+        args=argv, return_remaining_strings=True, look_for_args_file=False
+    )
+    if rest:
+        raise UnknownOptionError(f"unexpected argument {rest[0]!r}; --help lists the options")
     _check_numbers(model_args, data_args, args)
     _check_names(model_args, data_args, args)
     is_search = args.find_max_length or args.trial_length is not None  # on random tokens
     if not is_search and (data_args.train_file is None) == (data_args.dataset_name is None):
         raise UserError("expected exactly one of --train_file and --dataset_name")
+    if args.report_to == "tensorboard" and not has_tensorboard():
+        raise UserError("--report_to tensorboard: not installed: tensorboard. Run: pip install tensorboard")
     if data_args.dataset_test_split is not None and data_args.dataset_name is None:
         raise UserError("--dataset_test_split: expected it with --dataset_name; files have --validation_file")
     if data_args.dataset_test_split is not None and data_args.validation_file is not None:

@@ -7,7 +7,12 @@ import json
 import os
 import signal
 import subprocess
-from dataclasses import dataclass
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+# The child has a session of its own, so a terminal's Ctrl-C or hang-up reaches this process alone.
+ENDING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 @dataclass(frozen=True)
@@ -25,26 +30,68 @@ class Outcome:
 def run(command: list[str], mark: str, timeout: float) -> Outcome:
     """Runs ``command`` for at most ``timeout`` seconds and reads the line of JSON that begins with ``mark``.
 
-    Never raises for anything that happens in the process.
+    Never raises for anything that happens in the process. A signal that ends this process ends the child and its children
+    first.
     """
     # Waiting threads sleep instead of spinning: beside other work, spinning makes a step ten times slower.
     env = {"OMP_WAIT_POLICY": "PASSIVE"} | os.environ
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env, start_new_session=True
-    )
-    try:
-        stdout, stderr = process.communicate(timeout=timeout)
-    except subprocess.TimeoutExpired:
-        return Outcome("timeout", f"took longer than {timeout:.0f} s")
-    finally:
-        # Also if this process is interrupted: no child outlives its reader.
-        if process.poll() is None:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.communicate()
+    with _ending_signals_kept() as kept:
+        process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env, start_new_session=True
+        )
+        try:
+            kept.process = process
+            if kept.received:  # while the child was made
+                _kill(process)
+            stdout, stderr = process.communicate(timeout=timeout)
+        except subprocess.TimeoutExpired:
+            return Outcome("timeout", f"took longer than {timeout:.0f} s")
+        finally:
+            # Also after an exception: no child outlives its reader.
+            if process.poll() is None:
+                _kill(process)
+                process.communicate()
     for line in stdout.splitlines():
         if line.startswith(mark):
             return Outcome("ok", result=json.loads(line.removeprefix(mark)))
     if process.returncode == -signal.SIGKILL:
         return Outcome("out_of_memory", "the system killed the process")
     return Outcome("error", (stderr.strip() or "no output").splitlines()[-1])
+
+
+@dataclass
+class _Kept:
+    """The child, and the signals that came while it ran."""
+
+    process: subprocess.Popen | None = None
+    received: list[int] = field(default_factory=list)
+
+
+def _kill(process: subprocess.Popen) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+
+
+@contextlib.contextmanager
+def _ending_signals_kept() -> Iterator[_Kept]:
+    """Within it, a signal of ENDING_SIGNALS kills the child; at its end, the signal does what it did before."""
+    kept, before = _Kept(), {}
+
+    def end_child(number: int, frame: object) -> None:
+        kept.received.append(number)
+        if kept.process is not None:
+            _kill(kept.process)
+
+    # Only the main thread may set handlers. A signal that is ignored (nohup) stays so.
+    if threading.current_thread() is threading.main_thread():
+        for number in ENDING_SIGNALS:
+            handler = signal.getsignal(number)
+            if handler not in (None, signal.SIG_IGN):
+                before[number] = signal.signal(number, end_child)
+    try:
+        yield kept
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        if kept.received:
+            os.kill(os.getpid(), kept.received[0])

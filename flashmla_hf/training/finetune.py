@@ -9,7 +9,7 @@
 Options are named as in Transformers' and TRL's scripts. ``--config`` names a YAML file of them, and the command line wins.
 
 A run is five stages, each a function: prepare_data, prepare_model, resume, train_steps (the loop) and finish. ``--patches``
-names the memory patches of flashmla_hf (all, or some of its PATCHES). ``--find_max_length`` looks for the longest
+names the memory patches of flashmla_hf (all, or some of its PATCHES). ``flashmla max-length`` looks for the longest
 ``max_length`` that fits with the other options and trains nothing. Held-out documents are evaluated by position.
 """
 
@@ -45,6 +45,7 @@ from flashmla_hf.training.arguments import (
     ModelArguments,
     TrainingArguments,
     UserError,
+    end,
     first_line,
     parse_arguments,
 )
@@ -71,6 +72,8 @@ from flashmla_hf.training.model import (
 from flashmla_hf.training.packing import Collator, largest_id
 from flashmla_hf.training.step import run_batches, step_batches
 from flashmla_hf.training.stream import PackStream, StreamPlace
+
+RESUME_ADVICE = "--resume_from_checkpoint latest continues from the last checkpoint"
 
 
 @dataclass
@@ -131,7 +134,7 @@ def train(model_args: ModelArguments, data_args: DataArguments, args: TrainingAr
     accelerator = Accelerator(
         mixed_precision="bf16" if args.bf16 else "no",
         cpu=args.use_cpu,
-        log_with="tensorboard" if args.report_to == "tensorboard" else None,
+        log_with="tensorboard" if args.logs_to_tensorboard else None,
         project_dir=args.output_dir,
     )
     set_seed(args.seed)
@@ -243,7 +246,7 @@ def train_steps(run: Run) -> None:
     """The loop: steps until ``max_steps``, with logs, evaluations and checkpoints between them."""
     args, accelerator, state, model = run.args, run.accelerator, run.state, run.model
     device, eval_packs = accelerator.device, run.data.eval_packs
-    if args.report_to == "tensorboard":
+    if args.logs_to_tensorboard:
         accelerator.init_trackers("runs")
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -358,22 +361,21 @@ def main(argv: list[str] | None = None, command: str = "finetune") -> None:
         else:
             train(model_args, data_args, args)
     except UserError as error:
-        sys.exit(f"finetune: {error}")
-    except KeyboardInterrupt:
-        print(
-            "finetune: interrupted; --resume_from_checkpoint latest continues from the last checkpoint", file=sys.stderr
-        )
+        end(command, error)
+    except KeyboardInterrupt as interrupt:
+        advice = "a new search begins anew" if searches else RESUME_ADVICE
+        print(f"{command}: interrupted; {str(interrupt) or advice}", file=sys.stderr)
         sys.exit(130)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        sys.exit(f"finetune: {args.output_dir}: {error.strerror}; what is saved there stays: make room and resume")
+        sys.exit(f"{command}: {args.output_dir}: {error.strerror}; what is saved there stays: make room and resume")
     except (RuntimeError, MemoryError, ValueError) as error:
         if str(error).startswith("flashmla_hf.patch"):  # no room on the host, a call that a patch cannot follow
-            sys.exit(f"finetune: {' '.join(str(error).split())}")
+            sys.exit(f"{command}: {' '.join(str(error).split())}")
         if not machine.is_out_of_memory(error):
             raise
-        sys.exit(f"finetune: {max_length.OUT_OF_MEMORY}; {out_of_memory_message(model_args, data_args, args)}")
+        sys.exit(f"{command}: {max_length.OUT_OF_MEMORY}; {out_of_memory_message(model_args, data_args, args)}")
 
 
 if __name__ == "__main__":

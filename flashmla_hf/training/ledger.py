@@ -241,7 +241,9 @@ def main(argv: list[str] | None = None) -> None:
         prog="flashmla ledger", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("model", help=f"{', '.join(PUBLISHED)}, a folder with config.json, or a name on the Hub")
-    parser.add_argument("--tokens", type=at_least(1), default=32768, help="length of a sequence (default: 32768)")
+    parser.add_argument(
+        "--tokens", "--max_length", type=at_least(1), default=32768, help="length of a sequence (default: 32768)"
+    )
     parser.add_argument("--batch_size", type=at_least(1), default=1, help="sequences (default: 1)")
     parser.add_argument("--attn_implementation", default="flashmla", help="flashmla (default), sdpa, eager, ...")
     parser.add_argument(
@@ -251,7 +253,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--gradient_checkpointing", action="store_true", help="Transformers' own")
     parser.add_argument("--full", action="store_true", help="train all weights instead of LoRA")
     parser.add_argument("--load_in_4bit", action="store_true", help="QLoRA: frozen linear layers in 4 bits")
-    parser.add_argument("--memory_gib", type=float, default=80.0, help="memory to find the longest context for")
+    parser.add_argument(
+        "--memory_gib", type=float, default=80.0, help="memory to find the longest context for (default: 80)"
+    )
     args = parser.parse_args(argv)
     if not 0 < args.memory_gib < math.inf:
         parser.error(f"--memory_gib: expected GiB above 0, got {args.memory_gib}")
@@ -269,9 +273,33 @@ def main(argv: list[str] | None = None) -> None:
         )
     except ValueError as error:
         sys.exit(f"flashmla ledger: {error}")
+    print(assumptions(prediction, args.memory_gib))
+    print()
     print(prediction)
-    longest = prediction.longest(args.memory_gib)
-    print(f"longest context in {args.memory_gib:g} GiB, {RESERVE:.0%} of it in reserve: {longest:,} tokens")
+    print(_longest(prediction, args.memory_gib))
+
+
+def assumptions(prediction: Prediction, memory_gib: float) -> str:
+    """One line: the length, batch, training, attention, patches and memory that the prediction is of."""
+    switches, positions = prediction.ledger.switches, prediction.ledger.shape.positions
+    beyond = f" (beyond the model's {positions:,} positions)" if positions and prediction.tokens > positions else ""
+    dtype = "float32" if switches.activation_bytes == ITEM_BYTES["float32"] else "bfloat16"
+    parts = [
+        f"{prediction.tokens:,} tokens{beyond} x {prediction.batch_size}",
+        f"LoRA of rank {switches.lora_r}" if switches.use_peft else "all weights trained",
+        f"4-bit base, {dtype}" if switches.load_in_4bit else dtype,
+        f"attention {switches.attn_implementation}",
+        f"patches {' '.join(sorted(switches.patches)) or 'none'}",
+    ]
+    parts += [name for name in ("gradient_checkpointing", "liger") if getattr(switches, name)]
+    return f"assumed: {', '.join(parts)}, a card of {memory_gib:g} GiB"
+
+
+def _longest(prediction: Prediction, memory_gib: float) -> str:
+    """The sentence about the longest context; memory alone does not make the model able to use it."""
+    longest, positions = prediction.longest(memory_gib), prediction.ledger.shape.positions
+    text = f"longest context in {memory_gib:g} GiB, {RESERVE:.0%} of it in reserve: {longest:,} tokens"
+    return f"{text} by memory; the model has {positions:,} positions" if positions and longest > positions else text
 
 
 if __name__ == "__main__":

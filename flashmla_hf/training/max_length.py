@@ -1,7 +1,8 @@
 """The longest context that fits: steps on random tokens, each in a process of its own, until the length is known to 2 %.
 
-The search begins at the ledger's prediction. A trial that runs out of memory or takes too long ends with its process and
-not with the search. Nothing is trained.
+The search begins at the ledger's prediction and does not go beyond the positions that the model was made for
+(max_position_embeddings) or, if it is larger, --max_length. A trial that runs out of memory or takes too long ends with
+its process and not with the search. Nothing is trained.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import os
 import resource
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -23,7 +25,7 @@ from flashmla_hf.training.arguments import DataArguments, ModelArguments, Traini
 from flashmla_hf.training.checkpoints import make_output_dir
 from flashmla_hf.training.model import ledger_of, load_model, make_optimizer, positions_exceeded
 from flashmla_hf.training.packing import Collator
-from flashmla_hf.training.shape import load_config
+from flashmla_hf.training.shape import load_config, positions_of
 from flashmla_hf.training.step import run_batches
 
 TRIAL_MARK = "TRIAL "  # begins the line in which a trial reports
@@ -85,16 +87,20 @@ def run_trial(argv: list[str], length: int, timeout: float) -> dict:
     return trial | {"reason": outcome.reason}
 
 
-def next_length(trials: list[dict], memory: int) -> int | None:
-    """The length to try after ``trials``; None when the longest that fits is known to 2 % or 64 tokens."""
+def next_length(trials: list[dict], memory: int, bound: int | None = None) -> int | None:
+    """The length to try after ``trials``, at most ``bound``; None when the longest that fits is known to 2 % or 64 tokens."""
     fits = sorted((trial["length"], trial["peak_bytes"]) for trial in trials if trial["status"] == "ok")
     low = fits[-1][0] if fits else 0
     high = min((trial["length"] for trial in trials if trial["status"] != "ok"), default=None)
+    if high is None and bound is not None and low >= bound:
+        return None
     if high is None:
         # Along the line through the last two, a little short of the end; with one, no more than its share of the memory.
         (n1, y1), (n2, y2) = fits[-2] if len(fits) > 1 else (0, 0), fits[-1]
         room = n2 + (0.97 * memory - y2) * (n2 - n1) / max(y2 - y1, 1)
         following = int(min(max(room, 1.1 * n2), 4 * n2))
+        if bound is not None and following >= bound:
+            return bound
     elif high - low <= max(64, 0.02 * low):
         return None
     else:
@@ -112,18 +118,28 @@ def find_max_length(
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("--find_max_length runs in one process: start it with python instead of accelerate launch")
     device = args.device_type
-    ledger = ledger_of(model_args, args, load_config(model_args.model_name_or_path))
+    config = load_config(model_args.model_name_or_path)
+    ledger = ledger_of(model_args, args, config)
     memory = machine.memory_available(device)
     # A batch of packs is laid end to end, as one row of all its tokens.
     predicted = ledger.longest(memory) // args.per_device_train_batch_size if ledger else None
     output = make_output_dir(model_args, args) / "max_length.json"
     print(f"{memory / GIB:.1f} GiB available; the ledger predicts {predicted or 'nothing'} tokens", flush=True)
+    bound, why = search_bound(positions_of(config), data_args.max_length)
+    if bound is not None:
+        print(why, flush=True)
     trials: list[dict] = []
     result: dict = {}
     length = predicted - predicted % 64 if predicted and predicted >= 128 else data_args.max_length
+    length = min(length, bound or length)
     with tqdm(desc="trials", unit="trial", disable=args.disable_tqdm) as bar:
         while length is not None and len(trials) < MAX_TRIALS:
-            trial = run_trial(argv, length, args.find_max_length_timeout)
+            bar.write(f"trying {length:,} tokens, for at most {args.find_max_length_timeout:g} s")
+            sys.stdout.flush()
+            try:
+                trial = run_trial(argv, length, args.find_max_length_timeout)
+            except KeyboardInterrupt:
+                raise KeyboardInterrupt(_so_far(result, output)) from None
             trials.append(trial)
             bar.update()
             bar.write(_describe(trial))
@@ -138,15 +154,41 @@ def find_max_length(
             }
             output.write_text(json.dumps(result, indent=1))
             nothing_fits = not result["max_length"] and length <= 64
-            length = None if nothing_fits else next_length(trials, memory)
+            length = None if nothing_fits else next_length(trials, memory, bound)
     if not result["max_length"]:
         raise UserError(
             f"no length fits, not even {min(t['length'] for t in trials)} tokens: {trials[-1].get('reason', '')}"
         )
     limit = "takes too long" if result["is_limited_by_time"] else "does not fit"
     beyond = f"; {result['first_that_does_not_fit']:,} {limit}" if result["first_that_does_not_fit"] else ""
+    if result["max_length"] == bound:
+        beyond = f"; {why}"
     print(f"max_length: {result['max_length']:,} tokens{beyond}. Trials are in {output}")
     return result
+
+
+def search_bound(positions: int | None, max_length: int) -> tuple[int | None, str]:
+    """The longest length to try, and the sentence that says why: the model's positions, or ``max_length`` beyond them.
+
+    None for a model whose configuration names no positions.
+    """
+    if positions is None:
+        return None, ""
+    default = DataArguments.__dataclass_fields__["max_length"].default
+    if max_length > positions and max_length != default:
+        return max_length, f"bounded by max_length {max_length:,}, beyond the model's {positions:,} positions"
+    return positions, (
+        f"bounded by the model's {positions:,} positions (max_position_embeddings); a larger --max_length N tries up to N"
+    )
+
+
+def _so_far(result: dict, output: Path) -> str:
+    """What an interrupted search leaves, for its message."""
+    if not result:
+        return "no trial has ended; a new search begins anew"
+    if not result["max_length"]:
+        return f"no length fits so far; the trials that ended are in {output}. A new search begins anew"
+    return f"up to {result['max_length']:,} tokens fit so far; the trials that ended are in {output}. A new search begins anew"
 
 
 def _bounds(trials: list[dict]) -> dict:

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from flashmla_hf.host_memory import GIB
 from flashmla_hf.training import machine, quantization
-from flashmla_hf.training.arguments import UserError, parse_arguments
+from flashmla_hf.training.arguments import UserError, end, parse_arguments
 from flashmla_hf.training.max_length import run_trial
 from flashmla_hf.training.model import ledger_of, plan_patches
 from flashmla_hf.training.options import at_least
@@ -56,7 +56,7 @@ def main(argv: list[str] | None = None) -> None:
         model_args.patches = plan_patches(model_args, args, max(own.tokens))
         ledger = ledger_of(model_args, args, load_config(model_args.model_name_or_path))
     except UserError as error:
-        sys.exit(f"flashmla memory: {error}")
+        end("flashmla memory", error)
     trials = [
         run_trial(options, tokens, args.find_max_length_timeout)
         for tokens in tqdm(own.tokens, unit="length", desc="measuring", disable=args.disable_tqdm)

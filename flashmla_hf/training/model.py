@@ -24,7 +24,7 @@ from flashmla_hf.training.arguments import (
     required_patches,
 )
 from flashmla_hf.training.ledger import Ledger, build_ledger
-from flashmla_hf.training.shape import Shape, load_config
+from flashmla_hf.training.shape import Shape, load_config, positions_of
 from flashmla_hf.training.terms import Switches
 
 
@@ -139,8 +139,8 @@ def positions_exceeded(model: torch.nn.Module, length: int) -> int | None:
 
     Raises UserError if the model has learned a vector for each position (GPT-2): it cannot go beyond them.
     """
-    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if not longest or length <= longest:
+    longest = positions_of(model.config)
+    if longest is None or length <= longest:
         return None
     tokens = model.get_input_embeddings()
     tables = (m for m in model.modules() if isinstance(m, torch.nn.Embedding) and m is not tokens)
@@ -207,4 +207,4 @@ def out_of_memory_message(model_args: ModelArguments, data_args: DataArguments, 
     advice = "lower --max_length or add --gradient_checkpointing, --patches all, --use_peft"
     if ledger is not None:
         advice = ledger.advice(tokens)
-    return f"{advice}. --find_max_length looks for the longest that fits"
+    return f"{advice}. flashmla max-length finds the longest that fits"

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+import difflib
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 
@@ -17,6 +18,26 @@ def at_least(least: int) -> Callable[[str], int]:
         return value
 
     return whole_number
+
+
+def unknown_option(name: str, known: Iterable[str]) -> str:
+    """The sentence about an option that is not one of ``known``, with the nearest of them if one is near."""
+    near = difflib.get_close_matches(name, [*known], 1)
+    return f"unknown option {name!r}; {f'did you mean {near[0]!r}? ' if near else ''}--help lists the options"
+
+
+def check_names(parser: argparse.ArgumentParser, argv: list[str]) -> None:
+    """Raises ValueError, one sentence, for the first ``--option`` of ``argv`` that ``parser`` does not have.
+
+    argparse would name an option that is missing first, and HfArgumentParser lists words without a hint.
+    """
+    known = parser._option_string_actions
+    for word in argv:
+        name = word.partition("=")[0]
+        if word.startswith("--") and name not in known:
+            # Each option is also known with dashes inside: as the caller writes it.
+            alike = [option for option in known if ("-" in option[2:]) <= ("-" in name[2:])]
+            raise ValueError(unknown_option(name, alike))
 
 
 def set_defaults(parser: argparse.ArgumentParser, argv: list[str]) -> None:
@@ -42,7 +63,7 @@ def set_defaults(parser: argparse.ArgumentParser, argv: list[str]) -> None:
     actions = {action.dest: action for action in parser._actions if action.dest not in ("help", "config")}
     for name, value in found.items():
         if name not in actions:
-            raise ValueError(f"--config {path}: unknown option {name!r}; --help lists the options")
+            raise ValueError(f"--config {path}: {unknown_option(name, actions)}")
         action = actions[name]
         try:
             action.default = _value(action, value)

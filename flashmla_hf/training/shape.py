@@ -22,6 +22,7 @@ class Shape:
     vocabulary: int
     is_tied: bool = False  # one matrix is both embedding and head
     window: int | None = None  # keys that a query sees, itself included; None: all before it
+    positions: int | None = None  # the positions that the model was made for; None: its configuration does not say
 
     @classmethod
     def of(cls, config) -> Shape:
@@ -63,6 +64,7 @@ class Shape:
             vocabulary=need("vocab_size"),
             is_tied=bool(getattr(config, "tie_word_embeddings", False)),
             window=window,
+            positions=positions_of(config),
         )
 
     @property
@@ -105,11 +107,17 @@ class Shape:
 
 # Published models by a short name, for questions that need no download.
 PUBLISHED = {
-    "smollm2-135m": Shape(576, 30, 9, 3, 64, 1536, 49152, is_tied=True),
-    "llama-1b": Shape(2048, 16, 32, 8, 64, 8192, 128256, is_tied=True),
-    "llama-8b": Shape(4096, 32, 32, 8, 128, 14336, 128256),
-    "mistral-7b": Shape(4096, 32, 32, 8, 128, 14336, 32000, window=4096),
+    "smollm2-135m": Shape(576, 30, 9, 3, 64, 1536, 49152, is_tied=True, positions=8192),
+    "llama-1b": Shape(2048, 16, 32, 8, 64, 8192, 128256, is_tied=True, positions=131072),
+    "llama-8b": Shape(4096, 32, 32, 8, 128, 14336, 128256, positions=131072),
+    "mistral-7b": Shape(4096, 32, 32, 8, 128, 14336, 32000, window=4096, positions=32768),
 }
+
+
+def positions_of(config) -> int | None:
+    """``max_position_embeddings`` of a Transformers configuration; None if it does not say."""
+    value = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return value if isinstance(value, int) and value > 0 else None
 
 
 def load_config(name: str) -> PreTrainedConfig:
