@@ -124,7 +124,10 @@ def find_max_length(
     # A batch of packs is laid end to end, as one row of all its tokens.
     predicted = ledger.longest(memory) // args.per_device_train_batch_size if ledger else None
     output = make_output_dir(model_args, args) / "max_length.json"
-    print(f"{memory / GIB:.1f} GiB available; the ledger predicts {predicted or 'nothing'} tokens", flush=True)
+    print(
+        f"{memory / GIB:.1f} GiB available; the ledger predicts {format(predicted, ',') if predicted else 'nothing'} tokens",
+        flush=True,
+    )
     bound, why = search_bound(positions_of(config), data_args.max_length)
     if bound is not None:
         print(why, flush=True)
