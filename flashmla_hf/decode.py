@@ -139,7 +139,11 @@ def has_kernel(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor) ->
     name = _KERNELS.get(q.device.type)
     if name is None:
         return False
-    call = validate_decode(q, k_cache, v_cache, None, None, None, 1.0, False, None, 0.0, None, 0, None)
+    # Not validated: every layer asks at every step, and decode_attention validates what it is called with.
+    call = DecodeCall(
+        q=q, k=k_cache, v=v_cache, sinks=None, cache_seqlens=None, kv_start=None, block_table=None, scale=1.0, window_left=-1,
+        window_right=-1, softcap=0.0, can_split=True, impl=None,
+    )  # fmt: skip
     return IMPLEMENTATIONS[name][0](call) is None
 
 
