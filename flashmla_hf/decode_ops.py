@@ -32,7 +32,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch.autograd import forward_ad
 
-from flashmla_hf.ops import check_tensor, dtype_name, refuse
+from flashmla_hf.ops import check_tensor, dtype_name, refuse, schema_arguments
 from flashmla_hf.torch_state import has_transforms
 
 OPERATOR = "flash_attn_decode"
@@ -59,14 +59,8 @@ class DecodeArguments:
 
 _NAMES = tuple(field.name for field in fields(DecodeArguments))
 
-
-def _schema() -> str:
-    kinds = {torch.Tensor: "Tensor", torch.Tensor | None: "Tensor?", int: "SymInt", float: "float", bool: "bool"}
-    inputs = [f"{kinds[kind]} {name}" for name, kind in typing.get_type_hints(DecodeArguments).items()]
-    return f"({', '.join(inputs)}) -> (Tensor out, Tensor lse)"
-
-
-torch.library.define(f"flashmla::{OPERATOR}", _schema(), tags=(torch.Tag.pt2_compliant_tag,))
+_SCHEMA = f"({', '.join(schema_arguments(DecodeArguments))}) -> (Tensor out, Tensor lse)"
+torch.library.define(f"flashmla::{OPERATOR}", _SCHEMA, tags=(torch.Tag.pt2_compliant_tag,))
 
 
 @torch.library.register_fake(f"flashmla::{OPERATOR}")

@@ -70,10 +70,15 @@ _NAMES = tuple(field.name for field in fields(Arguments))
 _NUM_TENSORS = 4  # q, k, v and sinks: the arguments that may have a gradient
 
 
+def schema_arguments(arguments: type) -> list[str]:
+    """The arguments of an operator's schema, from the fields of their dataclass."""
+    kinds = {torch.Tensor: "Tensor", torch.Tensor | None: "Tensor?", int: "SymInt", float: "float", bool: "bool"}
+    return [f"{kinds[kind]} {name}" for name, kind in typing.get_type_hints(arguments).items()]
+
+
 def _schemas() -> dict[str, str]:
     """The operators' schemas, from the fields of :class:`Arguments`."""
-    kinds = {torch.Tensor: "Tensor", torch.Tensor | None: "Tensor?", int: "SymInt", float: "float", bool: "bool"}
-    forward = [f"{kinds[kind]} {name}" for name, kind in typing.get_type_hints(Arguments).items()]
+    forward = schema_arguments(Arguments)
     backward = ["Tensor dout", "Tensor? dlse", *forward[:3], "Tensor out", "Tensor lse", *forward[3:]]
     backward += ["bool needs_dq", "bool needs_dk", "bool needs_dv", "bool needs_dsinks"]
     return {

@@ -91,12 +91,7 @@ def _checked_qkv(q: Any, k: Any, v: Any, is_packed: bool) -> tuple[torch.Tensor,
                 "[total, heads, dim] with cu_seqlens" if is_packed else "[batch, seqlen, heads, dim] without cu_seqlens"
             )
             fail(ValueError, name, layout, f"{x.dim()} dimensions {[*x.shape]}")
-        if x.dtype != q.dtype:
-            fail(TypeError, name, f"dtype {dtype_name(q.dtype)} (that of q)", dtype_name(x.dtype))
-        if x.device != q.device:
-            fail(ValueError, name, f"device {q.device} (that of q)", x.device)
-        if x.shape[-1] == 0 or x.shape[-2] == 0:
-            fail(ValueError, name, "at least one head and one dimension", f"shape {[*x.shape]}")
+        _check_like_q(name, x, q)
         if has_true_strides and x.stride(-1) != 1 and x.shape[-1] != 1:
             if x.numel() != 0:
                 fail(ValueError, name, "a contiguous last dimension (call .contiguous())", f"stride {x.stride(-1)}")
@@ -115,6 +110,16 @@ def _checked_qkv(q: Any, k: Any, v: Any, is_packed: bool) -> tuple[torch.Tensor,
     if q.shape[-2] % k.shape[-2] != 0:
         fail(ValueError, "k", f"a number of heads that divides q's {q.shape[-2]}", k.shape[-2])
     return q, k, v
+
+
+def _check_like_q(name: str, x: torch.Tensor, q: torch.Tensor) -> None:
+    """One of q, keys and values [..., heads, head_dim]: q's dtype and device, and some of both sizes."""
+    if x.dtype != q.dtype:
+        fail(TypeError, name, f"dtype {dtype_name(q.dtype)} (that of q)", dtype_name(x.dtype))
+    if x.device != q.device:
+        fail(ValueError, name, f"device {q.device} (that of q)", x.device)
+    if x.shape[-1] == 0 or x.shape[-2] == 0:
+        fail(ValueError, name, "at least one head and one dimension", f"shape {[*x.shape]}")
 
 
 def checked_sinks(sinks: Any, q: torch.Tensor) -> torch.Tensor:
@@ -323,12 +328,7 @@ def _check_cached(q: Any, k_cache: Any, v_cache: Any, block_table: Any) -> None:
     """q, the caches and the table: together of fitting shapes."""
     check_cached_layout(q, k_cache, v_cache, block_table)
     for name, x in (("q", q), ("k_cache", k_cache), ("v_cache", v_cache)):
-        if x.dtype != q.dtype:
-            fail(TypeError, name, f"dtype {dtype_name(q.dtype)} (that of q)", dtype_name(x.dtype))
-        if x.device != q.device:
-            fail(ValueError, name, f"device {q.device} (that of q)", x.device)
-        if x.shape[-1] == 0 or x.shape[-2] == 0:
-            fail(ValueError, name, "at least one head and one dimension", f"shape {[*x.shape]}")
+        _check_like_q(name, x, q)
         if x.stride(-1) != 1 and x.shape[-1] != 1 and x.numel() != 0 and not has_transforms():
             fail(ValueError, name, "a contiguous last dimension (call .contiguous())", f"stride {x.stride(-1)}")
     if not q.dtype.is_floating_point:
