@@ -30,7 +30,6 @@ product of the same dtype, same run. Memory is a call's peak beyond its inputs; 
 
 from __future__ import annotations
 
-import argparse
 import gc
 import importlib.util
 import statistics
@@ -44,7 +43,7 @@ from check import Inputs, expected, verdict
 from peers import DEFAULT_PEERS, PEERS, Unsupported
 from series import Benchmark, Job
 from shapes import DEFAULT_SUITES, MODES, SUITES, Shape
-from timing import copy_bandwidth, free, gpu_state, interleaved, matmul_ceiling, peak_memory, spread, timed_call
+from timing import free, gpu_state, interleaved, matmul_ceiling, peak_memory, spread, timed_call
 
 from flashmla_hf.training.arguments import first_line
 
@@ -137,21 +136,12 @@ def _window_tile() -> list[int]:
     return [entry["kBlockQ"], entry["kBlockKV"]]
 
 
-def _document(args: argparse.Namespace, todo: list[Job], resumed: dict) -> dict:
-    """The document before the first shape, with the machine's ceilings for the dtypes that it will hold."""
-    earlier = resumed["records"]
-    dtypes = [job.shape.dtype for job in todo] + [Shape.parse(r["shape"]).dtype for r in earlier]
-    environment = records.describe(args.device)
+def _ceilings(device: str, shapes: list[Shape]) -> dict:
+    """The machine's ceilings for the dtypes of the shapes, and the tile that windows are rounded to."""
+    dtypes = dict.fromkeys(shape.dtype for shape in shapes)
     return {
-        "kind": "attention",
-        "environment": environment,
-        "driver": environment.get("driver"),
-        "matmul_flops_per_second": {dtype: matmul_ceiling(dtype, args.device) for dtype in dict.fromkeys(dtypes)},
-        "copy_bytes_per_second": copy_bandwidth(args.device),
+        "matmul_flops_per_second": {dtype: matmul_ceiling(dtype, device) for dtype in dtypes},
         "window_tile": _window_tile(),
-        "orders": resumed.get("orders"),  # of the peers' turns; files from before there was a choice have none
-        "records": earlier,
-        "skipped": [],
     }
 
 
@@ -184,7 +174,7 @@ BENCHMARK = Benchmark(
     shape=Shape,
     example="d64 B1 H9/3 S2048 causal fp32",
     measure=measure_shape,
-    document=_document,
+    ceilings=_ceilings,
     bars=verdicts.bars,
     summary=summary,
 )

@@ -28,14 +28,13 @@ import math
 import statistics
 
 import decode_results
-import records
 import torch
 from decode_check import Inputs, expected, verdict
 from decode_peers import DEFAULT_PEERS, PEERS
 from decode_shapes import DEFAULT_SUITES, MODES, SUITES, DecodeShape
 from peers import Unsupported
 from series import Benchmark, Job
-from timing import Timed, copy_bandwidth, free, gpu_state, interleaved, read_bandwidth, rotation, spread
+from timing import Timed, free, gpu_state, interleaved, read_bandwidth, rotation, spread
 
 from flashmla_hf.training.arguments import first_line
 
@@ -110,19 +109,9 @@ def measure_shape(job: Job, device: str, repeats: int, seconds: float, is_timed:
     return results
 
 
-def _document(args: argparse.Namespace, todo: list[Job], resumed: dict) -> dict:
-    """The document before the first shape, with what the machine's memory gives."""
-    environment = records.describe(args.device)
-    return {
-        "kind": "decode",
-        "environment": environment,
-        "driver": environment.get("driver"),
-        "copy_bytes_per_second": copy_bandwidth(args.device),
-        "read_bytes_per_second": read_bandwidth(args.device),
-        "orders": resumed.get("orders"),
-        "records": resumed["records"],
-        "skipped": [],
-    }
+def _ceilings(device: str, shapes: list[DecodeShape]) -> dict:
+    """What the machine's memory gives, beside a copy."""
+    return {"read_bytes_per_second": read_bandwidth(device)}
 
 
 def summary(results: list[dict]) -> list[str]:
@@ -149,7 +138,7 @@ BENCHMARK = Benchmark(
     shape=DecodeShape,
     example="d128 B8 H32/8 S1/8192 paged64 bf16",
     measure=measure_shape,
-    document=_document,
+    ceilings=_ceilings,
     bars=decode_results.bars,
     summary=summary,
 )

@@ -16,7 +16,7 @@ import render_results
 import torch
 import verdicts
 from shapes import DTYPES, Suite
-from timing import free
+from timing import copy_bandwidth, free
 from tqdm import tqdm
 
 from flashmla_hf.training import machine
@@ -43,7 +43,7 @@ class Benchmark:
     shape: type  # with parse(text), the inverse of str
     example: str  # of a shape's text
     measure: Callable[[Job, str, int, float], list[dict]]  # of a job, a device, repeats and seconds: records
-    document: Callable[[argparse.Namespace, list[Job], dict], dict]  # of arguments, jobs and the file to resume
+    ceilings: Callable[[str, list], dict]  # of a device and all shapes of the file: what results are held against
     bars: Callable[[dict], Iterable[verdicts.Bar]]
     summary: Callable[[list[dict]], list[str]]  # of new records: lines for the terminal
 
@@ -108,6 +108,21 @@ class Benchmark:
                 result.append(Job(shape, missing))
         return result
 
+    def document(self, device: str, todo: list[Job], resumed: dict) -> dict:
+        """The file before the first shape; ``resumed`` is the one that is gone on with."""
+        earlier = resumed["records"]
+        environment = records.describe(device)
+        return {
+            "kind": self.kind,
+            "environment": environment,
+            "driver": environment.get("driver"),
+            **self.ceilings(device, [job.shape for job in todo] + [self.shape.parse(r["shape"]) for r in earlier]),
+            "copy_bytes_per_second": copy_bandwidth(device),
+            "orders": resumed.get("orders"),  # of the peers' turns; files from before there was a choice have none
+            "records": earlier,
+            "skipped": [],
+        }
+
     def run(self, args: argparse.Namespace) -> None:
         """Measures, and after every shape writes the file; ends the program if a result was wrong."""
         if args.list:
@@ -129,7 +144,7 @@ class Benchmark:
         seconds = args.seconds or (0.2 if args.device == "cuda" else 1.0)
 
         started = time.monotonic()
-        document = self.document(args, todo, resumed)
+        document = self.document(args.device, todo, resumed)
         free(args.device)
         wrong = []
         bar = tqdm(todo, unit="shape", desc="measuring")

@@ -10,6 +10,7 @@ import decode_check
 import decode_results
 import pytest
 import records
+import series
 import timing
 import torch
 import verdicts
@@ -112,7 +113,7 @@ def test_a_copy_has_the_memory_layout_of_the_shape(layout, monkeypatch):
 
 def test_a_tiny_run_writes_json_and_the_page_and_can_be_resumed(tmp_path, monkeypatch):
     arguments = ["--device", "cpu", "--repeats", "2", "--seconds", "0.01", "--output_dir", str(tmp_path)]
-    monkeypatch.setattr(bench_decode, "copy_bandwidth", lambda device: 1e10)
+    monkeypatch.setattr(series, "copy_bandwidth", lambda device: 1e10)
     monkeypatch.setattr(bench_decode, "read_bandwidth", lambda device: 1e10)
     bench_decode.main([*arguments, "--time_budget", "0"])
     (path,) = tmp_path.glob("decode-*.json")
