@@ -245,21 +245,23 @@ def test_free_memory_is_what_torch_may_take():
     assert memory.device_free_bytes(torch.device(DEVICE)) >= free
 
 
-def test_products_of_bfloat16_with_float32_are_those_of_float32():
+@pytest.mark.parametrize("tokens", [4096, 65536 + 37])
+def test_products_of_bfloat16_with_float32_are_those_of_float32(tokens):
     from flashmla_hf.patches import precision
 
     torch.manual_seed(0)
-    x = torch.randn(4096, 1024, device=DEVICE, dtype=torch.bfloat16)
+    x = torch.randn(tokens, 1024, device=DEVICE, dtype=torch.bfloat16)
     w = torch.randn(1024, 16, device=DEVICE)
-    low = torch.randn(4096, 16, device=DEVICE)
+    low = torch.randn(tokens, 16, device=DEVICE)
     b = torch.randn(16, 1024, device=DEVICE)
 
     def error(got, exact):
         return float((got.double() - exact).norm() / exact.norm())
 
-    assert error(precision.matmul(x, w), x.double() @ w.double()) <= 1e-6
-    assert error(precision.matmul(x.t(), low), x.t().double() @ low.double()) <= 1e-6
-    assert error(precision.matmul(low.t(), x), low.t().double() @ x.double()) <= 1e-6
+    # Sums of 4,096 terms on tensor cores: flashmla_hf/patches/precision.py. A product in TF32 has 3e-4.
+    assert error(precision.matmul(x, w), x.double() @ w.double()) <= 4e-6
+    assert error(precision.matmul(x.t(), low), x.t().double() @ low.double()) <= 4e-6
+    assert error(precision.matmul(low.t(), x), low.t().double() @ x.double()) <= 4e-6
     exact = x.double() + 2 * low.double() @ b.double()
     theirs = (x.float() + 2 * (low @ b)).to(torch.bfloat16)  # one rounding, as peft's
     got = x.clone()

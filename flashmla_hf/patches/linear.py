@@ -242,11 +242,8 @@ def product_dtype(x: torch.Tensor, module: nn.Linear) -> torch.dtype | None:
 
 
 def adds_mixed(x: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Whether an adapter in float32 is added to a layer over ``x`` in bfloat16 with the adapter's precision.
-
-    On a GPU it is not: the one run of its test there failed, and the cause is not known (docs/log.md, 2026-11-27, night).
-    """
-    return not x.is_cuda and not is_autocast(x) and precision.is_mixed(x.dtype, a, b)
+    """Whether an adapter in float32 is added to a layer over ``x`` in bfloat16 with the adapter's precision."""
+    return not is_autocast(x) and precision.is_mixed(x.dtype, a, b)
 
 
 def is_autocast(x: torch.Tensor) -> bool:
