@@ -28,6 +28,7 @@ import torch
 from measure_model import RESULT_MARK, Measurement, Point, Step
 from memory_report import extrapolated
 
+from flashmla_hf.host_memory import GIB
 from flashmla_hf.training import machine
 from flashmla_hf.training.shape import Shape
 
@@ -56,9 +57,7 @@ def measure_points(
         point = _next(waiting, done, step, deadline - clock(), longest_first)
         if point is None:
             for late in waiting:
-                needed = _predicted(late, done, step)
-                took = f"would take about {needed:.0f} s" if needed else "not begun"
-                emit(Measurement(late, "skipped", f"{took}; {max(0.0, deadline - clock()):.0f} s were left"))
+                emit(Measurement(late, "skipped", _why_not(late, done, step, max(0.0, deadline - clock()))))
             return
         waiting.remove(point)
         needed = _predicted(point, done, step)
@@ -83,6 +82,17 @@ def _next(
         return fits[0] if fits and left > 0 else None
     order = reversed(waiting) if longest_first and len(done) == PROBES else waiting
     return next((p for p in order if left > 0 and (_predicted(p, done, step) or 0.0) <= left), None)
+
+
+def _why_not(point: Point, done: list[Measurement], step: Step | None, left: float) -> str:
+    """Why ``point`` is left out with ``left`` seconds to go: it does not fit, if the contexts before it say so, or time."""
+    measured = [(r.point.context, r.peak_bytes) for r in sorted(done, key=lambda r: r.point.context)]
+    if measured and not point.fills_memory:
+        needed, available = extrapolated(measured, point.context) + done[0].model_bytes, done[0].memory_bytes
+        if available is not None and needed > available:
+            return f"would take about {needed / GIB:.0f} GiB of {available / GIB:.0f}"
+    seconds = _predicted(point, done, step)
+    return f"{f'would take about {seconds:.0f} s' if seconds else 'not begun'}; {left:.0f} s were left"
 
 
 def _predicted(point: Point, done: list[Measurement], step: Step | None) -> float | None:

@@ -47,7 +47,7 @@ class _Hook(importlib.abc.MetaPathFinder):
 
 
 class _WatchedSpec(importlib.machinery.ModuleSpec):
-    """The spec of ``transformers.modeling_utils`` while it is being imported.
+    """The spec of ``transformers.modeling_utils``, or of a module of ours, while it is being imported.
 
     The import system clears ``_initializing`` in its last step, after a success and after a failure.
     """
@@ -100,9 +100,14 @@ def watch_unless_torch_is_loading() -> None:
 def _wait() -> None:
     """Registers as soon as Transformers has been imported."""
     if _is_loading(_TRIGGER):
-        sys.modules[_TRIGGER].__spec__.__class__ = _WatchedSpec
+        _watch(_TRIGGER)
     else:
         _add()
+
+
+def _watch(name: str) -> None:
+    """Registers when the import of module ``name``, which has begun, ends."""
+    sys.modules[name].__spec__.__class__ = _WatchedSpec  # type: ignore[union-attr, assignment]
 
 
 def _is_loading(name: str) -> bool:
@@ -130,6 +135,14 @@ def import_transformers() -> None:
 
 def _register() -> None:
     """Registers. A failure must not break ``import transformers``: it warns, and using one of our names raises."""
+    # A module of ours that is imported first (``from flashmla_hf.hf import masks``) imports Transformers: registration needs it
+    # whole.
+    unfinished = next(
+        (name for name in list(sys.modules) if name.startswith("flashmla_hf.") and _is_loading(name)), None
+    )
+    if unfinished is not None:
+        _watch(unfinished)
+        return
     try:
         importlib.import_module(_REGISTRATION)  # registers at its end
     except Exception as error:

@@ -308,6 +308,18 @@ def test_whatever_a_program_imports_first_our_names_are_known(first, tmp_path):
     assert _run(f"{first}\n{textwrap.dedent(LOAD)}", tmp_path).split() == ["loaded", "False"]
 
 
+@pytest.mark.parametrize("module", ["patches.linear", "hf.masks", "hf.register", "training.model"])
+def test_a_module_of_ours_that_imports_transformers_may_come_first(tmp_path, module):
+    script = f"""
+    import flashmla_hf.{module}
+    from transformers import AttentionInterface
+    print("flashmla" in AttentionInterface().valid_keys())
+    """
+    assert _run(
+        f"import warnings\nwarnings.simplefilter('error', UserWarning)\n{textwrap.dedent(script)}", tmp_path
+    ).split() == ["True"]
+
+
 def test_an_import_of_transformers_that_fails_may_be_tried_again(tmp_path):
     """The first try fails after torch was imported by it, the second one registers."""
     first = """

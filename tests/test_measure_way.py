@@ -46,7 +46,8 @@ class Machine:
             if point.context > machine.most:
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB")
             machine.now += machine.seconds(point.context) * (1 + point.repeats)
-            return Measurement(point, "ok", seconds=machine.seconds(point.context))
+            memory = {"peak_bytes": point.context * 600 * 1024, "model_bytes": 16 << 30, "memory_bytes": 80 << 30}
+            return Measurement(point, "ok", seconds=machine.seconds(point.context), **memory)
 
         monkeypatch.setattr(measure_way, "Step", Step)
         monkeypatch.setattr(measure_model, "measure", measure)
@@ -72,6 +73,14 @@ def test_the_longest_context_is_measured_although_there_is_no_time_for_all(monke
     assert found[65536].status == "skipped"
     assert "would take about" in found[65536].reason
     assert machine.now <= needed
+
+
+def test_a_context_that_would_not_fit_says_so_and_not_that_time_was_short(monkeypatch):
+    machine = Machine(monkeypatch)
+    needed = 20.5 + sum(2 * machine.seconds(n) for n in (2048, 8192, 32768)) + 1.3 * machine.seconds(65536)
+    found = machine.measure(needed)
+    assert found[131072].reason == "would take about 91 GiB of 80"
+    assert found[65536].status == "ok"
 
 
 def test_the_contexts_between_follow_while_there_is_time(monkeypatch):
@@ -125,7 +134,7 @@ def test_processes_measure_real_steps_and_one_that_dies_begins_again(monkeypatch
     # A process that measured the points before it alone: dtype decides when it is built.
     ways = [Way([p for p in points if p.series == name and p.context != 128]) for name in ("flashmla+all", "nonsense")]
     shown = []
-    results = measure_ways(ways, 120, shown.append)
+    results = measure_ways(ways, 400, shown.append)
     assert shown == results
     found = {(r.point.series, r.point.context): r for r in results}
     assert len(found) == 4

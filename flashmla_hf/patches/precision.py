@@ -18,6 +18,7 @@ from __future__ import annotations
 import torch
 
 _TERMS = 4096  # of a sum that tensor cores make
+_ELEMENTS = 1 << 23  # of a product in float32: 32 MB
 
 
 def is_mixed(dtype: torch.dtype, *adapter: torch.Tensor) -> bool:
@@ -35,14 +36,23 @@ def matmul(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
 
 
 def add_matmul(out: torch.Tensor, x: torch.Tensor, w: torch.Tensor, alpha: float = 1.0) -> None:
-    """Adds ``alpha`` x [n, k] @ w [k, m] to out [n, m] in place, with one rounding.
+    """Adds ``alpha`` x [n, k] @ w [k, m] to out [n, m] in place.
 
-    x and w in float32 beside an ``out`` in bfloat16 enter with 16 bits each: what is left out is 2⁻⁸ of the rounding.
+    If x and w are in float32 beside an ``out`` in bfloat16, the sum is rounded once; they enter with 16 bits each, and what is
+    left out is 2⁻⁸ of the rounding. If all are in one dtype, cuBLAS rounds the product, and then the sum.
     """
-    if out.dtype != x.dtype:
-        (x1, x2), (w1, w2) = _pieces(x, 2), _pieces(w, 2)
-        x, w = torch.cat([x1, x1, x2], dim=1), torch.cat([w1, w2, w1], dim=0)
-    out.addmm_(x, w, alpha=alpha)
+    if out.dtype == x.dtype:
+        out.addmm_(x, w, alpha=alpha)
+        return
+    (x1, x2), (w1, w2) = _pieces(x, 2), _pieces(w, 2)
+    x, w = torch.cat([x1, x1, x2], dim=1), torch.cat([w1, w2, w1], dim=0)
+    if not out.is_cuda:
+        out.addmm_(x, w, alpha=alpha)
+        return
+    # In parts whose product the L2 cache holds: it is written and read once more than in one kernel.
+    rows = max(1, _ELEMENTS // out.shape[1])
+    for part, part_x in zip(out.split(rows), x.split(rows), strict=True):
+        part.add_(torch.mm(part_x, w, out_dtype=torch.float32), alpha=alpha)
 
 
 def _pieces(x: torch.Tensor, number: int) -> list[torch.Tensor]:
