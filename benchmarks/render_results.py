@@ -67,6 +67,10 @@ def _section(document: dict, path: Path, page: Path) -> str | None:
         import decode_results
 
         return decode_results.section(document) + _images(decode_results.plots(document, path), "GB/s per shape", page)
+    if kind in ("generate", "serving"):
+        import inference_results
+
+        return inference_results.section(document) + _images(inference_results.plots(document, path), kind, page)
     if kind == "model":
         return model_section(document)
     if kind == "memory":
@@ -296,6 +300,33 @@ def attention_plots(document: dict, path: Path) -> list[Path]:
 
 def plots(document: dict, path: Path, modes: Iterable[str], quantity: Quantity) -> list[Path]:
     """Grouped bars per shape, one PNG per mode, beside the JSON file; none without matplotlib."""
+    written = []
+    for mode in modes:
+        here = [row for row in rows(document, mode) if len(row.records) > 1]
+        if len(here) < 2:
+            continue
+        peers = list(dict.fromkeys(peer for row in here for peer in row.records))
+        heights = {
+            peer: [row.records[peer][quantity.key] / quantity.factor if peer in row.records else 0 for row in here]
+            for peer in peers
+        }
+        target = path.with_name(f"{path.stem}-{mode.replace('+', '-')}.png")
+        title = f"{mode}, {document['environment']['device']}"
+        ceilings = {name: ceiling / quantity.factor for name, ceiling in quantity.ceilings.items()}
+        written += bar_plot(target, [str(row.shape) for row in here], heights, quantity.unit, title, ceilings)
+    return written
+
+
+def bar_plot(
+    target: Path,
+    labels: list[str],
+    heights: dict[str, list[float]],
+    unit: str,
+    title: str,
+    ceilings: dict[str, float] | None = None,
+    is_logarithmic: bool = False,
+) -> list[Path]:
+    """Draws a group of bars per label, one bar of each series of ``heights``, into ``target``; nothing without matplotlib."""
     try:
         import matplotlib
     except ImportError:
@@ -303,31 +334,22 @@ def plots(document: dict, path: Path, modes: Iterable[str], quantity: Quantity) 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    written = []
-    for mode in modes:
-        here = [row for row in rows(document, mode) if len(row.records) > 1]
-        if len(here) < 2:
-            continue
-        peers = list(dict.fromkeys(peer for row in here for peer in row.records))
-        figure, axes = plt.subplots(figsize=(max(8, 0.5 * len(here) + 2), 5), layout="constrained")
-        width = 0.85 / len(peers)
-        for i, peer in enumerate(peers):
-            at = [j + (i - (len(peers) - 1) / 2) * width for j in range(len(here))]
-            rates = [row.records[peer][quantity.key] / quantity.factor if peer in row.records else 0 for row in here]
-            axes.bar(at, rates, width, label=peer, color=COLOURS[i % len(COLOURS)])
-        for name, ceiling in quantity.ceilings.items():
-            axes.axhline(ceiling / quantity.factor, color="grey", linestyle=":", linewidth=1)
-            axes.annotate(name, (0, ceiling / quantity.factor), fontsize=7, color="grey", va="bottom")
-        labels = [str(row.shape) for row in here]
-        axes.set_xticks(range(len(here)), labels, rotation=60, ha="right", fontsize=7)
-        axes.set_ylabel(quantity.unit)
-        axes.set_title(f"{mode}, {document['environment']['device']}", fontsize=9)
-        axes.margins(x=0.01)
-        figure.legend(fontsize=8, loc="outside right upper")
-        written.append(path.with_name(f"{path.stem}-{mode.replace('+', '-')}.png"))
-        figure.savefig(written[-1], dpi=100, metadata={"Software": None})
-        plt.close(figure)
-    return written
+    figure, axes = plt.subplots(figsize=(max(8, 0.5 * len(labels) + 2), 5), layout="constrained")
+    width = 0.85 / len(heights)
+    for i, (name, values) in enumerate(heights.items()):
+        at = [j + (i - (len(heights) - 1) / 2) * width for j in range(len(labels))]
+        axes.bar(at, values, width, label=name, color=COLOURS[i % len(COLOURS)], log=is_logarithmic)
+    for name, ceiling in (ceilings or {}).items():
+        axes.axhline(ceiling, color="grey", linestyle=":", linewidth=1)
+        axes.annotate(name, (0, ceiling), fontsize=7, color="grey", va="bottom")
+    axes.set_xticks(range(len(labels)), labels, rotation=60, ha="right", fontsize=7)
+    axes.set_ylabel(unit)
+    axes.set_title(title, fontsize=9)
+    axes.margins(x=0.01)
+    figure.legend(fontsize=8, loc="outside right upper")
+    figure.savefig(target, dpi=100, metadata={"Software": None})
+    plt.close(figure)
+    return [target]
 
 
 def profile_section(document: dict) -> str:

@@ -1,0 +1,234 @@
+"""What runs of bench_generate.py and bench_serving.py are held against, and their parts of RESULTS.md."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import render_results
+from verdicts import Bar, geometric_mean
+
+from flashmla_hf.host_memory import GIB
+
+OURS, PEER = "flashmla", "sdpa"
+AT_MOST = 1.0  # times sdpa's time a token, at every point
+LONG, LONG_AIM = 131072, 0.8  # tokens, and times sdpa's time there
+SERVING_AIM = 1.3  # times sdpa's tokens a second
+CACHES = {
+    "dynamic": "Dynamic cache",
+    "compiled": "Static cache, the step compiled by generate() (torch.compile, CUDA graphs)",
+    "static": "Static cache, not compiled",
+}
+
+
+def section(document: dict) -> str:
+    return _generate_section(document) if document["kind"] == "generate" else _serving_section(document)
+
+
+def plots(document: dict, path: Path) -> list[Path]:
+    return _generate_plot(document, path) if document["kind"] == "generate" else _serving_plot(document, path)
+
+
+def bars(document: dict) -> Iterator[Bar]:
+    """The bars of a GPU run, as far as it measured them."""
+    if document["environment"]["device_type"] != "cuda":
+        return
+    yield from _generate_bars(document) if document["kind"] == "generate" else _serving_bars(document)
+
+
+def _shape(record: dict) -> tuple[int, int, bool]:
+    return record["batch_size"], record["context"], record["is_padded"]
+
+
+def _label(shape: tuple[int, int, bool]) -> str:
+    batch_size, context, is_padded = shape
+    return f"batch {batch_size}{' padded' if is_padded else ''}, {context:,}"
+
+
+def _measured(document: dict, cache: str) -> dict[tuple, dict[str, dict]]:
+    """Records with a number, by the batch's shape and attention: the smaller caches first."""
+    found: dict[tuple, dict[str, dict]] = {}
+    for r in sorted(document["points"], key=lambda r: (r["batch_size"] * r["context"], r["context"])):
+        if r["status"] == "ok" and r["cache"] == cache:
+            found.setdefault(_shape(r), {})[r["attention"]] = r
+    return found
+
+
+def _ratio(records: dict[str, dict], other: str) -> float | None:
+    """Our time over the ``other``'s."""
+    if OURS in records and other in records:
+        return records[OURS]["seconds"] / records[other]["seconds"]
+    return None
+
+
+def _generate_bars(document: dict) -> Iterator[Bar]:
+    for cache in CACHES:
+        ratios = {
+            shape: ratio
+            for shape, records in _measured(document, cache).items()
+            if (ratio := _ratio(records, PEER)) is not None
+        }
+        if not ratios:
+            continue
+        worst = max(ratios, key=ratios.__getitem__)
+        yield Bar(
+            f"{cache} cache: at most {AT_MOST}× sdpa's time a token at every point",
+            f"highest {ratios[worst]:.2f}× ({_label(worst)}), geometric mean {geometric_mean([*ratios.values()]):.2f}× over "
+            f"{len(ratios)}",
+            ratios[worst] <= AT_MOST,
+        )
+        for shape in (shape for shape in ratios if shape[1] >= LONG):
+            yield Bar(
+                f"{cache} cache, {_label(shape)}, aim: at most {LONG_AIM}× sdpa's time",
+                f"{ratios[shape]:.2f}×",
+                ratios[shape] <= LONG_AIM,
+            )
+
+
+def _generate_section(document: dict) -> str:
+    points = document["points"]
+    parts = [
+        f"Decoding by `generate()` with random weights in {_all_of(points, 'model')}'s shape, {_all_of(points, 'dtype')}, from "
+        "a cache filled with random numbers. Cells: ms a token (the median of "
+        f"{_all_of(points, 'tokens')}), and the peak of memory in GiB, weights and cache included. Tokens are those of the "
+        "longest row at the last measured one; padded rows have down to half as many. Every point's logits were compared with "
+        f"eager attention's{_commits(document)}{render_results.gpu_text(document | {'records': points})}.\n",
+        *render_results.bar_table(bars(document)),
+    ]
+    for cache, title in CACHES.items():
+        if measured := _measured(document, cache):
+            parts += [f"### {title}\n", _generate_table(measured)]
+    return "\n".join([*parts, *_without_number(points)])
+
+
+def _generate_table(measured: dict[tuple, dict[str, dict]]) -> str:
+    attentions = list(dict.fromkeys(name for records in measured.values() for name in records))
+    others = [name for name in attentions if name != OURS]
+    lines = []
+    for (batch_size, context, is_padded), records in measured.items():
+        cells = [f"{1e3 * r['seconds']:.2f} ms, {_gib(r)}" if (r := records.get(name)) else "–" for name in attentions]
+        cells += [render_results.times(_ratio(records, name)) for name in others]
+        lines.append([f"{batch_size}{', padded' if is_padded else ''}", f"{context:,}", *cells])
+    header = ["batch", "tokens", *attentions, *(f"{OURS} / {name}, time" for name in others)]
+    return render_results.table(header, lines)
+
+
+def _gib(record: dict) -> str:
+    return "–" if record["peak_bytes"] is None else f"{record['peak_bytes'] / GIB:.2f} GiB"
+
+
+def _generate_plot(document: dict, path: Path) -> list[Path]:
+    by_cache = {cache: _measured(document, cache) for cache in CACHES}
+    shapes = list(dict.fromkeys(shape for measured in by_cache.values() for shape in measured))
+    heights = {
+        f"{attention}, {cache}": [
+            1e3 * measured.get(shape, {}).get(attention, {}).get("seconds", 0) for shape in shapes
+        ]
+        for cache, measured in by_cache.items()
+        for attention in dict.fromkeys(name for records in measured.values() for name in records)
+    }
+    if not heights:
+        return []
+    title = f"generate(), {_all_of(document['points'], 'model')}, {document['environment']['device']}"
+    target, labels = path.with_suffix(".png"), [*map(_label, shapes)]
+    return render_results.bar_plot(target, labels, heights, "ms a token", title, is_logarithmic=True)
+
+
+# ---------------------------------------------------------------- continuous batching
+
+
+def _workloads(document: dict) -> dict[tuple, dict[str, dict]]:
+    """Records with a number, by what was asked for (release of Transformers, model, requests) and attention."""
+    found: dict[tuple, dict[str, dict]] = {}
+    for r in document["points"]:
+        if r["status"] == "ok":
+            key = (r["transformers"], r["model"], r["dtype"], r["requests"], *r["prompts"], *r["answers"])
+            found.setdefault(key, {})[r["attention"]] = r
+    return found
+
+
+def _gain(records: dict[str, dict], name: str) -> float | None:
+    """Tokens a second of ``name`` over sdpa's."""
+    rates = {attention.removeprefix("paged|"): r["answer_tokens_per_second"] for attention, r in records.items()}
+    return rates[name.removeprefix("paged|")] / rates[PEER] if PEER in rates else None
+
+
+def _serving_bars(document: dict) -> Iterator[Bar]:
+    for (release, _, _, requests, *_), records in _workloads(document).items():
+        for name in (name for name in records if "flashmla" in name):
+            if (gain := _gain(records, name)) is not None:
+                yield Bar(
+                    f"Transformers {release}, {requests} requests, {name}, aim: at least {SERVING_AIM}× sdpa's tokens a second",
+                    f"{gain:.2f}×",
+                    gain >= SERVING_AIM,
+                )
+
+
+def _serving_section(document: dict) -> str:
+    parts = [
+        "Continuous batching with random weights: tokens of the answers a second, from the arrival of all requests to the end "
+        "of the last one. Lengths are log-uniform, the same for every attention. What Transformers captures before the first "
+        "request is stated apart; memory includes the cache, which Transformers sizes by what is free"
+        f"{_commits(document)}.\n",
+        *render_results.bar_table(bars(document)),
+    ]
+    for (release, model, dtype, requests, *lengths), records in _workloads(document).items():
+        shortest, longest, least, most = (f"{n:,}" for n in lengths)
+        parts += [
+            f"### Transformers {release}: {requests} requests, {shortest} to {longest} tokens in, {least} to {most} out, "
+            f"{model}, {dtype}\n",
+            render_results.table(
+                ["attention", "tokens/s", "with the prompts'", "s", "GiB", "block tables", "s before", "over sdpa"],
+                [
+                    [
+                        name.replace("|", "\\|"),
+                        f"{r['answer_tokens_per_second']:,.0f}",
+                        f"{r['tokens_per_second']:,.0f}",
+                        f"{r['seconds']:.1f}",
+                        _gib(r),
+                        "yes" if r["block_tables"] else "no",
+                        f"{r['warmup_seconds']:.1f}",
+                        render_results.times(_gain(records, name)),
+                    ]
+                    for name, r in records.items()
+                ],
+            ),
+        ]
+    return "\n".join([*parts, *_without_number(document["points"])])
+
+
+def _serving_plot(document: dict, path: Path) -> list[Path]:
+    workloads = _workloads(document)
+    names = list(dict.fromkeys(name for records in workloads.values() for name in records))
+    if not names:
+        return []
+    heights = {
+        name: [records.get(name, {}).get("answer_tokens_per_second", 0) for records in workloads.values()]
+        for name in names
+    }
+    labels = [f"Transformers {release}, {requests} requests" for release, _, _, requests, *_ in workloads]
+    title = f"continuous batching, {document['environment']['device']}"
+    return render_results.bar_plot(path.with_suffix(".png"), labels, heights, "answer tokens a second", title)
+
+
+# ---------------------------------------------------------------- both
+
+
+def _all_of(points: list[dict], field: str) -> str:
+    return ", ".join(dict.fromkeys(str(r[field]) for r in points)) or "no"
+
+
+def _commits(document: dict) -> str:
+    """The commits of the points, if the file's own is not the only one."""
+    commits = sorted({r["commit"] for r in document["points"]})
+    return f"; measured at {', '.join(commits)}" if commits not in ([], [document["environment"]["commit"]]) else ""
+
+
+def _without_number(points: list[dict]) -> list[str]:
+    lines = []
+    for r in points:
+        if r["status"] != "ok":
+            what = f"{r['cache']}, {_label(_shape(r))}" if "cache" in r else f"{r['requests']} requests"
+            name = r["attention"].replace("|", "\\|")
+            lines.append(f"- {name}, {what}: {r['status'].replace('_', ' ')}: {r['reason']}")
+    return ["\n".join(["Without a number:\n", *lines, ""])] if lines else []
