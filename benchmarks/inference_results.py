@@ -142,7 +142,8 @@ def _workloads(document: dict) -> dict[tuple, dict[str, dict]]:
     found: dict[tuple, dict[str, dict]] = {}
     for r in document["points"]:
         if r["status"] == "ok":
-            key = (r["transformers"], r["model"], r["dtype"], r["requests"], *r["prompts"], *r["answers"])
+            workload = (r["requests"], *r["prompts"], *r["answers"], r["max_batch_tokens"])
+            key = (r["transformers"], r["model"], r["dtype"], *workload)
             found.setdefault(key, {})[r["attention"]] = r
     return found
 
@@ -172,11 +173,12 @@ def _serving_section(document: dict) -> str:
         f"{_commits(document)}.\n",
         *render_results.bar_table(bars(document)),
     ]
-    for (release, model, dtype, requests, *lengths), records in _workloads(document).items():
+    for (release, model, dtype, requests, *lengths, batch), records in _workloads(document).items():
         shortest, longest, least, most = (f"{n:,}" for n in lengths)
+        limit = f", at most {batch:,} tokens a step" if batch else ""
         parts += [
-            f"### Transformers {release}: {requests} requests, {shortest} to {longest} tokens in, {least} to {most} out, "
-            f"{model}, {dtype}\n",
+            f"### Transformers {release}: {requests} requests, {shortest} to {longest} tokens in, {least} to {most} out"
+            f"{limit}, {model}, {dtype}\n",
             render_results.table(
                 ["attention", "tokens/s", "with the prompts'", "s", "GiB", "block tables", "s before", "over sdpa"],
                 [

@@ -52,9 +52,9 @@ def sanitizer(tool: str) -> Step:
     return Step(tool, ("tests/sanitize_gpu.py",), 300, tool, expected)
 
 
-def benchmark(name: str, program: str) -> Step:
+def benchmark(name: str, program: str, *options: str) -> Step:
     budget = ("--device", "cuda", "--time_budget", "240")
-    return Step(name, (f"benchmarks/{program}.py", *budget, "--output_dir", "build/gpu/bench"), 420)
+    return Step(name, (f"benchmarks/{program}.py", *budget, "--output_dir", "build/gpu/bench", *options), 420)
 
 
 def files(*subjects: str) -> tuple[str, ...]:
@@ -96,9 +96,14 @@ PARTS: dict[str, tuple[Step, ...]] = {
     "flex": (Step("flex", (*PYTEST, *files("gpu"), "-k", "flex", "-m", "not slow"), 420),),
     "bench": (benchmark("bench", "bench_attention"),),
     "bench-decode": (benchmark("bench-decode", "bench_decode"),),
+    "bench-generate": (benchmark("bench-generate", "bench_generate"),),
+    "bench-serving": (benchmark("bench-serving", "bench_serving", "--requests", "64"),),
     "profile": (Step("profile", ("benchmarks/profile_attention.py", "--output_dir", "build/gpu/bench"), 200),),
 }
-NEED_SM90 = ("sm90", "decode", "robust", "sweep", "hf", "finetune", "sanitize", "bench-decode", "profile")
+NEED_SM90 = (
+    "sm90", "decode", "robust", "sweep", "hf", "finetune", "sanitize", "bench-decode", "bench-generate", "bench-serving",
+    "profile",
+)  # fmt: skip
 
 
 def find_sanitizer() -> str | None:
