@@ -61,13 +61,15 @@ def _ratio(records: dict[str, dict], other: str) -> float | None:
     return None
 
 
+def ratios_to_sdpa(document: dict, cache: str) -> dict[tuple[int, int, bool], float]:
+    """Our time a token over sdpa's, by (rows, tokens, whether they are padded)."""
+    pairs = {shape: _ratio(records, PEER) for shape, records in _measured(document, cache).items()}
+    return {shape: ratio for shape, ratio in pairs.items() if ratio is not None}
+
+
 def _generate_bars(document: dict) -> Iterator[Bar]:
     for cache in CACHES:
-        ratios = {
-            shape: ratio
-            for shape, records in _measured(document, cache).items()
-            if (ratio := _ratio(records, PEER)) is not None
-        }
+        ratios = ratios_to_sdpa(document, cache)
         if not ratios:
             continue
         worst = max(ratios, key=ratios.__getitem__)
@@ -82,6 +84,33 @@ def _generate_bars(document: dict) -> Iterator[Bar]:
                 f"{cache} cache, {_label(shape)}, aim: at most {LONG_AIM}× sdpa's time",
                 f"{ratios[shape]:.2f}×",
                 ratios[shape] <= LONG_AIM,
+            )
+
+
+def readme_rows(document: dict) -> Iterator[str]:
+    """Rows of README's table: the longest context of each kind of cache, or the largest number of requests."""
+    device = document["environment"]["device"]
+    if document["kind"] == "generate":
+        for cache in CACHES:
+            if ratios := ratios_to_sdpa(document, cache):
+                shape = max(ratios, key=lambda shape: (shape[1], shape[0]))
+                ours = _measured(document, cache)[shape][OURS]
+                yield (
+                    f"| `generate()`, {ours['model']}'s shape, {cache} cache, {device}, {_label(shape)} tokens "
+                    f"| {1e3 * ours['seconds']:.1f} ms a token, {ratios[shape]:.2f} × sdpa's time; geometric mean over "
+                    f"{len(ratios)} points {geometric_mean([*ratios.values()]):.2f} × |"
+                )
+        return
+    workloads = {key: records for key, records in _workloads(document).items() if PEER in records}
+    if workloads:
+        key = max(workloads, key=lambda key: (key[3], key[0]))
+        records = workloads[key]
+        best = max((name for name in records if OURS in name), key=lambda name: _gain(records, name), default=None)
+        if best is not None:
+            yield (
+                f"| continuous batching, {key[1]}'s shape, {device}, Transformers {key[0]}, {key[3]} requests of {key[4]:,} to "
+                f"{key[5]:,} tokens | `{best}`: {records[best]['answer_tokens_per_second']:,.0f} tokens/s, "
+                f"{_gain(records, best):.2f} × sdpa's |"
             )
 
 

@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 import decode_results
+import inference_results
 import memory_page
 import records
 from measure_model import Measurement
@@ -27,6 +28,7 @@ FIGURE = records.REPOSITORY / "docs" / "memory.png"
 MEMORY = "memory-llama-8b-h200.json"
 ATTENTION = "attention-h200-sm90.json"
 DECODE = "decode-h100.json"  # bench_decode.py --name decode-h100
+INFERENCE = ("generate-h100.json", "serving-h100.json")  # bench_generate.py and bench_serving.py
 MISTRAL = "memory-mistral-7b-h200.json"
 QUALITY = "quality-smollm2.json"
 PEER, OURS = "#E69F00", "#0072B2"  # Okabe and Ito
@@ -113,6 +115,9 @@ def performance() -> str:
         )
     if (records.RESULTS / DECODE).exists():
         lines.append(decoding(json_of(DECODE)))
+    for name in INFERENCE:
+        if (records.RESULTS / name).exists():
+            lines += inference_results.readme_rows(json_of(name))
     for name, word in (("memory-llama-1b-full-h200.json", "Llama-3.2-1B, all weights"), (MISTRAL, "Mistral-7B, LoRA")):
         steps = [m for m in memory_page.read(records.RESULTS / name)[0] if m.status == "ok"]
         m = max((m for m in steps if m.point.attn_implementation == "flashmla"), key=lambda m: m.point.context)

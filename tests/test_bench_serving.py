@@ -129,3 +129,7 @@ def test_the_aim_is_that_of_the_issue():
     page = inference_results.section(document)
     assert "| flashmla/flash-attn3 | 1,400 | 9,800 | 31.4 | 64.00 GiB | yes | 3.0 | 1.40× |" in page
     assert "- paged\\|eager, 256 requests: out of memory: the allocation failed" in page
+    assert [*inference_results.readme_rows(document)] == [
+        "| continuous batching, llama-8b's shape, a GPU, Transformers 5.24.0, 256 requests of 128 to 4,096 tokens "
+        "| `flashmla/flash-attn3`: 1,400 tokens/s, 1.40 × sdpa's |"
+    ]
