@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import argparse
 
+import inference_results
 import point_runs
 from generation import Generation, Point
 from point_runs import Program
@@ -84,7 +85,7 @@ def describe(record: dict) -> str:
     )
 
 
-PROGRAM = Program("bench_generate", "generate", start, describe)
+PROGRAM = Program("bench_generate", "generate", start, describe, inference_results.section)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -26,6 +26,7 @@ import math
 import time
 from dataclasses import dataclass
 
+import inference_results
 import models
 import point_runs
 import torch
@@ -209,7 +210,7 @@ def describe(record: dict) -> str:
     )
 
 
-PROGRAM = Program("bench_serving", "serving", start, describe)
+PROGRAM = Program("bench_serving", "serving", start, describe, inference_results.section)
 
 
 def main(argv: list[str] | None = None) -> None:

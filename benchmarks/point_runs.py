@@ -82,6 +82,7 @@ class Program:
         [argparse.Namespace], Callable[[object], dict]
     ]  # builds the model; gives the function that measures
     describe: Callable[[dict], str]  # a line for the terminal
+    section: Callable[[dict], str]  # of the whole file, in Markdown
 
 
 def run(program: Program, points: list, args: argparse.Namespace) -> None:
@@ -118,6 +119,7 @@ def run(program: Program, points: list, args: argparse.Namespace) -> None:
         print(f"{time.monotonic() - begun:6.1f} s  {program.describe(record)}", flush=True)
         if "CUDA error" in record.get("reason", ""):  # the context is lost, and every later call fails with it
             sys.exit(f"{program.name}: {record['reason']}; the points before it are in {path}")
+    print(f"\n{program.section(document)}")  # here too: a run's last words outlive a file that is lost
     print(f"written: {path} and {render_results.write(args.output_dir)}")
     if failed := [r for r in done if r["status"] in FAILED]:
         sys.exit(f"{program.name}: {len(failed)} points failed; first: {program.describe(failed[0])}")
