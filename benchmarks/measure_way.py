@@ -20,7 +20,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import measure_model
@@ -29,7 +29,7 @@ from measure_model import RESULT_MARK, Measurement, Point, Step
 from memory_report import extrapolated
 
 from flashmla_hf.host_memory import GIB
-from flashmla_hf.training import machine
+from flashmla_hf.training import child_process, machine
 from flashmla_hf.training.shape import Shape
 
 # A step that is predicted to take longer is not timed a second time.
@@ -149,6 +149,8 @@ class Way:
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
             env={"OMP_WAIT_POLICY": "PASSIVE", "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"} | os.environ,
         )  # fmt: skip
+        self.guard = ExitStack()
+        self.guard.enter_context(child_process.guarded(self.process))
         self.lines: queue.Queue[str | None] = queue.Queue()
         self.errors: list[str] = []
         threading.Thread(target=self._read, args=(self.process, self.lines), daemon=True).start()
@@ -175,6 +177,7 @@ class Way:
         if missing and self.has_died and deadline - time.monotonic() > GRACE:
             died = Measurement(missing[0], "error", self.last_error())
             on_result(died)
+            self.end()
             self._start()
             results += [died, *self._measure_once(missing[1:], deadline, on_result)]
             missing = [p for p in self.points if all(r.point.context != p.context for r in results)]
@@ -229,6 +232,7 @@ class Way:
             with suppress(ProcessLookupError):
                 os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
+        self.guard.close()
 
 
 def measure_ways(ways: list[Way], seconds: float, on_result: Callable[[Measurement], None]) -> list[Measurement]:

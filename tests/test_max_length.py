@@ -86,7 +86,10 @@ def test_an_interrupted_search_says_what_it_has_found(tiny_model, tmp_path, monk
         assert "--resume" not in found
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP], ids=lambda number: number.name)
+ENDED_BY = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGKILL]
+
+
+@pytest.mark.parametrize("number", ENDED_BY, ids=lambda number: number.name)
 def test_a_signal_that_ends_the_search_ends_the_trial(number, tmp_path):
     """The trial has a child of its own; both are gone, and the parent ends as the signal ends any Python process."""
     written = tmp_path / "pids"
@@ -108,6 +111,18 @@ def test_a_signal_that_ends_the_search_ends_the_trial(number, tmp_path):
     while any(map(_is_running, pids)) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not any(map(_is_running, pids))
+
+
+def test_nothing_is_left_of_a_trial_that_ends_by_itself(tmp_path):
+    """Not the process that would end the trial with this one, nor is a later process of the trial's number ended."""
+    program = f"from flashmla_hf.training import child_process as c; print(c.run({['true']!r}, 'X', 60).reason); input()"
+    parent = subprocess.Popen(
+        [sys.executable, "-c", program], env=ON_PATH, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert parent.stdout.readline() == "no output\n"
+    assert Path(f"/proc/{parent.pid}/task/{parent.pid}/children").read_text().split() == []
+    parent.communicate("\n", timeout=20)
+    assert parent.returncode == 0
 
 
 def _is_running(pid: int) -> bool:

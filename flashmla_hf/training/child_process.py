@@ -7,12 +7,17 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 # The child has a session of its own, so a terminal's Ctrl-C or hang-up reaches this process alone.
 ENDING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+# The program of a second process, which ends the child's session if this process is killed: its input then ends. No handler
+# runs here at a SIGKILL, and the child could end neither while it starts nor its own children.
+_GUARD = "import os, sys; sys.stdin.read(); os.killpg(int(sys.argv[1]), 9)"
 
 
 @dataclass(frozen=True)
@@ -31,7 +36,7 @@ def run(command: list[str], mark: str, timeout: float) -> Outcome:
     """Runs ``command`` for at most ``timeout`` seconds and reads the line of JSON that begins with ``mark``.
 
     Never raises for anything that happens in the process. A signal that ends this process ends the child and its children
-    first.
+    first; if this process is killed, they are killed too.
     """
     # Waiting threads sleep instead of spinning: beside other work, spinning makes a step ten times slower.
     env = {"OMP_WAIT_POLICY": "PASSIVE"} | os.environ
@@ -43,7 +48,8 @@ def run(command: list[str], mark: str, timeout: float) -> Outcome:
             kept.process = process
             if kept.received:  # while the child was made
                 _kill(process)
-            stdout, stderr = process.communicate(timeout=timeout)
+            with guarded(process):
+                stdout, stderr = process.communicate(timeout=timeout)
         except subprocess.TimeoutExpired:
             return Outcome("timeout", f"took longer than {timeout:.0f} s")
         finally:
@@ -57,6 +63,20 @@ def run(command: list[str], mark: str, timeout: float) -> Outcome:
     if process.returncode == -signal.SIGKILL:
         return Outcome("out_of_memory", "the system killed the process")
     return Outcome("error", (stderr.strip() or "no output").splitlines()[-1])
+
+
+@contextlib.contextmanager
+def guarded(process: subprocess.Popen) -> Iterator[None]:
+    """Within it, the end of this process, a SIGKILL too, is that of ``process`` and its children (a session of their own)."""
+    guard = subprocess.Popen(
+        [sys.executable, "-I", "-S", "-c", _GUARD, str(process.pid)], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL, start_new_session=True,
+    )  # fmt: skip
+    try:
+        yield
+    finally:
+        guard.kill()
+        guard.communicate()
 
 
 @dataclass
