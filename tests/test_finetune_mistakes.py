@@ -91,7 +91,7 @@ MISTAKES = {  # name: (changed options, file contents to write, what the sentenc
         {"out/checkpoint-3/optimizer.bin": "x"},
         "holds checkpoint-3 of an earlier run: continue",
     ),
-    "learning rate too high": ({"learning_rate": 1e30, "max_steps": 8, "max_grad_norm": 0}, {}, "the loss became"),
+    "learning rate too high": ({"learning_rate": 1e30, "max_steps": 8, "max_grad_norm": 0}, {}, "begin anew with a lower --learning_rate"),
 }
 
 
@@ -214,7 +214,7 @@ def test_the_configs_that_ship_are_valid():
             "out of memory; by the ledger .* add loss|out of memory; by the",
         ),
         (MemoryError(), "out of memory; by the ledger"),
-        (OSError(28, "No space left on device"), "No space left on device; what is saved there stays"),
+        (OSError(28, "No space left on device"), "No space left on device; make room; it wrote no checkpoint"),
         (
             RuntimeError("flashmla_hf.patch: patch 'offload': host memory: expected more"),
             "patch 'offload': host memory",

@@ -135,15 +135,51 @@ def test_resuming_on_another_base_model_or_from_a_damaged_checkpoint_is_refused(
         finetune.main(options(tiny_model, corpus, tmp_path / "out", **shared))
 
 
-def test_an_interrupted_run_says_how_to_go_on(tiny_model, corpus, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    ("save_steps", "steps_before", "said"),
+    [
+        (0, 1, "it wrote no checkpoint, and a new run begins anew. --save_steps N writes one every N steps"),
+        (3, 1, "it had written no checkpoint (--save_steps 3), and a new run begins anew"),
+        (1, 2, "--resume_from_checkpoint latest continues from checkpoint-2"),
+    ],
+)
+def test_an_interrupted_run_says_how_to_go_on(
+    save_steps, steps_before, said, tiny_model, corpus, tmp_path, monkeypatch, capsys
+):
+    run_batches, calls = finetune.run_batches, []
+
+    def interrupted(*args):
+        calls.append(None)
+        if len(calls) > steps_before:
+            raise KeyboardInterrupt
+        return run_batches(*args)
+
+    monkeypatch.setattr(finetune, "run_batches", interrupted)
+    arguments = options(tiny_model, corpus, tmp_path / "out", max_steps=4, save_steps=save_steps)
+    with pytest.raises(SystemExit) as caught:
+        finetune.main(arguments)
+    assert caught.value.code == 130
+    assert capsys.readouterr().err.splitlines()[-1] == f"finetune: interrupted; {said}"
+    # What the sentence says is so: the run begins anew, or continues.
+    monkeypatch.undo()
+    finetune.main([*arguments, *(("--resume_from_checkpoint", "latest") if "latest" in said else ())])
+    assert ("resumed from" in capsys.readouterr().out) == ("latest" in said)
+
+
+def test_a_run_that_is_interrupted_in_its_last_evaluation_has_its_model(
+    tiny_model, corpus, tmp_path, monkeypatch, capsys
+):
     def interrupted(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(finetune, "run_batches", interrupted)
+    monkeypatch.setattr(finetune, "evaluate", interrupted)
+    arguments = options(tiny_model, corpus, tmp_path / "out", max_steps=1, validation_split_percentage=10, use_peft=True)
     with pytest.raises(SystemExit) as caught:
-        finetune.main(options(tiny_model, corpus, tmp_path / "out", max_steps=1))
+        finetune.main(arguments)
     assert caught.value.code == 130
-    assert "--resume_from_checkpoint latest" in capsys.readouterr().err
+    said = f"finetune: interrupted; the trained adapter is in {tmp_path / 'out'}, without an evaluation"
+    assert capsys.readouterr().err.splitlines()[-1] == said
+    assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
 
 
 def test_a_patched_run_resumes_with_the_same_losses(tiny_model, corpus, tmp_path):

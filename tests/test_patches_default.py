@@ -71,6 +71,27 @@ def test_a_model_without_a_language_models_loss_gets_the_other_patches(kind, los
         assert "patch 'loss' does not support this model" in message(model, **arguments)
 
 
+def test_a_model_in_float16_gets_the_patches_but_the_loss(caplog):
+    model, batch = model_of("Llama").half(), batch_of("Llama")
+    expected = gradients(model, lambda m: m(**batch, use_cache=False).loss)
+    with caplog.at_level(logging.WARNING, "flashmla_hf"):
+        flashmla_hf.patch(model)
+    report = flashmla_hf.patch_report(model)
+    assert report.applied == tuple(name for name in ALL if name != "loss")
+    assert "expected weights in bfloat16 or float32, got float16: gradients are computed" in report.left_out["loss"]
+    assert [r.getMessage().split(" (get")[0] for r in caplog.records if r.name == "flashmla_hf"] == [
+        "flashmla_hf.patch(LlamaForCausalLM): left out 'loss'"
+    ]
+    got = gradients(model, lambda m: m(**batch, use_cache=False).loss)
+    assert got[0] == pytest.approx(expected[0], rel=1e-2)
+    assert any(g.count_nonzero() for g in got[1].values())
+    flashmla_hf.unpatch(model)
+    for arguments in ({"patches": ["loss"]}, {"loss_chunk": 9}):
+        assert "patch 'loss' does not support this model: get_output_embeddings()" in message(model, **arguments)
+    flashmla_hf.patch(model.bfloat16())
+    assert "loss" in flashmla_hf.patch_report(model).applied
+
+
 def test_a_supported_model_gets_all_defaults_without_a_word(caplog):
     with caplog.at_level(logging.WARNING, "flashmla_hf"):
         model = flashmla_hf.patch(model_of("Llama"))

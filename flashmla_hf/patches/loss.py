@@ -30,6 +30,8 @@ from flashmla_hf.patches.replacements import Replacements
 # Tokens per chunk: [2048, 128256] fp32 are 1 GiB, and a GPU's matrix products are at full speed.
 CHUNK = 2048
 
+_SCALED_TOO_LATE = "gradients are computed before a gradient scaler multiplies the loss, and would vanish"
+
 # One operation on the logits: ("scale", factor), ("divide", divisor) or ("tanh", None).
 Step = tuple[str, float | None]
 
@@ -144,6 +146,9 @@ def patch_loss(model: Any, replacements: Replacements, chunk: int | None) -> Non
         raise structure.refuse(
             model, "loss", "get_output_embeddings()", "a torch.nn.Linear whose weights can be read in the loss", reason
         )
+    if head.weight.dtype == torch.float16:
+        got = f"float16: {_SCALED_TOO_LATE}"
+        raise structure.refuse(model, "loss", "get_output_embeddings()", "weights in bfloat16 or float32", got)
     head_forward, model_forward, chunk = head.forward, model.forward, chunk or CHUNK
 
     @wraps(head_forward)
@@ -243,8 +248,8 @@ def linear_cross_entropy(
         bias = None if bias is None else bias.to(dtype)
     if hidden.dtype == torch.float16:
         raise structure.PatchError(
-            "flashmla_hf.patch: patch 'loss': expected bfloat16 or float32, got float16: gradients are computed before a "
-            f"gradient scaler multiplies the loss, and would vanish. {structure.exclude('loss')}"
+            f"flashmla_hf.patch: patch 'loss': expected bfloat16 or float32, got float16: {_SCALED_TOO_LATE}. "
+            f"{structure.exclude('loss')}"
         )
     if num_items is None:
         num_items = (labels != ignore_index).sum()

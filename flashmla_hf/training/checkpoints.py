@@ -137,6 +137,15 @@ def save_checkpoint(accelerator: Accelerator, args: TrainingArguments, state: Tr
     accelerator.wait_for_everyone()
 
 
+def how_to_continue(args: TrainingArguments) -> str:
+    """What is left of a run that ended before its result was written, for its message."""
+    if kept := checkpoints(Path(args.output_dir)):
+        return f"--resume_from_checkpoint latest continues from {kept[-1].name}"
+    if args.save_steps:
+        return f"it had written no checkpoint (--save_steps {args.save_steps}), and a new run begins anew"
+    return "it wrote no checkpoint, and a new run begins anew. --save_steps N writes one every N steps"
+
+
 def fingerprint(
     model_args: ModelArguments,
     args: TrainingArguments,

@@ -54,6 +54,7 @@ from flashmla_hf.training.checkpoints import (
     find_checkpoint,
     fingerprint,
     frozen_fingerprint,
+    how_to_continue,
     make_output_dir,
     save_checkpoint,
     writing_result,
@@ -72,8 +73,6 @@ from flashmla_hf.training.model import (
 from flashmla_hf.training.packing import Collator, largest_id
 from flashmla_hf.training.step import run_batches, step_batches
 from flashmla_hf.training.stream import PackStream, StreamPlace
-
-RESUME_ADVICE = "--resume_from_checkpoint latest continues from the last checkpoint"
 
 
 @dataclass
@@ -275,8 +274,7 @@ def train_steps(run: Run) -> None:
         state.runtime = seconds_before + training_seconds
         if not math.isfinite(state.interval_losses[-1]):
             raise UserError(
-                f"the loss became {state.interval_losses[-1]} at step {state.step}: lower --learning_rate, or resume "
-                "from an earlier checkpoint"
+                f"the loss became {state.interval_losses[-1]} at step {state.step}: begin anew with a lower --learning_rate"
             )
 
         speed = (state.tokens - tokens_before) / training_seconds
@@ -311,7 +309,11 @@ def finish(run: Run) -> dict:
             accelerator.unwrap_model(run.model).save_pretrained(output_dir, state_dict=weights)
             run.data.tokenizer.save_pretrained(output_dir)
     del weights
-    eval_loss, by_position = run.evaluate() if run.data.eval_packs else (None, [])
+    saved = "adapter" if run.model_args.use_peft else "model"
+    try:
+        eval_loss, by_position = run.evaluate() if run.data.eval_packs else (None, [])
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"the trained {saved} is in {output_dir}, without an evaluation") from None
 
     results = {
         "train_loss": mean_loss(state.log_history),
@@ -338,7 +340,6 @@ def finish(run: Run) -> dict:
             (output_dir / "all_results.json").write_text(json.dumps(results, indent=1))
     accelerator.wait_for_everyone()
     accelerator.end_training()
-    saved = "adapter" if run.model_args.use_peft else "model"
     accelerator.print(f"{saved}, trainer_state.json and all_results.json are in {output_dir}")
     return results
 
@@ -352,6 +353,9 @@ def main(argv: list[str] | None = None, command: str = "finetune") -> None:
     description = (max_length.__doc__ if searches else __doc__).split("\n\n")[0]
     try:
         model_args, data_args, args = parse_arguments(argv, f"flashmla {command}", description)
+    except UserError as error:
+        end(command, error)
+    try:
         quantization.check(model_args)
         model_args.patches = plan_patches(model_args, args, args.trial_length or data_args.max_length)
         if args.trial_length is not None:
@@ -363,13 +367,13 @@ def main(argv: list[str] | None = None, command: str = "finetune") -> None:
     except UserError as error:
         end(command, error)
     except KeyboardInterrupt as interrupt:
-        advice = "a new search begins anew" if searches else RESUME_ADVICE
+        advice = "a new search begins anew" if searches else how_to_continue(args)
         print(f"{command}: interrupted; {str(interrupt) or advice}", file=sys.stderr)
         sys.exit(130)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        sys.exit(f"{command}: {args.output_dir}: {error.strerror}; what is saved there stays: make room and resume")
+        sys.exit(f"{command}: {args.output_dir}: {error.strerror}; make room; {how_to_continue(args)}")
     except (RuntimeError, MemoryError, ValueError) as error:
         if str(error).startswith("flashmla_hf.patch"):  # no room on the host, a call that a patch cannot follow
             sys.exit(f"{command}: {' '.join(str(error).split())}")
