@@ -1,6 +1,6 @@
-"""Writes the measured numbers and the figure of README.md, from the committed results: `make readme`.
+"""Writes the measured numbers of README.md and docs/install.md, and the figure, from the committed results: `make readme`.
 
-README's text between the markers `<!-- measured NAME -->` and `<!-- /measured -->` is this program's, and so is
+The text between the markers `<!-- measured NAME -->` and `<!-- /measured -->` is this program's, and so is
 docs/memory.png. With --check it changes nothing and fails if a text is out of date.
 """
 
@@ -14,6 +14,7 @@ from pathlib import Path
 
 import decode_results
 import inference_results
+import install_time
 import memory_page
 import records
 from measure_model import Measurement
@@ -24,6 +25,7 @@ from flashmla_hf.host_memory import GIB
 
 plt = memory_page.plt
 README = records.REPOSITORY / "README.md"
+INSTALL = records.REPOSITORY / "docs" / "install.md"
 FIGURE = records.REPOSITORY / "docs" / "memory.png"
 MEMORY = "memory-llama-8b-h200.json"
 ATTENTION = "attention-h200-sm90.json"
@@ -150,27 +152,39 @@ def decoding(document: dict) -> str:
     )
 
 
-def updated(text: str) -> str:
-    """``text`` with what stands between the markers written anew."""
-    for name, value in (("caption", caption()), ("performance", f"\n{performance()}\n")):
+def install() -> str:
+    """How long an installation took, on each machine that was measured."""
+    found = [json.loads(path.read_text()) for path in sorted(records.RESULTS.glob("install-*.json"))]
+    text = "; ".join(map(install_time.sentence, found))
+    return f"Measured: {text}."
+
+
+def updated(text: str, page: Path = README) -> str:
+    """``text`` of ``page`` with what stands between the markers written anew."""
+    values = {"install": install} if page == INSTALL else {"caption": caption, "performance": performance}
+    for name, value in values.items():
+        new = f"\n{value()}\n" if name == "performance" else value()
         text, count = re.subn(
-            rf"(<!-- measured {name} -->).*?(<!-- /measured -->)", rf"\g<1>{value}\g<2>", text, flags=re.DOTALL
+            rf"(<!-- measured {name} -->).*?(<!-- /measured -->)", rf"\g<1>{new}\g<2>", text, flags=re.DOTALL
         )
         if count != 1:
-            sys.exit(f"readme: README.md: expected one pair of markers 'measured {name}', found {count}")
+            sys.exit(f"readme: {page.name}: expected one pair of markers 'measured {name}', found {count}")
     return text
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="write nothing; fail if README.md is out of date")
+    parser.add_argument("--check", action="store_true", help="write nothing; fail if a page is out of date")
     args = parser.parse_args(argv)
-    text = README.read_text()
+    for page in (README, INSTALL):
+        text = page.read_text()
+        new = updated(text, page)
+        if args.check and new != text:
+            sys.exit(f"{page.name} differs from benchmarks/results: run `make readme`")
+        if not args.check:
+            page.write_text(new)
     if args.check:
-        if updated(text) != text:
-            sys.exit("README.md differs from benchmarks/results: run `make readme`")
         return
-    README.write_text(updated(text))
     draw()
 
 

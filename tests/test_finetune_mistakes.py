@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from training_support import SCRIPTS, options
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    BertConfig,
+    BertForMaskedLM,
+    LlamaForSequenceClassification,
+)
 
 from flashmla_hf.training import arguments, checkpoints, finetune, machine, memory
 
@@ -117,6 +125,7 @@ def test_a_mistake_ends_with_one_sentence(mistake, tiny_model, corpus, tmp_path,
     [
         (["--max_lenght", "3"], "unknown option '--max_lenght'; did you mean '--max_length'? --help lists the options"),
         (["--max-lenght=3"], "unknown option '--max-lenght'; did you mean '--max-length'? --help lists the options"),
+        (["--model", "m"], "unknown option '--model'; did you mean '--model_name_or_path'? --help lists the options"),
         (["--zzz"], "unknown option '--zzz'; --help lists the options"),
         (["stray"], "unexpected argument 'stray'; --help lists the options"),
     ],
@@ -245,3 +254,60 @@ def test_a_wrong_patch_ends_with_one_sentence(patches, said, tiny_model, corpus,
         finetune.main([*options(tiny_model, corpus, tmp_path / "out", max_steps=1), "--patches", *patches])
     assert said in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def _bert(folder):
+    config = BertConfig(
+        hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, vocab_size=304
+    )
+    BertForMaskedLM(config).save_pretrained(folder)
+
+
+def _reward_model(folder):
+    config = AutoConfig.from_pretrained(folder, pad_token_id=0)
+    LlamaForSequenceClassification(config).save_pretrained(folder)
+
+
+OTHER_MODELS = {  # what becomes of a folder with the tiny model: (change, options, what the sentence says)
+    "an encoder": (_bert, {}, "(BertLMHeadModel) is an encoder, whose tokens see the ones after them: expected a causal"),
+    "a reward model": (
+        _reward_model,
+        {},
+        "has no weights for lm_head.weight, and would begin with random ones: expected a causal language model, got the "
+        "weights of LlamaForSequenceClassification",
+    ),
+    "float16": (
+        lambda folder: AutoModelForCausalLM.from_pretrained(folder).half().save_pretrained(folder),
+        {"dtype": "auto"},
+        "is saved in float16, whose small gradients vanish: give --dtype bfloat16 or float32 instead of auto",
+    ),
+    "no configuration": (lambda folder: (folder / "config.json").unlink(), {}, "got one without config.json"),
+    "no tokenizer": (
+        lambda folder: [path.unlink() for path in folder.glob("token*")],
+        {},
+        "has no loadable tokenizer: Couldn't instantiate the backend tokenizer from one of: (1) a `tokenizers` library",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OTHER_MODELS)
+def test_a_model_that_would_not_be_trained_as_meant_is_refused(name, tiny_model, corpus, tmp_path):
+    change, more, said = OTHER_MODELS[name]
+    model = tmp_path / "model"
+    shutil.copytree(tiny_model, model)
+    change(model)
+    with pytest.raises(SystemExit) as caught:
+        finetune.main(options(model, corpus, tmp_path / "out", max_steps=1, **more))
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)
+    if name == "float16":  # the way out that the sentence names
+        finetune.main(options(model, corpus, tmp_path / "out", max_steps=1, dtype="bfloat16"))
+
+
+def test_a_missing_option_is_named_in_a_few_lines(capsys):
+    with pytest.raises(SystemExit) as caught:
+        finetune.main(["--model_name_or_path", "m"])
+    assert caught.value.code == 2
+    said = capsys.readouterr().err.splitlines()
+    assert "the following arguments are required: --output_dir" in said[-1]
+    assert len(said) <= 3

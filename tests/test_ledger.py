@@ -11,6 +11,7 @@ import memory_report
 import models
 import pytest
 import torch
+import transformers
 from training_support import ON_PATH, ROOT
 
 import flashmla_hf
@@ -240,3 +241,10 @@ def test_the_ledger_answers_in_python_and_imports_nothing_that_trains(tiny_model
         "import flashmla_hf; flashmla_hf.ledger('llama-8b')",
     ):
         subprocess.run([sys.executable, "-c", program], env=ON_PATH, check=True, timeout=200)
+
+
+@pytest.mark.parametrize("kind", ["BertConfig", "ModernBertConfig", "BartConfig", "T5Config"])
+def test_a_model_with_an_encoder_has_no_ledger(kind):
+    with pytest.raises(ValueError, match=rf"{kind} is of a model with an encoder: the ledger knows decoder-only models"):
+        Shape.of(getattr(transformers, kind)())
+    assert Shape.of(transformers.BertConfig(is_decoder=True)).layers == 12

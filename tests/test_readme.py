@@ -16,6 +16,14 @@ def test_readme_holds_the_committed_numbers():
     assert readme.updated(text.replace("tokens/s", "tokens an hour")) == text
 
 
+def test_the_page_on_installing_holds_the_committed_times():
+    text = readme.INSTALL.read_text()
+    assert readme.updated(text, readme.INSTALL) == text, "run: make readme"
+    assert readme.updated(text.replace(" s on ", " hours on "), readme.INSTALL) == text
+    assert "for the CPU alone `pip install .` took" in text
+    assert "with the Hopper library the build took" in text
+
+
 def test_a_line_about_decoding_has_the_numbers_of_its_run():
     shapes = (
         "d128 B1 H32/8 S1/4096 dense bf16",

@@ -37,8 +37,10 @@ def has_tensorboard() -> bool:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of the error's message, or its kind if it has none."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+    """The first line of the error's message (all of it, if that ends with a colon), or its kind if it has none."""
+    text = str(error).strip()
+    line = next(iter(text.splitlines()), type(error).__name__).rstrip()
+    return " ".join(text.split()) if line.endswith(":") else line
 
 
 @dataclass
@@ -222,9 +224,11 @@ def parse_arguments(
 
     Raises UserError for a value that is wrong by itself or beside another.
     """
+    data = "" if prog.endswith("max-length") else "--train_file DATA "
     parser = HfArgumentParser(
-        (ModelArguments, DataArguments, TrainingArguments), prog=prog, description=description, allow_abbrev=False
-    )
+        (ModelArguments, DataArguments, TrainingArguments), prog=prog, description=description, allow_abbrev=False,
+        usage=f"%(prog)s --model_name_or_path MODEL {data}--output_dir FOLDER [OPTION ...]",
+    )  # fmt: skip
     parser.add_argument("--config", metavar="FILE.yaml", help="YAML file of options; the command line wins")
     try:
         check_names(parser, argv)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import warnings
+from collections.abc import Collection
 from pathlib import Path
 
 import torch
@@ -24,7 +25,7 @@ from flashmla_hf.training.arguments import (
     required_patches,
 )
 from flashmla_hf.training.ledger import Ledger, build_ledger
-from flashmla_hf.training.shape import Shape, load_config, positions_of
+from flashmla_hf.training.shape import Shape, is_encoder, load_config, positions_of
 from flashmla_hf.training.terms import Switches
 
 
@@ -38,6 +39,8 @@ def load_tokenizer(model_args: ModelArguments) -> PreTrainedTokenizerBase:
             f"model {name} is an adapter, and would be trained as if it were none: expected a whole model. Merge it "
             "(peft: merge_and_unload, save_pretrained), or resume its run with --resume_from_checkpoint"
         )
+    if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
+        raise UserError(f"model {name}: expected a folder that save_pretrained wrote, got one without config.json")
     try:
         return AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
@@ -49,14 +52,16 @@ def load_model(model_args: ModelArguments, args: TrainingArguments, checkpoint: 
     is_full_resume = checkpoint is not None and not model_args.use_peft
     name = str(checkpoint) if is_full_resume else model_args.model_name_or_path
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        model, info = AutoModelForCausalLM.from_pretrained(
             name,
             dtype=model_args.weight_dtype(args.bf16),
             attn_implementation=model_args.attn_implementation,
+            output_loading_info=True,
             **quantization.loading_options(model_args, args),
         )
     except (OSError, ValueError, ImportError, SafetensorError) as error:
         raise UserError(f"model {name!r} cannot be loaded: {first_line(error)}") from None
+    _check_kind(model, name, info["missing_keys"])
     if args.device_type == "cpu":
         quantization.keep_trainable_on_cpu(model)
     _check_loss_arguments(model)
@@ -109,6 +114,26 @@ def plan_patches(model_args: ModelArguments, args: TrainingArguments, tokens: in
         machine.memory_available("cpu") / 2
     )
     return ["light"] if fits else ["all"]
+
+
+def _check_kind(model: torch.nn.Module, name: str, missing: Collection[str]) -> None:
+    """Refuses what Transformers loads and training would spoil: an encoder, weights drawn at random, float16."""
+    if is_encoder(model.config):
+        raise UserError(
+            f"model {name!r} ({type(model).__name__}) is an encoder, whose tokens see the ones after them: expected a causal "
+            "language model (or config.json with is_decoder: true)"
+        )
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        was = next(iter(model.config.architectures or []), "other")
+        raise UserError(
+            f"model {name!r} has no weights for {min(missing)}{more}, and would begin with random ones: expected a causal "
+            f"language model, got the weights of {was}"
+        )
+    if model.dtype == torch.float16:
+        raise UserError(
+            f"model {name!r} is saved in float16, whose small gradients vanish: give --dtype bfloat16 or float32 instead of auto"
+        )
 
 
 def _check_loss_arguments(model: torch.nn.Module) -> None:

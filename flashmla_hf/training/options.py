@@ -22,7 +22,9 @@ def at_least(least: int) -> Callable[[str], int]:
 
 def unknown_option(name: str, known: Iterable[str]) -> str:
     """The sentence about an option that is not one of ``known``, with the nearest of them if one is near."""
-    near = difflib.get_close_matches(name, [*known], 1)
+    known = [*known]
+    longer = [other for other in known if other.startswith(name)]
+    near = longer or difflib.get_close_matches(name, known, 1)
     if near:
         return f"unknown option {name!r}; did you mean {near[0]!r}? --help lists the options"
     return f"unknown option {name!r}; --help lists the options"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from transformers import AutoConfig, PreTrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from flashmla_hf.training.arguments import UserError, first_line
 
@@ -30,6 +31,8 @@ class Shape:
 
         Raises ValueError, naming the field, if the configuration is not that of a dense decoder-only model.
         """
+        if is_encoder(config) or getattr(config, "is_encoder_decoder", False):
+            raise ValueError(f"{type(config).__name__} is of a model with an encoder: the ledger knows decoder-only models")
         config = config.get_text_config()
 
         def need(*names: str) -> int:
@@ -112,6 +115,13 @@ PUBLISHED = {
     "llama-8b": Shape(4096, 32, 32, 8, 128, 14336, 128256, positions=131072),
     "mistral-7b": Shape(4096, 32, 32, 8, 128, 14336, 32000, window=4096, positions=32768),
 }
+
+
+def is_encoder(config) -> bool:
+    """Whether the model's tokens see the ones after them (BERT): Transformers can also load such a model as a causal one."""
+    if getattr(config, "is_decoder", False) or getattr(config, "is_encoder_decoder", False):
+        return False
+    return getattr(config, "model_type", None) in MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 
 def positions_of(config) -> int | None:
