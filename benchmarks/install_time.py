@@ -28,7 +28,9 @@ def measure(build: str) -> dict:
     with tempfile.TemporaryDirectory() as scratch:
         source, target = Path(scratch) / "source", Path(scratch) / "installed"
         source.mkdir()
-        archive = subprocess.run(["git", "-C", str(records.REPOSITORY), "archive", "HEAD"], capture_output=True, check=True)
+        archive = subprocess.run(
+            ["git", "-C", str(records.REPOSITORY), "archive", "HEAD"], capture_output=True, check=True
+        )
         subprocess.run(["tar", "-x", "-C", str(source)], input=archive.stdout, check=True)
         started, load = time.monotonic(), os.getloadavg()[0]
         done = subprocess.run(
@@ -55,7 +57,7 @@ def measure(build: str) -> dict:
 
 def sentence(document: dict) -> str:
     """What docs/install.md says of one file."""
-    record, device = document["record"], document["environment"]["device"]
+    record, device = document["record"], document["environment"]["device"].partition(" (")[0]
     what = "with the Hopper library" if "libflashmla_sm90.so" in record["libraries"] else "for the CPU alone"
     cores = f"{record['cores']} cores of {device}"
     if record.get("install_seconds") is None:

@@ -99,7 +99,11 @@ MISTAKES = {  # name: (changed options, file contents to write, what the sentenc
         {"out/checkpoint-3/optimizer.bin": "x"},
         "holds checkpoint-3 of an earlier run: continue",
     ),
-    "learning rate too high": ({"learning_rate": 1e30, "max_steps": 8, "max_grad_norm": 0}, {}, "begin anew with a lower --learning_rate"),
+    "learning rate too high": (
+        {"learning_rate": 1e30, "max_steps": 8, "max_grad_norm": 0},
+        {},
+        "begin anew with a lower --learning_rate",
+    ),
 }
 
 
@@ -269,7 +273,11 @@ def _reward_model(folder):
 
 
 OTHER_MODELS = {  # what becomes of a folder with the tiny model: (change, options, what the sentence says)
-    "an encoder": (_bert, {}, "(BertLMHeadModel) is an encoder, whose tokens see the ones after them: expected a causal"),
+    "an encoder": (
+        _bert,
+        {},
+        "(BertLMHeadModel) is an encoder, whose tokens see the ones after them: expected a causal",
+    ),
     "a reward model": (
         _reward_model,
         {},
@@ -279,7 +287,7 @@ OTHER_MODELS = {  # what becomes of a folder with the tiny model: (change, optio
     "float16": (
         lambda folder: AutoModelForCausalLM.from_pretrained(folder).half().save_pretrained(folder),
         {"dtype": "auto"},
-        "is saved in float16, whose small gradients vanish: give --dtype bfloat16 or float32 instead of auto",
+        "is saved in float16, whose small gradients vanish: give --dtype bfloat16 or float32",
     ),
     "no configuration": (lambda folder: (folder / "config.json").unlink(), {}, "got one without config.json"),
     "no tokenizer": (

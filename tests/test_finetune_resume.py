@@ -173,7 +173,9 @@ def test_a_run_that_is_interrupted_in_its_last_evaluation_has_its_model(
         raise KeyboardInterrupt
 
     monkeypatch.setattr(finetune, "evaluate", interrupted)
-    arguments = options(tiny_model, corpus, tmp_path / "out", max_steps=1, validation_split_percentage=10, use_peft=True)
+    arguments = options(
+        tiny_model, corpus, tmp_path / "out", max_steps=1, validation_split_percentage=10, use_peft=True
+    )
     with pytest.raises(SystemExit) as caught:
         finetune.main(arguments)
     assert caught.value.code == 130

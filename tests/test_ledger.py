@@ -245,6 +245,8 @@ def test_the_ledger_answers_in_python_and_imports_nothing_that_trains(tiny_model
 
 @pytest.mark.parametrize("kind", ["BertConfig", "ModernBertConfig", "BartConfig", "T5Config"])
 def test_a_model_with_an_encoder_has_no_ledger(kind):
-    with pytest.raises(ValueError, match=rf"{kind} is of a model with an encoder: the ledger knows decoder-only models"):
+    with pytest.raises(
+        ValueError, match=rf"{kind} is of a model with an encoder: the ledger knows decoder-only models"
+    ):
         Shape.of(getattr(transformers, kind)())
     assert Shape.of(transformers.BertConfig(is_decoder=True)).layers == 12

@@ -115,7 +115,9 @@ def test_a_signal_that_ends_the_search_ends_the_trial(number, tmp_path):
 
 def test_nothing_is_left_of_a_trial_that_ends_by_itself(tmp_path):
     """Not the process that would end the trial with this one, nor is a later process of the trial's number ended."""
-    program = f"from flashmla_hf.training import child_process as c; print(c.run({['true']!r}, 'X', 60).reason); input()"
+    program = (
+        f"from flashmla_hf.training import child_process as c; print(c.run({['true']!r}, 'X', 60).reason); input()"
+    )
     parent = subprocess.Popen(
         [sys.executable, "-c", program], env=ON_PATH, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )

@@ -132,7 +132,7 @@ def _check_kind(model: torch.nn.Module, name: str, missing: Collection[str]) -> 
         )
     if model.dtype == torch.float16:
         raise UserError(
-            f"model {name!r} is saved in float16, whose small gradients vanish: give --dtype bfloat16 or float32 instead of auto"
+            f"model {name!r} is saved in float16, whose small gradients vanish: give --dtype bfloat16 or float32"
         )
 
 

@@ -32,7 +32,9 @@ class Shape:
         Raises ValueError, naming the field, if the configuration is not that of a dense decoder-only model.
         """
         if is_encoder(config) or getattr(config, "is_encoder_decoder", False):
-            raise ValueError(f"{type(config).__name__} is of a model with an encoder: the ledger knows decoder-only models")
+            raise ValueError(
+                f"{type(config).__name__} is of a model with an encoder: the ledger knows decoder-only models"
+            )
         config = config.get_text_config()
 
         def need(*names: str) -> int:
