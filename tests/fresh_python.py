@@ -10,6 +10,15 @@ from pathlib import Path
 TESTS = Path(__file__).resolve().parent
 
 
+def entry_point_folder(folder: Path) -> str:
+    """A folder for PYTHONPATH that has this package's entry point, as an installed package has: a .dist-info of its own."""
+    info = folder / "site" / "flashmla_hf_entry-0.dist-info"
+    info.mkdir(parents=True, exist_ok=True)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: flashmla-hf-entry\nVersion: 0\n")
+    (info / "entry_points.txt").write_text("[torch.backends]\nflashmla_hf_entry = flashmla_hf.autoload:install\n")
+    return str(info.parent)
+
+
 def run_program(program: str, timeout: float = 240, **environment: str) -> str:
     """Runs ``program`` with this folder and the checkout on its path, ``environment`` added. Returns what it printed, stripped.
     Fails with the exit code and standard error if the program ends by a signal or an error; after ``timeout`` seconds, too."""

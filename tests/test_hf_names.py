@@ -3,15 +3,12 @@ choose a class; registration that fails, and registration by many threads."""
 
 from __future__ import annotations
 
-import json
 import os
 import socket
 import subprocess
 import sys
 import textwrap
-import time
 import types
-import urllib.request
 from pathlib import Path
 
 import hf_support
@@ -119,54 +116,6 @@ def test_transformers_serve_takes_the_shaped_name_only():
     assert manager.ModelManager(attn_implementation=SHAPED).attn_implementation == SHAPED
     with pytest.raises(ValueError, match="Unsupported attention implementation: 'flashmla'"):
         manager.ModelManager(attn_implementation="flashmla")
-
-
-@pytest.mark.parametrize("continuous_batching", [False, True])
-def test_a_server_answers_with_the_tokens_of_generate(continuous_batching, tmp_path):
-    from transformers.utils import import_utils
-
-    if not getattr(import_utils, "is_serve_available", lambda: False)():
-        pytest.skip("needs transformers[serving]")
-    tokenizers = pytest.importorskip("tokenizers")
-    from transformers.cli.serve import Serve
-
-    words = {"<unk>": 0, **{f"w{i}": i for i in range(1, 96)}}
-    plain = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<unk>"))
-    plain.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=plain, unk_token="<unk>", pad_token="<unk>")
-    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
-    tokenizer.save_pretrained(tmp_path)
-    eager = build_causal_lm("eager")
-    eager.save_pretrained(tmp_path)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    sizes = {"cb_num_blocks": 8, "cb_max_batch_tokens": 64, "cb_use_cuda_graph": False} if continuous_batching else {}
-    server = Serve(
-        force_model=str(tmp_path), attn_implementation=SHAPED, host="127.0.0.1", port=port, non_blocking=True,
-        device=str(DEVICE), continuous_batching=continuous_batching, **sizes,
-    )  # fmt: skip
-    try:
-        for _ in range(300):
-            try:
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5)
-                break
-            except OSError:
-                time.sleep(0.1)
-        message = {"role": "user", "content": "w5 w6 w7"}
-        body = {"model": str(tmp_path), "messages": [message], "max_tokens": 6, "stream": False, "temperature": 0.0}
-        request = urllib.request.Request(
-            f"http://127.0.0.1:{port}/v1/chat/completions",
-            json.dumps(body).encode(),
-            {"Content-Type": "application/json"},
-        )
-        with counted_calls() as calls:
-            answer = json.loads(urllib.request.urlopen(request, timeout=120).read())
-    finally:
-        server.kill_server()
-    want = eager.generate(torch.tensor([[5, 6, 7]], device=DEVICE), max_new_tokens=6, do_sample=False)[0, 3:]
-    assert kernel_calls(calls) > 0
-    assert answer["choices"][0]["message"]["content"] == tokenizer.decode(want)
 
 
 def test_accelerates_sequence_parallelism_takes_the_shaped_name_only():

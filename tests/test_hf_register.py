@@ -10,6 +10,7 @@ import warnings
 from pathlib import Path
 
 import families
+import fresh_python
 import hf_support
 import pytest
 import torch
@@ -240,12 +241,7 @@ def test_active_context_parallelism_raises(tmp_path):
 
 def _run(script: str, tmp_path, **environment) -> str:
     """Runs a script that never imports this package, with its entry point installed (as a .dist-info of its own)."""
-    site = tmp_path / "site"
-    info = site / "flashmla_hf_entry-0.dist-info"
-    info.mkdir(parents=True, exist_ok=True)
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: flashmla-hf-entry\nVersion: 0\n")
-    (info / "entry_points.txt").write_text("[torch.backends]\nflashmla_hf_entry = flashmla_hf.autoload:install\n")
-    path = os.pathsep.join([str(site), str(ROOT), os.environ.get("PYTHONPATH", "")])
+    path = os.pathsep.join([fresh_python.entry_point_folder(tmp_path), str(ROOT), os.environ.get("PYTHONPATH", "")])
     env = {k: v for k, v in os.environ.items() if k != "TORCH_DEVICE_BACKEND_AUTOLOAD"}
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(script)], env={**env, "PYTHONPATH": path, **environment}, cwd=tmp_path,
