@@ -1,0 +1,351 @@
+"""``generate`` by every cache and strategy gives eager's tokens; decoding reads the cache where it lies and waits for nothing.
+
+The prompts are longer than the windows, and so are the answers: sliding caches turn over.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from dataclasses import dataclass, field
+
+import families
+import hf_support
+import pytest
+import torch
+import transformers
+from counting import counted_calls
+from families import FAMILY
+from hf_support import DEVICE, close, kernel_calls
+from torch._dynamo.backends.common import aot_autograd
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from flashmla_hf import decode, direct
+
+pytestmark = [hf_support.needs_kernel, pytest.mark.filterwarnings("ignore::FutureWarning")]
+
+NAMES = ["Llama", "Mistral", "Gemma2", "Gemma3 text", "GPT-OSS", "Qwen2", "DeepSeek-V3"]
+SEQLEN, NEW_TOKENS = 19, 12
+ROWS = {"alike": (SEQLEN, SEQLEN, SEQLEN), "padded": (SEQLEN, 4, 1)}  # real tokens of each row, the padding before them
+
+
+@functools.lru_cache(maxsize=2)
+def pair(name: str):
+    """(eager, ours), the same weights."""
+    family = FAMILY[name]
+    eager = families.build(family, "eager", DEVICE)
+    return eager, families.build(family, family.impl, DEVICE, eager.state_dict())
+
+
+def batch_of(rows) -> dict:
+    ids = torch.randint(3, 60, (len(rows), SEQLEN), generator=torch.Generator().manual_seed(7))
+    mask = torch.zeros_like(ids)
+    for row, count in enumerate(rows):
+        mask[row, SEQLEN - count :] = 1
+    return {"input_ids": (ids * mask).to(DEVICE), "attention_mask": mask.to(DEVICE)}
+
+
+def generate(model, batch, **options):
+    settings = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "disable_compile": True, **options}
+    return model.generate(**batch, **settings, output_logits=True, return_dict_in_generate=True)
+
+
+def assert_same(got, want, what: str = "") -> None:
+    assert torch.equal(got.sequences, want.sequences), what
+    if got.logits is not None:
+        assert len(got.logits) == len(want.logits) > 0
+        for step, (a, b) in enumerate(zip(got.logits, want.logits, strict=True)):
+            assert close(a, b), f"{what} logits of step {step}"
+
+
+ROUTES = {
+    "dynamic": {},
+    "static": {"cache_implementation": "static"},
+    "beams": {"num_beams": 3},
+    "beams, static": {"num_beams": 2, "cache_implementation": "static"},
+    "prefill in chunks": {"prefill_chunk_size": 5},
+    "prefill in chunks, static": {"prefill_chunk_size": 5, "cache_implementation": "static"},
+    "sampling": {"do_sample": True, "num_return_sequences": 2},
+}
+
+
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("name", NAMES)
+def test_every_cache_and_strategy_gives_eagers_tokens_and_logits(name, rows):
+    batch, models = batch_of(ROWS[rows]), pair(name)
+    for route, options in ROUTES.items():
+        outputs = []
+        for model in models:
+            torch.manual_seed(3)
+            with counted_calls() as calls:
+                outputs.append(generate(model, batch, **options))
+        assert_same(outputs[1], outputs[0], route)
+        assert kernel_calls(calls) > 0
+        assert calls["reference"] == 0 or hf_support.is_oracle_in_place(), dict(calls)
+
+
+@pytest.mark.parametrize("count", [SEQLEN, 5], ids=["a full row", "a padded row"])
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("route", ["a smaller model", "the same model", "prompt lookup"])
+def test_assisted_decoding_gives_eagers_tokens(route, name, count):
+    eager, ours = pair(name)
+    batch = batch_of([count])
+    # A prompt that repeats, so that looking it up finds something.
+    batch["input_ids"] = torch.cat([batch["input_ids"][:, :-6], batch["input_ids"][:, -3:].repeat(1, 2)], dim=1)
+    want = generate(eager, batch)
+    if route == "prompt lookup":
+        options = {"prompt_lookup_num_tokens": 4}
+    else:
+        # Another seed: it guesses other tokens, most of which are wrong; the same model guesses all of them right.
+        family = FAMILY[name]
+        state = ours.state_dict() if route == "the same model" else None
+        draft = families.build(family, family.impl, DEVICE, state, seed=1)
+        draft.generation_config.num_assistant_tokens = 5
+        draft.generation_config.num_assistant_tokens_schedule = "constant"
+        draft.generation_config.assistant_confidence_threshold = 0.0
+        options = {"assistant_model": draft}
+    with watched(ours) as layers:
+        got = generate(ours, batch, **options)
+    assert_same(got, want)
+    queries = {layer.queries for layer in layers if layer.queries < layer.keys}
+    if route == "the same model":
+        assert max(queries) > 2, "several queries a row"
+
+
+# ---- What a decoding step does -----------------------------------------------------------------------------------------
+
+WAITS = {
+    "item",
+    "tolist",
+    "__bool__",
+    "__int__",
+    "__float__",
+    "__index__",
+    "nonzero",
+    "equal",
+    "cpu",
+    "is_nonzero",
+    "numpy",
+}
+WAITING_OPERATORS = {"_local_scalar_dense", "nonzero", "equal", "is_nonzero", "masked_select", "unique2"}
+
+
+@dataclass
+class Layer:
+    """What the attention of one layer did in one forward pass."""
+
+    index: int
+    batch: int
+    queries: int
+    keys: int
+    operators: list[str] = field(default_factory=list)
+    waits: list[str] = field(default_factory=list)
+    copies: list[str] = field(default_factory=list)  # operators that made something as large as a quarter of the keys
+    is_in_place: bool = True  # every operator of this package got memory of the cache
+
+
+class _Functions(TorchFunctionMode):
+    def __init__(self, layer: Layer):
+        super().__init__()
+        self.layer = layer
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        name = getattr(function, "__name__", "")
+        if name in WAITS and not (name == "cpu" and args[0].device.type == "cpu"):
+            self.layer.waits.append(name)
+        return function(*args, **(kwargs or {}))
+
+
+class _Operators(TorchDispatchMode):
+    def __init__(self, layer: Layer, key: torch.Tensor, value: torch.Tensor):
+        super().__init__()
+        self.layer, self.cache = layer, [x.untyped_storage().data_ptr() for x in (key, value)]
+        self.limit = key.numel() // 4
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        name = func.overloadpacket.__name__
+        if name in WAITING_OPERATORS:
+            self.layer.waits.append(name)
+        if func.namespace == "flashmla":
+            self.layer.operators.append(name)
+            self.layer.is_in_place &= [x.untyped_storage().data_ptr() for x in args[1:3]] == self.cache
+        given = {x.untyped_storage().data_ptr() for x in args if isinstance(x, torch.Tensor)}
+        for x in out if isinstance(out, (tuple, list)) else [out]:
+            if isinstance(x, torch.Tensor) and x.numel() > self.limit and x.untyped_storage().data_ptr() not in given:
+                self.layer.copies.append(name)
+        return out
+
+
+@contextlib.contextmanager
+def watched(model):
+    """A :class:`Layer` for every call of the attention function of ``model`` inside the block."""
+    layers, name = [], model.config._attn_implementation
+    functions = transformers.AttentionInterface._global_mapping
+    original, was_enabled, check_values = functions[name], direct.enabled, decode._check_values
+
+    def attention(module, query, key, value, *args, **options):
+        layer = Layer(module.layer_idx, query.shape[0], query.shape[2], key.shape[2])
+        layers.append(layer)
+        with _Functions(layer), _Operators(layer, key, value):
+            return original(module, query, key, value, *args, **options)
+
+    direct.enabled = False  # it calls the kernels past torch's dispatcher, where nobody watches
+    decode._check_values = lambda *_: None  # reads values on a CPU alone, where it waits for nothing
+    functions[name] = attention
+    try:
+        yield layers
+    finally:
+        functions[name], direct.enabled, decode._check_values = original, was_enabled, check_values
+
+
+FORWARD, DECODE = "flash_attn_forward", "flash_attn_decode"
+# A full row under a static cache is a slice of it; where rows differ, lengths and starts are arguments of the operator.
+IN_PLACE = [
+    ("dynamic", "alike", FORWARD),
+    ("dynamic", "padded", DECODE),
+    ("static", "alike", FORWARD),
+    ("static", "padded", DECODE),
+    ("beams", "padded", DECODE),
+    ("beams", "alike", FORWARD),
+]
+
+
+@pytest.mark.skipif(DEVICE.type != "cpu", reason="flex is no operator of ours")
+@pytest.mark.skipif(hf_support.is_oracle_in_place(), reason="the oracle copies")
+@pytest.mark.parametrize("name", ["Llama", "Mistral", "GPT-OSS"])
+@pytest.mark.parametrize(("route", "rows", "operator"), IN_PLACE)
+def test_a_decoding_step_reads_the_cache_where_it_lies_and_waits_for_nothing(name, route, rows, operator):
+    ours = pair(name)[1]
+    ids = torch.randint(3, 60, (2, 90), generator=torch.Generator().manual_seed(7))
+    mask = torch.ones_like(ids)
+    if rows == "padded":
+        mask[0, :40] = 0
+    batch = {"input_ids": (ids * mask).to(DEVICE), "attention_mask": mask.to(DEVICE)}
+    options = {"output_logits": False, "return_dict_in_generate": False}
+    with watched(ours) as layers:
+        ours.generate(**batch, max_new_tokens=5, do_sample=False, disable_compile=True, **ROUTES[route], **options)
+    decoding = [layer for layer in layers if layer.queries == 1]
+    assert len(decoding) == 4 * ours.config.num_hidden_layers
+    seen = set()
+    for layer in decoding:
+        kind = getattr(ours.config, "layer_types", None)
+        is_sliding = name == "Mistral" or (kind is not None and kind[layer.index] == "sliding_attention")
+        # A row that is padding alone, or a window without any, is alike in all rows.
+        expected = {operator} if not is_sliding else {operator, FORWARD}
+        assert set(layer.operators) <= expected, layer
+        assert len(layer.operators) == 1, layer
+        assert layer.is_in_place, layer
+        assert not layer.copies or is_sliding, layer  # six keys are hardly larger than a query
+        seen.add(layer.index)
+    # One synchronisation a mask and step is allowed (boundaries.py); layers that share the mask have none.
+    for step in range(4):
+        waits = [layer.waits for layer in decoding[step * len(seen) : (step + 1) * len(seen)]]
+        kinds = len(set(getattr(ours.config, "layer_types", None) or ["all"]))
+        assert sum(map(len, waits)) <= kinds, waits
+
+
+def test_waits_do_not_grow_with_the_layers():
+    counts = []
+    for number in (2, 5):
+        torch.manual_seed(0)
+        config = transformers.LlamaConfig(**{**families.TEXT, "num_hidden_layers": number})
+        model = transformers.LlamaForCausalLM._from_config(config, attn_implementation="flashmla").to(DEVICE).eval()
+        per_route = []
+        for route in ("dynamic", "static"):
+            for rows in ROWS.values():
+                with watched(model) as layers:
+                    generate(model, batch_of(rows), **ROUTES[route])
+                per_route.append(sum(len(layer.waits) for layer in layers))
+        counts.append(per_route)
+    assert counts[0] == counts[1]
+
+
+def test_the_watch_sees_copies_and_waits(monkeypatch):
+    """The negative control of the tests above."""
+    ours = pair("Llama")[1]
+    name = ours.config._attn_implementation
+    functions = transformers.AttentionInterface._global_mapping
+    original = functions[name]
+
+    def careless(module, query, key, value, *args, **options):
+        assert int(key[0, 0, 0, 0].long()) == key[0, 0, 0, 0].long().item()
+        return original(module, query, key.clone(), value, *args, **options)
+
+    monkeypatch.setitem(functions, name, careless)
+    with watched(ours) as layers:
+        generate(ours, batch_of((SEQLEN,)))
+    decoding = [layer for layer in layers if layer.queries == 1]
+    assert all(len(layer.waits) >= 2 for layer in decoding)
+    assert not any(layer.is_in_place for layer in decoding)
+    assert any("clone" in layer.copies for layer in decoding)
+
+
+# ---- torch.compile -----------------------------------------------------------------------------------------------------
+
+
+def compile_config(backend, fullgraph=True):
+    config = transformers.CompileConfig(mode=None, backend=backend, fullgraph=fullgraph)
+    config._compile_all_devices = True
+    return config
+
+
+VIEWS = (
+    "view",
+    "_unsafe_view",
+    "transpose",
+    "permute",
+    "slice",
+    "expand",
+    "unsqueeze",
+    "squeeze",
+    "alias",
+    "reshape",
+    "select",
+)
+
+
+# How static caches write: a full one by index, a sliding one that turns over by a copy of its own.
+UPDATES = ("index_copy", "index_put", "copy", "placeholder")
+
+
+def origin(node):
+    """The node whose memory ``node`` is a view of."""
+    while node.op == "call_function" and getattr(node.target, "overloadpacket", None) is not None:
+        if node.target.overloadpacket.__name__ not in VIEWS:
+            break
+        node = node.args[0]
+    return node
+
+
+@pytest.mark.skipif(DEVICE.type != "cpu", reason="flex is no operator of ours")
+@pytest.mark.skipif(hf_support.is_oracle_in_place(), reason="the oracle is no operator")
+@pytest.mark.parametrize("name", ["Llama", "Gemma2", "GPT-OSS"])
+def test_compiled_static_decoding_is_one_graph_that_reads_the_cache(name):
+    """fullgraph, for full and padded rows alike; every layer's call reads what the cache's own update returned."""
+    eager, ours = pair(name)
+    graphs: dict[str, list] = {"eager": [], "ours": []}
+    for who, model in (("eager", eager), ("ours", ours)):
+        torch._dynamo.reset()
+
+        def keep(graph, _, kept=graphs[who]):
+            kept.append(graph)
+            return graph
+
+        config = compile_config(aot_autograd(fw_compiler=keep))
+        options = {"cache_implementation": "static", "compile_config": config, "disable_compile": False}
+        for rows in ROWS.values():
+            batch = batch_of(rows)
+            assert_same(generate(model, batch, **options), generate(eager, batch))
+    # A sliding cache of Transformers counts its tokens in Python: one more graph, for eager attention too.
+    assert len(graphs["ours"]) <= len(graphs["eager"]) <= 2
+    for graph in graphs["ours"]:
+        calls = [node for node in graph.graph.nodes if "flashmla" in str(node.target)]
+        assert len(calls) == ours.config.num_hidden_layers
+        for call in calls:
+            assert DECODE in str(call.target)
+            for cache in call.args[1:3]:
+                source = origin(cache)
+                made_by = getattr(getattr(source.target, "overloadpacket", None), "__name__", source.op)
+                assert made_by in UPDATES, (made_by, source)
