@@ -105,6 +105,10 @@ def test_assisted_decoding_gives_eagers_tokens(route, name, count):
         draft.generation_config.num_assistant_tokens_schedule = "constant"
         draft.generation_config.assistant_confidence_threshold = 0.0
         options = {"assistant_model": draft}
+        try:
+            generate(eager, batch, assistant_model=families.build(family, "eager", DEVICE, draft.state_dict()))
+        except RuntimeError as error:
+            pytest.skip(f"eager attention cannot in this Transformers: {error}")  # 5.17, windows and full layers
     with watched(ours) as layers:
         got = generate(ours, batch, **options)
     assert_same(got, want)
@@ -319,10 +323,17 @@ def origin(node):
     return node
 
 
+@pytest.fixture
+def recompile_limit():
+    """Models of Transformers 5.17 set it."""
+    with torch._dynamo.config.patch(recompile_limit=torch._dynamo.config.recompile_limit):
+        yield
+
+
 @pytest.mark.skipif(DEVICE.type != "cpu", reason="flex is no operator of ours")
 @pytest.mark.skipif(hf_support.is_oracle_in_place(), reason="the oracle is no operator")
 @pytest.mark.parametrize("name", ["Llama", "Gemma2", "GPT-OSS"])
-def test_compiled_static_decoding_is_one_graph_that_reads_the_cache(name):
+def test_compiled_static_decoding_is_one_graph_that_reads_the_cache(name, recompile_limit):
     """fullgraph, for full and padded rows alike; every layer's call reads what the cache's own update returned."""
     eager, ours = pair(name)
     graphs: dict[str, list] = {"eager": [], "ours": []}
