@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import random
+import re
 
 import hf_support
 import pytest
@@ -12,6 +14,7 @@ import transformers
 from counting import counted_calls
 from hf_support import DEVICE, SHAPED, SIZES, build_causal_lm, kernel_calls, random_ids
 from transformers import modeling_flash_attention_utils
+from transformers.generation.continuous_batching import PagedAttentionCache
 
 from flashmla_hf import libraries
 from flashmla_hf.hf import forward
@@ -32,9 +35,8 @@ def batched(model, prompts, sizes=None, **options) -> list[list[int]]:
         progress_bar=False,
     )  # fmt: skip
     assert all(output.error is None for output in outputs.values())
-    return [
-        list(outputs[key].generated_tokens) for key in sorted(outputs, key=lambda k: [int(n) for n in k if n.isdigit()])
-    ]
+    in_order = sorted(outputs, key=lambda key: [int(number) for number in re.findall(r"\d+", key)])
+    return [list(outputs[key].generated_tokens) for key in in_order]
 
 
 def one_by_one(model, prompts) -> list[list[int]]:
@@ -42,6 +44,36 @@ def one_by_one(model, prompts) -> list[list[int]]:
         model.generate(torch.tensor([p], device=DEVICE), max_new_tokens=6, do_sample=False)[0, len(p) :].tolist()
         for p in prompts
     ]
+
+
+# Windows, softcap and sinks, alone and beside layers that see everything.
+_GPT_OSS = {
+    "head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+}  # fmt: skip
+_SLIDING = {"sliding_window": 7, "layer_types": ["sliding_attention", "full_attention"]}
+_FULL = {"layer_types": ["full_attention"] * 2}
+WINDOWED = {
+    "Mistral": ("Mistral", {"sliding_window": 7}),
+    "Gemma2": ("Gemma2", {"head_dim": 16, "attn_logit_softcapping": 5.0, **_SLIDING}),
+    "Qwen2": ("Qwen2", {"use_sliding_window": True, **_SLIDING}),
+    "GPT-OSS": ("GptOss", {**_GPT_OSS, **_SLIDING}),
+}
+FULL = {
+    "Llama": ("Llama", {}),
+    "Qwen3": ("Qwen3", {"head_dim": 16}),
+    "softcap": ("Gemma2", {"head_dim": 16, "attn_logit_softcapping": 5.0, **_FULL}),
+    "sinks": ("GptOss", {**_GPT_OSS, **_FULL}),
+}
+
+
+def random_prompts(count: int, longest: int, seed: int) -> list[list[int]]:
+    """Prompts of random lengths, a third of which begin as the one before."""
+    source, prompts = random.Random(seed), []
+    for _ in range(count):
+        begin = source.choice([[], [], prompts[-1][: source.randint(0, 40)] if prompts else []])
+        prompts.append(begin + [source.randint(3, 89) for _ in range(source.randint(1, longest - len(begin)))])
+    return prompts
 
 
 def prompts_of(*lengths):
@@ -62,6 +94,38 @@ def test_continuous_batching_gives_the_tokens_of_generate(family, options, name)
     assert ours.config._attn_implementation == name
 
 
+BLOCK_SIZE = "page_size" if "page_size" in transformers.ContinuousBatchingConfig.__dataclass_fields__ else "block_size"
+
+
+@pytest.mark.parametrize("name", ["flashmla", SHAPED])
+@pytest.mark.parametrize("kind", [*FULL, *WINDOWED])
+def test_many_requests_of_different_lengths_get_the_tokens_of_generate(kind, name):
+    """A cache that holds few of them at once: others wait, and blocks that are kept for their content are given up."""
+    family, options = {**FULL, **WINDOWED}[kind]
+    prompts = random_prompts(24, 70, seed=len(kind))
+    ours = build_causal_lm(name, family, **options)
+    sizes = {BLOCK_SIZE: 16, "num_blocks": 12, "max_batch_tokens": 48}
+    with counted_calls() as calls, evictions() as evicted:
+        got = batched(ours, prompts, sizes)
+    assert kernel_calls(calls) > 0
+    assert calls["reference"] == 0 or hf_support.is_oracle_in_place(), dict(calls)
+    assert got == one_by_one(build_causal_lm("eager", family, **options), prompts)
+    assert any(evicted) or kind in WINDOWED or not hasattr(PagedAttentionCache, "evict_cached_blocks")
+
+
+@contextlib.contextmanager
+def evictions():
+    """Whether blocks were given up, for each time that the cache was asked to (from Transformers 5.24 on)."""
+    seen: list[bool] = []
+    original = getattr(PagedAttentionCache, "evict_cached_blocks", None)
+    with pytest.MonkeyPatch.context() as patch:
+        if original is not None:
+            patch.setattr(
+                PagedAttentionCache, "evict_cached_blocks", lambda self: seen.append(original(self)) or seen[-1]
+            )
+        yield seen
+
+
 def test_a_prompt_longer_than_a_batch_is_read_in_parts():
     """Mistral's window lies across the parts."""
     for family, options in (("Llama", {}), ("Mistral", {"sliding_window": 9})):
@@ -72,10 +136,9 @@ def test_a_prompt_longer_than_a_batch_is_read_in_parts():
 
 @pytest.mark.parametrize("is_shared", [False, True])
 def test_prompts_with_the_same_beginning_share_their_blocks(is_shared):
-    size = "page_size" if "page_size" in transformers.ContinuousBatchingConfig.__dataclass_fields__ else "block_size"
     beginning = prompts_of(32)[0]
     prompts = [beginning + rest for rest in prompts_of(3, 5)]
-    sizes = {size: 16, "allow_block_sharing": is_shared, "max_batch_tokens": 48}
+    sizes = {BLOCK_SIZE: 16, "allow_block_sharing": is_shared, "max_batch_tokens": 48}
     assert batched(build_causal_lm("flashmla"), prompts, sizes) == one_by_one(build_causal_lm("eager"), prompts)
 
 
@@ -107,16 +170,17 @@ HANDS_PAGES = "v_cache" in inspect.signature(modeling_flash_attention_utils._fla
 
 
 @pytest.mark.skipif(not HANDS_PAGES, reason="this Transformers does not hand a layer its pages")
-@pytest.mark.parametrize(("family", "options"), [("Llama", {}), ("Qwen3", {"head_dim": 16})], ids=str)
-def test_decoding_with_block_tables_gives_the_tokens_of_generate(family, options, monkeypatch):
-    """Transformers has them on a GPU alone: its check is passed over here."""
+@pytest.mark.parametrize("prompts", [prompts_of(5, 19, 3, 16, 31), random_prompts(24, 70, seed=1)], ids=["few", "many"])
+@pytest.mark.parametrize("kind", FULL)
+def test_decoding_with_block_tables_gives_the_tokens_of_generate(kind, prompts, monkeypatch):
+    """Transformers has them on a GPU alone: its check is passed over here. Of many requests some outgrow the tables."""
     from transformers.generation.continuous_batching import initialization
 
     monkeypatch.setattr(initialization, "ensure_decode_fast_path_is_available", lambda *_: None)
-    size = "page_size" if "page_size" in transformers.ContinuousBatchingConfig.__dataclass_fields__ else "block_size"
-    prompts = prompts_of(5, 19, 3, 16, 31)
+    family, options = FULL[kind]
+    sizes = {"max_blocks_per_request": 4, BLOCK_SIZE: 16, "num_blocks": 16}
     with counted_calls() as calls, counted_decoding() as decoding:
-        got = batched(build_causal_lm(SHAPED, family, **options), prompts, {"max_blocks_per_request": 4, size: 16})
+        got = batched(build_causal_lm(SHAPED, family, **options), prompts, sizes)
     assert got == one_by_one(build_causal_lm("eager", family, **options), prompts)
     assert kernel_calls(calls) > 0, "the prompts"
     assert sum(decoding) > 0, "the tokens after them"

@@ -30,6 +30,13 @@ SEQLEN, NEW_TOKENS = 19, 12
 ROWS = {"alike": (SEQLEN, SEQLEN, SEQLEN), "padded": (SEQLEN, 4, 1)}  # real tokens of each row, the padding before them
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _limit_is_put_back():
+    """Models of Transformers 5.17 set it."""
+    with torch._dynamo.config.patch(recompile_limit=torch._dynamo.config.recompile_limit):
+        yield
+
+
 @functools.lru_cache(maxsize=2)
 def pair(name: str):
     """(eager, ours), the same weights."""
@@ -323,17 +330,10 @@ def origin(node):
     return node
 
 
-@pytest.fixture
-def recompile_limit():
-    """Models of Transformers 5.17 set it."""
-    with torch._dynamo.config.patch(recompile_limit=torch._dynamo.config.recompile_limit):
-        yield
-
-
 @pytest.mark.skipif(DEVICE.type != "cpu", reason="flex is no operator of ours")
 @pytest.mark.skipif(hf_support.is_oracle_in_place(), reason="the oracle is no operator")
 @pytest.mark.parametrize("name", ["Llama", "Gemma2", "GPT-OSS"])
-def test_compiled_static_decoding_is_one_graph_that_reads_the_cache(name, recompile_limit):
+def test_compiled_static_decoding_is_one_graph_that_reads_the_cache(name):
     """fullgraph, for full and padded rows alike; every layer's call reads what the cache's own update returned."""
     eager, ours = pair(name)
     graphs: dict[str, list] = {"eager": [], "ours": []}
