@@ -39,11 +39,16 @@ def dtypes_of(impl: str) -> tuple[torch.dtype, ...]:
     return gpu_support.HALF if impl == "sm90" else DTYPES
 
 
-each_impl = pytest.mark.parametrize(
-    "impl",
-    [pytest.param(name, marks=pytest.mark.skipif(missing(name) is not None, reason=f"{name}: {missing(name)}"))
-     for name in IMPLEMENTATIONS],
-)  # fmt: skip
+def each_of(*names: str):
+    """A test for each of these implementations, skipped if it cannot run here."""
+    return pytest.mark.parametrize(
+        "impl",
+        [pytest.param(name, marks=pytest.mark.skipif(missing(name) is not None, reason=f"{name}: {missing(name)}"))
+         for name in names],
+    )  # fmt: skip
+
+
+each_impl, each_kernel = each_of(*IMPLEMENTATIONS), each_of("cpu", "sm90")
 
 
 @dataclass(frozen=True)

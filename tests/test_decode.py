@@ -9,6 +9,7 @@ What a call refuses is in tests/test_decode_refusals.py, appending in tests/test
 import dataclasses
 import math
 import os
+import random
 from collections import Counter
 from dataclasses import replace
 
@@ -53,6 +54,18 @@ def test_random_calls_keep_the_error_rule(impl):
     judged = numerics.looks - before
     assert judged.calls == count * len(dtypes)
     assert judged.second <= max(2, numerics.MOST_SECOND_LOOKS * judged.calls), judged
+
+
+@each_impl
+def test_random_calls_of_long_sequences_keep_the_error_rule(impl):
+    """Many tiles of keys, so that a GPU shares them out; few calls on a CPU, which takes its time."""
+    count, most_keys = {"sm90": (RANDOM_CASES // 8, 20_000), "cpu": (6, 4_000), "reference": (3, 4_000)}[impl]
+    source = random.Random(f"long {impl} {SEED}")
+    cases = [
+        (replace(decode_cases.random_case(source, impl, most_keys), heads_kv=1, heads_q=4), n) for n in range(count)
+    ]
+    failures = sweep(impl, dtypes_of(impl)[0], cases)
+    assert not failures, f"{len(failures)} calls of {count} break the rule:\n" + "\n".join(failures)
 
 
 FEATURES = {

@@ -28,6 +28,8 @@ from families import FAMILIES
 from gpu_support import DEVICE, IMPL, needs_sm90
 from hf_support import direct, dispatch
 
+from flashmla_hf import reference
+
 pytestmark = needs_sm90
 # How many of a family's attention calls without padding are the kernel's, from the recorded results of the parity suite.
 RECORDED = json.loads((Path(__file__).parent / "support.json").read_text())["families"]
@@ -207,3 +209,28 @@ def test_generation_decodes_on_sm90():
         size = whole.square().mean().sqrt()
         apart = (steps - whole).square().mean().sqrt() / size
         assert apart <= 2 * float((theirs - whole).square().mean().sqrt() / size) + 0.02
+
+
+@pytest.mark.parametrize("is_compiled", [False, pytest.param(True, marks=gpu_support.on_gpu)], ids=["", "compiled"])
+@pytest.mark.parametrize("name", ["Llama", "Gemma2", "GPT-OSS"])
+def test_static_caches_decode_on_sm90(name, is_compiled, monkeypatch):
+    """A padded batch in bfloat16, by ``generate``'s own compilation with CUDA graphs too: the logits of a dynamic cache."""
+    monkeypatch.setattr(reference, "attention", None)  # nothing may fall back to it, in a graph either
+    torch._dynamo.reset()
+    family = families.FAMILY[name]
+    ours = models(family, torch.bfloat16)[2]
+    batch = families.inputs(family, "left", DEVICE)
+    batch.pop("labels")
+    options = {"max_new_tokens": 6, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    with counted_calls() as calls:
+        want = ours.generate(**batch, **options)
+    assert calls == {IMPL: 6 * family.layers}
+    static = {**options, "cache_implementation": "static", "disable_compile": not is_compiled}
+    if is_compiled:
+        got = ours.generate(**batch, **static)
+    else:
+        with counted_calls() as calls:
+            got = ours.generate(**batch, **static)
+        assert calls == {IMPL: 6 * family.layers}
+    first, second = (torch.stack(out.logits[:2]).float() for out in (got, want))  # later ones may follow other tokens
+    assert (first - second).square().mean().sqrt() <= 0.05 * second.square().mean().sqrt()
