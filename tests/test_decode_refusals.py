@@ -28,6 +28,8 @@ def at(name, change, page_size=0):
 
 # (changes, exception, message), after "flashmla attention: "
 WRONG = [
+    ({name: torch.ones(2, rows, 2, 16, dtype=torch.int32) for name, rows in (("q", 1), ("k_cache", 32), ("v_cache", 32))},
+     TypeError, "q: expected a floating dtype, got int32"),
     ({"q": None}, TypeError, "q: expected a torch.Tensor, got NoneType"),
     ({"q": torch.ones(2, 4, 16)}, ValueError, "q: expected [batch, seqlen_q, heads_q, dim], got 3 dimensions [2, 4, 16]"),
     ({"k_cache": torch.ones(2, 4, 16)}, ValueError,
@@ -81,6 +83,8 @@ WRONG = [
      "k: expected shape [2, seqlen_new, 2, 16], got [2, 2, 16]"),
     ({"k": torch.ones(2, 1, 2, 16).half(), "v": torch.ones(2, 1, 2, 16)}, TypeError,
      "k: expected dtype float32 (that of the cache), got float16"),
+    ({"k": torch.ones(2, 1, 2, 16), "v": torch.ones(2, 1, 2, 16, device="meta")}, ValueError,
+     "v: expected device cpu (that of the cache), got meta"),
     ({"k": torch.ones(2, 40, 2, 16), "v": torch.ones(2, 40, 2, 16)}, ValueError,
      "k: expected at most 32 new keys (the rows a sequence may have), got 40"),
     ({"k": torch.ones(2, 1, 2, 16), "v": torch.ones(2, 1, 2, 16), "cache_seqlens": None}, ValueError,

@@ -252,6 +252,18 @@ def test_boundaries_of_every_kind_of_layer_are_refused_if_the_layer_chose_none()
         )  # fmt: skip
 
 
+@pytest.mark.skipif(not HANDS_PAGES, reason="this Transformers does not hand a layer its pages")
+def test_pages_without_the_boundaries_of_their_layer_are_refused():
+    x, pages = torch.randn(1, 2, 3, 8, device=DEVICE), torch.zeros(4, 16, 2, 8, device=DEVICE)
+    table = torch.zeros(3, 1, dtype=torch.int32, device=DEVICE)
+    with pytest.raises(
+        ValueError, match=r"cu_seq_lens_k: expected the boundaries of this layer's keys, got dict\. Set max_blocks"
+    ):
+        forward.attention_forward(
+            torch.nn.Module(), x, x, x, cu_seq_lens_k={"full_attention": table}, k_cache=pages, v_cache=pages, block_table=table
+        )  # fmt: skip
+
+
 def test_an_ordinary_cache_among_the_arguments_is_left_alone():
     x = torch.randn(1, 2, 4, 8, device=DEVICE)
     cache = transformers.DynamicCache()
