@@ -55,6 +55,18 @@ def build_causal_lm(implementation, family="Llama", **options):
     return cls._from_config(config, attn_implementation=implementation).to(DEVICE).eval()
 
 
+def save_word_tokenizer(folder) -> transformers.PreTrainedTokenizerFast:
+    """One token for each of the words w1 ... w95, and a chat template that joins the messages."""
+    tokenizers = pytest.importorskip("tokenizers")
+    words = {"<unk>": 0, **{f"w{i}": i for i in range(1, SIZES["vocab_size"])}}
+    plain = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<unk>"))
+    plain.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=plain, unk_token="<unk>", pad_token="<unk>")
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
+    tokenizer.save_pretrained(folder)
+    return tokenizer
+
+
 def random_ids(*shape, seed=0):
     """Token ids from 3 to 89 of this shape, on DEVICE."""
     return torch.randint(3, 90, shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE)

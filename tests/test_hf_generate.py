@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import families
 import hf_support
@@ -16,7 +17,7 @@ import torch
 import transformers
 from counting import counted_calls
 from families import FAMILY
-from hf_support import DEVICE, close, kernel_calls
+from hf_support import DEVICE, build_causal_lm, close, kernel_calls, save_word_tokenizer
 from torch._dynamo.backends.common import aot_autograd
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -360,3 +361,30 @@ def test_compiled_static_decoding_is_one_graph_that_reads_the_cache(name):
                 source = origin(cache)
                 made_by = getattr(getattr(source.target, "overloadpacket", None), "__name__", source.op)
                 assert made_by in UPDATES, (made_by, source)
+
+
+# ---- The documentation -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(DEVICE.type != "cpu", reason="the examples choose a device by themselves")
+def test_the_examples_of_the_documentation_run(tmp_path):
+    """All three give the same tokens, those of eager attention."""
+    pytest.importorskip("accelerate")
+    text = (Path(__file__).parent.parent / "docs" / "inference.md").read_text()
+    eager = build_causal_lm("eager")
+    eager.save_pretrained(tmp_path)
+    save_word_tokenizer(tmp_path)
+    names = {"MODEL": str(tmp_path), "PROMPTS": ["w5 w6 w7 w8 w9", "w11 w12"]}
+    tokens = {}
+    for example in ("generate", "static", "batch"):
+        code = text.split(f"<!-- example: {example} -->\n```python\n")[1].split("```")[0]
+        code = code.replace('device_map="auto"', 'device_map="cpu"')
+        with counted_calls() as calls:
+            exec(compile(code, "inference.md", "exec"), names)
+        assert kernel_calls(calls) > 0, example
+        tokens[example] = names["tokens"]
+    want = eager.generate(**names["inputs"], max_new_tokens=32, do_sample=False)
+    assert torch.equal(tokens["generate"], want)
+    assert torch.equal(tokens["static"], want)
+    generated = [output.generated_tokens for output in names["outputs"].values()]
+    assert sorted(generated) == sorted(want[:, names["inputs"]["input_ids"].shape[1] :].tolist())

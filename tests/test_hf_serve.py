@@ -14,8 +14,7 @@ from pathlib import Path
 import fresh_python
 import hf_support
 import pytest
-import transformers
-from hf_support import DEVICE, KERNELS, SHAPED, build_causal_lm
+from hf_support import DEVICE, KERNELS, SHAPED, build_causal_lm, save_word_tokenizer
 from transformers.utils import import_utils
 
 pytestmark = [
@@ -33,18 +32,6 @@ PROMPTS = [
     "w9",
     " ".join(f"w{i}" for i in range(20, 37)),
 ]
-
-
-def save_tokenizer(folder) -> transformers.PreTrainedTokenizerFast:
-    """One token for each of the words w1 ... w95, and a chat template that joins the messages."""
-    tokenizers = pytest.importorskip("tokenizers")
-    words = {"<unk>": 0, **{f"w{i}": i for i in range(1, hf_support.SIZES["vocab_size"])}}
-    plain = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<unk>"))
-    plain.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=plain, unk_token="<unk>", pad_token="<unk>")
-    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
-    tokenizer.save_pretrained(folder)
-    return tokenizer
 
 
 class Server:
@@ -125,7 +112,7 @@ class Server:
 )
 def test_a_client_gets_the_tokens_of_generate(family, options, arguments, tmp_path):
     model = tmp_path / "model"
-    tokenizer = save_tokenizer(model)
+    tokenizer = save_word_tokenizer(model)
     eager = build_causal_lm("eager", family, **options)
     eager.save_pretrained(model)
     want = []
@@ -149,9 +136,14 @@ def test_a_client_gets_the_tokens_of_generate(family, options, arguments, tmp_pa
 
 def test_the_name_that_serve_does_not_take_is_refused_at_once(tmp_path):
     model = tmp_path / "model"
-    save_tokenizer(model)
+    save_word_tokenizer(model)
     build_causal_lm("eager").save_pretrained(model)
     server = Server(tmp_path, model)
     server.command[server.command.index(SHAPED)] = "flashmla"
     with pytest.raises(AssertionError, match="Unsupported attention implementation: 'flashmla'"), server:
         pass
+
+
+def test_the_documented_command_is_the_one_that_is_tested():
+    command = f"transformers serve MODEL --attn-implementation {SHAPED} --continuous-batching"
+    assert f"```bash\n{command}\n```" in (ROOT / "docs" / "inference.md").read_text()
