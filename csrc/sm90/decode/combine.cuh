@@ -46,11 +46,14 @@ __global__ void __launch_bounds__(kCombineThreads) combine_kernel(__grid_constan
   int32_t const first = static_cast<int32_t>(shares.of(walk.tile_begin));
   int32_t const num_parts = static_cast<int32_t>(shares.of(walk.tile_begin + walk.units - 1)) + 1 - first;
 
-  // Every CTA waits: a kernel that ends before the one before it has would let the next begin.
+  // decode_kernel has written it, nobody has to, or the CTA of another share does.
+  bool const has_nothing = num_parts == 1 || row >= arguments.num_rows || (is_share && first != blockIdx.x);
+  // One CTA waits in any case: a kernel that ends before the one before it has would let the next begin.
+  bool const is_first = blockIdx.x == 0 && blockIdx.y == 0 && blockIdx.z == 0;
+  if (has_nothing && !is_first) return;
   ptx::wait_on_dependent_grids();
   cutlass::arch::launch_dependent_grids();
-  // decode_kernel has written it, nobody has to, or the CTA of another share does.
-  if (num_parts == 1 || row >= arguments.num_rows || (is_share && first != blockIdx.x)) return;
+  if (has_nothing) return;
 
   int const lane = threadIdx.x % kWarpThreads, group = lane / kVectors;
   int32_t const column = blockIdx.z * kCombineColumns + (threadIdx.x / kWarpThreads * kVectors + lane % kVectors) * 4;
