@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import render_results
+from records import card
 from verdicts import Bar, geometric_mean
 
 from flashmla_hf.host_memory import GIB
@@ -88,8 +89,8 @@ def _generate_bars(document: dict) -> Iterator[Bar]:
 
 
 def readme_rows(document: dict) -> Iterator[str]:
-    """Rows of README's table: the longest context of each kind of cache, or the largest number of requests."""
-    device = document["environment"]["device"]
+    """Rows of README's table: the longest context of the first kind of cache, or the largest number of requests."""
+    device = card(document["environment"])
     if document["kind"] == "generate":
         for cache in CACHES:
             if ratios := ratios_to_sdpa(document, cache):
@@ -100,17 +101,18 @@ def readme_rows(document: dict) -> Iterator[str]:
                     f"| {1e3 * ours['seconds']:.1f} ms a token, {ratios[shape]:.2f} × sdpa's time; geometric mean over "
                     f"{len(ratios)} points {geometric_mean([*ratios.values()]):.2f} × |"
                 )
+                break
         return
-    workloads = {key: records for key, records in _workloads(document).items() if PEER in records}
+    workloads = {key: found for key, found in _workloads(document).items() if PEER in found}
     if workloads:
         key = max(workloads, key=lambda key: (key[3], key[0]))
-        records = workloads[key]
-        best = max((name for name in records if OURS in name), key=lambda name: _gain(records, name), default=None)
+        found = workloads[key]
+        best = max((name for name in found if OURS in name), key=lambda name: _gain(found, name), default=None)
         if best is not None:
             yield (
                 f"| continuous batching, {key[1]}'s shape, {device}, Transformers {key[0]}, {key[3]} requests of {key[4]:,} to "
-                f"{key[5]:,} tokens | `{best}`: {records[best]['answer_tokens_per_second']:,.0f} tokens/s, "
-                f"{_gain(records, best):.2f} × sdpa's |"
+                f"{key[5]:,} tokens | `{best}`: {found[best]['answer_tokens_per_second']:,.0f} tokens/s, "
+                f"{_gain(found, best):.2f} × sdpa's |"
             )
 
 

@@ -31,7 +31,10 @@ MEMORY = "memory-llama-8b-h200.json"
 ATTENTION = "attention-h200-sm90.json"
 DECODE = "decode-h100.json"  # bench_decode.py --name decode-h100
 INFERENCE = ("generate-h100.json", "serving-h100.json")  # bench_generate.py and bench_serving.py
-MISTRAL = "memory-mistral-7b-h200.json"
+LONGEST = {
+    "memory-llama-8b-qlora.json": "Llama-3.1-8B, QLoRA",
+    "memory-llama-1b-full-h200.json": "Llama-3.2-1B, all weights",
+}
 QUALITY = "quality-smollm2.json"
 PEER, OURS = "#E69F00", "#0072B2"  # Okabe and Ito
 CONTEXTS = [2**n for n in range(14, 21)]
@@ -104,7 +107,7 @@ def json_of(name: str) -> dict:
 def performance() -> str:
     """A table: our attention beside its peers, and what a longer context buys."""
     document = json_of(ATTENTION)
-    device = document["environment"]["device"]
+    device = records.card(document["environment"])
     lines = ["| | measured |", "|---|---|"]
     for mode, word in (("fwd", "forward"), ("bwd", "backward")):
         judged = [row for row in rows(document, mode) if row.is_judged and row.ours]
@@ -112,19 +115,19 @@ def performance() -> str:
         best = [row.ratio(row.best_other) for row in judged if row.best_other]
         lines.append(
             f"| attention, {word}, {device}, {len(best)} shapes of 1k to 64k tokens: speed, geometric mean "
-            f"| {geometric_mean(cudnn):.2f} × cuDNN's, {geometric_mean(best):.2f} × the best peer's "
-            f"(cuDNN, FlashAttention 2 and 4); lowest {min(best):.2f} × |"
+            f"| {geometric_mean(cudnn):.2f} × cuDNN's, {geometric_mean(best):.2f} × the best peer's"
+            f"{' (cuDNN, FlashAttention 2 and 4)' if mode == 'fwd' else ''}; lowest {min(best):.2f} × |"
         )
     if (records.RESULTS / DECODE).exists():
         lines.append(decoding(json_of(DECODE)))
     for name in INFERENCE:
         if (records.RESULTS / name).exists():
             lines += inference_results.readme_rows(json_of(name))
-    for name, word in (("memory-llama-1b-full-h200.json", "Llama-3.2-1B, all weights"), (MISTRAL, "Mistral-7B, LoRA")):
+    for name, word in LONGEST.items():
         steps = [m for m in memory_page.read(records.RESULTS / name)[0] if m.status == "ok"]
         m = max((m for m in steps if m.point.attn_implementation == "flashmla"), key=lambda m: m.point.context)
         lines.append(
-            f"| {word}, {device} held to {m.point.memory_limit / GIB:.0f} GiB, longest measured step "
+            f"| {word}, {records.card(json_of(name)['environment'])} held to {m.point.memory_limit / GIB:.0f} GiB, longest measured step "
             f"| {m.point.context:,} tokens, {m.peak_allocated_bytes / GIB:.1f} GiB, {m.tokens_per_second:,.0f} tokens/s |"
         )
     quality = json_of(QUALITY)
@@ -145,7 +148,7 @@ def decoding(document: dict) -> str:
     sizes = [row.shape.bytes_read() / 1e6 for row in judged]
     environment, read = document["environment"], document["read_bytes_per_second"] / 1e9
     return (
-        f"| decoding (one query a sequence), {environment['device']}, {len(judged)} caches of {min(sizes):,.0f} to "
+        f"| decoding (one query a sequence), {records.card(environment)}, {len(judged)} caches of {min(sizes):,.0f} to "
         f"{max(sizes):,.0f} MB: speed, geometric mean | {geometric_mean(ratios):.2f} × the best peer's "
         f"(cuDNN, FlashAttention 2); lowest {min(ratios):.2f} ×; up to {best / 1e9:,.0f} GB/s of K and V "
         f"(a pure read: {read:,.0f}) |"

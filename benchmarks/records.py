@@ -59,6 +59,12 @@ def sentence(record: dict) -> str:
     )
 
 
+def card(environment: dict) -> str:
+    """The device's name without its maker and memory: H100 for "NVIDIA H100 80GB HBM3"."""
+    words = [word for word in environment["device"].split() if word != "NVIDIA" and not word.startswith("HBM")]
+    return " ".join(word for word in words if not word.endswith("GB"))
+
+
 def commit() -> str:
     """Short hash of the checked-out commit, with "+" if files other than results differ from it.
 

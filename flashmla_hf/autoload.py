@@ -107,7 +107,7 @@ def _wait() -> None:
 
 def _watch(name: str) -> None:
     """Registers when the import of module ``name``, which has begun, ends."""
-    sys.modules[name].__spec__.__class__ = _WatchedSpec  # type: ignore[union-attr, assignment]
+    sys.modules[name].__spec__.__class__ = _WatchedSpec
 
 
 def _is_loading(name: str) -> bool:
