@@ -47,8 +47,8 @@ ANSWERS = {"cuda": (32, 512), "cpu": (4, 16)}
 # A CPU has no memory of its own to fill with a cache: blocks of 256 tokens.
 CACHE = {"cuda": {}, "cpu": {"num_blocks": 16, "max_batch_tokens": 256}}
 CHECKED, CHECKED_TOKENS = (3, 40, 300), 12  # prompts of the check, and the tokens of each answer
-# Nats a token, between two implementations in that dtype: 8B's shape on an H100 has 0.19 to 0.22 (flashmla) and 0.28 (sdpa) from
-# eager attention. Another mask, head or row is off by more than one.
+# Nats a token, between two implementations in that dtype: 8B's shape on an H100 has 0.19 to 0.22 (flashmla) and 0.28 (sdpa)
+# from eager attention. Another mask, head or row is off by more than one.
 BOUND = {"float32": 1e-3, "bfloat16": 0.5}
 
 

@@ -127,7 +127,8 @@ def performance() -> str:
         steps = [m for m in memory_page.read(records.RESULTS / name)[0] if m.status == "ok"]
         m = max((m for m in steps if m.point.attn_implementation == "flashmla"), key=lambda m: m.point.context)
         lines.append(
-            f"| {word}, {records.card(json_of(name)['environment'])} held to {m.point.memory_limit / GIB:.0f} GiB, longest measured step "
+            f"| {word}, {records.card(json_of(name)['environment'])} held to {m.point.memory_limit / GIB:.0f} GiB, "
+            "longest measured step "
             f"| {m.point.context:,} tokens, {m.peak_allocated_bytes / GIB:.1f} GiB, {m.tokens_per_second:,.0f} tokens/s |"
         )
     quality = json_of(QUALITY)

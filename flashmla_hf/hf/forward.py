@@ -150,7 +150,7 @@ def _read_mask(
     if mask is None:
         return without_mask, None
     pattern = masks.pattern_of(mask)
-    if pattern == masks.Pattern(False):
+    if pattern is not None and pattern.hides_nothing():
         return pattern, None  # eager gets no mask for it, so it fits any length
     if pattern is not None and mask.shape[2] == q.shape[1] and mask.shape[3] == seqlen_kv:
         padding, segments = (

@@ -50,6 +50,10 @@ class Pattern(NamedTuple):
     padding: torch.Tensor | None = None
     segments: torch.Tensor | None = None
 
+    def hides_nothing(self) -> bool:
+        # Not ==: the compiler of torch 2.11 cannot compare a tensor of one tuple with None of the other.
+        return not self.is_causal and self.window is None and self.padding is None and self.segments is None
+
     def dense(self, seqlen_q: int, seqlen_kv: int, device: torch.device) -> torch.Tensor:
         """Bool [batch or 1, 1, seqlen_q, seqlen_kv], true where the query sees the key."""
         num_keys = seqlen_kv if self.padding is None else self.padding.shape[1]
