@@ -36,6 +36,7 @@ NEEDS = {
     "test_patches_lora.py": ("peft",),
     "test_patches_misuse.py": ("peft",),
     "test_patches_weights.py": ("accelerate",),
+    "test_sharded_*.py": ("transformers", "peft"),
     "test_benchmark*.py": ("transformers", "matplotlib"),
     "test_readme.py": ("transformers", "matplotlib"),
     "test_finetune_gpu.py": ("transformers",),

@@ -122,7 +122,6 @@ HEADS = {
     "a weight of a class of its own": quantized,
     "another forward": lambda head: setattr(head, "forward", lambda x: nn.functional.linear(x, head.weight) * 2),
     "freed memory": lambda head: head.weight.untyped_storage().resize_(0),
-    "a partition": lambda head: setattr(head.weight, "ds_id", 3),
 }  # fmt: skip
 
 
@@ -220,14 +219,13 @@ except flashmla_hf.patches.PatchError as error:
 """
     )
     expected, *cases, after = printed
-    for n, line in enumerate(cases):
-        if n < 2 or "refused" not in line:
+    for line in cases:
+        if "refused" not in line:
             found, wanted = (
                 [float(x) for x in text.rpartition("[")[2].strip("]").split(", ")] for text in (line, expected)
             )
             assert found == pytest.approx(wanted, rel=1e-4), line
-    assert "['loss'] ['lm_head'] refused" in cases[2]
-    assert "a unit of fully_shard of its own" in cases[2]
+    assert not any("refused" in line for line in cases[:3])
     assert "expected a model that is not sharded" in after
 
 

@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from flashmla_hf.hf import boundaries, check, masks
-from flashmla_hf.patches import gradients, structure, tiles
+from flashmla_hf.patches import gradients, structure, tiles, weights
 from flashmla_hf.patches.replacements import Replacements
 
 CHUNK = 16384
@@ -153,6 +153,8 @@ def patch_attention(model: nn.Module, replacements: Replacements, chunk: int | N
                 "causal attention",
                 "bidirectional attention",
             )
+        if (partition := weights.trained_partition(attention)) is not None:
+            raise structure.refuse(model, "attention", f"{name}.{partition}", *structure.NO_PARTITION)
         replacements.set(attention, "forward", _chunked(attention, name, chunk or CHUNK))
 
 
@@ -176,6 +178,8 @@ def _chunked(attention: nn.Module, name: str, chunk: int) -> Callable[..., tuple
                 **kwargs,
             )
         gradients.refuse_arguments_by_hook(attention, "attention")
+        if (partition := weights.trained_partition(attention)) is not None:
+            raise structure.refuse(attention, "attention", f"{name}.{partition}", *structure.NO_PARTITION)
         position_ids, cache = kwargs.pop("position_ids", None), structure.cache_of(kwargs)
         for either in structure.CACHE_NAMES:
             kwargs.pop(either, None)

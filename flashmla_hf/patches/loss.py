@@ -40,6 +40,7 @@ class _State(threading.local):
     # Not an attribute of the class: torch.compile guards the instance's dictionary, which a first assignment would change.
     def __init__(self) -> None:
         self.has_labels = False
+        self.loss_of: Callable[[torch.Tensor], torch.Tensor] | None = None
 
 
 _state = _State()
@@ -60,19 +61,17 @@ class _MessageAsName(type):
 
 
 class PromisedLogits(metaclass=_MessageAsName):
-    """Stands for logits [..., vocabulary]: hidden states [..., hidden], weight, bias, and the steps applied to their product.
+    """Stands for logits [..., vocabulary]: hidden states [..., hidden], and the steps applied to their product with the head.
 
     Scaling by a number and tanh are recorded as :data:`Step` in order. Every other use raises.
     """
 
-    def __init__(
-        self, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, steps: Sequence[Step] = ()
-    ) -> None:
-        self._parts = (hidden, weight, bias)
+    def __init__(self, hidden: torch.Tensor, steps: Sequence[Step] = ()) -> None:
+        self._hidden = hidden
         self._steps = tuple(steps)
 
     def _with_step(self, step: Step) -> PromisedLogits:
-        return PromisedLogits(*self._parts, (*self._steps, step))
+        return PromisedLogits(self._hidden, (*self._steps, step))
 
     def __mul__(self, factor: object) -> PromisedLogits:
         if isinstance(factor, (int, float)):
@@ -139,7 +138,7 @@ def patch_loss(model: Any, replacements: Replacements, chunk: int | None) -> Non
         raise structure.refuse(model, "loss", "loss_function", "transformers' ForCausalLMLoss", got)
     if "labels" not in inspect.signature(model.forward).parameters:
         raise structure.refuse(model, "loss", "forward", "an argument 'labels'", "none")
-    reason = weights.unreadable(head)
+    reason = weights.unreadable(head, is_gathered=True)
     if reason is None and "forward" in vars(head) and getattr(head, "_hf_hook", None) is None:
         reason = "a forward of its own instance (it would not be called)"
     if reason is not None:
@@ -153,12 +152,14 @@ def patch_loss(model: Any, replacements: Replacements, chunk: int | None) -> Non
 
     @wraps(head_forward)
     def promise(hidden_states: torch.Tensor) -> torch.Tensor | PromisedLogits:
+        if _state.loss_of is not None:
+            return _state.loss_of(hidden_states)
         if torch.compiler.is_compiling() or not _state.has_labels:
             return head_forward(hidden_states)
         _refuse_unreadable(model, head, hidden_states)
         if getattr(head, "_hf_hook", None) is not None:  # accelerate's hook would move the input to the weights
             hidden_states = hidden_states.to(head.weight.device)
-        return PromisedLogits(hidden_states, head.weight, head.bias)
+        return PromisedLogits(hidden_states)
 
     signature = inspect.signature(model_forward)
 
@@ -187,12 +188,7 @@ def patch_loss(model: Any, replacements: Replacements, chunk: int | None) -> Non
         """Computes what ``ForCausalLMLoss`` does for promised logits, and calls it for others."""
         if not isinstance(logits, PromisedLogits):
             return ForCausalLMLoss(logits, labels, vocab_size, num_items_in_batch, ignore_index, shift_labels, **kwargs)
-        hidden, weight, bias = logits._parts
-        _refuse_unreadable(model, head, hidden)  # again: a shard frees its weight when the module's call is over
-        if weight.shape[0] != vocab_size:
-            raise structure.refuse(
-                model, "loss", "vocab_size", f"{weight.shape[0]} (rows of the weight)", str(vocab_size)
-            )
+        hidden = logits._hidden
         if shift_labels is None:
             shift_labels = nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
         if shift_labels.numel() != hidden.shape[:-1].numel():
@@ -200,19 +196,43 @@ def patch_loss(model: Any, replacements: Replacements, chunk: int | None) -> Non
                 f"flashmla_hf.patch: patch 'loss': expected as many labels as hidden states, {hidden.shape[:-1].numel()}, got "
                 f"{shift_labels.numel()}. If logits_to_keep is given, cut the labels to it"
             )
-        return linear_cross_entropy(
-            hidden.reshape(-1, hidden.shape[-1]), weight, bias, shift_labels.reshape(-1).to(hidden.device),
-            num_items=num_items_in_batch, ignore_index=ignore_index, steps=logits._steps, chunk=chunk,
-        )  # fmt: skip
+        labels = shift_labels.reshape(-1).to(hidden.device)
+
+        def loss_of(hidden: torch.Tensor) -> torch.Tensor:
+            _refuse_unreadable(model, head, hidden)
+            if head.weight.shape[0] != vocab_size:
+                expected = f"{head.weight.shape[0]} (rows of the weight)"
+                raise structure.refuse(model, "loss", "vocab_size", expected, str(vocab_size))
+            return linear_cross_entropy(
+                hidden.reshape(-1, hidden.shape[-1]), head.weight, head.bias, labels,
+                num_items=num_items_in_batch, ignore_index=ignore_index, steps=logits._steps, chunk=chunk,
+            )  # fmt: skip
+
+        return _with_weights(head, loss_of, hidden)
 
     replacements.set(head, "forward", promise)
     replacements.set(model, "_loss_function", loss_function)
     replacements.set(model, "forward", forward)
 
 
+def _with_weights(
+    head: nn.Module, loss_of: Callable[[torch.Tensor], torch.Tensor], hidden: torch.Tensor
+) -> torch.Tensor:
+    """``loss_of(hidden)`` where the weights of ``head`` are whole: a shard frees them when the module's own call is over."""
+    if weights.is_partitioned(head):
+        # ZeRO-3 gathers weights, in backward too, by the hooks of a call alone: one more call, which computes the loss.
+        _state.loss_of = loss_of
+        try:
+            return head(hidden)
+        finally:
+            _state.loss_of = None
+    with weights.gathered(head):
+        return loss_of(hidden)
+
+
 def _refuse_unreadable(model: nn.Module, head: nn.Module, hidden: torch.Tensor) -> None:
-    reason = weights.unreadable(head, hidden)
-    if reason is None and type(head) is not nn.Linear:
+    reason = weights.unreadable(head, hidden, is_gathered=True)
+    if reason is None and weights.own_class(head) is not nn.Linear:
         reason = type(head).__name__
     if reason is None and (head._backward_hooks or head._backward_pre_hooks):
         reason = "a backward hook, which needs logits"

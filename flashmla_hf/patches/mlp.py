@@ -40,6 +40,8 @@ def patch_mlp(model: nn.Module, replacements: Replacements, tile: int | None) ->
             raise structure.refuse(
                 model, "mlp", name, "no jitter noise (it is written into the input)", "router_jitter_noise"
             )
+        if (partition := weights.trained_partition(layer.mlp)) is not None:
+            raise structure.refuse(model, "mlp", f"{name}.{partition}", *structure.NO_PARTITION)
         replacements.set(layer.mlp, "forward", _tiled(layer.mlp, name, tile))
         for child in layer.mlp.children():
             if isinstance(child, nn.Linear) and linear.is_plain(child):
@@ -81,6 +83,8 @@ def _tiled(mlp: Any, name: str, tile: int | None) -> Callable[[torch.Tensor], to
             return forward(hidden_states)
 
         gradients.refuse_arguments_by_hook(mlp, "mlp")
+        if torch.is_grad_enabled() and (partition := weights.trained_partition(mlp)) is not None:
+            raise structure.refuse(mlp, "mlp", f"{name}.{partition}", *structure.NO_PARTITION)
         last = linear.LastLinear()  # for this call: the next one may run with other adapters
 
         def on_rows(rows: torch.Tensor) -> torch.Tensor:
@@ -128,12 +132,13 @@ def patch_norm(model: nn.Module, replacements: Replacements) -> None:
     for name, module in structure.decoder(model, "norm").named_modules():
         if not type(module).__name__.endswith("Norm"):
             continue
-        weight = getattr(module, "weight", None)
-        if not isinstance(weight, torch.Tensor) or weight.dim() != 1 or not _is_row_wise(module, weight):
-            raise structure.refuse(
-                model, "norm", f"{name} ({type(module).__name__})",
-                "a norm over the last dimension with a weight [hidden]", "another module",
-            )  # fmt: skip
+        with weights.gathered_by_zero(module):
+            weight = getattr(module, "weight", None)
+            if not isinstance(weight, torch.Tensor) or weight.dim() != 1 or not _is_row_wise(module, weight):
+                raise structure.refuse(
+                    model, "norm", f"{name} ({type(module).__name__})",
+                    "a norm over the last dimension with a weight [hidden]", "another module",
+                )  # fmt: skip
         replacements.set(module, "forward", _norm_in_tiles(module))
         found += 1
     if not found:
