@@ -1,7 +1,6 @@
 """Functions of test files in several processes that talk over gloo, on a CPU, within a bounded time.
 
-Processes are forked from one server that has imported the heavy packages, so that a test pays for what it does. DeepSpeed is
-imported where it is used. accelerate neither shards nor runs DeepSpeed on a CPU: :func:`engine` makes it take gloo for the
+Processes are forked from one server that has imported the heavy packages, so that a test pays for what it does. accelerate neither shards nor runs DeepSpeed on a CPU: :func:`engine` makes it take gloo for the
 backend of a GPU whose device is the CPU.
 """
 
@@ -20,7 +19,16 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
-PRELOADED = ("torch", "transformers", "peft", "accelerate", "flashmla_hf.training.finetune")
+HAS_DEEPSPEED = importlib.util.find_spec("deepspeed") is not None and importlib.util.find_spec("einops") is not None
+PRELOADED = (
+    "torch",
+    "transformers",
+    "peft",
+    "accelerate",
+    "flashmla_hf.training.finetune",
+    "deepspeed",
+    "torch.distributed.fsdp",
+)
 LIMIT = 100.0  # seconds that a call may take
 
 
@@ -35,6 +43,7 @@ def run(function: Callable, *arguments: Any, processes: int = 2, limit: float = 
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(list(PRELOADED))
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed asks when it is imported, by the server
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -95,15 +104,14 @@ def _call(pipe, variables: dict[str, str], path: list[str], function: Callable, 
 
 # ---- engines of accelerate on a CPU ----------------------------------------------------------------------------------
 
-HAS_DEEPSPEED = importlib.util.find_spec("deepspeed") is not None and importlib.util.find_spec("einops") is not None
-
 
 def engine(**variables: str) -> None:
     """Lets accelerate run FSDP and DeepSpeed on this process's CPU, over gloo; ``variables`` are what ``accelerate launch`` sets."""
     from accelerate import state
     from accelerate.utils import DistributedType
 
-    os.environ.update({"ACCELERATE_TORCH_DEVICE": "cpu", "DS_ACCELERATOR": "cpu", **variables})
+    for name, value in {"ACCELERATE_TORCH_DEVICE": "cpu", "DS_ACCELERATOR": "cpu", **variables}.items():
+        os.environ.setdefault(name, value)  # what a test gives a call of run() wins
     state.PartialState._prepare_backend = lambda *_, **__: ("gloo", DistributedType.MULTI_GPU)
     if variables.get("ACCELERATE_USE_DEEPSPEED") == "true":
         prepare_deepspeed()

@@ -76,9 +76,9 @@ def gathered_by_zero(module: nn.Module) -> Iterator[None]:
     if not partitioned:
         yield
         return
-    from deepspeed.zero import GatheredParameters
+    import deepspeed
 
-    with GatheredParameters(partitioned):
+    with deepspeed.zero.GatheredParameters(partitioned):
         yield
 
 

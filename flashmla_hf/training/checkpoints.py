@@ -16,11 +16,10 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
 from accelerate import Accelerator
 
 from flashmla_hf.training.arguments import ModelArguments, TrainingArguments, UserError, first_line
@@ -40,6 +39,7 @@ class TrainerState:
     flops: int = 0  # the model's own, of this process (Shape.training_flops), earlier runs included
     fingerprint: str = ""  # of the data and arguments that decide the course of the losses
     frozen_fingerprint: str = ""  # of the weights that are not in the checkpoint
+    engine: str = ""  # that wrote the checkpoint's tensors (engines.engine_of)
     stream: dict | None = None  # the StreamPlace of streamed data
 
 
@@ -53,7 +53,7 @@ def _step_of(path: Path) -> re.Match | None:
     return re.fullmatch(r"checkpoint-(\d+)", path.name)
 
 
-def find_checkpoint(args: TrainingArguments, use_peft: bool) -> tuple[Path, TrainerState] | None:
+def find_checkpoint(args: TrainingArguments, use_peft: bool, engine: str = "") -> tuple[Path, TrainerState] | None:
     """The checkpoint to resume from and its state; None if there is none to resume from.
 
     It is whole as far as can be told without loading it. Raises UserError if it is not.
@@ -68,17 +68,25 @@ def find_checkpoint(args: TrainingArguments, use_peft: bool) -> tuple[Path, Trai
     else:
         path = Path(args.resume_from_checkpoint)
     where = f"--resume_from_checkpoint {path}"
-    for name in ("trainer_state.json", "optimizer.bin"):
-        if not (path / name).is_file() or not (path / name).stat().st_size:
-            raise UserError(f"{where}: no checkpoint there (expected {name} in it)")
+    _check_file(path, "trainer_state.json", where)
     try:
         state = TrainerState(**json.loads((path / "trainer_state.json").read_text()))
     except (ValueError, TypeError) as error:
         raise UserError(f"{where}: trainer_state.json is not of flashmla finetune: {first_line(error)}") from None
+    if state.engine != engine:
+        expected, got = (name or "an engine that shards nothing" for name in (engine, state.engine))
+        raise UserError(f"{where}: expected a checkpoint of {expected}, as this run is launched, got one of {got}")
+    if not engine:
+        _check_file(path, "optimizer.bin", where)
     if (path / "adapter_config.json").is_file() != use_peft:
         expected, got = ("an adapter", "a whole model") if use_peft else ("a whole model", "an adapter")
         raise UserError(f"{where}: expected {expected} by --use_peft {str(use_peft).lower()}, got {got}")
     return path, state
+
+
+def _check_file(path: Path, name: str, where: str) -> None:
+    if not (path / name).is_file() or not (path / name).stat().st_size:
+        raise UserError(f"{where}: no checkpoint there (expected {name} in it)")
 
 
 def make_output_dir(model_args: ModelArguments, args: TrainingArguments) -> Path:
@@ -108,17 +116,28 @@ def make_output_dir(model_args: ModelArguments, args: TrainingArguments) -> Path
     return output_dir
 
 
-def save_checkpoint(accelerator: Accelerator, args: TrainingArguments, state: TrainerState) -> None:
-    """Writes ``checkpoint-<step>``; the name appears by a rename, when everything is written."""
+def save_checkpoint(
+    accelerator: Accelerator,
+    args: TrainingArguments,
+    state: TrainerState,
+    write: Callable[[Path], None] | None = None,
+) -> None:
+    """Writes ``checkpoint-<step>``; the name appears by a rename, when everything is written.
+
+    ``write`` writes the tensors into a folder. Without it, accelerate does, and weights by the hook that prepare_model()
+    registers, in Transformers' format.
+    """
     final = Path(args.output_dir) / f"checkpoint-{state.step}"
     unfinished = final.with_name(f"unfinished-{final.name}")
     try:
         if accelerator.is_main_process:
             shutil.rmtree(unfinished, ignore_errors=True)
         accelerator.wait_for_everyone()
-        accelerator.save_state(
-            str(unfinished)
-        )  # weights by the hook that prepare_model() registers, in Transformers' format
+        unfinished.mkdir(parents=True, exist_ok=True)
+        if write is not None:
+            write(unfinished)
+        else:
+            accelerator.save_state(str(unfinished))
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
             (unfinished / "trainer_state.json").write_text(json.dumps(dataclasses.asdict(state), indent=1))
@@ -179,12 +198,6 @@ def fingerprint(
         for piece in one:
             digest.update(piece.tobytes())
     return digest.hexdigest()[:16]
-
-
-def frozen_fingerprint(model: torch.nn.Module) -> str:
-    """Differs with the weights that are not trained, which no checkpoint holds: a few numbers of each."""
-    parts = [p.detach().flatten()[:16].float().cpu() for p in model.parameters() if not p.requires_grad]
-    return hashlib.sha256(torch.cat(parts).numpy().tobytes()).hexdigest()[:16] if parts else ""
 
 
 @contextlib.contextmanager

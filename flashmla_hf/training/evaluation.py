@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from peft import PeftModel
 from torch.nn import functional as F
 
+from flashmla_hf.training import engines
 from flashmla_hf.training.packing import Collator, Pack
 
 LOGITS_BYTES = 2**28  # of the logits that evaluation holds at a time, as fp32
@@ -20,8 +22,8 @@ def token_losses(model: torch.nn.Module, inputs: dict, accelerator: Accelerator)
     The layers run once over the whole row. The rest of the model's own forward (the head, and what the model does to
     logits) runs over chunks of the layers' output, so that the logits of a long row never exist at a time.
     """
-    model = accelerator.unwrap_model(model)
-    model = model.get_base_model() if isinstance(model, PeftModel) else model
+    root = accelerator.unwrap_model(model)
+    model = root.get_base_model() if isinstance(root, PeftModel) else root
     labels = inputs.pop("labels")[0, 1:]
     tokens = len(labels)
     chunk = max(1, min(tokens, LOGITS_BYTES // (4 * model.config.get_text_config().vocab_size)))
@@ -29,18 +31,24 @@ def token_losses(model: torch.nn.Module, inputs: dict, accelerator: Accelerator)
     losses = torch.empty(tokens, device=labels.device)
     if decoder is model:  # the model has no decoder of its own (Llama 4's text model): all logits at a time
         with accelerator.autocast():
-            logits = model(**inputs).logits[0, :-1]
+            logits = root(**inputs).logits[0, :-1]
         return F.cross_entropy(logits.float(), labels, reduction="none")
+    is_sharded = bool(engines.engine_of(accelerator))
+    chunks = math.ceil(tokens / chunk)
+    if is_sharded:  # each call gathers weights: every process makes as many
+        most = torch.tensor(chunks, device=accelerator.device)
+        torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX)
+        chunks = int(most)
     with accelerator.autocast():
-        output = decoder(**inputs)
+        output = _decoded(root, model, decoder, inputs) if is_sharded else decoder(**inputs)
         hidden = output.last_hidden_state  # [1, tokens + 1, hidden]
         own_forward = decoder.forward
         try:
-            for start in range(0, tokens, chunk):
-                rows = slice(start, min(start + chunk, tokens))
+            for i in range(chunks):
+                rows = slice(i * chunk, min((i + 1) * chunk, tokens)) if i * chunk < tokens else slice(0, 1)
                 piece = type(output)(last_hidden_state=hidden[:, rows])  # a model may read other fields of it
                 decoder.forward = lambda *args, _piece=piece, **kwargs: _piece
-                logits = model(input_ids=inputs["input_ids"][:, rows]).logits[0]  # [chunk, vocabulary]
+                logits = root(input_ids=inputs["input_ids"][:, rows]).logits[0]  # [chunk, vocabulary]
                 losses[rows] = F.cross_entropy(logits.float(), labels[rows], reduction="none")
         finally:
             # The forward was the class's method, or an instance attribute that a patch had set.
@@ -48,6 +56,23 @@ def token_losses(model: torch.nn.Module, inputs: dict, accelerator: Accelerator)
             if decoder.forward != own_forward:
                 decoder.forward = own_forward
     return losses
+
+
+def _decoded(root: torch.nn.Module, model: torch.nn.Module, decoder: torch.nn.Module, inputs: dict) -> Any:
+    """The output of ``decoder`` in a call of ``root``, whose hooks gather what is sharded; the head makes one logit a token."""
+    found: list[Any] = []
+    head = model.get_output_embeddings()
+    own_forward = head.forward
+    hook = decoder.register_forward_hook(lambda module, args, output: found.append(output))
+    head.forward = lambda hidden: hidden[..., :1]
+    try:
+        root(**inputs)
+    finally:
+        hook.remove()
+        del head.forward
+        if head.forward != own_forward:
+            head.forward = own_forward
+    return found[0]
 
 
 @torch.no_grad()

@@ -39,7 +39,7 @@ from transformers import get_scheduler
 
 import flashmla_hf
 from flashmla_hf.host_memory import GIB
-from flashmla_hf.training import machine, max_length, quantization
+from flashmla_hf.training import engines, machine, max_length, quantization
 from flashmla_hf.training.arguments import (
     DataArguments,
     ModelArguments,
@@ -53,7 +53,6 @@ from flashmla_hf.training.checkpoints import (
     TrainerState,
     find_checkpoint,
     fingerprint,
-    frozen_fingerprint,
     how_to_continue,
     make_output_dir,
     save_checkpoint,
@@ -107,7 +106,21 @@ class Run:
         """Writes a checkpoint, with the place in streamed data."""
         if isinstance(self.data.train_packs, PackStream):
             self.state.stream = dataclasses.asdict(self.data.train_packs.place)
-        save_checkpoint(self.accelerator, self.args, self.state)
+        save_checkpoint(self.accelerator, self.args, self.state, self._write_state if self.state.engine else None)
+
+    def _write_state(self, folder: Path) -> None:
+        engines.save_state(self.accelerator, folder, *self._stateful, self.model_args.use_peft)
+
+    def load(self, checkpoint: Path) -> None:
+        """Reads what a checkpoint holds beside ``trainer_state.json``."""
+        if self.state.engine:
+            engines.load_state(self.accelerator, checkpoint, *self._stateful, self.model_args.use_peft)
+        else:
+            self.accelerator.load_state(str(checkpoint))
+
+    @property
+    def _stateful(self) -> tuple:
+        return self.model, self.optimizer, self.scheduler
 
     def evaluate(self) -> tuple[float, list[dict]]:
         """The mean loss of the held-out sequences, and the loss by position. Both are logged."""
@@ -130,21 +143,17 @@ def train(model_args: ModelArguments, data_args: DataArguments, args: TrainingAr
     """The whole run; returns the content of ``all_results.json``. Raises UserError for a mistake that the caller can mend."""
     # A preview writes nothing.
     output_dir = Path(args.output_dir) if data_args.preview else make_output_dir(model_args, args)
-    accelerator = Accelerator(
-        mixed_precision="bf16" if args.bf16 else "no",
-        cpu=args.use_cpu,
-        log_with="tensorboard" if args.logs_to_tensorboard else None,
-        project_dir=args.output_dir,
-    )
+    accelerator = engines.make_accelerator(model_args, args)
     set_seed(args.seed)
-    resumed = None if data_args.preview else find_checkpoint(args, model_args.use_peft)
+    engine = engines.engine_of(accelerator)
+    resumed = None if data_args.preview else find_checkpoint(args, model_args.use_peft, engine)
     # Data first: a mistake there shows before a large model is loaded.
     data = prepare_data(model_args, data_args, args, accelerator)
     if data_args.preview:
         return {}
     streamed = streamed_options(data_args) if data_args.streaming else None
     identity = fingerprint(model_args, args, data.known_packs(), accelerator.num_processes, streamed)
-    state = TrainerState(fingerprint=identity)
+    state = TrainerState(fingerprint=identity, engine=engine)
     if resumed is not None and resumed[1].fingerprint != state.fingerprint:
         raise UserError(
             f"{resumed[0]} belongs to another run (other data, batch sizes, processes, schedule, seed or adapter): resume with "
@@ -168,11 +177,13 @@ def prepare_model(
     checkpoint: Path | None,
 ) -> Run:
     """Loads the model (its trained weights from ``checkpoint``), and makes the optimizer and its schedule."""
-    model = load_model(model_args, args, checkpoint)
+    # An engine reads its own checkpoint into the prepared model.
+    model = load_model(model_args, args, None if state.engine else checkpoint)
     _check_vocabulary(model, model_args, data)
-    state.frozen_fingerprint = frozen_fingerprint(model)
+    state.frozen_fingerprint = engines.first_values(model, accelerator)
+    engines.settle_dtypes(model, accelerator, args.bf16)
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    trained, everything = sum(p.numel() for p in trainable), quantization.parameter_count(model)
+    trained, everything = sum(engines.size_of(p).numel() for p in trainable), quantization.parameter_count(model)
     accelerator.print(f"{trained:,} of {everything:,} parameters are trained")
     if longest := positions_exceeded(model, data_args.max_length):
         accelerator.print(f"max_length={data_args.max_length} is beyond the {longest} positions of the model")
@@ -184,14 +195,8 @@ def prepare_model(
     model, optimizer = accelerator.prepare(model, optimizer)
     # The schedule counts optimizer steps, whatever the number of processes: it is registered, not prepared.
     accelerator.register_for_checkpointing(scheduler)
-
-    def save_weights(models: list[torch.nn.Module], weights: list[dict], folder: str) -> None:
-        """In Transformers' or peft's own format, adapter alone, instead of accelerate's file of everything."""
-        state_dict = weights.pop()
-        if accelerator.is_main_process:
-            accelerator.unwrap_model(models[0]).save_pretrained(folder, state_dict=state_dict)
-
-    accelerator.register_save_state_pre_hook(save_weights)
+    if not state.engine:
+        _write_weights_as_transformers_does(accelerator)
     # load_model() has read the weights already.
     accelerator.register_load_state_pre_hook(lambda models, folder: models.clear())
     return Run(
@@ -200,8 +205,19 @@ def prepare_model(
     )  # fmt: skip
 
 
+def _write_weights_as_transformers_does(accelerator: Accelerator) -> None:
+    """Checkpoints hold weights in Transformers' or peft's own format, an adapter alone, not accelerate's file of everything."""
+
+    def save_weights(models: list[torch.nn.Module], weights: list[dict], folder: str) -> None:
+        state_dict = weights.pop()
+        if accelerator.is_main_process:
+            accelerator.unwrap_model(models[0]).save_pretrained(folder, state_dict=state_dict)
+
+    accelerator.register_save_state_pre_hook(save_weights)
+
+
 def _check_vocabulary(model: torch.nn.Module, model_args: ModelArguments, data: Data) -> None:
-    rows = model.get_input_embeddings().weight.shape[0]
+    rows = engines.size_of(model.get_input_embeddings().weight)[0]
     largest = largest_id([*data.known_packs(), *data.eval_packs])
     if isinstance(data.train_packs, PackStream):
         data.train_packs.embedded = rows
@@ -230,7 +246,7 @@ def resume(run: Run, checkpoint: Path, saved: TrainerState) -> None:
             f"{checkpoint} belongs to another base model than {run.model_args.model_name_or_path}: resume with that one"
         )
     try:
-        run.accelerator.load_state(str(checkpoint))
+        run.load(checkpoint)
     except (OSError, EOFError, ValueError, KeyError, RuntimeError, pickle.UnpicklingError) as error:
         if machine.is_out_of_memory(error):
             raise

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from flashmla_hf.training import engines
 from flashmla_hf.training.arguments import ModelArguments, TrainingArguments, UserError
 
 
@@ -57,5 +58,5 @@ def keep_trainable_on_cpu(model: torch.nn.Module) -> None:
 
 def parameter_count(model: torch.nn.Module) -> int:
     """The parameters of ``model``; a packed one counts as what it stands for."""
-    shapes = (getattr(getattr(p, "quant_state", None), "shape", p.shape) for p in model.parameters())
+    shapes = (getattr(getattr(p, "quant_state", None), "shape", engines.size_of(p)) for p in model.parameters())
     return sum(torch.Size(shape).numel() for shape in shapes)

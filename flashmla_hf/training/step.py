@@ -6,13 +6,13 @@ processes: packs of different length, or another ``gradient_accumulation_steps``
 
 from __future__ import annotations
 
-import contextlib
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from accelerate import Accelerator
 
+from flashmla_hf.training import engines
 from flashmla_hf.training.arguments import TrainingArguments
 from flashmla_hf.training.packing import Collator, Pack, predicted_tokens
 from flashmla_hf.training.stream import PackStream
@@ -53,10 +53,8 @@ def run_batches(
     """Forward and backward of one step's batches; returns this process's share of the step's loss."""
     step_loss = torch.zeros((), device=accelerator.device)
     for i, batch in enumerate(batches):
-        # Gradients cross processes once per step, with its last batch.
-        with accelerator.no_sync(model) if i < len(batches) - 1 else contextlib.nullcontext():
+        with engines.accumulating(accelerator, model, is_last=i == len(batches) - 1):
             loss = model(**collate(batch, accelerator.device), num_items_in_batch=num_items).loss
             step_loss += loss.detach()
-            # Data-parallel training averages gradients over processes; the loss is already a share of the whole.
-            accelerator.backward(loss * accelerator.num_processes)
+            engines.backward(accelerator, loss)
     return step_loss

@@ -1,0 +1,61 @@
+"""What the processes of test_engines.py do: runs of finetune on an engine of accelerate."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import gloo_processes
+from training_support import losses, options
+
+ENGINES = {
+    "": {},
+    "fsdp2": {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP"},
+    "fsdp2 whole": {
+        "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+        "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT", "FSDP_CPU_RAM_EFFICIENT_LOADING": "true",
+        "FSDP_RESHARD_AFTER_FORWARD": "false",
+    },
+    "zero2": {
+        "ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2", "ACCELERATE_GRADIENT_CLIPPING": "0.5",
+        "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "1",
+    },
+    "zero3": {
+        "ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3", "ACCELERATE_DEEPSPEED_ZERO3_INIT": "true",
+    },
+}  # fmt: skip
+
+
+def finetune(engine: str, arguments: list[str], folder: Path) -> dict | str:
+    """A run of finetune: what it logged, or the sentence that ended it."""
+    from flashmla_hf.training import finetune
+
+    if engine:
+        gloo_processes.engine(**ENGINES[engine])
+    try:
+        finetune.main(arguments)
+    except SystemExit as end:
+        return str(end)
+    return {"losses": losses(folder), **json.loads((folder / "all_results.json").read_text())}
+
+
+def launch(engine: str, model: Path, corpus: Path, folder: Path, resumed_at: int = 0, **given) -> dict | str:
+    """A run of finetune in two processes, as the main process tells it; the other must agree.
+
+    ``resumed_at``: the run is cut back to its checkpoint of that step, and another launch continues it.
+    """
+    processes, variables = given.pop("processes", 2), given.pop("variables", {})
+    arguments = options(
+        model, corpus, folder, **{"use_cpu": not engine, **({"save_steps": resumed_at} if resumed_at else {}), **given}
+    )
+    call = (finetune, engine, arguments, folder)
+    told = gloo_processes.run(*call, processes=processes, **variables)
+    if resumed_at and not isinstance(told[0], str):
+        for path in folder.iterdir():
+            if path.name != f"checkpoint-{resumed_at}":
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        again = (*call[:2], [*arguments, "--resume_from_checkpoint", "latest"], folder)
+        told = gloo_processes.run(*again, processes=processes, **variables)
+    assert all(isinstance(one, str) == isinstance(told[0], str) for one in told), told
+    return told[0]
