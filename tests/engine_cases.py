@@ -33,6 +33,8 @@ def finetune(engine: str, arguments: list[str], folder: Path) -> dict | str:
 
     if engine:
         gloo_processes.engine(**ENGINES[engine])
+    if "--sp_size" in arguments:
+        gloo_processes.prepare_deepspeed()
     try:
         finetune.main(arguments)
     except SystemExit as end:

@@ -93,7 +93,7 @@ def _call(pipe, variables: dict[str, str], path: list[str], function: Callable, 
     try:
         pipe.send((None, function(*arguments)))
     except BaseException as error:
-        told = str(error) if isinstance(error, SystemExit) else traceback.format_exc()
+        told = str(error) if isinstance(error, SystemExit) else traceback.format_exc()[-2000:]
         said.seek(0)
         pipe.send((f"{type(error).__name__}: {told}\n{said.read()[-2000:]}", None))
     pipe.close()

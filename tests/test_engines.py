@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import engine_cases
 import gloo_processes
 import pytest
-from training_support import losses, options
+from training_support import SCRIPTS, losses, options
 
 from flashmla_hf.training import engines, finetune
 from flashmla_hf.training.arguments import UserError, parse_arguments
@@ -74,6 +74,23 @@ def test_bfloat16_trains_a_float32_adapter_on_any_engine(engine, tiny_model, cor
     assert run["losses"] == pytest.approx(losses(tmp_path / "one"), rel=2e-3)
 
 
+@pytest.mark.skipif(not gloo_processes.HAS_DEEPSPEED, reason="not installed: deepspeed, einops")
+@pytest.mark.parametrize(("engine", "processes"), [("fsdp2", 2), ("", 4)])
+def test_processes_that_share_each_sequence_give_the_losses_of_one_process(
+    engine, processes, one_process, tiny_model, corpus, tmp_path
+):
+    """Ulysses in finetune, with a resumed run and evaluation; of four processes, two groups have packs of their own."""
+    groups = processes // 2
+    given = SHARED | LORA | {"sp_size": 2, "gradient_accumulation_steps": 2 // groups}
+    run = engine_cases.launch(
+        engine, tiny_model, corpus, tmp_path, resumed_at=2 if engine else 0, processes=processes, **given
+    )
+    expected, eval_loss = one_process["lora"]
+    assert not isinstance(run, str), run
+    assert run["losses"] == pytest.approx(expected, rel=1e-5)
+    assert run["eval_loss"] == pytest.approx(eval_loss, rel=1e-5)
+
+
 # ---- DeepSpeed's configuration ---------------------------------------------------------------------------------------
 
 USUAL = {
@@ -129,6 +146,29 @@ def test_what_deepspeeds_configuration_leaves_open_is_the_runs():
 def test_a_configuration_that_says_something_else_than_the_options_is_refused(config, given, said):
     with pytest.raises(UserError, match=said):
         complete(config, **given)
+
+
+@pytest.mark.parametrize("file", sorted((SCRIPTS / "accelerate").glob("*.yaml")), ids=lambda file: file.stem)
+def test_the_files_of_accelerate_launch_that_ship_are_read_as_they_are_meant(file, monkeypatch):
+    from accelerate.commands import launch
+    from accelerate.utils import launch as environment
+
+    monkeypatch.setattr(launch.torch.cuda, "device_count", lambda: 8)
+    given = launch.launch_command_parser().parse_args(["--config_file", str(file), "train.py"])
+    given, _, _ = launch._validate_launch_command(given)
+    given.deepspeed_fields_from_accelerate_config = ""  # launch_command fills it in
+    variables = (
+        environment.prepare_multi_gpu_env(given) if given.use_fsdp else environment.prepare_deepspeed_cmd_env(given)[1]
+    )
+    if given.use_fsdp:
+        assert f"fsdp2-{given.num_processes}gpu" == file.stem
+        assert (variables["ACCELERATE_USE_FSDP"], variables["FSDP_VERSION"]) == ("true", "2")
+        assert variables["FSDP_ACTIVATION_CHECKPOINTING"] == "false"
+    else:
+        assert variables["ACCELERATE_DEEPSPEED_ZERO_STAGE"] == "2"
+        assert (
+            variables["ACCELERATE_GRADIENT_CLIPPING"] == variables["ACCELERATE_GRADIENT_ACCUMULATION_STEPS"] == "auto"
+        )
 
 
 # ---- refusals --------------------------------------------------------------------------------------------------------

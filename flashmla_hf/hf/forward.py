@@ -12,7 +12,7 @@ import torch
 
 from flashmla_hf import decode, reference
 from flashmla_hf.dispatch import attention
-from flashmla_hf.hf import boundaries, check, masks, paged, transformers_private
+from flashmla_hf.hf import boundaries, check, heads, masks, paged, transformers_private
 from flashmla_hf.notices import warn_once
 from flashmla_hf.torch_state import values_are_readable
 
@@ -101,7 +101,8 @@ def attention_forward(
 
     is_paged = pages is not None or gathered is not None
     is_causal, window = _without_mask(module, is_causal, sliding_window, is_paged)
-    options: dict[str, Any] = {"scale": scaling, "softcap": float(softcap or 0.0), "sinks": s_aux}
+    options: dict[str, Any] = {"scale": scaling, "softcap": float(softcap or 0.0)}
+    options["sinks"] = heads.own_heads(s_aux, q.shape[2])
     if pages is not None:
         return _from_pages(q, pages, k, v, options | {"window": window}), None
     pattern, mask = _read_mask(module, attention_mask, masks.Pattern(is_causal, window), q, k.shape[1])
@@ -432,5 +433,5 @@ def _refuse_parallel(module, query) -> None:
         raise NotImplementedError(
             f"flashmla in {type(module).__name__}: torch's context parallelism is active. It shards the sequence and "
             "replaces torch's SDPA only, so this attention would see one shard of the keys. Use "
-            'attn_implementation="sdpa" inside context_parallel, or switch context parallelism off'
+            'attn_implementation="sdpa" inside context_parallel, or divide the sequence by Ulysses (accelerate: sp_size)'
         )

@@ -8,6 +8,7 @@
     model        the model and its adapter       step         the batches of one optimizer step, forward and backward
     evaluation   the loss of held-out documents  checkpoints  saving, and resuming
     engines      DDP, FSDP2 and DeepSpeed: what each needs beside the loop
+    sequence_parallel  several processes for each sequence
     max_length   the longest context that fits   memory       a step's measured memory beside the ledger's
     quantization base weights in 4 bits
     ledger       a step's memory, by arithmetic  shape        a model's sizes and operations

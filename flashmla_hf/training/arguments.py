@@ -152,6 +152,10 @@ class TrainingArguments:
     max_steps: int = field(default=-1, metadata={"help": "optimizer steps; overrides num_train_epochs when positive"})
     lr_scheduler_type: str = field(default="cosine")
     warmup_steps: float = field(default=0.0, metadata={"help": "steps, or below 1 a share of all steps"})
+    sp_size: int = field(
+        default=1,
+        metadata={"help": "processes that share each sequence (DeepSpeed's Ulysses attention, on any engine)"},
+    )
     seed: int = field(default=42)
     bf16: bool = field(default=False, metadata={"help": "compute in bfloat16 (autocast)"})
     gradient_checkpointing: bool = field(
@@ -207,6 +211,7 @@ LIMITS = {
     "weight_decay": (0, math.inf),
     "max_grad_norm": (0, math.inf),
     "warmup_steps": (0, math.inf),
+    "sp_size": (1, math.inf),
     "seed": (0, 2**32 - 1),
     "logging_steps": (1, math.inf),
     "eval_steps": (0, math.inf),

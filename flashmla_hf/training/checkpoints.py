@@ -189,6 +189,8 @@ def fingerprint(
             "max_grad_norm", "lr_scheduler_type", "warmup_steps", "bf16", *length,
         )
     }  # fmt: skip
+    if args.sp_size > 1:
+        decisive |= {"sp_size": args.sp_size}
     adapter = ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules") if model_args.use_peft else ()
     decisive |= {name: getattr(model_args, name) for name in ("use_peft", "dtype", *adapter)}
     if streamed is not None:

@@ -148,7 +148,8 @@ def prepare_data(
     train_tokens = encode(train_documents, encoder, bad_rows)
     bad_rows.check()
     eval_packs = spread(pack(held_out_tokens, data_args.max_length), data_args.max_eval_samples)
-    per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
+    groups = accelerator.num_processes // args.sp_size
+    per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * groups
     train_packs: list[Pack] | PackStream
     if data_args.streaming:
         train_packs, told = _stream(data_args, args, encoder, bad_rows), "training data is streamed"

@@ -20,6 +20,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 
+from flashmla_hf.training import sequence_parallel
 from flashmla_hf.training.arguments import (
     ModelArguments,
     TrainingArguments,
@@ -49,6 +50,7 @@ def make_accelerator(model_args: ModelArguments, args: TrainingArguments) -> Acc
                 f"accelerate launch asks for {variable}, and accelerate runs {accelerator.distributed_type.value} here: it "
                 "needs GPUs, and a process for each; leave --use_cpu out, or launch without it"
             )
+    sequence_parallel.check(accelerator, model_args, args)
     name = engine_of(accelerator)
     if name == DEEPSPEED:
         _complete_deepspeed(accelerator, args)
@@ -104,6 +106,7 @@ def _complete_deepspeed(accelerator: Accelerator, args: TrainingArguments) -> No
     options = {
         "train_micro_batch_size_per_gpu": (size, "--per_device_train_batch_size"),
         "gradient_accumulation_steps": (accumulated, "--gradient_accumulation_steps"),
+        # Of processes, not of sequences: DeepSpeed does not know that some of them share one.
         "train_batch_size": (
             size * accumulated * accelerator.num_processes,
             "batch size x accumulation x processes",

@@ -11,7 +11,8 @@ from peft import PeftModel
 from torch.nn import functional as F
 
 from flashmla_hf.training import engines
-from flashmla_hf.training.packing import Collator, Pack
+from flashmla_hf.training.packing import NO_LOSS, Collator, Pack
+from flashmla_hf.training.sequence_parallel import Share
 
 LOGITS_BYTES = 2**28  # of the logits that evaluation holds at a time, as fp32
 
@@ -22,16 +23,21 @@ def token_losses(model: torch.nn.Module, inputs: dict, accelerator: Accelerator)
     The layers run once over the whole row. The rest of the model's own forward (the head, and what the model does to
     logits) runs over chunks of the layers' output, so that the logits of a long row never exist at a time.
     """
+    labels = inputs.pop("labels")
+    return _losses(model, inputs, F.pad(labels[0, 1:], (0, 1), value=NO_LOSS), accelerator)[:-1]
+
+
+def _losses(model: torch.nn.Module, inputs: dict, labels: torch.Tensor, accelerator: Accelerator) -> torch.Tensor:
+    """The loss of every token's successor, fp32 [tokens], whose labels [tokens] are; zero for labels of -100."""
     root = accelerator.unwrap_model(model)
     model = root.get_base_model() if isinstance(root, PeftModel) else root
-    labels = inputs.pop("labels")[0, 1:]
     tokens = len(labels)
     chunk = max(1, min(tokens, LOGITS_BYTES // (4 * model.config.get_text_config().vocab_size)))
     decoder = model.get_decoder()
     losses = torch.empty(tokens, device=labels.device)
     if decoder is model:  # the model has no decoder of its own (Llama 4's text model): all logits at a time
         with accelerator.autocast():
-            logits = root(**inputs).logits[0, :-1]
+            logits = root(**inputs).logits[0]
         return F.cross_entropy(logits.float(), labels, reduction="none")
     is_sharded = bool(engines.engine_of(accelerator))
     chunks = math.ceil(tokens / chunk)
@@ -41,7 +47,7 @@ def token_losses(model: torch.nn.Module, inputs: dict, accelerator: Accelerator)
         chunks = int(most)
     with accelerator.autocast():
         output = _decoded(root, model, decoder, inputs) if is_sharded else decoder(**inputs)
-        hidden = output.last_hidden_state  # [1, tokens + 1, hidden]
+        hidden = output.last_hidden_state  # [1, tokens, hidden]
         own_forward = decoder.forward
         try:
             for i in range(chunks):
@@ -77,7 +83,12 @@ def _decoded(root: torch.nn.Module, model: torch.nn.Module, decoder: torch.nn.Mo
 
 @torch.no_grad()
 def evaluate(
-    model: torch.nn.Module, packs: list[Pack], collate: Collator, accelerator: Accelerator, size: int
+    model: torch.nn.Module,
+    packs: list[Pack],
+    collate: Collator,
+    accelerator: Accelerator,
+    size: int,
+    share: Share | None = None,
 ) -> tuple[float, list[dict]]:
     """The mean loss over all predicted tokens of ``packs``, and the loss by how far back a prediction could read.
 
@@ -85,18 +96,20 @@ def evaluate(
     ``tokens`` counted, their ``loss`` and ``perplexity``.
     """
     model.eval()
-    mine = packs[accelerator.process_index :: accelerator.num_processes]
+    share = share or Share(accelerator.process_index, accelerator.num_processes)
+    mine = packs[share.rank :: share.size]
     # Every process makes the same number of forward passes: sharded models communicate in them.
-    rounds = math.ceil(math.ceil(len(packs) / accelerator.num_processes) / size)
+    rounds = math.ceil(math.ceil(len(packs) / share.size) / size)
     sums = torch.zeros(2, 64, device=accelerator.device, dtype=torch.float64)  # losses and tokens per power of two
     for i in range(rounds):
         batch = mine[i * size : (i + 1) * size]
         inputs = collate(batch or packs[:1], accelerator.device)
-        labels, positions = inputs["labels"][0, 1:], inputs["position_ids"][0, 1:]
-        losses = token_losses(model, inputs, accelerator)
+        labels, shifted = inputs.pop("labels")[0], inputs.pop("shift_labels", None)
+        labels = F.pad(labels[1:], (0, 1), value=NO_LOSS) if shifted is None else shifted[0]
+        losses = _losses(model, inputs, labels, accelerator)
         if batch:
-            is_label = labels != -100
-            bucket = positions[is_label].double().log2().long()
+            is_label = labels != NO_LOSS
+            bucket = (inputs["position_ids"][0, is_label] + 1).double().log2().long()
             sums[0].index_add_(0, bucket, losses[is_label].double())
             sums[1].index_add_(0, bucket, torch.ones_like(bucket, dtype=torch.float64))
     model.train()

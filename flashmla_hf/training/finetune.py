@@ -39,7 +39,7 @@ from transformers import get_scheduler
 
 import flashmla_hf
 from flashmla_hf.host_memory import GIB
-from flashmla_hf.training import engines, machine, max_length, quantization
+from flashmla_hf.training import engines, machine, max_length, quantization, sequence_parallel
 from flashmla_hf.training.arguments import (
     DataArguments,
     ModelArguments,
@@ -70,6 +70,7 @@ from flashmla_hf.training.model import (
     positions_exceeded,
 )
 from flashmla_hf.training.packing import Collator, largest_id
+from flashmla_hf.training.sequence_parallel import Share
 from flashmla_hf.training.step import run_batches, step_batches
 from flashmla_hf.training.stream import PackStream, StreamPlace
 
@@ -94,7 +95,8 @@ class Run:
     peak_flops: float  # of the device, per second
 
     def __post_init__(self):
-        self.collate = Collator(self.model_args.attn_implementation)
+        self.share = Share.of(self.accelerator, self.args)
+        self.collate = Collator(self.model_args.attn_implementation, self.share.cut)
 
     def log(self, entry: dict) -> None:
         state = self.state
@@ -125,7 +127,7 @@ class Run:
     def evaluate(self) -> tuple[float, list[dict]]:
         """The mean loss of the held-out sequences, and the loss by position. Both are logged."""
         size = self.args.per_device_eval_batch_size
-        loss, by_position = evaluate(self.model, self.data.eval_packs, self.collate, self.accelerator, size)
+        loss, by_position = evaluate(self.model, self.data.eval_packs, self.collate, self.accelerator, size, self.share)
         each = {f"eval_loss_from_{bucket['from']}": bucket["loss"] for bucket in by_position}
         self.log({"eval_loss": loss, "eval_perplexity": perplexity(loss), **each})
         if self.accelerator.is_main_process and not self.args.disable_tqdm:
@@ -181,6 +183,7 @@ def prepare_model(
     model = load_model(model_args, args, None if state.engine else checkpoint)
     _check_vocabulary(model, model_args, data)
     state.frozen_fingerprint = engines.first_values(model, accelerator)
+    sequence_parallel.divide_attention(model, args)
     engines.settle_dtypes(model, accelerator, args.bf16)
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     trained, everything = sum(engines.size_of(p).numel() for p in trainable), quantization.parameter_count(model)
@@ -296,7 +299,7 @@ def train_steps(run: Run) -> None:
         speed = (state.tokens - tokens_before) / training_seconds
         if run.ledger is not None:
             lengths = [len(piece) for batch in batches for one in batch for piece in one]
-            state.flops += run.ledger.shape.training_flops(lengths, run.model_args.use_peft)
+            state.flops += run.ledger.shape.training_flops(lengths, run.model_args.use_peft) // args.sp_size
         mfu = run.mfu
         shown = f", MFU {mfu:.1%}" if mfu is not None else ""
         peak = machine.peak_memory(device) / GIB

@@ -9,6 +9,8 @@ negative: cutting and packing cannot part a token from its mark.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from transformers import DataCollatorWithFlattening
@@ -76,10 +78,14 @@ def largest_id(packs: list[Pack]) -> int:
 
 
 class Collator:
-    """Packs -> one row [1, tokens] of input_ids, labels, position_ids, and cu_seq_lens_* for flash-style attention."""
+    """Packs -> one row [1, tokens] of input_ids, labels, position_ids, and cu_seq_lens_* for flash-style attention.
 
-    def __init__(self, attn_implementation: str):
+    ``cut`` takes this process's part out of the row (sequence_parallel.Share.cut).
+    """
+
+    def __init__(self, attn_implementation: str, cut: Callable[[dict], dict] | None = None):
         is_flash = "flash" in attn_implementation  # Transformers' own test of which backends read cu_seq_lens_*
+        self.cut = cut
         self.flatten = DataCollatorWithFlattening(return_flash_attn_kwargs=is_flash)
 
     def __call__(self, packs: list[Pack], device: torch.device) -> dict:
@@ -89,4 +95,5 @@ class Collator:
         batch = self.flatten(features)
         batch = {name: value.to(device) if torch.is_tensor(value) else value for name, value in batch.items()}
         # A cache is of no use here, and with one Transformers would not see where packed documents begin.
-        return batch | {"use_cache": False}
+        batch |= {"use_cache": False}
+        return batch if self.cut is None else self.cut(batch)

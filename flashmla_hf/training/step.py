@@ -15,6 +15,7 @@ from accelerate import Accelerator
 from flashmla_hf.training import engines
 from flashmla_hf.training.arguments import TrainingArguments
 from flashmla_hf.training.packing import Collator, Pack, predicted_tokens
+from flashmla_hf.training.sequence_parallel import Share
 from flashmla_hf.training.stream import PackStream
 
 
@@ -34,15 +35,15 @@ def step_batches(
     Of a list, a function of the step alone, so that resuming needs no replay. Every epoch is one permutation of the packs.
     Packs at its end that do not fill a whole step are left out of that epoch. Of a stream, the packs that follow.
     """
-    size = args.per_device_train_batch_size
-    per_step = size * args.gradient_accumulation_steps * accelerator.num_processes
+    size, share = args.per_device_train_batch_size, Share.of(accelerator, args)
+    per_step = size * args.gradient_accumulation_steps * share.size
     if isinstance(packs, PackStream):
         chosen = packs.take(per_step)
     else:
         epoch, index = divmod(step, len(packs) // per_step)
         order = np.random.default_rng((args.seed, epoch)).permutation(len(packs))
         chosen = [packs[i] for i in order[index * per_step : (index + 1) * per_step]]
-    mine = chosen[accelerator.process_index :: accelerator.num_processes]
+    mine = chosen[share.rank :: share.size]
     tokens = sum(len(piece) - 1 for one in chosen for piece in one)
     return StepBatches([mine[i : i + size] for i in range(0, len(mine), size)], predicted_tokens(chosen), tokens)
 
