@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 from pathlib import Path
 
 import gloo_processes
@@ -61,3 +63,22 @@ def launch(engine: str, model: Path, corpus: Path, folder: Path, resumed_at: int
         told = gloo_processes.run(*again, processes=processes, **variables)
     assert all(isinstance(one, str) == isinstance(told[0], str) for one in told), told
     return told[0]
+
+
+def dying(engine: str, arguments: list[str], folder: Path, when: str) -> dict | str:
+    """As :func:`finetune`; process 1 is killed in its third step, or while it writes its second checkpoint."""
+    from flashmla_hf.training import engines
+    from flashmla_hf.training import finetune as module
+
+    engines.LOST_PROCESS_WAIT = engines.SAME_MISTAKE_WAIT = 0.2
+    name, last = {"step": ("run_batches", 3), "checkpoint": ("save_checkpoint", 2)}[when]
+    original, calls = getattr(module, name), []
+
+    def until_killed(*given):
+        calls.append(name)
+        if os.environ["RANK"] == "1" and len(calls) == last:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(*given)
+
+    setattr(module, name, until_killed)
+    return finetune(engine, arguments, folder)

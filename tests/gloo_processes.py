@@ -33,7 +33,7 @@ LIMIT = 100.0  # seconds that a call may take
 
 
 class ProcessError(AssertionError):
-    """A process raised, ended, or took too long. The message holds every process's traceback."""
+    """A process raised, ended, or took too long: its arguments are every such process's traceback, and the others' results."""
 
 
 def run(function: Callable, *arguments: Any, processes: int = 2, limit: float = LIMIT, **environment: str) -> list[Any]:
@@ -76,7 +76,7 @@ def run(function: Callable, *arguments: Any, processes: int = 2, limit: float = 
         if process.is_alive():
             process.kill()
     if errors:
-        raise ProcessError("\n".join(errors))
+        raise ProcessError("\n".join(errors), results)
     return results
 
 

@@ -186,8 +186,50 @@ def test_an_engine_that_accelerate_does_not_run_here_is_refused(tiny_model, corp
         finetune.main(options(tiny_model, corpus, tmp_path, max_steps=1))
 
 
+def test_processes_that_accelerate_does_not_join_are_refused(tiny_model, corpus, tmp_path):
+    """On a CPU it joins none unless it is asked to: each process would train alone, into the same folder."""
+    told = engine_cases.launch("", tiny_model, corpus, tmp_path, use_cpu=False)
+    assert told.endswith("each would train by itself. Without GPUs, add --use_cpu")
+
+
 def test_a_checkpoint_of_another_engine_is_refused(tiny_model, corpus, tmp_path):
     engine_cases.launch("fsdp2", tiny_model, corpus, tmp_path, max_steps=1, save_steps=1)
     assert (tmp_path / "checkpoint-1" / "pytorch_model_fsdp_0").is_dir()
     with pytest.raises(SystemExit, match=r"expected a checkpoint of an engine that shards nothing.*got one of fsdp2"):
         finetune.main(options(tiny_model, corpus, tmp_path, max_steps=1, resume_from_checkpoint="latest"))
+
+
+# ---- processes that end ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("engine", "when"), [("", "step"), ("fsdp2", "checkpoint")])
+def test_a_killed_process_ends_the_others_with_one_sentence_and_the_run_resumes(
+    engine, when, tiny_model, corpus, tmp_path
+):
+    """No launcher is there to end them: what they find out by themselves, well within a minute."""
+    given = {"max_steps": 3, "save_steps": 1, "use_cpu": not engine, "gradient_accumulation_steps": 2}
+    arguments = options(tiny_model, corpus, tmp_path, **given)
+    with pytest.raises(gloo_processes.ProcessError) as caught:
+        gloo_processes.run(engine_cases.dying, engine, arguments, tmp_path, when, limit=60)
+    message, (said, _) = caught.value.args
+    assert message == "rank 1: ended without an answer"
+    assert said.startswith("finetune: process 0: ")
+    kept = {"step": 2, "checkpoint": 1}[when]
+    told = "another process has ended" if when == "step" else "checkpoint-1 is whole: resume from it"
+    assert told in said
+    assert sorted(path.name for path in tmp_path.iterdir() if "checkpoint" in path.name)[-1] == f"checkpoint-{kept}"
+    resumed = [*arguments, "--resume_from_checkpoint", "latest"]
+    run, _ = gloo_processes.run(engine_cases.finetune, engine, resumed, tmp_path)
+    whole = engine_cases.launch("", tiny_model, corpus, tmp_path / "whole", **given | {"use_cpu": True})
+    assert run["losses"] == pytest.approx(whole["losses"], rel=1e-5)
+
+
+def test_only_the_first_process_says_what_all_of_them_find(tiny_model, corpus, tmp_path, monkeypatch):
+    waited = []
+    monkeypatch.setattr(engines.time, "sleep", waited.append)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank, seconds in (("0", []), ("1", [engines.SAME_MISTAKE_WAIT])):
+        monkeypatch.setenv("RANK", rank)
+        waited.clear()
+        assert engines.let_others_speak(UserError("a mistake")) == f"process {rank}: "
+        assert waited == seconds

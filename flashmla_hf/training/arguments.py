@@ -23,12 +23,15 @@ class UnknownOptionError(UserError):
     """A word of the command line that is no option."""
 
 
-def end(command: str, error: UserError) -> NoReturn:
-    """Ends the process with the error's sentence; with argparse's exit code, 2, if a word is no option."""
+def end(command: str, error: UserError, who: str = "") -> NoReturn:
+    """Ends the process with the error's sentence; with argparse's exit code, 2, if a word is no option.
+
+    ``who`` names the process if there are several.
+    """
     if isinstance(error, UnknownOptionError):
-        print(f"{command}: {error}", file=sys.stderr)
+        print(f"{command}: {who}{error}", file=sys.stderr)
         sys.exit(2)
-    sys.exit(f"{command}: {error}")
+    sys.exit(f"{command}: {who}{error}")
 
 
 def has_tensorboard() -> bool:

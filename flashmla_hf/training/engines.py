@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import hashlib
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,12 @@ def make_accelerator(model_args: ModelArguments, args: TrainingArguments) -> Acc
                 f"accelerate launch asks for {variable}, and accelerate runs {accelerator.distributed_type.value} here: it "
                 "needs GPUs, and a process for each; leave --use_cpu out, or launch without it"
             )
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if launched != accelerator.num_processes:
+        raise UserError(
+            f"{launched} processes were launched, and accelerate joins {accelerator.num_processes} of them: each would train "
+            "by itself. Without GPUs, add --use_cpu"
+        )
     sequence_parallel.check(accelerator, model_args, args)
     name = engine_of(accelerator)
     if name == DEEPSPEED:
@@ -156,6 +163,35 @@ def backward(accelerator: Accelerator, loss: torch.Tensor) -> None:
         accelerator.backward(loss, scale_wrt_gas=False)
     else:
         accelerator.backward(loss)
+
+
+# ---- processes that end -----------------------------------------------------------------------------------------------
+
+# Seconds. The launcher ends all processes as soon as one has failed: who waits before it speaks leaves the word to the first.
+SAME_MISTAKE_WAIT, LOST_PROCESS_WAIT = 3.0, 10.0
+
+
+def let_others_speak(error: BaseException) -> str:
+    """Waits so that the launcher can end this process in silence, and returns what its message begins with.
+
+    Every process makes the same mistake in its options: the main process says it. A process whose partner is gone only reports
+    that, and the launcher knows which one it was.
+    """
+    rank = int(os.environ.get("RANK", "0"))
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return ""
+    if is_lost_process(error):
+        time.sleep(LOST_PROCESS_WAIT)
+    elif rank:
+        time.sleep(SAME_MISTAKE_WAIT)
+    return f"process {rank}: "
+
+
+def is_lost_process(error: BaseException) -> bool:
+    """Whether ``error`` is of a message to or from a process that is gone."""
+    gone = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Connection refused", "Timed out")
+    is_gloo = isinstance(error, RuntimeError) and "gloo" in str(error)
+    return isinstance(error, torch.distributed.DistError) or (is_gloo and any(word in str(error) for word in gone))
 
 
 # ---- weights that a process holds in part ----------------------------------------------------------------------------

@@ -384,7 +384,7 @@ def main(argv: list[str] | None = None, command: str = "finetune") -> None:
         else:
             train(model_args, data_args, args)
     except UserError as error:
-        end(command, error)
+        end(command, error, engines.let_others_speak(error.__cause__ or error))
     except KeyboardInterrupt as interrupt:
         advice = "a new search begins anew" if searches else how_to_continue(args)
         print(f"{command}: interrupted; {str(interrupt) or advice}", file=sys.stderr)
@@ -394,11 +394,14 @@ def main(argv: list[str] | None = None, command: str = "finetune") -> None:
             raise
         sys.exit(f"{command}: {args.output_dir}: {error.strerror}; make room; {how_to_continue(args)}")
     except (RuntimeError, MemoryError, ValueError) as error:
+        who = engines.let_others_speak(error)
+        if engines.is_lost_process(error):
+            sys.exit(f"{command}: {who}another process has ended ({first_line(error)}); {RESUME_ADVICE}")
         if str(error).startswith("flashmla_hf.patch"):  # no room on the host, a call that a patch cannot follow
-            sys.exit(f"{command}: {' '.join(str(error).split())}")
+            sys.exit(f"{command}: {who}{' '.join(str(error).split())}")
         if not machine.is_out_of_memory(error):
             raise
-        sys.exit(f"{command}: {max_length.OUT_OF_MEMORY}; {out_of_memory_message(model_args, data_args, args)}")
+        sys.exit(f"{command}: {who}{max_length.OUT_OF_MEMORY}; {out_of_memory_message(model_args, data_args, args)}")
 
 
 if __name__ == "__main__":
