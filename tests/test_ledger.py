@@ -250,3 +250,40 @@ def test_a_model_with_an_encoder_has_no_ledger(kind):
     ):
         Shape.of(getattr(transformers, kind)())
     assert Shape.of(transformers.BertConfig(is_decoder=True)).layers == 12
+
+
+# ---- several GPUs ----------------------------------------------------------------------------------------------------
+
+
+def test_gpus_divide_weights_by_fsdp_and_tokens_by_sp():
+    alone = Switches(patches=ALL, use_peft=False)
+    divided = build_ledger(LLAMA_8B, replace(alone, gpus=4, sp=4, fsdp=True))
+    fixed, growing = ({t.name: getattr(t, kind) for t in divided.terms} for kind in ("fixed", "per_token"))
+    for term in build_ledger(LLAMA_8B, alone).terms:
+        assert growing[term.name] == term.per_token / 4, term.name
+        if term.name in ("weights", "gradients", "optimizer states"):
+            assert fixed[term.name] == term.fixed / 4, term.name
+    # Two layers of 218,103,808 parameters in bfloat16, and a head of 128,256 x 4,096.
+    assert fixed["two layers' gathered weights"] == 2 * 2 * 218_103_808
+    assert fixed["the gathered head"] == 2 * 128_256 * 4096
+    assert growing["what Ulysses sends and receives"] == 2 * (8192 + 2 * 2048) / 4
+
+
+def test_ddp_divides_nothing_and_has_its_gradients_twice():
+    alone, ddp = (build_ledger(LLAMA_8B, Switches(patches=ALL, gpus=gpus)) for gpus in (1, 4))
+    adapter = LLAMA_8B.lora_parameters(16) * 4
+    assert ddp.peak(65536) == alone.peak(65536) + adapter
+
+
+def test_ledger_refuses_gpus_that_share_no_sequence_evenly():
+    with pytest.raises(ValueError, match="sp: expected a divisor of gpus 4, got 3"):
+        flashmla_hf.ledger("llama-8b", gpus=4, sp=3)
+    with pytest.raises(ValueError, match="gpus: expected a number of at least 1, got 0"):
+        flashmla_hf.ledger("llama-8b", gpus=0)
+
+
+def test_the_command_says_what_each_gpu_holds(capsys):
+    ledger.main(["llama-8b", "--gpus", "4", "--sp", "4", "--fsdp", "--patches", "all", "--tokens", "1048576"])
+    told = capsys.readouterr().out
+    assert "each of 4 GPUs by FSDP2, 4 for each sequence, cards of 80 GiB" in told
+    assert "what Ulysses sends and receives" in told

@@ -396,7 +396,7 @@ def main(argv: list[str] | None = None, command: str = "finetune") -> None:
     except (RuntimeError, MemoryError, ValueError) as error:
         who = engines.let_others_speak(error)
         if engines.is_lost_process(error):
-            sys.exit(f"{command}: {who}another process has ended ({first_line(error)}); {RESUME_ADVICE}")
+            sys.exit(f"{command}: {who}another process has ended ({first_line(error)}); {how_to_continue(args)}")
         if str(error).startswith("flashmla_hf.patch"):  # no room on the host, a call that a patch cannot follow
             sys.exit(f"{command}: {who}{' '.join(str(error).split())}")
         if not machine.is_out_of_memory(error):

@@ -177,7 +177,7 @@ class Prediction:
         return self.ledger.describe(self.tokens, self.batch_size)
 
 
-def ledger(
+def ledger(  # noqa: PLR0913, the switches of a run
     model,
     tokens: int = 32768,
     *,
@@ -189,6 +189,9 @@ def ledger(
     use_peft: bool = True,
     lora_r: int = 16,
     dtype: str = "bfloat16",
+    gpus: int = 1,
+    sp: int = 1,
+    fsdp: bool = False,
 ) -> Prediction:
     """Predicts the memory of one training step with AdamW. Arithmetic alone: no weight is loaded, no tensor made.
 
@@ -202,13 +205,20 @@ def ledger(
         use_peft: an adapter of rank ``lora_r`` is trained, otherwise all weights.
         dtype: ``"bfloat16"`` or ``"float32"``, of weights, adapter and activations; ``"4bit"`` is bfloat16 with the frozen
             weights of the linear layers but the head in 4 bits (QLoRA).
+        gpus: the prediction is of each of so many GPUs.
+        sp: GPUs that share each sequence (``flashmla finetune --sp_size``), a divisor of ``gpus``.
+        fsdp: weights, gradients and optimizer states are in parts on all GPUs (FSDP2), instead of whole on each (DDP).
 
     Raises:
-        ValueError: a model that is not a dense decoder, an unknown patch or dtype, or numbers below 1.
+        ValueError: a model that is not a dense decoder, an unknown patch or dtype, numbers below 1, or an ``sp`` that is no
+            divisor of ``gpus``.
     """
-    for name, value in (("tokens", tokens), ("batch_size", batch_size), ("lora_r", lora_r)):
+    numbers = (("tokens", tokens), ("batch_size", batch_size), ("lora_r", lora_r), ("gpus", gpus), ("sp", sp))
+    for name, value in numbers:
         if not isinstance(value, int) or value < 1:
             raise ValueError(f"flashmla_hf.ledger: {name}: expected a number of at least 1, got {value!r}")
+    if gpus % sp:
+        raise ValueError(f"flashmla_hf.ledger: sp: expected a divisor of gpus {gpus}, got {sp}")
     if dtype not in ITEM_BYTES:
         raise ValueError(f"flashmla_hf.ledger: dtype: expected one of {', '.join(ITEM_BYTES)}, got {dtype!r}")
     if dtype == "4bit" and not use_peft:
@@ -225,6 +235,9 @@ def ledger(
         load_in_4bit=dtype == "4bit",
         adapter_bytes=ITEM_BYTES[dtype],
         activation_bytes=ITEM_BYTES[dtype],
+        gpus=gpus,
+        sp=sp,
+        fsdp=fsdp,
         **options,
     )
     return Prediction(build_ledger(_shape_of(model), switches), tokens, batch_size)
@@ -253,6 +266,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--gradient_checkpointing", action="store_true", help="Transformers' own")
     parser.add_argument("--full", action="store_true", help="train all weights instead of LoRA")
     parser.add_argument("--load_in_4bit", action="store_true", help="QLoRA: frozen linear layers in 4 bits")
+    parser.add_argument("--gpus", type=at_least(1), default=1, help="GPUs; the prediction is of each (default: 1)")
+    parser.add_argument("--sp", type=at_least(1), default=1, help="GPUs that share each sequence (default: 1)")
+    parser.add_argument(
+        "--fsdp", action="store_true", help="weights, gradients and states in parts on all GPUs (FSDP2)"
+    )
     parser.add_argument(
         "--memory_gib", type=float, default=80.0, help="memory to find the longest context for (default: 80)"
     )
@@ -270,6 +288,9 @@ def main(argv: list[str] | None = None) -> None:
             gradient_checkpointing=args.gradient_checkpointing,
             use_peft=not args.full,
             dtype="4bit" if args.load_in_4bit else "bfloat16",
+            gpus=args.gpus,
+            sp=args.sp,
+            fsdp=args.fsdp,
         )
     except ValueError as error:
         sys.exit(f"flashmla ledger: {error}")
@@ -292,7 +313,11 @@ def assumptions(prediction: Prediction, memory_gib: float) -> str:
         f"patches {' '.join(sorted(switches.patches)) or 'none'}",
     ]
     parts += [name for name in ("gradient_checkpointing", "liger") if getattr(switches, name)]
-    return f"assumed: {', '.join(parts)}, a card of {memory_gib:g} GiB"
+    if switches.gpus == 1:
+        return f"assumed: {', '.join(parts)}, a card of {memory_gib:g} GiB"
+    sharing = f", {switches.sp} for each sequence" if switches.sp > 1 else ""
+    parts.append(f"each of {switches.gpus} GPUs by {'FSDP2' if switches.fsdp else 'DDP'}{sharing}")
+    return f"assumed: {', '.join(parts)}, cards of {memory_gib:g} GiB"
 
 
 def _longest(prediction: Prediction, memory_gib: float) -> str:

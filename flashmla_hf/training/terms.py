@@ -42,6 +42,11 @@ class Switches:
     attention_chunk: int = 16384  # tokens whose queries exist at a time under the attention patch
     offload: int | None = None  # layers that the offload patch sends to the host; None: all but the last
     keep_attention: int | None = None  # layers whose attention stays on the device; None: none, they only use free room
+    gpus: int = 1
+    sp: int = 1  # GPUs that share each sequence (Ulysses)
+    fsdp: bool = (
+        False  # weights, gradients and states are in parts on all GPUs (FSDP2); without it each GPU has them whole
+    )
 
     @property
     def is_checkpointed(self) -> bool:
@@ -100,9 +105,9 @@ class _Sizes:
 
 
 def terms_of(shape: Shape, switches: Switches) -> tuple[Term, ...]:
-    """The terms of a training step with AdamW on one sequence."""
+    """The terms of a training step with AdamW on one sequence, on each GPU."""
     size = _Sizes.of(shape, switches.activation_bytes)
-    return (
+    terms = (
         *_fixed(shape, switches),
         *_loss(shape, switches, size),
         *_left_by_layers(shape, switches, size),
@@ -110,17 +115,26 @@ def terms_of(shape: Shape, switches: Switches) -> tuple[Term, ...]:
         *_attention_backward(shape, switches, size),
         *_scores(shape, switches, size),
         *_adapter_inputs(shape, switches),
+        *_exchanges(shape, switches, size),
     )
+    # A GPU has its part of the tokens, or in attention its part of the heads.
+    return tuple(replace(x, per_token=x.per_token / switches.sp, per_pair=x.per_pair / switches.sp) for x in terms)
 
 
 def _fixed(shape: Shape, s: Switches) -> list[Term]:
     """Weights, gradients and AdamW's two moments. Gradients and moments are in the dtype of the trained weights."""
     packed = shape.linear_parameters if s.load_in_4bit else 0
-    size = (shape.parameters - packed) * s.weight_bytes + packed * PACKED_BYTES
+    parts = s.gpus if s.fsdp else 1
+    # accelerate leaves packed weights whole.
+    size = (shape.parameters - packed) * s.weight_bytes / parts + packed * PACKED_BYTES
     weights = Term("weights", MOMENTS, fixed=size)
     if s.use_peft:
-        adapter = shape.lora_parameters(s.lora_r) * s.adapter_bytes
-        terms = [weights, Term("adapter, its gradients and optimizer states", MOMENTS, fixed=4 * adapter)]
+        adapter = shape.lora_parameters(s.lora_r) * s.adapter_bytes / parts
+        terms = [
+            weights,
+            *_gathered(shape, s),
+            Term("adapter, its gradients and optimizer states", MOMENTS, fixed=4 * adapter),
+        ]
         if s.load_in_4bit:
             # Tiles keep the three of an MLP while they run.
             number = 3 if "mlp" in s.patches else 1
@@ -131,13 +145,35 @@ def _fixed(shape: Shape, s: Switches) -> list[Term]:
         return terms
     if s.weight_bytes > 2:
         weights = replace(weights, remover="use --dtype bfloat16, or --use_peft")
-    trained = shape.parameters * s.weight_bytes
+    trained = shape.parameters * s.weight_bytes / parts
     # The gradients are complete only at the end of the backward pass, but AdamW's states stay from step to step.
     return [
         weights,
+        *_gathered(shape, s),
         Term("gradients", MOMENTS, fixed=trained, remover="use --use_peft"),
         Term("optimizer states", MOMENTS, fixed=2 * trained, remover="use --use_peft"),
     ]
+
+
+def _gathered(shape: Shape, s: Switches) -> list[Term]:
+    """What FSDP2 gathers and reduces a unit at a time: a layer while the next one's weights arrive, and the head at the loss.
+    DDP has its gradients a second time, in the buckets that cross GPUs."""
+    if s.gpus == 1:
+        return []
+    if not s.fsdp:
+        trained = shape.lora_parameters(s.lora_r) * s.adapter_bytes if s.use_peft else shape.parameters * s.weight_bytes
+        return [Term("DDP's buckets of gradients", MOMENTS, fixed=trained, remover="use FSDP2")]
+    layer = 0 if s.load_in_4bit else shape.linear_parameters / shape.layers
+    head = shape.vocabulary * shape.hidden * s.activation_bytes
+    terms = [
+        Term("two layers' gathered weights", ("mlp", "attention"), fixed=2 * layer * s.activation_bytes),
+        Term("the gathered head", ("loss",), fixed=head),
+    ]
+    if not s.use_peft:
+        # In the computation's dtype, and in float32 for the sum over GPUs.
+        reduced = layer * (s.activation_bytes + (FP32 if s.activation_bytes < s.weight_bytes else 0))
+        terms.append(Term("one layer's gradients before they are divided", ("mlp", "attention"), fixed=reduced))
+    return terms
 
 
 def _loss(shape: Shape, s: Switches, size: _Sizes) -> list[Term]:
@@ -243,6 +279,14 @@ def _scores(shape: Shape, s: Switches, size: _Sizes) -> list[Term]:
             pair, live = pair + (shape.layers - 1) * shape.heads_q * (FP32 + casts), MOMENTS
         terms.append(Term("scores of eager attention", live, per_pair=pair, remover=use))
     return terms
+
+
+def _exchanges(shape: Shape, s: Switches, size: _Sizes) -> list[Term]:
+    """Queries, keys and values of one layer on their way between tokens and heads: sent and received."""
+    if s.sp == 1:
+        return []
+    repeated = max(1, s.sp // shape.heads_kv)  # fewer heads of keys than GPUs
+    return [Term("what Ulysses sends and receives", ("attention",), per_token=2 * (size.q + 2 * repeated * size.kv))]
 
 
 def _adapter_inputs(shape: Shape, s: Switches) -> list[Term]:
