@@ -28,5 +28,8 @@ def test_the_options_of_the_documented_commands_exist():
     text = (ROOT / "docs" / "finetune.md").read_text()
     commands = [line.split() for line in text.splitlines() if "--config scripts/configs/" in line]
     assert len(commands) == 5
+    text = (ROOT / "docs" / "distributed.md").read_text()
+    commands += [line.split() for line in text.splitlines() if "--config scripts/configs/" in line]
+    assert len(commands) == 7
     for words in commands:
         finetune.parse_arguments(words[words.index("--config") :])
