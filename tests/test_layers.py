@@ -12,7 +12,17 @@ ROOT = Path(__file__).resolve().parent.parent
 LAYERS = [
     {"__main__", "check_command", "training"},
     {"__init__", "doctor", "autoload", "hf", "patches"},
-    {"dispatch", "decode", "flash_attn_api", "backends", "backend", "validation", "notices", "reference"},
+    {
+        "dispatch",
+        "decode",
+        "flash_attn_api",
+        "torch_flash",
+        "backends",
+        "backend",
+        "validation",
+        "notices",
+        "reference",
+    },
     {
         "ops",
         "decode_ops",
