@@ -80,7 +80,7 @@ def test_memory_is_measured_beside_the_ledger(tiny_model, monkeypatch, capsys):
     monkeypatch.setenv("PYTHONPATH", ON_PATH["PYTHONPATH"])
     real = memory.run_trial
 
-    def limited(argv, length, timeout):
+    def limited(argv, length, timeout, *_):
         out_of_memory = {"length": length, "status": "out_of_memory", "reason": "finetune: out of memory"}
         return out_of_memory if length > 512 else real(argv, length, timeout)
 

@@ -24,7 +24,7 @@ def test_the_search_finds_the_length_and_writes_it(tiny_model, tmp_path, monkeyp
     monkeypatch.setenv("PYTHONPATH", ON_PATH["PYTHONPATH"])
     real, limit = max_length.run_trial, 2500
 
-    def limited(argv, length, timeout):
+    def limited(argv, length, timeout, *_):
         if length > limit:
             return {"length": length, "status": "out_of_memory", "reason": "finetune: out of memory"}
         if length < 600:
@@ -46,7 +46,7 @@ def test_the_search_finds_the_length_and_writes_it(tiny_model, tmp_path, monkeyp
 
 
 def test_the_search_ends_at_the_positions_of_the_model(tiny_model, tmp_path, monkeypatch, capsys):
-    def fits(argv, length, timeout):
+    def fits(argv, length, timeout, *_):
         return {"length": length, "status": "ok", "peak_bytes": 2**20 * length, "seconds": 1.0}
 
     monkeypatch.setattr(max_length, "run_trial", fits)
@@ -68,7 +68,7 @@ def test_the_search_ends_at_the_positions_of_the_model(tiny_model, tmp_path, mon
 def test_an_interrupted_search_says_what_it_has_found(tiny_model, tmp_path, monkeypatch, capsys):
     trials, allowed = [], [0]
 
-    def interrupted(argv, length, timeout):
+    def interrupted(argv, length, timeout, *_):
         if len(trials) == allowed[0]:
             raise KeyboardInterrupt
         trials.append(length)
@@ -156,3 +156,24 @@ def test_a_trial_beyond_the_memory_ends_with_the_ledgers_advice(tiny_model, monk
     last = done.stderr.strip().splitlines()[-1]
     assert last.startswith("finetune: out of memory; by the ledger"), last
     assert "are scores of eager attention: use --attn_implementation flashmla" in last
+
+
+def test_a_trial_on_several_processes_reports_the_fullest_of_them(tiny_model, tmp_path, monkeypatch):
+    """By torchrun, as on several GPUs; the sentence of a process that fails is found beside the launcher's words."""
+    monkeypatch.setenv("PYTHONPATH", ON_PATH["PYTHONPATH"])
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    arguments = options(tiny_model, tmp_path, tmp_path / "out", gpus=2)
+    trial = max_length.run_trial(arguments, 64, 90, gpus=2)
+    assert trial["status"] == "ok", trial
+    assert trial["peak_bytes"] > 2**20
+    told = max_length.run_trial([*arguments, "--sp_size", "2", "--attn_implementation", "sdpa"], 64, 90, gpus=2)
+    assert told["status"] == "error"
+    assert told["reason"].startswith("finetune: process ")
+    assert "which would attend across documents" in told["reason"]
+
+
+def test_gpus_are_an_option_of_the_search_alone(tiny_model, corpus, tmp_path):
+    with pytest.raises(SystemExit, match="--gpus and --fsdp are options of max-length"):
+        finetune.main(options(tiny_model, corpus, tmp_path, gpus=2))
+    with pytest.raises(SystemExit, match="--sp_size: expected a divisor of --gpus 2, got 3"):
+        finetune.main(options(tiny_model, corpus, tmp_path, gpus=2, sp_size=3), "max-length")

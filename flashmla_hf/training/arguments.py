@@ -185,6 +185,14 @@ class TrainingArguments:
     find_max_length: bool = field(
         default=False, metadata={"help": "look for the longest max_length that fits, write max_length.json, and end"}
     )
+    gpus: int = field(
+        default=1,
+        metadata={"help": "for max-length: processes of each trial, one for each GPU (sp_size may divide them)"},
+    )
+    fsdp: bool = field(
+        default=False,
+        metadata={"help": "for max-length: the trials' weights and states are in parts on all GPUs (FSDP2)"},
+    )
     find_max_length_timeout: float = field(default=600.0, metadata={"help": "seconds that one trial may take"})
     trial_length: int | None = field(
         default=None, metadata={"help": "for the processes of --find_max_length: try this length and end"}
@@ -215,6 +223,7 @@ LIMITS = {
     "max_grad_norm": (0, math.inf),
     "warmup_steps": (0, math.inf),
     "sp_size": (1, math.inf),
+    "gpus": (1, math.inf),
     "seed": (0, 2**32 - 1),
     "logging_steps": (1, math.inf),
     "eval_steps": (0, math.inf),
@@ -260,6 +269,13 @@ def parse_arguments(
     _check_numbers(model_args, data_args, args)
     _check_names(model_args, data_args, args)
     is_search = args.find_max_length or args.trial_length is not None  # on random tokens
+    if not is_search and (args.gpus > 1 or args.fsdp):
+        raise UserError(
+            "--gpus and --fsdp are options of max-length; several GPUs train by accelerate launch -m "
+            "flashmla_hf.training.finetune, with a file of scripts/accelerate"
+        )
+    if args.find_max_length and args.gpus % args.sp_size:
+        raise UserError(f"--sp_size: expected a divisor of --gpus {args.gpus}, got {args.sp_size}")
     if not is_search and (data_args.train_file is None) == (data_args.dataset_name is None):
         raise UserError("expected exactly one of --train_file and --dataset_name")
     if args.report_to == "tensorboard" and not has_tensorboard():

@@ -32,14 +32,18 @@ class Outcome:
     result: dict | None = None
 
 
-def run(command: list[str], mark: str, timeout: float) -> Outcome:
+def run(
+    command: list[str], mark: str, timeout: float, variables: dict[str, str] | None = None, speaker: str = ""
+) -> Outcome:
     """Runs ``command`` for at most ``timeout`` seconds and reads the line of JSON that begins with ``mark``.
 
+    ``variables`` are added to its environment. The reason of an error is the last line that begins with ``speaker``, or the
+    last one of all: a launcher of several processes has words of its own after theirs.
     Never raises for anything that happens in the process. A signal that ends this process ends the child and its children
     first; if this process is killed, they are killed too.
     """
     # Waiting threads sleep instead of spinning: beside other work, spinning makes a step ten times slower.
-    env = {"OMP_WAIT_POLICY": "PASSIVE"} | os.environ
+    env = {"OMP_WAIT_POLICY": "PASSIVE"} | os.environ | (variables or {})
     with _ending_signals_kept() as kept:
         process = subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env, start_new_session=True
@@ -62,7 +66,8 @@ def run(command: list[str], mark: str, timeout: float) -> Outcome:
             return Outcome("ok", result=json.loads(line.removeprefix(mark)))
     if process.returncode == -signal.SIGKILL:
         return Outcome("out_of_memory", "the system killed the process")
-    return Outcome("error", (stderr.strip() or "no output").splitlines()[-1])
+    lines = (stderr.strip() or "no output").splitlines()
+    return Outcome("error", next((line for line in reversed(lines) if speaker and line.startswith(speaker)), lines[-1]))
 
 
 @contextlib.contextmanager

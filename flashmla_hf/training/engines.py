@@ -31,6 +31,14 @@ from flashmla_hf.training.arguments import (
 )
 
 FSDP2, DEEPSPEED = "fsdp2", "deepspeed"
+# What accelerate launch sets for the FSDP2 of scripts/accelerate, for the trials of max-length.
+FSDP2_VARIABLES = {
+    "ACCELERATE_USE_FSDP": "true",
+    "FSDP_VERSION": "2",
+    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    "FSDP_RESHARD_AFTER_FORWARD": "true",
+    "FSDP_CPU_RAM_EFFICIENT_LOADING": "true",
+}
 
 
 def make_accelerator(model_args: ModelArguments, args: TrainingArguments) -> Accelerator:

@@ -16,11 +16,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from tqdm import tqdm
 
 from flashmla_hf.host_memory import GIB
-from flashmla_hf.training import child_process, machine
+from flashmla_hf.training import child_process, engines, machine, sequence_parallel
 from flashmla_hf.training.arguments import DataArguments, ModelArguments, TrainingArguments, UserError
 from flashmla_hf.training.checkpoints import make_output_dir
 from flashmla_hf.training.model import ledger_of, load_model, make_optimizer, positions_exceeded
@@ -38,16 +37,20 @@ def try_length(model_args: ModelArguments, args: TrainingArguments) -> None:
     """One step on ``trial_length`` random tokens per sequence; prints its peak memory and time. Runs in a trial's process."""
     if args.device_type == "cpu":
         # An allocation beyond it fails, before the machine begins to swap or to kill.
-        available = int(0.95 * machine.memory_available("cpu"))
+        available = int(0.95 * machine.memory_available("cpu")) // int(os.environ.get("WORLD_SIZE", "1"))
         resource.setrlimit(resource.RLIMIT_DATA, (available, available))
-    accelerator = Accelerator(mixed_precision="bf16" if args.bf16 else "no", cpu=args.use_cpu)
+    accelerator = engines.make_accelerator(model_args, args)
     model = load_model(model_args, args, None)
     positions_exceeded(model, args.trial_length)
+    sequence_parallel.divide_attention(model, args)
+    engines.settle_dtypes(model, accelerator, args.bf16)
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = make_optimizer(trainable, args)
     vocabulary = model.config.get_text_config().vocab_size
     model, optimizer = accelerator.prepare(model, optimizer)
-    collate, rng = Collator(model_args.attn_implementation), np.random.default_rng(args.seed)
+    share = sequence_parallel.Share.of(accelerator, args)
+    collate = Collator(model_args.attn_implementation, share.cut)
+    rng = np.random.default_rng((args.seed, share.rank))  # the processes of a sequence draw the same one
     model.train()
 
     def step(length: int) -> None:
@@ -71,14 +74,24 @@ def try_length(model_args: ModelArguments, args: TrainingArguments) -> None:
     if accelerator.device.type == "cuda":
         torch.cuda.synchronize()
     seconds = time.perf_counter() - started
-    report = {"peak_bytes": machine.peak_memory(accelerator.device), "seconds": seconds}
-    print(TRIAL_MARK + json.dumps(report), flush=True)
+    peak = machine.peak_memory(accelerator.device)
+    if accelerator.num_processes > 1:  # of the fullest and the slowest
+        most = torch.tensor([peak, seconds], dtype=torch.float64, device=accelerator.device)
+        torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX)
+        peak, seconds = int(most[0]), float(most[1])
+    if accelerator.is_main_process:
+        print(TRIAL_MARK + json.dumps({"peak_bytes": peak, "seconds": seconds}), flush=True)
+    if accelerator.num_processes > 1:
+        accelerator.wait_for_everyone()
+        accelerator.end_training()  # a process group that is left to the interpreter's end may wait for the others
 
 
-def run_trial(argv: list[str], length: int, timeout: float) -> dict:
-    """``try_length`` in a process of its own, so that no failure in it ends the search; its status and numbers."""
-    command = [sys.executable, *PROGRAM, *argv, "--trial_length", str(length)]
-    outcome = child_process.run(command, TRIAL_MARK, timeout)
+def run_trial(argv: list[str], length: int, timeout: float, gpus: int = 1, fsdp: bool = False) -> dict:
+    """``try_length`` in processes of its own, so that no failure in them ends the search; its status and numbers."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(gpus)] if gpus > 1 else []
+    command = [sys.executable, *launcher, *PROGRAM, *argv, "--trial_length", str(length)]
+    variables = engines.FSDP2_VARIABLES if fsdp and gpus > 1 else {}
+    outcome = child_process.run(command, TRIAL_MARK, timeout, variables, "finetune: ")
     trial = {"length": length, "status": outcome.status}
     if outcome.result is not None:
         return trial | outcome.result
@@ -116,11 +129,14 @@ def find_max_length(
     ``argv`` are the options of the trials' processes. Raises UserError if no length fits or a trial fails otherwise.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UserError("--find_max_length runs in one process: start it with python instead of accelerate launch")
+        raise UserError(
+            "--find_max_length runs in one process, and starts those of its trials: start it with python instead of accelerate "
+            "launch, with --gpus N"
+        )
     device = args.device_type
     config = load_config(model_args.model_name_or_path)
     ledger = ledger_of(model_args, args, config)
-    memory = machine.memory_available(device)
+    memory = machine.memory_available(device) // (args.gpus if device == "cpu" else 1)
     # A batch of packs is laid end to end, as one row of all its tokens.
     predicted = ledger.longest(memory) // args.per_device_train_batch_size if ledger else None
     output = make_output_dir(model_args, args) / "max_length.json"
@@ -140,7 +156,7 @@ def find_max_length(
             bar.write(f"trying {length:,} tokens, for at most {args.find_max_length_timeout:g} s")
             sys.stdout.flush()
             try:
-                trial = run_trial(argv, length, args.find_max_length_timeout)
+                trial = run_trial(argv, length, args.find_max_length_timeout, args.gpus, args.fsdp)
             except KeyboardInterrupt:
                 raise KeyboardInterrupt(_so_far(result, output)) from None
             trials.append(trial)

@@ -58,7 +58,7 @@ def main(argv: list[str] | None = None) -> None:
     except UserError as error:
         end("flashmla memory", error)
     trials = [
-        run_trial(options, tokens, args.find_max_length_timeout)
+        run_trial(options, tokens, args.find_max_length_timeout, args.gpus, args.fsdp)
         for tokens in tqdm(own.tokens, unit="length", desc="measuring", disable=args.disable_tqdm)
     ]
     batch = args.per_device_train_batch_size

@@ -217,9 +217,9 @@ def ledger_of(model_args: ModelArguments, args: TrainingArguments, config) -> Le
         load_in_4bit=model_args.load_in_4bit,
         casts_adapter_inputs=not args.bf16,
         activation_bytes=2 if args.bf16 else weight_bytes,
-        gpus=int(os.environ.get("WORLD_SIZE", "1")),
+        gpus=max(args.gpus, int(os.environ.get("WORLD_SIZE", "1"))),
         sp=args.sp_size,
-        fsdp=os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true",
+        fsdp=args.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true",
         **options,
     )
     try:
