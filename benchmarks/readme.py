@@ -35,7 +35,6 @@ LONGEST = {
     "memory-llama-8b-qlora.json": "Llama-3.1-8B, QLoRA",
     "memory-llama-1b-full-h200.json": "Llama-3.2-1B, all weights",
 }
-QUALITY = "quality-smollm2.json"
 PEER, OURS = "#E69F00", "#0072B2"  # Okabe and Ito
 CONTEXTS = [2**n for n in range(14, 21)]
 CURVE = [2 ** (n / 8) for n in range(8 * 14, 8 * 20 + 1)]
@@ -131,13 +130,6 @@ def performance() -> str:
             "longest measured step "
             f"| {m.point.context:,} tokens, {m.peak_allocated_bytes / GIB:.1f} GiB, {m.tokens_per_second:,.0f} tokens/s |"
         )
-    quality = json_of(QUALITY)
-    losses = {point["context"]: point["eval_loss"] for point in quality["points"]}
-    shortest, longest = min(losses), max(losses)
-    lines.append(
-        f"| {quality['model']}, held-out loss after twelve steps | {losses[shortest]:.2f} nats per token at "
-        f"{shortest:,} tokens of context, {losses[longest]:.2f} at {longest:,} |"
-    )
     return "\n".join(lines)
 
 
@@ -149,7 +141,7 @@ def decoding(document: dict) -> str:
     sizes = [row.shape.bytes_read() / 1e6 for row in judged]
     environment, read = document["environment"], document["read_bytes_per_second"] / 1e9
     return (
-        f"| decoding (one query a sequence), {records.card(environment)}, {len(judged)} caches of {min(sizes):,.0f} to "
+        f"| decoding, {records.card(environment)}, {len(judged)} caches of {min(sizes):,.0f} to "
         f"{max(sizes):,.0f} MB: speed, geometric mean | {geometric_mean(ratios):.2f} × the best peer's "
         f"(cuDNN, FlashAttention 2); lowest {min(ratios):.2f} ×; up to {best / 1e9:,.0f} GB/s of K and V "
         f"(a pure read: {read:,.0f}) |"
