@@ -12,6 +12,7 @@
 # make test-other-torch           doctor and the operator tests on the oldest torch; OTHER_TORCH=2.12.0 on another one
 # make test-older-transformers    the integration tests on older releases
 # make test-kernels               that folder under the package kernels and a release of Transformers that takes it
+# make test-engines               several processes on DeepSpeed: ZeRO and shared sequences, whose tests `make test` skips
 # make test-newest                the integration tests on the newest torch, Transformers, accelerate and peft there are
 # make sweep     every model class of Transformers against eager, and docs/models.md of it (half an hour on 2 cores)
 # make tiles     tables and limits in README.md and docs/, from csrc/sm90/tiles.h
@@ -40,6 +41,8 @@ PACKAGES_5.23.0 :=
 # kernels and what importing it needs; each release of Transformers takes one minor release of kernels.
 HUB_KERNELS := kernels==0.16.2 kernels-data==0.16.2 tomlkit==0.15.2
 HUB_KERNELS_TRANSFORMERS := 5.17.0
+# Apart, because accelerate and Transformers change with the package: what it needs to run on CPUs.
+DEEPSPEED := deepspeed==0.19.8 einops==0.8.2 hjson==3.1.0 msgpack==1.2.4 ninja==1.13.2 py-cpuinfo==9.0.0
 TESTS_5.23.0 := tests/test_hf_register.py tests/test_hf_masks.py tests/test_hf_features.py tests/test_hf_batching.py
 
 # Asked once, and only by a target that needs the answer: importing torch takes seconds.
@@ -55,7 +58,7 @@ READY = $(call on_gpu_or,build/in-place.stamp,$(VENV)/package.stamp)
 SOURCES := $(shell find csrc -type f -not -name '*.pyc') setup.py pyproject.toml
 CXX_FILES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo test test-other-torch test-older-transformers test-newest test-kernels sweep support tiles readme gpu sanitize cuda headers bench memory \
+.PHONY: demo test test-other-torch test-older-transformers test-newest test-kernels test-engines sweep support tiles readme gpu sanitize cuda headers bench memory \
   lint types format wheel sdist kernels test-wheel docs clean
 demo: ready
 	$(RUN) scripts/demo.py
@@ -75,6 +78,10 @@ $(OLDER_TARGETS): test-transformers-%: $(VENV)/package.stamp build/transformers-
 test-kernels: $(VENV)/package.stamp build/transformers-$(HUB_KERNELS_TRANSFORMERS).stamp build/hub-kernels.stamp
 	PYTHONPATH=$(CURDIR)/build/hub-kernels:$(CURDIR)/build/transformers-$(HUB_KERNELS_TRANSFORMERS) \
 	  $(VENV)/bin/python -m pytest tests/test_hub_kernels.py
+
+test-engines: $(VENV)/package.stamp build/deepspeed.stamp
+	PYTHONPATH=$(CURDIR)/build/deepspeed $(VENV)/bin/python -m pytest tests/test_ulysses.py tests/test_engines.py \
+	  tests/test_sharded_patches.py -k "zero or deepspeed or divided or shared or partitions"
 
 # Nothing is pinned but what the tests alone need. A copy of the tracked files, so the package in place stays as it is.
 NEWEST := build/newest
@@ -203,6 +210,10 @@ build/in-place.stamp: $(SOURCES)
 
 build/hub-kernels.stamp: $(VENV)/requirements.stamp
 	$(VENV)/bin/pip install -q --no-deps --target build/hub-kernels $(HUB_KERNELS)
+	touch $@
+
+build/deepspeed.stamp: $(VENV)/requirements.stamp
+	$(VENV)/bin/pip install -q --no-deps --target build/deepspeed $(DEEPSPEED)
 	touch $@
 
 build/transformers-%.stamp: $(VENV)/requirements.stamp

@@ -92,7 +92,8 @@ def test_stored_results_still_render(tmp_path):
     for path in stored:
         shutil.copy(path, tmp_path)
     page = render_results.write(tmp_path).read_text()
-    assert [f"## {path.stem}" in page for path in stored] == [True] * len(stored)
+    # Install times stand in docs/install.md alone.
+    assert [path.stem for path in stored if f"## {path.stem}" not in page] == ["install-cpu", "install-hopper"]
 
 
 def test_a_profile_is_read_from_what_ncu_prints():

@@ -84,10 +84,9 @@ class Server:
         raise AssertionError(f"no server after {START_SECONDS} seconds at most:\n{self.log.read_text()[-4000:]}")
 
     def ask(self, text: str, stream: bool = False) -> str:
-        import httpx
         import openai
 
-        with httpx.Client(trust_env=False) as transport:  # no proxy between two ends of one machine
+        with openai.DefaultHttpxClient(trust_env=False) as transport:  # no proxy between two ends of one machine
             client = openai.OpenAI(
                 base_url=f"http://127.0.0.1:{self.port}/v1", api_key="none", timeout=ANSWER_SECONDS, max_retries=0,
                 http_client=transport,

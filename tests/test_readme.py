@@ -39,7 +39,7 @@ def test_a_line_about_decoding_has_the_numbers_of_its_run():
     environment = {"device": "a GPU", "device_type": "cuda"}
     document = {"kind": "decode", "environment": environment, "records": results, "read_bytes_per_second": 3.1e12}
     assert readme.decoding(document) == (
-        "| decoding (one query a sequence), a GPU, 2 caches of 17 to 268 MB: speed, geometric mean | 1.41 × the best peer's "
+        "| decoding, a GPU, 2 caches of 17 to 268 MB: speed, geometric mean | 1.41 × the best peer's "
         "(cuDNN, FlashAttention 2); lowest 1.00 ×; up to 3,000 GB/s of K and V (a pure read: 3,100) |"
     )
 
