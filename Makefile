@@ -1,5 +1,5 @@
 # make demo      what the package buys, on a real model: plots, tables, a fine-tuned adapter (under 15 minutes on 2 cores)
-# make test      every test this machine can run
+# make test      every test this machine can run; TEST_OPTIONS="-n 2" in two processes
 # make gpu       the one entry for a GPU host: doctor, correctness, sanitizer, benchmark; PARTS="sm90 sweep" runs some of it
 # make sanitize  the CPU kernel under AddressSanitizer and UBSan
 # make cuda      the CUDA library, compiled on any machine that has nvcc; fails on a spilled register, and on any warning in csrc
@@ -64,7 +64,7 @@ demo: ready
 	$(RUN) scripts/demo.py
 
 test: ready
-	$(RUN) -m pytest tests
+	$(RUN) -m pytest tests $(TEST_OPTIONS)
 
 test-other-torch: $(VENV)/requirements.stamp
 	$(VENV)/bin/python tests/other_torch.py $(OTHER_TORCH)
