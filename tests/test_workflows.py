@@ -1,6 +1,7 @@
 """The public workflows and .ci/run: YAML that parses, and targets that the Makefile has."""
 
 import re
+import shlex
 
 import pytest
 from build_support import ROOT
@@ -18,7 +19,7 @@ def asked_for(command):
     """Targets of the `make` commands of a shell text; settings are no targets."""
     for line in command.replace("\\\n", " ").splitlines():
         found = re.search(r"(?:^|&&|;)\s*make\s+([^#&;|]*)", line)
-        yield from (word for word in (found[1].split() if found else ()) if "=" not in word)
+        yield from (word for word in (shlex.split(found[1]) if found else ()) if "=" not in word)
 
 
 @pytest.mark.parametrize("path", [*WORKFLOWS, *TEMPLATES], ids=lambda path: path.name)
