@@ -73,7 +73,7 @@ OLDER_TARGETS := $(addprefix test-transformers-,$(OLDER_TRANSFORMERS))
 .PHONY: $(OLDER_TARGETS)
 test-older-transformers: $(OLDER_TARGETS)
 $(OLDER_TARGETS): test-transformers-%: $(VENV)/package.stamp build/transformers-%.stamp
-	PYTHONPATH=$(CURDIR)/build/transformers-$* $(VENV)/bin/python -m pytest $(TESTS_$*)
+	PYTHONPATH=$(CURDIR)/build/transformers-$* $(VENV)/bin/python -m pytest $(TESTS_$*) $(TEST_OPTIONS)
 
 test-kernels: $(VENV)/package.stamp build/transformers-$(HUB_KERNELS_TRANSFORMERS).stamp build/hub-kernels.stamp
 	PYTHONPATH=$(CURDIR)/build/hub-kernels:$(CURDIR)/build/transformers-$(HUB_KERNELS_TRANSFORMERS) \
