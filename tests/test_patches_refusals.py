@@ -139,19 +139,6 @@ def test_a_trainer_that_gathers_logits_is_refused_with_the_remedy(tmp_path, meth
         getattr(trainer, method)(rows)
 
 
-def test_structures_found_only_at_the_first_step_are_refused_there():
-    """A tuple instead of hidden states (GPT-OSS), queries that autograd does not let be overwritten (GPT-NeoX)."""
-    for name, patch, part in (
-        ("GPT-OSS", "mlp", "model.layers.0.mlp (GptOssMLP)"),
-        ("GPT-NeoX", "rope", "split projection"),
-    ):
-        model = flashmla_hf.patch(model_of(name), [patch], **small([patch]))
-        with pytest.raises(flashmla_hf.patches.PatchError) as error:
-            step(model, batch_of(name))
-        assert part in str(error.value)
-        assert f"exclude=['{patch}']" in str(error.value)
-
-
 def test_float16_is_refused_by_the_loss():
     model = flashmla_hf.patch(model_of("Llama"), ["loss"])
     with (

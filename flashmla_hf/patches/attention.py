@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from flashmla_hf.hf import boundaries, check, masks
-from flashmla_hf.patches import gradients, structure, tiles, weights
+from flashmla_hf.patches import forwards, gradients, structure, tiles, weights
 from flashmla_hf.patches.replacements import Replacements
 
 CHUNK = 16384
@@ -153,14 +153,28 @@ def patch_attention(model: nn.Module, replacements: Replacements, chunk: int | N
                 "causal attention",
                 "bidirectional attention",
             )
+        if (reason := _no_chunks(attention)) is not None:
+            raise structure.refuse(model, "attention", f"{name} ({type(attention).__name__})", *reason)
         if (partition := weights.trained_partition(attention)) is not None:
             raise structure.refuse(model, "attention", f"{name}.{partition}", *structure.NO_PARTITION)
         replacements.set(attention, "forward", _chunked(attention, name, chunk or CHUNK))
 
 
+def _no_chunks(attention: nn.Module) -> tuple[str, str] | None:
+    """(expected, got) if the forward of ``attention`` does not take what a chunk needs, by its parameters; else ``None``."""
+    parameters = forwards.parameters_of(attention)
+    caches = " or ".join(map(repr, structure.CACHE_NAMES))
+    if not any(name in parameters for name in structure.CACHE_NAMES):
+        return f"a forward that takes a cache as {caches}", ", ".join(parameters)
+    if "position_embeddings" not in parameters:
+        return "a forward that takes position_embeddings", ", ".join(parameters)
+    return None
+
+
 def _chunked(attention: nn.Module, name: str, chunk: int) -> Callable[..., tuple]:
     """A forward for the block ``attention`` over hidden states [batch, seqlen, hidden], ``chunk`` tokens at a time."""
     forward, cache_name = attention.forward, structure.cache_name(attention)
+    takes_positions = "position_ids" in forwards.parameters_of(attention)
 
     @wraps(forward)
     def chunked_forward(
@@ -188,11 +202,13 @@ def _chunked(attention: nn.Module, name: str, chunk: int) -> Callable[..., tuple
 
         def on_chunk(piece: torch.Tensor, start: int, prefix: _Prefix) -> torch.Tensor:
             tokens = slice(start, start + piece.shape[1])
+            positions = {} if position_ids is None or not takes_positions else {"position_ids": position_ids[:, tokens]}
             return forward(
                 piece,
                 position_embeddings=(cos[:, tokens], sin[:, tokens]),
                 attention_mask=None,
                 **{cache_name: prefix},
+                **positions,
                 **kwargs,
             )[0]
 
@@ -223,7 +239,7 @@ def _refuse_unless_plain_causal(
         reason = "an attention mask (padding or packed documents)"
     elif position_ids is not None and boundaries.segments_from_positions(position_ids, batch, seqlen, True) is not None:
         reason = "packed documents (position_ids that restart)"
-    elif getattr(attention, "attention_dropout", 0.0) > 0.0 and attention.training:
+    elif attention.training and _rate(attention) > 0.0:
         reason = "attention_dropout"
     elif gradients.has_dropout(attention):
         reason = "a dropout layer"
@@ -235,6 +251,12 @@ def _refuse_unless_plain_causal(
             f"flashmla_hf.patch: patch 'attention': {name} ({type(attention).__name__}): expected a plain causal "
             f"batch, got {reason}. {structure.exclude('attention')}"
         )
+
+
+def _rate(attention: nn.Module) -> float:
+    """The probability by which ``attention`` drops scores; 0 if it is that of a dropout layer, which ``has_dropout`` sees."""
+    rate = getattr(attention, "attention_dropout", 0.0)
+    return float(rate) if isinstance(rate, (int, float)) else 0.0
 
 
 def _hides_nothing(attention: nn.Module, mask: torch.Tensor, seqlen: int) -> bool:

@@ -24,13 +24,16 @@ import torch
 from torch import nn
 from transformers.loss.loss_utils import ForCausalLMLoss
 
-from flashmla_hf.patches import gradients, structure, weights
+from flashmla_hf.patches import forwards, gradients, structure, weights
 from flashmla_hf.patches.replacements import Replacements
 
 # Tokens per chunk: [2048, 128256] fp32 are 1 GiB, and a GPU's matrix products are at full speed.
 CHUNK = 2048
 
 _SCALED_TOO_LATE = "gradients are computed before a gradient scaler multiplies the loss, and would vanish"
+
+# The methods of logits that a promise of them has.
+PROMISED = {"float", "contiguous", "tanh"}
 
 # One operation on the logits: ("scale", factor), ("divide", divisor) or ("tanh", None).
 Step = tuple[str, float | None]
@@ -138,6 +141,14 @@ def patch_loss(model: Any, replacements: Replacements, chunk: int | None) -> Non
         raise structure.refuse(model, "loss", "loss_function", "transformers' ForCausalLMLoss", got)
     if "labels" not in inspect.signature(model.forward).parameters:
         raise structure.refuse(model, "loss", "forward", "an argument 'labels'", "none")
+    forward_with_loss = forwards.that_names(type(model), "loss_function")
+    if forward_with_loss is None:
+        got = "one that computes the loss from logits itself"
+        raise structure.refuse(model, "loss", "forward", "a call of self.loss_function", got)
+    for name, module in model.named_children():
+        use = forwards.attribute_of_result(forward_with_loss, name, PROMISED) if module is head else None
+        if use is not None:
+            raise structure.refuse(model, "loss", "forward", "logits that go into self.loss_function scaled or capped", use)
     reason = weights.unreadable(head, is_gathered=True)
     if reason is None and "forward" in vars(head) and getattr(head, "_hf_hook", None) is None:
         reason = "a forward of its own instance (it would not be called)"

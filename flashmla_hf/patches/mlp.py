@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from functools import wraps
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from flashmla_hf.patches import gradients, linear, memory, structure, tiles, weights
+from flashmla_hf.patches import forwards, gradients, linear, memory, structure, tiles, weights
 from flashmla_hf.patches.replacements import Replacements
 
 # A gated MLP's backward holds seven tensors per token: gate, up, activation, product and the gradients of three of them.
@@ -22,12 +23,15 @@ SMALLEST_TILE = 2048
 # Share of free memory for intermediates: if those of all tokens need less, there are no tiles.
 SHARE = 1 / 4
 LARGEST_TILE_BYTES = 2 * memory.GIB
+A_TENSOR = "a tensor of its input's shape, computed from that input alone"
 # Elements of a norm's tile: each of its fp32 copies has 64 MiB.
 NORM_TILE_ELEMENTS = 2**24
 
 
 def patch_mlp(model: nn.Module, replacements: Replacements, tile: int | None) -> None:
     """Replaces ``forward`` of every decoder layer's token-wise block. ``tile``: tokens, or ``None`` for :func:`auto_tile`."""
+    width = structure.hidden_width(model, "mlp")
+    tried: set[type] = set()
     for layer in structure.decoder_layers(model, "mlp"):
         if layer.mlp is None:
             raise structure.refuse(
@@ -42,6 +46,11 @@ def patch_mlp(model: nn.Module, replacements: Replacements, tile: int | None) ->
             )
         if (partition := weights.trained_partition(layer.mlp)) is not None:
             raise structure.refuse(model, "mlp", f"{name}.{partition}", *structure.NO_PARTITION)
+        # One trial for each class: it may load the weights of its block from the host or from disk.
+        if type(layer.mlp) not in tried:
+            tried.add(type(layer.mlp))
+            if (got := _no_rows(layer.mlp, width)) is not None:
+                raise structure.refuse(model, "mlp", f"{name} ({type(layer.mlp).__name__})", A_TENSOR, got)
         replacements.set(layer.mlp, "forward", _tiled(layer.mlp, name, tile))
         for child in layer.mlp.children():
             if isinstance(child, nn.Linear) and linear.is_plain(child):
@@ -49,6 +58,42 @@ def patch_mlp(model: nn.Module, replacements: Replacements, tile: int | None) ->
     if _has_router(model):
         hook = structure.decoder(model, "mlp").register_forward_pre_hook(_refuse_router_logits(model), with_kwargs=True)
         replacements.on_undo(hook.remove)
+
+
+def _no_rows(mlp: Any, width: int | None) -> str | None:
+    """What ``mlp`` takes or returns instead of one tensor of its input's shape, tried on three tokens [1, 3, width].
+
+    ``None`` if it returns such a tensor, or if it cannot run before training (weights that are loaded or gathered later).
+    """
+    taken = [name for name, p in forwards.parameters_of(mlp).items() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    if len(taken) != 1:
+        return f"a forward of {', '.join(taken)}"
+    parameters = [*mlp.parameters()]
+    if width is None or not parameters or any(hasattr(p, "ds_id") for p in parameters):
+        return None
+    hooks = [h for h in (getattr(m, "_hf_hook", None) for m in mlp.modules()) if getattr(h, "offload", False)]
+    device = torch.device(hooks[0].execution_device if hooks else parameters[0].device)
+    dtype = next((p.dtype for p in parameters if p.is_floating_point()), torch.get_default_dtype())
+    rows = torch.linspace(-1.0, 1.0, 3 * width, device=device).to(dtype).view(1, 3, width)
+    devices = [device] if device.type == "cuda" else []
+    was_training = [m for m in mlp.modules() if m.training]
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices), contextlib.suppress(Exception):
+            # Dropout and counters of a training step have no part in the shape.
+            for module in was_training:
+                module.training = False
+            return _not_rows(mlp.forward(rows), rows)
+    finally:
+        for module in was_training:
+            module.training = True
+    return None
+
+
+def _not_rows(out: Any, rows: torch.Tensor) -> str | None:
+    """What ``out`` is if it is no tensor of the shape of ``rows``, for a message."""
+    if isinstance(out, torch.Tensor):
+        return None if out.shape == rows.shape else f"shape {[*out.shape]} for the input's {[*rows.shape]}"
+    return type(out).__name__
 
 
 def _tiled(mlp: Any, name: str, tile: int | None) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -61,11 +106,10 @@ def _tiled(mlp: Any, name: str, tile: int | None) -> Callable[[torch.Tensor], to
 
     def block(rows: torch.Tensor) -> torch.Tensor:
         out = forward(rows)
-        if not isinstance(out, torch.Tensor) or out.shape != rows.shape:
-            got = [*out.shape] if isinstance(out, torch.Tensor) else type(out).__name__
+        if (got := _not_rows(out, rows)) is not None:
             raise structure.PatchError(
-                f"flashmla_hf.patch: patch 'mlp': {name} ({type(mlp).__name__}): expected a tensor of its input's shape "
-                f"{[*rows.shape]}, got {got}. {structure.exclude('mlp')}"
+                f"flashmla_hf.patch: patch 'mlp': {name} ({type(mlp).__name__}): expected {A_TENSOR}, got {got}. "
+                f"{structure.exclude('mlp')}"
             )
         return out
 

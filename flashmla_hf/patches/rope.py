@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from flashmla_hf.patches import gradients, linear, structure
+from flashmla_hf.patches import forwards, gradients, linear, structure
 from flashmla_hf.patches.replacements import Replacements
 
 FUNCTION = "apply_rotary_pos_emb"
@@ -154,8 +154,10 @@ def patch_rope(model: nn.Module, replacements: Replacements) -> None:
         name = f"{layer.name}.{layer.attention_name} ({type(attention).__name__})"
         if function is None:
             raise structure.refuse(model, "rope", name, f"{module.__name__}.{FUNCTION}", "none")
-        if FUNCTION not in type(attention).forward.__code__.co_names and FUNCTION not in _unwrapped_names(attention):
+        if FUNCTION not in forwards.names_in(type(attention).forward):
             raise structure.refuse(model, "rope", name, f"a forward that calls {FUNCTION}", "one that does not")
+        if splits := _splits(attention):
+            raise structure.refuse(model, "rope", name, "queries and keys of separate projections or as slices", splits)
         modules.setdefault(module, name)
         blocks.append(attention)
     for module, name in modules.items():
@@ -175,8 +177,12 @@ def patch_rope(model: nn.Module, replacements: Replacements) -> None:
         replacements.set(attention, "forward", _marked(attention))
 
 
-def _unwrapped_names(attention: nn.Module) -> tuple[str, ...]:
-    return inspect.unwrap(type(attention).forward).__code__.co_names
+def _splits(attention: nn.Module) -> str | None:
+    """How ``attention`` splits a fused projection into views that autograd does not let be overwritten; ``None`` if it does not."""
+    if hasattr(attention, "q_proj"):
+        return None
+    used = [name for name in forwards.names_in(type(attention).forward) if name in ("chunk", "split", "unbind")]
+    return f"parts of one projection by {used[0]}()" if used else None
 
 
 def _marked(attention: nn.Module) -> Callable[..., Any]:

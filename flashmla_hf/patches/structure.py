@@ -6,7 +6,6 @@ an attention block (a child with query, key and value projections) and a token-w
 
 from __future__ import annotations
 
-import inspect
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ import torch
 from torch import nn
 
 from flashmla_hf.hf.names import NAMES
+from flashmla_hf.patches import forwards
 
 ATTENTION_PROJECTIONS = ({"q_proj", "k_proj", "v_proj"}, {"qkv_proj"}, {"query_key_value"}, {"W_pack"})
 CACHE_NAMES = ("cache", "past_key_values")  # the argument's name since Transformers 5.24, and before
@@ -157,9 +157,16 @@ def output_embeddings(model: Any, patch: str) -> nn.Linear:
     return head
 
 
+def hidden_width(model: nn.Module, patch: str) -> int | None:
+    """Elements of a hidden state between the decoder layers, as the decoder's configuration states it, or ``None``."""
+    config = getattr(decoder(model, patch), "config", None)
+    width = getattr(config, "hidden_size", None)
+    return width if isinstance(width, int) else None
+
+
 def cache_name(module: nn.Module) -> str:
     """The name of the argument of ``module``'s forward that takes a cache: one of :data:`CACHE_NAMES`."""
-    parameters = inspect.signature(inspect.unwrap(type(module).forward)).parameters
+    parameters = forwards.parameters_of(module)
     return next((name for name in CACHE_NAMES if name in parameters), CACHE_NAMES[-1])
 
 

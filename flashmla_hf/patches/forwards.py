@@ -1,0 +1,70 @@
+"""What a module's forward takes and does, read from its class: parameters, names, and how it uses the logits.
+
+A patch asks before it replaces anything, so that a model which it does not fit is refused by :func:`flashmla_hf.patch` and not
+in its first step.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import textwrap
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import nn
+
+
+def parameters_of(module: nn.Module) -> Mapping[str, inspect.Parameter]:
+    """The parameters of the forward of ``module``'s class by name, without self, under its decorators."""
+    parameters = dict(inspect.signature(inspect.unwrap(type(module).forward)).parameters)
+    parameters.pop("self", None)
+    return parameters
+
+
+def names_in(function: Callable[..., Any]) -> tuple[str, ...]:
+    """The globals and attributes that ``function`` names, under its decorators. None if it is not written in Python."""
+    code = getattr(inspect.unwrap(function), "__code__", None)
+    return code.co_names if code is not None else ()
+
+
+def that_names(model_class: type, name: str) -> Callable[..., Any] | None:
+    """The forward of ``model_class`` that names ``name``: its own, or one that it calls by ``super()``."""
+    for owner in model_class.__mro__:
+        if "forward" in vars(owner):
+            names = names_in(vars(owner)["forward"])
+            if name in names:
+                return inspect.unwrap(vars(owner)["forward"])
+            if "super" not in names:
+                return None
+    return None
+
+
+def attribute_of_result(forward: Callable[..., Any], module: str, allowed: set[str]) -> str | None:
+    """The first attribute or index that ``forward`` reads of the result of ``self.<module>(...)``, but for ``allowed``.
+
+    It follows the names to which the result is assigned. ``None`` if there is no such use, or no source to read.
+    """
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(forward)))
+    except (OSError, TypeError, SyntaxError):
+        return None
+    results = {
+        target.id
+        for statement in ast.walk(tree)
+        if isinstance(statement, ast.Assign) and any(_is_call(part, module) for part in ast.walk(statement.value))
+        for target in statement.targets
+        if isinstance(target, ast.Name)
+    }
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute | ast.Subscript) and isinstance(node.value, ast.Name):
+            name = node.value.id
+            if name in results and not (isinstance(node, ast.Attribute) and node.attr in allowed):
+                return ast.unparse(node)
+    return None
+
+
+def _is_call(node: ast.AST, module: str) -> bool:
+    if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
+        return False
+    return node.func.attr == module and isinstance(node.func.value, ast.Name) and node.func.value.id == "self"
