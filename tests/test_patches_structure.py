@@ -17,12 +17,28 @@ pytestmark = hf_support.needs_kernel
 
 # (class, patch, what the reason names). The patches of the first group are defaults.
 LEFT_OUT = [
-    ("GptOssForCausalLM", "mlp", "model.layers.0.mlp (GptOssMLP): expected a tensor of its input's shape, computed from"),
+    (
+        "GptOssForCausalLM",
+        "mlp",
+        "model.layers.0.mlp (GptOssMLP): expected a tensor of its input's shape, computed from",
+    ),
     ("DeepseekV4ForCausalLM", "mlp", "(DeepseekV4SparseMoeBlock)"),
-    ("GPTNeoXForCausalLM", "rope", "(GPTNeoXAttention): expected queries and keys of separate projections or as slices"),
-    ("BartForCausalLM", "loss", "expected a call of self.loss_function, got one that computes the loss from logits itself"),
-    ("TrOCRForCausalLM", "loss", "expected a call of self.loss_function, got one that computes the loss from logits itself"),
-    ("InklingForCausalLM", "loss", "logits.shape"),
+    (
+        "GPTNeoXForCausalLM",
+        "rope",
+        "(GPTNeoXAttention): expected queries and keys of separate projections or as slices",
+    ),
+    (
+        "BartForCausalLM",
+        "loss",
+        "expected a call of self.loss_function, got one that computes the loss from logits itself",
+    ),
+    (
+        "TrOCRForCausalLM",
+        "loss",
+        "expected a call of self.loss_function, got one that computes the loss from logits itself",
+    ),
+    ("InklingForCausalLM", "loss", "logits[..., :unpadded_vocab_size]"),
 ]
 BY_NAME = [
     ("GPTNeoXForCausalLM", "attention", "expected a forward that takes a cache as 'cache' or 'past_key_values'"),
@@ -99,7 +115,14 @@ class Flat(Block):
 
 
 class WithTokens(Block):
-    def forward(self, hidden_states, input_ids=None):
+    def forward(self, hidden_states, input_ids):
+        return self.block(hidden_states)
+
+
+class WithOption(Block):
+    """Its layer, Llama's, does not pass the option."""
+
+    def forward(self, hidden_states, option=None):
         return self.block(hidden_states)
 
 
@@ -133,6 +156,12 @@ def test_a_block_that_is_no_function_of_rows_is_refused_whatever_it_returns(kind
     assert got in text
     flashmla_hf.patch(model)
     assert got in flashmla_hf.patch_report(model).left_out["mlp"]
+
+
+def test_an_option_of_a_block_that_its_layer_does_not_pass_is_no_obstacle():
+    model, batch = with_block(WithOption), batch_of("Llama")
+    expected = step(model, batch)
+    assert_equal(step(flashmla_hf.patch(model, ["mlp"], mlp_tile=7), batch), expected)
 
 
 def test_the_trial_of_a_block_leaves_no_trace():

@@ -45,9 +45,8 @@ def attribute_of_result(forward: Callable[..., Any], module: str, allowed: set[s
 
     It follows the names to which the result is assigned. ``None`` if there is no such use, or no source to read.
     """
-    try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(forward)))
-    except (OSError, TypeError, SyntaxError):
+    tree = _tree(forward)
+    if tree is None:
         return None
     results = {
         target.id
@@ -62,6 +61,20 @@ def attribute_of_result(forward: Callable[..., Any], module: str, allowed: set[s
             if name in results and not (isinstance(node, ast.Attribute) and node.attr in allowed):
                 return ast.unparse(node)
     return None
+
+
+def passes_more(forward: Callable[..., Any], module: str) -> bool:
+    """Whether ``forward`` calls ``self.<module>`` with more than one argument, or has no source to read."""
+    tree = _tree(forward)
+    calls = [node for node in ast.walk(tree) if _is_call(node, module)] if tree is not None else []
+    return not calls or any(len(c.args) + len(c.keywords) != 1 for c in calls if isinstance(c, ast.Call))
+
+
+def _tree(function: Callable[..., Any]) -> ast.Module | None:
+    try:
+        return ast.parse(textwrap.dedent(inspect.getsource(function)))
+    except (OSError, TypeError, SyntaxError):
+        return None
 
 
 def _is_call(node: ast.AST, module: str) -> bool:

@@ -130,11 +130,8 @@ class PromisedLogits(metaclass=_MessageAsName):
         return "PromisedLogits(the patch 'loss' computes no logits when labels are given)"
 
 
-def patch_loss(model: Any, replacements: Replacements, chunk: int | None) -> None:
-    """Replaces the forward of ``model`` and of its output embeddings, and its loss function.
-
-    ``chunk`` is the number of tokens whose logits exist at a time; ``None`` is :data:`CHUNK`.
-    """
+def _supported_head(model: Any) -> nn.Linear:
+    """The output embeddings of ``model``, which computes its loss as the patch does. Raises UnsupportedPatch if it does not."""
     head = structure.output_embeddings(model, "loss")
     if inspect.unwrap(model.loss_function) is not ForCausalLMLoss:
         got = getattr(model.loss_function, "__name__", repr(model.loss_function))
@@ -148,7 +145,9 @@ def patch_loss(model: Any, replacements: Replacements, chunk: int | None) -> Non
     for name, module in model.named_children():
         use = forwards.attribute_of_result(forward_with_loss, name, PROMISED) if module is head else None
         if use is not None:
-            raise structure.refuse(model, "loss", "forward", "logits that go into self.loss_function scaled or capped", use)
+            raise structure.refuse(
+                model, "loss", "forward", "logits that go into self.loss_function scaled or capped", use
+            )
     reason = weights.unreadable(head, is_gathered=True)
     if reason is None and "forward" in vars(head) and getattr(head, "_hf_hook", None) is None:
         reason = "a forward of its own instance (it would not be called)"
@@ -159,6 +158,15 @@ def patch_loss(model: Any, replacements: Replacements, chunk: int | None) -> Non
     if head.weight.dtype == torch.float16:
         got = f"float16: {_SCALED_TOO_LATE}"
         raise structure.refuse(model, "loss", "get_output_embeddings()", "weights in bfloat16 or float32", got)
+    return head
+
+
+def patch_loss(model: Any, replacements: Replacements, chunk: int | None) -> None:
+    """Replaces the forward of ``model`` and of its output embeddings, and its loss function.
+
+    ``chunk`` is the number of tokens whose logits exist at a time; ``None`` is :data:`CHUNK`.
+    """
+    head = _supported_head(model)
     head_forward, model_forward, chunk = head.forward, model.forward, chunk or CHUNK
 
     @wraps(head_forward)

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Callable
 from functools import wraps
 from typing import Any
@@ -49,7 +50,7 @@ def patch_mlp(model: nn.Module, replacements: Replacements, tile: int | None) ->
         # One trial for each class: it may load the weights of its block from the host or from disk.
         if type(layer.mlp) not in tried:
             tried.add(type(layer.mlp))
-            if (got := _no_rows(layer.mlp, width)) is not None:
+            if (got := _more_arguments(layer) or _no_rows(layer.mlp, width)) is not None:
                 raise structure.refuse(model, "mlp", f"{name} ({type(layer.mlp).__name__})", A_TENSOR, got)
         replacements.set(layer.mlp, "forward", _tiled(layer.mlp, name, tile))
         for child in layer.mlp.children():
@@ -60,14 +61,25 @@ def patch_mlp(model: nn.Module, replacements: Replacements, tile: int | None) ->
         replacements.on_undo(hook.remove)
 
 
+def _more_arguments(layer: structure.Layer) -> str | None:
+    """The parameters of the block's forward if ``layer`` passes it more than hidden states, as far as its source tells."""
+    assert layer.mlp is not None
+    assert layer.mlp_name is not None
+    taken = forwards.parameters_of(layer.mlp).values()
+    named = [p.name for p in taken if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    needed = [p.name for p in taken if p.name in named and p.default is p.empty]
+    if len(named) > 1 and (
+        len(needed) > 1 or forwards.passes_more(inspect.unwrap(type(layer.module).forward), layer.mlp_name)
+    ):
+        return f"a forward of {', '.join(named)}"
+    return None
+
+
 def _no_rows(mlp: Any, width: int | None) -> str | None:
-    """What ``mlp`` takes or returns instead of one tensor of its input's shape, tried on three tokens [1, 3, width].
+    """What ``mlp`` returns instead of a tensor of its input's shape, tried on three tokens [1, 3, width].
 
     ``None`` if it returns such a tensor, or if it cannot run before training (weights that are loaded or gathered later).
     """
-    taken = [name for name, p in forwards.parameters_of(mlp).items() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
-    if len(taken) != 1:
-        return f"a forward of {', '.join(taken)}"
     parameters = [*mlp.parameters()]
     if width is None or not parameters or any(hasattr(p, "ds_id") for p in parameters):
         return None

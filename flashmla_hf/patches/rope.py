@@ -178,7 +178,7 @@ def patch_rope(model: nn.Module, replacements: Replacements) -> None:
 
 
 def _splits(attention: nn.Module) -> str | None:
-    """How ``attention`` splits a fused projection into views that autograd does not let be overwritten; ``None`` if it does not."""
+    """How ``attention`` splits a fused projection into views, which autograd does not let be overwritten, or ``None``."""
     if hasattr(attention, "q_proj"):
         return None
     used = [name for name in forwards.names_in(type(attention).forward) if name in ("chunk", "split", "unbind")]
