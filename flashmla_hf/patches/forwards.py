@@ -23,7 +23,7 @@ def parameters_of(module: nn.Module) -> Mapping[str, inspect.Parameter]:
 
 
 def names_in(function: Callable[..., Any]) -> tuple[str, ...]:
-    """The globals and attributes that ``function`` names, under its decorators. None if it is not written in Python."""
+    """The globals and attributes that ``function`` names, under its decorators; empty if it is not written in Python."""
     code = getattr(inspect.unwrap(function), "__code__", None)
     return code.co_names if code is not None else ()
 
