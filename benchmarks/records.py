@@ -37,7 +37,10 @@ def describe(device: str) -> dict:
         "versions": {name: version for name in PACKAGES if (version := _version(name))},
         "commit": commit(),
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
-        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        # Of a path only its name: a machine's folders are nobody's business.
+        "command": [
+            Path(word).name if Path(word).is_absolute() else word for word in (Path(sys.argv[0]).name, *sys.argv[1:])
+        ],
     }
     if device == "cuda":
         record["cuda"] = torch.version.cuda

@@ -118,9 +118,11 @@ def test_a_profile_is_read_from_what_ncu_prints():
 
 
 def test_a_result_names_its_command_and_commit(monkeypatch):
-    monkeypatch.setattr("sys.argv", ["/somewhere/bench_attention.py", "--suite", "tiny"])
+    monkeypatch.setattr(
+        "sys.argv", ["/somewhere/bench_attention.py", "--suite", "tiny", "--output_dir", "/somewhere/else"]
+    )
     record = records.describe("cpu")
-    assert record["command"] == ["bench_attention.py", "--suite", "tiny"]
+    assert record["command"] == ["bench_attention.py", "--suite", "tiny", "--output_dir", "else"]
     assert "`bench_attention.py --suite tiny`" in records.sentence(record)
 
 
