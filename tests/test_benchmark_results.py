@@ -123,7 +123,7 @@ def test_a_result_names_its_command_and_commit(monkeypatch):
     )
     record = records.describe("cpu")
     assert record["command"] == ["bench_attention.py", "--suite", "tiny", "--output_dir", "else"]
-    assert "`bench_attention.py --suite tiny`" in records.sentence(record)
+    assert "`bench_attention.py --suite tiny --output_dir else`" in records.sentence(record)
 
 
 def test_a_dirty_tree_is_one_with_other_changes_than_results(tmp_path, monkeypatch):
