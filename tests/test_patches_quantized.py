@@ -71,8 +71,8 @@ def test_gradients_equal_those_of_the_unpatched_model(names, tmp_path, unpacked)
     model, batch = quantized_model(tmp_path), batch_of("Llama")
     expected = step(model, batch)
     assert expected[1]
-    unpacked["peft"] = 0
     flashmla_hf.patch(model, names, **small(names))
+    unpacked["peft"] = 0  # the trial of a block while patching is none of a step
     assert_equal(step(model, batch), expected, tolerance=1e-5)
     if names is None or "lora" in names:
         assert unpacked["unpack"]
@@ -89,8 +89,8 @@ def test_gradients_equal_those_of_the_unpatched_model(names, tmp_path, unpacked)
 def test_other_families(name, tmp_path, unpacked):
     model, batch = quantized_model(tmp_path, name), batch_of(name)
     expected = step(model, batch)
-    unpacked["peft"] = 0
     flashmla_hf.patch(model, **small())
+    unpacked["peft"] = 0
     assert_equal(step(model, batch), expected, tolerance=2e-5)
     assert not unpacked["peft"]
 
@@ -110,8 +110,8 @@ def test_bfloat16_is_as_exact_as_unpatched(names, adapters, tmp_path, unpacked):
         return {n: float((gradients[n].double() - g).norm() / g.norm()) for n, g in exact.items()}
 
     allowed = errors()
-    unpacked["peft"] = 0
     flashmla_hf.patch(model, names, **small(names))
+    unpacked["peft"] = 0
     got = errors()
     assert not unpacked["peft"]
     # Of one model and one batch this is chance; tests/test_patches_lora.py compares single layers closely.
