@@ -155,8 +155,7 @@ def patch_attention(model: nn.Module, replacements: Replacements, chunk: int | N
             )
         if (reason := _no_chunks(attention)) is not None:
             raise structure.refuse(model, "attention", f"{name} ({type(attention).__name__})", *reason)
-        if (partition := weights.trained_partition(attention)) is not None:
-            raise structure.refuse(model, "attention", f"{name}.{partition}", *structure.NO_PARTITION)
+        weights.refuse_trained_partition(model, "attention", name, attention)
         replacements.set(attention, "forward", _chunked(attention, name, chunk or CHUNK))
 
 
@@ -192,8 +191,7 @@ def _chunked(attention: nn.Module, name: str, chunk: int) -> Callable[..., tuple
                 **kwargs,
             )
         gradients.refuse_arguments_by_hook(attention, "attention")
-        if (partition := weights.trained_partition(attention)) is not None:
-            raise structure.refuse(attention, "attention", f"{name}.{partition}", *structure.NO_PARTITION)
+        weights.refuse_trained_partition(attention, "attention", name, attention)
         position_ids, cache = kwargs.pop("position_ids", None), structure.cache_of(kwargs)
         for either in structure.CACHE_NAMES:
             kwargs.pop(either, None)

@@ -142,12 +142,11 @@ def _supported_head(model: Any) -> nn.Linear:
     if forward_with_loss is None:
         got = "one that computes the loss from logits itself"
         raise structure.refuse(model, "loss", "forward", "a call of self.loss_function", got)
-    for name, module in model.named_children():
-        use = forwards.attribute_of_result(forward_with_loss, name, PROMISED) if module is head else None
-        if use is not None:
-            raise structure.refuse(
-                model, "loss", "forward", "logits that go into self.loss_function scaled or capped", use
-            )
+    name = next((name for name, module in model.named_children() if module is head), None)
+    use = None if name is None else forwards.attribute_of_result(forward_with_loss, name, PROMISED)
+    if use is not None:
+        expected = "logits that go into self.loss_function scaled or capped"
+        raise structure.refuse(model, "loss", "forward", expected, use)
     reason = weights.unreadable(head, is_gathered=True)
     if reason is None and "forward" in vars(head) and getattr(head, "_hf_hook", None) is None:
         reason = "a forward of its own instance (it would not be called)"

@@ -45,8 +45,7 @@ def patch_mlp(model: nn.Module, replacements: Replacements, tile: int | None) ->
             raise structure.refuse(
                 model, "mlp", name, "no jitter noise (it is written into the input)", "router_jitter_noise"
             )
-        if (partition := weights.trained_partition(layer.mlp)) is not None:
-            raise structure.refuse(model, "mlp", f"{name}.{partition}", *structure.NO_PARTITION)
+        weights.refuse_trained_partition(model, "mlp", name, layer.mlp)
         # One trial for each class: it may load the weights of its block from the host or from disk.
         if type(layer.mlp) not in tried:
             tried.add(type(layer.mlp))
@@ -139,8 +138,8 @@ def _tiled(mlp: Any, name: str, tile: int | None) -> Callable[[torch.Tensor], to
             return forward(hidden_states)
 
         gradients.refuse_arguments_by_hook(mlp, "mlp")
-        if torch.is_grad_enabled() and (partition := weights.trained_partition(mlp)) is not None:
-            raise structure.refuse(mlp, "mlp", f"{name}.{partition}", *structure.NO_PARTITION)
+        if torch.is_grad_enabled():
+            weights.refuse_trained_partition(mlp, "mlp", name, mlp)
         last = linear.LastLinear()  # for this call: the next one may run with other adapters
 
         def on_rows(rows: torch.Tensor) -> torch.Tensor:
@@ -188,7 +187,7 @@ def patch_norm(model: nn.Module, replacements: Replacements) -> None:
     for name, module in structure.decoder(model, "norm").named_modules():
         if not type(module).__name__.endswith("Norm"):
             continue
-        with weights.gathered_by_zero(module):
+        with weights.gathered_by_zero(module._parameters.values()):
             weight = getattr(module, "weight", None)
             if not isinstance(weight, torch.Tensor) or weight.dim() != 1 or not _is_row_wise(module, weight):
                 raise structure.refuse(

@@ -41,12 +41,11 @@ def add_matmul(out: torch.Tensor, x: torch.Tensor, w: torch.Tensor, alpha: float
     If x and w are in float32 beside an ``out`` in bfloat16, the sum is rounded once; they enter with 16 bits each, and what is
     left out is 2⁻⁸ of the rounding. If all are in one dtype, cuBLAS rounds the product, and then the sum.
     """
-    if out.dtype == x.dtype:
-        out.addmm_(x, w, alpha=alpha)
-        return
-    (x1, x2), (w1, w2) = _pieces(x, 2), _pieces(w, 2)
-    x, w = torch.cat([x1, x1, x2], dim=1), torch.cat([w1, w2, w1], dim=0)
-    if not out.is_cuda:
+    has_pieces = out.dtype != x.dtype
+    if has_pieces:
+        (x1, x2), (w1, w2) = _pieces(x, 2), _pieces(w, 2)
+        x, w = torch.cat([x1, x1, x2], dim=1), torch.cat([w1, w2, w1], dim=0)
+    if not (has_pieces and out.is_cuda):
         out.addmm_(x, w, alpha=alpha)
         return
     # In parts whose product the L2 cache holds: it is written and read once more than in one kernel.

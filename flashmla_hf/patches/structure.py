@@ -35,13 +35,6 @@ class UnsupportedPatch(PatchError):
         self.patch, self.reason = patch, reason
 
 
-# What a patch that runs a module again in a backward pass of its own expects of a parameter, and what it found.
-NO_PARTITION = (
-    "a trained parameter that is whole, or of fully_shard (FSDP2), or of ZeRO stages 1 and 2",
-    "a partition of DeepSpeed's ZeRO-3, whose hooks follow DeepSpeed's own backward pass alone",
-)
-
-
 def refuse(model: nn.Module, patch: str, module: str, expected: str, got: str) -> UnsupportedPatch:
     """The error that ``module`` of ``model`` is not what ``patch`` needs. The caller raises it."""
     reason = f"{module}: expected {expected}, got {got}"

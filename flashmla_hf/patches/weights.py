@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import nn
 
 from flashmla_hf.patches import quantized
-from flashmla_hf.patches.structure import PatchError
+from flashmla_hf.patches.structure import PatchError, refuse
 
 
 def unreadable(module: nn.Module, x: torch.Tensor | None = None, is_gathered: bool = False) -> str | None:
@@ -59,20 +59,24 @@ def is_partitioned(module: nn.Module) -> bool:
     return any(hasattr(parameter, "ds_id") for parameter in module._parameters.values())
 
 
-def trained_partition(module: nn.Module) -> str | None:
-    """The name of a trained parameter in ``module`` that ZeRO-3 partitions, or ``None``.
+def refuse_trained_partition(model: nn.Module, patch: str, name: str, module: nn.Module) -> None:
+    """Raises UnsupportedPatch if ZeRO-3 partitions a trained parameter of ``module``, which ``name`` names in the message.
 
     Its gradient exists in the hooks of DeepSpeed's own backward pass alone: a patch that runs ``module`` again in a backward
     pass of its own cannot ask for it.
     """
     named = module.named_parameters()
-    return next((name for name, p in named if p.requires_grad and hasattr(p, "ds_id")), None)
+    partition = next((name for name, p in named if p.requires_grad and hasattr(p, "ds_id")), None)
+    if partition is not None:
+        expected = "a trained parameter that is whole, or of fully_shard (FSDP2), or of ZeRO stages 1 and 2"
+        got = "a partition of DeepSpeed's ZeRO-3, whose hooks follow DeepSpeed's own backward pass alone"
+        raise refuse(model, patch, f"{name}.{partition}", expected, got)
 
 
 @contextlib.contextmanager
-def gathered_by_zero(module: nn.Module) -> Iterator[None]:
-    """Inside it, parameters of ``module`` itself that ZeRO-3 partitions are whole. A collective call of all processes."""
-    partitioned = [p for p in module._parameters.values() if hasattr(p, "ds_id")]
+def gathered_by_zero(parameters: Iterable[Any]) -> Iterator[None]:
+    """Inside it, those of ``parameters`` that ZeRO-3 partitions are whole. A collective call of all processes."""
+    partitioned = [p for p in parameters if hasattr(p, "ds_id")]
     if not partitioned:
         yield
         return

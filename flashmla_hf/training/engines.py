@@ -21,6 +21,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 
+from flashmla_hf.patches import weights
 from flashmla_hf.training import sequence_parallel
 from flashmla_hf.training.arguments import (
     ModelArguments,
@@ -226,24 +227,13 @@ def first_values(model: torch.nn.Module, accelerator: Accelerator) -> str:
     parts = []
     for parameter in model.parameters():
         if not parameter.requires_grad:
-            with _whole(parameter):
+            with weights.gathered_by_zero([parameter]):
                 parts.append(parameter.detach().flatten()[:16].float().cpu())
     found = [hashlib.sha256(torch.cat(parts).numpy().tobytes()).hexdigest()[:16] if parts else ""]
     if accelerator.num_processes > 1:
         # With fsdp_cpu_ram_efficient_loading the others have no weights yet.
         torch.distributed.broadcast_object_list(found, src=0)
     return found[0]
-
-
-@contextlib.contextmanager
-def _whole(parameter: Any) -> Iterator[None]:
-    if not hasattr(parameter, "ds_id"):
-        yield
-        return
-    import deepspeed
-
-    with deepspeed.zero.GatheredParameters([parameter]):
-        yield
 
 
 # ---- checkpoints -----------------------------------------------------------------------------------------------------

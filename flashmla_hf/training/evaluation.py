@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -48,36 +50,40 @@ def _losses(model: torch.nn.Module, inputs: dict, labels: torch.Tensor, accelera
     with accelerator.autocast():
         output = _decoded(root, model, decoder, inputs) if is_sharded else decoder(**inputs)
         hidden = output.last_hidden_state  # [1, tokens, hidden]
-        own_forward = decoder.forward
-        try:
+        with _forward_restored(decoder):
             for i in range(chunks):
                 rows = slice(i * chunk, min((i + 1) * chunk, tokens)) if i * chunk < tokens else slice(0, 1)
                 piece = type(output)(last_hidden_state=hidden[:, rows])  # a model may read other fields of it
                 decoder.forward = lambda *args, _piece=piece, **kwargs: _piece
                 logits = root(input_ids=inputs["input_ids"][:, rows]).logits[0]  # [chunk, vocabulary]
                 losses[rows] = F.cross_entropy(logits.float(), labels[rows], reduction="none")
-        finally:
-            # The forward was the class's method, or an instance attribute that a patch had set.
-            del decoder.forward
-            if decoder.forward != own_forward:
-                decoder.forward = own_forward
     return losses
+
+
+@contextlib.contextmanager
+def _forward_restored(module: torch.nn.Module) -> Iterator[None]:
+    """Inside it, ``module`` may get another forward; afterwards it has its own again."""
+    own_forward = module.forward
+    try:
+        yield
+    finally:
+        # It was the class's method, or an instance attribute that a patch had set.
+        del module.forward
+        if module.forward != own_forward:
+            module.forward = own_forward
 
 
 def _decoded(root: torch.nn.Module, model: torch.nn.Module, decoder: torch.nn.Module, inputs: dict) -> Any:
     """The output of ``decoder`` in a call of ``root``, whose hooks gather what is sharded; the head makes one logit a token."""
     found: list[Any] = []
     head = model.get_output_embeddings()
-    own_forward = head.forward
     hook = decoder.register_forward_hook(lambda module, args, output: found.append(output))
-    head.forward = lambda hidden: hidden[..., :1]
     try:
-        root(**inputs)
+        with _forward_restored(head):
+            head.forward = lambda hidden: hidden[..., :1]
+            root(**inputs)
     finally:
         hook.remove()
-        del head.forward
-        if head.forward != own_forward:
-            head.forward = own_forward
     return found[0]
 
 
