@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import gloo_processes
 from training_support import losses, options
@@ -82,3 +83,24 @@ def dying(engine: str, arguments: list[str], folder: Path, when: str) -> dict | 
 
     setattr(module, name, until_killed)
     return finetune(engine, arguments, folder)
+
+
+def ended(times: int, folder: Path) -> int:
+    """Ends ``times`` process groups right after collectives, before the DDP that holds them is freed."""
+    import torch
+
+    from flashmla_hf.training import engines
+
+    accelerator = SimpleNamespace(torch_device_mesh=None, end_training=torch.distributed.destroy_process_group)
+    for i in range(times):
+        torch.distributed.init_process_group(
+            "gloo", f"file://{folder}/{i}", rank=int(os.environ["RANK"]), world_size=int(os.environ["WORLD_SIZE"])
+        )
+        model = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(64, 64))
+        model(torch.randn(2, 64)).sum().backward()
+        for _ in range(4):
+            torch.distributed.all_reduce(torch.randn(64, 64))
+        torch.distributed.barrier()
+        engines.end_training(accelerator)
+        del model
+    return times

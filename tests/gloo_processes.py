@@ -6,10 +6,12 @@ backend of a GPU whose device is the CPU.
 
 from __future__ import annotations
 
+import faulthandler
 import importlib.util
 import logging
 import multiprocessing
 import os
+import signal
 import socket
 import sys
 import tempfile
@@ -33,7 +35,7 @@ LIMIT = 100.0  # seconds that a call may take
 
 
 class ProcessError(AssertionError):
-    """A process raised, ended, or took too long: its arguments are every such process's traceback, and the others' results."""
+    """A process raised, ended, or took too long: its arguments are every such process's stacks, and the others' results."""
 
 
 def run(function: Callable, *arguments: Any, processes: int = 2, limit: float = LIMIT, **environment: str) -> list[Any]:
@@ -54,39 +56,47 @@ def run(function: Callable, *arguments: Any, processes: int = 2, limit: float = 
             "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes),
             "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1", **environment,
         }  # fmt: skip
-        process = context.Process(target=_call, args=(theirs, variables, sys.path, function, arguments), daemon=True)
+        said = tempfile.NamedTemporaryFile("r")  # noqa: SIM115, open until its process has ended
+        process = context.Process(
+            target=_call, args=(theirs, said.name, variables, sys.path, function, arguments), daemon=True
+        )
         process.start()
         theirs.close()
-        started.append((process, mine))
+        started.append((process, mine, said))
     deadline = time.monotonic() + limit
     results: list[Any] = []
     errors = []
-    for rank, (_process, pipe) in enumerate(started):
+    for rank, (process, pipe, said) in enumerate(started):
         # After a first error the others wait for a process that is gone.
         left = 2.0 if errors else max(0.0, deadline - time.monotonic())
         try:
             error, result = pipe.recv() if pipe.poll(left) else (f"no answer after {limit} s", None)
         except EOFError:
             error, result = "ended without an answer", None
+        if error is not None and process.is_alive():
+            os.kill(process.pid, signal.SIGUSR1)  # it writes where it stands: see _call
+            time.sleep(0.5)
         results.append(result)
         if error is not None:
-            errors.append(f"rank {rank}: {error}")
-    for process, _ in started:
+            errors.append(f"rank {rank}: {error}\n{said.read()[-4000:]}")
+    for process, _, said in started:
         process.join(0 if errors else 10)
         if process.is_alive():
             process.kill()
+        said.close()
     if errors:
         raise ProcessError("\n".join(errors), results)
     return results
 
 
-def _call(pipe, variables: dict[str, str], path: list[str], function: Callable, arguments: tuple) -> None:
+def _call(pipe, said_at: str, variables: dict[str, str], path: list[str], function: Callable, arguments: tuple) -> None:
     os.environ.update(variables)
     sys.path[:] = path
     warnings.simplefilter("ignore")
-    said = tempfile.TemporaryFile("w+")  # noqa: SIM115, open until the process ends
+    said = os.open(said_at, os.O_WRONLY | os.O_APPEND)
     for stream in (1, 2):
-        os.dup2(said.fileno(), stream)
+        os.dup2(said, stream)
+    faulthandler.register(signal.SIGUSR1, file=said, all_threads=True)
     import torch
 
     torch.set_num_threads(1)
@@ -94,8 +104,7 @@ def _call(pipe, variables: dict[str, str], path: list[str], function: Callable, 
         pipe.send((None, function(*arguments)))
     except BaseException as error:
         told = str(error) if isinstance(error, SystemExit) else traceback.format_exc()[-2000:]
-        said.seek(0)
-        pipe.send((f"{type(error).__name__}: {told}\n{said.read()[-2000:]}", None))
+        pipe.send((f"{type(error).__name__}: {told}", None))
     pipe.close()
     # Not by the interpreter's end: a process group whose other side is gone may block it.
     sys.stdout.flush()

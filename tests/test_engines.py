@@ -64,6 +64,11 @@ def test_a_resumed_run_gives_the_losses_of_one_process(engine, kind, one_process
     assert saved.stat().st_size > 10_000
 
 
+def test_a_process_group_outlives_the_model_that_used_it(tmp_path):
+    """Freed by DDP it waits for a thread of gloo that may wait for the interpreter: of 40 ends one hung in each of three tries."""
+    assert gloo_processes.run(engine_cases.ended, 20, tmp_path, limit=60.0) == [20, 20]
+
+
 @pytest.mark.parametrize("engine", [e for e in ENGINES if e.values[0] in ("fsdp2", "zero3")])
 def test_bfloat16_trains_a_float32_adapter_on_any_engine(engine, tiny_model, corpus, tmp_path):
     given = {"max_steps": 3, "use_peft": True, "bf16": True, "patches": "all", "validation_split_percentage": 20}
@@ -212,7 +217,8 @@ def test_a_killed_process_ends_the_others_with_one_sentence_and_the_run_resumes(
     with pytest.raises(gloo_processes.ProcessError) as caught:
         gloo_processes.run(engine_cases.dying, engine, arguments, tmp_path, when, limit=60)
     message, (said, _) = caught.value.args
-    assert message == "rank 1: ended without an answer"
+    assert message.splitlines()[0] == "rank 1: ended without an answer"
+    assert "rank 0" not in message
     assert said.startswith("finetune: process 0: ")
     kept = {"step": 2, "checkpoint": 1}[when]
     told = "another process has ended" if when == "step" else "checkpoint-1 is whole: resume from it"

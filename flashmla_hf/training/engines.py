@@ -180,6 +180,22 @@ def backward(accelerator: Accelerator, loss: torch.Tensor) -> None:
 SAME_MISTAKE_WAIT, LOST_PROCESS_WAIT = 3.0, 10.0
 
 
+def end_training(accelerator: Accelerator) -> None:
+    """Ends the run's trackers and process groups.
+
+    DDP may hold the last reference to its group. It would free it holding the interpreter's lock, and a group of gloo waits
+    for its threads, of which one may wait for that lock to free a tensor: so groups stay until the interpreter ends.
+    """
+    if torch.distributed.is_initialized():
+        _ended_groups.append(torch.distributed.group.WORLD)
+        if (mesh := accelerator.torch_device_mesh) is not None:
+            _ended_groups.extend(mesh.get_all_groups())
+    accelerator.end_training()
+
+
+_ended_groups: list[torch.distributed.ProcessGroup | None] = []  # of end_training
+
+
 def let_others_speak(error: BaseException) -> str:
     """Waits so that the launcher can end this process in silence, and returns what its message begins with.
 

@@ -358,7 +358,7 @@ def finish(run: Run) -> dict:
             (output_dir / "trainer_state.json").write_text(json.dumps(dataclasses.asdict(state), indent=1))
             (output_dir / "all_results.json").write_text(json.dumps(results, indent=1))
     accelerator.wait_for_everyone()
-    accelerator.end_training()
+    engines.end_training(accelerator)
     accelerator.print(f"{saved}, trainer_state.json and all_results.json are in {output_dir}")
     return results
 

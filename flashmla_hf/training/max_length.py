@@ -83,7 +83,8 @@ def try_length(model_args: ModelArguments, args: TrainingArguments) -> None:
         print(TRIAL_MARK + json.dumps({"peak_bytes": peak, "seconds": seconds}), flush=True)
     if accelerator.num_processes > 1:
         accelerator.wait_for_everyone()
-        accelerator.end_training()  # a process group that is left to the interpreter's end may wait for the others
+        # A process group that is left to the interpreter's end may wait for the others.
+        engines.end_training(accelerator)
 
 
 def run_trial(argv: list[str], length: int, timeout: float, gpus: int = 1, fsdp: bool = False) -> dict:
