@@ -35,7 +35,7 @@ def kernel_refusal(call: Call) -> str | None:
     if call.attn_mask is not None:
         return "attn_mask is given: expected none (impl='sdpa' and impl='reference' take one)"
     if call.dropout_p > 0.0:
-        return f"dropout_p={call.dropout_p}: expected 0 (impl='sdpa' and impl='reference' compute dropout)"
+        return f"dropout_p={call.dropout_p}: expected 0 (impl='torch_flash', 'sdpa' and 'reference' compute dropout)"
     return dtype_refusal(call.q.dtype)
 
 

@@ -8,10 +8,13 @@ Which implementation runs when ``impl`` is ``None``:
 =====================================================  ===========================================================
 the call has                                           implementation
 =====================================================  ===========================================================
-``attn_mask`` or ``dropout_p > 0``                     ``sdpa`` if torch's SDPA computes the case exactly, else
+``dropout_p > 0`` on a GPU of capability 8.0 or more   ``torch_flash``, if it computes the case exactly
+``attn_mask`` or ``dropout_p > 0``, anything else      ``sdpa`` if torch's SDPA computes the case exactly, else
                                                        ``reference``; one warning, since memory grows as seqlen²
 fp16 or bf16 tensors on a Hopper GPU, head dims of     ``sm90``, if its library is built; it copies q, k or v whose
 multiples of 8 up to 256                               strides or address TMA cannot read (not multiples of 16 bytes)
+fp16 or bf16 tensors on a GPU of capability 8.0 or     ``torch_flash``, the FlashAttention 2 of torch: no softcap, sinks,
+more, head dims up to 256                              deterministic gradients, nor gradients beside ``return_lse``
 tensors on a GPU, anything else                        ``flex``
 tensors on the CPU                                     ``cpu``
 =====================================================  ===========================================================
@@ -28,7 +31,7 @@ import torch
 
 from flashmla_hf import direct, notices
 from flashmla_hf.backend import Backend
-from flashmla_hf.backends import cpu, flex, reference, sdpa, sm90
+from flashmla_hf.backends import aten_flash, cpu, flex, reference, sdpa, sm90
 from flashmla_hf.notices import log_choice, warn_once
 from flashmla_hf.validation import Call, fail, validate
 
@@ -38,13 +41,14 @@ _DETERMINISTIC = os.environ.get("FLASH_ATTENTION_DETERMINISTIC", "0") == "1"
 IMPLEMENTATIONS: dict[str, Backend] = {
     "sm90": sm90.BACKEND,
     "cpu": cpu.BACKEND,
+    "torch_flash": aten_flash.BACKEND,
     "flex": flex.BACKEND,
     "sdpa": sdpa.BACKEND,
     "reference": reference.BACKEND,
 }
 
 # Device type -> the implementations of the fused kernel, the preferred one first.
-_CANDIDATES = {"cuda": ("sm90", "flex"), "cpu": ("cpu",), "meta": ("cpu",)}
+_CANDIDATES = {"cuda": ("sm90", "torch_flash", "flex"), "cpu": ("cpu",), "meta": ("cpu",)}
 
 
 # Longer than 80 lines: the docstring is the contract of this package.
@@ -88,7 +92,7 @@ def attention(
         attn_mask: broadcasts to [batch, heads_q, seqlen_q, seqlen_kv]; boolean (true keeps) or floating (added to the
             scores after softcap, in the wider of its dtype and q's; -inf hides). A key must also be visible by
             ``is_causal`` and ``window``. No fused kernel takes a mask: see the table above.
-        dropout_p: probability of dropping a weight. No fused kernel computes dropout: see the table above.
+        dropout_p: probability of dropping a weight. Of the fused kernels ``torch_flash`` alone computes dropout.
         cu_seqlens_q, cu_seqlens_kv: int32 [num_sequences + 1] boundaries of packed sequences, from 0, never falling;
             both or neither. Sequences may be empty; rows past the last boundary belong to none. On a GPU the values
             are not read back, so they are not checked.
@@ -97,8 +101,8 @@ def attention(
         return_lse: also return the natural logarithm of each softmax denominator, sink included.
         deterministic: gradients are bitwise equal if the call is repeated; ``None`` follows
             ``torch.use_deterministic_algorithms`` and the environment variable FLASH_ATTENTION_DETERMINISTIC (read at import).
-        impl: the implementation, ``"sm90"``, ``"cpu"``, ``"flex"``, ``"sdpa"`` or ``"reference"``; ``None`` follows the
-            table above.
+        impl: the implementation, ``"sm90"``, ``"cpu"``, ``"torch_flash"``, ``"flex"``, ``"sdpa"`` or ``"reference"``;
+            ``None`` follows the table above.
 
     Returns:
         out [batch, seqlen_q, heads_q, head_dim_v] (packed: [total_q, heads_q, head_dim_v]) in q's dtype; with
@@ -106,8 +110,8 @@ def attention(
         out 0 and lse -inf (with sinks: the sink's logit).
 
     With ``"cpu"`` and ``"reference"`` a hidden value never reaches the query, even if it is NaN or infinite. ``"sm90"``
-    guarantees this for values outside the query's sequence. Inside the sequence, and with ``"flex"`` and ``"sdpa"``, a hidden
-    value that is not finite can turn a weight of 0 into 0·NaN, as in eager attention. Automatic dispatch reads the values of
+    guarantees this for values outside the query's sequence. Inside the sequence, and with ``"torch_flash"``, ``"flex"`` and
+    ``"sdpa"``, a hidden value that is not finite can turn a weight of 0 into 0·NaN, as in eager attention. Automatic dispatch reads the values of
     q, k and v before it chooses ``"sdpa"`` for a call that hides something, and chooses ``"reference"`` if one is not finite.
     It cannot read them under torch.compile, torch.func and CUDA graphs. Autocast changes nothing: the result has q's dtype.
 
@@ -153,6 +157,9 @@ def _choose(call: Call) -> str:
         log_choice(call, impl, "explicit")
         return impl
 
+    if call.dropout_p > 0.0 and aten_flash.refusal(call) is None:
+        log_choice(call, "torch_flash", "dropout_p")
+        return "torch_flash"
     if call.attn_mask is not None or call.dropout_p > 0.0:
         argument = "attn_mask" if call.attn_mask is not None else "dropout_p"
         is_for_sdpa = sdpa.refusal(call) is None and not sdpa.hides_values_that_are_not_finite(call)

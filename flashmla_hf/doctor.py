@@ -28,7 +28,7 @@ from flashmla_hf.validation import Call
 PACKAGES = ("flashmla_hf", "torch", "triton", "transformers", "accelerate", "peft", "trl")
 
 # The implementations that compute attention by this package's own means; the others are torch's and the oracle.
-TESTED = ("cpu", "sm90", "flex")
+TESTED = ("cpu", "sm90", "torch_flash", "flex")
 
 
 def examine() -> dict:

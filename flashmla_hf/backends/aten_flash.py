@@ -1,0 +1,246 @@
+"""Implementation ``torch_flash``: the FlashAttention 2 that torch brings, compiled ahead of time, for GPUs from capability 8.0 on.
+
+It calls torch's operators ``aten::_flash_attention_forward`` and ``_backward``. (:mod:`flashmla_hf.torch_flash` is the opposite:
+our kernels under torch's names.) What they compute exactly they compute here; :func:`refusal` names the rest. Their contract,
+by the sources of torch 2.10 to 2.13 (ATen/native/transformers/cuda/flash_attn/flash_api.cpp), holds traps, each of them silent:
+
+* Masks are bottom-right aligned, as ours. But a window's right edge of ``max_seqlen_kv`` or more counts as none, and an open
+  right edge beside a closed left one as ``max_seqlen_kv``: both are wrong if a sequence has more queries than keys.
+* Window edges are cut to 32 bits.
+* A row that sees no key has lse +inf, ours has -inf. The backward needs +inf.
+* Packed rows past the last boundary are left uninitialised, in the output and in the gradients.
+* With ``max_seqlen_q`` 1 and grouped heads it takes the number of sequences for that of the rows.
+* Head dims are not padded: q, k and v need the same one, a multiple of 8. Rows are read 16 bytes at a time, without a check.
+* The maximum of a row is taken before the scale, which so must be positive.
+* Its gradient ignores that of the lse. It is bitwise reproducible by torch's own setting only.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+from flashmla_hf.backend import Backend
+from flashmla_hf.backends import sm90
+from flashmla_hf.notices import log_choice
+from flashmla_hf.ops import dtype_name
+from flashmla_hf.torch_state import has_transforms
+from flashmla_hf.validation import Call
+
+_HEAD_DIM_MULTIPLE, _MAX_HEAD_DIM = 8, 256
+_FIRST_CAPABILITY, _LAST_CAPABILITY = (8, 0), (12, 1)  # what torch's SDPA gives to these kernels
+# Their shared memory does not hold every backward of head dims above 192.
+_SMALL_CAPABILITIES = ((8, 6), (8, 9), (12, 0), (12, 1))
+_MAX_GRID = 65535  # batch and heads are the second and third dimension of a CUDA grid
+_MAX_INDEX = 2**31  # the lse of a pack is indexed by 32 bits
+
+
+def refusal(call: Call) -> str | None:
+    return device_refusal(call.q.device) or call_refusal(call)
+
+
+def device_refusal(device: torch.device) -> str | None:
+    """Why torch's operators compute nothing on this device; ``None`` if the device does not rule them out."""
+    if device.type != "cuda":
+        return f"the tensors are on {device}: expected a GPU"
+    if torch.version.hip is not None:
+        return "torch is built for ROCm, whose operator has another contract: expected a torch for CUDA"
+    properties = torch.cuda.get_device_properties(device)  # a constant to torch.compile
+    if not _FIRST_CAPABILITY <= (properties.major, properties.minor) <= _LAST_CAPABILITY:
+        first, last = (f"{major}.{minor}" for major, minor in (_FIRST_CAPABILITY, _LAST_CAPABILITY))
+        got = f"{properties.name} has {properties.major}.{properties.minor}"
+        return f"{got}: expected a compute capability from {first} to {last}"
+    if not torch.compiler.is_compiling():
+        if not torch.backends.cuda.is_flash_attention_available():
+            return "this torch was built without FlashAttention"
+        active = getattr(torch.nn.attention, "current_flash_attention_impl", lambda: None)()
+        if active is not None:
+            return (
+                f"torch.nn.attention.activate_flash_attention_impl({active!r}) has replaced torch's operators: expected its own "
+                "(torch.nn.attention.restore_flash_attention_impl())"
+            )
+    return None
+
+
+def call_refusal(call: Call) -> str | None:
+    """Why torch's operators do not compute exactly this call, whatever the device; ``None`` if they do."""
+    if call.attn_mask is not None:
+        return "attn_mask is given: expected none (impl='sdpa' and impl='reference' take one)"
+    if call.softcap > 0.0 or call.sinks is not None:
+        return f"{'softcap' if call.softcap > 0.0 else 'sinks'} is given: torch's FlashAttention has none"
+    if call.q.dtype not in (torch.float16, torch.bfloat16):
+        return f"dtype {dtype_name(call.q.dtype)}: expected float16 or bfloat16"
+    if call.scale <= 0.0:
+        return f"scale {call.scale}: expected a positive one"
+    return _size_refusal(call) or _window_refusal(call) or _gradient_refusal(call)
+
+
+def _size_refusal(call: Call) -> str | None:
+    largest = max(call.q.shape[-1], call.v.shape[-1])
+    if largest > _MAX_HEAD_DIM:
+        return f"head_dim {largest}: expected at most {_MAX_HEAD_DIM}"
+    if call.q.numel() == 0 or call.k.numel() == 0:
+        return "there are no queries or no keys: expected at least one of both"
+    if call.cu_seqlens_q is None:
+        batch = call.q.shape[0]
+    else:
+        batch = call.cu_seqlens_q.shape[0] - 1
+        if batch < 1:
+            return "cu_seqlens hold no sequence: expected at least one"
+        if call.q.shape[0] * call.q.shape[1] >= _MAX_INDEX:
+            return f"{call.q.shape[0] * call.q.shape[1]} rows of heads in the pack: expected fewer than {_MAX_INDEX}"
+    for name, size in (("sequences", batch), ("query heads", call.q.shape[-2])):
+        if size > _MAX_GRID:
+            return f"{size} {name}: expected at most {_MAX_GRID}"
+    return None
+
+
+def _window_refusal(call: Call) -> str | None:
+    arguments = _arguments(call)
+    # The same boundaries twice: no sequence has more queries than keys.
+    if call.cu_seqlens_q is not None and call.cu_seqlens_q is call.cu_seqlens_kv:
+        return None
+    if arguments.right is not None and arguments.right > 0 and arguments.right >= arguments.longest_kv:
+        return (
+            f"window ({call.window_left}, {call.window_right}) with up to {arguments.longest_q} queries and "
+            f"{arguments.longest_kv} keys in a sequence: torch's FlashAttention would move its right edge"
+        )
+    return None
+
+
+def _gradient_refusal(call: Call) -> str | None:
+    if not torch.compiler.is_compiling() and has_transforms():  # dynamo takes its own interpreter for a transform
+        return "a transform of torch.func is active: expected none"
+    if not torch.is_grad_enabled() or not any(x.requires_grad for x in (call.q, call.k, call.v)):
+        return None
+    if call.return_lse:
+        return "return_lse=True with gradients: torch's FlashAttention computes none through the lse"
+    if call.deterministic and (
+        not torch.are_deterministic_algorithms_enabled() or torch.is_deterministic_algorithms_warn_only_enabled()
+    ):
+        return (
+            "deterministic=True: torch's FlashAttention follows torch.use_deterministic_algorithms(True) alone, without "
+            "warn_only"
+        )
+    head_dim = _padded_head_dim(call)
+    if head_dim > 192 and (head_dim <= 224 or call.dropout_p > 0.0) and _is_small_gpu(call.q.device):
+        return f"head_dim {head_dim} with gradients: expected at most 192 on this GPU, or more than 224 without dropout"
+    return None
+
+
+def _is_small_gpu(device: torch.device) -> bool:
+    if device.type != "cuda":
+        return False
+    properties = torch.cuda.get_device_properties(device)
+    return (properties.major, properties.minor) in _SMALL_CAPABILITIES
+
+
+def _padded_head_dim(call: Call) -> int:
+    largest = max(call.q.shape[-1], call.v.shape[-1])
+    return -(-largest // _HEAD_DIM_MULTIPLE) * _HEAD_DIM_MULTIPLE
+
+
+@dataclass(frozen=True)
+class _Arguments:
+    """The operators' arguments that are no tensors; ``left`` and ``right`` are ``None`` if that edge is open."""
+
+    longest_q: int
+    longest_kv: int
+    dropout_p: float
+    is_causal: bool
+    scale: float
+    left: int | None
+    right: int | None
+
+
+def _arguments(call: Call) -> _Arguments:
+    longest_q, longest_kv = call.max_seqlen_q, call.max_seqlen_kv
+    if call.is_packed:
+        # Any bound will do, and smaller ones are read as something else.
+        longest_q, longest_kv = max(longest_q, 2), max(longest_kv, 1)
+    left, right = call.window_left, call.window_right
+    # Query i is at key position p, seqlen_kv - seqlen_q <= p < seqlen_kv: from these sizes on an edge hides nothing.
+    has_left = 0 <= left < longest_kv - 1
+    has_right = 0 <= right < longest_q - 1
+    is_causal = right == 0 and not has_left
+    if is_causal:
+        return _Arguments(longest_q, longest_kv, call.dropout_p, True, call.scale, None, None)
+    if has_left and not has_right:
+        has_right, right = True, longest_q - 1  # said openly, since open it would be longest_kv
+    return _Arguments(
+        longest_q, longest_kv, call.dropout_p, False, call.scale, left if has_left else None, right if has_right else None
+    )
+
+
+class _Flash(torch.autograd.Function):
+    """q, k and v of one head dim, a multiple of 8, aligned to 16 bytes -> out and lse, in our conventions."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: torch.Tensor,  # [batch, seqlen_q, heads_q, head_dim] or packed [total_q, heads_q, head_dim]; k, v alike
+        k: torch.Tensor,
+        v: torch.Tensor,
+        cu_seqlens_q: torch.Tensor | None,
+        cu_seqlens_kv: torch.Tensor | None,
+        arguments: _Arguments,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        a = arguments
+        out, lse, random_state, unused, _ = torch.ops.aten._flash_attention_forward(
+            q, k, v, cu_seqlens_q, cu_seqlens_kv, a.longest_q, a.longest_kv, a.dropout_p, a.is_causal, False, scale=a.scale,
+            window_size_left=a.left, window_size_right=a.right,
+        )  # fmt: skip
+        if cu_seqlens_q is not None:
+            rest = _rest(q, cu_seqlens_q)
+            out = out.masked_fill_(rest[:, None, None], 0.0)
+            lse = lse.masked_fill_(rest, torch.inf)
+        ctx.save_for_backward(q, k, v, out, lse, cu_seqlens_q, cu_seqlens_kv, random_state, unused)
+        ctx.arguments = arguments
+        ours = lse.masked_fill(lse == torch.inf, -torch.inf)
+        ctx.mark_non_differentiable(ours)
+        return out, ours
+
+    @staticmethod
+    def backward(ctx: Any, dout: torch.Tensor, _: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        # Not once_differentiable, which lets a second derivative pass as 0: torch's operator raises for one.
+        q, k, v, out, lse, cu_seqlens_q, cu_seqlens_kv, random_state, unused = ctx.saved_tensors
+        a = ctx.arguments
+        is_aligned = torch.compiler.is_compiling() or dout.storage_offset() % 8 == 0  # torch.compile traces no offset
+        if not (is_aligned and dout.is_contiguous()):
+            dout = dout.clone(memory_format=torch.contiguous_format)
+        dq, dk, dv = torch.ops.aten._flash_attention_backward(
+            dout, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_kv, a.longest_q, a.longest_kv, a.dropout_p, a.is_causal,
+            random_state, unused, scale=a.scale, window_size_left=a.left, window_size_right=a.right,
+        )  # fmt: skip
+        if cu_seqlens_q is not None:
+            dq = dq.masked_fill_(_rest(q, cu_seqlens_q)[:, None, None], 0.0)
+            rest = _rest(k, cu_seqlens_kv)[:, None, None]
+            dk, dv = dk.masked_fill_(rest, 0.0), dv.masked_fill_(rest, 0.0)
+        return dq, dk, dv, None, None, None
+
+
+def _rest(x: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
+    """Which rows of the pack lie past the last boundary: bool [total]. The boundary is not read back."""
+    return torch.arange(x.shape[0], device=x.device) >= cu_seqlens[-1]
+
+
+def run(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
+    """Pads head dims with zeros, which change no product, and copies what is not aligned to 16 bytes."""
+    head_dim_v, head_dim = call.v.shape[-1], _padded_head_dim(call)
+    unaligned = sm90.unaligned(call)
+    tensors = []
+    for name, x in (("q", call.q), ("k", call.k), ("v", call.v)):
+        if x.shape[-1] != head_dim:
+            x = functional.pad(x, (0, head_dim - x.shape[-1]))
+        elif name in unaligned:
+            log_choice(call, "torch_flash", f"copies {name}")
+            x = x.clone(memory_format=torch.contiguous_format)
+        tensors.append(x)
+    out, lse = _Flash.apply(*tensors, call.cu_seqlens_q, call.cu_seqlens_kv, _arguments(call))
+    return out[..., :head_dim_v], lse
+
+
+BACKEND = Backend(refusal, run)
