@@ -111,9 +111,10 @@ def attention(
 
     With ``"cpu"`` and ``"reference"`` a hidden value never reaches the query, even if it is NaN or infinite. ``"sm90"``
     guarantees this for values outside the query's sequence. Inside the sequence, and with ``"torch_flash"``, ``"flex"`` and
-    ``"sdpa"``, a hidden value that is not finite can turn a weight of 0 into 0·NaN, as in eager attention. Automatic dispatch reads the values of
-    q, k and v before it chooses ``"sdpa"`` for a call that hides something, and chooses ``"reference"`` if one is not finite.
-    It cannot read them under torch.compile, torch.func and CUDA graphs. Autocast changes nothing: the result has q's dtype.
+    ``"sdpa"``, a hidden value that is not finite can turn a weight of 0 into 0·NaN, as in eager attention. Automatic dispatch
+    reads the values of q, k and v before it chooses ``"sdpa"`` for a call that hides something, and chooses ``"reference"`` if
+    one is not finite. It cannot read them under torch.compile, torch.func and CUDA graphs. Autocast changes nothing: the
+    result has q's dtype.
 
     ``torch.func`` and ``torch.vmap`` work, first derivatives included. Forward mode and second derivatives raise with the
     fused kernels (``impl="reference"`` computes both). Boundaries of packed sequences cannot be vmapped.

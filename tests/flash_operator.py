@@ -5,6 +5,7 @@ What the kernels leave uninitialised is NaN here; what they read without a check
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass
 
@@ -102,9 +103,7 @@ class FlashOperator:
             assert x.numel() > 0
             assert x.stride(-1) == 1
             assert x.storage_offset() % 8 == 0, "reads from an address that is no multiple of 16 bytes"
-            assert all(
-                stride % 8 == 0 for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True) if size > 1
-            )
+            assert all(stride % 8 == 0 for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True) if size > 1)
         left, right = (-1 if edge is None else edge for edge in (left, right))
         assert max(left, right) < 2**31, "the operator cuts this to 32 bits"
         if max_q == 1:
@@ -121,7 +120,10 @@ class FlashOperator:
             right = max_k
         if cum_q is None:
             assert (max_q, max_k) == (q.shape[1], k.shape[1])
-            ranges = [(b, slice(0, max_q)) for b in range(q.shape[0])], [(b, slice(0, max_k)) for b in range(q.shape[0])]
+            ranges = (
+                [(b, slice(0, max_q)) for b in range(q.shape[0])],
+                [(b, slice(0, max_k)) for b in range(q.shape[0])],
+            )
         else:
             ranges = _ranges(cum_q, max_q), _ranges(cum_k, max_k)
         return Sequences(*ranges, left, right)
@@ -129,8 +131,8 @@ class FlashOperator:
 
 def _ranges(cum, longest) -> list[tuple[int, slice]]:
     bounds = cum.tolist()
-    assert max(stop - start for start, stop in zip(bounds, bounds[1:], strict=False)) <= longest
-    return [(0, slice(start, stop)) for start, stop in zip(bounds, bounds[1:], strict=False)]
+    assert max(stop - start for start, stop in itertools.pairwise(bounds)) <= longest
+    return [(0, slice(start, stop)) for start, stop in itertools.pairwise(bounds)]
 
 
 def _scores(query, key, parts: Sequences, scale) -> torch.Tensor:

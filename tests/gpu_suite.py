@@ -76,7 +76,7 @@ PARTS: dict[str, tuple[Step, ...]] = {
         Step("sm90 backward", (*PARALLEL, *files("sm90_backward", "sm90_backward_streams")), 300),
         # Each of these wants half of the GPU's memory.
         Step("sm90 addresses", (*PYTEST, *files("sm90_addresses", "sm90_backward_addresses")), 240),
-        Step("sm90 contract", (*PARALLEL, *files("gpu", "direct"), "-k", "sm90 or not flex"), 240),
+        Step("sm90 contract", (*PARALLEL, *files("gpu", "direct", "aten_flash"), "-k", "sm90 or not flex"), 240),
     ),
     "decode": (Step("decode", (*PARALLEL, *DECODE), 300),),
     "robust": (

@@ -27,7 +27,7 @@ def is_oracle_in_place() -> bool:
     return os.environ.get("FLASHMLA_TEST_IMPL") == "reference"
 
 
-KERNELS = ("cpu", "sm90", "flex")
+KERNELS = ("cpu", "sm90", "torch_flash", "flex")
 
 if is_oracle_in_place():
     # Without a compiled library the oracle takes the place of every kernel.

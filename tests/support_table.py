@@ -41,7 +41,7 @@ def render(results: dict) -> str:
                 ", ".join(f.removeprefix(prefix) for f in features if f.startswith(prefix) and "none" not in f) or "–"
             )
 
-        kernel = sum(calls.get(name, 0) for name in ("cpu", "sm90", "flex"))
+        kernel = sum(calls.get(name, 0) for name in ("cpu", "sm90", "torch_flash", "flex"))
         packed = "yes" if "packed" in features else "–"
         lines.append(
             f"| {family.name} | {named('padding ')} | {named('generate ')} | {packed} | {kernel} of "

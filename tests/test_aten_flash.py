@@ -1,6 +1,6 @@
 """Implementation ``torch_flash``: torch's operators give the reference's numbers, and what they do not compute is refused.
 
-Without a GPU their place is taken by flash_operator.py, which has their traps (tests/test_gpu.py runs the operators).
+Their place is taken by flash_operator.py, which has their traps. The tests of a GPU at the end run the operators themselves.
 """
 
 from __future__ import annotations
@@ -34,10 +34,25 @@ def operator(monkeypatch):
 
 
 def call_of(**arguments):
-    names = (
-        "q k v scale is_causal window softcap sinks dropout_p cu_seqlens_q cu_seqlens_kv max_seqlen_q max_seqlen_kv "
-        "deterministic impl return_lse attn_mask"
-    ).split()
+    names = [
+        "q",
+        "k",
+        "v",
+        "scale",
+        "is_causal",
+        "window",
+        "softcap",
+        "sinks",
+        "dropout_p",
+        "cu_seqlens_q",
+        "cu_seqlens_kv",
+        "max_seqlen_q",
+        "max_seqlen_kv",
+        "deterministic",
+        "impl",
+        "return_lse",
+        "attn_mask",
+    ]
     defaults = {"is_causal": False, "softcap": 0.0, "dropout_p": 0.0, "deterministic": False, "return_lse": False}
     return validate(*(arguments.get(name, defaults.get(name)) for name in names))
 
@@ -58,9 +73,9 @@ def through_two_calls(**arguments):
     return attention(**arguments, impl="torch_flash"), lse
 
 
-def check(case, dtype):
+def check(case, dtype, device="cpu"):
     """The rule of numerics.py; of a call that is refused, that the refusal is one of those documented."""
-    inputs = case.inputs(dtype)
+    inputs = case.inputs(dtype, device)
     call = call_of(
         q=inputs.q, k=inputs.k, v=inputs.v, sinks=inputs.sinks, cu_seqlens_q=inputs.cu_seqlens_q,
         cu_seqlens_kv=inputs.cu_seqlens_kv, **case.options,
@@ -186,14 +201,18 @@ def test_what_it_does_not_compute_is_refused_in_words(arguments, said, operator)
 
 
 def test_without_a_gpu_it_is_refused():
-    with pytest.raises(RuntimeError, match="torch_flash' cannot compute this call: the tensors are on cpu: expected a GPU"):
+    with pytest.raises(
+        RuntimeError, match="torch_flash' cannot compute this call: the tensors are on cpu: expected a GPU"
+    ):
         attention(**half(qkv()), impl="torch_flash")
 
 
 def test_transforms_of_torch_func_are_refused(operator):
     arguments = half(qkv())
     with pytest.raises(RuntimeError, match=r"a transform of torch.func is active"):
-        torch.func.vmap(lambda q: attention(q, arguments["k"], arguments["v"], impl="torch_flash"))(arguments["q"][None])
+        torch.func.vmap(lambda q: attention(q, arguments["k"], arguments["v"], impl="torch_flash"))(
+            arguments["q"][None]
+        )
 
 
 def test_deterministic_gradients_follow_torchs_setting(operator):
@@ -236,7 +255,8 @@ class OnGpu(torch.Tensor):
 
 def on_gpu(arguments):
     return {
-        name: value.as_subclass(OnGpu) if isinstance(value, torch.Tensor) else value for name, value in arguments.items()
+        name: value.as_subclass(OnGpu) if isinstance(value, torch.Tensor) else value
+        for name, value in arguments.items()
     }
 
 
@@ -294,9 +314,7 @@ def test_devices_are_refused_in_words(change, said, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     monkeypatch.setattr(torch.version, "hip", change.get("hip"))
     monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: change.get("flash", True))
-    monkeypatch.setattr(
-        torch.nn.attention, "current_flash_attention_impl", lambda: change.get("active"), raising=False
-    )
+    monkeypatch.setattr(torch.nn.attention, "current_flash_attention_impl", lambda: change.get("active"), raising=False)
     assert said in aten_flash.device_refusal(torch.device("cuda", 0))
 
 
@@ -366,3 +384,38 @@ def test_the_check_can_fail(monkeypatch, operator):
     )
     with pytest.raises(AssertionError):
         check(Case(seqlen_q=70, is_causal=True), torch.bfloat16)
+
+
+# ---- torch's own operators -------------------------------------------------------------------------------------------
+
+needs_gpu = pytest.mark.skipif(
+    not torch.cuda.is_available() or aten_flash.device_refusal(torch.device("cuda", 0)) is not None,
+    reason="no GPU that runs torch's FlashAttention",
+)
+
+
+@needs_gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("case", [*CASES, *TRAPS], ids=lambda case: case.name)
+def test_the_operators_themselves_are_exact(case, dtype):
+    check(case, dtype, "cuda")
+
+
+@needs_gpu
+def test_the_operators_themselves_drop_and_scale():
+    q, k = (torch.randn(2, 512, 4, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in range(2))
+    v = torch.ones(2, 512, 2, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    out = attention(q, k[:, :, :2], v, dropout_p=0.25, is_causal=True)
+    assert out.float().std() > 0.02
+    assert abs(out.float().mean() - 1.0) < 0.02
+    out.sum().backward()
+    assert v.grad.float().sum().item() == pytest.approx(out.float().sum().item(), rel=0.01)
+
+
+@needs_gpu
+def test_the_operators_themselves_are_compiled():
+    leaves = [torch.randn(2, 200, 4, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in range(3)]
+    step = lambda q, k, v: attention(q, k, v, is_causal=True, impl="torch_flash")  # noqa: E731
+    out = torch.compile(step, fullgraph=True)(*leaves)
+    torch.testing.assert_close(out, step(*leaves))
+    torch.autograd.grad(out.float().sum(), leaves)

@@ -98,7 +98,7 @@ def test_direct_calls_are_off_with_an_untested_torch():
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_the_report_says_why_an_implementation_is_unavailable(report):
-    for name in ("sm90", "flex"):
+    for name in ("sm90", "torch_flash", "flex"):
         entry = report["implementations"][name]
         assert entry == {"available": False, "reason": "no GPU that torch can use", "self-tests": []}
     assert report["gpus"] == []

@@ -366,7 +366,7 @@ def test_checkpointing_recomputes_the_same(impl):
 
 def test_the_default_is_a_fused_kernel(monkeypatch):
     chosen = []
-    for name in ("sm90", "flex", "cpu", "sdpa", "reference"):
+    for name in ("sm90", "torch_flash", "flex", "cpu", "sdpa", "reference"):
         implementation = IMPLEMENTATIONS[name]
 
         def run(call, name=name, implementation=implementation):
@@ -377,7 +377,8 @@ def test_the_default_is_a_fused_kernel(monkeypatch):
     # The fast path computes the call before an implementation is chosen.
     monkeypatch.setattr(direct, "enabled", False)
     attention(*qkv(2, 300, 300), is_causal=True)
-    assert chosen == ["sm90" if gpu_support.sm90_missing() is None else "flex"]
+    has_flash = torch.cuda.get_device_capability() >= (8, 0)
+    assert chosen == ["sm90" if gpu_support.sm90_missing() is None else "torch_flash" if has_flash else "flex"]
 
 
 @pytest.mark.parametrize(
@@ -386,6 +387,7 @@ def test_the_default_is_a_fused_kernel(monkeypatch):
         ("flex", torch.float64, {}, "dtype float64"),
         ("flex", torch.bfloat16, {"dropout_p": 0.1}, "dropout_p=0.1"),
         ("flex", torch.bfloat16, {"attn_mask": True}, "attn_mask is given"),
+        ("torch_flash", torch.float32, {}, "dtype float32|compute capability"),
         ("sm90", torch.float32, {}, "sm90.so|dtype float32|not a Hopper GPU"),
         ("cpu", torch.bfloat16, {}, "expected cpu|was not built"),
         (None, torch.float64, {}, "no implementation computes this call"),

@@ -36,7 +36,7 @@ REFUSED = {
     ),
     "dropout": (
         lambda: {**tensors(), "dropout_p": 0.1},
-        r"dropout_p=0\.1: expected 0 \(impl='sdpa' and impl='reference' compute dropout\)",
+        r"dropout_p=0\.1: expected 0 \(impl='torch_flash', 'sdpa' and 'reference' compute dropout\)",
     ),
     "a head dim beyond 256": (lambda: tensors(head_dim=264), r"264.*256|256.*264"),
     "a head dim beyond 256 that is no multiple of 8 either": (lambda: tensors(head_dim=260), r"260.*256|256.*260"),
@@ -63,11 +63,12 @@ def test_sm90_refuses_calls_that_it_does_not_compute_with_the_reason(name):
 @needs_sm90
 @pytest.mark.skipif(DEVICE == "cpu", reason="the choice on a GPU")
 @pytest.mark.parametrize("name", [name for name in REFUSED if "head dim" in name or name == "float32"])
-def test_the_automatic_choice_leaves_to_flex_calls_that_sm90_does_not_compute(name):
-    with counted_calls(stub=("flex",)) as chosen:
+def test_the_automatic_choice_leaves_to_others_calls_that_sm90_does_not_compute(name):
+    with counted_calls(stub=("flex", "torch_flash")) as chosen:
         attention(**REFUSED[name][0]())
         attention(**tensors())
-    assert chosen == {"flex": 1, "sm90": 1}
+    other = "flex" if "256" in name or name == "float32" else "torch_flash"
+    assert chosen == {other: 1, "sm90": 1}
 
 
 # ---- Alignment -------------------------------------------------------------------------------------------------------

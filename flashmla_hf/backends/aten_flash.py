@@ -1,8 +1,9 @@
-"""Implementation ``torch_flash``: the FlashAttention 2 that torch brings, compiled ahead of time, for GPUs from capability 8.0 on.
+"""Implementation ``torch_flash``: the FlashAttention 2 that torch brings, for GPUs from compute capability 8.0 on.
 
-It calls torch's operators ``aten::_flash_attention_forward`` and ``_backward``. (:mod:`flashmla_hf.torch_flash` is the opposite:
-our kernels under torch's names.) What they compute exactly they compute here; :func:`refusal` names the rest. Their contract,
-by the sources of torch 2.10 to 2.13 (ATen/native/transformers/cuda/flash_attn/flash_api.cpp), holds traps, each of them silent:
+It calls torch's operators ``aten::_flash_attention_forward`` and ``_backward``, compiled ahead of time, whose arguments are the
+same from torch 2.10 on. (:mod:`flashmla_hf.torch_flash` is the opposite: our kernels under torch's names.) What they compute
+exactly they compute here; :func:`refusal` names the rest. Their contract, by torch's source
+(ATen/native/transformers/cuda/flash_attn/flash_api.cpp), holds traps, each of them silent:
 
 * Masks are bottom-right aligned, as ours. But a window's right edge of ``max_seqlen_kv`` or more counts as none, and an open
   right edge beside a closed left one as ``max_seqlen_kv``: both are wrong if a sequence has more queries than keys.
@@ -59,8 +60,8 @@ def device_refusal(device: torch.device) -> str | None:
         active = getattr(torch.nn.attention, "current_flash_attention_impl", lambda: None)()
         if active is not None:
             return (
-                f"torch.nn.attention.activate_flash_attention_impl({active!r}) has replaced torch's operators: expected its own "
-                "(torch.nn.attention.restore_flash_attention_impl())"
+                f"torch.nn.attention.activate_flash_attention_impl({active!r}) has replaced torch's operators: expected its "
+                "own (torch.nn.attention.restore_flash_attention_impl())"
             )
     return None
 
@@ -171,7 +172,13 @@ def _arguments(call: Call) -> _Arguments:
     if has_left and not has_right:
         has_right, right = True, longest_q - 1  # said openly, since open it would be longest_kv
     return _Arguments(
-        longest_q, longest_kv, call.dropout_p, False, call.scale, left if has_left else None, right if has_right else None
+        longest_q,
+        longest_kv,
+        call.dropout_p,
+        False,
+        call.scale,
+        left if has_left else None,
+        right if has_right else None,
     )
 
 

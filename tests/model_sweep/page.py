@@ -75,7 +75,7 @@ def _probes(r: dict) -> str:
 
 
 def _calls(r: dict) -> str:
-    kernel = sum(r["calls"].get(name, 0) for name in ("cpu", "sm90", "flex"))
+    kernel = sum(r["calls"].get(name, 0) for name in ("cpu", "sm90", "torch_flash", "flex"))
     return f"{kernel} of {sum(r['calls'].values())}" if r["calls"] else "–"
 
 
@@ -84,7 +84,11 @@ def _remarks(r: dict) -> str:
     remarks = []
     if r["implementation"] != "flashmla":
         remarks.append(f"under {r['implementation']!r}")
-    if r["status"] == "equal" and r["calls"] and not any(r["calls"].get(n) for n in ("cpu", "sm90", "flex")):
+    if (
+        r["status"] == "equal"
+        and r["calls"]
+        and not any(r["calls"].get(n) for n in ("cpu", "sm90", "torch_flash", "flex"))
+    ):
         remarks.append("exact, by a dense mask or bias")
     if any(v.startswith("equal within") for v in r["probes"].values()):
         remarks.append("within eager's own rounding")

@@ -22,7 +22,7 @@ from model_sweep.comparison import TOLERANCE, Pair, difference, zeros
 from model_sweep.training import probe_generation, probe_training
 from model_sweep.verdicts import Result, first_line, raised, verdict
 
-KERNELS = ("cpu", "sm90", "flex")
+KERNELS = ("cpu", "sm90", "torch_flash", "flex")
 
 
 def examine(candidate: Candidate, only_forward: bool = False) -> Result:
