@@ -4,6 +4,7 @@
     python benchmarks/bench_attention.py --suite anchors --directions fwd --peers flashmla sdpa-cudnn sdpa-flash fa4
     python benchmarks/bench_attention.py --suite varlen window overhead --resume     # into the same file
     python benchmarks/bench_attention.py --shape "d128 B1 H32/8 S4096 causal bf16" --directions fwd bwd
+    python benchmarks/bench_attention.py --suite random --seed 7 --shapes 20         # shapes in no list, about 4 minutes
     python benchmarks/compare.py OLD.json NEW.json                         # ratios of two runs
     python benchmarks/bench_attention.py --list                            # the shapes of each suite
 
@@ -19,6 +20,10 @@ after the other. On a CPU a turn is 0.1 s of the wall clock. Median and interqua
 fwd is without gradients (inference), bwd the gradients of q, k, v from a kept forward, host the time until an
 asynchronous call returns: 100 calls back to back, then a wait, so that the queue never fills.
 
+--suite random draws shapes (head dims, GQA, lengths, masks, packed documents) by --seed, and ends with the distribution of
+our rate over the best peer's: the worst first, with what a model of the kernel's schedule (schedule_model.py) makes of
+each below 0.97. --resume with another seed adds to the same file.
+
 No number without a right answer: output, dQ, dK and dV of every timed implementation are compared on a slice (one kv
 head and its query heads; first, middle and last rows; of a packed batch the first, the longest and the last document)
 with attention in float64. A wrong one is named and not timed.
@@ -33,16 +38,20 @@ from __future__ import annotations
 import gc
 import importlib.util
 import statistics
+from collections.abc import Iterable
 
-import records
+import distribution
+import random_shapes
 import render_results
+import schedule_model
 import torch
 import torch._functorch.config
 import verdicts
 from check import Inputs, expected, verdict
+from compile_ahead import COMPILED, compile_ahead
 from peers import DEFAULT_PEERS, PEERS, Unsupported
 from series import Benchmark, Job
-from shapes import DEFAULT_SUITES, MODES, SUITES, Shape
+from shapes import DEFAULT_SUITES, MODES, SUITES, Shape, Suite
 from timing import free, gpu_state, interleaved, matmul_ceiling, peak_memory, spread, timed_call
 
 from flashmla_hf.training.arguments import first_line
@@ -115,6 +124,8 @@ def measure_shape(job: Job, device: str, repeats: int, seconds: float) -> list[d
                 record["flops_per_second"] = shape.flops(mode) / record["seconds"]
                 record["peak_bytes"] = memory[name]
                 record["output_bytes"] = shape.output_bytes(mode)
+            if device == "cuda" and name.startswith("flashmla") and (losses := schedule_model.losses(shape, mode)):
+                record["schedule"] = losses.record()
             results.append(record)
         calls.clear()
         free(device)
@@ -126,12 +137,9 @@ def measure_shape(job: Job, device: str, repeats: int, seconds: float) -> list[d
 
 def _window_tile() -> list[int]:
     """Rows of Q and of K/V in a tile of the Hopper kernel at head dim 128, read from its table; (128, 128) without it."""
-    path = records.REPOSITORY / "csrc" / "sm90" / "tiles.py"
-    if not path.exists():
+    tiles = schedule_model.tiles_of_sm90()
+    if tiles is None:
         return [128, 128]
-    spec = importlib.util.spec_from_file_location("sm90_tiles", path)
-    tiles = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tiles)
     (entry,) = (e for e in tiles.entries("Forward") if e["head_dims"] == (128, 128) and e["mask"] == "kMask")
     return [entry["kBlockQ"], entry["kBlockKV"]]
 
@@ -162,10 +170,29 @@ def summary(results: list[dict]) -> list[str]:
     return lines
 
 
+def _bars(document: dict) -> Iterable[verdicts.Bar]:
+    return distribution.bars(document) if document.get("seeds") else verdicts.bars(document)
+
+
+def _report(document: dict) -> list[str]:
+    return distribution.lines(document) if document.get("seeds") else []
+
+
+def _prepare(jobs: list[Job], device: str) -> None:
+    """Lets peers compile, if there are shapes enough to compile side by side."""
+    compiled = [name for name in COMPILED if any(name in peers for job in jobs for peers in job.peers.values())]
+    if device != "cuda" or not compiled or len(jobs) < 4 or importlib.util.find_spec("flash_attn") is None:
+        return
+    for problem in dict.fromkeys(compile_ahead([job.shape for job in jobs], compiled, device)):
+        print(problem)
+
+
+RANDOM = Suite([], ("fwd", "bwd"), ("flashmla", "fa4", "sdpa-cudnn", "sdpa-flash", "cudnn"), draw=random_shapes.draw)
+
 BENCHMARK = Benchmark(
     program="bench_attention",
     kind="attention",
-    suites=SUITES,
+    suites={**SUITES, "random": RANDOM},
     default_suites=DEFAULT_SUITES,
     peers=PEERS,
     default_peers=DEFAULT_PEERS,
@@ -175,8 +202,10 @@ BENCHMARK = Benchmark(
     example="d64 B1 H9/3 S2048 causal fp32",
     measure=measure_shape,
     ceilings=_ceilings,
-    bars=verdicts.bars,
+    bars=_bars,
     summary=summary,
+    report=_report,
+    prepare=_prepare,
 )
 
 

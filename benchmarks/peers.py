@@ -11,6 +11,7 @@ import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import cudnn_frontend
 import torch
 from shapes import DTYPES, Shape
 
@@ -84,12 +85,14 @@ def _sdpa(backend: str | None) -> Builder:
     def build(shape: Shape, device: str) -> Peer:
         from torch.nn.attention import SDPBackend, sdpa_kernel
 
+        if backend == "flash" and device == "cuda" and (shape.is_packed or shape.window is not None):
+            return _flash_operator(shape, device)
         if shape.is_packed:
-            if backend == "flash" and device == "cuda":
-                return _flash_packed(shape, device)
             raise Unsupported("scaled_dot_product_attention has no packed layout")
         if backend == "math" and shape.scores_bytes * 6 > 0.8 * machine.memory_available(device):
             raise Unsupported("the scores do not fit in memory")
+        if shape.window is not None and shape.seqlen_q * shape.seqlen_kv > 2**30:
+            raise Unsupported("scaled_dot_product_attention has no window, and a mask of this size takes gigabytes")
         options = {"enable_gqa": shape.heads_q != shape.heads_kv}
         mask = _visible(shape, device)
         options |= {"is_causal": shape.is_causal} if mask is None else {"attn_mask": mask}
@@ -104,12 +107,17 @@ def _sdpa(backend: str | None) -> Builder:
     return build
 
 
-def _flash_packed(shape: Shape, device: str) -> Peer:
-    """torch's own build of FlashAttention-2 takes cu_seqlens below the public function."""
-    boundaries, longest = _boundaries(shape, device), max(shape.lengths())
+def _flash_operator(shape: Shape, device: str) -> Peer:
+    """torch's own build of FlashAttention-2 takes cu_seqlens and windows below the public function."""
+    if shape.head_dim_qk != shape.head_dim_v:
+        raise Unsupported("torch's FlashAttention takes one head dim for q, k and v")
     forward = torch.ops.aten._flash_attention_forward
     window = {} if shape.window is None else {"window_size_left": shape.window, "window_size_right": 0}
-    rest = (boundaries, boundaries, longest, longest, 0.0, shape.is_causal, False)
+    is_causal = shape.is_causal and shape.window is None
+    rest = (None, None, shape.seqlen_q, shape.seqlen_kv, 0.0, is_causal, False)
+    if shape.is_packed:
+        boundaries, longest = _boundaries(shape, device), max(shape.lengths())
+        rest = (boundaries, boundaries, longest, longest, 0.0, is_causal, False)
     return Peer(lambda q, k, v: forward(q, k, v, *rest, **window)[0])
 
 
@@ -177,11 +185,19 @@ def _fa4(deterministic: bool = False) -> Builder:
     return build
 
 
+def _cudnn(shape: Shape, device: str) -> Peer:
+    try:
+        return Peer(cudnn_frontend.Attention(cudnn_frontend.load(device), shape, device))
+    except cudnn_frontend.Missing as error:
+        raise Unsupported(str(error)) from None
+
+
 PEERS: dict[str, Builder] = {
     "flashmla": _flashmla(None),
     "flashmla-sm90": _flashmla("sm90"),
     "flashmla-cpu": _flashmla("cpu"),
     "flashmla-flex": _flashmla("flex"),
+    "flashmla-torch-flash": _flashmla("torch_flash"),
     "flashmla-deterministic": _flashmla(None, deterministic=True),
     "flashmla-operator": _flashmla_operator,
     "sdpa": _sdpa(None),
@@ -190,6 +206,7 @@ PEERS: dict[str, Builder] = {
     "sdpa-math": _sdpa("math"),
     "eager": _eager,
     "flex": _flex,
+    "cudnn": _cudnn,
     "fa4": _fa4(),
     "fa4-deterministic": _fa4(deterministic=True),
 }

@@ -112,7 +112,12 @@ def attention_section(document: dict) -> str:
         f"median); – is not measured. Peers ran in turn, {order}, the L2 cache was not flushed; every number's result was "
         "checked against float64 on a slice.\n"
     ]
-    parts += bar_table(bars(document))
+    if document.get("seeds"):
+        import distribution
+
+        parts += bar_table(distribution.bars(document)) + distribution.section(document)
+    else:
+        parts += bar_table(bars(document))
     for mode in DIRECTIONS:
         parts += _direction(document, mode, peers, unit, factor)
     for mode in ("host", "host+grad"):

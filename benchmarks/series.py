@@ -46,11 +46,16 @@ class Benchmark:
     ceilings: Callable[[str, list], dict]  # of a device and all shapes of the file: what results are held against
     bars: Callable[[dict], Iterable[verdicts.Bar]]
     summary: Callable[[list[dict]], list[str]]  # of new records: lines for the terminal
+    report: Callable[[dict], list[str]] = lambda document: []  # of the whole file at the end: more lines
+    prepare: Callable[[list[Job], str], None] = lambda jobs, device: None  # before anything is measured
 
     def parser(self, description: str) -> argparse.ArgumentParser:
         parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
         parser.add_argument("--device", choices=("cpu", "cuda"), default=machine.default_device())
         parser.add_argument("--suite", nargs="+", choices=list(self.suites), help="named shapes; default: the device's")
+        if any(suite.draw for suite in self.suites.values()):
+            parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the suite random (default: 0)")
+            parser.add_argument("--shapes", type=int, default=20, metavar="N", help="of the suite random (default: 20)")
         parser.add_argument("--shape", nargs="+", metavar="SHAPE", help=f"own shapes, e.g. '{self.example}'")
         parser.add_argument("--dtype", choices=list(DTYPES), help="instead of each shape's own")
         names = list(self.peers)
@@ -81,7 +86,7 @@ class Benchmark:
     def jobs(self, args: argparse.Namespace, earlier: list[dict]) -> list[Job]:
         """The measurements that the arguments name and ``earlier`` records lack. Suites may share shapes: each is measured
         once."""
-        chosen = [(suite.shapes, suite) for suite in map(self.suites.get, args.suite or ())]
+        chosen = [(shapes_of(suite, args), suite) for suite in map(self.suites.get, args.suite or ())]
         if args.shape:
             chosen.append(([self.shape.parse(text) for text in args.shape], None))
         elif not args.suite:
@@ -127,7 +132,7 @@ class Benchmark:
         """Measures, and after every shape writes the file; ends the program if a result was wrong."""
         if args.list:
             for name, suite in self.suites.items():
-                print(name, *(f"  {shape}" for shape in suite.shapes), sep="\n")
+                print(name, *(f"  {shape}" for shape in shapes_of(suite, args)), sep="\n")
             return
         if args.device == "cuda" and not torch.cuda.is_available():
             sys.exit(f"{self.program}: --device cuda: torch sees no GPU here")
@@ -145,6 +150,9 @@ class Benchmark:
 
         started = time.monotonic()
         document = self.document(args.device, todo, resumed)
+        if any(self.suites[suite].draw for suite in args.suite or ()):
+            document["seeds"] = sorted({*resumed.get("seeds", ()), args.seed})
+        self.prepare(todo, args.device)
         free(args.device)
         wrong = []
         bar = tqdm(todo, unit="shape", desc="measuring")
@@ -164,7 +172,7 @@ class Benchmark:
         records.write_json(document, path)
         if document["skipped"]:
             print(f"not measured, --time_budget {args.time_budget:.0f} s was used up: {'; '.join(document['skipped'])}")
-        for line in verdicts.lines(self.bars(document)):
+        for line in [*self.report(document), *verdicts.lines(self.bars(document))]:
             print(line)
         table = render_results.write(args.output_dir)
         print(f"written in {time.monotonic() - started:.0f} s: {path} and {table}")
@@ -173,6 +181,10 @@ class Benchmark:
             sys.exit(
                 f"{self.program}: WRONG RESULTS, not timed: {first['peer']} at {first['shape']}: {first['reason']}"
             )
+
+
+def shapes_of(suite: Suite, args: argparse.Namespace) -> list:
+    return suite.shapes if suite.draw is None else suite.draw(args.seed, args.shapes, args.device)
 
 
 def merge(earlier: list[dict], new: list[dict]) -> list[dict]:

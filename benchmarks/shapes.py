@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import random
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -150,6 +151,7 @@ class Suite:
     shapes: list  # of Shape, or of DecodeShape
     modes: tuple[str, ...] | None = None
     peers: tuple[str, ...] | None = None
+    draw: Callable[[int, int, str], list] | None = None  # of a seed, a number and a device, instead of ``shapes``
 
 
 def _anchors() -> list[Shape]:

@@ -39,6 +39,7 @@ class FlashOperator:
         window_size_left=None, window_size_right=None, seqused_k=None, alibi_slopes=None, block_table=None, num_splits=None,
     ):  # fmt: skip
         self.calls += 1
+        scale = q.shape[-1] ** -0.5 if scale is None else scale
         self.arguments = {
             "max_q": max_q, "max_k": max_k, "is_causal": is_causal, "left": window_size_left, "right": window_size_right,
             "dropout_p": dropout_p, "head_dim": q.shape[-1], "scale": scale,
@@ -65,6 +66,7 @@ class FlashOperator:
         self, dout, q, k, v, out, lse, cum_q, cum_k, max_q, max_k, dropout_p, is_causal, rng_state, unused, *, scale=None,
         window_size_left=None, window_size_right=None,
     ):  # fmt: skip
+        scale = q.shape[-1] ** -0.5 if scale is None else scale
         assert dout.is_contiguous()
         assert dout.storage_offset() % 8 == 0
         parts = self._parts(q, k, v, cum_q, cum_k, max_q, max_k, is_causal, window_size_left, window_size_right)
