@@ -363,6 +363,51 @@ def test_compiled_static_decoding_is_one_graph_that_reads_the_cache(name):
                 assert made_by in UPDATES, (made_by, source)
 
 
+@pytest.mark.skipif(DEVICE.type != "cpu", reason="flex is no operator of ours")
+@pytest.mark.skipif(hf_support.is_oracle_in_place(), reason="the oracle is no operator")
+@pytest.mark.parametrize("rows", ROWS.values(), ids=ROWS)
+@pytest.mark.parametrize("name", ["Llama", "Gemma2"])
+def test_a_compiled_step_of_several_tokens_on_a_static_cache_takes_no_dense_mask(name, rows):
+    """Chunks of a prompt and drafts of assisted decoding: up to 16 queries read the cache where it lies, more go packed."""
+    eager, ours = pair(name)
+    batch = batch_of(rows)
+    steps = (SEQLEN, 3, 3, 20, 2)
+    tokens = torch.randint(3, 60, (len(rows), sum(steps[1:])), generator=torch.Generator().manual_seed(8)).to(DEVICE)
+    ids, mask = (
+        torch.cat([batch["input_ids"], tokens], 1),
+        torch.cat([batch["attention_mask"], torch.ones_like(tokens)], 1),
+    )
+    graphs: list = []
+
+    def keep(graph, _):
+        graphs.append(graph)
+        return graph
+
+    torch._dynamo.reset()
+    compiled = torch.compile(ours.forward, backend=aot_autograd(fw_compiler=keep), fullgraph=True)
+    length = ids.shape[1] + 5
+    caches = [transformers.StaticCache(config=model.config, max_cache_len=length) for model in (eager, ours)]
+    start = 0
+    with torch.no_grad():
+        for step in steps:
+            stop = start + step
+            given = {"input_ids": ids[:, start:stop], "attention_mask": mask[:, :stop], "use_cache": True}
+            given["position_ids"] = (mask[:, :stop].cumsum(-1) - 1).clamp(min=0)[:, start:]
+            function = ours if start == 0 else compiled
+            want = eager(**given, past_key_values=caches[0]).logits
+            got = function(**given, past_key_values=caches[1]).logits
+            real = mask[:, start:stop].bool()
+            torch.testing.assert_close(got[real], want[real], atol=1e-3, rtol=1e-3)
+            start = stop
+    for graph in graphs:
+        calls = [str(node.target) for node in graph.graph.nodes if "flashmla" in str(node.target)]
+        assert len(calls) == ours.config.num_hidden_layers
+        assert not any("scaled_dot_product" in str(node.target) for node in graph.graph.nodes)
+    decoding = [[DECODE in str(n.target) for n in g.graph.nodes if "flashmla" in str(n.target)] for g in graphs]
+    assert [True] * ours.config.num_hidden_layers in decoding
+    assert [False] * ours.config.num_hidden_layers in decoding
+
+
 # ---- The documentation -------------------------------------------------------------------------------------------------
 
 

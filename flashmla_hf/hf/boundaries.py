@@ -92,6 +92,12 @@ class KeyRanges:
     has_holes: bool
     boundaries: dict = field(default_factory=dict)
 
+    def up_to(self, end: torch.Tensor | int) -> KeyRanges:
+        """These ranges, each up to ``end`` (int32 [] if a tensor): no token of a causal row sees the padding after it. A row
+        without valid keys stays empty."""
+        ends = torch.zeros_like(self.end) + end
+        return KeyRanges(torch.where(self.end > 0, self.start, ends), ends, None, None, False)
+
 
 def key_ranges(valid: torch.Tensor) -> KeyRanges:
     """The ranges of ``valid``, boolean [batch, seqlen_kv], true where a key may be seen. A row may have none.
@@ -127,12 +133,17 @@ def key_ranges(valid: torch.Tensor) -> KeyRanges:
 
 
 def range_boundaries(
-    ranges: KeyRanges, seqlen_q: int, seqlen_kv: int, queries_are_keys: bool
+    ranges: KeyRanges,
+    seqlen_q: int,
+    seqlen_kv: int,
+    queries_are_keys: bool,
+    num_keys: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """cu_seqlens_q, cu_seqlens_kv, int32 [5 * batch + 1], of the table above.
 
     ``queries_are_keys``: self-attention, where query i stands at key position ``i + seqlen_kv - seqlen_q`` and is
-    padding where that key is. Otherwise (cross-attention, or an encoder without window) every query sees the valid
+    padding where that key is; ``num_keys``, int32 [], stands for seqlen_kv there if only the first so many of the keys
+    are in use. Otherwise (cross-attention, or an encoder without window) every query sees the valid
     keys.
     """
     # As the key of a dictionary, a length would be a constant of a compiled graph: one graph for each.
@@ -140,7 +151,7 @@ def range_boundaries(
     if key is None or key not in ranges.boundaries:
         start, end = ranges.start, ranges.end
         if queries_are_keys:
-            shift = seqlen_kv - seqlen_q
+            shift = (seqlen_kv if num_keys is None else num_keys) - seqlen_q
             first = (start - shift).clamp(min=0)
             last = torch.maximum((end - shift).clamp(min=0), first)
         else:

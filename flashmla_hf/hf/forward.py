@@ -114,7 +114,7 @@ def attention_forward(
             longest = (_as_int(max_length_q), _as_int(max_length_k))
             return _packed(q, k, v, cu_seqlens, longest, dropout_p=dropout, **options), None
         segments = _segments_from_boundaries(module, q, k, *cu_seqlens)
-        pattern = pattern._replace(padding=None, segments=segments)
+        pattern = pattern._replace(padding=None, segments=segments, end=None)
     elif position_ids is not None and pattern is not None and (attention_mask is None or pattern.is_causal):
         pattern = _cut_by_positions(pattern, position_ids, q, k.shape[1])
 
@@ -123,6 +123,8 @@ def attention_forward(
         out = _fused(q, k, v, pattern, options)
         if out is not None:
             return out, None
+    if pattern is not None and pattern.end is not None:
+        pattern = None  # the mask says the same
     return _dense(module, q, k, v, pattern, mask, position_bias, dropout, bool(output_attentions), options)
 
 
@@ -158,7 +160,8 @@ def _read_mask(
             x if x is None or x.shape[0] == q.shape[0] else x.expand(q.shape[0], -1)
             for x in (pattern.padding, pattern.segments)
         )
-        return pattern._replace(padding=padding, segments=segments), None
+        # Of an unknown end no dense mask can be made again.
+        return pattern._replace(padding=padding, segments=segments), None if pattern.end is None else mask
     mask = _checked_mask(module, mask.dense() if isinstance(mask, masks.LazyMask) else mask, q, seqlen_kv)
     if mask.dim() == 2:
         return without_mask._replace(padding=mask), None
@@ -207,11 +210,14 @@ def _fused(q, k, v, pattern: masks.Pattern, options) -> torch.Tensor | None:
         start, end = ranges.uniform
         if not queries_are_keys or (end == seqlen_kv and start <= seqlen_kv - seqlen_q):
             return _attention(q, k[:, start:end], v[:, start:end], **options)
-    if seqlen_q <= _MOST_DECODE_QUERIES and (not queries_are_keys or ranges.common_end == seqlen_kv):
-        out = _from_cache(q, k, v, ranges, options)
+    # A compiled graph does not know whether rows end in padding: of a causal row no token sees it.
+    end = seqlen_kv if pattern.end is None and pattern.is_causal and torch.compiler.is_compiling() else pattern.end
+    ends_together = not queries_are_keys or ranges.common_end == seqlen_kv or end is not None
+    if seqlen_q <= _MOST_DECODE_QUERIES and ends_together:
+        out = _from_cache(q, k, v, ranges if end is None else ranges.up_to(end), options)
         if out is not None:
             return out
-    cu_seqlens = boundaries.range_boundaries(ranges, seqlen_q, seqlen_kv, queries_are_keys)
+    cu_seqlens = boundaries.range_boundaries(ranges, seqlen_q, seqlen_kv, queries_are_keys, pattern.end)
     return _packed(q, k, v, cu_seqlens, (seqlen_q, seqlen_kv), **options)
 
 

@@ -43,12 +43,15 @@ class Pattern(NamedTuple):
     padding: bool [batch, num_keys], true where a key may be seen; ``num_keys`` is the number of keys that there are,
     the last query standing at the last of them (a static cache holds more rows than that). ``None``: all keys.
     segments: int32 [batch, seqlen], the numbers of packed sequences, which do not see each other, or ``None``.
+    end: int32 [], the number of keys that there are if Python does not know it (a compiled step on a static cache), else
+    ``None``. The last query stands there, and ``padding`` covers all rows of the cache.
     """
 
     is_causal: bool
     window: tuple[int, int] | None = None
     padding: torch.Tensor | None = None
     segments: torch.Tensor | None = None
+    end: torch.Tensor | None = None
 
     def hides_nothing(self) -> bool:
         # Not ==: the compiler of torch 2.11 cannot compare a tensor of one tuple with None of the other.
@@ -251,10 +254,9 @@ def _pattern(conditions: transformers_private.Conditions, arguments: dict) -> Pa
     is_positional = conditions.is_causal or conditions.window is not None or conditions.chunk is not None
     if isinstance(q_offset, torch.Tensor) and is_positional:
         # Static caches count their tokens in a tensor, but the kernel reads keys up to a length that Python knows. So either
-        # read the tensor (one synchronisation per forward), or describe the keys of a single query by values (compiled
-        # decoding).
+        # read the tensor (one synchronisation per forward), or leave it where it is (compiled decoding).
         if not values_are_readable(q_offset):
-            return None
+            return _pattern_of_unknown_end(conditions, arguments)
         q_offset = int(q_offset)
     # No query of a causal row sees the keys past the last query, the unused end of a static cache.
     num_keys = q_offset + q_length - kv_offset if conditions.is_causal else kv_length
@@ -282,6 +284,19 @@ def _pattern(conditions: transformers_private.Conditions, arguments: dict) -> Pa
             torch.ones(arguments["batch_size"], num_keys, dtype=torch.bool, device=arguments["device"])
         )
     return Pattern(conditions.is_causal, conditions.window, padding, segments)
+
+
+def _pattern_of_unknown_end(conditions: transformers_private.Conditions, arguments: dict) -> Pattern | None:
+    """The pattern of several queries on a static cache in a compiled graph, in which its number of tokens has no value yet."""
+    kv_length, kv_offset = arguments["kv_length"], arguments["kv_offset"]
+    is_plain = conditions.is_causal and conditions.chunk is None and not isinstance(kv_offset, torch.Tensor)
+    if not is_plain or not torch.compiler.is_compiling():
+        return None
+    end = (arguments["q_offset"] + arguments["q_length"] - kv_offset).to(arguments["device"], torch.int32)
+    padding = (torch.arange(kv_length, device=arguments["device"]) < end)[None].expand(arguments["batch_size"], -1)
+    if arguments["attention_mask"] is not None:
+        padding = padding & _padding(arguments["attention_mask"], kv_offset, kv_length)
+    return Pattern(True, conditions.window, padding, None, end)
 
 
 def _padding(attention_mask: torch.Tensor, kv_offset: int, kv_length: int) -> torch.Tensor:
