@@ -95,6 +95,8 @@ PARTS: dict[str, tuple[Step, ...]] = {
     ),
     "flex": (Step("flex", (*PYTEST, *files("gpu"), "-k", "flex", "-m", "not slow"), 420),),
     "bench": (benchmark("bench", "bench_attention"),),
+    # Shapes that nobody has tuned for: another seed shows others.
+    "bench-random": (benchmark("bench-random", "bench_attention", "--suite", "random", "--name", "attention-random"),),
     "bench-decode": (benchmark("bench-decode", "bench_decode"),),
     "bench-generate": (benchmark("bench-generate", "bench_generate"),),
     "bench-serving": (benchmark("bench-serving", "bench_serving", "--requests", "64"),),

@@ -408,6 +408,35 @@ def test_a_compiled_step_of_several_tokens_on_a_static_cache_takes_no_dense_mask
     assert [False] * ours.config.num_hidden_layers in decoding
 
 
+def test_a_compiled_step_on_a_static_cache_keeps_its_mask_for_what_needs_it():
+    """Rows that end in padding, weights that are asked for, and padding with holes, which a graph refuses."""
+    eager, ours = pair("Llama")
+    ids = torch.randint(3, 60, (2, 12), generator=torch.Generator().manual_seed(9)).to(DEVICE)
+    mask = torch.ones_like(ids)
+    mask[1, 10:] = 0
+    compiled = torch.compile(ours.forward, backend="aot_eager", fullgraph=True)
+    for options in ({}, {"output_attentions": True}):
+        torch._dynamo.reset()
+        caches = [transformers.StaticCache(config=model.config, max_cache_len=16) for model in (eager, ours)]
+        with torch.no_grad():
+            for model, cache in zip((eager, ours), caches, strict=True):
+                # With the options, too: Transformers prepares for them once, under a lock that no graph enters.
+                model(ids[:, :7], attention_mask=mask[:, :7], past_key_values=cache, **options)
+            given = {"input_ids": ids[:, 7:], "attention_mask": mask, **options}
+            want, got = eager(**given, past_key_values=caches[0]), compiled(**given, past_key_values=caches[1])
+        real = mask[:, 7:].bool()
+        torch.testing.assert_close(got.logits[real], want.logits[real], atol=1e-3, rtol=1e-3)
+        if options:
+            for mine, theirs in zip(got.attentions, want.attentions, strict=True):
+                torch.testing.assert_close(mine, theirs, atol=1e-3, rtol=1e-3)
+    cache = transformers.StaticCache(config=ours.config, max_cache_len=16)
+    mask[0, 3] = 0
+    with torch.no_grad():
+        ours(ids[:, :7], attention_mask=mask[:, :7], past_key_values=cache)
+        with pytest.raises(RuntimeError, match="expected one range of valid keys per row"):
+            compiled(input_ids=ids[:, 7:], attention_mask=mask, past_key_values=cache)
+
+
 # ---- The documentation -------------------------------------------------------------------------------------------------
 
 

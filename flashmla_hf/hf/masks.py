@@ -225,17 +225,19 @@ def flashmla_mask(
         conditions = None  # for a compiled decoding step: described by values, which change from step to step
 
     dtype = torch.bool if config is None or transformers_private.takes_boolean_masks(type(config)) else dtype
+
+    def lazy(pattern: Pattern) -> LazyMask:
+        return LazyMask(pattern, (batch_size, 1, q_length, kv_length), dtype, torch.empty(0, device=device))
+
     pattern = None if conditions is None else _pattern(conditions, arguments)
-    mask = None
-    if pattern is None or is_tracing():
-        mask = masking_utils.sdpa_mask(**arguments, allow_is_causal_skip=False, allow_is_bidirectional_skip=False)
-        if pattern is None and q_length == 1 and dtype != torch.bool:
-            # The numbers of a boolean mask say which keys its one query sees; those of a floating one may be anything.
-            pattern = Pattern(False, None, boundaries.mark_constant(mask[:, 0, 0, :].clone()))
     if pattern is not None and not is_tracing():
-        size = (batch_size, 1, q_length, kv_length)
-        return LazyMask(pattern, size, dtype, torch.empty(0, device=device))
-    assert mask is not None
+        return lazy(pattern)
+    mask = masking_utils.sdpa_mask(**arguments, allow_is_causal_skip=False, allow_is_bidirectional_skip=False)
+    if pattern is None and q_length == 1 and dtype != torch.bool:
+        # The numbers of a boolean mask say which keys its one query sees; those of a floating one may be anything.
+        pattern = Pattern(False, None, boundaries.mark_constant(mask[:, 0, 0, :].clone()))
+        if not is_tracing():
+            return lazy(pattern)
     mask = boundaries.mark_constant(_in_dtype(mask, dtype))
     if pattern is not None:
         setattr(mask, _ATTRIBUTE, pattern)
