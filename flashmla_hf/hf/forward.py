@@ -210,8 +210,9 @@ def _fused(q, k, v, pattern: masks.Pattern, options) -> torch.Tensor | None:
         start, end = ranges.uniform
         if not queries_are_keys or (end == seqlen_kv and start <= seqlen_kv - seqlen_q):
             return _attention(q, k[:, start:end], v[:, start:end], **options)
-    # A compiled graph does not know whether rows end in padding: of a causal row no token sees it.
-    end = seqlen_kv if pattern.end is None and pattern.is_causal and torch.compiler.is_compiling() else pattern.end
+    end: torch.Tensor | int | None = pattern.end
+    if end is None and pattern.is_causal and torch.compiler.is_compiling():
+        end = seqlen_kv  # a graph does not know whether rows end in padding: of a causal row no token sees it
     ends_together = not queries_are_keys or ranges.common_end == seqlen_kv or end is not None
     if seqlen_q <= _MOST_DECODE_QUERIES and ends_together:
         out = _from_cache(q, k, v, ranges if end is None else ranges.up_to(end), options)
