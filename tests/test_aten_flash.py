@@ -402,6 +402,13 @@ def test_the_operators_themselves_are_exact(case, dtype):
 
 
 @needs_gpu
+@given(case=calls())
+@settings(max_examples=100, deadline=None)
+def test_random_calls_of_the_operators_themselves_are_exact_or_refused(case):
+    check(case, torch.bfloat16, "cuda")
+
+
+@needs_gpu
 def test_the_operators_themselves_drop_and_scale():
     q, k = (torch.randn(2, 512, 4, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in range(2))
     v = torch.ones(2, 512, 2, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)

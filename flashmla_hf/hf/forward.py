@@ -210,12 +210,12 @@ def _fused(q, k, v, pattern: masks.Pattern, options) -> torch.Tensor | None:
         start, end = ranges.uniform
         if not queries_are_keys or (end == seqlen_kv and start <= seqlen_kv - seqlen_q):
             return _attention(q, k[:, start:end], v[:, start:end], **options)
-    end: torch.Tensor | int | None = pattern.end
-    if end is None and pattern.is_causal and torch.compiler.is_compiling():
-        end = seqlen_kv  # a graph does not know whether rows end in padding: of a causal row no token sees it
-    ends_together = not queries_are_keys or ranges.common_end == seqlen_kv or end is not None
+    common_end: torch.Tensor | int | None = pattern.end
+    if common_end is None and pattern.is_causal and torch.compiler.is_compiling():
+        common_end = seqlen_kv  # a graph does not know whether rows end in padding: of a causal row no token sees it
+    ends_together = not queries_are_keys or ranges.common_end == seqlen_kv or common_end is not None
     if seqlen_q <= _MOST_DECODE_QUERIES and ends_together:
-        out = _from_cache(q, k, v, ranges if end is None else ranges.up_to(end), options)
+        out = _from_cache(q, k, v, ranges if common_end is None else ranges.up_to(common_end), options)
         if out is not None:
             return out
     cu_seqlens = boundaries.range_boundaries(ranges, seqlen_q, seqlen_kv, queries_are_keys, pattern.end)
