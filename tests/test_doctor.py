@@ -106,7 +106,7 @@ def test_the_report_says_why_an_implementation_is_unavailable(report):
 
 def test_registration_is_reported(report):
     pytest.importorskip("transformers")
-    assert report["transformers"]["registered names"] == ["flashmla", "fmla", "flashmla/flash-attn3"]
+    assert report["transformers"]["registered names"] == ["flashmla", "fmla", "flashmla/flash-attn3", "flashmla_fp8"]
 
 
 def test_an_unregistered_name_is_a_problem(monkeypatch):
