@@ -124,6 +124,7 @@ def scale_of(amax: torch.Tensor) -> torch.Tensor:
     # 448 = 0.875 * 2**9, and amax = mantissa * 2**exponent with a mantissa in [0.5, 1): nothing is divided or rounded.
     mantissa, exponent = torch.frexp(amax)
     exponent = exponent - torch.where(mantissa <= 0.875, 9, 8)
+    exponent = exponent.masked_fill(amax == 0.0, _SMALLEST_EXPONENT)
     return torch.ldexp(torch.ones_like(amax), exponent.clamp(min=_SMALLEST_EXPONENT))
 
 
