@@ -191,7 +191,8 @@ def run_reference(call: Fp8Call) -> tuple[torch.Tensor, torch.Tensor]:
         exact.q, exact.k, exact.v, sinks=call.sinks, cu_seqlens_q=call.cu_seqlens_q, cu_seqlens_kv=call.cu_seqlens_kv,
         scale=call.scale, window_left=call.window_left, window_right=call.window_right, softcap=call.softcap,
     )  # fmt: skip
-    emulated = emulation.attention(*(x8 for x8, _ in tensors), call)
+    q8, k8, v8 = (x8 for x8, _ in tensors)
+    emulated = emulation.attention(q8, k8, v8, call)
     out = _StraightThrough.apply(out, emulated)
     return out.to(call.out_dtype), lse.to(torch.promote_types(call.out_dtype, torch.float32))
 

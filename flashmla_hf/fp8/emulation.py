@@ -52,19 +52,19 @@ def attention(q: Quantized, k: Quantized, v: Quantized, call: Call) -> torch.Ten
     tensors = (q.data, q.row_scales(), k.data, k.row_scales(), v.data, v.row_scales())
     with torch.no_grad(), without_autocast(q.data.device):
         if call.cu_seqlens_q is None:
-            return _dense(*tensors, call)
+            return _dense(call, *tensors)
         outs = []
         assert call.cu_seqlens_kv is not None
         bounds = zip(pairwise(call.cu_seqlens_q.tolist()), pairwise(call.cu_seqlens_kv.tolist()), strict=True)
         for rows_q, rows_kv in ((slice(*a), slice(*b)) for a, b in bounds):
             rows = (rows_q, rows_q, rows_kv, rows_kv, rows_kv, rows_kv)
-            outs.append(_dense(*(x[None, part] for x, part in zip(tensors, rows, strict=True)), call)[0])
+            outs.append(_dense(call, *(x[None, part] for x, part in zip(tensors, rows, strict=True)))[0])
         rest = q.data.shape[0] - int(call.cu_seqlens_q[-1])
         outs.append(torch.zeros(rest, q.data.shape[1], v.data.shape[2], dtype=torch.float64, device=q.data.device))
         return torch.cat(outs)
 
 
-def _dense(q8, q_scale, k8, k_scale, v8, v_scale, call: Call) -> torch.Tensor:
+def _dense(call: Call, q8, q_scale, k8, k_scale, v8, v_scale) -> torch.Tensor:
     """One dense batch: q8 [batch, seqlen_q, heads_q, dim], q_scale [batch, seqlen_q, heads_q] -> out like q8, float64."""
     seqlen_q, seqlen_kv, group = q8.shape[1], k8.shape[1], q8.shape[2] // k8.shape[2]
     query = q8.double().transpose(1, 2)

@@ -85,9 +85,9 @@ def attention_forward(
         refusals.refuse_unknown(module, kwargs)
         if output_attentions or position_bias is not None or dropout > 0.0:
             refusals.refuse_dense(module, *_FP8_CACHE, dropout, position_bias, output_attentions)
-        without_mask = masks.Pattern(*patterns.without_mask(module, is_causal, sliding_window, False))
-        options = {"scale": scaling, "softcap": float(softcap or 0.0), "sinks": s_aux}
-        return _from_fp8_cache(module, query, key, value, attention_mask, without_mask, options), None
+        default = masks.Pattern(*patterns.without_mask(module, is_causal, sliding_window, False))
+        given = {"scale": scaling, "softcap": float(softcap or 0.0), "sinks": s_aux}
+        return _from_fp8_cache(module, query, key, value, attention_mask, default, given), None
     pages = paged.pages(module, key, value, cu_seq_lens_k, max_length_k, kwargs)
     gathered = None
     if pages is None:
@@ -201,19 +201,21 @@ def _from_cache(q, k, v, ranges: boundaries.KeyRanges, options) -> torch.Tensor 
     return out
 
 
-def _from_fp8_cache(module, query, key, value, attention_mask, without_mask: masks.Pattern, options) -> torch.Tensor:
+def _from_fp8_cache(
+    module, query, key, value, attention_mask, default: masks.Pattern, options: dict[str, Any]
+) -> torch.Tensor:
     """Attention to rows of an Fp8Cache. query [batch, heads_q, seqlen_q, dim] -> [batch, seqlen_q, heads_q, head_dim_v]."""
     q = query.transpose(1, 2)
-    pattern, _ = patterns.read_mask(module, attention_mask, without_mask, q, key.shape[2])
+    pattern, _ = patterns.read_mask(module, attention_mask, default, q, key.shape[2])
+    if pattern is None or pattern.segments is not None:
+        refusals.refuse_dense(module, *_FP8_CACHE, 0.0, None, False)
     lengths = starts = None
-    is_covered = pattern is not None and pattern.segments is None
-    if is_covered and pattern.padding is not None:
+    if pattern.padding is not None:
         ranges = boundaries.key_ranges(pattern.padding)
         lengths, starts = ranges.end, ranges.start
         queries_are_keys = pattern.is_causal or pattern.window is not None
-        is_covered = not ranges.has_holes and (not queries_are_keys or ranges.common_end == key.shape[2])
-    if not is_covered:
-        refusals.refuse_dense(module, *_FP8_CACHE, 0.0, None, False)
+        if ranges.has_holes or (queries_are_keys and ranges.common_end != key.shape[2]):
+            refusals.refuse_dense(module, *_FP8_CACHE, 0.0, None, False)
     if isinstance(options["scale"], torch.Tensor):
         q, options = q * options["scale"].to(q.dtype), options | {"scale": 1.0}
     k, v = (x.e4m3.transpose(1, 2) for x in (key, value))

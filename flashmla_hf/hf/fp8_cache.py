@@ -41,7 +41,7 @@ class Fp8Rows(torch.Tensor):
         return f"Fp8Rows({[*self.shape]}, {self.dtype}, {self.device})"
 
     @classmethod
-    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):  # type: ignore[override]
         raise RuntimeError(
             f"Fp8Cache: its keys and values are in fp8, and {func} was called on them: expected the attention of flashmla_hf "
             'alone to read them. Load the model with attn_implementation="flashmla" (or "flashmla_fp8"), or use DynamicCache. '
@@ -54,6 +54,11 @@ class Fp8Layer(CacheLayerMixin):
 
     is_sliding = False
     is_croppable = True
+    # e4m3 [batch, heads_kv, capacity, head_dim] and fp32 [batch, heads_kv, capacity]; None in an empty cache.
+    keys: Any
+    values: Any
+    key_scales: Any
+    value_scales: Any
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__()
