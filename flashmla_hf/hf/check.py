@@ -151,10 +151,11 @@ def _verdict(module: torch.nn.Module) -> tuple[bool, str]:
 
 def _fp8_verdict(module: torch.nn.Module) -> tuple[bool, str]:
     """The verdict on a layer that calls us for fp8, which covers less."""
+    cls: type = type(module)
     way_out = 'use attn_implementation="flashmla"'
     if any(p.is_cuda for p in module.parameters()):
         return False, f"it asks for fp8, which has no kernel for GPUs in this release: its call raises; {way_out}"
-    if "position_bias" in _keywords_passed(type(module)) or _changes_its_mask(type(module)):
+    if "position_bias" in _keywords_passed(cls) or _changes_its_mask(cls):
         return (
             False,
             f"it asks for fp8, which takes no position_bias and no mask of a layer's own: its call raises; {way_out}",
