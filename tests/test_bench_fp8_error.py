@@ -25,15 +25,14 @@ def test_the_page_holds_the_committed_numbers(document):
 
 
 def test_outliers_cost_what_is_promised(document):
-    """9.1e-3 is what FlashAttention 3 publishes for rotation and blocks."""
+    """9.1e-3 is what FlashAttention 3 publishes for rotation and blocks. Causal rows of few keys err more, smaller heads too."""
     for point in document["random"]:
         ours, plain, bf16 = (point["rmse"][name] for name in ("ours", "plain", "bf16"))
         assert bf16 < ours / 5
-        if point["distribution"] == "outliers" and point["head_dim"] >= 128:
+        if point["distribution"] == "outliers" and point["head_dim"] >= 128 and not point["causal"]:
             assert ours <= 9.1e-3
-            assert ours < plain
-        else:
-            assert ours <= 1.1 * plain
+            assert ours <= 0.65 * plain
+        assert ours <= 1.1 * plain
         # A power of two costs next to nothing against amax / 448.
         assert ours <= 1.05 * point["rmse"]["rotation, blocks"]
 
