@@ -18,6 +18,7 @@ _PUBLIC = {
     "flash_attn_func": "flashmla_hf.flash_attn_api",
     "flash_attn_varlen_func": "flashmla_hf.flash_attn_api",
     "flash_attn_with_kvcache": "flashmla_hf.flash_attn_api",
+    "Fp8Cache": "flashmla_hf.hf.fp8_cache",
     "register": "flashmla_hf.hf.register",
     "check": "flashmla_hf.hf.check",
     "patch": "flashmla_hf.patches",

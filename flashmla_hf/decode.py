@@ -8,6 +8,8 @@ the call has                                           implementation
 fp16 or bf16 tensors on a Hopper GPU, head dims of     ``sm90``, if its library is built; it copies q if TMA cannot
 multiples of 8 up to 256, aligned caches               read its strides or address, never a cache
 fp32, fp16 or bf16 tensors on the CPU                  ``cpu``
+e4m3 caches with descales, on the CPU                  ``cpu``, which dequantises a block of keys at a time
+e4m3 caches on a GPU                                   none: it raises (:mod:`flashmla_hf.fp8.cached`)
 anything else                                          ``reference``; one warning, since it copies K and V and waits
                                                        for the device
 =====================================================  ===========================================================
@@ -25,6 +27,9 @@ import torch
 from flashmla_hf import decode_ops, direct, libraries, notices, reference
 from flashmla_hf.backend import dtype_refusal
 from flashmla_hf.backends import cpu, sm90
+from flashmla_hf.fp8 import cached
+from flashmla_hf.fp8.calls import NO_KERNEL
+from flashmla_hf.fp8.quantization import quantize_tokens
 from flashmla_hf.notices import log_choice, warn_once
 from flashmla_hf.torch_state import has_transforms, values_are_readable
 from flashmla_hf.validation import DecodeCall, check_appended, fail, validate_decode
@@ -48,6 +53,8 @@ def decode_attention(
     sinks: torch.Tensor | None = None,
     num_splits: int = 0,
     return_lse: bool = False,
+    k_descale: torch.Tensor | None = None,
+    v_descale: torch.Tensor | None = None,
     impl: str | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Exact attention of the last queries of sequences to their keys and values in a cache, dense or paged, without a copy.
@@ -61,8 +68,8 @@ def decode_attention(
         q: [batch, seqlen_q, heads_q, head_dim_qk].
         k_cache: [batch, capacity, heads_kv, head_dim_qk]; with ``block_table`` [num_pages, page_size, heads_kv, head_dim_qk],
             page_size a multiple of 16. ``heads_q`` is a multiple of ``heads_kv``.
-        v_cache: as k_cache, with head_dim_v. q and the caches share one dtype and device; any strides, the last dimension
-            contiguous.
+        v_cache: as k_cache, with head_dim_v. q and the caches share one dtype (or the caches are float8_e4m3fn) and device;
+            any strides, the last dimension contiguous.
         cache_seqlens: int32 [batch] keys of each sequence, before the new ones; ``None`` means all rows: capacity, or
             pages of a sequence * page_size. May be 0, and less than seqlen_q: the first queries then see nothing.
         block_table: int32 [batch, pages of a sequence], its rows contiguous. Entries behind those needed may be anything.
@@ -81,6 +88,9 @@ def decode_attention(
             they are not, and a sequence's result has the same bits whatever else is in the batch. Others raise. A CPU's
             results have both properties always.
         return_lse: also return the natural logarithm of each softmax denominator, sink included.
+        k_descale, v_descale: fp32 [batch, capacity, heads_kv], or with ``block_table`` [num_pages, page_size, heads_kv]: the
+            factors of the rows of e4m3 caches; both with such caches, neither with others. New k and v, in q's dtype, are
+            quantised, and their factors written here.
         impl: ``"sm90"``, ``"cpu"`` or ``"reference"``; ``None`` follows the module's table.
 
     Returns:
@@ -101,7 +111,8 @@ def decode_attention(
     Source: Dao, Haziza, Massa and Sizov 2023, "Flash-Decoding" (keys split among blocks); Kwon et al., arXiv 2309.06180
     (pages).
     """
-    if k is None and v is None and not torch.compiler.is_compiling() and not notices.LOG_CHOICES:
+    is_plain = k is None and v is None and k_descale is None and v_descale is None
+    if is_plain and not torch.compiler.is_compiling() and not notices.LOG_CHOICES:
         # As in attention: the checks in C++ find the same errors. In the order of csrc/direct/direct.cpp.
         try:
             output = direct.decode((
@@ -114,8 +125,10 @@ def decode_attention(
             output = None  # the operator's error about a value: found below as the ValueError of this function
         if output is not None:
             return output
+    cached.check_descales(k_cache, v_cache, k_descale, v_descale)
     call = validate_decode(
-        q, k_cache, v_cache, cache_seqlens, block_table, kv_start, scale, is_causal, window, softcap, sinks, num_splits, impl
+        q, k_cache, v_cache, cache_seqlens, block_table, kv_start, scale, is_causal, window, softcap, sinks, num_splits, impl,
+        k_descale, v_descale,
     )  # fmt: skip
     decode_ops.refuse_gradients(
         "flashmla attention",
@@ -125,7 +138,8 @@ def decode_attention(
     has_new = k is not None or v is not None
     if has_new:
         check_appended(call, k, v)
-    if _values_are_checked(call) or (run is _run_reference and _values_are_readable(call)):
+    reads_values = run in (_run_reference, cached.run_reference)
+    if _values_are_checked(call) or (reads_values and _values_are_readable(call)):
         _check_values(call, k.shape[1] if has_new else 0)  # type: ignore[union-attr]
     if has_new:
         append(call, k, v)  # type: ignore[arg-type]
@@ -168,13 +182,17 @@ def append(call: DecodeCall, k: torch.Tensor, v: torch.Tensor) -> None:
         exists = (page >= 0) & (page < call.k.shape[0])
         page, fits = page.clamp(0, call.k.shape[0] - 1), fits & exists
     page, row, fits = page.flatten(), row.flatten(), fits.flatten()
+    pairs = [(call.k, k), (call.v, v)]
+    if call.k_descale is not None and call.v_descale is not None:
+        (k, k_scale), (v, v_scale) = quantize_tokens(k), quantize_tokens(v)
+        pairs = [(call.k, k), (call.v, v), (call.k_descale, k_scale), (call.v_descale, v_scale)]
     if _values_are_checked(call):  # then all fit
-        for cache, new in ((call.k, k), (call.v, v)):
+        for cache, new in pairs:
             cache.index_put_((page, row), new.flatten(0, 1))
         return
     entry = torch.where(fits, torch.arange(batch * seqlen_new, device=device), fits.int().argmax())
     any_fits, page, row = fits.any(), page[entry], row[entry]
-    for cache, new in ((call.k, k), (call.v, v)):
+    for cache, new in pairs:
         cache.index_put_((page, row), torch.where(any_fits, new.flatten(0, 1)[entry], cache[page, row]))
 
 
@@ -262,21 +280,23 @@ IMPLEMENTATIONS: dict[str, tuple[Callable[[DecodeCall], str | None], _Run]] = {
     "cpu": (_cpu_refusal, decode_ops.flash_attn_decode),
     "reference": (lambda call: None, _run_reference),
 }
+FP8_IMPLEMENTATIONS = cached.IMPLEMENTATIONS
 _KERNELS = {"cuda": "sm90", "cpu": "cpu", "meta": "cpu"}
 
 
 def _choose(call: DecodeCall) -> _Run:
     """The implementation for this call, by the module's table; raises if the one that was asked for cannot compute it."""
-    impl = call.impl
+    impl, device = call.impl, call.q.device.type
+    if impl is not None and impl not in IMPLEMENTATIONS:
+        fail(ValueError, "impl", f"one of {list(IMPLEMENTATIONS)} or None", repr(impl))
+    if call.is_fp8:
+        return _choose_fp8(call, impl or _KERNELS.get(device, "sm90"))
     if impl is not None:
-        if impl not in IMPLEMENTATIONS:
-            fail(ValueError, "impl", f"one of {list(IMPLEMENTATIONS)} or None", repr(impl))
         refusal, run = IMPLEMENTATIONS[impl]
         if (reason := refusal(call)) is not None:
             raise RuntimeError(f"flashmla attention: impl={impl!r} cannot compute this call: {reason}")
         log_choice(call, impl, "explicit")
         return run
-    device = call.q.device.type
     reason = f"no kernel runs on {device}"
     if device in _KERNELS:
         refusal, run = IMPLEMENTATIONS[_KERNELS[device]]
@@ -290,3 +310,16 @@ def _choose(call: DecodeCall) -> _Run:
     )
     log_choice(call, "reference", reason)
     return _run_reference
+
+
+def _choose_fp8(call: DecodeCall, name: str) -> _Run:
+    if name not in FP8_IMPLEMENTATIONS:
+        raise RuntimeError(
+            f"flashmla attention: impl={name!r} cannot read the float8_e4m3fn k_cache on {call.q.device}: {NO_KERNEL}: keep "
+            "the cache in 16 bits (in generate leave Fp8Cache out), or pass impl='reference', which dequantises all of it"
+        )
+    refusal, run = FP8_IMPLEMENTATIONS[name]
+    if (reason := refusal(call)) is not None:
+        raise RuntimeError(f"flashmla attention: impl={name!r} cannot compute this call: {reason}")
+    log_choice(call, name, "fp8 caches")
+    return run

@@ -17,6 +17,8 @@ fp16 or bf16 tensors on a GPU of capability 8.0 or     ``torch_flash``, the Flas
 more, head dims up to 256                              deterministic gradients, nor gradients beside ``return_lse``
 tensors on a GPU, anything else                        ``flex``
 tensors on the CPU                                     ``cpu``
+``precision="fp8"``, or fp8 tensors, on the CPU        ``cpu``: quantised q, k and v, exact probabilities
+the same on a GPU                                      none: it raises (:mod:`flashmla_hf.fp8`)
 =====================================================  ===========================================================
 
 Nothing else is chosen silently: if the table's choice cannot compute the call, the call raises an error that names the reason
@@ -32,6 +34,7 @@ import torch
 from flashmla_hf import direct, notices
 from flashmla_hf.backend import Backend
 from flashmla_hf.backends import aten_flash, cpu, flex, reference, sdpa, sm90
+from flashmla_hf.fp8 import calls as fp8_calls
 from flashmla_hf.notices import log_choice, warn_once
 from flashmla_hf.validation import Call, fail, validate
 
@@ -46,6 +49,8 @@ IMPLEMENTATIONS: dict[str, Backend] = {
     "sdpa": sdpa.BACKEND,
     "reference": reference.BACKEND,
 }
+
+FP8_IMPLEMENTATIONS = fp8_calls.IMPLEMENTATIONS
 
 # Device type -> the implementations of the fused kernel, the preferred one first.
 _CANDIDATES = {"cuda": ("sm90", "torch_flash", "flex"), "cpu": ("cpu",), "meta": ("cpu",)}
@@ -70,6 +75,10 @@ def attention(
     max_seqlen_kv: int | None = None,
     return_lse: bool = False,
     deterministic: bool | None = None,
+    precision: str | None = None,
+    q_descale: torch.Tensor | None = None,
+    k_descale: torch.Tensor | None = None,
+    v_descale: torch.Tensor | None = None,
     impl: str | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Exact multi-head attention, differentiable in q, k, v, sinks and through the returned lse, in O(seqlen) memory.
@@ -101,12 +110,16 @@ def attention(
         return_lse: also return the natural logarithm of each softmax denominator, sink included.
         deterministic: gradients are bitwise equal if the call is repeated; ``None`` follows
             ``torch.use_deterministic_algorithms`` and the environment variable FLASH_ATTENTION_DETERMINISTIC (read at import).
+        precision: ``"fp8"`` rotates q and k, and quantises q, k and v to e4m3 in blocks of 128 rows: faster on a GPU that has a
+            kernel for it, never exact. ``None``: the precision of the tensors. See below.
+        q_descale, k_descale, v_descale: fp32 [batch, heads_kv], or packed [num_sequences, heads_kv]: the factors of q, k and v
+            of float8_e4m3fn, as FlashAttention 3 takes them; all three with such tensors, none with others.
         impl: the implementation, ``"sm90"``, ``"cpu"``, ``"torch_flash"``, ``"flex"``, ``"sdpa"`` or ``"reference"``;
-            ``None`` follows the table above.
+            ``None`` follows the table above. In fp8 ``"cpu"`` or ``"reference"``.
 
     Returns:
-        out [batch, seqlen_q, heads_q, head_dim_v] (packed: [total_q, heads_q, head_dim_v]) in q's dtype; with
-        ``return_lse`` also lse fp32 [batch, heads_q, seqlen_q] (packed: [heads_q, total_q]). A query that sees no key has
+        out [batch, seqlen_q, heads_q, head_dim_v] (packed: [total_q, heads_q, head_dim_v]) in q's dtype (bf16 for fp8 tensors);
+        with ``return_lse`` also lse fp32 [batch, heads_q, seqlen_q] (packed: [heads_q, total_q]). A query that sees no key has
         out 0 and lse -inf (with sinks: the sink's logit).
 
     With ``"cpu"`` and ``"reference"`` a hidden value never reaches the query, even if it is NaN or infinite. ``"sm90"``
@@ -119,6 +132,12 @@ def attention(
     ``torch.func`` and ``torch.vmap`` work, first derivatives included. Forward mode and second derivatives raise with the
     fused kernels (``impl="reference"`` computes both). Boundaries of packed sequences cannot be vmapped.
 
+    fp8: ``"cpu"`` computes exact probabilities from the quantised q, k and v; ``"reference"`` emulates the kernel to come,
+    which rounds the probabilities to e4m3, too. Gradients are those of attention at the quantised values, straight through the
+    rounding (:mod:`flashmla_hf.fp8.calls` says of what function). A block has one scale, so a row's rounding depends on the
+    largest value of its block, later rows included: fp8 is causal up to rounding only. It takes no ``attn_mask``, ``dropout_p``
+    or ``torch.func``. On a GPU there is no kernel yet: the call raises; nothing is computed in another precision.
+
     Raises:
         TypeError: an argument has the wrong type or dtype.
         ValueError: an argument has a wrong shape or value.
@@ -129,6 +148,11 @@ def attention(
         q, k, v, scale, is_causal, window, softcap, sinks, dropout_p, cu_seqlens_q, cu_seqlens_kv, max_seqlen_q,
         max_seqlen_kv, _is_deterministic(deterministic), impl, return_lse,
     )  # fmt: skip
+    descales = (q_descale, k_descale, v_descale)
+    if precision is not None or descales != (None, None, None) or getattr(q, "dtype", None) is fp8_calls.DTYPE:
+        fp8_call = fp8_calls.checked(validate(*request, attn_mask), precision, descales)
+        out, lse = fp8_calls.choose(fp8_call, FP8_IMPLEMENTATIONS, IMPLEMENTATIONS).run(fp8_call)
+        return (out, lse) if return_lse else out  # type: ignore[return-value]
     # The checks in Python and torch's dispatcher take longer than a short kernel, and the checks in C++ find the same errors.
     # torch.compile traces nothing of the fast path.
     if not torch.compiler.is_compiling() and attn_mask is None and not notices.LOG_CHOICES:

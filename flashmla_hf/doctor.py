@@ -41,6 +41,7 @@ def examine() -> dict:
         "gpus": _gpus(),
         "built": _built(problems),
         "implementations": {name: _examine_implementation(name, problems) for name in TESTED},
+        "fp8": "emulated on the CPU; on a GPU it raises, since there is no kernel for it yet (docs/fp8.md)",
         "transformers": _examine_transformers(problems),
         "problems": problems,
     }
@@ -324,6 +325,8 @@ def _sections(report: dict) -> list[tuple[str, list[tuple[str, str, bool | None]
             else:
                 text = test["failure"]
             implementations.append((f"  {test['dtype']}", text, test["failure"] is None))
+
+    implementations.append(("fp8", report["fp8"], None))
 
     state = report["transformers"]
     names = state["registered names"]

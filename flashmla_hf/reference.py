@@ -45,7 +45,7 @@ _FAR = 2**40
 # ---- Products over visible pairs -------------------------------------------------------------------------------------
 
 
-def _sum_over_visible(a: torch.Tensor, b: torch.Tensor, visible: torch.Tensor | None) -> torch.Tensor:
+def sum_over_visible(a: torch.Tensor, b: torch.Tensor, visible: torch.Tensor | None) -> torch.Tensor:
     """``a @ b`` over the visible pairs. a [..., m, n] is exactly 0 (not NaN) at hidden pairs, b [..., n, d] may hold any
     values; ``visible`` [..., m, n] broadcasts to a; ``None`` hides nothing.
 
@@ -89,12 +89,12 @@ class _OverVisible(torch.autograd.Function):
 
 
 class _Product(_OverVisible):
-    """:func:`_sum_over_visible`. With :class:`_Scores`, each the derivative of the other, to any order."""
+    """:func:`sum_over_visible`. With :class:`_Scores`, each the derivative of the other, to any order."""
 
     @staticmethod
     def forward(a, b, visible):
         with without_autocast(a.device):
-            return _sum_over_visible(a, b, visible)
+            return sum_over_visible(a, b, visible)
 
     @staticmethod
     def backward(ctx, grad):

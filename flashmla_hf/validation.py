@@ -112,9 +112,9 @@ def _checked_qkv(q: Any, k: Any, v: Any, is_packed: bool) -> tuple[torch.Tensor,
     return q, k, v
 
 
-def _check_like_q(name: str, x: torch.Tensor, q: torch.Tensor) -> None:
-    """One of q, keys and values [..., heads, head_dim]: q's dtype and device, and some of both sizes."""
-    if x.dtype != q.dtype:
+def _check_like_q(name: str, x: torch.Tensor, q: torch.Tensor, is_fp8: bool = False) -> None:
+    """One of q, keys and values [..., heads, head_dim]: q's dtype (or fp8) and device, and some of both sizes."""
+    if x.dtype != q.dtype and not is_fp8:
         fail(TypeError, name, f"dtype {dtype_name(q.dtype)} (that of q)", dtype_name(x.dtype))
     if x.device != q.device:
         fail(ValueError, name, f"device {q.device} (that of q)", x.device)
@@ -258,6 +258,14 @@ class DecodeCall(decode_ops.DecodeArguments):
     """One validated call on caches, defaults resolved. Field names and shapes are the operator's (:mod:`decode_ops`)."""
 
     impl: str | None  # what the caller asked for
+    k_descale: torch.Tensor | None = (
+        None  # fp32, the shape of k and v without head_dim; both with e4m3 caches, else neither
+    )
+    v_descale: torch.Tensor | None = None
+
+    @property
+    def is_fp8(self) -> bool:
+        return self.k_descale is not None
 
     @property
     def capacity(self) -> int:
@@ -267,13 +275,14 @@ class DecodeCall(decode_ops.DecodeArguments):
 
 def validate_decode(
     q: Any, k_cache: Any, v_cache: Any, cache_seqlens: Any, block_table: Any, kv_start: Any, scale: Any, is_causal: Any,
-    window: Any, softcap: Any, sinks: Any, num_splits: Any, impl: str | None,
+    window: Any, softcap: Any, sinks: Any, num_splits: Any, impl: str | None, k_descale: Any = None, v_descale: Any = None,
 ) -> DecodeCall:  # fmt: skip
     """Checks the arguments of :func:`flashmla_hf.decode_attention` except the new keys and values, and resolves defaults.
 
-    The implementations check ``impl`` and the values of cache_seqlens, kv_start and block_table.
+    The caller has checked the descales (:func:`flashmla_hf.fp8.cached.check_descales`). The implementations check ``impl`` and
+    the values of cache_seqlens, kv_start and block_table.
     """
-    _check_cached(q, k_cache, v_cache, block_table)
+    _check_cached(q, k_cache, v_cache, block_table, is_fp8=k_descale is not None)
     for name, x in (("cache_seqlens", cache_seqlens), ("kv_start", kv_start)):
         if x is None:
             continue
@@ -297,6 +306,7 @@ def validate_decode(
     return DecodeCall(
         q=q, k=k_cache, v=v_cache, sinks=sinks, cache_seqlens=cache_seqlens, kv_start=kv_start, block_table=block_table,
         scale=scale, window_left=window_left, window_right=window_right, softcap=softcap, can_split=num_splits == 0, impl=impl,
+        k_descale=k_descale, v_descale=v_descale,
     )  # fmt: skip
 
 
@@ -324,11 +334,11 @@ def check_cached_layout(q: Any, k_cache: Any, v_cache: Any, block_table: Any) ->
             fail(ValueError, name, expected, f"{x.dim()} dimensions {[*x.shape]}")
 
 
-def _check_cached(q: Any, k_cache: Any, v_cache: Any, block_table: Any) -> None:
+def _check_cached(q: Any, k_cache: Any, v_cache: Any, block_table: Any, is_fp8: bool) -> None:
     """q, the caches and the table: together of fitting shapes."""
     check_cached_layout(q, k_cache, v_cache, block_table)
     for name, x in (("q", q), ("k_cache", k_cache), ("v_cache", v_cache)):
-        _check_like_q(name, x, q)
+        _check_like_q(name, x, q, is_fp8 and x is not q)
         if x.stride(-1) != 1 and x.shape[-1] != 1 and x.numel() != 0 and not has_transforms():
             fail(ValueError, name, "a contiguous last dimension (call .contiguous())", f"stride {x.stride(-1)}")
     if not q.dtype.is_floating_point:
@@ -371,8 +381,9 @@ def check_appended(call: DecodeCall, k: Any, v: Any) -> None:
                 ValueError, name, f"a tensor, since {'v' if name == 'k' else 'k'} is given (pass both or neither)", None
             )
         check_tensor(name, x)
-        if x.dtype != cache.dtype:
-            fail(TypeError, name, f"dtype {dtype_name(cache.dtype)} (that of the cache)", dtype_name(x.dtype))
+        like, whose = (call.q, "q, they are quantised here") if call.is_fp8 else (cache, "the cache")
+        if x.dtype != like.dtype:
+            fail(TypeError, name, f"dtype {dtype_name(like.dtype)} (that of {whose})", dtype_name(x.dtype))
         if x.device != cache.device:
             fail(ValueError, name, f"device {cache.device} (that of the cache)", x.device)
         rows = x.shape[1] if x.dim() == 4 else "seqlen_new"

@@ -12,22 +12,28 @@ from flashmla_hf import decode, direct, dispatch
 
 @contextlib.contextmanager
 def standing_in(around: Callable):
-    """Inside the block ``around(name, call, run)`` computes every call of the implementation ``name``; ``run(call)`` is what
-    that implementation computes."""
-    saved, was_enabled = dict(dispatch.IMPLEMENTATIONS), direct.enabled
-    saved_decode = dict(decode.IMPLEMENTATIONS)
+    """Inside the block ``around(name, call, run)`` computes every call of the implementation ``name``, "fp8 cpu" for example in
+    fp8; ``run(call)`` is what that implementation computes."""
+    was_enabled = direct.enabled
+    backends = {"": dispatch.IMPLEMENTATIONS, "fp8 ": dispatch.FP8_IMPLEMENTATIONS}
+    pairs = {"": decode.IMPLEMENTATIONS, "fp8 ": decode.FP8_IMPLEMENTATIONS}
+    saved = [(table, dict(table)) for table in (*backends.values(), *pairs.values())]
 
     def stand_in(name, run):
         return lambda call: around(name, call, run)
 
-    dispatch.IMPLEMENTATIONS.update({name: replace(item, run=stand_in(name, item.run)) for name, item in saved.items()})
-    decode.IMPLEMENTATIONS.update({name: (reason, stand_in(name, run)) for name, (reason, run) in saved_decode.items()})
+    for kind, table in backends.items():
+        for name, item in table.items():
+            table[name] = replace(item, run=stand_in(kind + name, item.run))
+    for kind, table in pairs.items():
+        for name, (reason, run) in table.items():
+            table[name] = (reason, stand_in(kind + name, run))
     direct.enabled = False  # the fast path calls the compiled kernels past the table
     try:
         yield
     finally:
-        dispatch.IMPLEMENTATIONS.update(saved)
-        decode.IMPLEMENTATIONS.update(saved_decode)
+        for table, contents in saved:
+            table.update(contents)
         direct.enabled = was_enabled
 
 

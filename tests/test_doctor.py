@@ -35,6 +35,7 @@ def test_a_sound_machine_passes(report):
     assert report["versions"]["torch"] == torch.__version__
     cpu = report["implementations"]["cpu"]
     assert cpu["available"]
+    assert report["fp8"].startswith("emulated on the CPU; on a GPU it raises")
     assert [test["dtype"] for test in cpu["self-tests"]] == ["float32", "bfloat16"]
     for test in cpu["self-tests"]:
         assert set(test["errors"]) == {"out", "dq", "dk", "dv"}
@@ -106,7 +107,7 @@ def test_the_report_says_why_an_implementation_is_unavailable(report):
 
 def test_registration_is_reported(report):
     pytest.importorskip("transformers")
-    assert report["transformers"]["registered names"] == ["flashmla", "fmla", "flashmla/flash-attn3"]
+    assert report["transformers"]["registered names"] == ["flashmla", "fmla", "flashmla/flash-attn3", "flashmla_fp8"]
 
 
 def test_an_unregistered_name_is_a_problem(monkeypatch):

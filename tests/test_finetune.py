@@ -47,6 +47,16 @@ def test_full_fine_tuning_saves_a_model_that_loads(tiny_model, corpus, tmp_path)
     assert not torch.equal(trained, AutoModelForCausalLM.from_pretrained(tiny_model).lm_head.weight)
 
 
+def test_training_in_fp8_is_near_exact_training_and_not_it(tiny_model, corpus, tmp_path):
+    shared = {"max_steps": 6, "use_peft": True}
+    for name in ("flashmla", "flashmla_fp8"):
+        finetune.main(options(tiny_model, corpus, tmp_path / name, **shared, attn_implementation=name))
+    exact, fp8 = (torch.tensor(losses(tmp_path / name)) for name in ("flashmla", "flashmla_fp8"))
+    assert 1e-6 < (exact - fp8).abs().max() < 3e-2
+    results = json.loads((tmp_path / "flashmla_fp8" / "all_results.json").read_text())
+    assert results["attn_implementation"] == "flashmla_fp8"
+
+
 def test_accumulated_batches_train_as_one_large_batch(tiny_model, corpus, tmp_path):
     """Packs differ in length, so a mean of means would not."""
     shared = {"max_steps": 4, "max_grad_norm": 0.5}

@@ -120,7 +120,7 @@ def test_lists_of_compatible_kernels_get_our_name_also_for_classes_defined_later
 
     model = DefinedLater._from_config(FAMILY["GPT-OSS"].config(), attn_implementation="flashmla")
     assert model.config._attn_implementation == "flashmla"
-    assert DefinedLater._compatible_flash_implementations == ["somebody/kernel", "flashmla"]
+    assert DefinedLater._compatible_flash_implementations == ["somebody/kernel", "flashmla", "flashmla_fp8"]
 
 
 def bloom(attn_implementation="flashmla"):

@@ -16,6 +16,7 @@ LAYERS = [
         "dispatch",
         "decode",
         "flash_attn_api",
+        "fp8",
         "torch_flash",
         "backends",
         "backend",
@@ -36,7 +37,7 @@ LAYERS = [
     },
 ]
 MAY_IMPORT_TRANSFORMERS = {
-    "check_command", "training", "hf.masks", "hf.paged", "hf.register", "hf.transformers_private", "patches",
+    "check_command", "training", "hf.fp8_cache", "hf.masks", "hf.paged", "hf.register", "hf.transformers_private", "patches",
 }  # fmt: skip
 
 
@@ -126,7 +127,7 @@ def test_kernels_include_no_torch_headers(path):
 
 
 # The modules beside the package itself that programs may use: what they train, plan and measure with.
-PUBLIC_MODULES = ("flashmla_hf.training", "flashmla_hf.host_memory", "flashmla_hf.nvidia_smi")
+PUBLIC_MODULES = ("flashmla_hf.training", "flashmla_hf.fp8", "flashmla_hf.host_memory", "flashmla_hf.nvidia_smi")
 
 
 @pytest.mark.parametrize("directory", ["scripts", "benchmarks"])

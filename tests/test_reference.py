@@ -238,7 +238,7 @@ def test_nan_and_infinite_values_are_summed_as_ieee_arithmetic_sums_them():
         expected = torch.stack(
             [torch.stack([(a[i] * b[:, d])[visible[i]].sum() for d in range(5)]) for i in range(3)]
         )  # fmt: skip
-        found = reference._sum_over_visible(a.masked_fill(~visible, 0.0), b, visible)
+        found = reference.sum_over_visible(a.masked_fill(~visible, 0.0), b, visible)
         torch.testing.assert_close(found, expected, equal_nan=True)
 
 

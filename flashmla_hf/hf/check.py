@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from flashmla_hf.hf.names import is_ours
+from flashmla_hf.hf.names import is_fp8, is_ours
 
 _INTERFACE = "ALL_ATTENTION_FUNCTIONS"
 _FLASH_PATH = "_flash_attention_forward"
@@ -135,6 +135,8 @@ def _verdict(module: torch.nn.Module) -> tuple[bool, str]:
         return False, f'its attn_implementation is {implementation!r}; set_attn_implementation("flashmla") changes it'
     if unknown := sorted(_keywords_passed(cls) - HONOURED_KWARGS):
         return False, f"it passes {', '.join(unknown)}, which is refused with an error"
+    if is_fp8(implementation):
+        return _fp8_verdict(module)
     if "position_bias" in _keywords_passed(cls):
         return False, "it adds a position_bias to the scores: exact, but computed outside the fused kernel"
     if _changes_its_mask(cls):
@@ -142,12 +144,31 @@ def _verdict(module: torch.nn.Module) -> tuple[bool, str]:
     notes = []
     if names & {_FLASH_PATH} and _INTERFACE not in names:
         notes.append("through Transformers' flash path")
-    dropout = next(
-        (p for p in (getattr(module, n, 0.0) for n in ("attention_dropout", "dropout")) if isinstance(p, float)), 0.0
-    )
-    if dropout > 0.0:
+    if (dropout := _dropout(module)) > 0.0:
         notes.append(f"in training its dropout of {dropout} is exact, but computed outside the fused kernel")
     return True, "; ".join(["it calls the kernel", *notes])
+
+
+def _fp8_verdict(module: torch.nn.Module) -> tuple[bool, str]:
+    """The verdict on a layer that calls us for fp8, which covers less."""
+    cls: type = type(module)
+    way_out = 'use attn_implementation="flashmla"'
+    if any(p.is_cuda for p in module.parameters()):
+        return False, f"it asks for fp8, which has no kernel for GPUs in this release: its call raises; {way_out}"
+    if "position_bias" in _keywords_passed(cls) or _changes_its_mask(cls):
+        return (
+            False,
+            f"it asks for fp8, which takes no position_bias and no mask of a layer's own: its call raises; {way_out}",
+        )
+    notes = ["it calls the kernel in fp8, which is not exact; on a GPU the call raises, since there is no kernel yet"]
+    if (dropout := _dropout(module)) > 0.0:
+        notes.append(f"in training its dropout of {dropout} raises")
+    return True, "; ".join(notes)
+
+
+def _dropout(module: torch.nn.Module) -> float:
+    given = (getattr(module, name, 0.0) for name in ("attention_dropout", "dropout"))
+    return next((p for p in given if isinstance(p, float)), 0.0)
 
 
 def _module_reason(module_name: str, config) -> str | None:

@@ -1,7 +1,7 @@
-"""The forward of ``attn_implementation="flashmla"`` in Hugging Face Transformers.
+"""The forward of ``attn_implementation="flashmla"`` (and ``"flashmla_fp8"``) in Hugging Face Transformers.
 
-The attention layers of a model call :func:`attention_forward`. It turns Transformers' calling convention (masks, window
-conventions, packed rows, caches, autocast) into one call of :func:`flashmla_hf.attention`.
+The attention layers of a model call :func:`attention_forward` (or :func:`fp8_forward`). It turns Transformers' calling
+convention (masks, window conventions, packed rows, caches, autocast) into one call of :func:`flashmla_hf.attention`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import torch
 
 from flashmla_hf import decode, reference
 from flashmla_hf.dispatch import attention
-from flashmla_hf.hf import boundaries, check, heads, masks, paged, transformers_private
+from flashmla_hf.hf import boundaries, fp8_cache, heads, masks, paged, patterns, refusals
 from flashmla_hf.notices import warn_once
 from flashmla_hf.torch_state import values_are_readable
 
@@ -42,6 +42,7 @@ def attention_forward(
     max_length_k: int | torch.Tensor | None = None,
     output_attentions: bool | None = False,
     deterministic: bool | None = None,
+    precision: str | None = None,
     **kwargs,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Attention for one layer of a Transformers model, by Transformers' calling convention.
@@ -51,14 +52,14 @@ def attention_forward(
         query: [batch, heads_q, seqlen_q, head_dim_qk], any strides; float32, float16 or bfloat16. Under autocast query, key
             and value may differ in dtype.
         key, value: [batch, heads_kv, seqlen_kv, head_dim_qk or head_dim_v]; heads not repeated. A static cache passes all
-            its rows.
+            its rows, an Fp8Cache :class:`fp8_cache.Fp8Rows`.
         attention_mask: a mask of :mod:`masks`, or a user's [batch, 1 or heads_q, seqlen_q, seqlen_kv], boolean (true
             keeps) or additive. Either defines the visible keys alone: no causal mask or window is added. Or key padding
             [batch, seqlen_kv], bool or a number that is not 0 for a real token, from models that skip the mask layer.
         dropout: probability of dropping a weight; exact, outside the fused kernel, with one warning.
         scaling: factor on the scores; ``None`` means ``head_dim_qk ** -0.5``.
         is_causal, sliding_window: causality (``None`` means ``module.is_causal``), and the number of keys that a causal query
-            sees, itself included. Both apply if the mask does not define them (:func:`_without_mask`).
+            sees, itself included. Both apply if the mask does not define them (:func:`patterns.without_mask`).
         softcap: as in :func:`flashmla_hf.attention`. s_aux: [heads_q] sinks, with gradient.
         position_bias: [1 or batch, heads_q, seqlen_q, at least seqlen_kv], added to the scores (T5); exact, outside the
             fused kernel, with one warning.
@@ -68,6 +69,7 @@ def attention_forward(
         max_length_q, max_length_k: the lengths of the longest packed sequences, as numbers or tensors.
         output_attentions: also return the weights, computed exactly outside the kernel, with one warning.
         deterministic: as in :func:`flashmla_hf.attention`; ``None`` and ``False`` follow torch's switches.
+        precision: as in :func:`flashmla_hf.attention`; :func:`fp8_forward` passes ``"fp8"``.
         **kwargs: the arguments of continuous batching (:mod:`paged`), and everything else that a model passes down.
 
     Returns:
@@ -76,9 +78,16 @@ def attention_forward(
 
     Raises:
         ValueError: an unsupported argument that may change attention (sparse models pass the indices of selected keys).
-        NotImplementedError: context parallelism is active, or an input is a DTensor. It also raises everything that
-        :func:`flashmla_hf.attention` raises.
+        NotImplementedError: context parallelism is active, an input is a DTensor, or fp8 does not cover the call. It also
+        raises everything that :func:`flashmla_hf.attention` raises.
     """
+    if isinstance(key, fp8_cache.Fp8Rows):
+        refusals.refuse_unknown(module, kwargs)
+        if output_attentions or position_bias is not None or dropout > 0.0:
+            refusals.refuse_dense(module, *_FP8_CACHE, dropout, position_bias, output_attentions)
+        default = masks.Pattern(*patterns.without_mask(module, is_causal, sliding_window, False))
+        given = {"scale": scaling, "softcap": float(softcap or 0.0), "sinks": s_aux}
+        return _from_fp8_cache(module, query, key, value, attention_mask, default, given), None
     pages = paged.pages(module, key, value, cu_seq_lens_k, max_length_k, kwargs)
     gathered = None
     if pages is None:
@@ -86,8 +95,8 @@ def attention_forward(
     if gathered is not None:
         key, value, cu_seq_lens_k, max_length_q, max_length_k = gathered
         attention_mask = None  # the boundaries say everything
-    _refuse_unknown(module, kwargs)
-    _refuse_parallel(module, query)
+    refusals.refuse_unknown(module, kwargs)
+    refusals.refuse_parallel(module, query)
 
     query, key, value = _one_dtype(query, key, value)
     if query.shape[0] != key.shape[0]:  # learned queries of batch 1 (SDPA broadcasts them)
@@ -100,13 +109,18 @@ def attention_forward(
     q, k, v = (x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous() for x in (q, k, v))
 
     is_paged = pages is not None or gathered is not None
-    is_causal, window = _without_mask(module, is_causal, sliding_window, is_paged)
+    is_causal, window = patterns.without_mask(module, is_causal, sliding_window, is_paged)
     options: dict[str, Any] = {"scale": scaling, "softcap": float(softcap or 0.0)}
     options["sinks"] = heads.own_heads(s_aux, q.shape[2])
+    if pages is not None and precision is not None:
+        raise NotImplementedError(
+            f"flashmla_fp8 in {type(module).__name__}: expected gathered keys, got a block table: fp8 reads no pages. Set "
+            'max_blocks_per_request=0 in ContinuousBatchingConfig, or use attn_implementation="flashmla"'
+        )
     if pages is not None:
         return _from_pages(q, pages, k, v, options | {"window": window}), None
-    pattern, mask = _read_mask(module, attention_mask, masks.Pattern(is_causal, window), q, k.shape[1])
-    options |= {"deterministic": True if deterministic else None}
+    pattern, mask = patterns.read_mask(module, attention_mask, masks.Pattern(is_causal, window), q, k.shape[1])
+    options |= {"deterministic": True if deterministic else None, "precision": precision}
     if cu_seq_lens_q is not None and cu_seq_lens_k is not None and pattern is not None:
         cu_seqlens = (boundaries.as_boundaries(cu_seq_lens_q), boundaries.as_boundaries(cu_seq_lens_k))
         if not output_attentions and position_bias is None:
@@ -116,74 +130,28 @@ def attention_forward(
         segments = _segments_from_boundaries(module, q, k, *cu_seqlens)
         pattern = pattern._replace(padding=None, segments=segments, end=None)
     elif position_ids is not None and pattern is not None and (attention_mask is None or pattern.is_causal):
-        pattern = _cut_by_positions(pattern, position_ids, q, k.shape[1])
+        pattern = patterns.cut_by_positions(pattern, position_ids, q, k.shape[1])
 
     needs_dense = bool(output_attentions) or position_bias is not None or dropout > 0.0
     if pattern is not None and not needs_dense:
         out = _fused(q, k, v, pattern, options)
         if out is not None:
             return out, None
+    if precision is not None:
+        refusals.refuse_dense(module, *_FP8, dropout, position_bias, output_attentions)
     if pattern is not None and pattern.end is not None:
         pattern = None  # the mask says the same
     return _dense(module, q, k, v, pattern, mask, position_bias, dropout, bool(output_attentions), options)
 
 
-def _without_mask(
-    module, is_causal: bool | None, sliding_window: int | None, is_paged: bool
-) -> tuple[bool, tuple[int, int] | None]:
-    """Causality and window of a layer whose mask does not define them: it has no mask, or one of key padding.
-
-    The layer defines them, as for SDPA: by the argument, else by its attribute ``is_causal``. A layer without either sees every
-    key, as in eager attention. So does every layer of a model for which Transformers declares neither SDPA nor a flash
-    implementation: nobody has checked its ``is_causal``.
-    """
-    if is_paged:  # continuous batching makes no masks, for causal models
-        is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    elif not transformers_private.is_trusted(type(getattr(module, "config", None))):
-        return False, None
-    elif is_causal is None:
-        is_causal = getattr(module, "is_causal", False)
-    return bool(is_causal), _window(module, bool(is_causal), sliding_window)
+# The subject of a refusal and the way out.
+_FP8 = ("flashmla_fp8", 'attn_implementation="flashmla"')
+_FP8_CACHE = ("Fp8Cache", "DynamicCache")
 
 
-def _read_mask(
-    module, mask, without_mask: masks.Pattern, q, seqlen_kv: int
-) -> tuple[masks.Pattern | None, torch.Tensor | None]:
-    """``mask`` as a pattern, or as a 4-D mask if only its numbers describe it. q [batch, seqlen_q, ...]."""
-    if mask is None:
-        return without_mask, None
-    pattern = masks.pattern_of(mask)
-    if pattern is not None and pattern.hides_nothing():
-        return pattern, None  # eager gets no mask for it, so it fits any length
-    if pattern is not None and mask.shape[2] == q.shape[1] and mask.shape[3] == seqlen_kv:
-        padding, segments = (
-            x if x is None or x.shape[0] == q.shape[0] else x.expand(q.shape[0], -1)
-            for x in (pattern.padding, pattern.segments)
-        )
-        # Of an unknown end no dense mask can be made again.
-        return pattern._replace(padding=padding, segments=segments), None if pattern.end is None else mask
-    mask = _checked_mask(module, mask.dense() if isinstance(mask, masks.LazyMask) else mask, q, seqlen_kv)
-    if mask.dim() == 2:
-        return without_mask._replace(padding=mask), None
-    if mask.dtype == torch.bool and mask.shape[1] == mask.shape[2] == 1:
-        # The mask names the keys that every query sees; causality and window do not apply.
-        padding = boundaries.view_with_memo(mask, mask[:, 0, 0, :].expand(q.shape[0], -1))
-        return masks.Pattern(False, None, padding), None
-    return None, mask
-
-
-def _cut_by_positions(pattern: masks.Pattern, position_ids, q, seqlen_kv: int) -> masks.Pattern:
-    """``pattern`` with the packed rows that only the positions show.
-
-    Transformers' mask layer does not look for them if there is a cache (the default outside Trainer) or a padding mask.
-    """
-    num_keys = seqlen_kv if pattern.padding is None else pattern.padding.shape[1]
-    if pattern.segments is not None or q.shape[1] != num_keys:
-        return pattern
-    segments = boundaries.segments_from_positions(
-        position_ids, q.shape[0], q.shape[1], pattern.is_causal, pattern.padding
-    )
-    return pattern if segments is None else pattern._replace(segments=segments)
+def fp8_forward(module: torch.nn.Module, *tensors, **kwargs) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """:func:`attention_forward` with ``precision="fp8"``, for ``attn_implementation="flashmla_fp8"``."""
+    return attention_forward(module, *tensors, **(kwargs | {"precision": "fp8"}))
 
 
 def _fused(q, k, v, pattern: masks.Pattern, options) -> torch.Tensor | None:
@@ -214,7 +182,8 @@ def _fused(q, k, v, pattern: masks.Pattern, options) -> torch.Tensor | None:
     if common_end is None and pattern.is_causal and torch.compiler.is_compiling():
         common_end = seqlen_kv  # a graph does not know whether rows end in padding: of a causal row no token sees it
     ends_together = not queries_are_keys or ranges.common_end == seqlen_kv or common_end is not None
-    if seqlen_q <= _MOST_DECODE_QUERIES and ends_together:
+    is_exact = options["precision"] is None  # the kernel of caches is, so it does not serve fp8 of a 16-bit cache
+    if is_exact and seqlen_q <= _MOST_DECODE_QUERIES and ends_together:
         out = _from_cache(q, k, v, ranges if common_end is None else ranges.up_to(common_end), options)
         if out is not None:
             return out
@@ -234,6 +203,33 @@ def _from_cache(q, k, v, ranges: boundaries.KeyRanges, options) -> torch.Tensor 
     out = decode.decode_attention(
         q, k, v, cache_seqlens=ranges.end, kv_start=ranges.start, **{name: options[name] for name in names}
     )
+    assert isinstance(out, torch.Tensor)
+    return out
+
+
+def _from_fp8_cache(
+    module, query, key, value, attention_mask, default: masks.Pattern, options: dict[str, Any]
+) -> torch.Tensor:
+    """Attention to rows of an Fp8Cache. query [batch, heads_q, seqlen_q, dim] -> [batch, seqlen_q, heads_q, head_dim_v]."""
+    q = query.transpose(1, 2)
+    pattern, _ = patterns.read_mask(module, attention_mask, default, q, key.shape[2])
+    if pattern is None or pattern.segments is not None:
+        refusals.refuse_dense(module, *_FP8_CACHE, 0.0, None, False)
+    lengths = starts = None
+    if pattern.padding is not None:
+        ranges = boundaries.key_ranges(pattern.padding)
+        lengths, starts = ranges.end, ranges.start
+        queries_are_keys = pattern.is_causal or pattern.window is not None
+        if ranges.has_holes or (queries_are_keys and ranges.common_end != key.shape[2]):
+            refusals.refuse_dense(module, *_FP8_CACHE, 0.0, None, False)
+    if isinstance(options["scale"], torch.Tensor):
+        q, options = q * options["scale"].to(q.dtype), options | {"scale": 1.0}
+    k, v = (x.e4m3.transpose(1, 2) for x in (key, value))
+    out = decode.decode_attention(
+        q if q.stride(-1) == 1 else q.contiguous(), k, v, cache_seqlens=lengths, kv_start=starts,
+        k_descale=key.scale.transpose(1, 2), v_descale=value.scale.transpose(1, 2), is_causal=pattern.is_causal,
+        window=pattern.window, **(options | {"sinks": heads.own_heads(options["sinks"], q.shape[2])}),
+    )  # fmt: skip
     assert isinstance(out, torch.Tensor)
     return out
 
@@ -341,58 +337,6 @@ def _segments_from_boundaries(module, q, k, cu_seqlens_q, cu_seqlens_kv) -> torc
     return boundaries.segments_from_boundaries(cu_seqlens_q, q.shape[1])
 
 
-def _checked_mask(module, mask, q: torch.Tensor, seqlen_kv: int) -> torch.Tensor:
-    """The user's ``mask`` as bool [batch, num_keys] or as 4-D mask, for q [batch, seqlen_q, ...] and at most
-    ``seqlen_kv`` keys."""
-    if not isinstance(mask, torch.Tensor) or mask.dim() not in (2, 4):
-        actual = f"{mask.dim()} dimensions" if isinstance(mask, torch.Tensor) else type(mask).__name__
-        raise ValueError(
-            f"flashmla in {type(module).__name__}: attention_mask: expected None or 2 or 4 dimensions, got {actual}"
-        )
-    if mask.dim() == 4 and mask.dtype != torch.bool and not mask.is_floating_point():
-        raise ValueError(
-            f"flashmla in {type(module).__name__}: attention_mask: expected bool (true keeps) or a floating dtype "
-            f"(added) for a 4-D mask, got {mask.dtype}"
-        )
-    if mask.dim() == 2 and mask.shape[0] != q.shape[0]:
-        mask = mask.expand(q.shape[0], -1)
-    if mask.dim() == 2 and mask.dtype != torch.bool:
-        # Models that skip Transformers' mask layer pass the tokenizer's mask of ones and zeros, in any dtype.
-        kept = boundaries.memo(mask)
-        if "as bool" not in kept:
-            kept["as bool"] = boundaries.mark_constant(mask != 0)
-        mask = kept["as bool"]
-    if mask.shape[-1] <= seqlen_kv:
-        return mask
-    # A sliding cache holds the last keys of a 2-D mask. A 4-D mask may cover all rows of a static cache.
-    cut = mask[:, -seqlen_kv:] if mask.dim() == 2 else mask[..., :seqlen_kv]
-    if mask.dim() == 4 and mask.shape[2] > 1:
-        return cut
-    if torch.compiler.is_compiling():
-        return cut
-    kept, key = boundaries.memo(mask), ("cut", seqlen_kv)
-    if key not in kept:
-        kept[key] = boundaries.mark_constant(cut.clone())
-    return kept[key]
-
-
-def _window(module, is_causal: bool, sliding_window: int | None) -> tuple[int, int] | None:
-    """``sliding_window`` as (left, right), both ends included; ``None`` if there is none."""
-    if sliding_window is None:
-        return None
-    if is_causal:
-        return (sliding_window - 1, 0)
-    # Bidirectional: flash-attn's convention is |i - j| < sliding_window, and ModernBERT passes config.sliding_window
-    # + 1. The mask that eager follows is |i - j| <= config.sliding_window. Layers that pass the config's value as it
-    # is (the encoder of T5Gemma; causal models switched to is_causal=False) are off by one under Transformers' flash
-    # path.
-    is_config_value = sliding_window == transformers_private.attribute(
-        getattr(module, "config", None), "sliding_window"
-    )
-    reach = sliding_window if is_config_value else sliding_window - 1
-    return (reach, reach)
-
-
 def _one_dtype(query, key, value):
     """query, key and value in one dtype. Autocast mixes dtypes: rotary embeddings and norms give fp32, projections bf16.
 
@@ -412,33 +356,3 @@ def _as_int(length: int | torch.Tensor | None) -> int | None:
     if isinstance(length, torch.Tensor):
         return int(length) if length.device.type == "cpu" and values_are_readable(length) else None
     return length
-
-
-def _refuse_unknown(module, kwargs: dict) -> None:
-    """Raises for an argument that eager attention would honour, or that the layer passes in eager's place.
-
-    Every other argument was given to the model for another part of it: Transformers passes it down to all layers, and eager's
-    attention function ignores it.
-    """
-    for name, given in kwargs.items():
-        if given is not None and check.is_about_attention(type(module), name):
-            model = transformers_private.attribute(getattr(module, "config", None), "model_type") or "unknown"
-            raise ValueError(
-                f"flashmla: {type(module).__name__} of model type {model!r} passed an unsupported argument {name!r}. It may "
-                "change the result (sparse models pass their selected keys this way), so it is not ignored. Use "
-                'attn_implementation="eager" or "sdpa" for this model, or leave the argument out of the call'
-            )
-
-
-def _refuse_parallel(module, query) -> None:
-    if type(query).__name__ == "DTensor":
-        raise NotImplementedError(
-            f"flashmla in {type(module).__name__}: query: expected a local tensor, got a DTensor. Use "
-            'tp_plan="auto" or FSDP, which pass local tensors, or attn_implementation="sdpa"'
-        )
-    if transformers_private.context_parallel_is_active():
-        raise NotImplementedError(
-            f"flashmla in {type(module).__name__}: torch's context parallelism is active. It shards the sequence and "
-            "replaces torch's SDPA only, so this attention would see one shard of the keys. Use "
-            'attn_implementation="sdpa" inside context_parallel, or divide the sequence by Ulysses (accelerate: sp_size)'
-        )

@@ -8,7 +8,7 @@ from transformers import modeling_utils
 from transformers.masking_utils import AttentionMaskInterface
 
 from flashmla_hf.hf import forward, masks, transformers_private
-from flashmla_hf.hf.names import NAMES, PAGED_PREFIX
+from flashmla_hf.hf.names import NAMES, PAGED_PREFIX, is_fp8
 
 _lock = threading.Lock()
 
@@ -24,10 +24,11 @@ def register() -> None:
             if not hasattr(original, "_flashmla_wraps"):
                 setattr(owner, name, wrap(original))
         for name in NAMES:
+            function = forward.fp8_forward if is_fp8(name) else forward.attention_forward
             AttentionMaskInterface.register(name, masks.flashmla_mask)
-            modeling_utils.AttentionInterface.register(name, forward.attention_forward)
+            modeling_utils.AttentionInterface.register(name, function)
             # The paged names get no mask function, as in Transformers: continuous batching then builds no mask at all.
-            modeling_utils.AttentionInterface.register(PAGED_PREFIX + name, forward.attention_forward)
+            modeling_utils.AttentionInterface.register(PAGED_PREFIX + name, function)
 
 
 # The import hook of autoload.py registers by importing this module.

@@ -22,7 +22,7 @@ from transformers import masking_utils, modeling_flash_attention_utils, modeling
 from flashmla_hf import libraries
 from flashmla_hf.flash_attn_api import flash_attn_func, flash_attn_varlen_func, flash_attn_with_kvcache
 from flashmla_hf.hf import check
-from flashmla_hf.hf.names import KERNEL_NAME, NAME, NAMES, is_ours
+from flashmla_hf.hf.names import FP8_NAME, KERNEL_NAME, NAME, NAMES, is_fp8, is_ours
 from flashmla_hf.notices import warn_once
 
 # The building blocks of transformers.masking_utils by the names of their closures.
@@ -224,6 +224,7 @@ def _wrap_check_and_adjust(original):
             return original(self, attn_implementation, *args, **kwargs)
         if _must_run_with_eager(self, attn_implementation):
             return original(self, "eager", *args, **kwargs)
+        _refuse_fp8(type(self), attn_implementation)
         _declare_compatible(type(self))
         _provide_flash_path(type(self))
         # Transformers loads names in the form of KERNEL_NAME from the hub, so it checks NAME instead.
@@ -243,6 +244,7 @@ def _wrap_get_correct(original):
         if is_ours(requested_attention):
             if _must_run_with_eager(self, requested_attention):
                 return original(self, "eager", *args, **kwargs)
+            _refuse_fp8(type(self), requested_attention)
             _provide_flash_path(type(self))
         return original(self, requested_attention, *args, **kwargs)
 
@@ -261,8 +263,18 @@ def _must_run_with_eager(model: modeling_utils.PreTrainedModel, implementation: 
     return reason is not None
 
 
+def _refuse_fp8(model_class: type, implementation: str) -> None:
+    """Raises for models on Transformers' flash path: it keeps one set of functions for the process, whatever a model's name."""
+    if is_fp8(implementation) and check.uses_flash_path(model_class):
+        raise ValueError(
+            f"attn_implementation={implementation!r}: expected a model whose layers call the attention interface, got "
+            f"{model_class.__name__}, which calls Transformers' flash path. That path is exact here. Use "
+            'attn_implementation="flashmla"'
+        )
+
+
 def _declare_compatible(model_class: type) -> None:
-    """Adds our name to ``_compatible_flash_implementations``.
+    """Adds our names to ``_compatible_flash_implementations``.
 
     GPT-OSS and similar models list the kernels that know sinks there, and replace every other flash name by one from the hub.
     This runs on first use, so it covers classes that are imported later.
@@ -270,7 +282,7 @@ def _declare_compatible(model_class: type) -> None:
     for cls in model_class.__mro__:
         names = cls.__dict__.get("_compatible_flash_implementations")
         if names is not None and NAME not in names:
-            cls._compatible_flash_implementations = [*names, NAME]  # type: ignore[attr-defined]
+            cls._compatible_flash_implementations = [*names, NAME, FP8_NAME]  # type: ignore[attr-defined]
 
 
 def _class_dictionaries(model_class: type) -> Iterator[tuple[str, dict]]:

@@ -49,7 +49,7 @@ def first_line(error: BaseException) -> str:
 @dataclass
 class ModelArguments:
     model_name_or_path: str = field(metadata={"help": "a folder with config.json, or a name on the Hub"})
-    attn_implementation: str = field(default="flashmla", metadata={"help": "flashmla, sdpa, eager, ..."})
+    attn_implementation: str = field(default="flashmla", metadata={"help": "flashmla, flashmla_fp8, sdpa, eager, ..."})
     patches: list[str] = field(
         default_factory=lambda: ["auto"],
         metadata={

@@ -17,7 +17,7 @@ FP32 = 4
 # Per weight in 4 bits: the scale of 64 weights in 8 bits, and the float32 scale of 256 such scales.
 PACKED_BYTES = 1 / 2 + 1 / 64 + FP32 / (64 * 256)
 MOMENTS = ("loss", "mlp", "attention")
-OUR_BACKENDS = ("flashmla", "fmla", "flashmla/flash-attn3")
+OUR_BACKENDS = ("flashmla", "fmla", "flashmla/flash-attn3", "flashmla_fp8")
 LEAN_BACKENDS = (*OUR_BACKENDS, "flash_attention_2", "flash_attention_3")  # they store no scores and repeat no keys
 
 

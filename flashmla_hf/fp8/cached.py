@@ -1,0 +1,148 @@
+"""Attention to caches of e4m3 keys and values with a scale per token and head: ``decode_attention`` with descales.
+
+=============  =====================================================================================================
+``cpu``        in a stream over blocks of keys: a block is dequantised, attended to in fp32, and forgotten
+``reference``  the oracle on caches that are dequantised as a whole, in float64
+others         raise: there is no such kernel for GPUs yet
+=============  =====================================================================================================
+
+Exact attention of the quantised keys and values, P not rounded: decoding waits for memory, not for products, so the kernel to
+come multiplies in 16 bits. e4m3 is exact in bf16 and fp16; ``k_descale`` is a factor of a column of scores, ``v_descale`` one
+of a column of P.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from flashmla_hf import reference
+from flashmla_hf.backends import cpu
+from flashmla_hf.fp8.quantization import DTYPE
+from flashmla_hf.ops import dtype_name
+from flashmla_hf.torch_state import without_autocast
+from flashmla_hf.validation import DecodeCall, check_tensor, fail
+
+KEYS_AT_A_TIME = 1024  # a multiple of no page size in particular: pages are gathered row by row
+
+
+def check_descales(k_cache: Any, v_cache: Any, k_descale: Any, v_descale: Any) -> None:
+    """Raises if the dtypes of caches and the descales do not fit: both caches e4m3 and both descales there, or neither."""
+    are_fp8 = [getattr(x, "dtype", None) == DTYPE for x in (k_cache, v_cache)]
+    pairs = (("k_descale", k_descale, k_cache), ("v_descale", v_descale, v_cache))
+    if not any(are_fp8):
+        for name, x, _ in pairs:
+            if x is not None:
+                fail(ValueError, name, "none, since the caches are not float8_e4m3fn", "a tensor")
+        return
+    if not all(are_fp8):
+        name, cache = ("v_cache", v_cache) if are_fp8[0] else ("k_cache", k_cache)
+        check_tensor(name, cache)
+        fail(TypeError, name, "dtype float8_e4m3fn (that of the other cache)", dtype_name(cache.dtype))
+    for name, x, cache in pairs:
+        shape = [*cache.shape[:-1]]
+        if x is None:
+            expected = f"fp32 {shape} (a factor for each row and head), since the caches are float8_e4m3fn"
+            fail(ValueError, name, f"{expected} (torch.ones for rows without)", None)
+        check_tensor(name, x)
+        if x.dtype != torch.float32:
+            fail(TypeError, name, "dtype float32", dtype_name(x.dtype))
+        if [*x.shape] != shape:
+            fail(ValueError, name, f"shape {shape} (that of the cache without its last dimension)", [*x.shape])
+        if x.device != cache.device:
+            fail(ValueError, name, f"device {cache.device} (that of the cache)", x.device)
+
+
+def _rows(call: DecodeCall, begin: int, end: int) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
+    """Rows [begin, end) of all sequences: k, v [batch, rows, heads_kv, dim] and their scales [batch, rows, heads_kv], and which
+    positions there are; those behind a sequence's table or cache hold anything."""
+    tensors = (call.k, call.v, call.k_descale, call.v_descale)
+    position = torch.arange(begin, end, device=call.q.device)
+    if call.block_table is None:
+        return tuple(x[:, begin:end] for x in tensors), position  # type: ignore[index]
+    page_size = call.k.shape[1]
+    # Entries behind those needed may be anything; what they name is hidden by the lengths.
+    page = call.block_table[:, position // page_size].long().clamp(0, max(call.k.shape[0] - 1, 0))
+    return tuple(x[page, position % page_size] for x in tensors), position  # type: ignore[index]
+
+
+def run_cpu(call: DecodeCall) -> tuple[torch.Tensor, torch.Tensor]:
+    """(out, lse) by online softmax over blocks of keys, the rows of a kv head's query heads side by side."""
+    with without_autocast(call.q.device):
+        return _stream(call)
+
+
+def _stream(call: DecodeCall) -> tuple[torch.Tensor, torch.Tensor]:
+    batch, seqlen_q, heads_q, _ = call.q.shape
+    heads_kv, device = call.k.shape[2], call.q.device
+    lengths = _numbers(call.cache_seqlens, batch, call.capacity, device)
+    starts = _numbers(call.kv_start, batch, 0, device)
+    at = (lengths[:, None] - seqlen_q + torch.arange(seqlen_q, device=device))[:, None, None, :, None]
+    # [batch, heads_kv, group, seqlen_q, dim]
+    query = call.q.float().unflatten(2, (heads_kv, -1)).permute(0, 2, 3, 1, 4)
+    row_max = query.new_full((*query.shape[:-1], 1), -math.inf)
+    row_sum, out = torch.zeros_like(row_max), query.new_zeros(*query.shape[:-1], call.v.shape[-1])
+    first = int(starts.min()) if batch else 0
+    if call.window_left >= 0 and batch:
+        first = max(first, int(lengths.min()) - seqlen_q - call.window_left)
+    last = int(lengths.max()) if batch and seqlen_q and call.k.shape[0] else 0
+    for begin in range(first, last, KEYS_AT_A_TIME):
+        (k, v, k_scale, v_scale), position = _rows(call, begin, min(begin + KEYS_AT_A_TIME, last))
+        key, value = ((x.float() * s[..., None]).transpose(1, 2)[:, :, None] for x, s in ((k, k_scale), (v, v_scale)))
+        visible = (position < lengths[:, None]) & (position >= starts[:, None])
+        visible = visible[:, None, None, None, :]
+        if call.window_left >= 0:
+            visible = visible & (position >= at - call.window_left)
+        if call.window_right >= 0:
+            visible = visible & (position <= at + call.window_right)
+        scores = query @ key.mT * call.scale
+        if call.softcap > 0.0:
+            scores = call.softcap * torch.tanh(scores / call.softcap)
+        scores = scores.masked_fill(~visible, -math.inf)
+        new_max = torch.maximum(row_max, scores.amax(-1, keepdim=True))
+        relative_to = new_max.masked_fill(new_max == -math.inf, 0.0)
+        correction, p = torch.exp(row_max - relative_to), torch.exp(scores - relative_to)
+        row_sum = correction * row_sum + p.sum(-1, keepdim=True)
+        out = correction * out + reference.sum_over_visible(p, value, visible)
+        row_max = new_max
+    if call.sinks is not None:
+        sink = call.sinks.float().unflatten(0, (heads_kv, -1))[None, :, :, None, None]
+        new_max = torch.maximum(row_max, sink)
+        relative_to = new_max.masked_fill(new_max == -math.inf, 0.0)
+        correction = torch.exp(row_max - relative_to)
+        out, row_sum, row_max = out * correction, row_sum * correction + torch.exp(sink - relative_to), new_max
+    is_dead = row_sum == 0.0
+    out = (out / row_sum.masked_fill(is_dead, 1.0)).masked_fill(is_dead, 0.0)
+    lse = (row_max + row_sum.log()).masked_fill(is_dead, -math.inf)
+    # An infinite sink: infinity minus itself made a NaN of the sum.
+    lse = torch.where(row_max == math.inf, math.inf, lse)
+    return (
+        out.permute(0, 3, 1, 2, 4).reshape(batch, seqlen_q, heads_q, -1).to(call.q.dtype),
+        lse[..., 0].reshape(batch, heads_q, seqlen_q),
+    )
+
+
+def _numbers(x: torch.Tensor | None, batch: int, default: int, device: torch.device) -> torch.Tensor:
+    return torch.full((batch,), default, device=device) if x is None else x.long()
+
+
+def run_reference(call: DecodeCall) -> tuple[torch.Tensor, torch.Tensor]:
+    assert call.k_descale is not None
+    assert call.v_descale is not None
+    k, v = (x.double() * s.double()[..., None] for x, s in ((call.k, call.k_descale), (call.v, call.v_descale)))
+    out, lse = reference.decode_attention(
+        call.q.double(), k, v, sinks=call.sinks, cache_seqlens=call.cache_seqlens, kv_start=call.kv_start,
+        block_table=call.block_table, scale=call.scale, window_left=call.window_left, window_right=call.window_right,
+        softcap=call.softcap,
+    )  # fmt: skip
+    return out.to(call.q.dtype), lse.to(torch.promote_types(call.q.dtype, torch.float32))
+
+
+Run = Callable[[DecodeCall], tuple[torch.Tensor, torch.Tensor]]
+IMPLEMENTATIONS: dict[str, tuple[Callable[[DecodeCall], str | None], Run]] = {
+    "cpu": (lambda call: cpu.device_refusal(call.q), run_cpu),
+    "reference": (lambda call: None, run_reference),
+}

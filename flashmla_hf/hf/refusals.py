@@ -1,0 +1,57 @@
+"""What a layer's call of our attention may not ask for, and the errors that say so."""
+
+from __future__ import annotations
+
+from typing import NoReturn
+
+import torch
+
+from flashmla_hf.hf import check, transformers_private
+
+
+def refuse_unknown(module: torch.nn.Module, kwargs: dict) -> None:
+    """Raises for an argument that eager attention would honour, or that the layer passes in eager's place.
+
+    Every other argument was given to the model for another part of it: Transformers passes it down to all layers, and eager's
+    attention function ignores it.
+    """
+    for name, given in kwargs.items():
+        if given is not None and check.is_about_attention(type(module), name):
+            model = transformers_private.attribute(getattr(module, "config", None), "model_type") or "unknown"
+            raise ValueError(
+                f"flashmla: {type(module).__name__} of model type {model!r} passed an unsupported argument {name!r}. It may "
+                "change the result (sparse models pass their selected keys this way), so it is not ignored. Use "
+                'attn_implementation="eager" or "sdpa" for this model, or leave the argument out of the call'
+            )
+
+
+def refuse_parallel(module: torch.nn.Module, query: torch.Tensor) -> None:
+    if type(query).__name__ == "DTensor":
+        raise NotImplementedError(
+            f"flashmla in {type(module).__name__}: query: expected a local tensor, got a DTensor. Use "
+            'tp_plan="auto" or FSDP, which pass local tensors, or attn_implementation="sdpa"'
+        )
+    if transformers_private.context_parallel_is_active():
+        raise NotImplementedError(
+            f"flashmla in {type(module).__name__}: torch's context parallelism is active. It shards the sequence and "
+            "replaces torch's SDPA only, so this attention would see one shard of the keys. Use "
+            'attn_implementation="sdpa" inside context_parallel, or divide the sequence by Ulysses (accelerate: sp_size)'
+        )
+
+
+def refuse_dense(
+    module: torch.nn.Module, subject: str, way_out: str, dropout, position_bias, wants_weights
+) -> NoReturn:
+    """Raises for a call in fp8 that only a dense mask, or the weights themselves, would answer."""
+    if wants_weights:
+        got = "output_attentions=True"
+    elif position_bias is not None:
+        got = "a position_bias"
+    elif dropout > 0.0:
+        got = f"a dropout of {dropout}"
+    else:
+        got = "a mask that is not one of padding, packing, causality and windows (a padded row with holes, a custom 4-D mask)"
+    raise NotImplementedError(
+        f"{subject} in {type(module).__name__}: expected a call that fp8 covers, got {got}. Use {way_out}, which computes "
+        "it exactly"
+    )

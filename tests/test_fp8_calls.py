@@ -1,0 +1,140 @@
+"""Calls in fp8: tensors that are fp8 already, and what is refused, in words and by name."""
+
+import re
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from flashmla_hf import attention, decode_attention
+
+E4M3 = torch.float8_e4m3fn
+
+
+def normal(*shape, seed=0, dtype=torch.float32):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def fp8_tensors(batch=2, seqlen=150, heads_q=4, heads_kv=2, dim=32):
+    q, k, v = normal(batch, seqlen, heads_q, dim), *(normal(batch, seqlen, heads_kv, dim, seed=n) for n in (1, 2))
+    descales = [torch.rand(batch, heads_kv, generator=torch.Generator().manual_seed(n)) + 0.5 for n in range(3)]
+    return [x.to(E4M3) for x in (q, k, v)], dict(zip(("q_descale", "k_descale", "v_descale"), descales, strict=True))
+
+
+def scaled(x, descale):
+    """[batch, seqlen, heads, dim] times the factor of (sequence, kv head)."""
+    return x.float() * descale.repeat_interleave(x.shape[2] // descale.shape[1], dim=1)[:, None, :, None]
+
+
+@pytest.mark.parametrize("impl", ["cpu", "reference", None])
+def test_fp8_tensors_are_what_they_are_times_their_descales(impl):
+    (q, k, v), descales = fp8_tensors()
+    out, lse = attention(q, k, v, **descales, is_causal=True, return_lse=True, impl=impl)
+    assert out.dtype == torch.bfloat16
+    values = [scaled(x, d) for x, d in zip((q, k, v), descales.values(), strict=True)]
+    expected, expected_lse = attention(*values, is_causal=True, return_lse=True)
+    torch.testing.assert_close(lse, expected_lse, rtol=1e-5, atol=1e-5)
+    error = (out.float() - expected).abs().max() / expected.abs().max()
+    assert error < (0.01 if impl != "reference" else 0.06)
+    with_precision = attention(q, k, v, **descales, is_causal=True, precision="fp8", impl=impl)
+    assert torch.equal(with_precision, out)
+
+
+@pytest.mark.parametrize("impl", ["cpu", "reference"])
+def test_packed_fp8_tensors_have_a_descale_for_each_sequence(impl):
+    (q, k, v), descales = fp8_tensors()
+    bounds = torch.tensor([0, 150, 300], dtype=torch.int32)
+    packed = attention(
+        *(x.flatten(0, 1) for x in (q, k, v)), **descales, cu_seqlens_q=bounds, cu_seqlens_kv=bounds, impl=impl
+    )  # fmt: skip
+    assert torch.equal(packed, attention(q, k, v, **descales, impl=impl).flatten(0, 1))
+
+
+def call(**changes):
+    tensors = {"q": normal(1, 20, 4, 16), "k": normal(1, 20, 2, 16), "v": normal(1, 20, 2, 16), "precision": "fp8"}
+    return attention(**tensors | changes)
+
+
+def fp8_call(**changes):
+    (q, k, v), descales = fp8_tensors()
+    return attention(**{"q": q, "k": k, "v": v, **descales} | changes)
+
+
+REFUSED = {
+    "precision": (lambda: call(precision="fp16"), ValueError, "precision: expected None (that of the tensors) or 'fp8', got 'fp16'"),
+    "a mask": (lambda: call(attn_mask=torch.ones(20, 20, dtype=torch.bool)), RuntimeError, "attn_mask is given: expected none in fp8"),
+    "a mask, reference": (
+        lambda: call(attn_mask=torch.ones(20, 20, dtype=torch.bool), impl="reference"), RuntimeError, "attn_mask is given",
+    ),
+    "dropout": (lambda: call(dropout_p=0.1), RuntimeError, "dropout_p=0.1: expected none in fp8; precision=None"),
+    "float64": (
+        lambda: call(q=normal(1, 20, 4, 16).double(), k=normal(1, 20, 2, 16).double(), v=normal(1, 20, 2, 16).double()),
+        RuntimeError, "dtype float64: expected float32, float16, bfloat16 or float8_e4m3fn",
+    ),
+    "sm90": (lambda: call(impl="sm90"), RuntimeError, "impl='sm90' cannot compute this call: fp8 has no kernel for GPUs"),
+    "flex": (lambda: call(impl="flex"), RuntimeError, "fp8 has no kernel for GPUs in this release: pass precision=None"),
+    "an unknown impl": (lambda: call(impl="fast"), ValueError, "impl: expected one of ['cpu', 'reference'] or None, got 'fast'"),
+    "vmap": (
+        lambda: torch.vmap(lambda x: attention(x, x, x, precision='fp8'))(normal(3, 1, 20, 4, 16)), RuntimeError, "a transform of torch.func is active",
+    ),
+    "descale without fp8": (
+        lambda: call(k_descale=torch.ones(1, 2)), ValueError, "k_descale: expected none, since q, k and v are not float8_e4m3fn",
+    ),
+    "descale alone": (
+        lambda: call(precision=None, v_descale=torch.ones(1, 2)), ValueError, "v_descale: expected none",
+    ),
+    "fp8 without a descale": (
+        lambda: fp8_call(k_descale=None), ValueError, "k_descale: expected fp32 [2, 2] (batch, heads_kv), since q is float8_e4m3fn",
+    ),
+    "a descale's shape": (lambda: fp8_call(q_descale=torch.ones(2, 4)), ValueError, "q_descale: expected shape [2, 2]"),
+    "a descale's dtype": (
+        lambda: fp8_call(q_descale=torch.ones(2, 2).half()), TypeError, "q_descale: expected dtype float32, got float16",
+    ),
+    "a descale's type": (lambda: fp8_call(q_descale=1.0), TypeError, "q_descale: expected a torch.Tensor, got float"),
+    "one tensor in fp8": (
+        lambda: call(q=normal(1, 20, 4, 16).to(E4M3)), TypeError, "k: expected dtype float8_e4m3fn (that of q), got float32",
+    ),
+    "a gradient of fp8": (
+        lambda: fp8_call(v=fp8_tensors()[0][2].requires_grad_()), TypeError, "q, k and v: expected a tensor that requires no gradient",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_not_covered_raises_in_words(name):
+    run, kind, message = REFUSED[name]
+    with pytest.raises(kind, match=re.escape(message)):
+        run()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, E4M3], ids=str)
+def test_a_gpu_raises_and_says_what_to_do(dtype):
+    """Fake tensors: no GPU is needed to be refused."""
+    with FakeTensorMode():
+        q, k, v = (torch.empty(1, 256, heads, 64, dtype=dtype, device="cuda") for heads in (4, 2, 2))
+        descales = {}
+        if dtype == E4M3:
+            descales = {name: torch.empty(1, 2, device="cuda") for name in ("q_descale", "k_descale", "v_descale")}
+        message = "no implementation computes this call on cuda:0: fp8 has no kernel for GPUs in this release: pass"
+        with pytest.raises(RuntimeError, match=re.escape(message)):
+            attention(q, k, v, precision="fp8", **descales)
+        cache, descale = torch.empty(1, 512, 2, 64, dtype=E4M3, device="cuda"), torch.empty(1, 512, 2, device="cuda")
+        query = torch.empty(1, 1, 4, 64, dtype=torch.bfloat16, device="cuda")
+        with pytest.raises(RuntimeError, match="cannot read the float8_e4m3fn k_cache on cuda:0: fp8 has no kernel"):
+            decode_attention(query, cache, cache, k_descale=descale, v_descale=descale)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_real_gpu_raises_too():
+    q = torch.randn(1, 256, 4, 64, dtype=torch.bfloat16, device="cuda")
+    with pytest.raises(RuntimeError, match="fp8 has no kernel for GPUs"):
+        attention(q, q, q, precision="fp8")
+
+
+def test_meta_tensors_have_the_shapes():
+    q, k = (
+        torch.empty(2, 150, 4, 32, device="meta", dtype=torch.bfloat16),
+        torch.empty(2, 150, 2, 32, device="meta", dtype=torch.bfloat16),
+    )
+    out, lse = attention(q, k, k, precision="fp8", return_lse=True)
+    assert (out.shape, out.dtype, lse.shape) == (q.shape, torch.bfloat16, (2, 4, 150))

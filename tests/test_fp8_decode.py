@@ -1,0 +1,162 @@
+"""Attention to fp8 caches: the rule of numerics.py on values that the caches hold exactly, appended keys, and refusals."""
+
+import dataclasses
+import math
+import os
+import re
+from dataclasses import replace
+
+import decode_cases
+import numerics
+import pytest
+import torch
+from cpu_support import DTYPES
+from decode_cases import DecodeCase, int32
+
+from flashmla_hf.decode import decode_attention
+from flashmla_hf.fp8 import cached
+from flashmla_hf.fp8.quantization import DTYPE, quantize_tokens
+
+RANDOM_CASES = int(os.environ.get("FLASHMLA_FP8_CASES", "400")) // 2
+SEED = int(os.environ.get("FLASHMLA_FUZZ_SEED", "0"))
+each_impl = pytest.mark.parametrize("impl", ["cpu", "reference"])
+
+
+def rounded(x):
+    data, scale = quantize_tokens(x)
+    return (data.float() * scale[..., None]).to(x.dtype)
+
+
+def in_fp8(q, k_cache, v_cache, **options):
+    """decode_attention to the caches in fp8."""
+    (k8, k_descale), (v8, v_descale) = quantize_tokens(k_cache), quantize_tokens(v_cache)
+    return decode_attention(q, k8, v8, k_descale=k_descale, v_descale=v_descale, **options)
+
+
+@pytest.fixture
+def exact_values(monkeypatch):
+    """Caches whose numbers e4m3 and a power of two hold: then eager in the call's dtype is the yardstick, as without fp8."""
+    inputs_of = decode_cases.inputs_of
+
+    def rounded_inputs(*args):
+        inputs = inputs_of(*args)
+        return replace(
+            inputs, **{name: rounded(getattr(inputs, name)) for name in ("k_cache", "v_cache", "clean_k", "clean_v")}
+        )
+
+    monkeypatch.setattr(decode_cases, "inputs_of", rounded_inputs)
+
+
+@each_impl
+def test_random_calls_keep_the_error_rule(impl, exact_values):
+    before, failures = dataclasses.replace(numerics.looks), []
+    for dtype in DTYPES:
+        for case, seed in decode_cases.random_cases(impl, dtype, RANDOM_CASES // len(DTYPES), SEED):
+            try:
+                decode_cases.check(impl, case, dtype, seed, in_fp8)
+            except (AssertionError, RuntimeError) as error:
+                failures.append(f"{dtype} {seed} {str(error).splitlines()[0]}")
+    assert not failures, "\n".join(failures[:12])
+    assert (numerics.looks - before).calls == RANDOM_CASES // len(DTYPES) * len(DTYPES)
+
+
+@pytest.mark.parametrize("page_size", [0, 48])
+def test_long_sequences_are_read_in_blocks(exact_values, page_size):
+    case = DecodeCase(
+        (2 * cached.KEYS_AT_A_TIME + 77, 5, cached.KEYS_AT_A_TIME), starts=(900, 0, 3), seqlen_q=3, page_size=page_size
+    )
+    for window in (None, (1500, None), (40, None)):
+        decode_cases.check("cpu", replace(case, window=window), torch.bfloat16, 0, in_fp8)
+
+
+def test_the_rule_finds_a_forgotten_scale(exact_values):
+    def wrong(q, k_cache, v_cache, **options):
+        (k8, k_descale), (v8, v_descale) = quantize_tokens(k_cache), quantize_tokens(v_cache)
+        return decode_attention(q, k8, v8, k_descale=k_descale, v_descale=v_descale.roll(1, dims=1), **options)
+
+    with pytest.raises(AssertionError, match=r"error|infinities"):
+        decode_cases.check("cpu", DecodeCase((300, 200)), torch.float32, 0, wrong)
+
+
+@pytest.mark.parametrize("page_size", [0, 16])
+def test_appended_keys_are_quantised_with_their_scales(page_size):
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randn(2, 3, 4, 32, generator=generator)
+    k, v = (torch.randn(2, 60, 2, 32, generator=generator) * 3 for _ in range(2))
+    lengths, table = int32([40, 17], "cpu"), None
+    (k8, k_scale), (v8, v_scale) = quantize_tokens(k), quantize_tokens(v)
+    expected_k, expected_v = k8.clone(), v8.clone()
+    new = [torch.randn(2, 3, 2, 32, generator=generator) for _ in range(2)]
+    caches = [torch.nn.functional.pad(x.float(), (0, 0, 0, 0, 0, 4)).to(DTYPE) for x in (k8, v8)]
+    scales = [torch.nn.functional.pad(x, (0, 0, 0, 4)) for x in (k_scale, v_scale)]
+    if page_size:
+        table = torch.arange(8, dtype=torch.int32).flip(0).reshape(2, 4)
+        order = table.flatten().long().argsort()
+        caches, scales = ([x.reshape(8, 16, *x.shape[2:])[order] for x in xs] for xs in (caches, scales))
+    out = decode_attention(
+        q, *caches, cache_seqlens=lengths, block_table=table, k=new[0], v=new[1], k_descale=scales[0], v_descale=scales[1]
+    )  # fmt: skip
+    for b, length in enumerate(lengths.tolist()):
+        keys, values = (
+            torch.cat([rounded(x)[b : b + 1, :length], rounded(n)[b : b + 1]], 1)
+            for x, n in zip((k, v), new, strict=True)
+        )
+        expected = decode_attention(q[b : b + 1], keys, values)
+        torch.testing.assert_close(out[b : b + 1], expected, rtol=1e-5, atol=1e-5)
+    rows = [x if table is None else x[table.long()].flatten(1, 2) for x in (*caches, *scales)]
+    assert torch.equal(rows[0][0, :40].float(), expected_k[0, :40].float())
+    assert torch.equal(rows[1][1, :17].float(), expected_v[1, :17].float())
+    assert torch.equal(rows[0][1, 17:20].float() * rows[2][1, 17:20, :, None], rounded(new[0])[1])
+    assert not torch.equal(rows[2][0, 40:43], k_scale[0, 40:43])
+
+
+def test_half_the_bytes():
+    k = torch.randn(1, 1000, 2, 128, dtype=torch.bfloat16)
+    data, scale = quantize_tokens(k)
+    assert data.nbytes + scale.nbytes == (0.5 + 4 / 256) * k.nbytes
+
+
+def call(**changes):
+    cache = torch.zeros(2, 64, 2, 32).to(DTYPE)
+    arguments = {
+        "q": torch.randn(2, 1, 4, 32), "k_cache": cache, "v_cache": cache.clone(), "k_descale": torch.ones(2, 64, 2),
+        "v_descale": torch.ones(2, 64, 2),
+    }  # fmt: skip
+    return decode_attention(**arguments | changes)
+
+
+REFUSED = {
+    "no k_descale": ({"k_descale": None}, ValueError, "k_descale: expected fp32 [2, 64, 2] (a factor for each row and head), since"),
+    "no descales": ({"k_descale": None, "v_descale": None}, ValueError, "k_descale: expected fp32 [2, 64, 2]"),
+    "a descale's shape": ({"v_descale": torch.ones(2, 2)}, ValueError, "v_descale: expected shape [2, 64, 2]"),
+    "a descale's dtype": ({"v_descale": torch.ones(2, 64, 2).half()}, TypeError, "v_descale: expected dtype float32, got float16"),
+    "one cache in fp8": ({"v_cache": torch.zeros(2, 64, 2, 32)}, TypeError, "v_cache: expected dtype float8_e4m3fn (that of the other"),
+    "descales without fp8": (
+        {"k_cache": torch.zeros(2, 64, 2, 32), "v_cache": torch.zeros(2, 64, 2, 32)}, ValueError,
+        "k_descale: expected none, since the caches are not float8_e4m3fn",
+    ),
+    "sm90": ({"impl": "sm90"}, RuntimeError, "impl='sm90' cannot read the float8_e4m3fn k_cache on cpu: fp8 has no kernel for GPUs"),
+    "an unknown impl": ({"impl": "fast"}, ValueError, "impl: expected one of"),
+    "a gradient": ({"q": torch.randn(2, 1, 4, 32, requires_grad=True)}, RuntimeError, "q: expected a tensor that requires no gradient"),
+    "new keys in fp8": (
+        {"k": torch.zeros(2, 1, 2, 32).to(DTYPE), "v": torch.zeros(2, 1, 2, 32).to(DTYPE), "cache_seqlens": int32([3, 4], "cpu")},
+        TypeError, "k: expected dtype float32 (that of q, they are quantised here), got float8_e4m3fn",
+    ),
+    "a length beyond": ({"cache_seqlens": int32([3, 65], "cpu")}, ValueError, "cache_seqlens: expected numbers from 0 to 64"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_not_covered_raises_in_words(name):
+    changes, kind, message = REFUSED[name]
+    with pytest.raises(kind, match=re.escape(message)):
+        call(**changes)
+
+
+@each_impl
+def test_nan_in_a_cache_is_seen_where_it_is_visible(impl):
+    generator = torch.Generator().manual_seed(1)
+    q, k, v = (torch.randn(1, n, h, 16, generator=generator) for n, h in ((4, 4), (50, 2), (50, 2)))
+    k[0, 48, 1] = math.nan
+    out = in_fp8(q, k, v, impl=impl)
+    assert torch.equal(out.isnan().any(-1)[0], torch.tensor([[False] * 4] * 2 + [[False, False, True, True]] * 2))
