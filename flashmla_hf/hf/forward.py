@@ -10,14 +10,11 @@ from typing import Any
 
 import torch
 
-from flashmla_hf import decode, reference
+from flashmla_hf import reference
 from flashmla_hf.dispatch import attention
-from flashmla_hf.hf import boundaries, check, heads, masks, paged, transformers_private
+from flashmla_hf.hf import boundaries, check, decoding, heads, masks, paged, transformers_private
 from flashmla_hf.notices import warn_once
 from flashmla_hf.torch_state import values_are_readable
-
-# Queries a row up to which keys are read where they lie in a cache. More of them share K and V among tiles of queries.
-_MOST_DECODE_QUERIES = 16
 
 
 # Longer than 80 lines: more than half of it is Transformers' signature and the meaning of its arguments.
@@ -25,7 +22,7 @@ def attention_forward(
     module: torch.nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
-    value: torch.Tensor,
+    value: torch.Tensor | None,
     attention_mask: torch.Tensor | None = None,
     dropout: float = 0.0,
     scaling: float | None = None,
@@ -51,7 +48,7 @@ def attention_forward(
         query: [batch, heads_q, seqlen_q, head_dim_qk], any strides; float32, float16 or bfloat16. Under autocast query, key
             and value may differ in dtype.
         key, value: [batch, heads_kv, seqlen_kv, head_dim_qk or head_dim_v]; heads not repeated. A static cache passes all
-            its rows.
+            its rows. ``None`` as value: key holds latents (:class:`decoding.Latents`), from a layer of the patch "mla_decode".
         attention_mask: a mask of :mod:`masks`, or a user's [batch, 1 or heads_q, seqlen_q, seqlen_kv], boolean (true
             keeps) or additive. Either defines the visible keys alone: no causal mask or window is added. Or key padding
             [batch, seqlen_kv], bool or a number that is not 0 for a real token, from models that skip the mask layer.
@@ -79,6 +76,10 @@ def attention_forward(
         NotImplementedError: context parallelism is active, or an input is a DTensor. It also raises everything that
         :func:`flashmla_hf.attention` raises.
     """
+    latents = decoding.latents_of(module) if value is None else None
+    if latents is not None:
+        scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+        (query, expand), value = latents.absorb(query), key
     pages = paged.pages(module, key, value, cu_seq_lens_k, max_length_k, kwargs)
     gathered = None
     if pages is None:
@@ -98,13 +99,15 @@ def attention_forward(
     # Layout of the kernel: [batch, seqlen, heads, dim]. These are views.
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
     q, k, v = (x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous() for x in (q, k, v))
+    if latents is not None:
+        v = k[..., : latents.head_dim_v]
 
     is_paged = pages is not None or gathered is not None
     is_causal, window = _without_mask(module, is_causal, sliding_window, is_paged)
     options: dict[str, Any] = {"scale": scaling, "softcap": float(softcap or 0.0)}
     options["sinks"] = heads.own_heads(s_aux, q.shape[2])
     if pages is not None:
-        return _from_pages(q, pages, k, v, options | {"window": window}), None
+        return decoding.from_pages(q, pages, k, v, options | {"window": window}), None
     pattern, mask = _read_mask(module, attention_mask, masks.Pattern(is_causal, window), q, k.shape[1])
     options |= {"deterministic": True if deterministic else None}
     if cu_seq_lens_q is not None and cu_seq_lens_k is not None and pattern is not None:
@@ -119,11 +122,13 @@ def attention_forward(
         pattern = _cut_by_positions(pattern, position_ids, q, k.shape[1])
 
     needs_dense = bool(output_attentions) or position_bias is not None or dropout > 0.0
+    out, weights = None, None
     if pattern is not None and not needs_dense:
-        out = _fused(q, k, v, pattern, options)
-        if out is not None:
-            return out, None
-    return _dense(module, q, k, v, pattern, mask, position_bias, dropout, bool(output_attentions), options)
+        out = _fused(q, k, v, pattern, options, latents is not None)
+    if out is None:
+        wants_weights = bool(output_attentions)
+        out, weights = _dense(module, q, k, v, pattern, mask, position_bias, dropout, wants_weights, options)
+    return (out if latents is None else expand(out)), weights
 
 
 def _without_mask(
@@ -183,19 +188,24 @@ def _cut_by_positions(pattern: masks.Pattern, position_ids, q, seqlen_kv: int) -
     return pattern if segments is None else pattern._replace(segments=segments)
 
 
-def _fused(q, k, v, pattern: masks.Pattern, options) -> torch.Tensor | None:
-    """The kernel's output for q, k, v [batch, seqlen, heads, dim]; ``None`` if the call needs a dense mask."""
-    seqlen_q = q.shape[1]
+def _fused(q, k, v, pattern: masks.Pattern, options, are_latents: bool = False) -> torch.Tensor | None:
+    """The kernel's output for q, k, v [batch, seqlen, heads, dim]; ``None`` if the call needs a dense mask.
+
+    ``are_latents``: v is a view of columns of k, which the kernels of caches read, and no others.
+    """
+    seqlen_q, whole = q.shape[1], decoding.from_rows if are_latents else _attention
     padding = pattern.padding
     options = options | {"is_causal": pattern.is_causal, "window": pattern.window}
     if padding is None:
         if pattern.segments is None:
-            return _attention(q, k, v, **options)
+            return whole(q, k, v, **options)
+        if are_latents:
+            return None
         return _packed(q, k, v, boundaries.segment_boundaries(pattern.segments), (None, None), **options)
     k, v = k[:, : padding.shape[1]], v[:, : padding.shape[1]]
     seqlen_kv = k.shape[1]
     ranges = boundaries.key_ranges(padding)
-    if ranges.has_holes:
+    if ranges.has_holes or (are_latents and pattern.segments is not None):
         return None
     if pattern.segments is not None:
         return _packed(q, k, v, boundaries.segment_boundaries(pattern.segments, padding), (None, None), **options)
@@ -206,40 +216,15 @@ def _fused(q, k, v, pattern: masks.Pattern, options) -> torch.Tensor | None:
         # All rows are alike, as in an unpadded batch under a static cache. A slice avoids the copy of the cache below.
         start, end = ranges.uniform
         if not queries_are_keys or (end == seqlen_kv and start <= seqlen_kv - seqlen_q):
-            return _attention(q, k[:, start:end], v[:, start:end], **options)
-    if seqlen_q <= _MOST_DECODE_QUERIES and (not queries_are_keys or ranges.common_end == seqlen_kv):
-        out = _from_cache(q, k, v, ranges, options)
+            return whole(q, k[:, start:end], v[:, start:end], **options)
+    if seqlen_q <= decoding.MOST_QUERIES and (not queries_are_keys or ranges.common_end == seqlen_kv):
+        out = decoding.from_cache(q, k, v, ranges, options, are_latents)
         if out is not None:
             return out
+    if are_latents:
+        return None
     cu_seqlens = boundaries.range_boundaries(ranges, seqlen_q, seqlen_kv, queries_are_keys)
     return _packed(q, k, v, cu_seqlens, (seqlen_q, seqlen_kv), **options)
-
-
-def _from_cache(q, k, v, ranges: boundaries.KeyRanges, options) -> torch.Tensor | None:
-    """Decoding with padding or with the unused rows of a static cache, where k and v lie; ``None`` if no kernel does that.
-
-    Either every query sees the keys of ``ranges``, or the last query stands at the last key and ``ranges`` all end there.
-    """
-    tensors = [x for x in (q, k, v, options["sinks"]) if x is not None]
-    if (torch.is_grad_enabled() and any(x.requires_grad for x in tensors)) or not decode.has_kernel(q, k, v):
-        return None
-    names = ("scale", "softcap", "sinks", "is_causal", "window")
-    out = decode.decode_attention(
-        q, k, v, cache_seqlens=ranges.end, kv_start=ranges.start, **{name: options[name] for name in names}
-    )
-    assert isinstance(out, torch.Tensor)
-    return out
-
-
-def _from_pages(q, pages: paged.Pages, k, v, options) -> torch.Tensor:
-    """A decoding step of continuous batching. q, k, v [1, num_sequences, heads, dim], a new token of each sequence."""
-    q, k, v = (x[0][:, None].to(pages.k_cache.dtype) for x in (q, k, v))
-    out = decode.decode_attention(
-        q, pages.k_cache, pages.v_cache, cache_seqlens=pages.cache_seqlens, block_table=pages.block_table, k=k, v=v,
-        **options,
-    )  # fmt: skip
-    assert isinstance(out, torch.Tensor)
-    return out[:, 0][None]
 
 
 def _attention(*tensors: torch.Tensor, **options: Any) -> torch.Tensor:
