@@ -136,7 +136,7 @@ def decode_attention(
     if _values_are_checked(call) or (run is _run_reference and _values_are_readable(call)):
         _check_values(call, k.shape[1] if has_new else 0)  # type: ignore[union-attr]
     if has_new:
-        append(call, k, v)
+        append(call, k, v)  # type: ignore[arg-type]
         call.cache_seqlens = cache_seqlens + k.shape[1]  # type: ignore[operator, union-attr, assignment]
     out, lse = run(call)
     return (out, lse) if return_lse else out
@@ -227,7 +227,10 @@ def _check_values(call: DecodeCall, seqlen_new: int) -> None:
         begin = starts[b] if call.window_left < 0 else max(starts[b], end - call.q.shape[1] - call.window_left)
         if call.q.shape[1] == 0:
             begin = end  # no query reads a key
-        for first, what in ((lengths[b], f"{'k is' if call.is_latent else 'k and v are'} appended"), (begin, "keys are read")):
+        for first, what in (
+            (lengths[b], f"{'k is' if call.is_latent else 'k and v are'} appended"),
+            (begin, "keys are read"),
+        ):
             for n in range(first // page_size, -(-end // page_size) if first < end else 0):
                 if not 0 <= pages[n] < call.k.shape[0]:
                     expected = f"pages from 0 to {call.k.shape[0] - 1} where {what}"

@@ -1,16 +1,47 @@
-"""Tiny models of every family with multi-head latent attention, and the families whose latent attention is sparse.
+"""Tiny models of every family with multi-head latent attention, the families whose latent attention is sparse, and comparisons
+of patched and unpatched models.
 
 tests/test_patches_mla.py compares both lists with the modeling files of Transformers, so that a new family is noticed.
 """
 
 from __future__ import annotations
 
+import contextlib
+
+import families
+import hf_support
+import pytest
+import torch
+import transformers
 from families import DEEPSEEK, Family, _config
+from hf_support import DEVICE
+from transformers import DynamicCache, StaticCache
+
+import flashmla_hf
+from flashmla_hf import decode
+
+HAS_LATENTS = hasattr(
+    transformers.models.deepseek_v3.modeling_deepseek_v3.DeepseekV3Attention, "expand_kv"
+)  # Transformers 5.24
+needs_latents = [
+    hf_support.needs_kernel,
+    pytest.mark.skipif(not HAS_LATENTS, reason="this Transformers caches expanded keys and values"),
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+]
+TOLERANCE, SEQLEN = 1e-4, 19
+PATCH = ["mla_decode"]
+ROWS = {"alike": (SEQLEN, SEQLEN, SEQLEN), "padded": (SEQLEN, 4, 1)}  # real tokens of each row, the padding before them
 
 HYBRID = {
     "layer_types": ["linear_attention", "full_attention"], "mlp_layer_types": ["dense", "sparse"], "num_local_experts": 4,
 }  # fmt: skip
-YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 8, "mscale_all_dim": 0.7}
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 1e4,
+    "factor": 4.0,
+    "original_max_position_embeddings": 8,
+    "mscale_all_dim": 0.7,
+}
 
 FAMILIES = (
     Family("DeepSeek-V2", "DeepseekV2ForCausalLM",
@@ -45,3 +76,65 @@ SPARSE = {
     "AXK2Attention", "DeepseekV32Attention", "Dots3NoteTextAttention", "Glm5NextTextAttention", "GlmMoeDsaAttention",
     "HYV4Attention", "HYV4VLAttention", "MistralLarge4TextAttention",
 }  # fmt: skip
+
+
+def pair(name, implementation="flashmla"):
+    """(unpatched, patched): the same weights, in evaluation mode."""
+    plain = families.build(FAMILY[name], implementation, DEVICE)
+    patched = families.build(FAMILY[name], "flashmla", DEVICE, plain.state_dict())
+    return plain, flashmla_hf.patch(patched, PATCH)
+
+
+def batch_of(rows):
+    ids = torch.randint(3, 60, (len(rows), SEQLEN), generator=torch.Generator().manual_seed(7))
+    mask = torch.zeros_like(ids)
+    for row, count in enumerate(rows):
+        mask[row, SEQLEN - count :] = 1
+    return {"input_ids": (ids * mask).to(DEVICE), "attention_mask": mask.to(DEVICE)}
+
+
+def generate(model, batch, **options):
+    settings = {"max_new_tokens": 8, "do_sample": False, "disable_compile": True, **options}
+    return model.generate(**batch, **settings, output_logits=True, return_dict_in_generate=True)
+
+
+def assert_close(got, expected, tolerance=TOLERANCE):
+    scale = max(1.0, float(expected.abs().max()))
+    assert float((got - expected).abs().max()) <= tolerance * scale
+
+
+def assert_same_answer(got, expected):
+    assert torch.equal(got.sequences, expected.sequences)
+    for ours, theirs in zip(got.logits, expected.logits, strict=True):
+        assert_close(ours, theirs)
+
+
+@contextlib.contextmanager
+def counted(monkeypatch):
+    """Numbers of (attention to latents, expansions of latents) inside."""
+    counts, original = [0, 0], decode.decode_attention
+
+    def spy(*args, **kwargs):
+        counts[0] += kwargs.get("head_dim_v") is not None
+        return original(*args, **kwargs)
+
+    with monkeypatch.context() as m:
+        m.setattr(decode, "decode_attention", spy)
+        yield counts
+
+
+def cache_of(model, kind, rows=40):
+    return DynamicCache(config=model.config) if kind == "dynamic" else StaticCache(model.config, max_cache_len=rows)
+
+
+@torch.no_grad()
+def steps(model, cache, sizes=(SEQLEN, 1, 1, 4, 1), seed=3, rows=2):
+    """Logits [rows, tokens, vocabulary] of forward passes over so many tokens, each on the cache that the others left."""
+    ids = torch.randint(3, 60, (rows, sum(sizes)), generator=torch.Generator().manual_seed(seed)).to(DEVICE)
+    logits, start = [], 0
+    for size in sizes:
+        positions = torch.arange(start, start + size, device=DEVICE)[None]
+        out = model(ids[:, start : start + size], position_ids=positions, cache=cache, use_cache=True)
+        logits.append(out.logits)
+        start += size
+    return torch.cat(logits, dim=1)

@@ -8,7 +8,6 @@ A GPU without a kernel for such rows skips the cases of ``sm90``.
 import dataclasses
 import os
 import random
-from dataclasses import replace
 
 import decode_cases
 import numerics
@@ -53,9 +52,7 @@ def test_random_calls_keep_the_error_rule(impl):
             try:
                 check(impl, case, dtype, seed)
             except (AssertionError, RuntimeError) as error:
-                failures.append(
-                    f"{str(error).splitlines()[0]}\n  {decode_cases.reproducer(impl, case, dtype, seed)}"
-                )
+                failures.append(f"{str(error).splitlines()[0]}\n  {decode_cases.reproducer(impl, case, dtype, seed)}")
     assert not failures, f"{len(failures)} calls break the rule:\n" + "\n".join(failures[:12])
     judged = numerics.looks - before
     assert judged.calls == count * len(dtypes)

@@ -3,97 +3,38 @@
 The models are tiny, in float32, with weights large enough that a wrong attention shows.
 """
 
-import contextlib
 import copy
 import re
 from pathlib import Path
 
 import families
-import hf_support
 import mla_families
 import pytest
 import torch
 import transformers
 from hf_support import DEVICE
-from mla_families import FAMILY
-from patches_support import attributes, message
-from torch._dynamo.testing import CompileCounterWithBackend
-from transformers import DynamicCache, StaticCache
+from mla_families import (
+    FAMILY,
+    PATCH,
+    ROWS,
+    SEQLEN,
+    assert_close,
+    assert_same_answer,
+    batch_of,
+    cache_of,
+    counted,
+    generate,
+    needs_latents,
+    pair,
+    steps,
+)  # fmt: skip
+from torch._dynamo.backends.common import aot_autograd
 
 import flashmla_hf
-from flashmla_hf import decode
-from flashmla_hf.patches import PatchError, forwards, mla, structure
+from flashmla_hf.patches import structure
+from flashmla_hf.training import quantization
 
-HAS_LATENTS = hasattr(
-    transformers.models.deepseek_v3.modeling_deepseek_v3.DeepseekV3Attention, "expand_kv"
-)  # Transformers 5.24
-needs_latents = pytest.mark.skipif(not HAS_LATENTS, reason="this Transformers caches expanded keys and values")
-pytestmark = [hf_support.needs_kernel, pytest.mark.filterwarnings("ignore::FutureWarning")]
-TOLERANCE, SEQLEN = 1e-4, 19
-PATCH = ["mla_decode"]
-ROWS = {"alike": (SEQLEN, SEQLEN, SEQLEN), "padded": (SEQLEN, 4, 1)}
-
-
-def pair(name, implementation="flashmla"):
-    """(unpatched, patched): the same weights, in evaluation mode."""
-    plain = families.build(FAMILY[name], implementation, DEVICE)
-    patched = families.build(FAMILY[name], "flashmla", DEVICE, plain.state_dict())
-    return plain, flashmla_hf.patch(patched, PATCH)
-
-
-def batch_of(rows):
-    ids = torch.randint(3, 60, (len(rows), SEQLEN), generator=torch.Generator().manual_seed(7))
-    mask = torch.zeros_like(ids)
-    for row, count in enumerate(rows):
-        mask[row, SEQLEN - count :] = 1
-    return {"input_ids": (ids * mask).to(DEVICE), "attention_mask": mask.to(DEVICE)}
-
-
-def generate(model, batch, **options):
-    settings = {"max_new_tokens": 8, "do_sample": False, "disable_compile": True, **options}
-    return model.generate(**batch, **settings, output_logits=True, return_dict_in_generate=True)
-
-
-def assert_close(got, expected, tolerance=TOLERANCE):
-    scale = max(1.0, float(expected.abs().max()))
-    assert float((got - expected).abs().max()) <= tolerance * scale
-
-
-def assert_same_answer(got, expected):
-    assert torch.equal(got.sequences, expected.sequences)
-    for ours, theirs in zip(got.logits, expected.logits, strict=True):
-        assert_close(ours, theirs)
-
-
-@contextlib.contextmanager
-def counted(monkeypatch):
-    """Numbers of (attention to latents, expansions of latents) inside."""
-    counts, original = [0, 0], decode.decode_attention
-
-    def spy(*args, **kwargs):
-        counts[0] += kwargs.get("head_dim_v") is not None
-        return original(*args, **kwargs)
-
-    with monkeypatch.context() as m:
-        m.setattr(decode, "decode_attention", spy)
-        yield counts
-
-
-def cache_of(model, kind, rows=40):
-    return DynamicCache(config=model.config) if kind == "dynamic" else StaticCache(model.config, max_cache_len=rows)
-
-
-@torch.no_grad()
-def steps(model, cache, sizes=(SEQLEN, 1, 1, 4, 1), seed=3, rows=2):
-    """Logits [rows, tokens, vocabulary] of forward passes over so many tokens, each on the cache that the others left."""
-    ids = torch.randint(3, 60, (rows, sum(sizes)), generator=torch.Generator().manual_seed(seed)).to(DEVICE)
-    logits, start = [], 0
-    for size in sizes:
-        positions = torch.arange(start, start + size, device=DEVICE)[None]
-        out = model(ids[:, start : start + size], position_ids=positions, cache=cache, use_cache=True)
-        logits.append(out.logits)
-        start += size
-    return torch.cat(logits, dim=1)
+pytestmark = needs_latents
 
 
 # ---- Every family ----------------------------------------------------------------------------------------------------
@@ -111,13 +52,11 @@ def latent_classes():
     return found
 
 
-@needs_latents
 def test_every_family_of_transformers_is_known():
     """A new one belongs into tests/mla_families.py: served, and compared here, or refused."""
     assert latent_classes() == mla_families.SERVED | mla_families.SPARSE
 
 
-@needs_latents
 def test_every_served_class_is_compared():
     compared = set()
     for family in mla_families.FAMILIES:
@@ -126,7 +65,6 @@ def test_every_served_class_is_compared():
     assert compared == mla_families.SERVED
 
 
-@needs_latents
 @pytest.mark.parametrize("kind", ["dynamic", "static"])
 @pytest.mark.parametrize("name", FAMILY)
 def test_logits_are_the_unpatched_models(name, kind, monkeypatch):
@@ -146,7 +84,6 @@ def test_logits_are_the_unpatched_models(name, kind, monkeypatch):
         assert layer.values.numel() == 0
 
 
-@needs_latents
 @pytest.mark.parametrize("rows", ROWS)
 @pytest.mark.parametrize("kind", ["dynamic", "static"])
 @pytest.mark.parametrize("name", FAMILY)
@@ -160,7 +97,6 @@ def test_generated_tokens_are_the_unpatched_models(name, kind, rows, monkeypatch
     assert_same_answer(got, expected)
 
 
-@needs_latents
 @pytest.mark.parametrize("name", ["DeepSeek-V2", "DeepSeek-V3"])
 def test_they_are_those_of_eager_attention(name):
     eager, patched = pair(name, "eager")
@@ -177,7 +113,6 @@ STRATEGIES = {
 }
 
 
-@needs_latents
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("name", ["DeepSeek-V2", "DeepSeek-V3"])
 def test_strategies_give_the_unpatched_models_tokens(name, strategy):
@@ -187,7 +122,6 @@ def test_strategies_give_the_unpatched_models_tokens(name, strategy):
     assert torch.equal(got, expected)
 
 
-@needs_latents
 def test_an_assistant_model_gives_the_unpatched_models_tokens():
     plain, patched = pair("DeepSeek-V3")
     batch = batch_of((SEQLEN,))
@@ -196,26 +130,31 @@ def test_an_assistant_model_gives_the_unpatched_models_tokens():
         assert torch.equal(got, expected)
 
 
-@needs_latents
-@pytest.mark.parametrize("rows", ROWS)
-def test_a_compiled_step_is_one_graph_with_the_same_tokens(rows):
+def test_a_compiled_step_is_one_graph_that_attends_to_latents():
+    """For full and padded rows alike."""
     plain, patched = pair("DeepSeek-V3")
-    expected = generate(plain, batch_of(ROWS[rows]), cache_implementation="static")
+    expected = [generate(plain, batch_of(rows), cache_implementation="static") for rows in ROWS.values()]
     torch._dynamo.reset()
-    counter = CompileCounterWithBackend("aot_eager")
-    config = transformers.CompileConfig(fullgraph=True, backend=counter, mode=None)
+    graphs = []
+
+    def keep(graph, _):
+        graphs.append(graph)
+        return graph
+
+    config = transformers.CompileConfig(fullgraph=True, backend=aot_autograd(fw_compiler=keep), mode=None)
     config._compile_all_devices = True
-    got = generate(
-        patched, batch_of(ROWS[rows]), cache_implementation="static", compile_config=config, disable_compile=False
-    )
-    assert_same_answer(got, expected)
-    assert counter.frame_count == 1
+    options = {"cache_implementation": "static", "compile_config": config, "disable_compile": False}
+    for rows, answer in zip(ROWS.values(), expected, strict=True):
+        assert_same_answer(generate(patched, batch_of(rows), **options), answer)
+    (graph,) = graphs
+    calls = [node for node in graph.graph.nodes if "flash_attn_decode" in str(node.target)]
+    assert len(calls) == patched.config.num_hidden_layers
+    assert {node.meta["val"][0].shape[-1] for node in calls} == {patched.config.kv_lora_rank}
 
 
 # ---- Numbers ---------------------------------------------------------------------------------------------------------
 
 
-@needs_latents
 def test_bfloat16_is_as_close_to_float32_as_without_the_patch():
     plain, patched = pair("DeepSeek-V3")
     truth = steps(plain, cache_of(plain, "dynamic"))
@@ -224,7 +163,6 @@ def test_bfloat16_is_as_close_to_float32_as_without_the_patch():
     assert errors[1] <= 1.5 * errors[0], errors
 
 
-@needs_latents
 def test_autocast():
     plain, patched = pair("DeepSeek-V3")
     with torch.autocast(DEVICE.type, torch.bfloat16):
@@ -232,7 +170,6 @@ def test_autocast():
     assert_close(got, expected, 0.1)
 
 
-@needs_latents
 def test_attention_weights_and_masks_of_the_user_are_exact():
     plain, patched = pair("DeepSeek-V2")
     caches = [cache_of(m, "dynamic") for m in (plain, patched)]
@@ -255,7 +192,6 @@ def test_attention_weights_and_masks_of_the_user_are_exact():
             assert_close(ours, theirs)
 
 
-@needs_latents
 @pytest.mark.parametrize("name", ["DeepSeek-V2", "LongCat-Flash"])
 def test_training_is_unchanged(name):
     """Losses and gradients, with a cache (Transformers' default) and without."""
@@ -276,7 +212,6 @@ def test_training_is_unchanged(name):
             assert_close(ours[n], g, 1e-5)
 
 
-@needs_latents
 def test_a_step_with_gradients_expands_and_has_them():
     plain, patched = pair("DeepSeek-V3")
     results = []
@@ -290,7 +225,6 @@ def test_a_step_with_gradients_expands_and_has_them():
         assert_close(results[1][n], g, 1e-5)
 
 
-@needs_latents
 def test_an_implementation_that_is_set_later_expands(monkeypatch):
     plain, patched = pair("DeepSeek-V3", "sdpa")
     patched.set_attn_implementation("sdpa")
@@ -309,7 +243,6 @@ def with_lora(model, **options):
     return peft.get_peft_model(model, config).eval()
 
 
-@needs_latents
 @pytest.mark.parametrize("options", [{}, {"use_dora": True}, {"lora_dropout": 0.5}], ids=str)
 def test_adapters_of_the_projection_are_honoured(options, monkeypatch):
     """Also when they are switched after the patch."""
@@ -324,7 +257,6 @@ def test_adapters_of_the_projection_are_honoured(options, monkeypatch):
     assert not torch.equal(without.logits[-1], generate(patched, batch_of(ROWS["padded"])).logits[-1])
 
 
-@needs_latents
 def test_four_bit_weights_are_honoured(monkeypatch):
     bitsandbytes = pytest.importorskip("bitsandbytes")
 
@@ -339,6 +271,7 @@ def test_four_bit_weights_are_honoured(monkeypatch):
                 old.weight.detach(), requires_grad=False, quant_type="nf4"
             )
             block.kv_b_proj.to(DEVICE)
+        quantization.keep_trainable_on_cpu(model)  # else the first call packs it for a kernel of bfloat16
         return model.eval()
 
     plain, patched = packed(), flashmla_hf.patch(packed(), PATCH)
@@ -348,7 +281,6 @@ def test_four_bit_weights_are_honoured(monkeypatch):
     assert_same_answer(got, generate(plain, batch_of(ROWS["padded"])))
 
 
-@needs_latents
 def test_weights_that_are_loaded_for_each_call_are_honoured(monkeypatch):
     accelerate = pytest.importorskip("accelerate")
     plain, patched = pair("DeepSeek-V3")
@@ -359,7 +291,6 @@ def test_weights_that_are_loaded_for_each_call_are_honoured(monkeypatch):
     assert counts[0] > 0
 
 
-@needs_latents
 def test_a_short_cache_is_expanded_if_the_matrix_costs_more(monkeypatch):
     """The matrix of an adapted projection is its result for kv_lora_rank rows."""
     patched = flashmla_hf.patch(with_lora(families.build(FAMILY["DeepSeek-V3"], "flashmla", DEVICE)), PATCH)
@@ -371,186 +302,15 @@ def test_a_short_cache_is_expanded_if_the_matrix_costs_more(monkeypatch):
         assert counts[0] == len(structure.latent_attentions(patched.get_base_model(), "mla_decode"))
 
 
-# ---- Patch and unpatch -----------------------------------------------------------------------------------------------
+# ---- Documentation ---------------------------------------------------------------------------------------------------
 
 
-@needs_latents
-def test_unpatch_restores_every_attribute():
-    plain, _ = pair("DeepSeek-V3")
-    before = attributes(plain)
-    flashmla_hf.patch(plain, PATCH)
+def test_the_example_of_the_documentation_runs():
+    plain, _ = pair("DeepSeek-V2")
+    text = (Path(__file__).resolve().parent.parent / "docs" / "inference.md").read_text()
+    code = text.split("<!-- example: latents -->\n```python\n")[1].split("```")[0]
+    expected = plain.generate(**batch_of(ROWS["padded"]), max_new_tokens=32, do_sample=False)
+    names = {"model": plain, "inputs": batch_of(ROWS["padded"])}
+    exec(code, names)
+    assert torch.equal(names["tokens"], expected)
     assert flashmla_hf.patch_report(plain).applied == ("mla_decode",)
-    flashmla_hf.unpatch(plain)
-    after = attributes(plain)
-    assert after.keys() == before.keys()
-    assert all(after[k] is before[k] or after[k] == before[k] for k in before)
-
-
-def test_it_is_no_default():
-    assert "mla_decode" not in flashmla_hf.DEFAULT_PATCHES
-    assert "mla_decode" in flashmla_hf.PATCHES
-
-
-@needs_latents
-def test_it_works_beside_the_patches_of_training():
-    plain, _ = pair("DeepSeek-V3")
-    patched = families.build(FAMILY["DeepSeek-V3"], "flashmla", DEVICE, plain.state_dict())
-    flashmla_hf.patch(patched, ["mlp", "norm", "checkpointing", "mla_decode"], mlp_tile=5)
-    assert_same_answer(generate(patched, batch_of(ROWS["padded"])), generate(plain, batch_of(ROWS["padded"])))
-
-
-# ---- Refusals --------------------------------------------------------------------------------------------------------
-
-
-@needs_latents
-def test_sparse_attention_is_refused_by_name():
-    seen = set()
-    for path in sorted(Path(transformers.__file__).parent.glob("models/*/modeling_*.py")):
-        if "self.kv_b_proj = " in path.read_text():
-            module = __import__(f"transformers.models.{path.parent.name}.{path.stem}", fromlist=["x"])
-            for name in mla_families.SPARSE & vars(module).keys():
-                block = getattr(module, name).__new__(getattr(module, name))
-                torch.nn.Module.__init__(block)
-                block.indexer = None  # as in a layer that shares another one's
-                assert mla._unsupported(block) == (
-                    "attention to all keys",
-                    "sparse attention: an indexer selects the keys of each query",
-                )
-                source = forwards.that_names(getattr(module, name), "indexer")
-                assert source is not None, f"{name} has no indexer"
-                seen.add(name)
-    assert seen == mla_families.SPARSE
-
-
-def test_a_model_without_latents_is_refused_by_name():
-    text = message(hf_support.build_causal_lm("flashmla"), PATCH)
-    assert "modules: expected attention blocks with kv_a_proj_with_mqa, kv_a_layernorm, kv_b_proj" in text
-    assert text.endswith("Exclude it: flashmla_hf.patch(model, exclude=['mla_decode'])")
-
-
-@pytest.mark.skipif(HAS_LATENTS, reason="this Transformers caches latents")
-def test_a_release_that_caches_expanded_keys_is_refused():
-    text = message(families.build(FAMILY["DeepSeek-V3"], "flashmla", DEVICE), PATCH)
-    assert "expected a forward that caches latents and expands them by expand_kv (Transformers 5.24 and later)" in text
-
-
-@needs_latents
-def test_another_attention_implementation_is_refused():
-    text = message(families.build(FAMILY["DeepSeek-V3"], "sdpa", DEVICE), PATCH)
-    assert "expected attn_implementation='flashmla' (it reads latents), got 'sdpa'" in text
-
-
-@needs_latents
-def test_a_device_without_a_kernel_is_refused(monkeypatch):
-    model = families.build(FAMILY["DeepSeek-V3"], "flashmla", DEVICE)
-    monkeypatch.setattr(mla.decode, "kernel_refusal", lambda *args, **kwargs: "a reason")
-    assert "expected a device with a kernel for latents of 16 of 24 columns, got a reason" in message(model, PATCH)
-
-
-@needs_latents
-def test_a_device_without_a_kernel_after_the_patch_expands_with_one_warning(monkeypatch):
-    plain, patched = pair("DeepSeek-V3")
-    monkeypatch.setattr(mla.decode, "kernel_refusal", lambda *args, **kwargs: "a reason")
-    monkeypatch.setattr("flashmla_hf.notices._warned", set())
-    with pytest.warns(UserWarning, match="expands its latents at each step, as without the patch.*a reason"):
-        got = generate(patched, batch_of(ROWS["alike"]))
-    assert_same_answer(got, generate(plain, batch_of(ROWS["alike"])))
-
-
-def attention_class():
-    return transformers.models.deepseek_v3.modeling_deepseek_v3.DeepseekV3Attention
-
-
-def changed(cls):
-    """A tiny model whose blocks are of ``cls``, a subclass of its attention."""
-    model = families.build(FAMILY["DeepSeek-V3"], "flashmla", DEVICE)
-    for block in structure.latent_attentions(model, "mla_decode").values():
-        block.__class__ = cls
-    return model
-
-
-@needs_latents
-def test_another_expansion_is_found_by_a_trial():
-    class Normed(attention_class()):
-        def expand_kv(self, kv_nope, k_rot):
-            keys, values = super().expand_kv(kv_nope, k_rot)
-            return torch.nn.functional.normalize(keys, dim=-1), values
-
-    class Scaled(attention_class()):
-        def expand_kv(self, kv_nope, k_rot):
-            keys, values = super().expand_kv(kv_nope, k_rot)
-            return keys, 1.01 * values
-
-    for cls, what in ((Normed, "scores"), (Scaled, "values")):
-        assert re.search(
-            f"expected keys and values that are kv_b_proj's of expand_kv's inputs, got {what} that differ by",
-            message(changed(cls), PATCH),
-        )
-
-
-@needs_latents
-def test_other_uses_of_what_is_cached_are_found_in_the_source():
-    class UsesKeys(attention_class()):
-        def forward(self, hidden_states, attention_mask=None, cache=None, **kwargs):
-            kv_nope, k_rot = cache.update(hidden_states, hidden_states, 0)
-            key_states, value_states = self.expand_kv(kv_nope, k_rot)
-            key_states = key_states * 2
-            return attention_interface(self, hidden_states, key_states, value_states)  # noqa: F821
-
-    class UsesRotated(attention_class()):
-        def forward(self, hidden_states, attention_mask=None, cache=None, **kwargs):
-            kv_nope, k_rot = cache.update(hidden_states, hidden_states, 0)
-            key_states, value_states = self.expand_kv(kv_nope, k_rot)
-            return attention_interface(self, key_states, value_states), k_rot.sum()  # noqa: F821
-
-    for cls, use in ((UsesKeys, "key_states"), (UsesRotated, "k_rot")):
-        text = message(changed(cls), PATCH)
-        assert re.search(f"expected a forward that only hands the results of .*, got '{use} in line", text), text
-
-
-@needs_latents
-def test_a_bias_is_refused():
-    model = families.build(FAMILY["DeepSeek-V3"], "flashmla", DEVICE)
-    block = next(iter(structure.latent_attentions(model, "mla_decode").values()))
-    block.kv_b_proj = torch.nn.Linear(16, 128)
-    assert "expected kv_b_proj without a bias, got one" in message(model, PATCH)
-
-
-@needs_latents
-@pytest.mark.parametrize("kind", ["dynamic", "static"])
-def test_a_cache_that_was_filled_without_the_patch_is_refused(kind):
-    plain, patched = pair("DeepSeek-V3")
-    cache = cache_of(plain, kind)
-    steps(plain, cache, (SEQLEN,))
-    with pytest.raises(PatchError, match="expected one that holds rows of 24 numbers, got keys of width 16: it was"):
-        steps(patched, cache, (1,))
-
-
-@needs_latents
-def test_other_caches_are_refused_by_name():
-    from transformers.cache_utils import DynamicLayer
-    from transformers.generation.continuous_batching import PagedAttentionCache
-
-    class OfEightBits(DynamicLayer):
-        def _quantize(self, x):
-            return x
-
-    _, patched = pair("DeepSeek-V3")
-    cache = cache_of(patched, "dynamic")
-    cache.layers[0] = OfEightBits()
-    with pytest.raises(PatchError, match="got a OfEightBits. Use a DynamicCache or a StaticCache"):
-        steps(patched, cache)
-    with pytest.raises(PatchError, match="got the cache of continuous batching"):
-        steps(patched, PagedAttentionCache.__new__(PagedAttentionCache))
-
-
-@needs_latents
-def test_a_cache_by_position_and_missing_values_are_refused():
-    _, patched = pair("DeepSeek-V3")
-    block = next(iter(structure.latent_attentions(patched, "mla_decode").values()))
-    with pytest.raises(PatchError, match="expected the cache by its name, got it by position"):
-        block(torch.ones(1, 1, 32), None, None, cache_of(patched, "dynamic"))
-    from flashmla_hf.hf.forward import attention_forward
-
-    with pytest.raises(ValueError, match=r"flashmla in Linear: value: expected a torch.Tensor, got None"):
-        attention_forward(torch.nn.Linear(1, 1), torch.ones(1, 2, 1, 8), torch.ones(1, 1, 1, 8), None)

@@ -20,7 +20,7 @@ LATENTS = "_flashmla_latents"  # the attribute of a layer
 
 
 class Latents(Protocol):
-    """What a layer does to attend to latents: rows [batch, 1, seqlen_kv, width] whose first ``head_dim_v`` columns are values."""
+    """How a layer attends to latents: rows [batch, 1, seqlen_kv, width] whose first ``head_dim_v`` columns are values."""
 
     head_dim_v: int
 

@@ -59,7 +59,18 @@ PATCH_OPTIONS = {
     "offload": "offload",
 }
 # "attention" wraps the forward that "rope" sets. The check of "keep_attention" precedes "checkpointing", which applies it.
-_ORDER = ("mlp", "norm", "rope", "attention", "mla_decode", "lora", "keep_attention", "checkpointing", "offload", "loss")
+_ORDER = (
+    "mlp",
+    "norm",
+    "rope",
+    "attention",
+    "mla_decode",
+    "lora",
+    "keep_attention",
+    "checkpointing",
+    "offload",
+    "loss",
+)
 _RECORD = "_flashmla_patches"
 _Model = TypeVar("_Model", bound=nn.Module)
 

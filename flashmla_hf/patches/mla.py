@@ -6,7 +6,7 @@ rotated key r that all heads share. With ``kv_b_proj``'s rows K_h and V_h of hea
     score_h = q · K_h c + p · r = (q K_h, p) · (c, r)        out_h = Σ w V_h c = V_h (Σ w c)
 
 So a decoding step folds K_h into the query and V_h into the output. All heads then attend to the same rows (c, r), whose first
-columns are the values. Without the patch, Transformers expands the whole cache to the keys and values of all heads at each step.
+columns are the values. Without the patch, Transformers expands its cache to the keys and values of all heads at each step.
 
 ==============================================  ========================================================================
 the call                                        what a patched block does
@@ -106,7 +106,9 @@ class Absorption:
         def expand(out: torch.Tensor) -> torch.Tensor:
             by_head = out.permute(2, 0, 1, 3).reshape(-1, batch * seqlen, self.head_dim_v).to(values.dtype)
             # Models call .view on the result.
-            return torch.bmm(by_head, values.mT).view(-1, batch, seqlen, values.shape[1]).permute(1, 2, 0, 3).contiguous()
+            return (
+                torch.bmm(by_head, values.mT).view(-1, batch, seqlen, values.shape[1]).permute(1, 2, 0, 3).contiguous()
+            )
 
         return torch.cat((latent, rotated.to(latent.dtype)), dim=-1), expand
 
@@ -231,7 +233,9 @@ def _try(model: nn.Module, where: str, absorption: Absorption) -> None:
         error = (got.float() - expected.float()).abs().max() / expected.float().abs().max().clamp(min=1e-12)
         if not error <= allowed:
             got = f"{what} that differ by {float(error):.2g} of the largest"
-            raise structure.refuse(model, NAME, where, f"keys and values that are kv_b_proj's of {EXPAND}'s inputs", got)
+            raise structure.refuse(
+                model, NAME, where, f"keys and values that are kv_b_proj's of {EXPAND}'s inputs", got
+            )
 
 
 def _expanding(attention: Any) -> Callable[..., tuple[torch.Tensor, torch.Tensor | None]]:
