@@ -17,9 +17,9 @@ No number without a right answer: every implementation's output is compared with
 wrong one is named and not timed.
 
 GB/s are the bytes of K and V that some query sees, each once, over the time; queries and output are left out. Rows of latents
-("latent576/512") are keys and, in their first columns, values: they count once, and both products' TFLOP/s stand beside. Two rates of
-the machine stand beside them, of the same run: a copy of 1 GiB, its bytes read and written both counted, and a reduction of
-1 GiB, which only reads, as decoding does. Windows are named by the keys to the left of a query's own.
+("latent576/512") are keys and, in their first columns, values: they count once, and both products' TFLOP/s stand beside. Two
+rates of the machine stand beside them, of the same run: a copy of 1 GiB, its bytes read and written both counted, and a
+reduction of 1 GiB, which only reads, as decoding does. Windows are named by the keys to the left of a query's own.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """Decoding from latents, before and after the patch "mla_decode": ms a token and peak memory of a model, µs of one layer.
 
-    python benchmarks/bench_latent_decode.py                     # DeepSeek-V2-Lite's shape and V3's layer on a GPU, tiny ones on a CPU
-    python benchmarks/bench_latent_decode.py --tiny              # the tiny ones on any device
-    python benchmarks/bench_latent_decode.py --groups layer      # the layer alone
-    python benchmarks/bench_latent_decode.py --list              # the points in their order
-    python benchmarks/bench_decode.py --suite latent             # the kernel alone: GB/s and TFLOP/s in a CUDA graph
+    python benchmarks/bench_latent_decode.py                  # DeepSeek-V2-Lite's shape and V3's layer on a GPU, else tiny ones
+    python benchmarks/bench_latent_decode.py --tiny           # the tiny ones on any device
+    python benchmarks/bench_latent_decode.py --groups layer   # the layer alone
+    python benchmarks/bench_latent_decode.py --list           # the points in their order
+    python benchmarks/bench_decode.py --suite latent          # the kernel alone: GB/s and TFLOP/s in a CUDA graph
 
 A model's points are measured as bench_generate.py's: random weights, a cache of random latents up to the point's length, then
 generate(). A layer's point is one step of the attention block alone on a full static cache, 20 calls in a CUDA graph. The ways

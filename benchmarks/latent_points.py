@@ -6,6 +6,7 @@ A way is a name of an attention, and after "+" the patch: "flashmla+mla_decode",
 from __future__ import annotations
 
 import copy
+import inspect
 import math
 import statistics
 
@@ -173,10 +174,14 @@ class LatentLayer:
         positions = torch.full((batch_size, 1), context - 1, device=self.device)
         embeddings = model.rotary_emb(hidden, position_ids=positions)
         attention = model.layers[0].self_attn
+        parameters = inspect.signature(attention.forward).parameters
+        name = "cache" if "cache" in parameters else "past_key_values"
 
         @torch.no_grad()
         def call() -> torch.Tensor:
-            out, _ = attention(hidden_states=hidden, position_embeddings=embeddings, attention_mask=None, cache=cache)
+            out, _ = attention(
+                hidden_states=hidden, position_embeddings=embeddings, attention_mask=None, **{name: cache}
+            )
             cache.crop(-1)
             return out
 

@@ -44,7 +44,7 @@ def bars(document: dict) -> Iterator[Bar]:
         for (model, _, batch, context), records in measured(document, cache).items():
             if context == LONG and (factor := gain(records)) is not None:
                 yield Bar(
-                    f"{model}, {cache}, batch {batch}, {context:,} tokens, aim: at least {AIM:.0f}× the speed without the patch",
+                    f"{model}, {cache}, batch {batch}, {context:,} tokens, aim: at least {AIM:.0f}× the unpatched speed",
                     f"{factor:.1f}×",
                     factor >= AIM,
                 )
@@ -53,8 +53,8 @@ def bars(document: dict) -> Iterator[Bar]:
 def section(document: dict) -> str:
     """The bars, then for each kind of cache time and memory of every way."""
     parts = [
-        "Random weights, and caches of random latents. Ways: with the patch `mla_decode`, and without it by two attentions, which "
-        "expand the cache at each step. Memory is the peak, weights and cache included.\n",
+        "Random weights, and caches of random latents. Ways: with the patch `mla_decode`, and without it by two attentions, "
+        "which expand the cache at each step. Memory is the peak, weights and cache included.\n",
         *render_results.bar_table(bars(document)),
     ]
     for cache, title in CACHES.items():

@@ -19,15 +19,10 @@ from transformers import DynamicCache, StaticCache
 
 import flashmla_hf
 from flashmla_hf import decode
+from flashmla_hf.patches import structure
 
-HAS_LATENTS = hasattr(
-    transformers.models.deepseek_v3.modeling_deepseek_v3.DeepseekV3Attention, "expand_kv"
-)  # Transformers 5.24
-needs_latents = [
-    hf_support.needs_kernel,
-    pytest.mark.skipif(not HAS_LATENTS, reason="this Transformers caches expanded keys and values"),
-    pytest.mark.filterwarnings("ignore::FutureWarning"),
-]
+needs_float32 = pytest.mark.skipif(DEVICE.type != "cpu", reason="a GPU's kernel takes no float32")
+latent_tests = [hf_support.needs_kernel, needs_float32, pytest.mark.filterwarnings("ignore::FutureWarning")]
 TOLERANCE, SEQLEN = 1e-4, 19
 PATCH = ["mla_decode"]
 ROWS = {"alike": (SEQLEN, SEQLEN, SEQLEN), "padded": (SEQLEN, 4, 1)}  # real tokens of each row, the padding before them
@@ -43,7 +38,7 @@ YARN = {
     "mscale_all_dim": 0.7,
 }
 
-FAMILIES = (
+ALL = (
     Family("DeepSeek-V2", "DeepseekV2ForCausalLM",
            _config("DeepseekV2Config", **{**DEEPSEEK, "q_lora_rank": None}, topk_method="greedy", routed_scaling_factor=1.0),
            note="queries of one projection"),
@@ -65,6 +60,8 @@ FAMILIES = (
     Family("Mistral 4", "Mistral4ForCausalLM", _config("Mistral4Config", **DEEPSEEK), note="scaled queries"),
     Family("Youtu", "YoutuForCausalLM", _config("YoutuConfig", **DEEPSEEK)),
 )  # fmt: skip
+# Older releases of Transformers lack some.
+FAMILIES = tuple(family for family in ALL if hasattr(transformers, family.model))
 FAMILY = {family.name: family for family in FAMILIES}
 
 # Attention classes that are served, and those whose indexer selects keys.
@@ -127,6 +124,11 @@ def cache_of(model, kind, rows=40):
     return DynamicCache(config=model.config) if kind == "dynamic" else StaticCache(model.config, max_cache_len=rows)
 
 
+def as_argument(model, cache):
+    """The keyword argument of a forward that takes ``cache``."""
+    return {structure.cache_name(model): cache}
+
+
 @torch.no_grad()
 def steps(model, cache, sizes=(SEQLEN, 1, 1, 4, 1), seed=3, rows=2):
     """Logits [rows, tokens, vocabulary] of forward passes over so many tokens, each on the cache that the others left."""
@@ -134,7 +136,7 @@ def steps(model, cache, sizes=(SEQLEN, 1, 1, 4, 1), seed=3, rows=2):
     logits, start = [], 0
     for size in sizes:
         positions = torch.arange(start, start + size, device=DEVICE)[None]
-        out = model(ids[:, start : start + size], position_ids=positions, cache=cache, use_cache=True)
+        out = model(ids[:, start : start + size], position_ids=positions, use_cache=True, **as_argument(model, cache))
         logits.append(out.logits)
         start += size
     return torch.cat(logits, dim=1)

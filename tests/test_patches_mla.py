@@ -18,13 +18,14 @@ from mla_families import (
     PATCH,
     ROWS,
     SEQLEN,
+    as_argument,
     assert_close,
     assert_same_answer,
     batch_of,
     cache_of,
     counted,
     generate,
-    needs_latents,
+    latent_tests,
     pair,
     steps,
 )  # fmt: skip
@@ -34,7 +35,14 @@ import flashmla_hf
 from flashmla_hf.patches import structure
 from flashmla_hf.training import quantization
 
-pytestmark = needs_latents
+pytestmark = latent_tests
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _limit_is_put_back():
+    """Models of Transformers 5.17 set it."""
+    with torch._dynamo.config.patch(recompile_limit=torch._dynamo.config.recompile_limit):
+        yield
 
 
 # ---- Every family ----------------------------------------------------------------------------------------------------
@@ -54,7 +62,7 @@ def latent_classes():
 
 def test_every_family_of_transformers_is_known():
     """A new one belongs into tests/mla_families.py: served, and compared here, or refused."""
-    assert latent_classes() == mla_families.SERVED | mla_families.SPARSE
+    assert latent_classes() <= mla_families.SERVED | mla_families.SPARSE
 
 
 def test_every_served_class_is_compared():
@@ -62,7 +70,7 @@ def test_every_served_class_is_compared():
     for family in mla_families.FAMILIES:
         model = families.build(family, "flashmla", DEVICE)
         compared |= {type(m).__name__ for m in structure.latent_attentions(model, "mla_decode").values()}
-    assert compared == mla_families.SERVED
+    assert compared == mla_families.SERVED & latent_classes()
 
 
 @pytest.mark.parametrize("kind", ["dynamic", "static"])
@@ -184,7 +192,7 @@ def test_attention_weights_and_masks_of_the_user_are_exact():
     for options in ({"attention_mask": mask}, {"attention_mask": holes}, {"output_attentions": True}):
         with torch.no_grad():
             expected, got = (
-                m(ids, cache=copy.deepcopy(cache), use_cache=True, **options)
+                m(ids, use_cache=True, **as_argument(m, copy.deepcopy(cache)), **options)
                 for m, cache in zip((plain, patched), caches, strict=True)
             )
         assert_close(got.logits, expected.logits)
@@ -218,7 +226,8 @@ def test_a_step_with_gradients_expands_and_has_them():
     for model in (plain, patched):
         cache = cache_of(model, "dynamic")
         steps(model, cache, (SEQLEN,))
-        model(torch.tensor([[5], [7]], device=DEVICE), cache=cache, use_cache=True).logits.square().sum().backward()
+        token = torch.tensor([[5], [7]], device=DEVICE)
+        model(token, use_cache=True, **as_argument(model, cache)).logits.square().sum().backward()
         results.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
     assert any("kv_b_proj" in n for n in results[1])
     for n, g in results[0].items():

@@ -12,7 +12,6 @@ import transformers
 from hf_support import DEVICE
 from mla_families import (
     FAMILY,
-    HAS_LATENTS,
     PATCH,
     ROWS,
     SEQLEN,
@@ -28,14 +27,12 @@ from patches_support import attributes, message
 import flashmla_hf
 from flashmla_hf.patches import PatchError, forwards, mla, structure
 
-needs_latents = pytest.mark.skipif(not HAS_LATENTS, reason="this Transformers caches expanded keys and values")
-pytestmark = [hf_support.needs_kernel, pytest.mark.filterwarnings("ignore::FutureWarning")]
+pytestmark = mla_families.latent_tests
 
 
 # ---- Patch and unpatch -----------------------------------------------------------------------------------------------
 
 
-@needs_latents
 def test_unpatch_restores_every_attribute():
     plain, _ = pair("DeepSeek-V3")
     before = attributes(plain)
@@ -52,7 +49,6 @@ def test_it_is_no_default():
     assert "mla_decode" in flashmla_hf.PATCHES
 
 
-@needs_latents
 def test_it_works_beside_the_patches_of_training():
     plain, _ = pair("DeepSeek-V3")
     patched = families.build(FAMILY["DeepSeek-V3"], "flashmla", DEVICE, plain.state_dict())
@@ -63,11 +59,11 @@ def test_it_works_beside_the_patches_of_training():
 # ---- Refusals --------------------------------------------------------------------------------------------------------
 
 
-@needs_latents
 def test_sparse_attention_is_refused_by_name():
-    seen = set()
+    seen, everything = set(), ""
     for path in sorted(Path(transformers.__file__).parent.glob("models/*/modeling_*.py")):
         if "self.kv_b_proj = " in path.read_text():
+            everything += path.read_text()
             module = __import__(f"transformers.models.{path.parent.name}.{path.stem}", fromlist=["x"])
             for name in mla_families.SPARSE & vars(module).keys():
                 block = getattr(module, name).__new__(getattr(module, name))
@@ -80,7 +76,8 @@ def test_sparse_attention_is_refused_by_name():
                 source = forwards.that_names(getattr(module, name), "indexer")
                 assert source is not None, f"{name} has no indexer"
                 seen.add(name)
-    assert seen == mla_families.SPARSE
+    assert seen
+    assert seen == {name for name in mla_families.SPARSE if f"class {name}(" in everything}
 
 
 def test_a_model_without_latents_is_refused_by_name():
@@ -89,26 +86,27 @@ def test_a_model_without_latents_is_refused_by_name():
     assert text.endswith("Exclude it: flashmla_hf.patch(model, exclude=['mla_decode'])")
 
 
-@pytest.mark.skipif(HAS_LATENTS, reason="this Transformers caches latents")
-def test_a_release_that_caches_expanded_keys_is_refused():
-    text = message(families.build(FAMILY["DeepSeek-V3"], "flashmla", DEVICE), PATCH)
-    assert "expected a forward that caches latents and expands them by expand_kv (Transformers 5.24 and later)" in text
+def test_a_forward_that_caches_expanded_keys_is_refused():
+    class Expanded(attention_class()):
+        def forward(self, hidden_states, attention_mask=None, cache=None, **kwargs):
+            keys, values = cache.update(hidden_states, hidden_states, 0)
+            return attention_interface(self, hidden_states, keys, values)  # noqa: F821
+
+    text = message(changed(Expanded), PATCH)
+    assert "expected a forward that caches latents and expands them by expand_kv, got one that caches expanded" in text
 
 
-@needs_latents
 def test_another_attention_implementation_is_refused():
     text = message(families.build(FAMILY["DeepSeek-V3"], "sdpa", DEVICE), PATCH)
     assert "expected attn_implementation='flashmla' (it reads latents), got 'sdpa'" in text
 
 
-@needs_latents
 def test_a_device_without_a_kernel_is_refused(monkeypatch):
     model = families.build(FAMILY["DeepSeek-V3"], "flashmla", DEVICE)
     monkeypatch.setattr(mla.decode, "kernel_refusal", lambda *args, **kwargs: "a reason")
     assert "expected a device with a kernel for latents of 16 of 24 columns, got a reason" in message(model, PATCH)
 
 
-@needs_latents
 def test_a_device_without_a_kernel_after_the_patch_expands_with_one_warning(monkeypatch):
     plain, patched = pair("DeepSeek-V3")
     monkeypatch.setattr(mla.decode, "kernel_refusal", lambda *args, **kwargs: "a reason")
@@ -130,7 +128,6 @@ def changed(cls):
     return model
 
 
-@needs_latents
 def test_another_expansion_is_found_by_a_trial():
     class Normed(attention_class()):
         def expand_kv(self, kv_nope, k_rot):
@@ -149,7 +146,6 @@ def test_another_expansion_is_found_by_a_trial():
         )
 
 
-@needs_latents
 def test_other_uses_of_what_is_cached_are_found_in_the_source():
     class UsesKeys(attention_class()):
         def forward(self, hidden_states, attention_mask=None, cache=None, **kwargs):
@@ -169,7 +165,6 @@ def test_other_uses_of_what_is_cached_are_found_in_the_source():
         assert re.search(f"expected a forward that only hands the results of .*, got '{use} in line", text), text
 
 
-@needs_latents
 def test_a_bias_is_refused():
     model = families.build(FAMILY["DeepSeek-V3"], "flashmla", DEVICE)
     block = next(iter(structure.latent_attentions(model, "mla_decode").values()))
@@ -177,7 +172,6 @@ def test_a_bias_is_refused():
     assert "expected kv_b_proj without a bias, got one" in message(model, PATCH)
 
 
-@needs_latents
 @pytest.mark.parametrize("kind", ["dynamic", "static"])
 def test_a_cache_that_was_filled_without_the_patch_is_refused(kind):
     plain, patched = pair("DeepSeek-V3")
@@ -187,7 +181,6 @@ def test_a_cache_that_was_filled_without_the_patch_is_refused(kind):
         steps(patched, cache, (1,))
 
 
-@needs_latents
 def test_other_caches_are_refused_by_name():
     from transformers.cache_utils import DynamicLayer
     from transformers.generation.continuous_batching import PagedAttentionCache
@@ -201,11 +194,11 @@ def test_other_caches_are_refused_by_name():
     cache.layers[0] = OfEightBits()
     with pytest.raises(PatchError, match=r"got a OfEightBits\. Use a DynamicCache or a StaticCache"):
         steps(patched, cache)
+    block = next(iter(structure.latent_attentions(patched, "mla_decode").values()))
     with pytest.raises(PatchError, match="got the cache of continuous batching"):
-        steps(patched, PagedAttentionCache.__new__(PagedAttentionCache))
+        vars(block)["_flashmla_latents"].check_cache(PagedAttentionCache.__new__(PagedAttentionCache), 0)
 
 
-@needs_latents
 def test_a_cache_by_position_and_missing_values_are_refused():
     _, patched = pair("DeepSeek-V3")
     block = next(iter(structure.latent_attentions(patched, "mla_decode").values()))

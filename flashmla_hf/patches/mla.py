@@ -187,7 +187,7 @@ def _unsupported(attention: Any) -> tuple[str, str] | None:
     forward = forwards.that_names(type(attention), EXPAND)
     if forward is None or not callable(getattr(type(attention), EXPAND, None)):
         return (
-            f"a forward that caches latents and expands them by {EXPAND} (Transformers 5.24 and later)",
+            f"a forward that caches latents and expands them by {EXPAND}",
             "one that caches expanded keys and values",
         )
     for source, target in ((UPDATE, EXPAND), (EXPAND, INTERFACE)):
