@@ -253,7 +253,8 @@ def _sm90_refusal(call: DecodeCall) -> str | None:
         return libraries.unavailable["sm90"]
     reason = sm90.device_refusal(call.q, call.v)
     if reason is not None:
-        return f"{reason} (this build has no kernel for wider latents)" if call.is_latent else reason
+        is_width = call.is_latent and "head_dim" in reason
+        return f"{reason} (this build has no kernel for wider latents)" if is_width else reason
     cache_names = {"k": "k_cache", "v": "v_cache", "q": "q"}
     names = [cache_names[name] for name in sm90.unaligned(call) if name != "q" or call.impl == "sm90"]
     if names:

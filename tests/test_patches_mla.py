@@ -266,6 +266,24 @@ def test_adapters_of_the_projection_are_honoured(options, monkeypatch):
     assert not torch.equal(without.logits[-1], generate(patched, batch_of(ROWS["padded"])).logits[-1])
 
 
+def test_adapters_in_float32_beside_a_bfloat16_model(monkeypatch):
+    """peft's default. In training mode, the trial draws no dropout."""
+    plain, patched = (
+        with_lora(families.build(FAMILY["DeepSeek-V3"], "flashmla", DEVICE).to(torch.bfloat16), lora_dropout=0.5)
+        for _ in range(2)
+    )
+    flashmla_hf.patch(patched.train(), PATCH)
+    assert all(m.training for m in patched.modules())
+    patched.eval()
+    with counted(monkeypatch) as counts:
+        got = steps(patched, cache_of(patched, "dynamic"))
+    assert counts[0] > 0
+    truth = steps(plain.float(), cache_of(plain, "dynamic"))
+    expanded = steps(plain.to(torch.bfloat16), cache_of(plain, "dynamic"))
+    errors = [float((x.float() - truth).norm() / truth.norm()) for x in (got, expanded)]
+    assert errors[0] <= 2.0 * errors[1], errors
+
+
 def test_four_bit_weights_are_honoured(monkeypatch):
     bitsandbytes = pytest.importorskip("bitsandbytes")
 

@@ -42,6 +42,7 @@ from flashmla_hf.patches.replacements import Replacements
 
 NAME = "mla_decode"
 EXPAND, UPDATE, INTERFACE = "expand_kv", "update", "attention_interface"  # names in Transformers' forwards
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 TOLERANCE = 1e-3  # of the trial, relative to the largest number, in float32; other dtypes have their own
 
 
@@ -202,21 +203,40 @@ def _unsupported(attention: Any) -> tuple[str, str] | None:
     return None
 
 
-@torch.no_grad()
 def _try(model: nn.Module, where: str, absorption: Absorption) -> None:
     """Compares scores and sums of three random rows with those of the block's own expanded keys and values.
 
     It also refuses a device without a kernel: steps by the reference would take longer than without the patch.
     """
-    attention = absorption.attention
-    norm = next(attention.kv_a_layernorm.parameters())
-    rows = torch.empty(1, 1, 3, absorption.width, dtype=norm.dtype, device=norm.device)
+    attention, projection = absorption.attention, absorption.attention.kv_b_proj
+    parameters = [
+        *projection.parameters(),
+        *attention.kv_a_layernorm.parameters(),
+    ]  # those of packed weights have no such dtype
+    one = next(p for p in parameters if p.dtype in DTYPES)
+    rows = torch.empty(1, 1, 3, absorption.width, dtype=one.dtype, device=one.device)
     if (reason := no_kernel(rows, absorption.head_dim_v)) is not None:
         expected = f"a device with a kernel for latents of {absorption.head_dim_v} of {absorption.width} columns"
         raise structure.refuse(model, NAME, where, expected, reason)
-    projection = attention.kv_b_proj
     if rows.is_meta or (rows.device.type == "cpu" and any(map(quantized.is_4bit, projection.modules()))):
         return  # loaded later; or a call would pack the weight, and no other patch could read it
+    was_training = [m for m in projection.modules() if m.training]
+    try:
+        for module in was_training:  # dropout of an adapter
+            module.training = False
+        differing = _differing(absorption, rows)
+    finally:
+        for module in was_training:
+            module.training = True
+    if differing is not None:
+        expected = f"keys and values that are kv_b_proj's of {EXPAND}'s inputs"
+        raise structure.refuse(model, NAME, where, expected, differing)
+
+
+@torch.no_grad()
+def _differing(absorption: Absorption, rows: torch.Tensor) -> str | None:
+    """What differs between attention to ``rows``, overwritten by random ones, and to what they expand to; or ``None``."""
+    attention = absorption.attention
     generator = torch.Generator().manual_seed(0)
     rows.copy_(torch.randn(rows.shape, generator=generator))
     latents, rotated = rows[..., : absorption.head_dim_v], rows[..., absorption.head_dim_v :]
@@ -229,13 +249,11 @@ def _try(model: nn.Module, where: str, absorption: Absorption) -> None:
         ("values", expand((weight @ latents).transpose(1, 2)), (weight @ values).transpose(1, 2)),
     )
     allowed = max(TOLERANCE, 16 * torch.finfo(rows.dtype).eps)
-    for what, got, expected in pairs:
-        error = (got.float() - expected.float()).abs().max() / expected.float().abs().max().clamp(min=1e-12)
+    for what, got, wanted in pairs:
+        error = (got.float() - wanted.float()).abs().max() / wanted.float().abs().max().clamp(min=1e-12)
         if not error <= allowed:
-            got = f"{what} that differ by {float(error):.2g} of the largest"
-            raise structure.refuse(
-                model, NAME, where, f"keys and values that are kv_b_proj's of {EXPAND}'s inputs", got
-            )
+            return f"{what} that differ by {float(error):.2g} of the largest"
+    return None
 
 
 def _expanding(attention: Any) -> Callable[..., tuple[torch.Tensor, torch.Tensor | None]]:
