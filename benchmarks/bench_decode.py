@@ -16,9 +16,10 @@ On a CPU "graph" is a series of plain calls.
 No number without a right answer: every implementation's output is compared with attention in float64 (decode_check.py). A
 wrong one is named and not timed.
 
-GB/s are the bytes of K and V that some query sees, each once, over the time; queries and output are left out. Two rates of
-the machine stand beside them, of the same run: a copy of 1 GiB, its bytes read and written both counted, and a reduction of
-1 GiB, which only reads, as decoding does. Windows are named by the keys to the left of a query's own.
+GB/s are the bytes of K and V that some query sees, each once, over the time; queries and output are left out. Rows of latents
+("latent576/512") are keys and, in their first columns, values: they count once, and both products' TFLOP/s stand beside. Two
+rates of the machine stand beside them, of the same run: a copy of 1 GiB, its bytes read and written both counted, and a
+reduction of 1 GiB, which only reads, as decoding does. Windows are named by the keys to the left of a query's own.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ import math
 import statistics
 
 import decode_results
+import render_results
 import torch
 from decode_check import Inputs, expected, verdict
 from decode_peers import DEFAULT_PEERS, PEERS
@@ -103,6 +105,8 @@ def measure_shape(job: Job, device: str, repeats: int, seconds: float, is_timed:
             if mode == "graph":
                 record |= {"copies": len(inputs.caches), "calls": count, "bytes": shape.bytes_read()}
                 record["bytes_per_second"] = record["bytes"] / record["seconds"]
+                if shape.is_latent:
+                    record["flops_per_second"] = shape.flops() / record["seconds"]
             results.append(record)
         calls.clear()
         free(device)
@@ -122,6 +126,7 @@ def summary(results: list[dict]) -> list[str]:
             lines.append(f"{head} {r['status'].replace('_', ' ')}: {r['reason']}")
         else:
             rate = f", {r['bytes_per_second'] / 1e9:,.0f} GB/s" if "bytes_per_second" in r else ""
+            rate += f", {render_results.rate(r['flops_per_second'])}" if "flops_per_second" in r else ""
             lines.append(f"{head} {r['mode']:<6}{r['seconds'] * 1e6:9.1f} µs ±{100 * r['spread']:.0f} %{rate}")
     return lines
 

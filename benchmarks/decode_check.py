@@ -56,11 +56,16 @@ class Inputs:
             return normal(*rows, *heads, dim)
 
         q = normal(shape.batch, shape.seqlen_q, shape.heads_q, shape.head_dim_qk)
-        k, v = cache(shape.head_dim_qk), cache(shape.head_dim_v)
+
+        k = cache(shape.head_dim_qk)
+        v = k[..., : shape.head_dim_v] if shape.is_latent else cache(shape.head_dim_v)
         wanted = math.ceil(ROTATED_BYTES[device] / shape.bytes_read())
         copies = max(1, min(wanted, MOST_COPIES, int(MOST_BYTES / (k.nbytes + v.nbytes))))
         # clone keeps the order of dimensions in memory.
-        caches = [(k, v), *((k.clone(), v.clone()) for _ in range(copies - 1))]
+        caches = [(k, v)]
+        for _ in range(copies - 1):
+            copy = k.clone()
+            caches.append((copy, copy[..., : shape.head_dim_v] if shape.is_latent else v.clone()))
         seqlens = None
         if page_size is not None or shape.is_ragged:
             seqlens = torch.tensor(lengths, dtype=torch.int32, device=device)

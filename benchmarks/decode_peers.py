@@ -27,6 +27,11 @@ def _decode(num_splits: int) -> Builder:
     def build(shape: DecodeShape, inputs: Inputs, device: str) -> Peer:
         options = {"cache_seqlens": inputs.cache_seqlens, "block_table": inputs.block_table}
         options |= {"window": _window(shape), "num_splits": num_splits}
+        if (
+            shape.is_latent
+        ):  # by name on a GPU: the reference, which automatic choice falls back to, says nothing about one
+            options |= {"head_dim_v": shape.head_dim_v, "impl": "sm90" if device == "cuda" else None}
+            return Peer(lambda q, k, v: decode_attention(q, k, None, **options))
         return Peer(lambda q, k, v: decode_attention(q, k, v, **options))
 
     return build

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import render_results
-from decode_shapes import PAGE_SIZES, TABLE, DecodeShape
+from decode_shapes import EXPANDED, LATENT_ARITHMETIC, LATENT_MEMORY, LATENT_SMALL, PAGE_SIZES, TABLE, DecodeShape
 from verdicts import Bar, Row, geometric_mean, rows
 
 BEST_AT_LEAST = 0.97  # times the best peer's rate, on each row of the table
@@ -16,6 +16,8 @@ MEMORY_AT_LEAST, MEMORY_AIM, LARGE = 0.92, 0.95, 64 * 10**6
 PAGED_AT_LEAST = 0.95  # times our rate without pages
 RAGGED_AT_LEAST = 0.90  # times our rate with equal lengths
 WINDOW_AT_LEAST = 0.90  # times our rate of a cache that holds no more than the window
+# Latents: bytes and FLOPs per second, at least and the aim (FlashMLA publishes the aims for an H800); times the expanded way.
+LATENT_BYTES, LATENT_FLOPS, LATENT_GAIN = (2700e9, 3000e9), (550e12, 660e12), 1.3
 OURS = "flashmla"
 
 
@@ -28,7 +30,9 @@ def paged_ratios(document: dict) -> dict[DecodeShape, float]:
     """Of each shape with pages: our rate over that without."""
     mine = rates(document)
     pairs = [
-        (shape, dataclasses.replace(shape, layout="dense")) for shape in mine if shape.page_size and not shape.is_ragged
+        (shape, dataclasses.replace(shape, layout="dense"))
+        for shape in mine
+        if shape.page_size and not shape.is_ragged and not shape.is_latent
     ]
     return {shape: mine[shape] / mine[dense] for shape, dense in pairs if dense in mine}
 
@@ -87,6 +91,7 @@ def bars(document: dict) -> Iterator[Bar]:
         )
     yield from _memory_bars(document)
     yield from _layout_bars(document)
+    yield from _latent_bars(document)
     yield from _host_bars(document)
     yield from _stated(document)
 
@@ -132,6 +137,32 @@ def _layout_bars(document: dict) -> Iterator[Bar]:
             f"{ratio:.3f}×",
             ratio >= WINDOW_AT_LEAST,
         )
+
+
+def _latent_bars(document: dict) -> Iterator[Bar]:
+    records = {row.shape: row.ours for row in rows(document, "graph") if row.ours}
+    groups = (
+        ([LATENT_MEMORY], "bytes_per_second", 1e9, "GB/s", LATENT_BYTES),
+        (LATENT_ARITHMETIC, "flops_per_second", 1e12, "TFLOP/s", LATENT_FLOPS),
+    )
+    for shapes, quantity, factor, unit, (least, aim) in groups:
+        for layout in ("dense", "paged64"):
+            for shape in (dataclasses.replace(shape, layout=layout) for shape in shapes):
+                if shape in records:
+                    value = records[shape][quantity]
+                    yield Bar(
+                        f"{shape}: at least {least / factor:,.0f} {unit}, aim {aim / factor:,.0f}",
+                        f"{value / factor:,.0f} {unit}",
+                        value >= least,
+                    )
+    for shape, expanded in zip(LATENT_SMALL, EXPANDED, strict=True):
+        if shape in records and expanded in records:
+            gain = records[expanded]["seconds"] / records[shape]["seconds"]
+            yield Bar(
+                f"{shape}: at least {LATENT_GAIN}× the speed of our kernel on expanded keys ({expanded})",
+                f"{gain:.2f}×",
+                gain >= LATENT_GAIN,
+            )
 
 
 def _host_bars(document: dict) -> Iterator[Bar]:
@@ -190,7 +221,8 @@ def _rate_table(here: list[Row], peers: list[str], document: dict) -> str:
         cells = [f"{row.shape.bytes_read() / 1e6:,.0f}"]
         for peer in shown:
             r = row.records.get(peer)
-            cells.append(f"{r['bytes_per_second'] / 1e9:,.0f} ({r['seconds'] * 1e6:,.1f})" if r else "–")
+            flops = f", {render_results.rate(r['flops_per_second'])}" if r and "flops_per_second" in r else ""
+            cells.append(f"{r['bytes_per_second'] / 1e9:,.0f} ({r['seconds'] * 1e6:,.1f}{flops})" if r else "–")
         best, mine = row.best_other, row.ours
         cells.append(f"{row.ratio(best):.3f}× ({best['peer']})" if best and mine else "–")
         cells.append(f"{mine['bytes_per_second'] / document['read_bytes_per_second']:.0%}" if mine else "–")

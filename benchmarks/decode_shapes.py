@@ -31,25 +31,29 @@ class DecodeShape:
     layout: str = "dense"
     is_ragged: bool = False
     dtype: str = "bf16"
+    is_latent: bool = False  # values are the first head_dim_v columns of the keys' rows
 
     def __str__(self) -> str:
         dims = str(self.head_dim_qk) if self.head_dim_qk == self.head_dim_v else f"{self.head_dim_qk}/{self.head_dim_v}"
+        dims = f"latent{dims}" if self.is_latent else f"d{dims}"
         window = "" if self.window is None else f" window{self.window}"
         ragged = " ragged" if self.is_ragged else ""
         lengths = f"S{self.seqlen_q}/{self.seqlen_kv}"
-        return f"d{dims} B{self.batch} H{self.heads_q}/{self.heads_kv} {lengths}{window} {self.layout}{ragged} {self.dtype}"
+        return (
+            f"{dims} B{self.batch} H{self.heads_q}/{self.heads_kv} {lengths}{window} {self.layout}{ragged} {self.dtype}"
+        )
 
     @staticmethod
     def parse(text: str) -> DecodeShape:
         """The inverse of ``str``; raises ValueError with the form that is expected."""
         match = re.fullmatch(
-            r"d(\d+)(?:/(\d+))? B(\d+) H(\d+)(?:/(\d+))? S(\d+)/(\d+)(?: window(\d+))?"
+            r"(d|latent)(\d+)(?:/(\d+))? B(\d+) H(\d+)(?:/(\d+))? S(\d+)/(\d+)(?: window(\d+))?"
             r"(?: (dense|heads-first|paged\d+))?( ragged)?(?: (fp32|bf16|fp16))?",
             " ".join(text.replace(",", " ").split()),
         )
         if match is None:
             raise ValueError(f"expected a shape like 'd128 B8 H32/8 S1/8192 paged64 bf16', got {text!r}")
-        d_qk, d_v, batch, heads_q, heads_kv, seqlen_q, seqlen_kv, window, layout, ragged, dtype = match.groups()
+        kind, d_qk, d_v, batch, heads_q, heads_kv, seqlen_q, seqlen_kv, window, layout, ragged, dtype = match.groups()
         shape = DecodeShape(
             batch=int(batch),
             heads_q=int(heads_q),
@@ -62,6 +66,7 @@ class DecodeShape:
             layout=layout or "dense",
             is_ragged=ragged is not None,
             dtype=dtype or "bf16",
+            is_latent=kind == "latent",
         )
         if shape.heads_q % shape.heads_kv:
             raise ValueError(f"{text!r}: {shape.heads_q} query heads are no multiple of {shape.heads_kv} kv heads")
@@ -89,7 +94,12 @@ class DecodeShape:
 
     def bytes_read(self) -> int:
         """Those of K and V that must be read, each once; q and the output are left out."""
-        return self.keys_read() * self.heads_kv * (self.head_dim_qk + self.head_dim_v) * DTYPES[self.dtype].itemsize
+        width = self.head_dim_qk if self.is_latent else self.head_dim_qk + self.head_dim_v
+        return self.keys_read() * self.heads_kv * width * DTYPES[self.dtype].itemsize
+
+    def flops(self) -> int:
+        """Of both products with every key that is read; the triangle of a few queries is not taken off."""
+        return 2 * self.keys_read() * self.heads_q * self.seqlen_q * (self.head_dim_qk + self.head_dim_v)
 
     def as_attention(self, seqlen_kv: int) -> Shape:
         """The same call for an implementation that knows no caches, on the last ``seqlen_kv`` keys: of one query all that
@@ -127,6 +137,12 @@ ODD = [
     _shape(256, 100, 8, 8, 64),
     DecodeShape(4, 32, 32, 1, 4096, 192, 128),
 ]
+# DeepSeek-V2-Lite's heads and V3's. At batch 128, memory limits the first, and arithmetic two queries of the others.
+LATENT_MEMORY = DecodeShape(128, 16, 1, 1, 8192, 576, 512, is_latent=True)
+LATENT_ARITHMETIC = [DecodeShape(128, 128, 1, 2, n, 576, 512, is_latent=True) for n in (8192, 16384, 32768)]
+# Beside each the same heads with expanded keys and values.
+LATENT_SMALL = [DecodeShape(batch, 128, 1, 1, 8192, 576, 512, is_latent=True) for batch in (1, 8, 32)]
+EXPANDED = [DecodeShape(shape.batch, 128, 128, 1, 8192, 192, 128) for shape in LATENT_SMALL]
 LONG, WINDOWED_KEYS = 131072, (1024, 4096, 16384, 65536)
 RAGGED = _shape(64, 12800, layout="paged64", is_ragged=True)
 ALL_PEERS = ("flashmla", "flashmla-attention", "sdpa-cudnn", "sdpa-flash")
@@ -160,6 +176,16 @@ SUITES: dict[str, Suite] = {
         peers=("flashmla", "flashmla-attention", "sdpa-cudnn"),
     ),
     "invariant": Suite(TABLE, peers=("flashmla", "flashmla-invariant")),
+    "latent": Suite(
+        [
+            dataclasses.replace(shape, layout=layout)
+            for shape in (LATENT_MEMORY, *LATENT_ARITHMETIC)
+            for layout in ("dense", "paged64")
+        ]
+        + LATENT_SMALL
+        + EXPANDED,
+        peers=("flashmla",),
+    ),
     "overhead": Suite(
         [_shape(1, 4096), _shape(8, 4096, layout="heads-first")],
         modes=("host",),
@@ -172,6 +198,8 @@ SUITES: dict[str, Suite] = {
             _shape(2, 96, 4, 2, 64, layout="paged16", dtype="fp32"),
             _shape(2, 96, 4, 2, 64, layout="heads-first", window=31, dtype="fp32"),
             _shape(3, 80, 4, 2, 64, layout="paged16", is_ragged=True, seqlen_q=2, dtype="fp32"),
+            DecodeShape(2, 8, 1, 2, 96, 96, 64, dtype="fp32", is_latent=True),
+            DecodeShape(3, 8, 1, 1, 80, 96, 64, layout="paged16", is_ragged=True, dtype="fp32", is_latent=True),
         ],
         modes=MODES,
     ),

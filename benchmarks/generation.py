@@ -99,19 +99,7 @@ class Decoding:
         else:
             self.cache = StaticCache(config=model.config, max_cache_len=point.context)
         for layer in range(model.config.num_hidden_layers):
-            self._fill(layer, generator)
-
-    def _fill(self, layer: int, generator: torch.Generator) -> None:
-        """Random K and V of ``layer``. V's mean differs by row, head and dim: another row or head than the right one shows."""
-        config, point = self.generation.model.config, self.point
-        heads, dim = config.num_key_value_heads, config.head_dim
-        size = (point.batch_size, heads, point.rows, dim)
-        options = {"generator": generator, "device": self.generation.device, "dtype": self.generation.dtype}
-        k, v = torch.randn(size, **options), torch.randn(size, **options)
-        v += torch.randn((point.batch_size, heads, 1, dim), **options)
-        for row, start in enumerate(point.starts()):
-            v[row, :, :start] = POISON
-        self.cache.update(k, v, layer)
+            generation.write_random_rows(self.cache, point, layer, generator)
 
     def _generate(self, count: int, **options) -> None:
         """``count`` tokens more, the first by a step that is not compiled: generate() takes it for the prefill."""
@@ -188,6 +176,18 @@ class Generation:
         config = self.model.config
         return 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * self.dtype.itemsize
 
+    def write_random_rows(self, cache, point: Point, layer: int, generator: torch.Generator) -> None:
+        """Random K and V of ``layer``. V's mean differs by row, head and dim: another row or head than the right one shows."""
+        config = self.model.config
+        heads, dim = config.num_key_value_heads, config.head_dim
+        size = (point.batch_size, heads, point.rows, dim)
+        options = {"generator": generator, "device": self.device, "dtype": self.dtype}
+        k, v = torch.randn(size, **options), torch.randn(size, **options)
+        v += torch.randn((point.batch_size, heads, 1, dim), **options)
+        for row, start in enumerate(point.starts()):
+            v[row, :, :start] = POISON
+        cache.update(k, v, layer)
+
     def measure(self, point: Point) -> dict:
         """A record's status and numbers: seconds a token (the median), peak memory in all, and the errors of the logits."""
         if reason := self.refusal(point):
@@ -197,7 +197,20 @@ class Generation:
         if problem := _problem(errors, bound):
             return {"status": "wrong", "reason": problem, "errors": errors, "bound": bound}
         truth = self._expected(point)
-        self.model.set_attn_implementation(point.attention)
+        logits, numbers = self.timed(point)
+        errors["these rows"] = relative_error(logits, truth)
+        problem = _problem(errors, bound)
+        # A wrong point keeps its time in the file, for whoever looks for the fault; no table shows it.
+        return {
+            **({"status": "ok"} if problem is None else {"status": "wrong", "reason": problem}),
+            **numbers,
+            "errors": errors,
+            "bound": bound,
+        }
+
+    def timed(self, point: Point) -> tuple[torch.Tensor, dict]:
+        """The logits of the first steps, whose tokens are given, and a record's numbers: seconds a token and peak memory."""
+        self.use(point.attention)
         self._forget_compiled()
         counters = torch._dynamo.utils.counters
         counters.clear()
@@ -208,8 +221,6 @@ class Generation:
             kept, started = [], time.perf_counter()
             beyond = peak_memory(lambda: kept.append(decoding.warm_up()), self.device)
             first_seconds = time.perf_counter() - started
-            errors["these rows"] = relative_error(kept[0], truth)
-            problem = _problem(errors, bound)
             seconds = decoding.time()
             state = gpu_state(self.device)
         finally:
@@ -219,9 +230,7 @@ class Generation:
             "graph_breaks": sum(counters["graph_break"].values()),
             "cudagraph_skips": counters["inductor"]["cudagraph_skips"],
         }
-        # A wrong point keeps its time in the file, for whoever looks for the fault; no table shows it.
-        return {
-            **({"status": "ok"} if problem is None else {"status": "wrong", "reason": problem}),
+        return kept[0], {
             "seconds": statistics.median(seconds),
             "spread": spread(seconds),
             "all_seconds": [round(s, 7) for s in seconds],
@@ -229,11 +238,13 @@ class Generation:
             "peak_bytes": None if beyond is None else in_use + beyond,
             "cache_bytes": point.batch_size * point.context * self.bytes_per_token(),
             "weight_bytes": self.weight_bytes,
-            "errors": errors,
-            "bound": bound,
             **(compiled if point.cache == "compiled" else {}),
             **state,
         }
+
+    def use(self, attention: str) -> None:
+        """Has the model compute by the implementation ``attention``."""
+        self.model.set_attn_implementation(attention)
 
     def _forget_compiled(self) -> None:
         """Every point compiles for its own shapes, as a program that starts with them does."""
@@ -247,7 +258,7 @@ class Generation:
         key = (point.batch_size, point.context, point.is_padded, point.tokens, point.warmup)
         if self._truth is None or self._truth[0] != key:
             self._truth = None
-            self.model.set_attn_implementation(REFERENCE)
+            self.use(REFERENCE)
             self._truth = (key, Decoding(self, point, "dynamic").warm_up())
             free(self.device)
         return self._truth[1]
@@ -268,7 +279,7 @@ class Generation:
                 self._short_truth = {name: self._short_logits(reference, name) for name in SHORT_STARTS}
                 del reference
                 free(self.device)
-            self.model.set_attn_implementation(attention)
+            self.use(attention)
             self.short_errors[attention] = {
                 name: relative_error(self._short_logits(self.model, name), truth)
                 for name, truth in self._short_truth.items()

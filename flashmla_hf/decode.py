@@ -32,15 +32,16 @@ from flashmla_hf.fp8.calls import NO_KERNEL
 from flashmla_hf.fp8.quantization import quantize_tokens
 from flashmla_hf.notices import log_choice, warn_once
 from flashmla_hf.torch_state import has_transforms, values_are_readable
-from flashmla_hf.validation import DecodeCall, check_appended, fail, validate_decode
+from flashmla_hf.validation import DecodeCall, check_appended, fail, validate_decode, values_in_keys
 
 
 # Longer than 80 lines: the docstring is the contract.
 def decode_attention(
     q: torch.Tensor,
     k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
+    v_cache: torch.Tensor | None,
     *,
+    head_dim_v: int | None = None,
     cache_seqlens: torch.Tensor | None = None,
     block_table: torch.Tensor | None = None,
     kv_start: torch.Tensor | None = None,
@@ -69,15 +70,18 @@ def decode_attention(
         k_cache: [batch, capacity, heads_kv, head_dim_qk]; with ``block_table`` [num_pages, page_size, heads_kv, head_dim_qk],
             page_size a multiple of 16. ``heads_q`` is a multiple of ``heads_kv``.
         v_cache: as k_cache, with head_dim_v. q and the caches share one dtype (or the caches are float8_e4m3fn) and device;
-            any strides, the last dimension contiguous.
+            any strides, the last dimension contiguous. ``None`` with ``head_dim_v``: the values are the first ``head_dim_v`` columns of k_cache's rows, as in
+            a cache of latents (512 of 576 columns and one kv head in DeepSeek-V2).
+        head_dim_v: the width of values that are columns of k_cache, from 1 to head_dim_qk; only with ``v_cache=None``.
         cache_seqlens: int32 [batch] keys of each sequence, before the new ones; ``None`` means all rows: capacity, or
             pages of a sequence * page_size. May be 0, and less than seqlen_q: the first queries then see nothing.
         block_table: int32 [batch, pages of a sequence], its rows contiguous. Entries behind those needed may be anything.
         kv_start: int32 [batch] first key of each sequence, as left padding leaves it: keys before it are hidden, and
             positions do not move. ``None`` means 0.
-        k, v: [batch, seqlen_new, heads_kv, head_dim], both or neither: written into the caches at positions
-            ``cache_seqlens[b]`` and following, before attention; the sequence then has ``cache_seqlens[b] + seqlen_new`` keys.
-            cache_seqlens itself does not change. No two sequences may append to the same row of a page.
+        k, v: [batch, seqlen_new, heads_kv, head_dim], both or neither, or k alone with ``head_dim_v``: written into the caches
+            at positions ``cache_seqlens[b]`` and following, before attention; the sequence then has
+            ``cache_seqlens[b] + seqlen_new`` keys. cache_seqlens itself does not change. No two sequences may append to the
+            same row of a page.
         scale: factor on Q Kᵀ; ``None`` means ``head_dim_qk ** -0.5``.
         is_causal: key j is visible to query i if ``j <= p``.
         window: ``(left, right)``: query i sees keys ``p - left ... p + right``, both included; -1 or ``None`` is unbounded.
@@ -109,8 +113,11 @@ def decode_attention(
         implementation cannot compute this call, or a tensor requires a gradient; the message names the reason and a fix.
 
     Source: Dao, Haziza, Massa and Sizov 2023, "Flash-Decoding" (keys split among blocks); Kwon et al., arXiv 2309.06180
-    (pages).
+    (pages); DeepSeek-AI, arXiv 2405.04434, section 2.1 (latents).
     """
+    is_latent = v_cache is None or head_dim_v is not None
+    if is_latent:
+        v_cache = values_in_keys(k_cache, v_cache, head_dim_v)
     is_plain = k is None and v is None and k_descale is None and v_descale is None
     if is_plain and not torch.compiler.is_compiling() and not notices.LOG_CHOICES:
         # As in attention: the checks in C++ find the same errors. In the order of csrc/direct/direct.cpp.
@@ -128,7 +135,7 @@ def decode_attention(
     cached.check_descales(k_cache, v_cache, k_descale, v_descale)
     call = validate_decode(
         q, k_cache, v_cache, cache_seqlens, block_table, kv_start, scale, is_causal, window, softcap, sinks, num_splits, impl,
-        k_descale, v_descale,
+        is_latent, k_descale, v_descale,
     )  # fmt: skip
     decode_ops.refuse_gradients(
         "flashmla attention",
@@ -148,21 +155,32 @@ def decode_attention(
     return (out, lse) if return_lse else out
 
 
-def has_kernel(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor) -> bool:
+def has_kernel(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, is_latent: bool = False) -> bool:
     """Whether a kernel computes :func:`decode_attention` of these tensors (its first table), so that no cache is copied."""
+    return kernel_refusal(q, k_cache, v_cache, is_latent) is None
+
+
+def kernel_refusal(
+    q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, is_latent: bool = False
+) -> str | None:
+    """The reason why no kernel computes :func:`decode_attention` of these tensors; ``None`` if one does.
+
+    ``is_latent``: v_cache is a view of columns of k_cache.
+    """
     name = _KERNELS.get(q.device.type)
     if name is None:
-        return False
+        return f"no kernel runs on {q.device.type}"
     # Not validated: every layer asks at every step, and decode_attention validates what it is called with.
     call = DecodeCall(
         q=q, k=k_cache, v=v_cache, sinks=None, cache_seqlens=None, kv_start=None, block_table=None, scale=1.0, window_left=-1,
-        window_right=-1, softcap=0.0, can_split=True, impl=None,
+        window_right=-1, softcap=0.0, can_split=True, impl=None, is_latent=is_latent,
     )  # fmt: skip
-    return IMPLEMENTATIONS[name][0](call) is None
+    return IMPLEMENTATIONS[name][0](call)
 
 
-def append(call: DecodeCall, k: torch.Tensor, v: torch.Tensor) -> None:
-    """Writes k and v into the caches at the positions ``cache_seqlens[b] ...``, with torch's operators.
+def append(call: DecodeCall, k: torch.Tensor, v: torch.Tensor | None) -> None:
+    """Writes k and v into the caches at the positions ``cache_seqlens[b] ...``, with torch's operators. Without v, the values
+    are columns of k.
 
     The caller has checked the values that can be read. Nothing waits for a GPU: what does not fit is not known here. Such an
     entry repeats the first that fits, or a row of the cache if none does, so that what is written twice is the same.
@@ -182,17 +200,17 @@ def append(call: DecodeCall, k: torch.Tensor, v: torch.Tensor) -> None:
         exists = (page >= 0) & (page < call.k.shape[0])
         page, fits = page.clamp(0, call.k.shape[0] - 1), fits & exists
     page, row, fits = page.flatten(), row.flatten(), fits.flatten()
-    pairs = [(call.k, k), (call.v, v)]
-    if call.k_descale is not None and call.v_descale is not None:
+    writes = [(call.k, k)] if v is None else [(call.k, k), (call.v, v)]
+    if call.k_descale is not None and call.v_descale is not None and v is not None:
         (k, k_scale), (v, v_scale) = quantize_tokens(k), quantize_tokens(v)
-        pairs = [(call.k, k), (call.v, v), (call.k_descale, k_scale), (call.v_descale, v_scale)]
+        writes = [(call.k, k), (call.v, v), (call.k_descale, k_scale), (call.v_descale, v_scale)]
     if _values_are_checked(call):  # then all fit
-        for cache, new in pairs:
+        for cache, new in writes:
             cache.index_put_((page, row), new.flatten(0, 1))
         return
     entry = torch.where(fits, torch.arange(batch * seqlen_new, device=device), fits.int().argmax())
     any_fits, page, row = fits.any(), page[entry], row[entry]
-    for cache, new in pairs:
+    for cache, new in writes:
         cache.index_put_((page, row), torch.where(any_fits, new.flatten(0, 1)[entry], cache[page, row]))
 
 
@@ -225,7 +243,10 @@ def _check_values(call: DecodeCall, seqlen_new: int) -> None:
         begin = starts[b] if call.window_left < 0 else max(starts[b], end - call.q.shape[1] - call.window_left)
         if call.q.shape[1] == 0:
             begin = end  # no query reads a key
-        for first, what in ((lengths[b], "k and v are appended"), (begin, "keys are read")):
+        for first, what in (
+            (lengths[b], f"{'k is' if call.is_latent else 'k and v are'} appended"),
+            (begin, "keys are read"),
+        ):
             for n in range(first // page_size, -(-end // page_size) if first < end else 0):
                 if not 0 <= pages[n] < call.k.shape[0]:
                     expected = f"pages from 0 to {call.k.shape[0] - 1} where {what}"
@@ -248,7 +269,8 @@ def _sm90_refusal(call: DecodeCall) -> str | None:
         return libraries.unavailable["sm90"]
     reason = sm90.device_refusal(call.q, call.v)
     if reason is not None:
-        return reason
+        is_width = call.is_latent and "head_dim" in reason
+        return f"{reason} (this build has no kernel for wider latents)" if is_width else reason
     cache_names = {"k": "k_cache", "v": "v_cache", "q": "q"}
     names = [cache_names[name] for name in sm90.unaligned(call) if name != "q" or call.impl == "sm90"]
     if names:

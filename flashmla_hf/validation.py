@@ -258,9 +258,9 @@ class DecodeCall(decode_ops.DecodeArguments):
     """One validated call on caches, defaults resolved. Field names and shapes are the operator's (:mod:`decode_ops`)."""
 
     impl: str | None  # what the caller asked for
-    k_descale: torch.Tensor | None = (
-        None  # fp32, the shape of k and v without head_dim; both with e4m3 caches, else neither
-    )
+    is_latent: bool = False  # v is a view of the first columns of k
+    # fp32, the shape of k and v without head_dim; both with e4m3 caches, else neither.
+    k_descale: torch.Tensor | None = None
     v_descale: torch.Tensor | None = None
 
     @property
@@ -275,7 +275,8 @@ class DecodeCall(decode_ops.DecodeArguments):
 
 def validate_decode(
     q: Any, k_cache: Any, v_cache: Any, cache_seqlens: Any, block_table: Any, kv_start: Any, scale: Any, is_causal: Any,
-    window: Any, softcap: Any, sinks: Any, num_splits: Any, impl: str | None, k_descale: Any = None, v_descale: Any = None,
+    window: Any, softcap: Any, sinks: Any, num_splits: Any, impl: str | None, is_latent: bool = False, k_descale: Any = None,
+    v_descale: Any = None,
 ) -> DecodeCall:  # fmt: skip
     """Checks the arguments of :func:`flashmla_hf.decode_attention` except the new keys and values, and resolves defaults.
 
@@ -306,8 +307,26 @@ def validate_decode(
     return DecodeCall(
         q=q, k=k_cache, v=v_cache, sinks=sinks, cache_seqlens=cache_seqlens, kv_start=kv_start, block_table=block_table,
         scale=scale, window_left=window_left, window_right=window_right, softcap=softcap, can_split=num_splits == 0, impl=impl,
-        k_descale=k_descale, v_descale=v_descale,
+        is_latent=is_latent, k_descale=k_descale, v_descale=v_descale,
     )  # fmt: skip
+
+
+def values_in_keys(k_cache: Any, v_cache: Any, head_dim_v: Any) -> torch.Tensor:
+    """The values that are the first ``head_dim_v`` columns of k_cache's rows: a view. v_cache must be ``None``."""
+    if head_dim_v is None:
+        expected = "a torch.Tensor, or None with head_dim_v (values that are columns of k_cache)"
+        fail(TypeError, "v_cache", expected, "None without head_dim_v")
+    if v_cache is not None:
+        fail(ValueError, "head_dim_v", "none, since v_cache is given (the values are either)", head_dim_v)
+    head_dim_v = integer("head_dim_v", head_dim_v, "an int")
+    check_tensor("k_cache", k_cache)
+    if k_cache.dim() != 4:
+        return k_cache  # refused by its layout
+    if k_cache.dtype == torch.float8_e4m3fn:
+        fail(TypeError, "k_cache", "16 or 32 bits with head_dim_v (fp8 has no attention to latents)", dtype_name(k_cache.dtype))
+    if head_dim_v < 1 or head_dim_v > k_cache.shape[-1]:
+        fail(ValueError, "head_dim_v", f"from 1 to {k_cache.shape[-1]} (the columns of k_cache)", head_dim_v)
+    return k_cache[..., :head_dim_v]
 
 
 def check_int32(name: str, x: Any, q: torch.Tensor) -> None:
@@ -374,8 +393,13 @@ def _check_block_table(block_table: Any, q: torch.Tensor, page_size: int) -> Non
 
 
 def check_appended(call: DecodeCall, k: Any, v: Any) -> None:
-    """The new keys and values of a call: both or neither, like the caches, no more than fit, and somewhere to begin."""
+    """The new keys and values of a call: both or neither (latents: k alone), like the caches, no more than fit, and somewhere
+    to begin."""
+    if call.is_latent and v is not None:
+        fail(ValueError, "v", "none, since head_dim_v is given (the values are columns of k)", f"shape {[*v.shape]}")
     for name, x, cache in (("k", k, call.k), ("v", v, call.v)):
+        if call.is_latent and name == "v":
+            continue
         if x is None:
             fail(
                 ValueError, name, f"a tensor, since {'v' if name == 'k' else 'k'} is given (pass both or neither)", None
@@ -390,9 +414,10 @@ def check_appended(call: DecodeCall, k: Any, v: Any) -> None:
         expected = [call.q.shape[0], rows if name == "k" else k.shape[1], *cache.shape[2:]]
         if [*x.shape] != expected:
             fail(ValueError, name, f"shape {expected}".replace("'", ""), [*x.shape])
+    given = "k is" if call.is_latent else "k and v are"
     if call.cache_seqlens is None:
-        fail(ValueError, "cache_seqlens", "a tensor, since k and v are given (they begin there)", None)
+        fail(ValueError, "cache_seqlens", f"a tensor, since {given} given (they begin there)", None)
     if k.shape[1] > call.capacity:
         fail(ValueError, "k", f"at most {call.capacity} new keys (the rows a sequence may have)", k.shape[1])
     if call.k.shape[0] == 0 and k.shape[0] * k.shape[1] > 0:
-        fail(ValueError, "k_cache", "at least one page, since k and v are given", "0")
+        fail(ValueError, "k_cache", f"at least one page, since {given} given", "0")

@@ -71,6 +71,7 @@ class DecodeCase:
     layout: str = "contiguous"
     magnitude: float = 1.0
     num_splits: int = 0
+    is_latent: bool = False  # values are the first head_dim_v columns of the keys' rows
 
     @property
     def rows(self) -> int:
@@ -108,18 +109,20 @@ class DecodeInputs:
 
     q: torch.Tensor
     k_cache: torch.Tensor
-    v_cache: torch.Tensor
+    v_cache: torch.Tensor | None
     sinks: torch.Tensor | None
     cache_seqlens: torch.Tensor | None
     kv_start: torch.Tensor | None
     block_table: torch.Tensor | None
     clean_k: torch.Tensor
     clean_v: torch.Tensor
+    head_dim_v: int | None = None  # of latents; v_cache is then None
 
     @property
     def tensors(self) -> dict:
         names = ("q", "k_cache", "v_cache", "sinks", "cache_seqlens", "kv_start", "block_table")
-        return {name: getattr(self, name) for name in names}
+        latent = {} if self.head_dim_v is None else {"head_dim_v": self.head_dim_v}
+        return {name: getattr(self, name) for name in names} | latent
 
 
 def lay_out(x: torch.Tensor, layout: str) -> torch.Tensor:
@@ -145,7 +148,7 @@ def inputs_of(case: DecodeCase, dtype: torch.dtype, device: str, seed: int = 0) 
         return (torch.randn(shape, generator=generator, device=device) * std).to(dtype)
 
     q = normal(batch, case.seqlen_q, case.heads_q, dims[0], std=case.magnitude)
-    clean = [normal(batch, rows, case.heads_kv, dim) for dim in dims]
+    clean = [normal(batch, rows, case.heads_kv, dim) for dim in dims[: 1 if case.is_latent else 2]]
     row = torch.arange(rows, device=device)
     first, end = (
         torch.tensor(x, device=device).reshape(batch, 1) for x in ([*map(case.first_key, range(batch))], case.counts)
@@ -170,10 +173,13 @@ def inputs_of(case: DecodeCase, dtype: torch.dtype, device: str, seed: int = 0) 
         ]  # fmt: skip
         table = torch.tensor(entries, dtype=torch.int32, device=device).reshape(batch, pages)
     sinks = torch.randn(case.heads_q, generator=generator, device=device) if case.has_sinks else None
+    laid_out = [lay_out(x, case.layout) for x in caches]
+    if case.is_latent:
+        clean, laid_out = [clean[0], clean[0][..., : dims[1]]], [laid_out[0], None]
     return DecodeInputs(
-        lay_out(q, case.layout), *(lay_out(x, case.layout) for x in caches), sinks,
+        lay_out(q, case.layout), *laid_out, sinks,
         int32(case.lengths, device) if case.has_lengths else None,
-        int32(case.starts, device) if case.starts else None, table, *clean,
+        int32(case.starts, device) if case.starts else None, table, *clean, dims[1] if case.is_latent else None,
     )  # fmt: skip
 
 
@@ -280,6 +286,23 @@ def random_case(source: random.Random, impl: str, most_keys: int = 500) -> Decod
         magnitude=choice([1.0, 1.0, 4.0]),
         num_splits=choice([0, 0, 1]),
     )
+
+
+# Columns of a latent row, and those that are values: DeepSeek-V2 and V3, MiniCPM3, and others.
+LATENT_DIMS = ((576, 512), (576, 512), (288, 256), (96, 64), (40, 40))
+
+
+def random_latent_case(source: random.Random, impl: str, most_keys: int = 500) -> DecodeCase:
+    """As :func:`random_case`, on rows that hold the values among the keys. A GPU's kernel knows 576/512 and one kv head."""
+    case, choice = random_case(source, impl, most_keys), source.choice
+    width = source.randint(1, 80)
+    dims = (576, 512) if impl == "sm90" else choice([*LATENT_DIMS, (width, source.randint(1, width))])
+    heads_kv = 1 if impl == "sm90" else choice([1, 1, 1, 2])
+    heads_q = heads_kv * choice([1, 2, 5, 16, 16, 40] if impl != "sm90" else [16, 16, 32, 64, 128])
+    return replace(
+        case, is_latent=True, head_dim_qk=dims[0], head_dim_v=dims[1], heads_kv=heads_kv, heads_q=heads_q,
+        seqlen_q=min(case.seqlen_q, choice([1, 2, 4, 20])),
+    )  # fmt: skip
 
 
 def random_cases(impl: str, dtype: torch.dtype, count: int, seed: int) -> list[tuple[DecodeCase, int]]:

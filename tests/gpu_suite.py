@@ -99,12 +99,13 @@ PARTS: dict[str, tuple[Step, ...]] = {
     "bench-random": (benchmark("bench-random", "bench_attention", "--suite", "random", "--name", "attention-random"),),
     "bench-decode": (benchmark("bench-decode", "bench_decode"),),
     "bench-generate": (benchmark("bench-generate", "bench_generate"),),
+    "bench-latent": (benchmark("bench-latent", "bench_latent_decode"),),
     "bench-serving": (benchmark("bench-serving", "bench_serving", "--requests", "64"),),
     "profile": (Step("profile", ("benchmarks/profile_attention.py", "--output_dir", "build/gpu/bench"), 200),),
 }
 NEED_SM90 = (
-    "sm90", "decode", "robust", "sweep", "hf", "finetune", "sanitize", "bench-decode", "bench-generate", "bench-serving",
-    "profile",
+    "sm90", "decode", "robust", "sweep", "hf", "finetune", "sanitize", "bench-decode", "bench-generate", "bench-latent",
+    "bench-serving", "profile",
 )  # fmt: skip
 
 

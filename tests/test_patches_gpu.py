@@ -18,7 +18,7 @@ import torch
 import transformers
 
 import flashmla_hf
-from flashmla_hf.patches import memory, mlp, rope
+from flashmla_hf.patches import memory, mla, mlp, rope, structure
 
 pytestmark = gpu_support.needs_sm90
 DEVICE = gpu_support.DEVICE
@@ -294,3 +294,66 @@ def test_a_4bit_base_on_the_gpu_has_the_unpatched_gradients():
         # One rounding instead of several in bfloat16; adapters have float32 gradients.
         allowed = 1e-2 if got.dtype == torch.bfloat16 else 1e-5
         assert float((got - unpatched).norm()) <= allowed * float(unpatched.norm())
+
+
+# ---- Decoding from latents -------------------------------------------------------------------------------------------
+
+
+def latent_model():
+    """DeepSeek-V2-Lite's attention, in two layers."""
+    config = transformers.DeepseekV2Config(
+        vocab_size=512, hidden_size=256, intermediate_size=512, num_hidden_layers=2, num_attention_heads=16,
+        num_key_value_heads=16, kv_lora_rank=512, q_lora_rank=None, qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128,
+        first_k_dense_replace=2, initializer_range=0.1,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    with torch.device(DEVICE):
+        return transformers.DeepseekV2ForCausalLM._from_config(config, attn_implementation="flashmla").eval()
+
+
+def no_latent_kernel():
+    rows = torch.zeros(1, 1, 16, 576, device=DEVICE, dtype=torch.bfloat16)
+    return mla.no_kernel(rows, 512)
+
+
+@torch.no_grad()
+def latent_steps(model, kind):
+    """Logits of a prefill of 100 tokens, two steps of one token and one of three, left-padded."""
+    static = transformers.StaticCache(config=model.config, max_cache_len=128)
+    cache = transformers.DynamicCache(config=model.config) if kind == "dynamic" else static
+    ids = torch.randint(0, 512, (3, 105), generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    mask = torch.ones_like(ids)
+    mask[1, :40] = 0
+    positions, logits, start = (mask.cumsum(1) - 1).clamp(min=0), [], 0
+    for size in (100, 1, 1, 3):
+        tokens = slice(start, start + size)
+        out = model(
+            ids[:, tokens], attention_mask=mask[:, : tokens.stop], position_ids=positions[:, tokens], use_cache=True,
+            **{structure.cache_name(model): cache},
+        )  # fmt: skip
+        logits.append(out.logits[:, -1].float())
+        start += size
+    return torch.stack(logits)
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+def test_decoding_from_latents_is_as_close_to_float32_as_expanding_them(kind):
+    if (reason := no_latent_kernel()) is not None:
+        pytest.skip(reason)
+    model = latent_model()
+    model.set_attn_implementation("sdpa")
+    truth = latent_steps(model, kind)
+    model.to(torch.bfloat16).set_attn_implementation("flashmla")
+    expanded = latent_steps(model, kind)
+    flashmla_hf.patch(model, ["mla_decode"])
+    errors = [float((x - truth).norm() / truth.norm()) for x in (latent_steps(model, kind), expanded)]
+    assert errors[0] <= 2.0 * errors[1], errors
+
+
+def test_a_gpu_without_a_kernel_for_latents_is_refused():
+    if no_latent_kernel() is None:
+        pytest.skip("this build has the kernel")
+    with pytest.raises(
+        flashmla_hf.patches.PatchError, match="a device with a kernel for latents of 512 of 576 columns"
+    ):
+        flashmla_hf.patch(latent_model().to(torch.bfloat16), ["mla_decode"])

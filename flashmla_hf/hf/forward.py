@@ -10,14 +10,11 @@ from typing import Any
 
 import torch
 
-from flashmla_hf import decode, reference
+from flashmla_hf import reference
 from flashmla_hf.dispatch import attention
-from flashmla_hf.hf import boundaries, fp8_cache, heads, masks, paged, patterns, refusals
+from flashmla_hf.hf import boundaries, decoding, fp8_cache, heads, masks, paged, patterns, refusals
 from flashmla_hf.notices import warn_once
 from flashmla_hf.torch_state import values_are_readable
-
-# Queries a row up to which keys are read where they lie in a cache. More of them share K and V among tiles of queries.
-_MOST_DECODE_QUERIES = 16
 
 
 # Longer than 80 lines: more than half of it is Transformers' signature and the meaning of its arguments.
@@ -25,7 +22,7 @@ def attention_forward(
     module: torch.nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
-    value: torch.Tensor,
+    value: torch.Tensor | None,
     attention_mask: torch.Tensor | None = None,
     dropout: float = 0.0,
     scaling: float | None = None,
@@ -52,7 +49,8 @@ def attention_forward(
         query: [batch, heads_q, seqlen_q, head_dim_qk], any strides; float32, float16 or bfloat16. Under autocast query, key
             and value may differ in dtype.
         key, value: [batch, heads_kv, seqlen_kv, head_dim_qk or head_dim_v]; heads not repeated. A static cache passes all
-            its rows, an Fp8Cache :class:`fp8_cache.Fp8Rows`.
+            its rows, an Fp8Cache :class:`fp8_cache.Fp8Rows`. ``None`` as value: key holds latents (:class:`decoding.Latents`),
+            from a layer of the patch "mla_decode".
         attention_mask: a mask of :mod:`masks`, or a user's [batch, 1 or heads_q, seqlen_q, seqlen_kv], boolean (true
             keeps) or additive. Either defines the visible keys alone: no causal mask or window is added. Or key padding
             [batch, seqlen_kv], bool or a number that is not 0 for a real token, from models that skip the mask layer.
@@ -88,6 +86,11 @@ def attention_forward(
         default = masks.Pattern(*patterns.without_mask(module, is_causal, sliding_window, False))
         given = {"scale": scaling, "softcap": float(softcap or 0.0), "sinks": s_aux}
         return _from_fp8_cache(module, query, key, value, attention_mask, default, given), None
+    latents = decoding.latents_of(module) if value is None else None
+    if latents is not None:
+        refusals.refuse_latents_in_fp8(module, precision)
+        scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+        (query, expand), value = latents.absorb(query), key
     pages = paged.pages(module, key, value, cu_seq_lens_k, max_length_k, kwargs)
     gathered = None
     if pages is None:
@@ -107,6 +110,8 @@ def attention_forward(
     # Layout of the kernel: [batch, seqlen, heads, dim]. These are views.
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
     q, k, v = (x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous() for x in (q, k, v))
+    if latents is not None:
+        v = k[..., : latents.head_dim_v]
 
     is_paged = pages is not None or gathered is not None
     is_causal, window = patterns.without_mask(module, is_causal, sliding_window, is_paged)
@@ -118,7 +123,7 @@ def attention_forward(
             'max_blocks_per_request=0 in ContinuousBatchingConfig, or use attn_implementation="flashmla"'
         )
     if pages is not None:
-        return _from_pages(q, pages, k, v, options | {"window": window}), None
+        return decoding.from_pages(q, pages, k, v, options | {"window": window}), None
     pattern, mask = patterns.read_mask(module, attention_mask, masks.Pattern(is_causal, window), q, k.shape[1])
     options |= {"deterministic": True if deterministic else None, "precision": precision}
     if cu_seq_lens_q is not None and cu_seq_lens_k is not None and pattern is not None:
@@ -133,15 +138,17 @@ def attention_forward(
         pattern = patterns.cut_by_positions(pattern, position_ids, q, k.shape[1])
 
     needs_dense = bool(output_attentions) or position_bias is not None or dropout > 0.0
+    out, weights = None, None
     if pattern is not None and not needs_dense:
-        out = _fused(q, k, v, pattern, options)
-        if out is not None:
-            return out, None
-    if precision is not None:
-        refusals.refuse_dense(module, *_FP8, dropout, position_bias, output_attentions)
-    if pattern is not None and pattern.end is not None:
-        pattern = None  # the mask says the same
-    return _dense(module, q, k, v, pattern, mask, position_bias, dropout, bool(output_attentions), options)
+        out = _fused(q, k, v, pattern, options, latents is not None)
+    if out is None:
+        if precision is not None:
+            refusals.refuse_dense(module, *_FP8, dropout, position_bias, output_attentions)
+        if pattern is not None and pattern.end is not None:
+            pattern = None  # the mask says the same
+        wants_weights = bool(output_attentions)
+        out, weights = _dense(module, q, k, v, pattern, mask, position_bias, dropout, wants_weights, options)
+    return (out if latents is None else expand(out)), weights
 
 
 # The subject of a refusal and the way out.
@@ -154,19 +161,24 @@ def fp8_forward(module: torch.nn.Module, *tensors, **kwargs) -> tuple[torch.Tens
     return attention_forward(module, *tensors, **(kwargs | {"precision": "fp8"}))
 
 
-def _fused(q, k, v, pattern: masks.Pattern, options) -> torch.Tensor | None:
-    """The kernel's output for q, k, v [batch, seqlen, heads, dim]; ``None`` if the call needs a dense mask."""
-    seqlen_q = q.shape[1]
+def _fused(q, k, v, pattern: masks.Pattern, options, are_latents: bool = False) -> torch.Tensor | None:
+    """The kernel's output for q, k, v [batch, seqlen, heads, dim]; ``None`` if the call needs a dense mask.
+
+    ``are_latents``: v is a view of columns of k, which the kernels of caches read, and no others.
+    """
+    seqlen_q, whole = q.shape[1], decoding.from_rows if are_latents else _attention
     padding = pattern.padding
     options = options | {"is_causal": pattern.is_causal, "window": pattern.window}
     if padding is None:
         if pattern.segments is None:
-            return _attention(q, k, v, **options)
+            return whole(q, k, v, **options)
+        if are_latents:
+            return None
         return _packed(q, k, v, boundaries.segment_boundaries(pattern.segments), (None, None), **options)
     k, v = k[:, : padding.shape[1]], v[:, : padding.shape[1]]
     seqlen_kv = k.shape[1]
     ranges = boundaries.key_ranges(padding)
-    if ranges.has_holes:
+    if ranges.has_holes or (are_latents and pattern.segments is not None):
         return None
     if pattern.segments is not None:
         return _packed(q, k, v, boundaries.segment_boundaries(pattern.segments, padding), (None, None), **options)
@@ -177,34 +189,21 @@ def _fused(q, k, v, pattern: masks.Pattern, options) -> torch.Tensor | None:
         # All rows are alike, as in an unpadded batch under a static cache. A slice avoids the copy of the cache below.
         start, end = ranges.uniform
         if not queries_are_keys or (end == seqlen_kv and start <= seqlen_kv - seqlen_q):
-            return _attention(q, k[:, start:end], v[:, start:end], **options)
+            return whole(q, k[:, start:end], v[:, start:end], **options)
     common_end: torch.Tensor | int | None = pattern.end
     if common_end is None and pattern.is_causal and torch.compiler.is_compiling():
         common_end = seqlen_kv  # a graph does not know whether rows end in padding: of a causal row no token sees it
     ends_together = not queries_are_keys or ranges.common_end == seqlen_kv or common_end is not None
     is_exact = options["precision"] is None  # the kernel of caches is, so it does not serve fp8 of a 16-bit cache
-    if is_exact and seqlen_q <= _MOST_DECODE_QUERIES and ends_together:
-        out = _from_cache(q, k, v, ranges if common_end is None else ranges.up_to(common_end), options)
+    if is_exact and seqlen_q <= decoding.MOST_QUERIES and ends_together:
+        seen = ranges if common_end is None else ranges.up_to(common_end)
+        out = decoding.from_cache(q, k, v, seen, options, are_latents)
         if out is not None:
             return out
+    if are_latents:
+        return None
     cu_seqlens = boundaries.range_boundaries(ranges, seqlen_q, seqlen_kv, queries_are_keys, pattern.end)
     return _packed(q, k, v, cu_seqlens, (seqlen_q, seqlen_kv), **options)
-
-
-def _from_cache(q, k, v, ranges: boundaries.KeyRanges, options) -> torch.Tensor | None:
-    """Decoding with padding or with the unused rows of a static cache, where k and v lie; ``None`` if no kernel does that.
-
-    Either every query sees the keys of ``ranges``, or the last query stands at the last key and ``ranges`` all end there.
-    """
-    tensors = [x for x in (q, k, v, options["sinks"]) if x is not None]
-    if (torch.is_grad_enabled() and any(x.requires_grad for x in tensors)) or not decode.has_kernel(q, k, v):
-        return None
-    names = ("scale", "softcap", "sinks", "is_causal", "window")
-    out = decode.decode_attention(
-        q, k, v, cache_seqlens=ranges.end, kv_start=ranges.start, **{name: options[name] for name in names}
-    )
-    assert isinstance(out, torch.Tensor)
-    return out
 
 
 def _from_fp8_cache(
@@ -232,17 +231,6 @@ def _from_fp8_cache(
     )  # fmt: skip
     assert isinstance(out, torch.Tensor)
     return out
-
-
-def _from_pages(q, pages: paged.Pages, k, v, options) -> torch.Tensor:
-    """A decoding step of continuous batching. q, k, v [1, num_sequences, heads, dim], a new token of each sequence."""
-    q, k, v = (x[0][:, None].to(pages.k_cache.dtype) for x in (q, k, v))
-    out = decode.decode_attention(
-        q, pages.k_cache, pages.v_cache, cache_seqlens=pages.cache_seqlens, block_table=pages.block_table, k=k, v=v,
-        **options,
-    )  # fmt: skip
-    assert isinstance(out, torch.Tensor)
-    return out[:, 0][None]
 
 
 def _attention(*tensors: torch.Tensor, **options: Any) -> torch.Tensor:

@@ -55,3 +55,11 @@ def refuse_dense(
         f"{subject} in {type(module).__name__}: expected a call that fp8 covers, got {got}. Use {way_out}, which computes "
         "it exactly"
     )
+
+
+def refuse_latents_in_fp8(module: torch.nn.Module, precision: str | None) -> None:
+    if precision is not None:
+        raise NotImplementedError(
+            f"flashmla_fp8 in {type(module).__name__}: expected keys and values, got latents: fp8 has no attention to them. Use "
+            'attn_implementation="flashmla", or flashmla_hf.unpatch(model)'
+        )

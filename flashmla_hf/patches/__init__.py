@@ -1,4 +1,4 @@
-"""Memory patches for long-context training: :func:`patch`, :func:`patch_report` and :func:`unpatch`.
+"""Memory patches for long-context training, and one for decoding: :func:`patch`, :func:`patch_report` and :func:`unpatch`.
 
 Each patch removes one of the components of memory that grow with the sequence. It finds its place by the structure of the
 model, and changes one model in place:
@@ -13,6 +13,7 @@ lora               a linear layer and its adapter share one result (:mod:`lora`)
 checkpointing      a decoder layer keeps its input and runs again in backward (:mod:`checkpointing`)
 keep_attention     checkpointed layers keep their attention's (out, lse): the kernel runs once (:mod:`checkpointing`)
 offload            checkpointed layers keep their tensors in pinned host memory (:mod:`offload`)
+mla_decode         decoding attends to cached latents and does not expand them; not a default (:mod:`mla`)
 =================  ====================================================================================================
 
 docs/patches.md lists what each saves and costs.
@@ -26,7 +27,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from flashmla_hf.patches import attention, checkpointing, lora, loss, mlp, report, rope, structure, weights
+from flashmla_hf.patches import attention, checkpointing, lora, loss, mla, mlp, report, rope, structure, weights
 from flashmla_hf.patches.replacements import Replacements
 from flashmla_hf.patches.report import PatchReport
 from flashmla_hf.patches.structure import NEEDS_CHECKPOINTING, PatchError, UnsupportedPatch
@@ -46,8 +47,9 @@ PATCHES = {
     "checkpointing": "every decoder layer keeps its input and runs again in backward",
     "keep_attention": "checkpointed layers keep their attention's output: its kernel does not run again",
     "offload": "checkpointed layers keep their tensors in pinned host memory, copied beside the computation",
+    "mla_decode": "decoding attends to the latents in the cache: DeepSeek-V2's kind, for inference (not a default)",
 }
-DEFAULT_PATCHES = tuple(name for name in PATCHES if name != "attention")
+DEFAULT_PATCHES = tuple(name for name in PATCHES if name not in ("attention", "mla_decode"))
 # Keyword of :func:`patch` -> the patch it belongs to.
 PATCH_OPTIONS = {
     "mlp_tile": "mlp",
@@ -57,7 +59,18 @@ PATCH_OPTIONS = {
     "offload": "offload",
 }
 # "attention" wraps the forward that "rope" sets. The check of "keep_attention" precedes "checkpointing", which applies it.
-_ORDER = ("mlp", "norm", "rope", "attention", "lora", "keep_attention", "checkpointing", "offload", "loss")
+_ORDER = (
+    "mlp",
+    "norm",
+    "rope",
+    "attention",
+    "mla_decode",
+    "lora",
+    "keep_attention",
+    "checkpointing",
+    "offload",
+    "loss",
+)
 _RECORD = "_flashmla_patches"
 _Model = TypeVar("_Model", bound=nn.Module)
 
@@ -219,6 +232,7 @@ def _apply(
         "norm": lambda r: mlp.patch_norm(model, r),
         "rope": lambda r: rope.patch_rope(model, r),
         "attention": lambda r: attention.patch_attention(model, r, options["attention_chunk"]),
+        "mla_decode": lambda r: mla.patch_mla_decode(model, r),
         "lora": lambda r: lora.patch_lora(model, r),
         "keep_attention": lambda r: checkpointing.check_keep_attention(model),
         "checkpointing": lambda r: checkpointing.patch_checkpointing(

@@ -70,6 +70,45 @@ def passes_more(forward: Callable[..., Any], module: str) -> bool:
     return not calls or any(len(c.args) + len(c.keywords) != 1 for c in calls if isinstance(c, ast.Call))
 
 
+def other_use(forward: Callable[..., Any], source: str, target: str) -> str | None:
+    """The first expression by which ``forward`` uses a result of ``….source(...)`` otherwise than as an argument of a call of
+    ``target`` (a name or an attribute), or by reading its shape.
+
+    It follows the names that the results are assigned to, from there to the end of the function. ``None`` if there is no other
+    use. Without source to read, or without such an assignment, the answer is what is missing.
+    """
+    tree = _tree(forward)
+    assigned = [
+        statement
+        for statement in ast.walk(tree or ast.Module([], []))
+        if isinstance(statement, ast.Assign) and _name_called(statement.value) == source
+    ]
+    if not assigned:
+        return f"no results of {source}"
+    allowed: set[int] = set()
+    for node in ast.walk(tree):  # type: ignore[arg-type]
+        if isinstance(node, ast.Call) and _name_called(node) == target:
+            allowed.update(id(argument) for argument in (*node.args, *(k.value for k in node.keywords)))
+        if isinstance(node, ast.Attribute) and node.attr == "shape":
+            allowed.add(id(node.value))
+    for statement in assigned:
+        names = {part.id for goal in statement.targets for part in ast.walk(goal) if isinstance(part, ast.Name)}
+        for node in ast.walk(tree):  # type: ignore[arg-type]
+            is_later = isinstance(node, ast.Name) and node.lineno > (statement.end_lineno or statement.lineno)
+            if is_later and node.id in names and isinstance(node.ctx, ast.Load) and id(node) not in allowed:
+                return f"{node.id} in line {node.lineno} of its forward"
+    return None
+
+
+def _name_called(node: ast.AST) -> str | None:
+    """The name of the function that ``node``, a call, calls: ``f`` of ``f(...)`` and of ``x.f(...)``."""
+    if not isinstance(node, ast.Call):
+        return None
+    if isinstance(node.func, ast.Attribute):
+        return node.func.attr
+    return node.func.id if isinstance(node.func, ast.Name) else None
+
+
 def _tree(function: Callable[..., Any]) -> ast.Module | None:
     try:
         return ast.parse(textwrap.dedent(inspect.getsource(function)))

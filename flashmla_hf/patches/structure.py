@@ -18,6 +18,9 @@ from flashmla_hf.hf.names import NAMES
 from flashmla_hf.patches import forwards
 
 ATTENTION_PROJECTIONS = ({"q_proj", "k_proj", "v_proj"}, {"qkv_proj"}, {"query_key_value"}, {"W_pack"})
+# Children and sizes of multi-head latent attention (DeepSeek-V2 and its kin).
+LATENT_PROJECTIONS = ("kv_a_proj_with_mqa", "kv_a_layernorm", "kv_b_proj")
+LATENT_SIZES = ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
 CACHE_NAMES = ("cache", "past_key_values")  # the argument's name since Transformers 5.24, and before
 MLP_NAMES = ("mlp", "block_sparse_moe", "feed_forward")
 NEEDS_CHECKPOINTING = ("keep_attention", "offload")  # patches that change what checkpointed layers do
@@ -135,6 +138,20 @@ def attention_of(model: nn.Module, layer: Layer, patch: str) -> nn.Module:
             ", ".join(f"{name}: {type(child).__name__}" for name, child in layer.module.named_children()),
         )  # fmt: skip
     return layer.attention
+
+
+def latent_attentions(model: nn.Module, patch: str) -> dict[str, Any]:
+    """Every block of multi-head latent attention by its name in ``model``; refused if there is none."""
+    found = {
+        name: module
+        for name, module in model.named_modules()
+        if all(isinstance(getattr(module, part, None), nn.Module) for part in LATENT_PROJECTIONS)
+        and all(isinstance(getattr(module, size, None), int) for size in LATENT_SIZES)
+    }
+    if not found:
+        expected = f"attention blocks with {', '.join(LATENT_PROJECTIONS)} (multi-head latent attention)"
+        raise refuse(model, patch, "modules", expected, "none")
+    return found
 
 
 def output_embeddings(model: Any, patch: str) -> nn.Linear:
