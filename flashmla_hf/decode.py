@@ -70,8 +70,8 @@ def decode_attention(
         k_cache: [batch, capacity, heads_kv, head_dim_qk]; with ``block_table`` [num_pages, page_size, heads_kv, head_dim_qk],
             page_size a multiple of 16. ``heads_q`` is a multiple of ``heads_kv``.
         v_cache: as k_cache, with head_dim_v. q and the caches share one dtype (or the caches are float8_e4m3fn) and device;
-            any strides, the last dimension contiguous. ``None`` with ``head_dim_v``: the values are the first ``head_dim_v`` columns of k_cache's rows, as in
-            a cache of latents (512 of 576 columns and one kv head in DeepSeek-V2).
+            any strides, the last dimension contiguous. ``None`` with ``head_dim_v``: the values are the first ``head_dim_v``
+            columns of k_cache's rows, as in a cache of latents (512 of 576 columns and one kv head in DeepSeek-V2).
         head_dim_v: the width of values that are columns of k_cache, from 1 to head_dim_qk; only with ``v_cache=None``.
         cache_seqlens: int32 [batch] keys of each sequence, before the new ones; ``None`` means all rows: capacity, or
             pages of a sequence * page_size. May be 0, and less than seqlen_q: the first queries then see nothing.

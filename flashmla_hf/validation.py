@@ -323,7 +323,12 @@ def values_in_keys(k_cache: Any, v_cache: Any, head_dim_v: Any) -> torch.Tensor:
     if k_cache.dim() != 4:
         return k_cache  # refused by its layout
     if k_cache.dtype == torch.float8_e4m3fn:
-        fail(TypeError, "k_cache", "16 or 32 bits with head_dim_v (fp8 has no attention to latents)", dtype_name(k_cache.dtype))
+        fail(
+            TypeError,
+            "k_cache",
+            "16 or 32 bits with head_dim_v (fp8 has no attention to latents)",
+            dtype_name(k_cache.dtype),
+        )
     if head_dim_v < 1 or head_dim_v > k_cache.shape[-1]:
         fail(ValueError, "head_dim_v", f"from 1 to {k_cache.shape[-1]} (the columns of k_cache)", head_dim_v)
     return k_cache[..., :head_dim_v]

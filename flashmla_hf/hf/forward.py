@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from flashmla_hf import reference
+from flashmla_hf import decode, reference
 from flashmla_hf.dispatch import attention
 from flashmla_hf.hf import boundaries, decoding, fp8_cache, heads, masks, paged, patterns, refusals
 from flashmla_hf.notices import warn_once
@@ -80,12 +80,11 @@ def attention_forward(
         raises everything that :func:`flashmla_hf.attention` raises.
     """
     if isinstance(key, fp8_cache.Fp8Rows):
-        refusals.refuse_unknown(module, kwargs)
+        default = masks.Pattern(*patterns.without_mask(module, is_causal, sliding_window, False))
         if output_attentions or position_bias is not None or dropout > 0.0:
             refusals.refuse_dense(module, *_FP8_CACHE, dropout, position_bias, output_attentions)
-        default = masks.Pattern(*patterns.without_mask(module, is_causal, sliding_window, False))
         given = {"scale": scaling, "softcap": float(softcap or 0.0), "sinks": s_aux}
-        return _from_fp8_cache(module, query, key, value, attention_mask, default, given), None
+        return _from_fp8_cache(module, query, key, value, attention_mask, default, given, kwargs), None
     latents = decoding.latents_of(module) if value is None else None
     if latents is not None:
         refusals.refuse_latents_in_fp8(module, precision)
@@ -124,30 +123,16 @@ def attention_forward(
         )
     if pages is not None:
         return decoding.from_pages(q, pages, k, v, options | {"window": window}), None
-    pattern, mask = patterns.read_mask(module, attention_mask, masks.Pattern(is_causal, window), q, k.shape[1])
     options |= {"deterministic": True if deterministic else None, "precision": precision}
-    if cu_seq_lens_q is not None and cu_seq_lens_k is not None and pattern is not None:
+    pattern, mask = patterns.read_mask(module, attention_mask, masks.Pattern(is_causal, window), q, k.shape[1])
+    packed = None
+    if cu_seq_lens_q is not None and cu_seq_lens_k is not None:
         cu_seqlens = (boundaries.as_boundaries(cu_seq_lens_q), boundaries.as_boundaries(cu_seq_lens_k))
-        if not output_attentions and position_bias is None:
-            options |= {"is_causal": pattern.is_causal, "window": pattern.window}
-            longest = (_as_int(max_length_q), _as_int(max_length_k))
-            return _packed(q, k, v, cu_seqlens, longest, dropout_p=dropout, **options), None
-        segments = _segments_from_boundaries(module, q, k, *cu_seqlens)
-        pattern = pattern._replace(padding=None, segments=segments, end=None)
+        packed = (cu_seqlens, (_as_int(max_length_q), _as_int(max_length_k)))
     elif position_ids is not None and pattern is not None and (attention_mask is None or pattern.is_causal):
         pattern = patterns.cut_by_positions(pattern, position_ids, q, k.shape[1])
-
-    needs_dense = bool(output_attentions) or position_bias is not None or dropout > 0.0
-    out, weights = None, None
-    if pattern is not None and not needs_dense:
-        out = _fused(q, k, v, pattern, options, latents is not None)
-    if out is None:
-        if precision is not None:
-            refusals.refuse_dense(module, *_FP8, dropout, position_bias, output_attentions)
-        if pattern is not None and pattern.end is not None:
-            pattern = None  # the mask says the same
-        wants_weights = bool(output_attentions)
-        out, weights = _dense(module, q, k, v, pattern, mask, position_bias, dropout, wants_weights, options)
+    dense = (position_bias, dropout, bool(output_attentions))
+    out, weights = _attend(module, q, k, v, pattern, mask, packed, dense, options, latents is not None)
     return (out if latents is None else expand(out)), weights
 
 
@@ -159,6 +144,31 @@ _FP8_CACHE = ("Fp8Cache", "DynamicCache")
 def fp8_forward(module: torch.nn.Module, *tensors, **kwargs) -> tuple[torch.Tensor, torch.Tensor | None]:
     """:func:`attention_forward` with ``precision="fp8"``, for ``attn_implementation="flashmla_fp8"``."""
     return attention_forward(module, *tensors, **(kwargs | {"precision": "fp8"}))
+
+
+def _attend(module, q, k, v, pattern, mask, packed, dense, options, are_latents):
+    """Attention of q, k, v [batch, seqlen, heads, dim], and the weights if wanted.
+
+    pattern, or the 4-D mask, says which keys are visible, and packed, ``(boundaries, longest lengths)`` or ``None``, in its
+    place where sequences begin. dense: ``(position_bias, dropout, whether weights are wanted)``.
+    """
+    position_bias, dropout, wants_weights = dense
+    if packed is not None and pattern is not None:
+        cu_seqlens, longest = packed
+        if not wants_weights and position_bias is None:
+            options = options | {"is_causal": pattern.is_causal, "window": pattern.window, "dropout_p": dropout}
+            return _packed(q, k, v, cu_seqlens, longest, **options), None
+        segments = _segments_from_boundaries(module, q, k, *cu_seqlens)
+        pattern = pattern._replace(padding=None, segments=segments, end=None)
+    if pattern is not None and not wants_weights and position_bias is None and dropout == 0.0:
+        out = _fused(q, k, v, pattern, options, are_latents)
+        if out is not None:
+            return out, None
+    if options["precision"] is not None:
+        refusals.refuse_dense(module, *_FP8, dropout, position_bias, wants_weights)
+    if pattern is not None and pattern.end is not None:
+        pattern = None  # the mask says the same
+    return _dense(module, q, k, v, pattern, mask, position_bias, dropout, wants_weights, options)
 
 
 def _fused(q, k, v, pattern: masks.Pattern, options, are_latents: bool = False) -> torch.Tensor | None:
@@ -207,9 +217,10 @@ def _fused(q, k, v, pattern: masks.Pattern, options, are_latents: bool = False) 
 
 
 def _from_fp8_cache(
-    module, query, key, value, attention_mask, default: masks.Pattern, options: dict[str, Any]
+    module, query, key, value, attention_mask, default: masks.Pattern, options: dict[str, Any], others: dict[str, Any]
 ) -> torch.Tensor:
     """Attention to rows of an Fp8Cache. query [batch, heads_q, seqlen_q, dim] -> [batch, seqlen_q, heads_q, head_dim_v]."""
+    refusals.refuse_unknown(module, others)
     q = query.transpose(1, 2)
     pattern, _ = patterns.read_mask(module, attention_mask, default, q, key.shape[2])
     if pattern is None or pattern.segments is not None:

@@ -60,6 +60,6 @@ def refuse_dense(
 def refuse_latents_in_fp8(module: torch.nn.Module, precision: str | None) -> None:
     if precision is not None:
         raise NotImplementedError(
-            f"flashmla_fp8 in {type(module).__name__}: expected keys and values, got latents: fp8 has no attention to them. Use "
+            f"flashmla_fp8 in {type(module).__name__}: expected keys and values, got latents, to which fp8 has no way. Use "
             'attn_implementation="flashmla", or flashmla_hf.unpatch(model)'
         )
