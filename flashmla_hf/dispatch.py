@@ -8,18 +8,18 @@ Which implementation runs when ``impl`` is ``None``:
 =====================================================  ===========================================================
 the call has                                           implementation
 =====================================================  ===========================================================
-``dropout_p > 0`` on a GPU of capability 8.0 or more   ``torch_flash``, if it computes the case exactly
-``attn_mask`` or ``dropout_p > 0``, anything else      ``sdpa`` if torch's SDPA computes the case exactly, else
+``attn_mask`` or ``dropout_p > 0``                     ``sdpa`` if torch's SDPA computes the case exactly, else
                                                        ``reference``; one warning, since memory grows as seqlen²
 fp16 or bf16 tensors on a Hopper GPU, head dims of     ``sm90``, if its library is built; it copies q, k or v whose
 multiples of 8 up to 256                               strides or address TMA cannot read (not multiples of 16 bytes)
-fp16 or bf16 tensors on a GPU of capability 8.0 or     ``torch_flash``, the FlashAttention 2 of torch: no softcap, sinks,
-more, head dims up to 256                              deterministic gradients, nor gradients beside ``return_lse``
 tensors on a GPU, anything else                        ``flex``
 tensors on the CPU                                     ``cpu``
 ``precision="fp8"``, or fp8 tensors, on the CPU        ``cpu``: quantised q, k and v, exact probabilities
 the same on a GPU                                      none: it raises (:mod:`flashmla_hf.fp8`)
 =====================================================  ===========================================================
+
+``torch_flash``, the FlashAttention 2 of torch (GPUs of capability 8.0 or more, fp16 and bf16, head dims up to 256, dropout; no
+softcap, no sinks), runs by its name alone: its tests have not run on a GPU yet.
 
 Nothing else is chosen silently: if the table's choice cannot compute the call, the call raises an error that names the reason
 and a fix. An explicit ``impl`` never falls back.
@@ -53,7 +53,7 @@ IMPLEMENTATIONS: dict[str, Backend] = {
 FP8_IMPLEMENTATIONS = fp8_calls.IMPLEMENTATIONS
 
 # Device type -> the implementations of the fused kernel, the preferred one first.
-_CANDIDATES = {"cuda": ("sm90", "torch_flash", "flex"), "cpu": ("cpu",), "meta": ("cpu",)}
+_CANDIDATES = {"cuda": ("sm90", "flex"), "cpu": ("cpu",), "meta": ("cpu",)}
 
 
 # Longer than 80 lines: the docstring is the contract of this package.
@@ -101,7 +101,7 @@ def attention(
         attn_mask: broadcasts to [batch, heads_q, seqlen_q, seqlen_kv]; boolean (true keeps) or floating (added to the
             scores after softcap, in the wider of its dtype and q's; -inf hides). A key must also be visible by
             ``is_causal`` and ``window``. No fused kernel takes a mask: see the table above.
-        dropout_p: probability of dropping a weight. Of the fused kernels ``torch_flash`` alone computes dropout.
+        dropout_p: probability of dropping a weight. Of the fused kernels ``torch_flash`` alone computes dropout: see above.
         cu_seqlens_q, cu_seqlens_kv: int32 [num_sequences + 1] boundaries of packed sequences, from 0, never falling;
             both or neither. Sequences may be empty; rows past the last boundary belong to none. On a GPU the values
             are not read back, so they are not checked.
@@ -182,9 +182,6 @@ def _choose(call: Call) -> str:
         log_choice(call, impl, "explicit")
         return impl
 
-    if call.dropout_p > 0.0 and aten_flash.refusal(call) is None:
-        log_choice(call, "torch_flash", "dropout_p")
-        return "torch_flash"
     if call.attn_mask is not None or call.dropout_p > 0.0:
         argument = "attn_mask" if call.attn_mask is not None else "dropout_p"
         is_for_sdpa = sdpa.refusal(call) is None and not sdpa.hides_values_that_are_not_finite(call)

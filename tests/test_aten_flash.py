@@ -274,11 +274,11 @@ def chosen(capability, monkeypatch, **arguments):
     return dispatch._choose(call_of(**on_gpu(arguments)))
 
 
+# torch_flash runs by its name alone.
 ON_GPUS = [
-    ((8, 0), {}, "torch_flash"), ((8, 9), {}, "torch_flash"), ((12, 0), {}, "torch_flash"), ((9, 0), {}, "sm90"),
-    ((7, 5), {}, "flex"), ((13, 0), {}, "flex"), ((8, 0), {"softcap": 2.0}, "flex"), ((8, 0), {"scale": -1.0}, "flex"),
-    ((9, 0), {"softcap": 2.0}, "sm90"), ((8, 0), {"window": (3, 0)}, "torch_flash"), ((8, 0), {"dropout_p": 0.1}, "torch_flash"),
-    ((9, 0), {"dropout_p": 0.1}, "torch_flash"), ((8, 0), {"return_lse": True}, "torch_flash"),
+    ((8, 0), {}, "flex"), ((12, 0), {}, "flex"), ((9, 0), {}, "sm90"), ((9, 0), {"softcap": 2.0}, "sm90"),
+    ((8, 0), {"impl": "torch_flash"}, "torch_flash"), ((9, 0), {"impl": "torch_flash"}, "torch_flash"),
+    ((8, 0), {"impl": "torch_flash", "window": (3, 0), "dropout_p": 0.1, "return_lse": True}, "torch_flash"),
 ]  # fmt: skip
 
 
@@ -289,7 +289,8 @@ def test_dispatch_chooses_by_capability_and_call(capability, options, expected, 
 
 def test_dispatch_of_fp32_and_of_packs(monkeypatch):
     assert chosen((8, 0), monkeypatch, **qkv()) == "flex"
-    assert chosen((8, 0), monkeypatch, **half(packed())) == "torch_flash"
+    assert chosen((8, 0), monkeypatch, **half(packed())) == "flex"
+    assert chosen((8, 0), monkeypatch, **half(packed()), impl="torch_flash") == "torch_flash"
 
 
 def test_dropout_without_the_operator_still_warns(monkeypatch):
