@@ -148,8 +148,9 @@ def attention(
         q, k, v, scale, is_causal, window, softcap, sinks, dropout_p, cu_seqlens_q, cu_seqlens_kv, max_seqlen_q,
         max_seqlen_kv, _is_deterministic(deterministic), impl, return_lse,
     )  # fmt: skip
-    descales = (q_descale, k_descale, v_descale)
-    if precision is not None or descales != (None, None, None) or getattr(q, "dtype", None) is fp8_calls.DTYPE:
+    has_descale = q_descale is not None or k_descale is not None or v_descale is not None
+    if precision is not None or has_descale or getattr(q, "dtype", None) == fp8_calls.DTYPE:
+        descales = (q_descale, k_descale, v_descale)
         fp8_call = fp8_calls.checked(validate(*request, attn_mask), precision, descales)
         out, lse = fp8_calls.choose(fp8_call, FP8_IMPLEMENTATIONS, IMPLEMENTATIONS).run(fp8_call)
         return (out, lse) if return_lse else out  # type: ignore[return-value]

@@ -14,7 +14,7 @@ import transformers
 from hf_support import DEVICE, close
 
 import flashmla_hf
-from flashmla_hf.hf import check, forward, masks
+from flashmla_hf.hf import check, forward, masks, refusals
 
 pytestmark = hf_support.needs_kernel
 
@@ -157,7 +157,7 @@ def test_arguments_of_other_attentions_are_ignored_and_selected_keys_are_refused
         assert torch.equal(other, want)
         for name in ("indices", "block_indices", "sinks", "block_table"):
             with pytest.raises(ValueError, match=name):
-                forward._refuse_unknown(ours.model.layers[0].self_attn, {name: x})
+                refusals.refuse_unknown(ours.model.layers[0].self_attn, {name: x})
 
 
 def test_the_list_of_honoured_arguments_is_that_of_the_attention_function():
