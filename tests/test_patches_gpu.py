@@ -313,7 +313,7 @@ def latent_model():
 
 def no_latent_kernel():
     rows = torch.zeros(1, 1, 16, 576, device=DEVICE, dtype=torch.bfloat16)
-    return mla.no_kernel(rows, 512)
+    return mla.no_kernel(rows, 512, 16)
 
 
 @torch.no_grad()

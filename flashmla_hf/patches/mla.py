@@ -77,6 +77,7 @@ class Absorption:
         self.attention, self.name = attention, name
         self.nope, self.rotated = attention.qk_nope_head_dim, attention.qk_rope_head_dim
         self.head_dim_v = attention.kv_lora_rank
+        self.heads = attention.kv_b_proj.out_features // (self.nope + attention.v_head_dim)
         self.width = self.head_dim_v + self.rotated
 
     def takes(self, rows: torch.Tensor, kept: torch.Tensor) -> bool:
@@ -88,7 +89,7 @@ class Absorption:
             return False
         if not self._is_readable(rows) and kept.shape[2] <= self.head_dim_v:
             return False  # its matrix costs as many rows as there are latent columns
-        reason = no_kernel(kept, self.head_dim_v)
+        reason = no_kernel(kept, self.head_dim_v, self.heads, rows.shape[2])
         if reason is not None:
             warn_once(
                 f"flashmla_hf.patch: patch {NAME!r}: {self.name} expands its latents at each step, as without the patch: no "
@@ -159,10 +160,12 @@ class Absorption:
         return heads[:, : self.nope], heads[:, self.nope :]
 
 
-def no_kernel(rows: torch.Tensor, head_dim_v: int) -> str | None:
-    """The reason why no kernel attends to ``rows`` [batch, 1, tokens, width]; ``None`` if one does."""
+def no_kernel(rows: torch.Tensor, head_dim_v: int, heads: int, seqlen_q: int = 1) -> str | None:
+    """The reason why no kernel attends to ``rows`` [batch, 1, tokens, width] with so many heads and queries a row; ``None`` if
+    one does."""
     rows = rows.transpose(1, 2)
-    return decode.kernel_refusal(rows[:, :1], rows, rows[..., :head_dim_v], is_latent=True)
+    query = rows[:, :seqlen_q].expand(-1, -1, heads, -1)  # of the shape of the queries: none are computed yet
+    return decode.kernel_refusal(query, rows, rows[..., :head_dim_v], is_latent=True)
 
 
 def patch_mla_decode(model: nn.Module, replacements: Replacements) -> None:
@@ -216,7 +219,7 @@ def _try(model: nn.Module, where: str, absorption: Absorption) -> None:
     ]  # those of packed weights have no such dtype
     one = next(p for p in parameters if p.dtype in DTYPES)
     rows = torch.empty(1, 1, 3, absorption.width, dtype=one.dtype, device=one.device)
-    if (reason := no_kernel(rows, absorption.head_dim_v)) is not None:
+    if (reason := no_kernel(rows, absorption.head_dim_v, absorption.heads)) is not None:
         expected = f"a device with a kernel for latents of {absorption.head_dim_v} of {absorption.width} columns"
         raise structure.refuse(model, NAME, where, expected, reason)
     if rows.is_meta or (rows.device.type == "cpu" and any(map(quantized.is_4bit, projection.modules()))):
