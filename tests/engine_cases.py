@@ -14,6 +14,10 @@ from training_support import losses, options
 
 ENGINES = {
     "": {},
+    "fsdp2 offload": {
+        "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+        "FSDP_OFFLOAD_PARAMS": "true",
+    },
     "fsdp2": {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP"},
     "fsdp2 whole": {
         "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
@@ -48,9 +52,11 @@ def finetune(engine: str, arguments: list[str], folder: Path) -> dict | str:
 def launch(engine: str, model: Path, corpus: Path, folder: Path, resumed_at: int = 0, **given) -> dict | str:
     """A run of finetune in two processes, as the main process tells it; the other must agree.
 
-    ``resumed_at``: the run is cut back to its checkpoint of that step, and another launch continues it.
+    ``resumed_at``: the run is cut back to its checkpoint of that step, and another launch continues it, ``resumed_by`` so many
+    processes. A step reads as many packs.
     """
     processes, variables = given.pop("processes", 2), given.pop("variables", {})
+    resumed_by = given.pop("resumed_by", processes)
     arguments = options(
         model, corpus, folder, **{"use_cpu": not engine, **({"save_steps": resumed_at} if resumed_at else {}), **given}
     )
@@ -60,8 +66,9 @@ def launch(engine: str, model: Path, corpus: Path, folder: Path, resumed_at: int
         for path in folder.iterdir():
             if path.name != f"checkpoint-{resumed_at}":
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
-        again = (*call[:2], [*arguments, "--resume_from_checkpoint", "latest"], folder)
-        told = gloo_processes.run(*again, processes=processes, **variables)
+        accumulated = str(given.get("gradient_accumulation_steps", 1) * processes // resumed_by)
+        again = [*arguments, "--resume_from_checkpoint", "latest", "--gradient_accumulation_steps", accumulated]
+        told = gloo_processes.run(*call[:2], again, folder, processes=resumed_by, **variables)
     assert all(isinstance(one, str) == isinstance(told[0], str) for one in told), told
     return told[0]
 
