@@ -128,8 +128,8 @@ def check_same_run(path: Path, saved: TrainerState, state: TrainerState, args: T
         )
     if saved.fingerprint != state.fingerprint:
         raise UserError(
-            f"{path} belongs to another run (other data, schedule, seed, adapter, or batch sizes with dropout): resume with that "
-            "run's options, or begin anew without --resume_from_checkpoint"
+            f"{path} belongs to another run (other data, schedule, seed, adapter, or batch sizes with dropout): resume with "
+            "that run's options, or begin anew without --resume_from_checkpoint"
         )
 
 
