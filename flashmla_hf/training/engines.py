@@ -53,6 +53,7 @@ def make_accelerator(model_args: ModelArguments, args: TrainingArguments) -> Acc
         )
     except (ValueError, ImportError) as error:
         raise UserError(f"accelerate: {first_line(error)}") from None
+    _check_launch()
     for wanted, variable in ((DistributedType.FSDP, "FSDP"), (DistributedType.DEEPSPEED, "DEEPSPEED")):
         asked = os.environ.get(f"ACCELERATE_USE_{variable}", "").lower() == "true"
         if asked and accelerator.distributed_type != wanted:
@@ -73,6 +74,17 @@ def make_accelerator(model_args: ModelArguments, args: TrainingArguments) -> Acc
     elif accelerator.distributed_type == DistributedType.FSDP:
         _check_fsdp(accelerator, model_args, args)
     return accelerator
+
+
+def _check_launch() -> None:
+    """Raises UserError if ``accelerate launch --cpu --num_processes N`` has started one process alone, which is all it does."""
+    is_one = not any(name in os.environ for name in ("LOCAL_RANK", "WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE"))
+    # It names the main process to the others, and leaves their start to mpirun.
+    if is_one and os.environ.get("ACCELERATE_USE_CPU") == "True" and "MASTER_ADDR" in os.environ:
+        raise UserError(
+            "accelerate launch --cpu: expected the processes of --num_processes, got one: on a CPU it starts no more without "
+            "mpirun. Launch with: torchrun --nproc_per_node N -m flashmla_hf.training.finetune ... --use_cpu true"
+        )
 
 
 def engine_of(accelerator: Accelerator) -> str:
@@ -182,7 +194,7 @@ def backward(accelerator: Accelerator, loss: torch.Tensor) -> None:
 # ---- processes that end -----------------------------------------------------------------------------------------------
 
 # Seconds. The launcher ends all processes as soon as one has failed: who waits before it speaks leaves the word to the first.
-SAME_MISTAKE_WAIT, LOST_PROCESS_WAIT = 3.0, 10.0
+SAME_MISTAKE_WAIT, LOST_PROCESS_WAIT = 8.0, 10.0
 
 
 def end_training(accelerator: Accelerator) -> None:
