@@ -55,7 +55,7 @@ def caption(cluster: Cluster | None = None) -> str:
     """What the table assumes."""
     cluster = cluster or Cluster()
     return (
-        f"Assumed: {cluster.gpus_per_host} GPUs a host, each with {cluster.nvlink:g} GB/s of NVLink and {cluster.network:g} GB/s "
-        f"to other hosts; an MFU of {cluster.mfu:.0%} of {cluster.tflops:g} TFLOP/s, which one H200 reaches with LoRA at "
+        f"Assumed: {cluster.gpus_per_host} GPUs a host, each with {cluster.nvlink:g} GB/s of NVLink and {cluster.network:g} "
+        f"GB/s to other hosts; an MFU of {cluster.mfu:.0%} of {cluster.tflops:g} TFLOP/s, which one H200 reaches with LoRA at "
         "524,288 tokens."
     )

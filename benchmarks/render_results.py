@@ -71,6 +71,10 @@ def _section(document: dict, path: Path, page: Path) -> str | None:
         import inference_results
 
         return inference_results.section(document) + _images(inference_results.plots(document, path), kind, page)
+    if kind == "distributed":
+        import distributed_results
+
+        return distributed_results.section(document)
     if kind == "model":
         return model_section(document)
     if kind == "memory":

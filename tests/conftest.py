@@ -38,6 +38,7 @@ NEEDS = {
     "test_patches_weights.py": ("accelerate",),
     "test_sharded_*.py": ("transformers", "peft"),
     "test_benchmark*.py": ("transformers", "matplotlib"),
+    "test_bench_distributed.py": ("transformers", "accelerate", "peft", "matplotlib"),
     "test_readme.py": ("transformers", "matplotlib"),
     "test_finetune_gpu.py": ("transformers",),
     "test_examples.py": ("transformers", "accelerate", "datasets", "peft"),
