@@ -74,17 +74,19 @@ def launch(engine: str, model: Path, corpus: Path, folder: Path, resumed_at: int
 
 
 def dying(engine: str, arguments: list[str], folder: Path, when: str) -> dict | str:
-    """As :func:`finetune`; process 1 is killed in its third step, or while it writes its second checkpoint."""
+    """As :func:`finetune`; process 1 is killed in its third step, or while it writes its second checkpoint, or finds no memory."""
     from flashmla_hf.training import engines
     from flashmla_hf.training import finetune as module
 
     engines.LOST_PROCESS_WAIT = engines.SAME_MISTAKE_WAIT = 0.2
-    name, last = {"step": ("run_batches", 3), "checkpoint": ("save_checkpoint", 2)}[when]
+    name, last = {"step": ("run_batches", 3), "checkpoint": ("save_checkpoint", 2), "memory": ("run_batches", 3)}[when]
     original, calls = getattr(module, name), []
 
     def until_killed(*given):
         calls.append(name)
         if os.environ["RANK"] == "1" and len(calls) == last:
+            if when == "memory":
+                raise MemoryError
             os.kill(os.getpid(), signal.SIGKILL)
         return original(*given)
 

@@ -310,6 +310,14 @@ def test_a_killed_process_ends_the_others_with_one_sentence_and_the_run_resumes(
     assert run["losses"] == pytest.approx(whole["losses"], rel=1e-5)
 
 
+def test_a_process_that_alone_runs_out_of_memory_says_so_and_ends_the_others(tiny_model, corpus, tmp_path):
+    arguments = options(tiny_model, corpus, tmp_path, max_steps=4, save_steps=1)
+    other, full = gloo_processes.run(engine_cases.dying, "", arguments, tmp_path, "memory", limit=60)
+    assert full.startswith("finetune: process 1: out of memory; by the ledger")
+    assert other.startswith("finetune: process 0: another process has ended")
+    assert other.endswith("--resume_from_checkpoint latest continues from checkpoint-2")
+
+
 def test_only_the_first_process_says_what_all_of_them_find(tiny_model, corpus, tmp_path, monkeypatch):
     waited = []
     monkeypatch.setattr(engines.time, "sleep", waited.append)
