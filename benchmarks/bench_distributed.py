@@ -16,7 +16,7 @@ scaling    LoRA of the 8B shape at 131,072 tokens, on one GPU and on all
 peers      what people do today at that length: accelerate's ring and Ulysses, over torch's attention, with Liger
 attention  packed and dense attention alone, on one GPU and divided
 
-A step of 1,048,576 tokens of the whole 8B shape takes ten minutes on 4 GPUs, by the ledger: --layers N cuts the depth, and a
+A step of 1,048,576 tokens of the whole 8B shape takes ten minutes on 4 GPUs, by the ledger: --layers N cuts the depth, and the
 step's time with it, and tables name it.
 """
 
@@ -51,7 +51,7 @@ def points_of(args: argparse.Namespace) -> list[Point]:
     small = {"model": "llama-1b", "use_peft": False, "context": SHORT}
     packed = {**small, "documents": 4, "steps": steps}
     peer = {"is_patched": False, "liger": not args.tiny, "attention": "sdpa"}
-    long = {"model": "llama-8b", "layers": args.layers}
+    long = {"model": "llama-8b"}
     found = {
         "same": [
             *(("same", engine, 1 if engine == "one" else gpus, packed) for engine in ("one", "ulysses", "fsdp2", "ddp")),
@@ -63,8 +63,8 @@ def points_of(args: argparse.Namespace) -> list[Point]:
             ),
         ],
         "long": [
-            ("train", "ulysses", gpus, {**long, "layers": None, "context": 131072 * gpus}),
-            ("train", "ulysses", gpus, {**long, "context": 262144 * gpus}),
+            ("train", "ulysses", gpus, {**long, "context": 131072 * gpus}),
+            ("train", "ulysses", gpus, {**long, "layers": args.layers, "context": 262144 * gpus}),
         ],
         "full": [("train", "ulysses", gpus, {**long, "use_peft": False, "context": 65536 * gpus})],
         "scaling": [("train", e, g, {**long, "context": SCALED, "steps": 2}) for e, g in (("ulysses", gpus), ("one", 1))],
@@ -124,16 +124,16 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--limit", type=at_least(1), metavar="N", help="the first N points alone")
     parser.add_argument(
-        "--layers", type=at_least(1), metavar="N", help="of the 8B shape's steps but the first; default: its 32"
+        "--layers", type=at_least(1), metavar="N", help="of the 8B shape's longest step; default: its 32"
     )
     parser.add_argument("--gpu_memory", type=float, default=78.0, metavar="GIB", help="of each GPU (default: 78)")
     parser.add_argument("--tiny", action="store_true", help="tiny models on this CPU, over gloo")
     parser.set_defaults(time_limit=480)
     args = parser.parse_args(argv)
     args.device = "cpu" if args.tiny else args.device
-    if not args.tiny and args.device == "cpu":
+    if not args.tiny and args.device == "cpu" and not args.list:
         parser.error("torch sees no GPU here: --tiny tries the program on a CPU")
-    args.gpus = args.gpus or (2 if args.tiny else torch.cuda.device_count())
+    args.gpus = args.gpus or (2 if args.tiny else max(2, torch.cuda.device_count()))
     if not args.tiny and args.gpus > torch.cuda.device_count() and not args.list:
         parser.error(f"--gpus: expected at most the {torch.cuda.device_count()} of this host, got {args.gpus}")
     args.name = args.name or f"distributed-{'tiny' if args.tiny else f'{args.gpus}gpus'}"

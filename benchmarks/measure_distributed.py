@@ -244,12 +244,12 @@ def _let_a_cpu_shard(point: Point) -> None:
 
 
 def packs(point: Point, count: int, context: int | None = None) -> list[Pack]:
-    """``count`` rows of ``context`` tokens of text, each cut into documents of different lengths."""
+    """``count`` rows of ``context`` tokens of text, each cut into documents: of one length if attention alone is measured."""
     context = context or point.context
     text = b"".join(path.read_bytes() for path in sorted((records.REPOSITORY / "docs").glob("*.md")))
     text = text * -(-count * context // len(text))
     ids = np.frombuffer(text[: count * context], np.uint8).astype(np.int32).reshape(count, context)
-    bounds = np.cumsum(shapes.log_uniform(point.documents, context, 8))[:-1]
+    bounds = np.cumsum(shapes.log_uniform(point.documents, context, 1 if point.kind == "attention" else 8))[:-1]
     return [np.split(row, bounds) for row in ids]
 
 
