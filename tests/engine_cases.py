@@ -53,10 +53,10 @@ def launch(engine: str, model: Path, corpus: Path, folder: Path, resumed_at: int
     """A run of finetune in two processes, as the main process tells it; the other must agree.
 
     ``resumed_at``: the run is cut back to its checkpoint of that step, and another launch continues it, ``resumed_by`` so many
-    processes. A step reads as many packs.
+    processes, ``resumed_with`` other options. A step reads as many packs.
     """
     processes, variables = given.pop("processes", 2), given.pop("variables", {})
-    resumed_by = given.pop("resumed_by", processes)
+    resumed_by, resumed_with = given.pop("resumed_by", processes), given.pop("resumed_with", {})
     arguments = options(
         model, corpus, folder, **{"use_cpu": not engine, **({"save_steps": resumed_at} if resumed_at else {}), **given}
     )
@@ -66,8 +66,9 @@ def launch(engine: str, model: Path, corpus: Path, folder: Path, resumed_at: int
         for path in folder.iterdir():
             if path.name != f"checkpoint-{resumed_at}":
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
-        accumulated = str(given.get("gradient_accumulation_steps", 1) * processes // resumed_by)
-        again = [*arguments, "--resume_from_checkpoint", "latest", "--gradient_accumulation_steps", accumulated]
+        accumulated = given.get("gradient_accumulation_steps", 1) * processes // resumed_by
+        others = {"resume_from_checkpoint": "latest", "gradient_accumulation_steps": accumulated} | resumed_with
+        again = [*arguments, *(part for name, value in others.items() for part in (f"--{name}", str(value)))]
         told = gloo_processes.run(*call[:2], again, folder, processes=resumed_by, **variables)
     assert all(isinstance(one, str) == isinstance(told[0], str) for one in told), told
     return told[0]

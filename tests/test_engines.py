@@ -145,6 +145,18 @@ def test_a_run_resumes_on_another_number_of_processes(engine, before, after, one
     assert run["eval_loss"] == pytest.approx(eval_loss, rel=1e-5)
 
 
+@pytest.mark.skipif(not gloo_processes.HAS_DEEPSPEED, reason="not installed: deepspeed, einops")
+def test_a_shared_sequence_resumes_divided_otherwise(one_process, tiny_model, corpus, tmp_path):
+    """Two processes for each sequence, then one, and another batch size."""
+    given = SHARED | LORA | {"sp_size": 2, "gradient_accumulation_steps": 2, "resumed_by": 1}
+    given["resumed_with"] = {"sp_size": 1, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 4}
+    run = engine_cases.launch("", tiny_model, corpus, tmp_path, resumed_at=2, **given)
+    expected, eval_loss = one_process["lora"]
+    assert not isinstance(run, str), run
+    assert run["losses"] == pytest.approx(expected, rel=1e-5)
+    assert run["eval_loss"] == pytest.approx(eval_loss, rel=1e-5)
+
+
 def checked(saved: dict, now: dict, draws: bool = False, **given) -> None:
     _, _, args = parse_arguments(options("m", "c", "o", **given))
     states = [checkpoints.TrainerState(fingerprint="same", **state) for state in (saved, now)]
