@@ -81,7 +81,8 @@ test-kernels: $(VENV)/package.stamp build/transformers-$(HUB_KERNELS_TRANSFORMER
 
 test-engines: $(VENV)/package.stamp build/deepspeed.stamp
 	PYTHONPATH=$(CURDIR)/build/deepspeed $(VENV)/bin/python -m pytest tests/test_ulysses.py tests/test_engines.py \
-	  tests/test_sharded_patches.py -k "zero or deepspeed or divided or shared or partitions"
+	  tests/test_sharded_patches.py tests/test_bench_distributed.py \
+	  -k "zero or deepspeed or divided or shared or partitions or every_kind"
 
 # Nothing is pinned but what the tests alone need. A copy of the tracked files, so the package in place stays as it is.
 NEWEST := build/newest

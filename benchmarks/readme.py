@@ -1,5 +1,7 @@
 """Writes the measured numbers of README.md and docs/install.md, and the figure, from the committed results: `make readme`.
 
+docs/distributed.md gets the ledger's predictions (cluster_plan.py) between `<!-- predicted plan -->` and `<!-- /predicted -->`.
+
 The text between the markers `<!-- measured NAME -->` and `<!-- /measured -->` is this program's, and so is
 docs/memory.png. With --check it changes nothing and fails if a text is out of date.
 """
@@ -12,6 +14,7 @@ import re
 import sys
 from pathlib import Path
 
+import cluster_plan
 import decode_results
 import inference_results
 import install_time
@@ -26,6 +29,7 @@ from flashmla_hf.host_memory import GIB
 plt = memory_page.plt
 README = records.REPOSITORY / "README.md"
 INSTALL = records.REPOSITORY / "docs" / "install.md"
+DISTRIBUTED = records.REPOSITORY / "docs" / "distributed.md"
 FIGURE = records.REPOSITORY / "docs" / "memory.png"
 MEMORY = "memory-llama-8b-h200.json"
 ATTENTION = "attention-h200-sm90.json"
@@ -157,14 +161,18 @@ def install() -> str:
 
 def updated(text: str, page: Path = README) -> str:
     """``text`` of ``page`` with what stands between the markers written anew."""
-    values = {"install": install} if page == INSTALL else {"caption": caption, "performance": performance}
-    for name, value in values.items():
-        new = f"\n{value()}\n" if name == "performance" else value()
+    values = {
+        README: {"measured caption": caption, "measured performance": performance},
+        INSTALL: {"measured install": install},
+        DISTRIBUTED: {"predicted plan": lambda: f"{cluster_plan.table()}\n\n{cluster_plan.caption()}"},
+    }
+    for name, value in values[page].items():
+        new = f"\n{value()}\n" if name in ("measured performance", "predicted plan") else value()
         text, count = re.subn(
-            rf"(<!-- measured {name} -->).*?(<!-- /measured -->)", rf"\g<1>{new}\g<2>", text, flags=re.DOTALL
+            rf"(<!-- {name} -->).*?(<!-- /{name.split()[0]} -->)", rf"\g<1>{new}\g<2>", text, flags=re.DOTALL
         )
         if count != 1:
-            sys.exit(f"readme: {page.name}: expected one pair of markers 'measured {name}', found {count}")
+            sys.exit(f"readme: {page.name}: expected one pair of markers '{name}', found {count}")
     return text
 
 
@@ -172,7 +180,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="write nothing; fail if a page is out of date")
     args = parser.parse_args(argv)
-    for page in (README, INSTALL):
+    for page in (README, INSTALL, DISTRIBUTED):
         text = page.read_text()
         new = updated(text, page)
         if args.check and new != text:

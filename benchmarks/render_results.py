@@ -75,6 +75,10 @@ def _section(document: dict, path: Path, page: Path) -> str | None:
         import latent_results
 
         return latent_results.section(document)
+    if kind == "distributed":
+        import distributed_results
+
+        return distributed_results.section(document)
     if kind == "model":
         return model_section(document)
     if kind == "memory":

@@ -41,7 +41,9 @@ class _Handle:
 
 
 def install(dispatch_key: str = "CUDA") -> _Handle:
-    """Replaces torch's operators on ``dispatch_key`` ("CPU" has none of its own, which tests use); ``remove()`` restores them.
+    """Replaces torch's operators on ``dispatch_key`` ("CPU" has none of its own, which tests use) while the result is kept.
+
+    Its ``remove()`` restores them, and so does its end. Torch's registry keeps it.
 
     Raises:
         RuntimeError: no Hopper GPU, or the Hopper library cannot be loaded.

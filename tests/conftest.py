@@ -38,13 +38,14 @@ NEEDS = {
     "test_patches_weights.py": ("accelerate",),
     "test_sharded_*.py": ("transformers", "peft"),
     "test_benchmark*.py": ("transformers", "matplotlib"),
+    "test_bench_distributed.py": ("transformers", "accelerate", "peft", "matplotlib"),
     "test_readme.py": ("transformers", "matplotlib"),
     "test_finetune_gpu.py": ("transformers",),
     "test_examples.py": ("transformers", "accelerate", "datasets", "peft"),
     **dict.fromkeys(
         ("test_commands.py", "test_context_quality.py", "test_demo.py", "test_finetune.py", "test_finetune_mistakes.py",
          "test_finetune_resume.py", "test_ledger.py", "test_max_length.py", "test_documentation.py", "test_memory_report.py",
-         "test_saved_models.py", "test_training_data.py", "test_engines.py", "test_ulysses.py"),
+         "test_saved_models.py", "test_training_data.py", "test_engines.py", "test_ulysses.py", "test_launch.py"),
         ("transformers", "accelerate", "peft", "matplotlib"),
     ),
 }  # fmt: skip

@@ -14,6 +14,10 @@ from training_support import losses, options
 
 ENGINES = {
     "": {},
+    "fsdp2 offload": {
+        "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+        "FSDP_OFFLOAD_PARAMS": "true",
+    },
     "fsdp2": {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP"},
     "fsdp2 whole": {
         "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
@@ -48,9 +52,11 @@ def finetune(engine: str, arguments: list[str], folder: Path) -> dict | str:
 def launch(engine: str, model: Path, corpus: Path, folder: Path, resumed_at: int = 0, **given) -> dict | str:
     """A run of finetune in two processes, as the main process tells it; the other must agree.
 
-    ``resumed_at``: the run is cut back to its checkpoint of that step, and another launch continues it.
+    ``resumed_at``: the run is cut back to its checkpoint of that step, and another launch continues it, ``resumed_by`` so many
+    processes, ``resumed_with`` other options. A step reads as many packs.
     """
     processes, variables = given.pop("processes", 2), given.pop("variables", {})
+    resumed_by, resumed_with = given.pop("resumed_by", processes), given.pop("resumed_with", {})
     arguments = options(
         model, corpus, folder, **{"use_cpu": not engine, **({"save_steps": resumed_at} if resumed_at else {}), **given}
     )
@@ -60,24 +66,28 @@ def launch(engine: str, model: Path, corpus: Path, folder: Path, resumed_at: int
         for path in folder.iterdir():
             if path.name != f"checkpoint-{resumed_at}":
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
-        again = (*call[:2], [*arguments, "--resume_from_checkpoint", "latest"], folder)
-        told = gloo_processes.run(*again, processes=processes, **variables)
+        accumulated = given.get("gradient_accumulation_steps", 1) * processes // resumed_by
+        others = {"resume_from_checkpoint": "latest", "gradient_accumulation_steps": accumulated} | resumed_with
+        again = [*arguments, *(part for name, value in others.items() for part in (f"--{name}", str(value)))]
+        told = gloo_processes.run(*call[:2], again, folder, processes=resumed_by, **variables)
     assert all(isinstance(one, str) == isinstance(told[0], str) for one in told), told
     return told[0]
 
 
 def dying(engine: str, arguments: list[str], folder: Path, when: str) -> dict | str:
-    """As :func:`finetune`; process 1 is killed in its third step, or while it writes its second checkpoint."""
+    """As :func:`finetune`; process 1 is killed in its third step, or while it writes its second checkpoint, or finds no memory."""
     from flashmla_hf.training import engines
     from flashmla_hf.training import finetune as module
 
     engines.LOST_PROCESS_WAIT = engines.SAME_MISTAKE_WAIT = 0.2
-    name, last = {"step": ("run_batches", 3), "checkpoint": ("save_checkpoint", 2)}[when]
+    name, last = {"step": ("run_batches", 3), "checkpoint": ("save_checkpoint", 2), "memory": ("run_batches", 3)}[when]
     original, calls = getattr(module, name), []
 
     def until_killed(*given):
         calls.append(name)
         if os.environ["RANK"] == "1" and len(calls) == last:
+            if when == "memory":
+                raise MemoryError
             os.kill(os.getpid(), signal.SIGKILL)
         return original(*given)
 

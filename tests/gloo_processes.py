@@ -122,6 +122,10 @@ def engine(**variables: str) -> None:
     for name, value in {"ACCELERATE_TORCH_DEVICE": "cpu", "DS_ACCELERATOR": "cpu", **variables}.items():
         os.environ.setdefault(name, value)  # what a test gives a call of run() wins
     state.PartialState._prepare_backend = lambda *_, **__: ("gloo", DistributedType.MULTI_GPU)
+    if variables.get("FSDP_OFFLOAD_PARAMS") == "true":
+        from torch.distributed.fsdp import CPUOffloadPolicy
+
+        CPUOffloadPolicy.__init__.__defaults__ = (False,)  # without a GPU no memory can be pinned
     if variables.get("ACCELERATE_USE_DEEPSPEED") == "true":
         prepare_deepspeed()
 

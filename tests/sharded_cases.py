@@ -71,18 +71,22 @@ def _attempt(function, **options):
         return f"{type(error).__name__}: {error}"
 
 
-def _fsdp2_case(names, units="layers", reshard=True, precision=None, steps=2, **build_options) -> list[float]:
+def _fsdp2_case(
+    names, units="layers", reshard=True, precision=None, offload=False, steps=2, **build_options
+) -> list[float]:
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
     mesh = init_device_mesh("cpu", (2,))
     model = patched(build(**build_options), names)
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     head, norm, embed = base.lm_head, base.model.norm, base.model.embed_tokens
     policy = MixedPrecisionPolicy(param_dtype=precision)
+    place = CPUOffloadPolicy(pin_memory=False) if offload else OffloadPolicy()
 
     def shard(module, reshard_after_forward=reshard):
-        fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward)
+        options = {"mp_policy": policy, "offload_policy": place}
+        fully_shard(module, mesh=mesh, reshard_after_forward=reshard_after_forward, **options)
 
     for layer in base.model.layers:
         shard(layer)

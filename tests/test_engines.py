@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import engine_cases
@@ -10,7 +12,7 @@ import gloo_processes
 import pytest
 from training_support import SCRIPTS, losses, options
 
-from flashmla_hf.training import engines, finetune
+from flashmla_hf.training import checkpoints, engines, finetune
 from flashmla_hf.training.arguments import UserError, parse_arguments
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate_state")
@@ -22,7 +24,7 @@ ENGINES = [
     for name in engine_cases.ENGINES
 ]  # fmt: skip
 # Left out for their time: what they would show is shown by others.
-LEFT_OUT = {("", "lora"), ("fsdp2", "lora"), ("fsdp2 whole", "full"), ("zero2", "lora")}
+LEFT_OUT = {("", "lora"), ("fsdp2", "lora"), ("fsdp2 offload", "lora"), ("fsdp2 whole", "full"), ("zero2", "lora")}
 
 
 @pytest.fixture(scope="module")
@@ -94,6 +96,96 @@ def test_processes_that_share_each_sequence_give_the_losses_of_one_process(
     assert not isinstance(run, str), run
     assert run["losses"] == pytest.approx(expected, rel=1e-5)
     assert run["eval_loss"] == pytest.approx(eval_loss, rel=1e-5)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="not installed: bitsandbytes")
+@pytest.mark.parametrize(("engine", "bf16", "near"), [("", False, 1e-5), ("fsdp2", False, 1e-5), ("fsdp2", True, 2e-3)])
+def test_4_bit_weights_train_on_several_processes_as_on_one(engine, bf16, near, tiny_model, corpus, tmp_path):
+    given = {
+        "max_steps": 3,
+        "use_peft": True,
+        "load_in_4bit": True,
+        "patches": "all",
+        "validation_split_percentage": 20,
+    }
+    given["bf16"] = bf16
+    run = engine_cases.launch(engine, tiny_model, corpus, tmp_path / "two", resumed_at=2, **given)
+    finetune.main(options(tiny_model, corpus, tmp_path / "one", **given, gradient_accumulation_steps=2))
+    assert not isinstance(run, str), run
+    assert run["losses"] == pytest.approx(losses(tmp_path / "one"), rel=near)
+    alone = json.loads((tmp_path / "one" / "all_results.json").read_text())
+    assert run["eval_loss"] == pytest.approx(alone["eval_loss"], rel=near)
+
+
+def test_4_bit_weights_and_whole_checkpoints_of_fsdp2_are_refused():
+    plugin = SimpleNamespace(activation_checkpointing=False, state_dict_type=SimpleNamespace(name="FULL_STATE_DICT"))
+    accelerator = SimpleNamespace(state=SimpleNamespace(fsdp_plugin=plugin), is_fsdp2=True)
+    model_args, _, args = parse_arguments(options("m", "c", "o", use_peft=True, load_in_4bit=True))
+    with pytest.raises(
+        UserError, match="expected fsdp_state_dict_type: SHARDED_STATE_DICT with --load_in_4bit, got FULL"
+    ):
+        engines._check_fsdp(accelerator, model_args, args)
+
+
+# ---- another number of processes -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("engine", "before", "after"), [("", 2, 1), ("", 1, 2), ("fsdp2", 2, 1), ("fsdp2", 1, 2), ("fsdp2 whole", 2, 4)]
+)
+def test_a_run_resumes_on_another_number_of_processes(engine, before, after, one_process, tiny_model, corpus, tmp_path):
+    """The order of the data, clipping and the evaluation included: the losses of a run that was not interrupted."""
+    kind, given = ("lora", LORA) if after == 1 else ("full", FULL)
+    whole = 2 * given.get("gradient_accumulation_steps", 1)
+    given = SHARED | given | {"processes": before, "resumed_by": after, "gradient_accumulation_steps": whole // before}
+    run = engine_cases.launch(engine, tiny_model, corpus, tmp_path, resumed_at=2, **given)
+    expected, eval_loss = one_process[kind]
+    assert not isinstance(run, str), run
+    assert run["losses"] == pytest.approx(expected, rel=1e-5)
+    assert run["eval_loss"] == pytest.approx(eval_loss, rel=1e-5)
+
+
+@pytest.mark.skipif(not gloo_processes.HAS_DEEPSPEED, reason="not installed: deepspeed, einops")
+def test_a_shared_sequence_resumes_divided_otherwise(one_process, tiny_model, corpus, tmp_path):
+    """Two processes for each sequence, then one, and another batch size."""
+    given = SHARED | LORA | {"sp_size": 2, "gradient_accumulation_steps": 2, "resumed_by": 1}
+    given["resumed_with"] = {"sp_size": 1, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 4}
+    run = engine_cases.launch("", tiny_model, corpus, tmp_path, resumed_at=2, **given)
+    expected, eval_loss = one_process["lora"]
+    assert not isinstance(run, str), run
+    assert run["losses"] == pytest.approx(expected, rel=1e-5)
+    assert run["eval_loss"] == pytest.approx(eval_loss, rel=1e-5)
+
+
+def checked(saved: dict, now: dict, draws: bool = False, **given) -> None:
+    _, _, args = parse_arguments(options("m", "c", "o", **given))
+    states = [checkpoints.TrainerState(fingerprint="same", **state) for state in (saved, now)]
+    checkpoints.check_same_run(Path("checkpoint-2"), *states, args, draws)
+
+
+def test_what_would_not_continue_on_another_number_of_processes_is_refused():
+    two, one = {"processes": 2, "packs_per_step": 4}, {"processes": 1, "packs_per_step": 4}
+    checked(two, one)
+    with pytest.raises(UserError, match=r"expected 2 processes, which wrote it, got 1: DeepSpeed.*--num_processes 2"):
+        checked(two | {"engine": "deepspeed"}, one | {"engine": "deepspeed"})
+    with pytest.raises(UserError, match="expected 2 processes, which wrote it, got 1: the model has dropout"):
+        checked(two, one, draws=True)
+    with pytest.raises(UserError, match=r"expected 4 packs in a step.*got 2 by 1 processes: --gradient_acc\w+ 4"):
+        checked(two, one | {"packs_per_step": 2}, gradient_accumulation_steps=2)
+    with pytest.raises(UserError, match="got 3 by 3 processes, which no accumulation gives"):
+        checked(two, {"processes": 3, "packs_per_step": 3})
+
+
+def test_dropout_is_known_from_the_adapter_and_from_the_models_configuration(tiny_model, tmp_path):
+    import transformers
+
+    transformers.GPT2Config().save_pretrained(tmp_path)  # resid_pdrop 0.1
+    for model, given, draws in (
+        (tiny_model, {}, False), (tmp_path, {}, True), (tiny_model, {"use_peft": True, "lora_dropout": 0.1}, True),
+        (tiny_model, {"lora_dropout": 0.1}, False),
+    ):  # fmt: skip
+        model_args, _, _ = parse_arguments(options(model, "c", "o", **given))
+        assert checkpoints.draws_random_numbers(model_args) is draws, given
 
 
 # ---- DeepSpeed's configuration ---------------------------------------------------------------------------------------
@@ -228,6 +320,14 @@ def test_a_killed_process_ends_the_others_with_one_sentence_and_the_run_resumes(
     run, _ = gloo_processes.run(engine_cases.finetune, engine, resumed, tmp_path)
     whole = engine_cases.launch("", tiny_model, corpus, tmp_path / "whole", **given | {"use_cpu": True})
     assert run["losses"] == pytest.approx(whole["losses"], rel=1e-5)
+
+
+def test_a_process_that_alone_runs_out_of_memory_says_so_and_ends_the_others(tiny_model, corpus, tmp_path):
+    arguments = options(tiny_model, corpus, tmp_path, max_steps=4, save_steps=1)
+    other, full = gloo_processes.run(engine_cases.dying, "", arguments, tmp_path, "memory", limit=60)
+    assert full.startswith("finetune: process 1: out of memory; by the ledger")
+    assert other.startswith("finetune: process 0: another process has ended")
+    assert other.endswith("--resume_from_checkpoint latest continues from checkpoint-2")
 
 
 def test_only_the_first_process_says_what_all_of_them_find(tiny_model, corpus, tmp_path, monkeypatch):

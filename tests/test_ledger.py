@@ -10,6 +10,7 @@ import memory_page
 import memory_report
 import models
 import pytest
+import records
 import torch
 import transformers
 from training_support import ON_PATH, ROOT
@@ -19,6 +20,7 @@ from flashmla_hf.host_memory import GIB
 from flashmla_hf.training import ledger
 from flashmla_hf.training.ledger import KIB, build_ledger
 from flashmla_hf.training.shape import PUBLISHED, Shape
+from flashmla_hf.training.step_time import MFU, Cluster, step_time
 from flashmla_hf.training.terms import Switches
 
 LLAMA_8B = Shape.of(models.SHAPES["llama-8b"])
@@ -287,3 +289,47 @@ def test_the_command_says_what_each_gpu_holds(capsys):
     told = capsys.readouterr().out
     assert "each of 4 GPUs by FSDP2, 4 for each sequence, cards of 80 GiB" in told
     assert "what Ulysses sends and receives" in told
+
+
+# ---- the seconds of a step on several GPUs ---------------------------------------------------------------------------
+
+
+def test_a_step_divides_its_operations_and_adds_what_crosses_links():
+    """Two layers, by hand: 4 GPUs of two hosts, 1,000 tokens."""
+    shape = Shape(hidden=64, layers=2, heads_q=8, heads_kv=4, head_dim=8, intermediate=96, vocabulary=100)
+    cluster = Cluster(gpus_per_host=2, nvlink=100, network=10, tflops=1, mfu=0.5)
+    switches = Switches(patches=ALL, gpus=4, sp=4, fsdp=True, use_peft=False)
+    found = step_time(shape, switches, 1000, 1, cluster)
+    assert found.compute == pytest.approx(shape.training_flops([1000], use_peft=False) / 4 / 0.5e12)
+    # A GPU's 250 tokens of q, k, v and output in bfloat16, three times in two layers; three quarters are others'.
+    sent = 3 * 2 * 250 * (8 + 4 + 4 + 8) * 8 * 2 * 3 / 4
+    assert found.exchange == pytest.approx(sent / 3 / 1e9 / 100 + 2 * sent / 3 / 1e9 / 10)
+    # Weights twice in bfloat16, gradients once in float32, and both cards of a host.
+    assert found.sharding == pytest.approx(3 / 4 * shape.parameters * (2 * 2 + 4) / 1e9 / 20)
+    assert found.seconds == max(found.compute, found.sharding) + found.exchange
+    alone = step_time(shape, Switches(patches=ALL), 1000, 1, cluster)
+    assert (alone.exchange, alone.sharding) == (0, 0)
+    ddp = step_time(shape, Switches(patches=ALL, gpus=2, adapter_bytes=4), 1000, 1, cluster)
+    assert ddp.sharding == pytest.approx(2 / 2 * shape.lora_parameters(16) * 4 / 1e9 / 100)
+    few = step_time(
+        shape, Switches(gpus=8, sp=8), 1000, 1, cluster
+    )  # 8 GPUs repeat 4 heads of keys, no layer runs again
+    sent = 2 * 2 * 125 * (8 + 8 + 8 + 8) * 8 * 2 * 7 / 8
+    assert few.exchange == pytest.approx(sent / 7 / 1e9 / 100 + 6 * sent / 7 / 1e9 / 10)
+
+
+def test_the_share_that_one_gpu_reaches_is_the_committed_one():
+    measured, _ = memory_page.read(records.RESULTS / "memory-llama-8b-h200.json")
+    assert round(max((m for m in measured if m.mfu), key=lambda m: m.point.context).mfu, 2) == MFU
+
+
+def test_the_command_predicts_seconds_on_several_hosts(capsys):
+    ledger.main(["llama-8b", "--gpus", "16", "--sp", "16", "--fsdp", "--patches", "all", "--tokens", "1048576"])
+    told = capsys.readouterr().out
+    assert "predicted and not yet confirmed on several GPUs" in told
+    assert "on 2 hosts." in told
+    assert "an MFU of 43%" in told
+    with pytest.raises(SystemExit, match="Cluster: mfu: expected a number above 0 and up to 1, got 43"):
+        ledger.main(["llama-8b", "--gpus", "2", "--mfu", "43"])
+    with pytest.raises(SystemExit, match="sp: expected a divisor of the model's 32 heads"):
+        ledger.main(["llama-8b", "--gpus", "64", "--sp", "64"])

@@ -24,6 +24,12 @@ def test_the_page_on_installing_holds_the_committed_times():
     assert "with the Hopper library the build took" in text
 
 
+def test_the_page_on_several_gpus_holds_the_ledgers_predictions():
+    text = readme.DISTRIBUTED.read_text()
+    assert readme.updated(text, readme.DISTRIBUTED) == text, "run: make readme"
+    assert "| LoRA | 64 | 8 |" in text
+
+
 def test_a_line_about_decoding_has_the_numbers_of_its_run():
     shapes = (
         "d128 B1 H32/8 S1/4096 dense bf16",

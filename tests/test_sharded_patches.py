@@ -15,6 +15,7 @@ def cases() -> list[dict]:
     built = [{"names": ALL, "units": units, "lora": lora} for units in UNITS for lora in (False, True)]
     built += [{"names": ALL, "units": units, "tied": True} for units in ("layers", "accelerate")]
     built += [{"names": ALL, "units": units, "reshard": False} for units in UNITS]
+    built += [{"names": ALL, "units": "accelerate", "offload": True, "lora": lora} for lora in (False, True)]
     built += [{"names": ("attention",)}, {"names": ()}]
     return built
 

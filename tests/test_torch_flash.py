@@ -105,3 +105,16 @@ def test_torchs_operators_come_back():
 def test_activating_it_without_a_hopper_gpu_is_refused():
     with pytest.raises(RuntimeError, match="expected a Hopper GPU and the library for it"):
         torch.nn.attention.activate_flash_attention_impl("flashmla")
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_accelerates_cp_size_trains_an_sdpa_model_over_our_kernels(processes):
+    (whole,) = gloo_processes.run(ring_cases.by_accelerate, "sdpa", 1, processes=1)
+    parts = gloo_processes.run(ring_cases.by_accelerate, "sdpa", processes, processes=processes)
+    assert parts[0] == pytest.approx(whole, rel=2e-5)
+    assert parts == [parts[0]] * processes
+
+
+def test_our_name_inside_accelerates_ring_is_refused():
+    with pytest.raises(gloo_processes.ProcessError, match=r"context parallelism is active.*see one shard of the keys"):
+        gloo_processes.run(ring_cases.by_accelerate, "flashmla", 2)

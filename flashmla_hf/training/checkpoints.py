@@ -4,6 +4,9 @@ A run that is killed and resumed gives the losses of one that was not: checkpoin
 optimizer, the schedule, the random states and the place in the data, and get their name only when they are whole. On a GPU
 that is up to rounding: the patch mlp chooses its tile by free memory unless mlp_tile=N is given, and some of torch's sums
 have no fixed order there.
+
+The number of processes may change, and with it how a step's packs are divided (batch size, accumulation, ``--sp_size``), as
+long as a step reads as many packs: the order of packs is a function of the step. :func:`check_same_run` says where it may not.
 """
 
 from __future__ import annotations
@@ -24,6 +27,7 @@ from accelerate import Accelerator
 
 from flashmla_hf.training.arguments import ModelArguments, TrainingArguments, UserError, first_line
 from flashmla_hf.training.packing import Pack
+from flashmla_hf.training.shape import load_config
 
 
 @dataclass
@@ -41,6 +45,8 @@ class TrainerState:
     frozen_fingerprint: str = ""  # of the weights that are not in the checkpoint
     engine: str = ""  # that wrote the checkpoint's tensors (engines.engine_of)
     stream: dict | None = None  # the StreamPlace of streamed data
+    processes: int = 0  # that wrote the checkpoint
+    packs_per_step: int = 0  # that all of them read
 
 
 def checkpoints(output_dir: Path) -> list[Path]:
@@ -87,6 +93,44 @@ def find_checkpoint(args: TrainingArguments, use_peft: bool, engine: str = "") -
 def _check_file(path: Path, name: str, where: str) -> None:
     if not (path / name).is_file() or not (path / name).stat().st_size:
         raise UserError(f"{where}: no checkpoint there (expected {name} in it)")
+
+
+def draws_random_numbers(model_args: ModelArguments) -> bool:
+    """Whether a step of this model draws random numbers: an adapter's dropout, or one that its configuration names."""
+    if model_args.use_peft and model_args.lora_dropout > 0:
+        return True
+    try:
+        settings = load_config(model_args.model_name_or_path).get_text_config().to_dict()
+    except UserError:  # the loader says what is wrong with the model
+        return False
+    # attention_dropout, resid_pdrop, ...: the names differ.
+    return any(isinstance(value, float) and value > 0 and "drop" in name for name, value in settings.items())
+
+
+def check_same_run(path: Path, saved: TrainerState, state: TrainerState, args: TrainingArguments, draws: bool) -> None:
+    """Raises UserError if a run of ``state`` would not continue that of the checkpoint ``path`` with the same losses."""
+    if saved.processes != state.processes and (state.engine == "deepspeed" or draws):
+        why = (
+            "the model has dropout, and each process draws its own random numbers"
+            if draws
+            else "DeepSpeed reads its parts on as many processes as wrote them"
+        )
+        raise UserError(
+            f"{path}: expected {saved.processes} processes, which wrote it, got {state.processes}: {why}. Launch with "
+            f"--num_processes {saved.processes}"
+        )
+    if saved.packs_per_step != state.packs_per_step:
+        accumulated, rest = divmod(saved.packs_per_step * args.gradient_accumulation_steps, state.packs_per_step)
+        way = f": --gradient_accumulation_steps {accumulated}" if not rest else ", which no accumulation gives"
+        raise UserError(
+            f"{path}: expected {saved.packs_per_step} packs in a step, as its run read them, got {state.packs_per_step} by "
+            f"{state.processes} processes{way}"
+        )
+    if saved.fingerprint != state.fingerprint:
+        raise UserError(
+            f"{path} belongs to another run (other data, schedule, seed, adapter, or batch sizes with dropout): resume with "
+            "that run's options, or begin anew without --resume_from_checkpoint"
+        )
 
 
 def make_output_dir(model_args: ModelArguments, args: TrainingArguments) -> Path:
@@ -169,28 +213,26 @@ def fingerprint(
     model_args: ModelArguments,
     args: TrainingArguments,
     packs: list[Pack],
-    processes: int,
     streamed: dict[str, object] | None = None,
+    draws: bool = False,
 ) -> str:
-    """Differs if a resumed run would not continue the interrupted one: other data, batches, optimizer or adapter.
+    """Differs if a resumed run would not continue the interrupted one: other data, optimizer or adapter.
 
     ``packs`` hold which of their tokens have a loss. Of streamed data they are the first ones, and ``streamed`` has the options
-    that decide the others.
+    that decide the others. ``draws``: the model has dropout, whose random numbers follow from how a step is divided.
     """
     # The number of steps bends every schedule but the constant one: max_steps, or epochs if that does not say it.
     length: tuple[str, ...] = ("max_steps",) if args.max_steps > 0 else ("num_train_epochs",)
     if args.lr_scheduler_type == "constant":
         length = ()
-    decisive: dict[str, object] = {"processes": processes}
-    decisive |= {
+    division = ("per_device_train_batch_size", "gradient_accumulation_steps", "sp_size") if draws else ()
+    decisive: dict[str, object] = {
         name: getattr(args, name)
         for name in (
-            "per_device_train_batch_size", "gradient_accumulation_steps", "seed", "learning_rate", "weight_decay",
-            "max_grad_norm", "lr_scheduler_type", "warmup_steps", "bf16", *length,
+            "seed", "learning_rate", "weight_decay", "max_grad_norm", "lr_scheduler_type", "warmup_steps", "bf16", *length,
+            *division,
         )
     }  # fmt: skip
-    if args.sp_size > 1:
-        decisive |= {"sp_size": args.sp_size}
     adapter = ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules") if model_args.use_peft else ()
     decisive |= {name: getattr(model_args, name) for name in ("use_peft", "dtype", *adapter)}
     if streamed is not None:

@@ -24,6 +24,7 @@ from flashmla_hf.training.model import load_tokenizer
 from flashmla_hf.training.packing import Pack, pack, predicted_tokens, spread
 from flashmla_hf.training.preview import preview
 from flashmla_hf.training.rows import BadRow, BadRows, Place, Rows, read_dataset, read_files
+from flashmla_hf.training.sequence_parallel import packs_per_step
 from flashmla_hf.training.stream import PackStream
 
 Document = tuple[Place, Content]
@@ -148,8 +149,7 @@ def prepare_data(
     train_tokens = encode(train_documents, encoder, bad_rows)
     bad_rows.check()
     eval_packs = spread(pack(held_out_tokens, data_args.max_length), data_args.max_eval_samples)
-    groups = accelerator.num_processes // args.sp_size
-    per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * groups
+    per_step = packs_per_step(accelerator, args)
     train_packs: list[Pack] | PackStream
     if data_args.streaming:
         train_packs, told = _stream(data_args, args, encoder, bad_rows), "training data is streamed"

@@ -22,7 +22,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 
 from flashmla_hf.patches import weights
-from flashmla_hf.training import sequence_parallel
+from flashmla_hf.training import machine, sequence_parallel
 from flashmla_hf.training.arguments import (
     ModelArguments,
     TrainingArguments,
@@ -53,6 +53,7 @@ def make_accelerator(model_args: ModelArguments, args: TrainingArguments) -> Acc
         )
     except (ValueError, ImportError) as error:
         raise UserError(f"accelerate: {first_line(error)}") from None
+    _check_launch()
     for wanted, variable in ((DistributedType.FSDP, "FSDP"), (DistributedType.DEEPSPEED, "DEEPSPEED")):
         asked = os.environ.get(f"ACCELERATE_USE_{variable}", "").lower() == "true"
         if asked and accelerator.distributed_type != wanted:
@@ -60,7 +61,7 @@ def make_accelerator(model_args: ModelArguments, args: TrainingArguments) -> Acc
                 f"accelerate launch asks for {variable}, and accelerate runs {accelerator.distributed_type.value} here: it "
                 "needs GPUs, and a process for each; leave --use_cpu out, or launch without it"
             )
-    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    launched = machine.processes()
     if launched != accelerator.num_processes:
         raise UserError(
             f"{launched} processes were launched, and accelerate joins {accelerator.num_processes} of them: each would train "
@@ -73,6 +74,17 @@ def make_accelerator(model_args: ModelArguments, args: TrainingArguments) -> Acc
     elif accelerator.distributed_type == DistributedType.FSDP:
         _check_fsdp(accelerator, model_args, args)
     return accelerator
+
+
+def _check_launch() -> None:
+    """Raises UserError if ``accelerate launch --cpu --num_processes N`` has started one process alone, which is all it does."""
+    is_one = not any(name in os.environ for name in ("LOCAL_RANK", "WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE"))
+    # It names the main process to the others, and leaves their start to mpirun.
+    if is_one and os.environ.get("ACCELERATE_USE_CPU") == "True" and "MASTER_ADDR" in os.environ:
+        raise UserError(
+            "accelerate launch --cpu: expected the processes of --num_processes, got one: on a CPU it starts no more without "
+            "mpirun. Launch with: torchrun --nproc_per_node N -m flashmla_hf.training.finetune ... --use_cpu true"
+        )
 
 
 def engine_of(accelerator: Accelerator) -> str:
@@ -95,6 +107,11 @@ def _check_fsdp(accelerator: Accelerator, model_args: ModelArguments, args: Trai
         raise UserError(
             "FSDP: expected fsdp_activation_checkpointing: false, because --patches or --gradient_checkpointing run the layers "
             "again already, got true"
+        )
+    if model_args.load_in_4bit and "FULL" in plugin.state_dict_type.name:
+        raise UserError(
+            "FSDP: expected fsdp_state_dict_type: SHARDED_STATE_DICT with --load_in_4bit, got FULL_STATE_DICT: accelerate "
+            "cannot read a whole checkpoint back beside 4-bit weights"
         )
     policy = plugin.mixed_precision_policy
     if policy is not None:
@@ -177,7 +194,7 @@ def backward(accelerator: Accelerator, loss: torch.Tensor) -> None:
 # ---- processes that end -----------------------------------------------------------------------------------------------
 
 # Seconds. The launcher ends all processes as soon as one has failed: who waits before it speaks leaves the word to the first.
-SAME_MISTAKE_WAIT, LOST_PROCESS_WAIT = 3.0, 10.0
+SAME_MISTAKE_WAIT, LOST_PROCESS_WAIT = 8.0, 10.0
 
 
 def end_training(accelerator: Accelerator) -> None:
@@ -202,8 +219,8 @@ def let_others_speak(error: BaseException) -> str:
     Every process makes the same mistake in its options: the main process says it. A process whose partner is gone only reports
     that, and the launcher knows which one it was.
     """
-    rank = int(os.environ.get("RANK", "0"))
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    rank = machine.process_index()
+    if machine.processes() == 1:
         return ""
     if is_lost_process(error):
         time.sleep(LOST_PROCESS_WAIT)
@@ -280,7 +297,7 @@ def save_state(
 def load_state(
     accelerator: Accelerator, folder: Path, model: Any, optimizer: Any, scheduler: Any, use_peft: bool
 ) -> None:
-    """What :func:`save_state` wrote, for as many processes."""
+    """What :func:`save_state` wrote; FSDP2 divides it among as many processes as there are now."""
     if engine_of(accelerator) == DEEPSPEED:
         accelerator.load_state(str(folder), load_module_strict=not use_peft)
         return

@@ -51,6 +51,8 @@ from flashmla_hf.training.arguments import (
 )
 from flashmla_hf.training.checkpoints import (
     TrainerState,
+    check_same_run,
+    draws_random_numbers,
     find_checkpoint,
     fingerprint,
     how_to_continue,
@@ -154,13 +156,16 @@ def train(model_args: ModelArguments, data_args: DataArguments, args: TrainingAr
     if data_args.preview:
         return {}
     streamed = streamed_options(data_args) if data_args.streaming else None
-    identity = fingerprint(model_args, args, data.known_packs(), accelerator.num_processes, streamed)
-    state = TrainerState(fingerprint=identity, engine=engine)
-    if resumed is not None and resumed[1].fingerprint != state.fingerprint:
-        raise UserError(
-            f"{resumed[0]} belongs to another run (other data, batch sizes, processes, schedule, seed or adapter): resume with "
-            "that run's options, or begin anew without --resume_from_checkpoint"
-        )
+    draws = draws_random_numbers(model_args)
+    identity = fingerprint(model_args, args, data.known_packs(), streamed, draws)
+    state = TrainerState(
+        fingerprint=identity,
+        engine=engine,
+        processes=accelerator.num_processes,
+        packs_per_step=data.packs_per_step,
+    )
+    if resumed is not None:
+        check_same_run(*resumed, state, args, draws)
     run = prepare_model(model_args, data_args, args, accelerator, output_dir, data, state, resumed and resumed[0])
     if resumed is not None:
         resume(run, *resumed)
@@ -254,7 +259,7 @@ def resume(run: Run, checkpoint: Path, saved: TrainerState) -> None:
         if machine.is_out_of_memory(error):
             raise
         raise UserError(f"{checkpoint} is damaged: {first_line(error)}; resume from an earlier one") from None
-    run.state = saved
+    run.state = dataclasses.replace(saved, processes=run.state.processes)
     if isinstance(run.data.train_packs, PackStream):
         run.data.train_packs.seek(StreamPlace(**(saved.stream or {})))
     run.accelerator.print(f"resumed from {checkpoint} at step {saved.step} of {run.max_steps}")

@@ -28,6 +28,7 @@ from flashmla_hf.host_memory import GIB
 from flashmla_hf.training.arguments import parse_patches
 from flashmla_hf.training.options import at_least
 from flashmla_hf.training.shape import PUBLISHED, Shape, load_config
+from flashmla_hf.training.step_time import MFU, Cluster, StepTime, step_time
 from flashmla_hf.training.terms import MOMENTS, Switches, Term, terms_of
 
 KIB = 2**10
@@ -169,6 +170,11 @@ class Prediction:
         """Bytes of pinned host memory."""
         return round(self.ledger.host(self.tokens, self.batch_size))
 
+    def step_time(self, cluster: Cluster | None = None) -> StepTime:
+        """The seconds of the step on ``cluster`` (by default hosts of eight H100s), predicted by training/step_time.py."""
+        given = self.ledger.shape, self.ledger.switches, self.tokens, self.batch_size
+        return step_time(*given, cluster or Cluster())
+
     def longest(self, memory_gib: float) -> int:
         """The most tokens of one sequence that fit in ``memory_gib`` GiB of the device, 6 % of it in reserve."""
         return self.ledger.longest(math.floor(memory_gib * GIB), self.batch_size)
@@ -210,8 +216,8 @@ def ledger(  # noqa: PLR0913, the switches of a run
         fsdp: weights, gradients and optimizer states are in parts on all GPUs (FSDP2), instead of whole on each (DDP).
 
     Raises:
-        ValueError: a model that is not a dense decoder, an unknown patch or dtype, numbers below 1, or an ``sp`` that is no
-            divisor of ``gpus``.
+        ValueError: a model that is not a dense decoder, an unknown patch or dtype, numbers below 1, or an ``sp`` that divides
+            neither ``gpus`` nor the model's heads.
     """
     numbers = (("tokens", tokens), ("batch_size", batch_size), ("lora_r", lora_r), ("gpus", gpus), ("sp", sp))
     for name, value in numbers:
@@ -219,6 +225,12 @@ def ledger(  # noqa: PLR0913, the switches of a run
             raise ValueError(f"flashmla_hf.ledger: {name}: expected a number of at least 1, got {value!r}")
     if gpus % sp:
         raise ValueError(f"flashmla_hf.ledger: sp: expected a divisor of gpus {gpus}, got {sp}")
+    shape = _shape_of(model)
+    if shape.heads_q % sp or (shape.heads_kv % sp and sp % shape.heads_kv):
+        raise ValueError(
+            f"flashmla_hf.ledger: sp: expected a divisor of the model's {shape.heads_q} heads, and a divisor or a multiple of "
+            f"its {shape.heads_kv} heads of keys, got {sp}"
+        )
     if dtype not in ITEM_BYTES:
         raise ValueError(f"flashmla_hf.ledger: dtype: expected one of {', '.join(ITEM_BYTES)}, got {dtype!r}")
     if dtype == "4bit" and not use_peft:
@@ -240,7 +252,7 @@ def ledger(  # noqa: PLR0913, the switches of a run
         fsdp=fsdp,
         **options,
     )
-    return Prediction(build_ledger(_shape_of(model), switches), tokens, batch_size)
+    return Prediction(build_ledger(shape, switches), tokens, batch_size)
 
 
 def _shape_of(model) -> Shape:
@@ -271,6 +283,15 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--fsdp", action="store_true", help="weights, gradients and states in parts on all GPUs (FSDP2)"
     )
+    links = parser.add_argument_group("links, for the seconds of a step on several GPUs")
+    for name, default, help_text in (
+        ("gpus_per_host", Cluster.gpus_per_host, "GPUs that NVLink joins"),
+        ("nvlink", Cluster.nvlink, "GB/s that a GPU sends by it"),
+        ("network", Cluster.network, "GB/s that a GPU sends to other hosts"),
+        ("tflops", Cluster.tflops, "TFLOP/s of a GPU, by its data sheet"),
+        ("mfu", MFU, "share of them that one GPU reaches alone"),
+    ):
+        links.add_argument(f"--{name}", type=type(default), default=default, help=f"{help_text} (default: {default:g})")
     parser.add_argument(
         "--memory_gib", type=float, default=80.0, help="memory to find the longest context for (default: 80)"
     )
@@ -292,12 +313,15 @@ def main(argv: list[str] | None = None) -> None:
             sp=args.sp,
             fsdp=args.fsdp,
         )
+        cluster = Cluster(args.gpus_per_host, args.nvlink, args.network, args.tflops, args.mfu)
     except ValueError as error:
         sys.exit(f"flashmla ledger: {error}")
     print(assumptions(prediction, args.memory_gib))
     print()
     print(prediction)
     print(_longest(prediction, args.memory_gib))
+    if args.gpus > 1:
+        print(_seconds(prediction, cluster))
 
 
 def assumptions(prediction: Prediction, memory_gib: float) -> str:
@@ -318,6 +342,19 @@ def assumptions(prediction: Prediction, memory_gib: float) -> str:
     sharing = f", {switches.sp} for each sequence" if switches.sp > 1 else ""
     parts.append(f"each of {switches.gpus} GPUs by {'FSDP2' if switches.fsdp else 'DDP'}{sharing}")
     return f"assumed: {', '.join(parts)}, cards of {memory_gib:g} GiB"
+
+
+def _seconds(prediction: Prediction, cluster: Cluster) -> str:
+    """The sentence about the time of a step; no measurement on several GPUs stands behind it yet."""
+    time, switches = prediction.step_time(cluster), prediction.ledger.switches
+    tokens = prediction.tokens * prediction.batch_size * switches.gpus // switches.sp
+    hosts = -(-switches.gpus // cluster.gpus_per_host)
+    return (
+        f"a step, predicted and not yet confirmed on several GPUs: {time.seconds:,.3g} s, {tokens / time.seconds:,.0f} "
+        f"tokens/s on {hosts} host{'s' * (hosts > 1)}. Computing takes {time.compute:,.3g} s at an MFU of {cluster.mfu:.0%}, "
+        f"the exchange of Ulysses {time.exchange:,.3g} s, and {'FSDP2' if switches.fsdp else 'DDP'}'s traffic beside it "
+        f"{time.sharding:,.3g} s"
+    )
 
 
 def _longest(prediction: Prediction, memory_gib: float) -> str:

@@ -31,6 +31,16 @@ DATA_SHEET_FLOPS = {
 }
 
 
+def processes() -> int:
+    """The processes of this run on all hosts, as torchrun and accelerate launch state it in ``WORLD_SIZE``; 1 without them."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def process_index() -> int:
+    """This process's number among them, ``RANK``, from 0."""
+    return int(os.environ.get("RANK", "0"))
+
+
 def default_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 

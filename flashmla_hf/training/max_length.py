@@ -8,7 +8,6 @@ its process and not with the search. Nothing is trained.
 from __future__ import annotations
 
 import json
-import os
 import resource
 import sys
 import time
@@ -37,7 +36,7 @@ def try_length(model_args: ModelArguments, args: TrainingArguments) -> None:
     """One step on ``trial_length`` random tokens per sequence; prints its peak memory and time. Runs in a trial's process."""
     if args.device_type == "cpu":
         # An allocation beyond it fails, before the machine begins to swap or to kill.
-        available = int(0.95 * machine.memory_available("cpu")) // int(os.environ.get("WORLD_SIZE", "1"))
+        available = int(0.95 * machine.memory_available("cpu")) // machine.processes()
         resource.setrlimit(resource.RLIMIT_DATA, (available, available))
     accelerator = engines.make_accelerator(model_args, args)
     model = load_model(model_args, args, None)
@@ -129,7 +128,7 @@ def find_max_length(
 
     ``argv`` are the options of the trials' processes. Raises UserError if no length fits or a trial fails otherwise.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if machine.processes() > 1:
         raise UserError(
             "--find_max_length runs in one process, and starts those of its trials: start it with python instead of accelerate "
             "launch, with --gpus N"

@@ -217,7 +217,7 @@ def ledger_of(model_args: ModelArguments, args: TrainingArguments, config) -> Le
         load_in_4bit=model_args.load_in_4bit,
         casts_adapter_inputs=not args.bf16,
         activation_bytes=2 if args.bf16 else weight_bytes,
-        gpus=max(args.gpus, int(os.environ.get("WORLD_SIZE", "1"))),
+        gpus=max(args.gpus, machine.processes()),
         sp=args.sp_size,
         fsdp=args.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true",
         **options,

@@ -69,6 +69,12 @@ class Share:
 WHOLE = Share()
 
 
+def packs_per_step(accelerator: Accelerator, args: TrainingArguments) -> int:
+    """The packs that all processes read in an optimizer step."""
+    groups = accelerator.num_processes // args.sp_size
+    return args.per_device_train_batch_size * args.gradient_accumulation_steps * groups
+
+
 def check(accelerator: Accelerator, model_args: ModelArguments, args: TrainingArguments) -> None:
     """Raises UserError if ``--sp_size`` cannot be honoured with these processes and options."""
     for name in ("sp", "cp", "tp"):

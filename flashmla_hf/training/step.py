@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from flashmla_hf.training import engines
 from flashmla_hf.training.arguments import TrainingArguments
 from flashmla_hf.training.packing import Collator, Pack, predicted_tokens
-from flashmla_hf.training.sequence_parallel import Share
+from flashmla_hf.training.sequence_parallel import Share, packs_per_step
 from flashmla_hf.training.stream import PackStream
 
 
@@ -36,7 +36,7 @@ def step_batches(
     Packs at its end that do not fill a whole step are left out of that epoch. Of a stream, the packs that follow.
     """
     size, share = args.per_device_train_batch_size, Share.of(accelerator, args)
-    per_step = size * args.gradient_accumulation_steps * share.size
+    per_step = packs_per_step(accelerator, args)
     if isinstance(packs, PackStream):
         chosen = packs.take(per_step)
     else:
