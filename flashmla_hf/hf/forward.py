@@ -16,6 +16,9 @@ from flashmla_hf.hf import boundaries, decoding, fp8_cache, heads, masks, paged,
 from flashmla_hf.notices import warn_once
 from flashmla_hf.torch_state import values_are_readable
 
+# By this name fp8_forward says its precision: not a parameter of attention_forward, so that no layer's argument means it.
+_PRECISION = "flashmla_precision"
+
 
 # Longer than 80 lines: more than half of it is Transformers' signature and the meaning of its arguments.
 def attention_forward(
@@ -39,7 +42,6 @@ def attention_forward(
     max_length_k: int | torch.Tensor | None = None,
     output_attentions: bool | None = False,
     deterministic: bool | None = None,
-    precision: str | None = None,
     **kwargs,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Attention for one layer of a Transformers model, by Transformers' calling convention.
@@ -67,7 +69,6 @@ def attention_forward(
         max_length_q, max_length_k: the lengths of the longest packed sequences, as numbers or tensors.
         output_attentions: also return the weights, computed exactly outside the kernel, with one warning.
         deterministic: as in :func:`flashmla_hf.attention`; ``None`` and ``False`` follow torch's switches.
-        precision: as in :func:`flashmla_hf.attention`; :func:`fp8_forward` passes ``"fp8"``.
         **kwargs: the arguments of continuous batching (:mod:`paged`), and everything else that a model passes down.
 
     Returns:
@@ -79,6 +80,7 @@ def attention_forward(
         NotImplementedError: context parallelism is active, an input is a DTensor, or fp8 does not cover the call. It also
         raises everything that :func:`flashmla_hf.attention` raises.
     """
+    precision = kwargs.pop(_PRECISION, None)
     if isinstance(key, fp8_cache.Fp8Rows):
         default = masks.Pattern(*patterns.without_mask(module, is_causal, sliding_window, False))
         if output_attentions or position_bias is not None or dropout > 0.0:
@@ -142,8 +144,8 @@ _FP8_CACHE = ("Fp8Cache", "DynamicCache")
 
 
 def fp8_forward(module: torch.nn.Module, *tensors, **kwargs) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """:func:`attention_forward` with ``precision="fp8"``, for ``attn_implementation="flashmla_fp8"``."""
-    return attention_forward(module, *tensors, **(kwargs | {"precision": "fp8"}))
+    """:func:`attention_forward`, in fp8, for ``attn_implementation="flashmla_fp8"``."""
+    return attention_forward(module, *tensors, **kwargs, **{_PRECISION: "fp8"})
 
 
 def _attend(module, q, k, v, pattern, mask, packed, dense, options, are_latents):
