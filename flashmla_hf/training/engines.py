@@ -194,7 +194,7 @@ def backward(accelerator: Accelerator, loss: torch.Tensor) -> None:
 # ---- processes that end -----------------------------------------------------------------------------------------------
 
 # Seconds. The launcher ends all processes as soon as one has failed: who waits before it speaks leaves the word to the first.
-SAME_MISTAKE_WAIT, LOST_PROCESS_WAIT = 8.0, 10.0
+SAME_MISTAKE_WAIT, LOST_PROCESS_WAIT = 15.0, 10.0
 
 
 def end_training(accelerator: Accelerator) -> None:
