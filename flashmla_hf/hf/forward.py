@@ -145,7 +145,8 @@ _FP8_CACHE = ("Fp8Cache", "DynamicCache")
 
 def fp8_forward(module: torch.nn.Module, *tensors, **kwargs) -> tuple[torch.Tensor, torch.Tensor | None]:
     """:func:`attention_forward`, in fp8, for ``attn_implementation="flashmla_fp8"``."""
-    return attention_forward(module, *tensors, **kwargs, **{_PRECISION: "fp8"})
+    given: dict[str, Any] = kwargs | {_PRECISION: "fp8"}
+    return attention_forward(module, *tensors, **given)
 
 
 def _attend(module, q, k, v, pattern, mask, packed, dense, options, are_latents):
