@@ -20,6 +20,7 @@ from timing import copy_bandwidth, free
 from tqdm import tqdm
 
 from flashmla_hf.training import machine
+from flashmla_hf.training.options import at_least
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,9 @@ class Benchmark:
         parser.add_argument("--suite", nargs="+", choices=list(self.suites), help="named shapes; default: the device's")
         if any(suite.draw for suite in self.suites.values()):
             parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the suite random (default: 0)")
-            parser.add_argument("--shapes", type=int, default=20, metavar="N", help="of the suite random (default: 20)")
+            parser.add_argument(
+                "--shapes", type=at_least(1), default=20, metavar="N", help="of the suite random (default: 20)"
+            )
         parser.add_argument("--shape", nargs="+", metavar="SHAPE", help=f"own shapes, e.g. '{self.example}'")
         parser.add_argument("--dtype", choices=list(DTYPES), help="instead of each shape's own")
         names = list(self.peers)

@@ -130,6 +130,17 @@ def test_resuming_on_another_base_model_or_from_a_damaged_checkpoint_is_refused(
         (checkpoint / "optimizer.bin").write_bytes(damaged)
         with pytest.raises(SystemExit, match="checkpoint-1 is damaged"):
             finetune.main(options(tiny_model, corpus, tmp_path / "out", **shared))
+    state = checkpoint / "trainer_state.json"
+    kept = state.read_text()
+    for change, said in (
+        ({"packs_per_step": 0}, "an earlier version"),
+        ({"step": "x"}, "step: expected a number, got 'x'"),
+    ):
+        state.write_text(json.dumps(json.loads(kept) | change))
+        with pytest.raises(SystemExit, match=said):
+            finetune.main(options(tiny_model, corpus, tmp_path / "out", **shared))
+    state.write_text(kept)
+    (checkpoint / "optimizer.bin").write_bytes(whole)
     (checkpoint / "adapter_model.safetensors").write_bytes(b"oops")
     with pytest.raises(SystemExit, match="checkpoint-1 holds no adapter of this model"):
         finetune.main(options(tiny_model, corpus, tmp_path / "out", **shared))
@@ -211,3 +222,16 @@ def test_a_disk_that_fills_up_at_a_checkpoint_loses_nothing_saved(tiny_model, co
     assert (tmp_path / "checkpoint-1" / "model.safetensors").read_bytes() == before
     finetune.main(arguments)
     assert len(losses(tmp_path)) == 2
+
+
+@pytest.mark.parametrize("damage", ["missing", "cut"])
+def test_random_states_that_are_lost_are_no_checkpoint_of_a_model_with_dropout(damage, tiny_model, corpus, tmp_path):
+    """accelerate goes on without them, in silence."""
+    shared = {"max_steps": 2, "save_steps": 1, "use_peft": True, "lora_dropout": 0.1}
+    finetune.main(options(tiny_model, corpus, tmp_path, **shared))
+    states = tmp_path / "checkpoint-1" / "random_states_0.pkl"
+    whole = states.read_bytes()
+    states.unlink() if damage == "missing" else states.write_bytes(whole[: len(whole) // 2])
+    resumed = options(tiny_model, corpus, tmp_path, **shared | {"resume_from_checkpoint": tmp_path / "checkpoint-1"})
+    with pytest.raises(SystemExit, match=r"random_states_0\.pkl: expected random states; resume from an earlier one"):
+        finetune.main(resumed)

@@ -325,10 +325,45 @@ def test_what_the_cache_does_not_cover_raises_in_words():
             read(**options)
     cache = flashmla_hf.Fp8Cache()
     model(ids, past_key_values=cache)
-    with pytest.raises(RuntimeError, match="expected a tensor that requires no gradient"):
+    with pytest.raises(RuntimeError, match="expected keys and values that require no gradient"):
         model(ids, past_key_values=cache)
-    with pytest.raises(NotImplementedError, match="one with convolutional states"):
-        cache.update_conv_state(ids, 0)
+    for access in (cache.update_conv_state, cache.get_conv_state):
+        with pytest.raises(NotImplementedError, match="one with convolutional states"):
+            access(ids, 0)
+
+
+@pytest.mark.parametrize("through", ["the prompt", "the step"])
+def test_gradients_through_the_cache_raise_also_if_queries_have_none(through):
+    """A frozen model and a prompt that is learned, or a step whose keys and values alone have a gradient."""
+    model, ids = build_causal_lm("flashmla").requires_grad_(False), random_ids(1, 6)
+    cache, embedded = flashmla_hf.Fp8Cache(), model.get_input_embeddings()(ids).detach()
+    model(inputs_embeds=embedded.clone().requires_grad_(through == "the prompt"), past_key_values=cache)
+    with torch.no_grad():
+        model(ids[:, :2], past_key_values=cache)  # reading without gradients stays possible
+    if through == "the step":
+        model.model.layers[0].self_attn.v_proj.requires_grad_(True)
+    with pytest.raises(RuntimeError, match="expected keys and values that require no gradient"):
+        model(ids[:, :2], past_key_values=cache)
+
+
+def test_the_cache_reads_padded_rows_in_chunks_and_padding_at_the_end():
+    """A row that has no key yet, and a step whose last token is padding, are no holes."""
+    model, ids = build_causal_lm("flashmla"), random_ids(2, 12)
+    mask = torch.ones_like(ids)
+    mask[0, :8] = 0
+    settings = {"attention_mask": mask, "max_new_tokens": 4, "do_sample": False}
+    whole = model.generate(ids, past_key_values=flashmla_hf.Fp8Cache(), **settings)
+    chunks = model.generate(ids, past_key_values=flashmla_hf.Fp8Cache(), prefill_chunk_size=5, **settings)
+    assert chunks.shape == whole.shape
+    cache = flashmla_hf.Fp8Cache()
+    trailing = torch.cat((mask, torch.tensor([[1, 1], [1, 0]])), 1)
+    with torch.no_grad():
+        model(ids, attention_mask=mask, past_key_values=cache)
+        padded = model(ids[:, :2], attention_mask=trailing, past_key_values=cache).logits[1, 0]
+        alone = flashmla_hf.Fp8Cache()
+        model(ids[1:], past_key_values=alone)
+        expected = model(ids[1:, :1], past_key_values=alone).logits[0, 0]
+    torch.testing.assert_close(padded, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_encoder_decoder_models_take_it():

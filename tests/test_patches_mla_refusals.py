@@ -194,6 +194,8 @@ def test_other_caches_are_refused_by_name():
     cache.layers[0] = OfEightBits()
     with pytest.raises(PatchError, match=r"got a OfEightBits\. Use a DynamicCache or a StaticCache"):
         steps(patched, cache)
+    with pytest.raises(PatchError, match=r"got a Fp8Cache\. Use a DynamicCache"):
+        steps(patched, flashmla_hf.Fp8Cache())
     block = next(iter(structure.latent_attentions(patched, "mla_decode").values()))
     with pytest.raises(PatchError, match="got the cache of continuous batching"):
         vars(block)["_flashmla_latents"].check_cache(PagedAttentionCache.__new__(PagedAttentionCache), 0)

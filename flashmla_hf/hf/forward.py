@@ -231,6 +231,11 @@ def _from_fp8_cache(
     lengths = starts = None
     if pattern.padding is not None:
         ranges = boundaries.key_ranges(pattern.padding)
+        num_keys = key.shape[2]
+        if pattern.is_causal and not ranges.has_holes and ranges.common_end != num_keys:
+            # Padding at a causal row's end is seen by no token, and a row may have no key yet.
+            starts = ranges.up_to(num_keys).start
+            ranges = boundaries.KeyRanges(starts, torch.full_like(ranges.end, num_keys), None, num_keys, False)
         lengths, starts = ranges.end, ranges.start
         queries_are_keys = pattern.is_causal or pattern.window is not None
         if ranges.has_holes or (queries_are_keys and ranges.common_end != key.shape[2]):

@@ -44,8 +44,9 @@ class Fp8Rows(torch.Tensor):
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):  # type: ignore[override]
         raise RuntimeError(
             f"Fp8Cache: its keys and values are in fp8, and {func} was called on them: expected the attention of flashmla_hf "
-            'alone to read them. Load the model with attn_implementation="flashmla" (or "flashmla_fp8"), or use DynamicCache. '
-            "flashmla_hf.check(model) lists the layers that call it"
+            'alone to read them. Load the model with attn_implementation="flashmla" (or "flashmla_fp8"). If it is, the model '
+            "computes with its cache itself (latent attention, encoder-decoder): use DynamicCache. flashmla_hf.check(model) "
+            "lists the layers that call our attention"
         )
 
 
@@ -66,7 +67,7 @@ class Fp8Layer(CacheLayerMixin):
 
     def _clear(self) -> None:
         self.keys = self.values = self.key_scales = self.value_scales = None
-        self.is_initialized, self._length = False, 0
+        self.is_initialized, self._length, self._had_gradients = False, 0, False
 
     def _buffers(self) -> tuple[str, ...]:
         return ("keys", "values", "key_scales", "value_scales") if self.is_initialized else ()
@@ -85,8 +86,15 @@ class Fp8Layer(CacheLayerMixin):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Quantises and appends key_states and value_states [batch, heads_kv, new, head_dim].
 
-        Returns them as they are if the cache was empty, else all rows as :class:`Fp8Rows`.
+        Returns them as they are if the cache was empty, else all rows as :class:`Fp8Rows`, through which no gradient goes.
         """
+        has_gradients = torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad)
+        if self._length and torch.is_grad_enabled() and (has_gradients or self._had_gradients):
+            raise RuntimeError(
+                "Fp8Cache: expected keys and values that require no gradient in a step that reads the cache, got some that do: "
+                "cached ones are rounded, and have none. Use torch.no_grad(), or DynamicCache to train through a cache"
+            )
+        self._had_gradients |= has_gradients
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         begin = self._length
@@ -177,6 +185,13 @@ class Fp8Cache(Cache):
         raise _no_states("convolutional")
 
     def update_recurrent_state(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        raise _no_states("recurrent")
+
+    # Some models ask for states before they write any.
+    def get_conv_state(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        raise _no_states("convolutional")
+
+    def get_recurrent_state(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         raise _no_states("recurrent")
 
 

@@ -35,7 +35,7 @@ from torch import nn
 from transformers import Cache
 
 from flashmla_hf import decode
-from flashmla_hf.hf import decoding, names, paged
+from flashmla_hf.hf import decoding, fp8_cache, names, paged
 from flashmla_hf.notices import warn_once
 from flashmla_hf.patches import forwards, linear, quantized, structure, weights
 from flashmla_hf.patches.replacements import Replacements
@@ -85,7 +85,10 @@ class Absorption:
         attention = self.attention
         if rows.shape[2] > decoding.MOST_QUERIES or attention.training or not structure.uses_flashmla(attention):
             return False
-        if torch.is_grad_enabled() and (rows.requires_grad or any(p.requires_grad for p in attention.parameters())):
+        needs_gradients = (
+            rows.requires_grad or kept.requires_grad or any(p.requires_grad for p in attention.parameters())
+        )
+        if torch.is_grad_enabled() and needs_gradients:
             return False
         if not self._is_readable(rows) and kept.shape[2] <= self.head_dim_v:
             return False  # its matrix costs as many rows as there are latent columns
@@ -125,8 +128,9 @@ class Absorption:
                 "the cache of continuous batching (its pages have the shape of all heads). Call generate(), or "
                 "flashmla_hf.unpatch(model) before generate_batch"
             )
-        elif hasattr(layer, "_quantize"):
-            got = f"a {type(layer).__name__}. Use a DynamicCache or a StaticCache"
+        elif isinstance(cache, fp8_cache.Fp8Cache) or hasattr(layer, "_quantize"):
+            name = type(cache if isinstance(cache, fp8_cache.Fp8Cache) else layer).__name__
+            got = f"a {name}. Use a DynamicCache or a StaticCache"
         elif keys is not None and keys.numel() > 0 and keys.shape[-1] != self.width:
             got = (
                 f"keys of width {keys.shape[-1]}: it was filled without the patch. Begin with an empty cache after "

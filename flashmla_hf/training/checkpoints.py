@@ -19,12 +19,14 @@ import os
 import re
 import shutil
 import tempfile
+import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from accelerate import Accelerator
 
+from flashmla_hf.training import machine
 from flashmla_hf.training.arguments import ModelArguments, TrainingArguments, UserError, first_line
 from flashmla_hf.training.packing import Pack
 from flashmla_hf.training.shape import load_config
@@ -79,6 +81,15 @@ def find_checkpoint(args: TrainingArguments, use_peft: bool, engine: str = "") -
         state = TrainerState(**json.loads((path / "trainer_state.json").read_text()))
     except (ValueError, TypeError) as error:
         raise UserError(f"{where}: trainer_state.json is not of flashmla finetune: {first_line(error)}") from None
+    for name in ("step", "processes", "packs_per_step"):
+        if not isinstance(getattr(state, name), int):
+            got = repr(getattr(state, name))
+            raise UserError(f"{where}: trainer_state.json is damaged: {name}: expected a number, got {got}")
+    if not state.packs_per_step:
+        raise UserError(
+            f"{where}: an earlier version of flashmla finetune wrote it and did not say how a step was divided: resume with "
+            "that version, or begin anew without --resume_from_checkpoint"
+        )
     if state.engine != engine:
         expected, got = (name or "an engine that shards nothing" for name in (engine, state.engine))
         raise UserError(f"{where}: expected a checkpoint of {expected}, as this run is launched, got one of {got}")
@@ -95,8 +106,16 @@ def _check_file(path: Path, name: str, where: str) -> None:
         raise UserError(f"{where}: no checkpoint there (expected {name} in it)")
 
 
+def check_random_states(path: Path) -> None:
+    """Raises UserError if this process's random states are not there: accelerate goes on without them, to other losses."""
+    states = path / f"random_states_{machine.process_index()}.pkl"
+    if not zipfile.is_zipfile(states):  # what torch.save writes, whole
+        raise UserError(f"{path} is damaged: {states.name}: expected random states; resume from an earlier one")
+
+
 def draws_random_numbers(model_args: ModelArguments) -> bool:
-    """Whether a step of this model draws random numbers: an adapter's dropout, or one that its configuration names."""
+    """Whether a step of this model draws random numbers: an adapter's dropout, or one (or a router's jitter) that its
+    configuration names."""
     if model_args.use_peft and model_args.lora_dropout > 0:
         return True
     try:
@@ -104,7 +123,10 @@ def draws_random_numbers(model_args: ModelArguments) -> bool:
     except UserError:  # the loader says what is wrong with the model
         return False
     # attention_dropout, resid_pdrop, ...: the names differ.
-    return any(isinstance(value, float) and value > 0 and "drop" in name for name, value in settings.items())
+    return any(
+        isinstance(value, float) and value > 0 and ("drop" in name or "jitter" in name)
+        for name, value in settings.items()
+    )
 
 
 def check_same_run(path: Path, saved: TrainerState, state: TrainerState, args: TrainingArguments, draws: bool) -> None:

@@ -51,6 +51,7 @@ from flashmla_hf.training.arguments import (
 )
 from flashmla_hf.training.checkpoints import (
     TrainerState,
+    check_random_states,
     check_same_run,
     draws_random_numbers,
     find_checkpoint,
@@ -253,6 +254,8 @@ def resume(run: Run, checkpoint: Path, saved: TrainerState) -> None:
         raise UserError(
             f"{checkpoint} belongs to another base model than {run.model_args.model_name_or_path}: resume with that one"
         )
+    if draws_random_numbers(run.model_args) and not run.state.engine:
+        check_random_states(checkpoint)
     try:
         run.load(checkpoint)
     except (OSError, EOFError, ValueError, KeyError, RuntimeError, pickle.UnpicklingError) as error:

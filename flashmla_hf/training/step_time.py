@@ -13,6 +13,7 @@ NVLink. A gather or a sum is a ring through all GPUs, which enters and leaves a 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from flashmla_hf.training.shape import Shape
@@ -36,7 +37,7 @@ class Cluster:
     def __post_init__(self):
         for name in ("gpus_per_host", "nvlink", "network", "tflops", "mfu"):
             value = getattr(self, name)
-            if not value > 0 or (name == "mfu" and value > 1):
+            if not 0 < value < math.inf or (name == "mfu" and value > 1):
                 raise ValueError(
                     f"Cluster: {name}: expected a number above 0{' and up to 1' * (name == 'mfu')}, got {value}"
                 )
