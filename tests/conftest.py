@@ -80,6 +80,15 @@ def _compilers_are_left_as_they_were():
             assert not changed, f"{name} is left changed: {changed}"
 
 
+@pytest.fixture(scope="module")
+def recompile_limit_is_put_back():
+    """Models of Transformers 5.17 set it."""
+    import torch._dynamo
+
+    with torch._dynamo.config.patch(recompile_limit=torch._dynamo.config.recompile_limit):
+        yield
+
+
 # ---- Training: the tiny model, its corpus, accelerate's state --------------------------------------------------------
 
 

@@ -10,7 +10,11 @@ from hf_support import DEVICE
 from test_hf_generate import DECODE, ROWS, SEQLEN, batch_of, pair
 from torch._dynamo.backends.common import aot_autograd
 
-pytestmark = [hf_support.needs_kernel, pytest.mark.filterwarnings("ignore::FutureWarning")]
+pytestmark = [
+    hf_support.needs_kernel,
+    pytest.mark.usefixtures("recompile_limit_is_put_back"),
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+]
 
 
 @pytest.mark.skipif(DEVICE.type != "cpu", reason="flex is no operator of ours")

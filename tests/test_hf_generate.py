@@ -24,18 +24,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from flashmla_hf import decode, direct
 
-pytestmark = [hf_support.needs_kernel, pytest.mark.filterwarnings("ignore::FutureWarning")]
+pytestmark = [
+    hf_support.needs_kernel,
+    pytest.mark.usefixtures("recompile_limit_is_put_back"),
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+]
 
 NAMES = ["Llama", "Mistral", "Gemma2", "Gemma3 text", "GPT-OSS", "Qwen2", "DeepSeek-V3"]
 SEQLEN, NEW_TOKENS = 19, 12
 ROWS = {"alike": (SEQLEN, SEQLEN, SEQLEN), "padded": (SEQLEN, 4, 1)}  # real tokens of each row, the padding before them
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _limit_is_put_back():
-    """Models of Transformers 5.17 set it."""
-    with torch._dynamo.config.patch(recompile_limit=torch._dynamo.config.recompile_limit):
-        yield
 
 
 @functools.lru_cache(maxsize=2)

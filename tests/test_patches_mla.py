@@ -35,14 +35,7 @@ import flashmla_hf
 from flashmla_hf.patches import structure
 from flashmla_hf.training import quantization
 
-pytestmark = latent_tests
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _limit_is_put_back():
-    """Models of Transformers 5.17 set it."""
-    with torch._dynamo.config.patch(recompile_limit=torch._dynamo.config.recompile_limit):
-        yield
+pytestmark = [*latent_tests, pytest.mark.usefixtures("recompile_limit_is_put_back")]
 
 
 # ---- Every family ----------------------------------------------------------------------------------------------------
