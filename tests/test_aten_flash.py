@@ -93,12 +93,7 @@ def check(case, dtype, device="cpu"):
         }
         assert any(words in reason for words, holds in expected.items() if holds), reason
         return False
-    wants = ("q", "k", "v")
-    got = numerics.run(through_two_calls, case, inputs, wants=wants, has_dlse=False)
-    eager = numerics.run("eager", case, inputs, wants=wants, has_dlse=False)
-    exact = numerics.run("reference", case, inputs.to(torch.float64), wants=wants, has_dlse=False)
-    for name, ref in exact.tensors.items():
-        numerics.assert_close_to_reference(name, got.tensors[name], eager.tensors[name], ref)
+    numerics.check(through_two_calls, case, dtype, device, wants=("q", "k", "v"), has_dlse=False)
     return True
 
 
