@@ -164,13 +164,15 @@ class Generation:
         layers, groups = config.num_hidden_layers, config.num_attention_heads // config.num_key_value_heads
         cache = point.batch_size * point.context * self.bytes_per_token()
         needed = self.weight_bytes + cache * (1 + (1 + groups) / layers) + RESERVE
+        return self.too_large(needed, {"weights": self.weight_bytes, "cache": cache})
+
+    def too_large(self, needed: float, parts: dict[str, float]) -> str | None:
+        """Why the device's memory cannot hold ``needed`` bytes, most of them those of ``parts``; ``None`` if it can."""
         available = machine.memory_limit(self.device)
         if needed <= available:
             return None
-        return (
-            f"would take {needed / GIB:.0f} GiB of {available / GIB:.0f}: {self.weight_bytes / GIB:.0f} of weights, "
-            f"{cache / GIB:.0f} of cache"
-        )
+        said = ", ".join(f"{size / GIB:.0f} of {name}" for name, size in parts.items())
+        return f"would take {needed / GIB:.0f} GiB of {available / GIB:.0f}: {said}"
 
     def bytes_per_token(self) -> int:
         config = self.model.config

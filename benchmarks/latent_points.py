@@ -17,8 +17,6 @@ from timing import free, gpu_state, peak_memory, rotation, spread, start_turn
 from transformers import DeepseekV3Config, DeepseekV3Model, StaticCache
 
 import flashmla_hf
-from flashmla_hf.host_memory import GIB
-from flashmla_hf.training import machine
 
 WAYS = ("flashmla+mla_decode", "flashmla", "sdpa")
 LAYER = "layer"  # the kind of cache of a point that is one layer: a full static one
@@ -74,13 +72,7 @@ class LatentGeneration(Generation):
         expanded = rows * config.num_attention_heads * widths * self.dtype.itemsize
         cache = rows * self.bytes_per_token()
         needed = self.weight_bytes + cache * (1 + 2 / config.num_hidden_layers) + expanded + RESERVE
-        available = machine.memory_limit(self.device)
-        if needed <= available:
-            return None
-        return (
-            f"would take {needed / GIB:.0f} GiB of {available / GIB:.0f}: {self.weight_bytes / GIB:.0f} of weights, "
-            f"{cache / GIB:.0f} of cache, {expanded / GIB:.0f} of an expanded layer"
-        )
+        return self.too_large(needed, {"weights": self.weight_bytes, "cache": cache, "an expanded layer": expanded})
 
     def write_random_rows(self, cache, point: Point, layer: int, generator: torch.Generator) -> None:
         """Random latents and rotated keys of ``layer``. Each row's latents have another mean: another row than the right one

@@ -346,6 +346,19 @@ def check_int32(name: str, x: Any, q: torch.Tensor) -> None:
         fail(ValueError, name, f"device {q.device} (that of q)", x.device)
 
 
+def check_float32(
+    name: str, x: Any, shape: list[int], whose_shape: str, device: torch.device, whose_device: str
+) -> None:
+    """An argument of factors: an fp32 tensor of ``shape`` on ``device``."""
+    check_tensor(name, x)
+    if x.dtype != torch.float32:
+        fail(TypeError, name, "dtype float32", dtype_name(x.dtype))
+    if [*x.shape] != shape:
+        fail(ValueError, name, f"shape {shape} ({whose_shape})", [*x.shape])
+    if x.device != device:
+        fail(ValueError, name, f"device {device} (that of {whose_device})", x.device)
+
+
 def check_cached_layout(q: Any, k_cache: Any, v_cache: Any, block_table: Any) -> None:
     """q and the caches: tensors of four dimensions."""
     layout = "[batch, capacity, heads_kv, dim] without block_table"

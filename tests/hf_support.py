@@ -72,6 +72,25 @@ def random_ids(*shape, seed=0):
     return torch.randint(3, 90, shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
 
 
+# Batches of prompts.
+SEQLEN = 19
+ROWS = {"alike": (SEQLEN, SEQLEN, SEQLEN), "padded": (SEQLEN, 4, 1)}  # real tokens of each row, the padding before them
+
+
+def batch_of(rows) -> dict:
+    """Random prompts, left-padded to SEQLEN tokens: ``rows`` are the numbers of real tokens."""
+    ids = torch.randint(3, 60, (len(rows), SEQLEN), generator=torch.Generator().manual_seed(7))
+    mask = torch.zeros_like(ids)
+    for row, count in enumerate(rows):
+        mask[row, SEQLEN - count :] = 1
+    return {"input_ids": (ids * mask).to(DEVICE), "attention_mask": mask.to(DEVICE)}
+
+
+def generate_greedily(model, batch, **options):
+    settings = {"do_sample": False, "disable_compile": True, **options}
+    return model.generate(**batch, **settings, output_logits=True, return_dict_in_generate=True)
+
+
 def patch_options(names: list[str] | None, options: dict) -> dict:
     """The ``options`` of ``flashmla_hf.patch`` that belong to the patches in ``names`` (``None``: the default)."""
     names = flashmla_hf.DEFAULT_PATCHES if names is None else names

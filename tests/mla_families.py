@@ -14,7 +14,7 @@ import pytest
 import torch
 import transformers
 from families import DEEPSEEK, Family, _config
-from hf_support import DEVICE
+from hf_support import DEVICE, SEQLEN, generate_greedily
 from transformers import DynamicCache, StaticCache
 
 import flashmla_hf
@@ -23,9 +23,8 @@ from flashmla_hf.patches import structure
 
 needs_float32 = pytest.mark.skipif(DEVICE.type != "cpu", reason="a GPU's kernel takes no float32")
 latent_tests = [hf_support.needs_kernel, needs_float32, pytest.mark.filterwarnings("ignore::FutureWarning")]
-TOLERANCE, SEQLEN = 1e-4, 19
+TOLERANCE = 1e-4
 PATCH = ["mla_decode"]
-ROWS = {"alike": (SEQLEN, SEQLEN, SEQLEN), "padded": (SEQLEN, 4, 1)}  # real tokens of each row, the padding before them
 
 HYBRID = {
     "layer_types": ["linear_attention", "full_attention"], "mlp_layer_types": ["dense", "sparse"], "num_local_experts": 4,
@@ -82,17 +81,8 @@ def pair(name, implementation="flashmla"):
     return plain, flashmla_hf.patch(patched, PATCH)
 
 
-def batch_of(rows):
-    ids = torch.randint(3, 60, (len(rows), SEQLEN), generator=torch.Generator().manual_seed(7))
-    mask = torch.zeros_like(ids)
-    for row, count in enumerate(rows):
-        mask[row, SEQLEN - count :] = 1
-    return {"input_ids": (ids * mask).to(DEVICE), "attention_mask": mask.to(DEVICE)}
-
-
 def generate(model, batch, **options):
-    settings = {"max_new_tokens": 8, "do_sample": False, "disable_compile": True, **options}
-    return model.generate(**batch, **settings, output_logits=True, return_dict_in_generate=True)
+    return generate_greedily(model, batch, **{"max_new_tokens": 8, **options})
 
 
 def assert_close(got, expected, tolerance=TOLERANCE):

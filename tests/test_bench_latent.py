@@ -83,7 +83,7 @@ def test_the_layer_s_step_writes_the_same_row_again():
 
 
 def test_what_does_not_fit_is_known_by_arithmetic(monkeypatch):
-    monkeypatch.setattr(latent_points.machine, "memory_limit", lambda device: int(79.2 * GIB))
+    monkeypatch.setattr("flashmla_hf.training.machine.memory_limit", lambda device: int(79.2 * GIB))
     made = latent_points.LatentGeneration.__new__(latent_points.LatentGeneration)
     made.model = SimpleNamespace(config=models.SHAPES["deepseek-v2-lite"])
     made.dtype, made.device, made.weight_bytes = torch.bfloat16, "cuda", 31 * 10**9

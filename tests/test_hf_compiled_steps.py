@@ -6,8 +6,8 @@ import hf_support
 import pytest
 import torch
 import transformers
-from hf_support import DEVICE
-from test_hf_generate import DECODE, ROWS, SEQLEN, batch_of, pair
+from hf_support import DEVICE, ROWS, SEQLEN, batch_of
+from test_hf_generate import DECODE, pair
 from torch._dynamo.backends.common import aot_autograd
 
 pytestmark = [

@@ -17,7 +17,17 @@ import torch
 import transformers
 from counting import counted_calls
 from families import FAMILY
-from hf_support import DEVICE, build_causal_lm, close, kernel_calls, save_word_tokenizer
+from hf_support import (
+    DEVICE,
+    ROWS,
+    SEQLEN,
+    batch_of,
+    build_causal_lm,
+    close,
+    generate_greedily,
+    kernel_calls,
+    save_word_tokenizer,
+)
 from torch._dynamo.backends.common import aot_autograd
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -31,8 +41,7 @@ pytestmark = [
 ]
 
 NAMES = ["Llama", "Mistral", "Gemma2", "Gemma3 text", "GPT-OSS", "Qwen2", "DeepSeek-V3"]
-SEQLEN, NEW_TOKENS = 19, 12
-ROWS = {"alike": (SEQLEN, SEQLEN, SEQLEN), "padded": (SEQLEN, 4, 1)}  # real tokens of each row, the padding before them
+NEW_TOKENS = 12
 
 
 @functools.lru_cache(maxsize=2)
@@ -43,17 +52,8 @@ def pair(name: str):
     return eager, families.build(family, family.impl, DEVICE, eager.state_dict())
 
 
-def batch_of(rows) -> dict:
-    ids = torch.randint(3, 60, (len(rows), SEQLEN), generator=torch.Generator().manual_seed(7))
-    mask = torch.zeros_like(ids)
-    for row, count in enumerate(rows):
-        mask[row, SEQLEN - count :] = 1
-    return {"input_ids": (ids * mask).to(DEVICE), "attention_mask": mask.to(DEVICE)}
-
-
 def generate(model, batch, **options):
-    settings = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "disable_compile": True, **options}
-    return model.generate(**batch, **settings, output_logits=True, return_dict_in_generate=True)
+    return generate_greedily(model, batch, **{"max_new_tokens": NEW_TOKENS, **options})
 
 
 def assert_same(got, want, what: str = "") -> None:

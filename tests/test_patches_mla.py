@@ -12,16 +12,13 @@ import mla_families
 import pytest
 import torch
 import transformers
-from hf_support import DEVICE
+from hf_support import DEVICE, ROWS, SEQLEN, batch_of
 from mla_families import (
     FAMILY,
     PATCH,
-    ROWS,
-    SEQLEN,
     as_argument,
     assert_close,
     assert_same_answer,
-    batch_of,
     cache_of,
     counted,
     generate,

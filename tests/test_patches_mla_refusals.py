@@ -9,19 +9,16 @@ import mla_families
 import pytest
 import torch
 import transformers
-from hf_support import DEVICE
-from mla_families import (
+from hf_support import DEVICE, ROWS, SEQLEN, batch_of
+from mla_families import (  # fmt: skip
     FAMILY,
     PATCH,
-    ROWS,
-    SEQLEN,
     assert_same_answer,
-    batch_of,
     cache_of,
     generate,
     pair,
     steps,
-)  # fmt: skip
+)
 from patches_support import attributes, message
 
 import flashmla_hf
@@ -34,7 +31,9 @@ pytestmark = mla_families.latent_tests
 
 
 def test_unpatch_restores_every_attribute():
-    plain, _ = pair("DeepSeek-V3")
+    plain, _ = pair(
+        "DeepSeek-V3",
+    )
     before = attributes(plain)
     flashmla_hf.patch(plain, PATCH)
     assert flashmla_hf.patch_report(plain).applied == ("mla_decode",)

@@ -24,7 +24,7 @@ from flashmla_hf.backends import cpu
 from flashmla_hf.fp8.quantization import DTYPE
 from flashmla_hf.ops import dtype_name
 from flashmla_hf.torch_state import without_autocast
-from flashmla_hf.validation import DecodeCall, check_tensor, fail
+from flashmla_hf.validation import DecodeCall, check_float32, check_tensor, fail
 
 KEYS_AT_A_TIME = 1024  # a multiple of no page size in particular: pages are gathered row by row
 
@@ -47,13 +47,7 @@ def check_descales(k_cache: Any, v_cache: Any, k_descale: Any, v_descale: Any) -
         if x is None:
             expected = f"fp32 {shape} (a factor for each row and head), since the caches are float8_e4m3fn"
             fail(ValueError, name, f"{expected} (torch.ones for rows without)", None)
-        check_tensor(name, x)
-        if x.dtype != torch.float32:
-            fail(TypeError, name, "dtype float32", dtype_name(x.dtype))
-        if [*x.shape] != shape:
-            fail(ValueError, name, f"shape {shape} (that of the cache without its last dimension)", [*x.shape])
-        if x.device != cache.device:
-            fail(ValueError, name, f"device {cache.device} (that of the cache)", x.device)
+        check_float32(name, x, shape, "that of the cache without its last dimension", cache.device, "the cache")
 
 
 def _rows(call: DecodeCall, begin: int, end: int) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:

@@ -32,7 +32,7 @@ from flashmla_hf.fp8.quantization import BLOCK_ROWS, DTYPE, Quantized, block_of_
 from flashmla_hf.notices import log_choice
 from flashmla_hf.ops import dtype_name
 from flashmla_hf.torch_state import has_transforms
-from flashmla_hf.validation import Call, check_tensor, fail
+from flashmla_hf.validation import Call, check_float32, fail
 
 Descales = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -77,13 +77,7 @@ def _check_descale(name: str, x: Any, call: Call) -> None:
     if x is None:
         expected = f"fp32 {shape} (batch, heads_kv), since q is float8_e4m3fn (torch.ones for tensors without a scale)"
         fail(ValueError, name, expected, None)
-    check_tensor(name, x)
-    if x.dtype != torch.float32:
-        fail(TypeError, name, "dtype float32", dtype_name(x.dtype))
-    if [*x.shape] != shape:
-        fail(ValueError, name, f"shape {shape} (batch, heads_kv)", [*x.shape])
-    if x.device != call.q.device:
-        fail(ValueError, name, f"device {call.q.device} (that of q)", x.device)
+    check_float32(name, x, shape, "batch, heads_kv", call.q.device, "q")
 
 
 # ---- Choice ----------------------------------------------------------------------------------------------------------

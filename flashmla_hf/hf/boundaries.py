@@ -96,7 +96,8 @@ class KeyRanges:
         """These ranges, each up to ``end`` (int32 [] if a tensor): no token of a causal row sees the padding after it. A row
         without valid keys stays empty."""
         ends = torch.zeros_like(self.end) + end
-        return KeyRanges(torch.where(self.end > 0, self.start, ends), ends, None, None, False)
+        common_end = end if isinstance(end, int) else None
+        return KeyRanges(torch.where(self.end > 0, self.start, ends), ends, None, common_end, False)
 
 
 def key_ranges(valid: torch.Tensor) -> KeyRanges:

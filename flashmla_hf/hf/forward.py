@@ -118,12 +118,8 @@ def attention_forward(
     is_causal, window = patterns.without_mask(module, is_causal, sliding_window, is_paged)
     options: dict[str, Any] = {"scale": scaling, "softcap": float(softcap or 0.0)}
     options["sinks"] = heads.own_heads(s_aux, q.shape[2])
-    if pages is not None and precision is not None:
-        raise NotImplementedError(
-            f"flashmla_fp8 in {type(module).__name__}: expected gathered keys, got a block table: fp8 reads no pages. Set "
-            'max_blocks_per_request=0 in ContinuousBatchingConfig, or use attn_implementation="flashmla"'
-        )
     if pages is not None:
+        refusals.refuse_pages_in_fp8(module, precision)
         return decoding.from_pages(q, pages, k, v, options | {"window": window}), None
     options |= {"deterministic": True if deterministic else None, "precision": precision}
     pattern, mask = patterns.read_mask(module, attention_mask, masks.Pattern(is_causal, window), q, k.shape[1])
@@ -234,8 +230,7 @@ def _from_fp8_cache(
         num_keys = key.shape[2]
         if pattern.is_causal and not ranges.has_holes and ranges.common_end != num_keys:
             # Padding at a causal row's end is seen by no token, and a row may have no key yet.
-            starts = ranges.up_to(num_keys).start
-            ranges = boundaries.KeyRanges(starts, torch.full_like(ranges.end, num_keys), None, num_keys, False)
+            ranges = ranges.up_to(num_keys)
         lengths, starts = ranges.end, ranges.start
         queries_are_keys = pattern.is_causal or pattern.window is not None
         if ranges.has_holes or (queries_are_keys and ranges.common_end != key.shape[2]):

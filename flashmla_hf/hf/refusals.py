@@ -63,3 +63,11 @@ def refuse_latents_in_fp8(module: torch.nn.Module, precision: str | None) -> Non
             f"flashmla_fp8 in {type(module).__name__}: expected keys and values, got latents, to which fp8 has no way. Use "
             'attn_implementation="flashmla", or flashmla_hf.unpatch(model)'
         )
+
+
+def refuse_pages_in_fp8(module: torch.nn.Module, precision: str | None) -> None:
+    if precision is not None:
+        raise NotImplementedError(
+            f"flashmla_fp8 in {type(module).__name__}: expected gathered keys, got a block table: fp8 reads no pages. Set "
+            'max_blocks_per_request=0 in ContinuousBatchingConfig, or use attn_implementation="flashmla"'
+        )

@@ -167,6 +167,8 @@ def train(model_args: ModelArguments, data_args: DataArguments, args: TrainingAr
     )
     if resumed is not None:
         check_same_run(*resumed, state, args, draws)
+        if draws and not engine:
+            check_random_states(resumed[0])
     run = prepare_model(model_args, data_args, args, accelerator, output_dir, data, state, resumed and resumed[0])
     if resumed is not None:
         resume(run, *resumed)
@@ -254,8 +256,6 @@ def resume(run: Run, checkpoint: Path, saved: TrainerState) -> None:
         raise UserError(
             f"{checkpoint} belongs to another base model than {run.model_args.model_name_or_path}: resume with that one"
         )
-    if draws_random_numbers(run.model_args) and not run.state.engine:
-        check_random_states(checkpoint)
     try:
         run.load(checkpoint)
     except (OSError, EOFError, ValueError, KeyError, RuntimeError, pickle.UnpicklingError) as error:
