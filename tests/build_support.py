@@ -17,7 +17,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 # Of the caller's shell, these would choose what is built; the CPU library alone is the quickest.
 SETTINGS = ("FLASHMLA_BUILD", "FLASHMLA_CUTLASS_DIR", "FLASHMLA_TORCH_DIR", "TORCH_CUDA_ARCH_LIST", "CUDA_HOME", "CXX")
-SUBPACKAGES = ("backends", "hf", "patches", "training")
+SUBPACKAGES = sorted(path.parent.name for path in (ROOT / "flashmla_hf").glob("*/__init__.py"))
 
 
 def environment_of_a_build(**changes):
