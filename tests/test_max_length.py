@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -86,6 +87,17 @@ def test_an_interrupted_search_says_what_it_has_found(tiny_model, tmp_path, monk
         assert "--resume" not in found
 
 
+@contextlib.contextmanager
+def _default_signals():
+    """A child started here has them: one inherits what is ignored, as SIGHUP under nohup and SIGINT in a script's job."""
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in (signal.SIGHUP, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 ENDED_BY = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGKILL]
 
 
@@ -100,7 +112,8 @@ def test_a_signal_that_ends_the_search_ends_the_trial(number, tmp_path):
         f"os.rename({str(written) + '.part'!r}, {str(written)!r}); time.sleep(60)"
     )
     program = f"import sys; from flashmla_hf.training import child_process as c; c.run([sys.executable, '-c', {child!r}], 'X', 60)"
-    parent = subprocess.Popen([sys.executable, "-c", program], env=ON_PATH, stderr=subprocess.DEVNULL)
+    with _default_signals():
+        parent = subprocess.Popen([sys.executable, "-c", program], env=ON_PATH, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 50
     while not written.exists() and time.monotonic() < deadline:
         time.sleep(0.05)
