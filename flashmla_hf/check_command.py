@@ -8,10 +8,17 @@ import torch
 import transformers
 
 import flashmla_hf
+from flashmla_hf import weight_files
 
 
 def main(name: str) -> int:
-    """Prints the report of :func:`flashmla_hf.check`; returns 0 if every attention layer uses the kernel, else 1."""
+    """Prints the report of :func:`flashmla_hf.check`; returns 0 if every attention layer uses the kernel, else 1.
+
+    A model with a damaged file of weights is refused, with 1.
+    """
+    if (damage := weight_files.damage(name)) is not None:
+        print(f"flashmla check: {damage}", file=sys.stderr)
+        return 1
     try:
         model = build(name)
     except (OSError, ValueError, ImportError, KeyError) as error:

@@ -251,6 +251,11 @@ def test_running_out_ends_with_one_sentence(error, said, tiny_model, corpus, tmp
         (["nothing"], "unknown patch 'nothing': expected auto, all, light, none, some of loss"),
         (["offload=many"], "expected a number after offload="),
         (["offload"], "needs patch 'checkpointing'"),
+        (
+            ["mla_decode"],
+            "mla_decode: expected a patch for training, got one for decoding, which changes no step of it. Leave",
+        ),
+        (["all", "mla_decode"], "mla_decode: expected a patch for training, got one for decoding"),
     ],
 )
 def test_a_wrong_patch_ends_with_one_sentence(patches, said, tiny_model, corpus, tmp_path):

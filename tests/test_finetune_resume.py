@@ -142,7 +142,7 @@ def test_resuming_on_another_base_model_or_from_a_damaged_checkpoint_is_refused(
     state.write_text(kept)
     (checkpoint / "optimizer.bin").write_bytes(whole)
     (checkpoint / "adapter_model.safetensors").write_bytes(b"oops")
-    with pytest.raises(SystemExit, match="checkpoint-1 holds no adapter of this model"):
+    with pytest.raises(SystemExit, match=r"adapter_model\.safetensors is damaged"):
         finetune.main(options(tiny_model, corpus, tmp_path / "out", **shared))
 
 

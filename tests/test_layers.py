@@ -10,7 +10,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # Top to bottom, by the first part of a module's name. A module may import modules of its own layer and of those below.
 LAYERS = [
-    {"__main__", "check_command", "training"},
+    {"__main__", "check_command", "training", "weight_files"},
     {"__init__", "doctor", "autoload", "hf", "patches"},
     {
         "dispatch",

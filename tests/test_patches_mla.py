@@ -150,6 +150,29 @@ def test_a_compiled_step_is_one_graph_that_attends_to_latents():
     assert {node.meta["val"][0].shape[-1] for node in calls} == {patched.config.kv_lora_rank}
 
 
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+def test_a_compiled_model_prefills_and_decodes_as_the_unpatched_one(kind):
+    """``torch.compile(model)``: the prefill is compiled, too. Compiled code follows a model that is unpatched."""
+    plain, patched = pair("DeepSeek-V3")
+    expected = steps(plain, cache_of(plain, kind), (SEQLEN, 1, 1))
+    torch._dynamo.reset()
+    compiled = torch.compile(patched, backend="aot_eager")
+    for width in (24, 16):  # of rows, and of the unpatched model's keys
+        cache, got, start = cache_of(patched, kind), [], 0
+        ids = torch.randint(3, 60, (2, SEQLEN + 2), generator=torch.Generator().manual_seed(3)).to(DEVICE)
+        for size in (SEQLEN, 1, 1):
+            positions = torch.arange(start, start + size, device=DEVICE)[None]
+            with torch.no_grad():
+                out = compiled(
+                    ids[:, start : start + size], position_ids=positions, use_cache=True, **as_argument(patched, cache)
+                )
+            got.append(out.logits)
+            start += size
+        assert_close(torch.cat(got, dim=1), expected)
+        assert {layer.keys.shape[-1] for layer in cache.layers} == {width}
+        flashmla_hf.unpatch(patched)
+
+
 # ---- Numbers ---------------------------------------------------------------------------------------------------------
 
 

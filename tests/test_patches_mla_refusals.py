@@ -1,5 +1,7 @@
 """Patch "mla_decode": what it restores, and what it refuses by name."""
 
+import copy
+import pickle
 import re
 from pathlib import Path
 
@@ -22,7 +24,7 @@ from mla_families import (  # fmt: skip
 from patches_support import attributes, message
 
 import flashmla_hf
-from flashmla_hf.patches import PatchError, forwards, mla, structure
+from flashmla_hf.patches import PatchError, forwards, latent_rows, mla, structure
 
 pytestmark = mla_families.latent_tests
 
@@ -178,6 +180,65 @@ def test_a_cache_that_was_filled_without_the_patch_is_refused(kind):
     steps(plain, cache, (SEQLEN,))
     with pytest.raises(PatchError, match="expected one that holds rows of 24 numbers, got keys of width 16: it was"):
         steps(patched, cache, (1,))
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x)), lambda x: x])
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+def test_a_cache_that_was_filled_under_the_patch_is_refused_after_unpatch(kind, copied):
+    """Also a copy of it. The model goes on with a new cache, and with the old one if it is patched again."""
+    plain, patched = pair("DeepSeek-V3")
+    expected = steps(plain, cache_of(plain, kind), (SEQLEN, 1, 1))[:, -1:]
+    cache = cache_of(patched, kind)
+    steps(patched, cache, (SEQLEN, 1))
+    cache = copied(cache)
+    flashmla_hf.unpatch(patched)
+    text = "expected the rows of 24 numbers that the patch 'mla_decode' filled it with, got keys of width 16 and values of "
+    with pytest.raises(
+        PatchError, match=f"flashmla_hf.unpatch: .*{text}width 8 of an unpatched model. Begin with a new cache"
+    ):
+        steps(patched, cache, (1,))
+    mla_families.assert_close(steps(patched, cache_of(patched, kind), (SEQLEN, 1, 1))[:, -1:], expected)
+
+
+def test_a_cache_that_was_filled_under_the_patch_serves_a_model_that_is_patched_again():
+    plain, patched = pair("DeepSeek-V3")
+    ids = torch.randint(3, 60, (2, SEQLEN + 2), generator=torch.Generator().manual_seed(5)).to(DEVICE)
+    answers = []
+    for model in (plain, patched):
+        cache = cache_of(model, "dynamic")
+        with torch.no_grad():
+            model(ids[:, :SEQLEN], use_cache=True, **mla_families.as_argument(model, cache))
+            if model is patched:
+                flashmla_hf.patch(flashmla_hf.unpatch(model), PATCH)
+            answers.append(model(ids[:, SEQLEN:], use_cache=True, **mla_families.as_argument(model, cache)).logits)
+    mla_families.assert_close(answers[1], answers[0])
+
+
+def test_a_cache_that_was_reset_serves_the_unpatched_model():
+    plain, patched = pair("DeepSeek-V3")
+    cache = cache_of(patched, "dynamic")
+    steps(patched, cache, (SEQLEN,))
+    cache.reset()
+    if cache.layers[0].keys is not None:
+        pytest.skip("this release of Transformers keeps the rows of a cache that is reset, as zeros")
+    flashmla_hf.unpatch(patched)
+    mla_families.assert_close(steps(patched, cache), steps(plain, cache_of(plain, "dynamic")))
+
+
+def test_marked_layers_are_not_registered_with_transformers():
+    """Transformers registers each subclass of a layer that has a _layer_type, and would make caches of ours."""
+    from transformers import cache_utils
+    from transformers.cache_utils import DynamicLayer
+
+    class OfAType(DynamicLayer):
+        _layer_type = "of_a_type"
+
+    cache = transformers.DynamicCache()
+    cache.layers.append(OfAType())
+    latent_rows.mark(cache, 0)
+    assert cache.layers[0].holds_rows
+    registered = getattr(cache_utils, "DYNAMIC_LAYER_TYPE_MAPPING", {})
+    assert not any(hasattr(cls, "holds_rows") for cls in registered.values())
 
 
 def test_other_caches_are_refused_by_name():

@@ -9,6 +9,7 @@ import transformers
 from model_sweep.building import build, build_eager, copy_state
 from model_sweep.verdicts import Result
 from patches_support import assert_equal, batch_of, lora, message, model_of, step
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 import flashmla_hf
 from flashmla_hf.patches import PatchError
@@ -43,6 +44,18 @@ LEFT_OUT = [
 BY_NAME = [
     ("GPTNeoXForCausalLM", "attention", "expected a forward that takes a cache as 'cache' or 'past_key_values'"),
     ("OPTForCausalLM", "attention", "expected a forward that takes position_embeddings"),
+    (
+        "BeamForCausalLM",
+        "attention",
+        "(BeamAttention): expected a forward without arguments of its own, which may differ",
+    ),
+    ("DoryForCausalLM", "attention", "got cache_offset, shared_kv_states"),
+    (
+        "Gemma4ForCausalLM",
+        "attention",
+        "(Gemma4TextAttention): expected a forward without arguments of its own, which may",
+    ),
+    ("Gemma4UnifiedForCausalLM", "attention", "got shared_kv_states"),
 ]
 
 
@@ -86,6 +99,70 @@ def test_chunks_of_attention_get_positions_and_accept_a_dropout_layer_that_drops
     assert_equal(step(patched, batch), step(model, batch), 1e-4)
 
 
+@pytest.mark.parametrize("class_name", ["MuseGlimmerForConditionalGeneration", "DiaForConditionalGeneration"])
+def test_chunks_of_attention_follow_layers_that_rotate_nothing_or_pass_by_position(class_name):
+    model, batch = tiny(class_name)
+    if "decoder_input_ids" in batch:
+        batch["labels"] = batch["decoder_input_ids"]
+    patched = flashmla_hf.patch(copy.deepcopy(model), ["attention"], attention_chunk=7)
+    assert_equal(step(patched, batch), step(model, batch), 1e-4)
+
+
+def test_arguments_by_position_reach_the_names_of_the_blocks_own_forward():
+    """In whatever order it has them."""
+    from transformers.models.llama.modeling_llama import LlamaAttention
+
+    class Turned(LlamaAttention):
+        def forward(self, x, attention_mask=None, position_embeddings=None, cache=None, **kwargs):
+            return super().forward(x, position_embeddings, attention_mask, cache, **kwargs)
+
+    class Layer(torch.nn.Module):
+        def __init__(self, block):
+            super().__init__()
+            self.block = block
+
+        def forward(self, x, angles):
+            return self.block(x, None, angles)[0]
+
+    model = model_of("Llama")
+    for layer in model.model.layers:
+        layer.self_attn.__class__ = Turned
+    flashmla_hf.patch(model, ["attention"], attention_chunk=7)
+    x = torch.randn(1, 20, 32, generator=torch.Generator().manual_seed(2), requires_grad=True)
+    angles = model.model.rotary_emb(x, torch.arange(20)[None])
+    out = Layer(model.model.layers[0].self_attn)(x, angles)
+    with torch.no_grad():
+        expected = Layer(model.model.layers[0].self_attn)(x, angles)  # without a gradient there are no chunks
+    torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("options", [{}, {"use_cache": True}, {"use_cache": False}], ids=str)
+def test_a_cache_that_a_model_passes_by_position_is_not_written_twice(options):
+    """RecurrentGemma passes use_cache and the cache so, and keeps a state in its layers."""
+    model, batch = tiny("RecurrentGemmaForCausalLM")
+    losses, gradients = [], []
+    for patches in (None, ["checkpointing"], ["checkpointing", "offload"], "default"):
+        one = copy.deepcopy(model)
+        if patches is not None:
+            flashmla_hf.patch(one, None if patches == "default" else patches)
+        for _ in range(2):  # the second step finds the state of the first
+            one.zero_grad()
+            loss = one(**batch, **options).loss
+            loss.backward()
+        losses.append(float(loss.detach()))
+        gradients.append({n: p.grad for n, p in one.named_parameters()})
+    for loss, one in zip(losses[1:], gradients[1:], strict=True):
+        assert_equal((loss, one), (losses[0], gradients[0]), 1e-4)
+
+
+def test_a_recurrent_model_generates_as_without_the_patches():
+    model, batch = tiny("RecurrentGemmaForCausalLM")
+    patched = flashmla_hf.patch(copy.deepcopy(model)).eval()
+    options = {"max_new_tokens": 6, "do_sample": False}
+    got, expected = (m.generate(batch["input_ids"], **options) for m in (patched, model.eval()))
+    assert torch.equal(got, expected)
+
+
 class Block(torch.nn.Module):
     """An MLP [..., hidden] -> [..., hidden], counting its calls in a buffer if it is in training mode."""
 
@@ -126,6 +203,38 @@ class WithOption(Block):
         return self.block(hidden_states)
 
 
+class WithCodebook(Block):
+    """As Moshi's: a layer of the depth decoder passes the codebook, and the main decoder's none."""
+
+    def forward(self, hidden_states, codebook_idx=None):
+        self.calls += self.training
+        out = self.block(hidden_states)
+        return out if codebook_idx is None else out * codebook_idx
+
+
+class ByPosition(WithCodebook):
+    """Each token has a weight of its own, even without the codebook (Moshi's flexible layers)."""
+
+    def forward(self, hidden_states, codebook_idx=None):
+        return self.block(hidden_states) * torch.arange(1.0, hidden_states.shape[-2] + 1)[:, None]
+
+
+class Codebooks(LlamaDecoderLayer):
+    codebook = None
+
+    def forward(self, hidden_states, attention_mask=None, position_embeddings=None, **kwargs):
+        kwargs = {k: v for k, v in kwargs.items() if k not in ("use_cache", "cache", "past_key_values")}
+        out, _ = self.self_attn(
+            self.input_layernorm(hidden_states),
+            attention_mask=attention_mask,
+            position_embeddings=position_embeddings,
+            **kwargs,
+        )
+        hidden_states = hidden_states + out
+        normed = self.post_attention_layernorm(hidden_states)
+        return hidden_states + (self.mlp(normed) if self.codebook is None else self.mlp(normed, self.codebook))
+
+
 class OnlyWhenTraining(Block):
     def forward(self, hidden_states):
         out = self.block(hidden_states)
@@ -162,6 +271,38 @@ def test_an_option_of_a_block_that_its_layer_does_not_pass_is_no_obstacle():
     model, batch = with_block(WithOption), batch_of("Llama")
     expected = step(model, batch)
     assert_equal(step(flashmla_hf.patch(model, ["mlp"], mlp_tile=7), batch), expected)
+
+
+def with_codebooks(kind):
+    model = model_of("Llama")
+    for layer in model.model.layers:
+        layer.__class__, layer.mlp = Codebooks, kind(layer.mlp)
+    return model
+
+
+def test_an_option_that_a_layer_passes_in_one_of_two_calls_is_no_obstacle():
+    model, batch = with_codebooks(WithCodebook), batch_of("Llama")
+    expected = step(model, batch)
+    assert_equal(step(flashmla_hf.patch(model, ["mlp"], mlp_tile=7), batch), expected)
+    assert model.model.layers[0].mlp.calls > 4  # tiles
+    model.model.layers[1].codebook = 3.0
+    with pytest.raises(
+        PatchError, match=r"1.mlp \(WithCodebook\): expected a call with hidden states alone, got further"
+    ):
+        step(model, batch)
+
+
+def test_a_block_that_may_get_an_option_is_refused_if_its_rows_differ_alone_or_cannot_be_tried():
+    assert "got a forward of hidden_states, codebook_idx" in message(with_codebooks(ByPosition), ["mlp"])
+    assert "got a forward of hidden_states, codebook_idx" in message(with_codebooks(WithCodebook).to("meta"), ["mlp"])
+
+
+def test_moshis_main_decoder_has_tiles():
+    model, batch = tiny("MoshiForCausalLM")
+    patched = flashmla_hf.patch(copy.deepcopy(model), ["mlp"], mlp_tile=7)
+    assert_equal(step(patched, batch), step(model, batch), 1e-4)
+    flashmla_hf.patch(model)
+    assert [*flashmla_hf.patch_report(model).left_out] == ["lora"]
 
 
 def test_the_trial_of_a_block_leaves_no_trace():

@@ -54,6 +54,13 @@ def arguments(**given):
         (3, "flashmla", 2, "expected a divisor of the number of processes, 3, got 2"),
         (2, "sdpa", 2, "which would attend across documents"),
         (2, "eager", 2, "which would attend across documents"),
+        (
+            2,
+            "flashmla_fp8",
+            2,
+            "got flashmla_fp8, which has no kernel for the GPUs .* Leave out --sp_size, or give flashmla$",
+        ),
+        (2, "somebody/flash-attn9", 2, "got somebody/flash-attn9, which has not been tried with divided sequences$"),
     ],
 )
 def test_what_cannot_be_divided_is_refused(processes, implementation, size, said):
@@ -68,8 +75,28 @@ def test_what_cannot_be_divided_is_refused(processes, implementation, size, said
 @pytest.mark.parametrize("name", ["sp", "cp", "tp"])
 def test_another_division_by_accelerate_launch_is_refused(name, monkeypatch):
     monkeypatch.setenv(f"PARALLELISM_CONFIG_{name.upper()}_SIZE", "2")
-    with pytest.raises(UserError, match=f"parallelism_config_{name}_size: expected 1, got 2.*--sp_size"):
-        sequence_parallel.check(SimpleNamespace(num_processes=2), None, SimpleNamespace(sp_size=1))
+    for implementation, said in (("flashmla", "on any engine$"), ("flashmla_fp8", "on any engine and not in fp8$")):
+        with pytest.raises(UserError, match=f"parallelism_config_{name}_size: expected 1, got 2.*--sp_size.*{said}"):
+            sequence_parallel.check(
+                SimpleNamespace(num_processes=2),
+                SimpleNamespace(attn_implementation=implementation),
+                SimpleNamespace(sp_size=1),
+            )
+
+
+@pytest.mark.parametrize("name", ["flashmla", "flashmla_fp8"])
+def test_torchs_context_parallelism_is_refused_under_the_name_that_was_asked_for(name, monkeypatch):
+    from flashmla_hf.hf import transformers_private
+
+    model = transformers.LlamaForCausalLM._from_config(
+        transformers.LlamaConfig(
+            hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2, vocab_size=64
+        ),
+        attn_implementation=name,
+    )
+    monkeypatch.setattr(transformers_private, "context_parallel_is_active", lambda: True)
+    with pytest.raises(NotImplementedError, match=f"^{name} in LlamaAttention: torch's context parallelism is active"):
+        model(torch.ones(1, 8, dtype=torch.long))
 
 
 @pytest.mark.parametrize(

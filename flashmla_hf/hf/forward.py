@@ -100,7 +100,7 @@ def attention_forward(
         key, value, cu_seq_lens_k, max_length_q, max_length_k = gathered
         attention_mask = None  # the boundaries say everything
     refusals.refuse_unknown(module, kwargs)
-    refusals.refuse_parallel(module, query)
+    refusals.refuse_parallel(module, query, precision)
 
     query, key, value = _one_dtype(query, key, value)
     if query.shape[0] != key.shape[0]:  # learned queries of batch 1 (SDPA broadcasts them)

@@ -25,17 +25,19 @@ def refuse_unknown(module: torch.nn.Module, kwargs: dict) -> None:
             )
 
 
-def refuse_parallel(module: torch.nn.Module, query: torch.Tensor) -> None:
+def refuse_parallel(module: torch.nn.Module, query: torch.Tensor, precision: str | None = None) -> None:
+    subject = f"{'flashmla' if precision is None else 'flashmla_fp8'} in {type(module).__name__}"
     if type(query).__name__ == "DTensor":
         raise NotImplementedError(
-            f"flashmla in {type(module).__name__}: query: expected a local tensor, got a DTensor. Use "
+            f"{subject}: query: expected a local tensor, got a DTensor. Use "
             'tp_plan="auto" or FSDP, which pass local tensors, or attn_implementation="sdpa"'
         )
     if transformers_private.context_parallel_is_active():
         raise NotImplementedError(
-            f"flashmla in {type(module).__name__}: torch's context parallelism is active. It shards the sequence and "
+            f"{subject}: torch's context parallelism is active. It shards the sequence and "
             "replaces torch's SDPA only, so this attention would see one shard of the keys. Use "
-            'attn_implementation="sdpa" inside context_parallel, or divide the sequence by Ulysses (accelerate: sp_size)'
+            'attn_implementation="sdpa" inside context_parallel, or divide the sequence by Ulysses (accelerate: sp_size), with '
+            'attn_implementation="flashmla/flash-attn3"'
         )
 
 

@@ -49,7 +49,8 @@ PATCHES = {
     "offload": "checkpointed layers keep their tensors in pinned host memory, copied beside the computation",
     "mla_decode": "decoding attends to the latents in the cache: DeepSeek-V2's kind, for inference (not a default)",
 }
-DEFAULT_PATCHES = tuple(name for name in PATCHES if name not in ("attention", "mla_decode"))
+INFERENCE_PATCHES = ("mla_decode",)  # change nothing in training
+DEFAULT_PATCHES = tuple(name for name in PATCHES if name not in ("attention", *INFERENCE_PATCHES))
 # Keyword of :func:`patch` -> the patch it belongs to.
 PATCH_OPTIONS = {
     "mlp_tile": "mlp",

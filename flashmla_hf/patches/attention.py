@@ -26,6 +26,11 @@ from flashmla_hf.patches.replacements import Replacements
 
 CHUNK = 16384
 # Arguments of a decoder layer that mean the same for a chunk.
+TENSORS = (
+    "position_embeddings",
+    "attention_mask",
+    "position_ids",
+)  # those that a chunk gets its part of, or does without
 CHUNK_ARGUMENTS = {"use_cache", "output_attentions", "is_causal", "output_router_logits", "num_items_in_batch"}
 
 
@@ -167,21 +172,24 @@ def _no_chunks(attention: nn.Module) -> tuple[str, str] | None:
         return f"a forward that takes a cache as {caches}", ", ".join(parameters)
     if "position_embeddings" not in parameters:
         return "a forward that takes position_embeddings", ", ".join(parameters)
+    named = [name for name, p in parameters.items() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    # The first one is the hidden states, whatever its name.
+    if others := [name for name in named[1:] if name not in {*TENSORS, *structure.CACHE_NAMES, *CHUNK_ARGUMENTS}]:
+        return "a forward without arguments of its own, which may differ from chunk to chunk", ", ".join(others)
     return None
 
 
 def _chunked(attention: nn.Module, name: str, chunk: int) -> Callable[..., tuple]:
     """A forward for the block ``attention`` over hidden states [batch, seqlen, hidden], ``chunk`` tokens at a time."""
     forward, cache_name = attention.forward, structure.cache_name(attention)
-    takes_positions = "position_ids" in forwards.parameters_of(attention)
+    hidden_name, *names = forwards.parameters_of(attention)
+    takes_positions = "position_ids" in names
 
     @wraps(forward)
-    def chunked_forward(
-        hidden_states: torch.Tensor,
-        position_embeddings: Any = None,
-        attention_mask: torch.Tensor | None = None,
-        **kwargs: Any,
-    ) -> tuple:
+    def chunked_forward(*args: Any, **kwargs: Any) -> tuple:
+        kwargs = dict(zip((hidden_name, *names), args, strict=False)) | kwargs
+        hidden_states = kwargs.pop(hidden_name)
+        position_embeddings, attention_mask = (kwargs.pop(name, None) for name in TENSORS[:2])
         is_whole = hidden_states.shape[1] <= chunk or not torch.is_grad_enabled() or torch.compiler.is_compiling()
         if is_whole:
             return forward(
@@ -196,14 +204,14 @@ def _chunked(attention: nn.Module, name: str, chunk: int) -> Callable[..., tuple
         for either in structure.CACHE_NAMES:
             kwargs.pop(either, None)
         _refuse_unless_plain_causal(attention, name, hidden_states, attention_mask, cache, position_ids, kwargs)
-        cos, sin = position_embeddings
 
         def on_chunk(piece: torch.Tensor, start: int, prefix: _Prefix) -> torch.Tensor:
             tokens = slice(start, start + piece.shape[1])
             positions = {} if position_ids is None or not takes_positions else {"position_ids": position_ids[:, tokens]}
             return forward(
                 piece,
-                position_embeddings=(cos[:, tokens], sin[:, tokens]),
+                # A layer that rotates nothing gets none.
+                position_embeddings=position_embeddings and tuple(x[:, tokens] for x in position_embeddings),
                 attention_mask=None,
                 **{cache_name: prefix},
                 **positions,

@@ -63,11 +63,11 @@ def attribute_of_result(forward: Callable[..., Any], module: str, allowed: set[s
     return None
 
 
-def passes_more(forward: Callable[..., Any], module: str) -> bool:
-    """Whether ``forward`` calls ``self.<module>`` with more than one argument, or has no source to read."""
+def numbers_passed(forward: Callable[..., Any], module: str) -> set[int]:
+    """The numbers of arguments with which ``forward`` calls ``self.<module>``; empty if it has no source to read."""
     tree = _tree(forward)
     calls = [node for node in ast.walk(tree) if _is_call(node, module)] if tree is not None else []
-    return not calls or any(len(c.args) + len(c.keywords) != 1 for c in calls if isinstance(c, ast.Call))
+    return {len(c.args) + len(c.keywords) for c in calls if isinstance(c, ast.Call)}
 
 
 def other_use(forward: Callable[..., Any], source: str, target: str) -> str | None:

@@ -37,7 +37,7 @@ from transformers import Cache
 from flashmla_hf import decode
 from flashmla_hf.hf import decoding, fp8_cache, names, paged
 from flashmla_hf.notices import warn_once
-from flashmla_hf.patches import forwards, linear, quantized, structure, weights
+from flashmla_hf.patches import forwards, latent_rows, linear, quantized, structure, weights
 from flashmla_hf.patches.replacements import Replacements
 
 NAME = "mla_decode"
@@ -60,6 +60,7 @@ class _Rows:
         rows = torch.cat((latents, rotated), dim=-1)
         self._absorption.check_cache(self._cache, layer_idx)
         kept, _ = self._cache.update(rows, rows[..., :0], layer_idx, *args, **kwargs)
+        latent_rows.mark(self._cache, layer_idx)
         if self._may_absorb and self._absorption.takes(rows, kept):
             return kept, kept[..., :0]
         if kept.shape[2] == rows.shape[2]:

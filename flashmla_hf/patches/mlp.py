@@ -9,7 +9,7 @@ import contextlib
 import inspect
 from collections.abc import Callable
 from functools import wraps
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -27,6 +27,7 @@ LARGEST_TILE_BYTES = 2 * memory.GIB
 A_TENSOR = "a tensor of its input's shape, computed from that input alone"
 # Elements of a norm's tile: each of its fp32 copies has 64 MiB.
 NORM_TILE_ELEMENTS = 2**24
+_Found = TypeVar("_Found")
 
 
 def patch_mlp(model: nn.Module, replacements: Replacements, tile: int | None) -> None:
@@ -49,7 +50,7 @@ def patch_mlp(model: nn.Module, replacements: Replacements, tile: int | None) ->
         # One trial for each class: it may load the weights of its block from the host or from disk.
         if type(layer.mlp) not in tried:
             tried.add(type(layer.mlp))
-            if (got := _more_arguments(layer) or _no_rows(layer.mlp, width)) is not None:
+            if (got := _more_arguments(layer, width) or _no_rows(layer.mlp, width)) is not None:
                 raise structure.refuse(model, "mlp", f"{name} ({type(layer.mlp).__name__})", A_TENSOR, got)
         replacements.set(layer.mlp, "forward", _tiled(layer.mlp, name, tile))
         for child in layer.mlp.children():
@@ -60,18 +61,23 @@ def patch_mlp(model: nn.Module, replacements: Replacements, tile: int | None) ->
         replacements.on_undo(hook.remove)
 
 
-def _more_arguments(layer: structure.Layer) -> str | None:
-    """The parameters of the block's forward if ``layer`` passes it more than hidden states, as far as its source tells."""
+def _more_arguments(layer: structure.Layer, width: int | None) -> str | None:
+    """The parameters of the block's forward if ``layer`` passes it more than hidden states, as far as its source tells.
+
+    A layer that passes more in one of several calls (Moshi's, for the depth decoder alone) has a block that the hidden states
+    alone suffice for, if a trial finds that each row has its own result.
+    """
     assert layer.mlp is not None
     assert layer.mlp_name is not None
     taken = forwards.parameters_of(layer.mlp).values()
     named = [p.name for p in taken if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
     needed = [p.name for p in taken if p.name in named and p.default is p.empty]
-    if len(named) > 1 and (
-        len(needed) > 1 or forwards.passes_more(inspect.unwrap(type(layer.module).forward), layer.mlp_name)
-    ):
-        return f"a forward of {', '.join(named)}"
-    return None
+    passed = forwards.numbers_passed(inspect.unwrap(type(layer.module).forward), layer.mlp_name)
+    if len(named) < 2 or (len(needed) < 2 and passed == {1}):
+        return None
+    if len(needed) < 2 and 1 in passed and _tried(layer.mlp, width, _are_rows_alone):
+        return None
+    return f"a forward of {', '.join(named)}"
 
 
 def _no_rows(mlp: Any, width: int | None) -> str | None:
@@ -79,6 +85,18 @@ def _no_rows(mlp: Any, width: int | None) -> str | None:
 
     ``None`` if it returns such a tensor, or if it cannot run before training (weights that are loaded or gathered later).
     """
+    return _tried(mlp, width, lambda mlp, rows: _not_rows(mlp.forward(rows), rows))
+
+
+def _are_rows_alone(mlp: Any, rows: torch.Tensor) -> bool:
+    """Whether each of ``rows`` [1, tokens, width] has the same result alone."""
+    together = mlp.forward(rows)
+    alone = torch.cat([mlp.forward(rows[:, i : i + 1]) for i in range(rows.shape[1])], dim=1)
+    return together.shape == rows.shape and torch.allclose(alone, together, rtol=2e-2, atol=1e-4)
+
+
+def _tried(mlp: Any, width: int | None, trial: Callable[[Any, torch.Tensor], _Found]) -> _Found | None:
+    """``trial(mlp, rows)`` of three tokens [1, 3, width], in evaluation mode; ``None`` if ``mlp`` cannot run now."""
     parameters = [*mlp.parameters()]
     if width is None or not parameters or any(hasattr(p, "ds_id") for p in parameters):
         return None
@@ -93,7 +111,7 @@ def _no_rows(mlp: Any, width: int | None) -> str | None:
             # Dropout and counters of a training step have no part in the shape.
             for module in was_training:
                 module.training = False
-            return _not_rows(mlp.forward(rows), rows)
+            return trial(mlp, rows)
     finally:
         for module in was_training:
             module.training = True
@@ -125,7 +143,12 @@ def _tiled(mlp: Any, name: str, tile: int | None) -> Callable[[torch.Tensor], to
         return out
 
     @wraps(forward)
-    def tiled_forward(hidden_states: torch.Tensor) -> torch.Tensor:
+    def tiled_forward(hidden_states: torch.Tensor, *others: Any, **more: Any) -> torch.Tensor:
+        if any(x is not None for x in (*others, *more.values())):
+            raise structure.PatchError(
+                f"flashmla_hf.patch: patch 'mlp': {name} ({type(mlp).__name__}): expected a call with hidden states alone, got "
+                f"further arguments. {structure.exclude('mlp')}"
+            )
         if torch.compiler.is_compiling():
             return forward(hidden_states)
         shape = hidden_states.shape

@@ -343,15 +343,18 @@ def parse_patches(wanted: list[str], device: str, use_peft: bool) -> tuple[list[
 
     "all" is the default of flashmla_hf.patch, without patches that have no effect on ``device`` or without an adapter. "light"
     is those of them that cost no time. "auto" is "all" here: model.plan_patches() decides before.
-    "none" is none, and "offload=31" is the patch offload with that option. Raises ValueError for an unknown name.
+    "none" is none, and "offload=31" is the patch offload with that option. Raises ValueError for an unknown name, and for a
+    patch that is of no use in training.
     """
     if "auto" in wanted and len(wanted) > 1:
         raise ValueError(f"auto: expected it alone, got {' '.join(wanted)}; all takes further names and numbers")
     wanted = [name for name in wanted if name != "none"]
     if not wanted:
         return [], {}
-    from flashmla_hf import DEFAULT_PATCHES, PATCH_OPTIONS, PATCHES
+    from flashmla_hf import DEFAULT_PATCHES, PATCH_OPTIONS
+    from flashmla_hf.patches import INFERENCE_PATCHES, PATCHES
 
+    of_training = [name for name in PATCHES if name not in INFERENCE_PATCHES]
     names: list[str] = []
     options: dict[str, int] = {}
     for part in wanted:
@@ -361,9 +364,16 @@ def parse_patches(wanted: list[str], device: str, use_peft: bool) -> tuple[list[
                 raise ValueError(f"--patches {part}: expected a number after {name}=")
             options[name] = int(value)
             name = PATCH_OPTIONS[name]
-        elif name not in (*GROUPS, *PATCHES) or value:
+        elif part in INFERENCE_PATCHES:
+            raise ValueError(
+                f"{part}: expected a patch for training, got one for decoding, which changes no step of it. Leave it out here, "
+                f"and call flashmla_hf.patch(model, [{part!r}]) on the trained model"
+            )
+        elif name not in (*GROUPS, *of_training) or value:
             groups = f"{', '.join(GROUPS)}, none"
-            expected = f"{groups}, some of {', '.join(PATCHES)}, or {', '.join(f'{o}=NUMBER' for o in PATCH_OPTIONS)}"
+            expected = (
+                f"{groups}, some of {', '.join(of_training)}, or {', '.join(f'{o}=NUMBER' for o in PATCH_OPTIONS)}"
+            )
             raise ValueError(f"unknown patch {part!r}: expected {expected}")
         names.append(name)
     # On a CPU there is no other memory to offload to. The name alone still selects it there.

@@ -65,6 +65,7 @@ from flashmla_hf.training.data import Data, prepare_data, streamed_options
 from flashmla_hf.training.evaluation import evaluate, mean_loss, perplexity
 from flashmla_hf.training.ledger import Ledger
 from flashmla_hf.training.model import (
+    check_weights,
     ledger_of,
     load_model,
     make_optimizer,
@@ -384,6 +385,8 @@ def main(argv: list[str] | None = None, command: str = "finetune") -> None:
         end(command, error)
     try:
         quantization.check(model_args)
+        if not data_args.preview:
+            check_weights(model_args.model_name_or_path)  # before data that takes long to prepare
         model_args.patches = plan_patches(model_args, args, args.trial_length or data_args.max_length)
         if args.trial_length is not None:
             max_length.try_length(model_args, args)

@@ -18,7 +18,7 @@ from flashmla_hf.host_memory import GIB
 from flashmla_hf.training import machine, quantization
 from flashmla_hf.training.arguments import UserError, end, parse_arguments
 from flashmla_hf.training.max_length import run_trial
-from flashmla_hf.training.model import ledger_of, plan_patches
+from flashmla_hf.training.model import check_weights, ledger_of, plan_patches
 from flashmla_hf.training.options import at_least
 from flashmla_hf.training.shape import load_config
 
@@ -53,6 +53,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         model_args, _, args = parse_arguments([*options, "--trial_length", str(own.tokens[0])], "flashmla memory")
         quantization.check(model_args)
+        check_weights(model_args.model_name_or_path)
         model_args.patches = plan_patches(model_args, args, max(own.tokens))
         ledger = ledger_of(model_args, args, load_config(model_args.model_name_or_path))
     except UserError as error:

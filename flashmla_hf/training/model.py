@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import os
+import pickle
 import warnings
 from collections.abc import Collection
 from pathlib import Path
@@ -15,6 +16,7 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 import flashmla_hf
+from flashmla_hf import weight_files
 from flashmla_hf.training import machine, quantization
 from flashmla_hf.training.arguments import (
     DataArguments,
@@ -28,6 +30,14 @@ from flashmla_hf.training.arguments import (
 from flashmla_hf.training.ledger import Ledger, build_ledger
 from flashmla_hf.training.shape import Shape, is_encoder, load_config, positions_of
 from flashmla_hf.training.terms import Switches
+
+_OF_PICKLES = (pickle.UnpicklingError, EOFError)  # of pytorch_model.bin
+
+
+def check_weights(name: str | Path) -> None:
+    """Raises UserError if a file of the weights of ``name`` is damaged."""
+    if (damage := weight_files.damage(name)) is not None:
+        raise UserError(f"model {str(name)!r} cannot be loaded: {damage}")
 
 
 def load_tokenizer(model_args: ModelArguments) -> PreTrainedTokenizerBase:
@@ -60,7 +70,8 @@ def load_model(model_args: ModelArguments, args: TrainingArguments, checkpoint: 
             output_loading_info=True,
             **quantization.loading_options(model_args, args),
         )
-    except (OSError, ValueError, ImportError, SafetensorError) as error:
+    except (OSError, ValueError, ImportError, SafetensorError, *_OF_PICKLES) as error:
+        check_weights(name)
         raise UserError(f"model {name!r} cannot be loaded: {first_line(error)}") from None
     _check_kind(model, name, info["missing_keys"])
     if args.device_type == "cpu":
@@ -182,6 +193,7 @@ def add_adapter(model: torch.nn.Module, model_args: ModelArguments, checkpoint: 
         try:
             return PeftModel.from_pretrained(model, checkpoint, is_trainable=True)
         except (OSError, ValueError, SafetensorError) as error:
+            check_weights(checkpoint)
             raise UserError(f"{checkpoint} holds no adapter of this model: {first_line(error)}") from None
     targets = model_args.lora_target_modules
     lora = LoraConfig(

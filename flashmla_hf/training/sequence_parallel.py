@@ -19,6 +19,7 @@ import torch
 from accelerate import Accelerator
 from torch.nn.functional import pad
 
+from flashmla_hf.hf import names
 from flashmla_hf.training.arguments import ModelArguments, TrainingArguments, UserError
 from flashmla_hf.training.packing import NO_LOSS
 
@@ -77,12 +78,13 @@ def packs_per_step(accelerator: Accelerator, args: TrainingArguments) -> int:
 
 def check(accelerator: Accelerator, model_args: ModelArguments, args: TrainingArguments) -> None:
     """Raises UserError if ``--sp_size`` cannot be honoured with these processes and options."""
+    implementation = model_args.attn_implementation
     for name in ("sp", "cp", "tp"):
         size = int(os.environ.get(f"PARALLELISM_CONFIG_{name.upper()}_SIZE", "1"))
         if size > 1:
             raise UserError(
                 f"accelerate launch: parallelism_config_{name}_size: expected 1, got {size}: flashmla finetune divides a "
-                "sequence by --sp_size alone, on any engine"
+                f"sequence by --sp_size alone, on any engine{' and not in fp8' if names.is_fp8(implementation) else ''}"
             )
     if args.sp_size == 1:
         return
@@ -91,10 +93,16 @@ def check(accelerator: Accelerator, model_args: ModelArguments, args: TrainingAr
             f"--sp_size: expected a divisor of the number of processes, {accelerator.num_processes}, got {args.sp_size}; "
             f"launch with: accelerate launch --num_processes {args.sp_size} -m flashmla_hf.training.finetune ..."
         )
-    if model_args.attn_implementation not in _READS_BOUNDARIES:
+    if implementation not in _READS_BOUNDARIES:
+        if names.is_fp8(implementation):
+            why = "which has no kernel for the GPUs that would share a sequence. Leave out --sp_size, or give flashmla"
+        elif "flash" in implementation:
+            why = "which has not been tried with divided sequences"
+        else:
+            why = "which would attend across documents"
         raise UserError(
             f"--sp_size {args.sp_size}: expected --attn_implementation {', '.join(_READS_BOUNDARIES)}, got "
-            f"{model_args.attn_implementation}, which would attend across documents"
+            f"{implementation}, {why}"
         )
     missing = [name for name in ("deepspeed", "einops") if importlib.util.find_spec(name) is None]
     if missing:
