@@ -25,12 +25,8 @@ from flashmla_hf.patches import forwards, gradients, structure, tiles, weights
 from flashmla_hf.patches.replacements import Replacements
 
 CHUNK = 16384
-# Arguments of a decoder layer that mean the same for a chunk.
-TENSORS = (
-    "position_embeddings",
-    "attention_mask",
-    "position_ids",
-)  # those that a chunk gets its part of, or does without
+# Arguments of a block that a chunk gets its part of, or does without; and those that mean the same for a chunk.
+TENSORS = ("position_embeddings", "attention_mask", "position_ids")
 CHUNK_ARGUMENTS = {"use_cache", "output_attentions", "is_causal", "output_router_logits", "num_items_in_batch"}
 
 
