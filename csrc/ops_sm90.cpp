@@ -8,6 +8,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include <atomic>
+#include <tuple>
 
 #include "host.h"
 #include "sm90/hopper/device.h"
@@ -69,14 +70,16 @@ void check_device(const char* op, const TensorInfo& q) {
 
 // dtypes, head dims, addresses, strides and lengths that no kernel takes.
 template <class Call>
-void check_kernel_limits(const char* op, const Call& arguments, const Problem& p) {
+void check_kernel_limits(const char* op, const Call& arguments, const Problem& p,
+                         int64_t largest_qk = sm90::kLargestHeadDim, int64_t largest_v = sm90::kLargestHeadDim) {
   if (p.dtype == DType::kFloat32) fail(op, "q", "dtype float16 or bfloat16", "float32");
-  const std::pair<const char*, int64_t> head_dims[] = {{"q", p.head_dim_qk}, {"v", p.head_dim_v}};
-  for (const auto& [name, head_dim] : head_dims)
-    if (head_dim % sm90::kHeadDimMultiple != 0 || head_dim > sm90::kLargestHeadDim)
+  const std::tuple<const char*, int64_t, int64_t> head_dims[] = {{"q", p.head_dim_qk, largest_qk},
+                                                                 {"v", p.head_dim_v, largest_v}};
+  for (const auto& [name, head_dim, largest] : head_dims)
+    if (head_dim % sm90::kHeadDimMultiple != 0 || head_dim > largest)
       fail(op, name,
            "a head dimension that is a multiple of " + std::to_string(sm90::kHeadDimMultiple) + " up to " +
-               std::to_string(sm90::kLargestHeadDim),
+               std::to_string(largest),
            head_dim);
   const std::pair<const char*, const TensorInfo*> inputs[] = {
       {"q", &arguments.q}, {"k", &arguments.k}, {"v", &arguments.v}};
@@ -86,6 +89,13 @@ void check_kernel_limits(const char* op, const Call& arguments, const Problem& p
       fail(op, name, "fewer than 2^28 rows", "shape " + shape_name(t->shape()));
   }
   if (p.seqlen_kv >= kLargestLength) fail(op, "k", "room for fewer than 2^28 keys a sequence", p.seqlen_kv);
+}
+
+// Whether v is the first columns of k's rows: the decode kernel of latents reads them once.
+bool are_latents(const TensorInfo& k, const TensorInfo& v) {
+  bool is_view = k.data == v.data && v.size(3) <= k.size(3);
+  for (int64_t i = 0; i < 3; ++i) is_view = is_view && k.stride(i) == v.stride(i);
+  return is_view;
 }
 
 struct Sm90 {
@@ -122,7 +132,12 @@ struct Sm90 {
   static Problem check_decode(const char* op, const DecodeArguments& arguments) {
     check_device(op, arguments.q);
     const Problem p = check_decode_inputs(op, arguments);
-    check_kernel_limits(op, arguments, p);
+    if (are_latents(arguments.k, arguments.v)) {
+      using Largest = sm90::LatentHeadDims;
+      check_kernel_limits(op, arguments, p, Largest::kHeadDimQK, Largest::kHeadDimV);
+    } else {
+      check_kernel_limits(op, arguments, p);
+    }
     return p;
   }
 

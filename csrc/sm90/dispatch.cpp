@@ -83,7 +83,9 @@ BackwardHeadDimConfig const& config_for(BackwardParams const& params) {
 }
 
 DecodeHeadDimConfig const& config_for(DecodeParams const& params) {
-  return decode_config_for(params.problem, DecodeHeadDims{});
+  bool const is_wide = params.problem.head_dim_qk > kLargestHeadDim || params.problem.head_dim_v > kLargestHeadDim;
+  return is_wide ? decode_config_for(params.problem, HeadDimList<LatentHeadDims>{})
+                 : decode_config_for(params.problem, DecodeHeadDims{});
 }
 
 // A dense forward as attention to a cache that holds a page a sequence, all of it full.

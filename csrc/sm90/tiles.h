@@ -236,6 +236,17 @@ struct DecodeConfig<256, 256> {
   static constexpr int kNumStages = 3, kNumCtas = 1;
 };
 
+// Latents: keys of 576 columns whose first 512 are the values. The two warpgroups share O by columns (latent.cuh); shared
+// memory holds two stages.
+template <>
+struct DecodeConfig<576, 512> {
+  static constexpr int kBlockKV = 64;
+  static constexpr int kNumStages = 2, kNumCtas = 1;
+  static constexpr int kNumConsumers = 2, kProducerRegisters = 40, kConsumerRegisters = 232;
+};
+
+using LatentHeadDims = HeadDims<576, 512>;
+
 using DecodeHeadDims = HeadDimList<HeadDims<64, 64>, HeadDims<128, 128>, HeadDims<192, 128>, HeadDims<256, 256>>;
 
 // ---- what follows from an entry, and what it must satisfy -----------------------------------------------------------
@@ -276,6 +287,10 @@ template <int kHeadDimQK, int kHeadDimV>
 struct DecodeTiles : DecodeConfig<kHeadDimQK, kHeadDimV> {
   static constexpr int kNumThreads = kWarpgroupThreads + kWarpThreads;  // consumers, and a warp that loads
 };
+
+template <>
+struct DecodeTiles<LatentHeadDims::kHeadDimQK, LatentHeadDims::kHeadDimV>
+    : WarpgroupPlan<DecodeConfig<LatentHeadDims::kHeadDimQK, LatentHeadDims::kHeadDimV>> {};
 
 // The last of a list is the widest.
 template <class First, class... Rest>

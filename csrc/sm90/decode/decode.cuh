@@ -23,8 +23,8 @@
 #include <cute/tensor.hpp>
 
 #include "params.h"
+#include "sm90/decode/decode_rows.cuh"
 #include "sm90/decode/decode_schedule.cuh"
-#include "sm90/hopper/fragment.cuh"
 #include "sm90/hopper/operands.cuh"
 #include "sm90/hopper/softmax.cuh"
 #include "sm90/tiles.h"
@@ -41,7 +41,6 @@ struct Decode {
   static_assert(kNumStages > 1, "S(n+1) reads one buffer of K, and the next is loaded");
   static constexpr int kScores = kBlockKV / 2;  // per thread
   static constexpr int kOutputs = kHeadDimV / 2;
-  static constexpr int kVectorBytes = 16, kVectorElements = 8;
 
   using BlockShapeS = cute::Shape<cute::Int<kWarpgroupRows>, cute::Int<kBlockKV>, cute::Int<kHeadDimQK>>;
   using BlockShapeO = cute::Shape<cute::Int<kWarpgroupRows>, cute::Int<kHeadDimV>, cute::Int<kBlockKV>>;
@@ -67,21 +66,6 @@ struct Decode {
 
   // ---- loading warp -------------------------------------------------------------------------------------------------
 
-  // The rows of a box, as coordinates of the cache.
-  struct BoxPlace {
-    int32_t page, row;
-  };
-
-  // Box `box` of kv_block `kv_block`. A number in the table that is no page of the cache is outside the descriptor.
-  __device__ static BoxPlace box_place(DecodeArguments const& arguments, int32_t batch, int32_t kv_block, int32_t box) {
-    DecodeParams const& params = arguments.params;
-    int32_t const key = kv_block * kBlockKV + box * arguments.rows_per_box;
-    if (params.block_table == nullptr) return {batch, key};
-    int32_t const page_size = static_cast<int32_t>(params.page_size);
-    int32_t const index = key / page_size;
-    return {params.block_table[batch * params.stride_block_table + index], key - index * page_size};
-  }
-
   __device__ static void load(DecodeArguments const& arguments, SharedStorage& shared) {
     int32_t const lane = threadIdx.x % kWarpThreads;
     int32_t const rows = arguments.rows_per_box;
@@ -99,14 +83,14 @@ struct Decode {
       };
       BoxPlace place{0, 0};
       if (walk.blocks.begin < walk.blocks.end && has_keys(walk.blocks.begin, lane)) {
-        place = box_place(arguments, walk.batch, walk.blocks.begin, lane);
+        place = box_place<kBlockKV>(arguments, walk.batch, walk.blocks.begin, lane);
       }
       for (int32_t kv_block = walk.blocks.begin; kv_block < walk.blocks.end; ++kv_block, ring.advance()) {
         bool const is_mine = has_keys(kv_block, lane);
         int const num_boxes = __popc(__ballot_sync(0xffffffff, is_mine));
         BoxPlace const here = place;
         if (kv_block + 1 < walk.blocks.end && has_keys(kv_block + 1, lane)) {
-          place = box_place(arguments, walk.batch, kv_block + 1, lane);  // read while the buffer is waited for
+          place = box_place<kBlockKV>(arguments, walk.batch, kv_block + 1, lane);  // read while the buffer is waited for
         }
         auto copy = [&](CUtensorMap const& map, auto& buffer, uint64_t& full, uint64_t& empty, int columns) {
           ClusterBarrier::wait(&empty, ring.phase ^ 1);
@@ -129,143 +113,10 @@ struct Decode {
 
   // ---- consumer warpgroup -------------------------------------------------------------------------------------------
 
-  // A row of the tile.
-  struct Row {
-    int32_t query, head;
-    bool is_valid;
-  };
-
-  __device__ static Row row_of(DecodeArguments const& arguments, int32_t tile, int32_t row_in_tile) {
-    int32_t const head_kv = tile / arguments.tiles_per_head;
-    int32_t const row = (tile - head_kv * arguments.tiles_per_head) * kWarpgroupRows + row_in_tile;
-    int32_t const query = row / arguments.group;
-    return {query, head_kv * arguments.group + row - query * arguments.group, row < arguments.num_rows};
-  }
-
-  __device__ static Element* row_pointer(TensorView const& view, int32_t batch, Row const& row) {
-    return static_cast<Element*>(view.data) + batch * view.stride_batch + row.query * view.stride_seqlen +
-           row.head * view.stride_heads;
-  }
-
-  // Q of a tile, zeros where there is none.
-  __device__ static void read_queries(DecodeArguments const& arguments, SharedStorage& shared, int32_t batch,
-                                      int32_t tile) {
-    constexpr int kVectors = kHeadDimQK / kVectorElements;
-    unsigned char* const q = reinterpret_cast<unsigned char*>(shared.q);
-    CUTE_UNROLL
-    for (int i = threadIdx.x; i < kWarpgroupRows * kVectors; i += kWarpgroupThreads) {
-      int const row_in_tile = i / kVectors, vector = i % kVectors;
-      Row const row = row_of(arguments, tile, row_in_tile);
-      uint4 x{0, 0, 0, 0};
-      if (row.is_valid && vector * kVectorElements < arguments.params.problem.head_dim_qk) {
-        x = *reinterpret_cast<uint4 const*>(row_pointer(arguments.params.q, batch, row) + vector * kVectorElements);
-      }
-      int const chunk = vector / 8;  // of kSwizzleColumns columns, 128 bytes a row
-      *reinterpret_cast<uint4*>(q + (chunk * kWarpgroupRows + row_in_tile) * 128 +
-                                ((vector % 8) ^ (row_in_tile % 8)) * kVectorBytes) = x;
-    }
-    cutlass::arch::fence_view_async_shared();
-    NamedBarrier::sync(kWarpgroupThreads, kConsumerBarrier);
-  }
-
   // Clears the rows of V that are no keys of the sequence, in a kv_block that has some.
   __device__ static void clear_values(Element* v, SequenceKeys const& keys, int32_t kv_block) {
-    int32_t const first = kv_block * kBlockKV;
-    if (first >= keys.begin && first + kBlockKV <= keys.end) return;
-    constexpr int kVectors = kHeadDimV / kVectorElements;
-    for (int i = threadIdx.x; i < kBlockKV * kVectors; i += kWarpgroupThreads) {
-      int const row = i / kVectors, vector = i % kVectors;
-      if (first + row >= keys.begin && first + row < keys.end) continue;
-      // All of a row, so the order of its vectors does not matter.
-      *reinterpret_cast<uint4*>(v + vector / 8 * (kBlockKV * kSwizzleColumns) + row * kSwizzleColumns +
-                                vector % 8 * kVectorElements) = uint4{0, 0, 0, 0};
-    }
-    cutlass::arch::fence_view_async_shared();
-    NamedBarrier::sync(kWarpgroupThreads, kConsumerBarrier);
-  }
-
-  // Keys [begin, end) that a thread's two rows see.
-  struct RowKeys {
-    int32_t begin[2], end[2];
-  };
-
-  __device__ static RowKeys row_keys(DecodeArguments const& arguments, SequenceKeys const& keys, int32_t tile,
-                                     int first_row) {
-    RowKeys seen;
-    CUTE_UNROLL
-    for (int r = 0; r < 2; ++r) {
-      Row const row = row_of(arguments, tile, first_row + 8 * r);
-      int32_t const position = keys.length - static_cast<int32_t>(arguments.params.problem.seqlen_q) + row.query;
-      VisibleKeys const visible = visible_keys(arguments.window, keys.length, position, position);
-      seen.begin[r] = max(visible.begin, keys.start);
-      seen.end[r] = visible.end;
-    }
-    return seen;
-  }
-
-  template <class Scores>
-  __device__ static void hide_keys(Scores& scores, RowKeys const& seen, int32_t first_key) {
-    int32_t const first_column = first_key + 2 * (threadIdx.x % 4);
-    CUTE_UNROLL
-    for (int r = 0; r < 2; ++r) {
-      // Relative, so that each element compares with a constant.
-      int32_t const begin = seen.begin[r] - first_column, end = seen.end[r] - first_column;
-      CUTE_UNROLL
-      for (int j = 0; j < kScores / 4; ++j) {
-        CUTE_UNROLL
-        for (int c = 0; c < 2; ++c) {
-          if (8 * j + c < begin || 8 * j + c >= end) scores(j * 4 + r * 2 + c) = -INFINITY;
-        }
-      }
-    }
-  }
-
-  // A tile that this CTA has computed alone.
-  template <class Outputs>
-  __device__ static void write_rows(DecodeArguments const& arguments, DecodeWalk const& walk, RowSoftmax& softmax,
-                                    Outputs const& rO, int first_row) {
-    DecodeParams const& params = arguments.params;
-    Problem const& problem = params.problem;
-    CUTE_UNROLL
-    for (int r = 0; r < 2; ++r) {
-      Row const row = row_of(arguments, walk.tile, first_row + 8 * r);
-      float lse;
-      float factor =
-          softmax.finish(r, problem.sinks == nullptr || !row.is_valid ? nullptr : problem.sinks + row.head, lse);
-      if (walk.keys.length == 0) factor = 0.0f;  // of no weight at all, a sink of NaN makes nothing
-      if (row.is_valid && threadIdx.x % 4 == 0 && params.lse.data != nullptr) {
-        params.lse.data[walk.batch * params.lse.stride_batch + row.head * params.lse.stride_heads + row.query] = lse;
-      }
-      Element* const out = row.is_valid ? row_pointer(params.out, walk.batch, row) : nullptr;
-      store_row<Element, kHeadDimV>(out, rO, r, factor, 0, problem.head_dim_v, threadIdx.x % 4);
-    }
-  }
-
-  // A part of a tile: O and the sum of exponentials, both against the maximum as it is.
-  template <class Outputs>
-  __device__ static void write_partial(DecodeArguments const& arguments, DecodeWalk const& walk, RowSoftmax& softmax,
-                                       Outputs const& rO, int first_row) {
-    int32_t const part = partial_of(blockIdx.x, walk.unit == walk.tile_begin);
-    int64_t const head_dim_v = arguments.params.problem.head_dim_v;
-    CUTE_UNROLL
-    for (int r = 0; r < 2; ++r) {
-      int const row = first_row + 8 * r;
-      float sum = softmax.row_sum[r];
-      sum += __shfl_xor_sync(0xffffffff, sum, 1);
-      sum += __shfl_xor_sync(0xffffffff, sum, 2);
-      if (!row_of(arguments, walk.tile, row).is_valid) continue;
-      // P was taken against a rounded product of the maximum: what that has left in all of a row's P alike goes here.
-      float const factor = softmax.subtracts_first || softmax.row_max[r] == -INFINITY
-                               ? 1.0f
-                               : exp2f(-__fmaf_rn(softmax.row_max[r], softmax.scale_log2, -softmax.offset(r)));
-      int64_t const index = int64_t{part} * arguments.partial_rows + row;
-      if (threadIdx.x % 4 == 0) arguments.partial_sums[index] = {softmax.row_max[r], sum * factor};
-      float* const out = arguments.partial_out + index * head_dim_v + 2 * (threadIdx.x % 4);
-      CUTE_UNROLL
-      for (int j = 0; j < kOutputs / 4; ++j) {
-        if (8 * j >= head_dim_v) break;
-        *reinterpret_cast<float2*>(out + 8 * j) = {rO(j * 4 + r * 2) * factor, rO(j * 4 + r * 2 + 1) * factor};
-      }
+    if (clear_rows<kBlockKV, kHeadDimV, kWarpgroupThreads>(v, keys, kv_block, threadIdx.x)) {
+      NamedBarrier::sync(kWarpgroupThreads, kConsumerBarrier);
     }
   }
 
@@ -317,7 +168,8 @@ struct Decode {
       KVBlocks const blocks = walk.blocks;
       RowKeys const seen = row_keys(arguments, keys, walk.tile, first_row);
       NamedBarrier::sync(kWarpgroupThreads, kConsumerBarrier);  // every warp has ended its products with the old Q
-      read_queries(arguments, shared, walk.batch, walk.tile);
+      read_queries<kHeadDimQK, kWarpgroupThreads>(arguments, shared.q, walk.batch, walk.tile, threadIdx.x);
+      NamedBarrier::sync(kWarpgroupThreads, kConsumerBarrier);
       softmax.reset();
       CUTE_UNROLL
       for (int i = 0; i < kOutputs; ++i) rO(i) = 0.0f;
@@ -327,7 +179,7 @@ struct Decode {
         if (has_transform) transform_scores<kScores>(rS, problem.scale, problem.softcap);
         int32_t const first_key = kv_block * kBlockKV;
         if (first_key < keys.unmasked_begin || first_key + kBlockKV > keys.unmasked_end) {
-          hide_keys(rS, seen, first_key);
+          hide_keys<kScores>(rS, seen, first_key);
         }
         return softmax.template update<is_first()>(rS, correction);
       };
@@ -372,9 +224,9 @@ struct Decode {
         ring.advance();
       }
       if (walk.is_whole()) {
-        write_rows(arguments, walk, softmax, rO, first_row);
+        write_rows<kOutputs, Element>(arguments, walk, softmax, rO, first_row);
       } else {
-        write_partial(arguments, walk, softmax, rO, first_row);
+        write_partial<kOutputs>(arguments, walk, softmax, rO, first_row);
       }
     }
   }
@@ -397,17 +249,5 @@ struct Decode {
     }
   }
 };
-
-template <int kHeadDimQK, int kHeadDimV, class Element>
-__global__ void __launch_bounds__(DecodeTiles<kHeadDimQK, kHeadDimV>::kNumThreads,
-                                  DecodeTiles<kHeadDimQK, kHeadDimV>::kNumCtas)
-    decode_kernel(__grid_constant__ DecodeArguments const arguments) {
-#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-  // Swizzled tiles need 1,024-byte alignment; the dynamic shared memory of a kernel without any other begins so.
-  extern __shared__ __align__(1024) unsigned char memory[];
-  using Kernel = Decode<kHeadDimQK, kHeadDimV, Element>;
-  Kernel::run(arguments, *reinterpret_cast<typename Kernel::SharedStorage*>(memory));
-#endif
-}
 
 }  // namespace flashmla::sm90

@@ -7,11 +7,35 @@
 
 #include "sm90/decode/combine.cuh"
 #include "sm90/decode/decode.cuh"
+#include "sm90/decode/latent.cuh"
 #include "sm90/hopper/device.h"
 #include "sm90/hopper/tensor_map.h"
 #include "sm90/launch.h"
 
 namespace flashmla::sm90 {
+
+// What runs a call of the head dims: latents have a kernel of their own, which reads K alone.
+template <int kHeadDimQK, int kHeadDimV, class Element>
+struct DecodeKernel : Decode<kHeadDimQK, kHeadDimV, Element> {
+  static constexpr bool kReadsValues = true;
+};
+template <class Element>
+struct DecodeKernel<LatentHeadDims::kHeadDimQK, LatentHeadDims::kHeadDimV, Element>
+    : LatentDecode<LatentHeadDims::kHeadDimQK, LatentHeadDims::kHeadDimV, Element> {
+  static constexpr bool kReadsValues = false;
+};
+
+template <int kHeadDimQK, int kHeadDimV, class Element>
+__global__ void __launch_bounds__(DecodeTiles<kHeadDimQK, kHeadDimV>::kNumThreads,
+                                  DecodeTiles<kHeadDimQK, kHeadDimV>::kNumCtas)
+    decode_kernel(__grid_constant__ DecodeArguments const arguments) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  // Swizzled tiles need 1,024-byte alignment; the dynamic shared memory of a kernel without any other begins so.
+  extern __shared__ __align__(1024) unsigned char memory[];
+  using Kernel = DecodeKernel<kHeadDimQK, kHeadDimV, Element>;
+  Kernel::run(arguments, *reinterpret_cast<typename Kernel::SharedStorage*>(memory));
+#endif
+}
 
 // What follows from the shapes: everything but descriptors and the workspace.
 template <int kHeadDimQK, int kHeadDimV>
@@ -66,7 +90,7 @@ int64_t decode_workspace_head_dims(DecodeParams const& params) {
 
 template <int kHeadDimQK, int kHeadDimV, class Element>
 const char* launch_decode_element(DecodeParams const& params, void* workspace, cudaStream_t stream) {
-  using Kernel = Decode<kHeadDimQK, kHeadDimV, Element>;
+  using Kernel = DecodeKernel<kHeadDimQK, kHeadDimV, Element>;
   Problem const& problem = params.problem;
   DecodeArguments arguments = plan_decode<kHeadDimQK, kHeadDimV>(params);
   double const units = std::ceil(static_cast<double>(problem.seqlen_kv) / Kernel::kBlockKV);
@@ -90,7 +114,7 @@ const char* launch_decode_element(DecodeParams const& params, void* workspace, c
         head_dim % 128 == 0 ? CU_TENSOR_MAP_L2_PROMOTION_L2_256B : CU_TENSOR_MAP_L2_PROMOTION_L2_128B);
   };
   const char* error = make_cache(arguments.k, params.k, problem.head_dim_qk);
-  if (error == nullptr) error = make_cache(arguments.v, params.v, problem.head_dim_v);
+  if (error == nullptr && Kernel::kReadsValues) error = make_cache(arguments.v, params.v, problem.head_dim_v);
   if (error != nullptr) return error;
 
   int device = 0;

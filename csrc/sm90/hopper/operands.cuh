@@ -29,6 +29,14 @@ struct SharedLayouts {
                                    cute::Step<cute::_2, cute::_1, cute::_3>{}));
 };
 
+// A two-dimensional tile's layout of kDepth 1, repeated kDepth times, kStride elements apart: a part of each stage of a
+// ring.
+template <class Layout, int kDepth, int kStride>
+using InStages = decltype(cute::make_composed_layout(
+    Layout{}.layout_a(), Layout{}.offset(),
+    cute::make_layout(cute::get<0>(Layout{}.layout_b()), cute::get<1>(Layout{}.layout_b()),
+                      cute::Layout<cute::Int<kDepth>, cute::Int<kStride>>{})));
+
 // Issues c = a b, or c += a b, over all k, as one group.
 template <class Mma, class A, class B, class C>
 __device__ void multiply(Mma& mma, A const& a, B const& b, C& c, bool is_sum) {

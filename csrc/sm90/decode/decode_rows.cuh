@@ -1,0 +1,180 @@
+// The rows of a decode tile (decode_schedule.cuh): where their queries lie, which keys they see, where results go.
+//
+// A thread of a warpgroup has rows first_row and first_row + 8, as accumulators lie in registers (fragment.cuh).
+#pragma once
+
+#include <cute/tensor.hpp>
+
+#include "params.h"
+#include "sm90/decode/decode_schedule.cuh"
+#include "sm90/hopper/fragment.cuh"
+#include "sm90/hopper/softmax.cuh"
+#include "sm90/tiles.h"
+
+namespace flashmla::sm90 {
+
+// The rows of a box, as coordinates of the cache.
+struct BoxPlace {
+  int32_t page, row;
+};
+
+// Box `box` of kv_block `kv_block`. A number in the table that is no page of the cache is outside the descriptor.
+template <int kBlockKV>
+__device__ BoxPlace box_place(DecodeArguments const& arguments, int32_t batch, int32_t kv_block, int32_t box) {
+  DecodeParams const& params = arguments.params;
+  int32_t const key = kv_block * kBlockKV + box * arguments.rows_per_box;
+  if (params.block_table == nullptr) return {batch, key};
+  int32_t const page_size = static_cast<int32_t>(params.page_size);
+  int32_t const index = key / page_size;
+  return {params.block_table[batch * params.stride_block_table + index], key - index * page_size};
+}
+
+// A row of the tile.
+struct TileRow {
+  int32_t query, head;
+  bool is_valid;
+};
+
+__device__ inline TileRow row_of(DecodeArguments const& arguments, int32_t tile, int32_t row_in_tile) {
+  int32_t const head_kv = tile / arguments.tiles_per_head;
+  int32_t const row = (tile - head_kv * arguments.tiles_per_head) * kWarpgroupRows + row_in_tile;
+  int32_t const query = row / arguments.group;
+  return {query, head_kv * arguments.group + row - query * arguments.group, row < arguments.num_rows};
+}
+
+template <class Element>
+__device__ Element* row_pointer(TensorView const& view, int32_t batch, TileRow const& row) {
+  return static_cast<Element*>(view.data) + batch * view.stride_batch + row.query * view.stride_seqlen +
+         row.head * view.stride_heads;
+}
+
+// Writes Q of a tile, zeros where there is none, to chunks of 64 columns in shared memory (SharedLayouts). By kThreads
+// threads, of which `thread` is one; they synchronize afterwards.
+template <int kHeadDim, int kThreads, class Element>
+__device__ void read_queries(DecodeArguments const& arguments, Element* shared_q, int32_t batch, int32_t tile,
+                             int thread) {
+  constexpr int kVectorBytes = 16, kVectorElements = 8, kVectors = kHeadDim / kVectorElements;
+  unsigned char* const q = reinterpret_cast<unsigned char*>(shared_q);
+  CUTE_UNROLL
+  for (int i = thread; i < kWarpgroupRows * kVectors; i += kThreads) {
+    int const row_in_tile = i / kVectors, vector = i % kVectors;
+    TileRow const row = row_of(arguments, tile, row_in_tile);
+    uint4 x{0, 0, 0, 0};
+    if (row.is_valid && vector * kVectorElements < arguments.params.problem.head_dim_qk) {
+      x = *reinterpret_cast<uint4 const*>(row_pointer<Element>(arguments.params.q, batch, row) +
+                                          vector * kVectorElements);
+    }
+    int const chunk = vector / 8;  // 128 bytes a row
+    *reinterpret_cast<uint4*>(q + (chunk * kWarpgroupRows + row_in_tile) * 128 +
+                              ((vector % 8) ^ (row_in_tile % 8)) * kVectorBytes) = x;
+  }
+  cutlass::arch::fence_view_async_shared();
+}
+
+// Clears the first kColumns columns of the rows of a kv_block in shared memory that are no keys of the sequence: they
+// may hold anything, and 0 * NaN is NaN. True if there are such rows: then the threads are to synchronize.
+template <int kBlockKV, int kColumns, int kThreads, class Element>
+__device__ bool clear_rows(Element* values, SequenceKeys const& keys, int32_t kv_block, int thread) {
+  int32_t const first = kv_block * kBlockKV;
+  if (first >= keys.begin && first + kBlockKV <= keys.end) return false;
+  constexpr int kVectorElements = 8, kVectors = kColumns / kVectorElements, kChunk = 64;
+  for (int i = thread; i < kBlockKV * kVectors; i += kThreads) {
+    int const row = i / kVectors, vector = i % kVectors;
+    if (first + row >= keys.begin && first + row < keys.end) continue;
+    // All of a row, so the order of its vectors does not matter.
+    *reinterpret_cast<uint4*>(values + vector / 8 * (kBlockKV * kChunk) + row * kChunk + vector % 8 * kVectorElements) =
+        uint4{0, 0, 0, 0};
+  }
+  cutlass::arch::fence_view_async_shared();
+  return true;
+}
+
+// Keys [begin, end) that a thread's two rows see.
+struct RowKeys {
+  int32_t begin[2], end[2];
+};
+
+__device__ inline RowKeys row_keys(DecodeArguments const& arguments, SequenceKeys const& keys, int32_t tile,
+                                   int first_row) {
+  RowKeys seen;
+  CUTE_UNROLL
+  for (int r = 0; r < 2; ++r) {
+    TileRow const row = row_of(arguments, tile, first_row + 8 * r);
+    int32_t const position = keys.length - static_cast<int32_t>(arguments.params.problem.seqlen_q) + row.query;
+    VisibleKeys const visible = visible_keys(arguments.window, keys.length, position, position);
+    seen.begin[r] = max(visible.begin, keys.start);
+    seen.end[r] = visible.end;
+  }
+  return seen;
+}
+
+template <int kScores, class Scores>
+__device__ void hide_keys(Scores& scores, RowKeys const& seen, int32_t first_key) {
+  int32_t const first_column = first_key + 2 * (threadIdx.x % 4);
+  CUTE_UNROLL
+  for (int r = 0; r < 2; ++r) {
+    // Relative, so that each element compares with a constant.
+    int32_t const begin = seen.begin[r] - first_column, end = seen.end[r] - first_column;
+    CUTE_UNROLL
+    for (int j = 0; j < kScores / 4; ++j) {
+      CUTE_UNROLL
+      for (int c = 0; c < 2; ++c) {
+        if (8 * j + c < begin || 8 * j + c >= end) scores(j * 4 + r * 2 + c) = -INFINITY;
+      }
+    }
+  }
+}
+
+// A tile that this CTA has computed alone: columns first_column ... of its rows, kOutputs of them in a thread. lse is
+// written with column 0.
+template <int kOutputs, class Element, class Softmax, class Outputs>
+__device__ void write_rows(DecodeArguments const& arguments, DecodeWalk const& walk, Softmax& softmax,
+                           Outputs const& outputs, int first_row, int first_column = 0) {
+  DecodeParams const& params = arguments.params;
+  Problem const& problem = params.problem;
+  CUTE_UNROLL
+  for (int r = 0; r < 2; ++r) {
+    TileRow const row = row_of(arguments, walk.tile, first_row + 8 * r);
+    float lse;
+    float factor =
+        softmax.finish(r, problem.sinks == nullptr || !row.is_valid ? nullptr : problem.sinks + row.head, lse);
+    if (walk.keys.length == 0) factor = 0.0f;  // of no weight at all, a sink of NaN makes nothing
+    if (row.is_valid && threadIdx.x % 4 == 0 && first_column == 0 && params.lse.data != nullptr) {
+      params.lse.data[walk.batch * params.lse.stride_batch + row.head * params.lse.stride_heads + row.query] = lse;
+    }
+    Element* const out = row.is_valid ? row_pointer<Element>(params.out, walk.batch, row) : nullptr;
+    store_row<Element, 2 * kOutputs>(out, outputs, r, factor, first_column, problem.head_dim_v, threadIdx.x % 4);
+  }
+}
+
+// A part of a tile: O and the sum of exponentials, both against the maximum as it is. The sum is written with column 0.
+template <int kOutputs, class Softmax, class Outputs>
+__device__ void write_partial(DecodeArguments const& arguments, DecodeWalk const& walk, Softmax& softmax,
+                              Outputs const& outputs, int first_row, int first_column = 0) {
+  int32_t const part = partial_of(blockIdx.x, walk.unit == walk.tile_begin);
+  int64_t const head_dim_v = arguments.params.problem.head_dim_v;
+  CUTE_UNROLL
+  for (int r = 0; r < 2; ++r) {
+    int const row = first_row + 8 * r;
+    float sum = softmax.row_sum[r];
+    sum += __shfl_xor_sync(0xffffffff, sum, 1);
+    sum += __shfl_xor_sync(0xffffffff, sum, 2);
+    if (!row_of(arguments, walk.tile, row).is_valid) continue;
+    // P was taken against a rounded product of the maximum: what that has left in all of a row's P alike goes here.
+    float const factor = softmax.subtracts_first || softmax.row_max[r] == -INFINITY
+                             ? 1.0f
+                             : exp2f(-__fmaf_rn(softmax.row_max[r], softmax.scale_log2, -softmax.offset(r)));
+    int64_t const index = int64_t{part} * arguments.partial_rows + row;
+    if (threadIdx.x % 4 == 0 && first_column == 0) {
+      arguments.partial_sums[index] = {softmax.row_max[r], sum * factor};
+    }
+    float* const out = arguments.partial_out + index * head_dim_v + first_column + 2 * (threadIdx.x % 4);
+    CUTE_UNROLL
+    for (int j = 0; j < kOutputs / 4; ++j) {
+      if (first_column + 8 * j >= head_dim_v) break;
+      *reinterpret_cast<float2*>(out + 8 * j) = {outputs(j * 4 + r * 2) * factor, outputs(j * 4 + r * 2 + 1) * factor};
+    }
+  }
+}
+
+}  // namespace flashmla::sm90
