@@ -78,6 +78,11 @@ struct DecodeParams {
   bool can_split = true;  // a sequence's keys may be shared among CTAs; if not, its result depends on nothing else
 };
 
+// A forward that rounds Q, K, V and the probabilities to e4m3 on its way (sm90/fp8). `rotates`: Q and K alike, before.
+struct Fp8ForwardParams : ForwardParams {
+  bool rotates = false;
+};
+
 struct BackwardParams {
   Problem problem;
   TensorView q, k, v, out, dout;

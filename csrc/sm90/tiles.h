@@ -113,6 +113,28 @@ struct ForwardConfig<256, 256, kMask> {
 using ForwardHeadDims = HeadDimList<HeadDims<64, 64>, HeadDims<96, 96>, HeadDims<128, 128>, HeadDims<192, 128>,
                                     HeadDims<192, 192>, HeadDims<256, 256>>;
 
+// ---- forward of e4m3 operands ---------------------------------------------------------------------------------------
+//
+// As the forward's. A thread holds S (kBlockKV/2 registers), P (kBlockKV/8), O and the product of a tile that joins it
+// (head_dim/2 each). A kv_block is the block of keys that has one scale.
+
+template <int kHeadDim>
+struct Fp8ForwardConfig;
+
+template <>
+struct Fp8ForwardConfig<64> {
+  static constexpr int kBlockQ = 128, kBlockKV = 128;
+  static constexpr int kNumStages = 4, kNumQStages = 2;
+  static constexpr int kNumConsumers = 2, kProducerRegisters = 24, kConsumerRegisters = 240;
+};
+
+template <>
+struct Fp8ForwardConfig<128> {
+  static constexpr int kBlockQ = 128, kBlockKV = 128;
+  static constexpr int kNumStages = 4, kNumQStages = 2;
+  static constexpr int kNumConsumers = 2, kProducerRegisters = 24, kConsumerRegisters = 240;
+};
+
 // ---- backward by keys: dK, dV and, unless the warpgroups share columns, dQ ------------------------------------------
 //
 // kBlockQ x kBlockKV: rows of Q and of K/V in a tile. kNumStages: depth of the rings of Q and dO. kSwizzleColumns:
@@ -267,6 +289,9 @@ struct ForwardTiles : WarpgroupPlan<ForwardConfig<kHeadDimQK, kHeadDimV, kMask>>
   using Config = ForwardConfig<kHeadDimQK, kHeadDimV, kMask>;
   static_assert(Config::kBlockQ == kWarpgroupRows * Config::kNumConsumers, "64 query rows per consumer warpgroup");
 };
+
+template <int kHeadDim>
+struct Fp8ForwardTiles : WarpgroupPlan<Fp8ForwardConfig<kHeadDim>> {};
 
 template <int kHeadDimQK, int kHeadDimV>
 struct BackwardTiles : WarpgroupPlan<BackwardConfig<kHeadDimQK, kHeadDimV>> {

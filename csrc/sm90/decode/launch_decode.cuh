@@ -105,7 +105,7 @@ const char* launch_decode_element(DecodeParams const& params, void* workspace, c
   auto make_cache = [&](CUtensorMap& map, TensorView const& view, int64_t head_dim) -> const char* {
     if (params.num_pages == 0 || params.page_size == 0) return nullptr;  // nothing is loaded
     return make_tensor_map(
-        map, view.data, problem.dtype,
+        map, view.data, map_element(problem.dtype),
         {{head_dim, 1, Kernel::kSwizzleColumns},
          {params.page_size, view.stride_seqlen, arguments.rows_per_box},
          {problem.heads_kv, view.stride_heads, 1},

@@ -94,24 +94,26 @@ struct ForwardOutput {
                                WorkTile const& tile, OutputRows const& rows, Outputs const& rO, int warpgroup,
                                int first_row, int q_stage) {
     Schedule const& schedule = arguments.schedule;
-    if (Kernel::kLooksAhead && rows.can_tma_store) {
-      store_matrices<Element, Kernel::kSwizzleColumns, Kernel::kBlockQ, Kernel::kColumnsV>(
-          shared.q[q_stage], rO, rows.factor,
-          warpgroup * kWarpgroupRows + threadIdx.x % kWarpgroupThreads / kWarpThreads * 16);
-      NamedBarrier::sync(kWarpgroupThreads, Kernel::kOwnBarrier + warpgroup);
-      if (threadIdx.x % kWarpgroupThreads == 0) {
-        cutlass::arch::fence_view_async_shared();  // from what the warpgroup wrote to what the copy engine reads
-        int32_t const batch = schedule.num_items != nullptr ? 0 : tile.batch;
-        for (int column = 0; column < arguments.problem.head_dim_v; column += Kernel::kSwizzleColumns) {
-          cute::SM90_TMA_STORE_5D::copy(
-              &arguments.o,
-              shared.q[q_stage] + column * Kernel::kBlockQ + warpgroup * kWarpgroupRows * Kernel::kSwizzleColumns,
-              column, 0, tile.sequence.offset_q + box_begin(schedule, tile, warpgroup),
-              tile.head / schedule.heads_packed, batch);
+    if constexpr (Kernel::kLooksAhead) {
+      if (rows.can_tma_store) {
+        store_matrices<Element, Kernel::kSwizzleColumns, Kernel::kBlockQ, Kernel::kColumnsV>(
+            shared.q[q_stage], rO, rows.factor,
+            warpgroup * kWarpgroupRows + threadIdx.x % kWarpgroupThreads / kWarpThreads * 16);
+        NamedBarrier::sync(kWarpgroupThreads, Kernel::kOwnBarrier + warpgroup);
+        if (threadIdx.x % kWarpgroupThreads == 0) {
+          cutlass::arch::fence_view_async_shared();  // from what the warpgroup wrote to what the copy engine reads
+          int32_t const batch = schedule.num_items != nullptr ? 0 : tile.batch;
+          for (int column = 0; column < arguments.problem.head_dim_v; column += Kernel::kSwizzleColumns) {
+            cute::SM90_TMA_STORE_5D::copy(
+                &arguments.o,
+                shared.q[q_stage] + column * Kernel::kBlockQ + warpgroup * kWarpgroupRows * Kernel::kSwizzleColumns,
+                column, 0, tile.sequence.offset_q + box_begin(schedule, tile, warpgroup),
+                tile.head / schedule.heads_packed, batch);
+          }
+          cute::tma_store_arrive();
         }
-        cute::tma_store_arrive();
+        return;
       }
-      return;
     }
     CUTE_UNROLL
     for (int r = 0; r < 2; ++r) {

@@ -38,6 +38,16 @@ __device__ uint32_t at_most_one(uint32_t pair) {
   return cut;
 }
 
+// 9.7.9.22, cvt.rn.satfinite: four floats as e4m3, the first in the lowest byte. Too large ones become 448, NaN stays.
+__device__ inline uint32_t pack_e4m3(float a, float b, float c, float d) {
+  uint32_t word;
+  asm("{ .reg .b16 low, high; cvt.rn.satfinite.e4m3x2.f32 low, %2, %1; cvt.rn.satfinite.e4m3x2.f32 high, %4, %3;\n"
+      "  mov.b32 %0, {low, high}; }"
+      : "=r"(word)
+      : "f"(a), "f"(b), "f"(c), "f"(d));
+  return word;
+}
+
 // ---- 8 x 8 matrices of 16-bit elements between registers and shared memory ------------------------------------------
 
 // 9.7.15.5.16, stmatrix: lane l gives the address of row l % 8 of matrix l / 8.

@@ -35,27 +35,36 @@ struct MapDimension {
   int box;                 // of them a copy moves at once
 };
 
-// `dimensions` from the contiguous one outwards, at most five; its box is one swizzle row (64 elements, or 32). What
-// lies outside the tensor arrives as zeros. `promotion`: what L2 reads of memory at once. Returns null or a sentence
+enum class MapElement { kFloat16, kBFloat16, kE4m3 };
+
+inline MapElement map_element(DType dtype) {
+  return dtype == DType::kFloat16 ? MapElement::kFloat16 : MapElement::kBFloat16;
+}
+
+// `dimensions` from the contiguous one outwards, at most five; its box is one swizzle row (128 bytes, or 64). What lies
+// outside the tensor arrives as zeros. `promotion`: what L2 reads of memory at once. Returns null or a sentence
 // that says what went wrong.
-inline const char* make_tensor_map(CUtensorMap& map, void* data, DType dtype,
+inline const char* make_tensor_map(CUtensorMap& map, void* data, MapElement element,
                                    std::initializer_list<MapDimension> dimensions,
                                    CUtensorMapL2promotion promotion = CU_TENSOR_MAP_L2_PROMOTION_L2_256B) {
   if (tensor_map_encode() == nullptr) return "the CUDA driver has no cuTensorMapEncodeTiled (12.0 or newer is needed)";
   cuuint64_t extents[5], strides[5];
   cuuint32_t boxes[5], steps[5];
+  int const bytes = element == MapElement::kE4m3 ? 1 : 2;
   int rank = 0;
   for (MapDimension const& dimension : dimensions) {
     extents[rank] = static_cast<cuuint64_t>(dimension.extent);
     // A dimension of one element may have any stride in torch; the descriptor's must be a multiple of 16 bytes all the
     // same.
-    strides[rank] = static_cast<cuuint64_t>(dimension.extent > 1 ? 2 * dimension.stride : 16);
+    strides[rank] = static_cast<cuuint64_t>(dimension.extent > 1 ? bytes * dimension.stride : 16);
     boxes[rank] = static_cast<cuuint32_t>(dimension.box);
     steps[rank] = 1;
     ++rank;
   }
-  auto const type = dtype == DType::kFloat16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
-  auto const swizzle = boxes[0] == 64 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B;
+  auto const type = element == MapElement::kFloat16    ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
+                    : element == MapElement::kBFloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
+                                                       : CU_TENSOR_MAP_DATA_TYPE_UINT8;
+  auto const swizzle = bytes * boxes[0] == 128 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B;
   CUresult const result =
       tensor_map_encode()(&map, type, rank, data, extents, strides + 1, boxes, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
                           swizzle, promotion, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
@@ -72,7 +81,7 @@ inline const char* make_row_map(CUtensorMap& map, TensorView const& view, Proble
                                 int64_t rows, int64_t heads, int columns, int box_rows) {
   if (rows == 0) return nullptr;  // nothing is loaded
   if (problem.cu_seqlens_q == nullptr) {
-    return make_tensor_map(map, view.data, problem.dtype,
+    return make_tensor_map(map, view.data, map_element(problem.dtype),
                            {{head_dim, 1, columns},
                             {rows, view.stride_seqlen, box_rows},
                             {1, 0, 1},
@@ -81,7 +90,7 @@ inline const char* make_row_map(CUtensorMap& map, TensorView const& view, Proble
   }
   int64_t const stride = rows > 1 ? view.stride_seqlen : 8;  // in elements of 2 bytes; of one row it may be anything
   int64_t const wrap = (2 * stride / kWrapBytes + 1) * kWrapBytes / 2 - stride;
-  return make_tensor_map(map, view.data, problem.dtype,
+  return make_tensor_map(map, view.data, map_element(problem.dtype),
                          {{head_dim, 1, columns},
                           {kRowExtent, stride, box_rows},
                           {kAnyExtent, stride, 1},
@@ -101,7 +110,7 @@ struct QueryMaps {
   const char* make_queries(CUtensorMap& map, TensorView const& view, int64_t head_dim, int box_rows) const {
     int64_t const packed = schedule.heads_packed;
     int64_t const rows = problem.cu_seqlens_q != nullptr ? problem.total_q : problem.seqlen_q;
-    return make_tensor_map(map, view.data, problem.dtype,
+    return make_tensor_map(map, view.data, map_element(problem.dtype),
                            {{head_dim, 1, columns},
                             {packed, view.stride_heads, static_cast<int>(packed)},
                             {rows, view.stride_seqlen, box_rows},

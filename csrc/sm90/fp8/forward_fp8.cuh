@@ -1,0 +1,407 @@
+// Hopper forward attention of e4m3 operands: half the bytes, twice the products a second.
+//
+//   S = q_scale k_scale scale Q K^T (softcap), masked;   P = 2^8 exp(S - row_max), rounded to e4m3;
+//   O = sum_tiles v_scale P V, rescaled when row_max grows;   out = O / row_sum
+//
+// The schedule is that of forward.cuh, without its look ahead: one product of S is in flight while a softmax is taken.
+// What differs:
+//   - scales: of a query, of a key's block of 128 and of a value's (operands.h), multiplied in where they cost nothing:
+//     into the factor of the exponent, and where a tile's P V joins O;
+//   - promotion: Hopper adds fp8 products with about 14 bits (DeepSeek-V3, arXiv 2412.19437, section 3.3.2). P V of a
+//     tile is a product of its own, and joins O in fp32: the instruction that would rescale O anyway adds it;
+//   - P lies between 0 and 2^8, where e4m3 has its range, and is never above: every new maximum counts;
+//   - V arrives transposed, its keys in the order of P's registers (operands.h).
+//
+// The sum of exponentials takes P before it is rounded, as FlashAttention-3 (arXiv 2407.08608, section 3.3).
+#pragma once
+
+#include <cuda.h>
+#include <cutlass/arch/barrier.h>
+#include <cutlass/arch/grid_dependency_control.h>
+#include <cutlass/arch/reg_reconfig.h>
+
+#include <cute/tensor.hpp>
+
+#include "params.h"
+#include "sm90/forward/forward_output.cuh"
+#include "sm90/forward/query_tile.cuh"
+#include "sm90/fp8/operands.h"
+#include "sm90/hopper/fragment.cuh"
+#include "sm90/hopper/ptx.cuh"
+#include "sm90/hopper/softmax.cuh"
+#include "sm90/scheduling/scheduler.cuh"
+#include "sm90/tiles.h"
+
+namespace flashmla::sm90 {
+
+struct Fp8ForwardArguments : ForwardArguments {
+  CUtensorMap vt;  // dims (place, column of V, head); `k` has dims (head_dim, place, head) here
+  float const *q_scales, *k_scales, *v_scales;
+  int32_t blocks;
+};
+
+// The online softmax of scores that have scales: row_max is that of S in base 2, not of what the product gave.
+template <int kScores>
+struct Fp8Softmax {
+  static constexpr float kLogLargest = 8.0f;  // of P, in base 2
+
+  float row_max[2], row_sum[2], row_scale[2];  // row_scale: q_scale * scale * log2 e of the row
+
+  __device__ void reset(float first_scale, float second_scale) {
+    row_max[0] = row_max[1] = -INFINITY;
+    row_sum[0] = row_sum[1] = 0.0f;
+    row_scale[0] = first_scale;
+    row_scale[1] = second_scale;
+  }
+
+  // Scores become P. True if some row of this warp has a new maximum: then O is to be multiplied by `correction`.
+  template <class Scores>
+  __device__ bool update(Scores& scores, float tile_scale, float (&correction)[2]) {
+    bool has_grown = false;
+    CUTE_UNROLL
+    for (int row = 0; row < 2; ++row) {
+      float const factor = row_scale[row] * tile_scale;  // not negative: see transform in consume
+      float largest[2] = {scores(row * 2), scores(row * 2 + 1)};
+      CUTE_UNROLL
+      for (int j = 1; j < kScores / 4; ++j) {
+        CUTE_UNROLL
+        for (int c = 0; c < 2; ++c) largest[c] = fmaxf(largest[c], scores(j * 4 + row * 2 + c));
+      }
+      float largest_here = fmaxf(largest[0], largest[1]);
+      largest_here = fmaxf(largest_here, __shfl_xor_sync(0xffffffff, largest_here, 1));
+      largest_here = fmaxf(largest_here, __shfl_xor_sync(0xffffffff, largest_here, 2));
+      // Where the factor is 0, -inf would become NaN.
+      float const scaled = largest_here == -INFINITY ? -INFINITY : largest_here * factor;
+      float const new_max = fmaxf(row_max[row], scaled);
+      float const against = (new_max == -INFINITY ? 0.0f : new_max) - kLogLargest;
+      correction[row] = new_max == -INFINITY ? 1.0f : exp2f(row_max[row] - new_max);
+      has_grown |= new_max > row_max[row];
+      row_max[row] = new_max;
+      float sum[2] = {0.0f, 0.0f};
+      CUTE_UNROLL
+      for (int j = 0; j < kScores / 4; ++j) {
+        CUTE_UNROLL
+        for (int c = 0; c < 2; ++c) {
+          float& score = scores(j * 4 + row * 2 + c);
+          score = exp2f(__fmaf_rn(score, factor, -against));
+          sum[c] += score;
+        }
+      }
+      row_sum[row] = row_sum[row] * correction[row] + (sum[0] + sum[1]);
+    }
+    return __any_sync(0xffffffff, has_grown);
+  }
+
+  // The four lanes of a row add their parts. Returns the factor on O; lse is natural.
+  __device__ float finish(int row, float const* sink, float& lse) {
+    float sum = row_sum[row];
+    sum += __shfl_xor_sync(0xffffffff, sum, 1);
+    sum += __shfl_xor_sync(0xffffffff, sum, 2);
+    return finish_row(row_max[row] == -INFINITY ? -INFINITY : row_max[row] - kLogLargest, sum, sink, lse);
+  }
+};
+
+// kHeadDim: of queries, keys and values. Output: fp16 or bf16.
+template <int kHeadDim, MaskKind kMask, class OutputElement>
+struct Fp8Forward {
+  using Element = cutlass::float_e4m3_t;
+  using Tiles = Fp8ForwardTiles<kHeadDim>;
+  static constexpr int kBlockQ = Tiles::kBlockQ, kBlockKV = Tiles::kBlockKV;
+  static constexpr int kNumStages = Tiles::kNumStages, kNumQStages = Tiles::kNumQStages;
+  static constexpr int kNumConsumers = Tiles::kNumConsumers;
+  static constexpr int kSwizzleColumns = kHeadDim % 128 == 0 ? 128 : 64;
+  static constexpr int kColumnsQK = kHeadDim, kColumnsV = kHeadDim;  // for query_tile.cuh
+  static constexpr bool kHasDOut = false, kLooksAhead = false;
+  static_assert(kHeadDim % kSwizzleColumns == 0 && kBlockKV == kKeysOfScale, "a kv_block has one scale");
+
+  static constexpr int kScores = kBlockKV / 2, kOutputs = kHeadDim / 2;  // per thread
+  using Output = ForwardOutput<Fp8Forward, OutputElement>;
+  using RowSoftmax = Fp8Softmax<kScores>;
+
+  using BlockShapeS = cute::Shape<cute::Int<kBlockQ>, cute::Int<kBlockKV>, cute::Int<kHeadDim>>;
+  using BlockShapeO = cute::Shape<cute::Int<kBlockQ>, cute::Int<kHeadDim>, cute::Int<kBlockKV>>;
+  using Warpgroups = cute::Layout<cute::Shape<cute::Int<kNumConsumers>, cute::_1, cute::_1>>;
+  using MmaS =
+      decltype(cute::make_tiled_mma(cute::GMMA::ss_op_selector<Element, Element, float, BlockShapeS>(), Warpgroups{}));
+  using MmaO =
+      decltype(cute::make_tiled_mma(cute::GMMA::rs_op_selector<Element, Element, float, BlockShapeO>(), Warpgroups{}));
+
+  // Rows of one swizzle row: of head_dim columns for Q and K, of 128 keys for V.
+  template <int kColumns>
+  using AtomOf = std::conditional_t<kColumns % 128 == 0, cute::GMMA::Layout_K_SW128_Atom<Element>,
+                                    cute::GMMA::Layout_K_SW64_Atom<Element>>;
+  template <int kRows, int kColumns, int kDepth>
+  using Rows = decltype(cute::tile_to_shape(AtomOf<kColumns>{},
+                                            cute::Shape<cute::Int<kRows>, cute::Int<kColumns>, cute::Int<kDepth>>{}));
+  using LayoutQ = Rows<kBlockQ, kHeadDim, kNumQStages>;
+  using LayoutK = Rows<kBlockKV, kHeadDim, kNumStages>;
+  using LayoutVt = Rows<kHeadDim, kBlockKV, kNumStages>;
+
+  struct SharedStorage {
+    alignas(1024) Element q[kNumQStages][kBlockQ * kHeadDim];
+    alignas(1024) Element k[kNumStages][kBlockKV * kHeadDim];
+    alignas(1024) Element v[kNumStages][kHeadDim * kBlockKV];
+    uint64_t q_full[kNumQStages], q_empty[kNumQStages];
+    uint64_t k_full[kNumStages], k_empty[kNumStages], v_full[kNumStages], v_empty[kNumStages];
+    uint64_t tile_full[kNumQueryTiles], tile_empty[kNumQueryTiles];
+    WorkTile tiles[kNumQueryTiles];
+  };
+  static constexpr int kSharedBytes = sizeof(SharedStorage);
+  static_assert(kSharedBytes <= kMaxSharedBytes);
+  static constexpr int kOwnBarrier = 1;  // named barriers of each warpgroup's own threads
+
+  // ---- producer -----------------------------------------------------------------------------------------------------
+
+  // Loads K, or V transposed, of the keys that a tile sees, from the last to the first.
+  template <int kSize>
+  __device__ static void load_blocks(Fp8ForwardArguments const& arguments, SharedStorage& shared,
+                                     CUtensorMap const& map, bool is_transposed, Element (&buffers)[kNumStages][kSize],
+                                     uint64_t (&full)[kNumStages], uint64_t (&empty)[kNumStages]) {
+    int32_t const group = static_cast<int32_t>(arguments.problem.heads_q / arguments.problem.heads_kv);
+    Ring<kNumStages> ring;
+    Ring<kNumQueryTiles> slot;
+    for (;; slot.advance()) {
+      ClusterBarrier::wait(&shared.tile_full[slot.stage], slot.phase);
+      WorkTile const& tile = shared.tiles[slot.stage];
+      if (tile.head < 0) return;
+      int32_t const head_kv = tile.head / group;
+      int32_t const first = first_fp8_block(arguments.problem, tile.batch, tile.sequence.offset_kv);
+      for (int32_t kv_block = tile.kv_block_end - 1; kv_block >= tile.kv_block_begin; --kv_block, ring.advance()) {
+        int const stage = ring.stage;
+        int32_t const place = (first + kv_block) * kBlockKV;
+        ClusterBarrier::wait(&empty[stage], ring.phase ^ 1);
+        ClusterTransactionBarrier::arrive_and_expect_tx(&full[stage], sizeof(buffers[stage]));
+        auto copy = [&](Element* target, int32_t column, int32_t row) {
+          cute::SM90_TMA_LOAD_3D::copy(&map, &full[stage],
+                                       static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVICT_NORMAL), target, column,
+                                       row, head_kv);
+        };
+        if (is_transposed) {
+          copy(buffers[stage], place, 0);
+        } else {
+          for (int column = 0; column < kHeadDim; column += kSwizzleColumns) {
+            copy(buffers[stage] + column * kBlockKV, column, place);
+          }
+        }
+      }
+      ClusterBarrier::arrive(&shared.tile_empty[slot.stage]);
+    }
+  }
+
+  __device__ static void produce(Fp8ForwardArguments const& arguments, SharedStorage& shared) {
+    if (threadIdx.x == 0) {
+      load_blocks(arguments, shared, arguments.k, false, shared.k, shared.k_full, shared.k_empty);
+    } else if (threadIdx.x == 32) {
+      publish_query_work_tiles<Fp8Forward>(arguments, shared);
+    } else if (threadIdx.x == 64) {
+      load_blocks(arguments, shared, arguments.vt, true, shared.v, shared.v_full, shared.v_empty);
+    } else if (threadIdx.x == 96) {
+      load_queries<Fp8Forward>(arguments, shared);
+    }
+  }
+
+  // ---- consumer warpgroups ------------------------------------------------------------------------------------------
+
+  __device__ static void consume(Fp8ForwardArguments const& arguments, SharedStorage& shared, int warpgroup) {
+    using namespace cute;
+    int const first_row = row_of_thread(warpgroup * kWarpgroupRows, threadIdx.x);
+    Problem const& problem = arguments.problem;
+    Schedule const& schedule = arguments.schedule;
+
+    MmaS mma_s;
+    MmaO mma_o;
+    Tensor sQ = make_tensor(make_smem_ptr(shared.q[0]), LayoutQ{});
+    Tensor sK = make_tensor(make_smem_ptr(shared.k[0]), LayoutK{});
+    Tensor sVt = make_tensor(make_smem_ptr(shared.v[0]), LayoutVt{});
+    auto thread_s = mma_s.get_slice(warpgroup * kWarpgroupThreads);  // uniform: see forward.cuh
+    auto thread_o = mma_o.get_slice(warpgroup * kWarpgroupThreads);
+    Tensor fQ = thread_s.partition_fragment_A(sQ);   // descriptors (_, 1, kHeadDim/32, kNumQStages)
+    Tensor fK = thread_s.partition_fragment_B(sK);   // (_, 1, kHeadDim/32, kNumStages)
+    Tensor fV = thread_o.partition_fragment_B(sVt);  // (_, _, kBlockKV/32, kNumStages)
+    Tensor rS = partition_fragment_C(mma_s, Shape<Int<kBlockQ>, Int<kBlockKV>>{});
+    Tensor rPV = partition_fragment_C(mma_o, Shape<Int<kBlockQ>, Int<kHeadDim>>{});  // of a tile
+    Tensor rO = partition_fragment_C(mma_o, Shape<Int<kBlockQ>, Int<kHeadDim>>{});
+    Tensor rP = make_tensor<Element>(partition_shape_A(mma_o, Shape<Int<kBlockQ>, Int<kBlockKV>>{}));
+    static_assert(decltype(size(rS))::value == kScores && decltype(size(rO))::value == kOutputs &&
+                  decltype(size(rP))::value == kScores);
+
+    // With softcap, or a scale that is not positive, scores are transformed one by one, and the softmax has no factor.
+    bool const has_transform = problem.softcap > 0.0f || problem.scale <= 0.0f;
+    Ring<kNumStages> ring;
+    Ring<kNumQStages> q_ring;
+    Ring<kNumQueryTiles> slot;
+
+    auto issue_s = [&] { multiply(mma_s, fQ(_, _, _, q_ring.stage), fK(_, _, _, ring.stage), rS, false); };
+    auto issue_o = [&](int stage) {
+      warpgroup_fence_operand(rP);
+      multiply(mma_o, rP, fV(_, _, _, stage), rPV, false);
+    };
+    // A k step of 32 columns takes four registers of four numbers: rows r = 0, 1 of its first sixteen columns, then of
+    // the others. Accumulators of eight columns each are j, j + 1.
+    auto convert_p = [&] {
+      auto* words = reinterpret_cast<uint32_t*>(rP.data());
+      CUTE_UNROLL
+      for (int i = 0; i < kScores / 4; ++i) {
+        int const j = i / 4 * 4 + i % 4 / 2 * 2, r = i % 2;
+        words[i] = ptx::pack_e4m3(rS(j * 4 + r * 2), rS(j * 4 + r * 2 + 1), rS(j * 4 + 4 + r * 2),
+                                  rS(j * 4 + 4 + r * 2 + 1));
+      }
+    };
+    auto release = [&](uint64_t& barrier) {
+      if (threadIdx.x % kWarpgroupThreads == 0) ClusterBarrier::arrive(&barrier);
+    };
+    auto release_tile = [&](int place) {
+      __syncwarp();
+      if (threadIdx.x % kWarpThreads == 0) ClusterBarrier::arrive(&shared.tile_empty[place]);
+    };
+    auto sync_warpgroup = [&] { NamedBarrier::sync(kWarpgroupThreads, kOwnBarrier + warpgroup); };
+    auto skip_kv_block = [&] {
+      ClusterBarrier::wait(&shared.k_full[ring.stage], ring.phase);
+      ClusterBarrier::wait(&shared.v_full[ring.stage], ring.phase);
+      sync_warpgroup();
+      release(shared.k_empty[ring.stage]);
+      release(shared.v_empty[ring.stage]);
+      ring.advance();
+    };
+    auto find_tile = [&] {  // skips work tiles in which this warpgroup sees nothing; false if there is no more work
+      for (;; q_ring.advance(), slot.advance()) {
+        ClusterBarrier::wait(&shared.q_full[q_ring.stage], q_ring.phase);
+        WorkTile const& tile = shared.tiles[slot.stage];
+        if (tile.head < 0) return false;
+        VisibleBlocks const& visible = tile.visible[warpgroup];
+        if (visible.begin < visible.end) return true;
+        for (int32_t kv_block = tile.kv_block_end - 1; kv_block >= tile.kv_block_begin; --kv_block) skip_kv_block();
+        Output::write_masked_rows(arguments, tile, warpgroup);
+        sync_warpgroup();
+        release(shared.q_empty[q_ring.stage]);
+        release_tile(slot.stage);
+      }
+    };
+
+    RowSoftmax softmax;
+    float correction[2];
+    while (find_tile()) {
+      WorkTile const& tile = shared.tiles[slot.stage];
+      VisibleBlocks const visible = tile.visible[warpgroup];
+      int32_t const head_kv = tile.head / static_cast<int32_t>(problem.heads_q / problem.heads_kv);
+      int64_t const first_scale = int64_t{head_kv} * arguments.blocks +
+                                  first_fp8_block(problem, tile.batch, tile.sequence.offset_kv);
+      float row_scale[2];
+      int32_t position[2];
+      CUTE_UNROLL
+      for (int r = 0; r < 2; ++r) {
+        QueryRow const row = query_row(schedule, tile, first_row + 8 * r);
+        int64_t const token = (problem.cu_seqlens_q != nullptr ? 0 : int64_t{tile.batch} * problem.seqlen_q) +
+                              tile.sequence.offset_q + row.query;
+        float const scale = row.is_valid ? arguments.q_scales[token * problem.heads_q + row.head] : 0.0f;
+        row_scale[r] = has_transform ? scale * problem.scale : scale * problem.scale * kLog2e;
+        position[r] = row.query + tile.sequence.seqlen_kv - tile.sequence.seqlen_q;
+      }
+      softmax.reset(has_transform ? kLog2e : row_scale[0], has_transform ? kLog2e : row_scale[1]);
+      CUTE_UNROLL
+      for (int i = 0; i < kOutputs; ++i) rO(i) = 0.0f;
+      for (int32_t kv_block = tile.kv_block_end - 1; kv_block >= visible.end; --kv_block) skip_kv_block();
+
+      int32_t kv_block = visible.end - 1;
+      auto finish_scores = [&](float k_scale) {
+        if (has_transform) {
+          CUTE_UNROLL
+          for (int i = 0; i < kScores; ++i) {
+            float x = rS(i) * (row_scale[i / 2 % 2] * k_scale);
+            if (problem.softcap > 0.0f) x = ptx::tanh_approx(x / problem.softcap) * problem.softcap;
+            rS(i) = x;
+          }
+        }
+        if (kv_block < visible.unmasked_begin || kv_block >= visible.unmasked_end) {
+          mask_scores<kMask, kScores>(rS, arguments.window, tile.sequence.seqlen_kv, kv_block * kBlockKV, position);
+        }
+        return softmax.update(rS, has_transform ? 1.0f : k_scale, correction);
+      };
+      auto add_product = [&](float scale) {
+        CUTE_UNROLL
+        for (int i = 0; i < kOutputs; ++i) rO(i) = __fmaf_rn(rPV(i), scale, rO(i));
+      };
+
+      float k_scale = arguments.k_scales[first_scale + kv_block];
+      float v_scale = arguments.v_scales[first_scale + kv_block];
+      ClusterBarrier::wait(&shared.k_full[ring.stage], ring.phase);
+      issue_s();
+      warpgroup_wait<0>();
+      warpgroup_fence_operand(rS);
+      release(shared.k_empty[ring.stage]);
+      if (kv_block == visible.begin) release(shared.q_empty[q_ring.stage]);
+      finish_scores(k_scale);
+      convert_p();
+      for (--kv_block; kv_block >= visible.begin; --kv_block) {
+        Ring<kNumStages> const ring_o = ring;
+        ring.advance();
+        float const v_scale_o = v_scale;
+        k_scale = arguments.k_scales[first_scale + kv_block];
+        v_scale = arguments.v_scales[first_scale + kv_block];
+        ClusterBarrier::wait(&shared.k_full[ring.stage], ring.phase);
+        issue_s();
+        ClusterBarrier::wait(&shared.v_full[ring_o.stage], ring_o.phase);
+        issue_o(ring_o.stage);
+        warpgroup_wait<1>();
+        warpgroup_fence_operand(rS);
+        release(shared.k_empty[ring.stage]);
+        if (kv_block == visible.begin) release(shared.q_empty[q_ring.stage]);
+        bool const has_grown = finish_scores(k_scale);
+        ptx::keep_before(softmax.row_sum[0] + softmax.row_sum[1]);  // the exponentials, before the wait for P V
+        warpgroup_wait<0>();
+        warpgroup_fence_operand(rPV);
+        release(shared.v_empty[ring_o.stage]);
+        convert_p();
+        add_product(v_scale_o);
+        if (has_grown) {
+          CUTE_UNROLL
+          for (int i = 0; i < kOutputs; ++i) rO(i) *= correction[i / 2 % 2];
+        }
+      }
+      ClusterBarrier::wait(&shared.v_full[ring.stage], ring.phase);
+      issue_o(ring.stage);
+      warpgroup_wait<0>();
+      warpgroup_fence_operand(rPV);
+      release(shared.v_empty[ring.stage]);
+      ring.advance();
+      add_product(v_scale);
+
+      OutputRows rows;
+      Output::finish_rows(arguments, tile, softmax, warpgroup, first_row, rows);
+      Output::write(arguments, shared, tile, rows, rO, warpgroup, first_row, 0);
+      for (--kv_block; kv_block >= tile.kv_block_begin; --kv_block) skip_kv_block();
+      release_tile(slot.stage);
+      slot.advance();
+      q_ring.advance();
+    }
+  }
+
+  __device__ static void run(Fp8ForwardArguments const& arguments, SharedStorage& shared) {
+    int const warpgroup = cutlass::canonical_warp_group_idx();
+    if (threadIdx.x == 0) {
+      if (cute::cast_smem_ptr_to_uint(&shared) % 1024 != 0) __trap();
+      init_query_barriers<Fp8Forward>(shared);
+    }
+    __syncthreads();
+    cutlass::arch::wait_on_dependent_grids();  // the operands, and schedule_kernel's list
+    if (warpgroup == 0) {
+      cutlass::arch::warpgroup_reg_dealloc<Tiles::kProducerRegisters>();
+      produce(arguments, shared);
+    } else {
+      cutlass::arch::warpgroup_reg_alloc<Tiles::kConsumerRegisters>();
+      consume(arguments, shared, warpgroup - 1);
+    }
+  }
+};
+
+template <int kHeadDim, MaskKind kMask, class OutputElement>
+__global__ void __launch_bounds__(Fp8ForwardTiles<kHeadDim>::kNumThreads, 1)
+    fp8_forward_kernel(__grid_constant__ Fp8ForwardArguments const arguments) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  extern __shared__ __align__(1024) unsigned char memory[];  // as in forward.cuh
+  using Kernel = Fp8Forward<kHeadDim, kMask, OutputElement>;
+  Kernel::run(arguments, *reinterpret_cast<typename Kernel::SharedStorage*>(memory));
+#endif
+}
+
+}  // namespace flashmla::sm90

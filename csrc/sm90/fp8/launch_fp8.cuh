@@ -1,0 +1,135 @@
+// Host side of the fp8 forward: the workspace, quantisation, TMA descriptors and the launch. One instantiation per head
+// dim.
+#pragma once
+
+#include "sm90/fp8/forward_fp8.cuh"
+#include "sm90/fp8/quantize.cuh"
+#include "sm90/hopper/device.h"
+#include "sm90/hopper/tensor_map.h"
+#include "sm90/launch.h"
+
+namespace flashmla::sm90 {
+
+// Where the operands lie in the workspace, behind the schedule.
+struct Fp8Workspace {
+  Fp8Operands operands;
+  int64_t bytes;
+};
+
+template <int kHeadDim>
+Fp8Workspace fp8_workspace_of(Problem const& problem, void* workspace) {
+  unsigned char* const begin = static_cast<unsigned char*>(workspace);
+  int64_t bytes = forward_schedule_bytes(problem, Fp8ForwardTiles<kHeadDim>::kBlockQ);
+  auto take = [&](int64_t size) {
+    bytes = (bytes + 127) / 128 * 128;
+    unsigned char* const place = begin + bytes;
+    bytes += size;
+    return place;
+  };
+  int64_t const rows = problem.cu_seqlens_q != nullptr ? problem.total_q : problem.batch * problem.seqlen_q;
+  Fp8Operands operands;
+  operands.blocks = num_fp8_blocks(problem);
+  int64_t const keys = problem.heads_kv * operands.blocks * kKeysOfScale;
+  operands.q = take(rows * problem.heads_q * kHeadDim);
+  operands.k = take(keys * kHeadDim);
+  operands.vt = take(keys * kHeadDim);
+  operands.q_scales = reinterpret_cast<float*>(take(rows * problem.heads_q * 4));
+  operands.k_scales = reinterpret_cast<float*>(take(problem.heads_kv * operands.blocks * 4));
+  operands.v_scales = reinterpret_cast<float*>(take(problem.heads_kv * operands.blocks * 4));
+  return {operands, bytes};
+}
+
+template <int kHeadDim>
+int64_t fp8_workspace_head_dim(Fp8ForwardParams const& params) {
+  return fp8_workspace_of<kHeadDim>(params.problem, nullptr).bytes;
+}
+
+template <int kHeadDim, class Element>
+const char* quantize(Fp8ForwardParams const& params, Fp8Operands const& operands, cudaStream_t stream) {
+  Problem const& problem = params.problem;
+  int64_t const rows = problem.cu_seqlens_q != nullptr ? problem.total_q : problem.batch * problem.seqlen_q;
+  int64_t const query_ctas = (rows * problem.heads_q + kQuantizeWarps - 1) / kQuantizeWarps;
+  if (query_ctas > INT32_MAX || operands.blocks > INT32_MAX / kKeysOfScale) {
+    return "the tensors are too large: expected fewer than 2^31 queries and keys; pass a part of the batch at a time";
+  }
+  QuantizeArguments const arguments{problem, params.q, params.k, params.v, operands, params.rotates};
+  const char* error = launch_kernel<QuantizeArguments>(quantize_queries_kernel<kHeadDim, Element>,
+                                                       dim3(static_cast<unsigned>(query_ctas)), kQuantizeThreads, 0,
+                                                       stream, Launch::kAlone, arguments);
+  if (error != nullptr || operands.blocks == 0) return error;
+  dim3 const blocks(static_cast<unsigned>(operands.blocks), static_cast<unsigned>(problem.heads_kv));
+  return launch_kernel<QuantizeArguments>(quantize_keys_kernel<kHeadDim, Element>, blocks, kQuantizeThreads, 0, stream,
+                                          Launch::kAlone, arguments);
+}
+
+template <int kHeadDim, MaskKind kMask, class Element>
+const char* launch_fp8(Fp8ForwardParams const& params, void* workspace, cudaStream_t stream) {
+  using Kernel = Fp8Forward<kHeadDim, kMask, Element>;
+  Problem const& problem = params.problem;
+  int device = 0;
+  cudaGetDevice(&device);
+  Fp8Operands const operands = fp8_workspace_of<kHeadDim>(problem, workspace).operands;
+  if (const char* error = quantize<kHeadDim, Element>(params, operands, stream)) return error;
+
+  Fp8ForwardArguments arguments{};
+  int num_ctas = 0;
+  if (const char* error = make_forward_schedule(problem, Kernel::kBlockQ, num_sms(device), workspace, stream,
+                                                arguments.schedule, num_ctas)) {
+    return error;
+  }
+  Schedule const& schedule = arguments.schedule;
+  bool const is_packed = problem.cu_seqlens_q != nullptr;
+  int64_t const packed = schedule.heads_packed, batch = is_packed ? 1 : problem.batch;
+  int64_t const rows = is_packed ? problem.total_q : problem.seqlen_q;
+  int64_t const places = operands.blocks * kKeysOfScale;
+  const char* error = make_tensor_map(arguments.q, operands.q, MapElement::kE4m3,
+                                      {{kHeadDim, 1, Kernel::kSwizzleColumns},
+                                       {packed, kHeadDim, static_cast<int>(packed)},
+                                       {rows, problem.heads_q * kHeadDim, schedule.rows_per_block},
+                                       {problem.heads_q / packed, kHeadDim * packed, 1},
+                                       {batch, rows * problem.heads_q * kHeadDim, 1}});
+  if (error == nullptr && places > 0) {
+    error = make_tensor_map(arguments.k, operands.k, MapElement::kE4m3,
+                            {{kHeadDim, 1, Kernel::kSwizzleColumns},
+                             {places, kHeadDim, Kernel::kBlockKV},
+                             {problem.heads_kv, places * kHeadDim, 1}});
+  }
+  if (error == nullptr && places > 0) {
+    error = make_tensor_map(arguments.vt, operands.vt, MapElement::kE4m3,
+                            {{places, 1, Kernel::kBlockKV}, {kHeadDim, places, kHeadDim},
+                             {problem.heads_kv, places * kHeadDim, 1}});
+  }
+  if (error != nullptr) return error;
+  arguments.out = params.out;
+  arguments.lse = params.lse;
+  arguments.problem = problem;
+  arguments.window = window_of(problem);
+  arguments.q_scales = operands.q_scales;
+  arguments.k_scales = operands.k_scales;
+  arguments.v_scales = operands.v_scales;
+  arguments.blocks = static_cast<int32_t>(operands.blocks);
+
+  constexpr auto* kernel = fp8_forward_kernel<kHeadDim, kMask, Element>;
+  if (cudaError_t const status = allow_shared_memory<kernel>(Kernel::kSharedBytes, device); status != cudaSuccess) {
+    return cudaGetErrorString(status);
+  }
+  return launch_kernel<Fp8ForwardArguments>(kernel, dim3(static_cast<unsigned>(num_ctas)), Kernel::Tiles::kNumThreads,
+                                            Kernel::kSharedBytes, stream, Launch::kAlone, arguments);
+}
+
+template <int kHeadDim, class Element>
+const char* launch_fp8_masked(Fp8ForwardParams const& params, void* workspace, cudaStream_t stream) {
+  Problem const& problem = params.problem;
+  if (problem.window_left >= 0) return launch_fp8<kHeadDim, MaskKind::kWindow, Element>(params, workspace, stream);
+  if (problem.window_right >= 0) return launch_fp8<kHeadDim, MaskKind::kCausal, Element>(params, workspace, stream);
+  return launch_fp8<kHeadDim, MaskKind::kNone, Element>(params, workspace, stream);
+}
+
+template <int kHeadDim>
+const char* launch_fp8_head_dim(Fp8ForwardParams const& params, void* workspace, cudaStream_t stream) {
+  return params.problem.dtype == DType::kFloat16
+             ? launch_fp8_masked<kHeadDim, cutlass::half_t>(params, workspace, stream)
+             : launch_fp8_masked<kHeadDim, cutlass::bfloat16_t>(params, workspace, stream);
+}
+
+}  // namespace flashmla::sm90
