@@ -5,7 +5,7 @@
 //
 // The schedule is that of forward.cuh, without its look ahead: one product of S is in flight while a softmax is taken.
 // What differs:
-//   - scales: of a query, of a key's block of 128 and of a value's (operands.h), multiplied in where they cost nothing:
+//   - scales: of blocks of 128 queries, keys and values (operands.h), multiplied in where they cost nothing:
 //     into the factor of the exponent, and where a tile's P V joins O;
 //   - promotion: Hopper adds fp8 products with about 14 bits (DeepSeek-V3, arXiv 2412.19437, section 3.3.2). P V of a
 //     tile is a product of its own, and joins O in fp32: the instruction that would rescale O anyway adds it;
@@ -37,7 +37,7 @@ namespace flashmla::sm90 {
 struct Fp8ForwardArguments : ForwardArguments {
   CUtensorMap vt;  // dims (place, column of V, head); `k` has dims (head_dim, place, head) here
   float const *q_scales, *k_scales, *v_scales;
-  int32_t blocks;
+  int32_t blocks_q, blocks;
 };
 
 // The online softmax of scores that have scales: row_max is that of S in base 2, not of what the product gave.
@@ -70,9 +70,7 @@ struct Fp8Softmax {
       float largest_here = fmaxf(largest[0], largest[1]);
       largest_here = fmaxf(largest_here, __shfl_xor_sync(0xffffffff, largest_here, 1));
       largest_here = fmaxf(largest_here, __shfl_xor_sync(0xffffffff, largest_here, 2));
-      // Where the factor is 0, -inf would become NaN.
-      float const scaled = largest_here == -INFINITY ? -INFINITY : largest_here * factor;
-      float const new_max = fmaxf(row_max[row], scaled);
+      float const new_max = fmaxf(row_max[row], largest_here * factor);
       float const against = (new_max == -INFINITY ? 0.0f : new_max) - kLogLargest;
       correction[row] = new_max == -INFINITY ? 1.0f : exp2f(row_max[row] - new_max);
       has_grown |= new_max > row_max[row];
@@ -112,7 +110,7 @@ struct Fp8Forward {
   static constexpr int kSwizzleColumns = kHeadDim % 128 == 0 ? 128 : 64;
   static constexpr int kColumnsQK = kHeadDim, kColumnsV = kHeadDim;  // for query_tile.cuh
   static constexpr bool kHasDOut = false, kLooksAhead = false;
-  static_assert(kHeadDim % kSwizzleColumns == 0 && kBlockKV == kKeysOfScale, "a kv_block has one scale");
+  static_assert(kHeadDim % kSwizzleColumns == 0 && kBlockKV == kRowsOfScale, "a kv_block has one scale");
 
   static constexpr int kScores = kBlockKV / 2, kOutputs = kHeadDim / 2;  // per thread
   using Output = ForwardOutput<Fp8Forward, OutputElement>;
@@ -165,7 +163,7 @@ struct Fp8Forward {
       WorkTile const& tile = shared.tiles[slot.stage];
       if (tile.head < 0) return;
       int32_t const head_kv = tile.head / group;
-      int32_t const first = first_fp8_block(arguments.problem, tile.batch, tile.sequence.offset_kv);
+      int32_t const first = first_fp8_block(arguments.problem, arguments.problem.seqlen_kv, tile.batch, tile.sequence.offset_kv);
       for (int32_t kv_block = tile.kv_block_end - 1; kv_block >= tile.kv_block_begin; --kv_block, ring.advance()) {
         int const stage = ring.stage;
         int32_t const place = (first + kv_block) * kBlockKV;
@@ -285,15 +283,17 @@ struct Fp8Forward {
       VisibleBlocks const visible = tile.visible[warpgroup];
       int32_t const head_kv = tile.head / static_cast<int32_t>(problem.heads_q / problem.heads_kv);
       int64_t const first_scale = int64_t{head_kv} * arguments.blocks +
-                                  first_fp8_block(problem, tile.batch, tile.sequence.offset_kv);
+                                  first_fp8_block(problem, problem.seqlen_kv, tile.batch, tile.sequence.offset_kv);
+      int32_t const first_block_q =
+          first_fp8_block(problem, problem.seqlen_q, tile.batch, tile.sequence.offset_q);
       float row_scale[2];
       int32_t position[2];
       CUTE_UNROLL
       for (int r = 0; r < 2; ++r) {
         QueryRow const row = query_row(schedule, tile, first_row + 8 * r);
-        int64_t const token = (problem.cu_seqlens_q != nullptr ? 0 : int64_t{tile.batch} * problem.seqlen_q) +
-                              tile.sequence.offset_q + row.query;
-        float const scale = row.is_valid ? arguments.q_scales[token * problem.heads_q + row.head] : 0.0f;
+        int32_t const block = first_block_q + row.query / kRowsOfScale;
+        float const scale =
+            row.is_valid ? arguments.q_scales[int64_t{row.head} * arguments.blocks_q + block] : 1.0f;
         row_scale[r] = has_transform ? scale * problem.scale : scale * problem.scale * kLog2e;
         position[r] = row.query + tile.sequence.seqlen_kv - tile.sequence.seqlen_q;
       }

@@ -2,6 +2,8 @@
 // dim.
 #pragma once
 
+#include <algorithm>
+
 #include "sm90/fp8/forward_fp8.cuh"
 #include "sm90/fp8/quantize.cuh"
 #include "sm90/hopper/device.h"
@@ -28,12 +30,13 @@ Fp8Workspace fp8_workspace_of(Problem const& problem, void* workspace) {
   };
   int64_t const rows = problem.cu_seqlens_q != nullptr ? problem.total_q : problem.batch * problem.seqlen_q;
   Fp8Operands operands;
-  operands.blocks = num_fp8_blocks(problem);
-  int64_t const keys = problem.heads_kv * operands.blocks * kKeysOfScale;
+  operands.blocks_q = num_fp8_blocks(problem, problem.seqlen_q, problem.total_q);
+  operands.blocks = num_fp8_blocks(problem, problem.seqlen_kv, problem.total_kv);
+  int64_t const keys = problem.heads_kv * operands.blocks * kRowsOfScale;
   operands.q = take(rows * problem.heads_q * kHeadDim);
   operands.k = take(keys * kHeadDim);
   operands.vt = take(keys * kHeadDim);
-  operands.q_scales = reinterpret_cast<float*>(take(rows * problem.heads_q * 4));
+  operands.q_scales = reinterpret_cast<float*>(take(problem.heads_q * operands.blocks_q * 4));
   operands.k_scales = reinterpret_cast<float*>(take(problem.heads_kv * operands.blocks * 4));
   operands.v_scales = reinterpret_cast<float*>(take(problem.heads_kv * operands.blocks * 4));
   return {operands, bytes};
@@ -47,19 +50,18 @@ int64_t fp8_workspace_head_dim(Fp8ForwardParams const& params) {
 template <int kHeadDim, class Element>
 const char* quantize(Fp8ForwardParams const& params, Fp8Operands const& operands, cudaStream_t stream) {
   Problem const& problem = params.problem;
-  int64_t const rows = problem.cu_seqlens_q != nullptr ? problem.total_q : problem.batch * problem.seqlen_q;
-  int64_t const query_ctas = (rows * problem.heads_q + kQuantizeWarps - 1) / kQuantizeWarps;
-  if (query_ctas > INT32_MAX || operands.blocks > INT32_MAX / kKeysOfScale) {
+  if (std::max(operands.blocks, operands.blocks_q) > INT32_MAX / kRowsOfScale) {
     return "the tensors are too large: expected fewer than 2^31 queries and keys; pass a part of the batch at a time";
   }
   QuantizeArguments const arguments{problem, params.q, params.k, params.v, operands, params.rotates};
-  const char* error = launch_kernel<QuantizeArguments>(quantize_queries_kernel<kHeadDim, Element>,
-                                                       dim3(static_cast<unsigned>(query_ctas)), kQuantizeThreads, 0,
-                                                       stream, Launch::kAlone, arguments);
-  if (error != nullptr || operands.blocks == 0) return error;
-  dim3 const blocks(static_cast<unsigned>(operands.blocks), static_cast<unsigned>(problem.heads_kv));
-  return launch_kernel<QuantizeArguments>(quantize_keys_kernel<kHeadDim, Element>, blocks, kQuantizeThreads, 0, stream,
-                                          Launch::kAlone, arguments);
+  auto launch = [&](auto* kernel, int64_t blocks, int64_t heads) -> const char* {
+    if (blocks == 0) return nullptr;
+    return launch_kernel<QuantizeArguments>(kernel, dim3(static_cast<unsigned>(blocks), static_cast<unsigned>(heads)),
+                                            kQuantizeThreads, 0, stream, Launch::kAlone, arguments);
+  };
+  const char* error = launch(quantize_queries_kernel<kHeadDim, Element>, operands.blocks_q, problem.heads_q);
+  return error != nullptr ? error
+                          : launch(quantize_keys_kernel<kHeadDim, Element>, operands.blocks, problem.heads_kv);
 }
 
 template <int kHeadDim, MaskKind kMask, class Element>
@@ -81,7 +83,7 @@ const char* launch_fp8(Fp8ForwardParams const& params, void* workspace, cudaStre
   bool const is_packed = problem.cu_seqlens_q != nullptr;
   int64_t const packed = schedule.heads_packed, batch = is_packed ? 1 : problem.batch;
   int64_t const rows = is_packed ? problem.total_q : problem.seqlen_q;
-  int64_t const places = operands.blocks * kKeysOfScale;
+  int64_t const places = operands.blocks * kRowsOfScale;
   const char* error = make_tensor_map(arguments.q, operands.q, MapElement::kE4m3,
                                       {{kHeadDim, 1, Kernel::kSwizzleColumns},
                                        {packed, kHeadDim, static_cast<int>(packed)},
@@ -107,6 +109,7 @@ const char* launch_fp8(Fp8ForwardParams const& params, void* workspace, cudaStre
   arguments.q_scales = operands.q_scales;
   arguments.k_scales = operands.k_scales;
   arguments.v_scales = operands.v_scales;
+  arguments.blocks_q = static_cast<int32_t>(operands.blocks_q);
   arguments.blocks = static_cast<int32_t>(operands.blocks);
 
   constexpr auto* kernel = fp8_forward_kernel<kHeadDim, kMask, Element>;

@@ -1,13 +1,12 @@
-// Q, K and V as e4m3 numbers and scales (operands.h), in one pass over each.
+// Q, K and V as e4m3 numbers and scales (operands.h), in one pass over each; bit for bit those of
+// flashmla_hf/fp8/quantization.py, which says why.
 //
-// A scale is the largest magnitude of its numbers over 448, e4m3's largest; of nothing but zeros it is 1. NaN stays NaN,
-// and infinity makes NaN of itself and zeros of the others. With `rotates`, rows of Q and K are multiplied by one
-// orthogonal matrix, random signs and then a Hadamard matrix, which leaves Q K^T as it is and spreads what stands out.
+// A scale is the smallest power of two that is at least amax / 448. NaN and infinity become NaN, and do not enter amax.
+// With `rotates`, rows of Q and K are multiplied by random signs and then Hadamard matrices of the powers of two that the
+// head dim is the sum of, which leaves Q K^T as it is and spreads what stands out.
 //
 // Source: FlashAttention-3 (arXiv 2407.08608, section 3.3: blocks and "incoherent processing").
 #pragma once
-
-#include <cutlass/arch/grid_dependency_control.h>
 
 #include <cute/tensor.hpp>
 
@@ -19,7 +18,6 @@
 
 namespace flashmla::sm90 {
 
-constexpr float kLargestE4m3 = 448.0f;
 constexpr int kQuantizeWarps = 8, kQuantizeThreads = kQuantizeWarps * kWarpThreads;
 
 struct QuantizeArguments {
@@ -27,6 +25,40 @@ struct QuantizeArguments {
   TensorView q, k, v;
   Fp8Operands operands;
   bool rotates;
+};
+
+// What a lane needs to rotate its columns: signs, which carry the power of two that all are multiplied by, and the size of
+// the Hadamard matrix that the columns are of. The head dim is cut into powers of two, the largest first; it is a multiple
+// of 8, so a lane's columns are in one of them.
+template <int kHeadDim>
+struct Rotation {
+  static constexpr int kValues = kHeadDim / kWarpThreads;
+  float factor[kValues];
+  int size;
+
+  __device__ Rotation(int head_dim, bool is_key) {
+    int const first = threadIdx.x % kWarpThreads * kValues;
+    int begin = 0;
+    size = kHeadDim;
+    while (size > kValues && !((head_dim & size) != 0 && first < begin + size)) {
+      begin += head_dim & size;
+      size /= 2;
+    }
+    int const log2 = 31 - __clz(size), halvings = is_key ? log2 / 2 : log2 - log2 / 2;
+    uint32_t const magnitude = static_cast<uint32_t>(127 - halvings) << 23;
+    CUTE_UNROLL
+    for (int i = 0; i < kValues; ++i) factor[i] = __uint_as_float(magnitude | sign_of(first + i));
+  }
+
+  // The sign bit of a column: the first 256 bits behind the point of pi, the highest first; 1 is positive.
+  __device__ static uint32_t sign_of(int column) {
+    constexpr uint32_t kPi[] = {0x243f6a88, 0x85a308d3, 0x13198a2e, 0x03707344,
+                                0xa4093822, 0x299f31d0, 0x082efa98, 0xec4e6c89};
+    uint32_t word = 0;
+    CUTE_UNROLL
+    for (int i = 0; i < 8; ++i) word = column / 32 == i ? kPi[i] : word;  // no array in memory
+    return ~(word << column % 32) & 0x80000000u;
+  }
 };
 
 // A row of kHeadDim numbers in a warp: lane l has the kValues from column kValues * l on.
@@ -53,19 +85,10 @@ struct RowInWarp {
     }
   }
 
-  // One of 2^-16 as likely signs: a hash of the column, the same for Q and K.
-  __device__ static bool is_negative(uint32_t column) {
-    uint32_t h = (column + 1) * 0x9e3779b9u;
-    h = (h ^ (h >> 15)) * 0x85ebca6bu;
-    return (h ^ (h >> 13)) & 1;
-  }
-
-  __device__ void rotate() {
+  __device__ void rotate(Rotation<kHeadDim> const& rotation) {
     int const lane = threadIdx.x % kWarpThreads;
     CUTE_UNROLL
-    for (int i = 0; i < kValues; ++i) {
-      if (is_negative(lane * kValues + i)) x[i] = -x[i];
-    }
+    for (int i = 0; i < kValues; ++i) x[i] *= rotation.factor[i];
     CUTE_UNROLL
     for (int distance = 1; distance < kValues; distance *= 2) {
       CUTE_UNROLL
@@ -78,29 +101,29 @@ struct RowInWarp {
     }
     CUTE_UNROLL
     for (int distance = 1; distance < kWarpThreads; distance *= 2) {
+      bool const is_apart = distance * kValues >= rotation.size, is_second = lane & distance;
       CUTE_UNROLL
       for (int i = 0; i < kValues; ++i) {
         float const other = __shfl_xor_sync(0xffffffff, x[i], distance);
-        x[i] = lane & distance ? other - x[i] : x[i] + other;
+        x[i] = is_apart ? x[i] : is_second ? other - x[i] : x[i] + other;
       }
     }
-    CUTE_UNROLL
-    for (float& value : x) value *= kHeadDim == 128 ? 0.08838834764831845f : 0.125f;  // 1 / sqrt(kHeadDim)
   }
 
   __device__ float largest() const {  // of this lane
     float most = 0.0f;
     CUTE_UNROLL
-    for (float const value : x) most = fmaxf(most, fabsf(value));
+    for (float const value : x) most = fmaxf(most, fabsf(value) < INFINITY ? fabsf(value) : 0.0f);
     return most;
   }
 
-  // kValues bytes, the first in the lowest.
+  // kValues bytes, the first in the lowest. Infinity is to become NaN, not 448.
   __device__ uint32_t quantized(float inverse) const {
+    auto scaled = [&](int i) { return fabsf(x[i]) == INFINITY ? NAN : x[i] * inverse; };
     if constexpr (kValues == 4) {
-      return ptx::pack_e4m3(x[0] * inverse, x[1] * inverse, x[2] * inverse, x[3] * inverse);
+      return ptx::pack_e4m3(scaled(0), scaled(1), scaled(2), scaled(3));
     } else {
-      return ptx::pack_e4m3(x[0] * inverse, x[1] * inverse, 0.0f, 0.0f);
+      return ptx::pack_e4m3(scaled(0), scaled(1), 0.0f, 0.0f);
     }
   }
 
@@ -121,29 +144,97 @@ __device__ inline float largest_of_warp(float x) {
   return x;
 }
 
-__device__ inline float scale_of(float largest) { return largest == 0.0f ? 1.0f : largest / kLargestE4m3; }
+// A power of two and its inverse.
+struct Scale {
+  float scale, inverse;
+};
 
-// A warp for each query and head.
+// The smallest, at least 2^-126, that is at least largest / 448, and 448 = 1.75 * 2^8. (Below 2^-118 the exponent's bits,
+// also those of denormal numbers, give 2^-126.)
+__device__ inline Scale scale_of(float largest) {
+  uint32_t const bits = __float_as_uint(largest);
+  int const exponent = static_cast<int>(bits >> 23) - 127 - ((bits & 0x7fffff) <= 0x600000 ? 8 : 7);
+  int const bounded = max(exponent, -126);
+  return {__uint_as_float(static_cast<uint32_t>(127 + bounded) << 23),
+          __uint_as_float(static_cast<uint32_t>(127 - bounded) << 23)};
+}
+
+// The rows of a block: those of a sequence from first_row on, as far as it goes.
+struct BlockRows {
+  int64_t batch, first_row;
+  int32_t begin, count;  // of the sequence's rows
+};
+
+// Of block `block`, of queries or keys. `count` is not positive if no tile reads it.
+__device__ inline BlockRows rows_of_block(Problem const& problem, Side side, int32_t block) {
+  bool const is_packed = problem.cu_seqlens_q != nullptr, is_q = side == Side::kQueries;
+  int64_t const seqlen = is_q ? problem.seqlen_q : problem.seqlen_kv;
+  auto sequence_of = [&](int32_t number) {
+    Sequence const sequence = sequence_at(problem, number, side);
+    return is_q ? int2{sequence.offset_q, sequence.seqlen_q} : int2{sequence.offset_kv, sequence.seqlen_kv};
+  };
+  // The last sequence whose blocks begin here or before: an empty one has none, but a number all the same.
+  int32_t low = 0, high = static_cast<int32_t>(problem.batch) - (is_packed ? 0 : 1);
+  while (low < high) {
+    int32_t const middle = (low + high + 1) / 2;
+    if (first_fp8_block(problem, seqlen, middle, sequence_of(middle).x) <= block) {
+      low = middle;
+    } else {
+      high = middle - 1;
+    }
+  }
+  int2 const sequence = sequence_of(low);
+  int32_t const begin = (block - first_fp8_block(problem, seqlen, low, sequence.x)) * kRowsOfScale;
+  return {is_packed ? 0 : low, int64_t{sequence.x} + begin, begin, min(kRowsOfScale, sequence.y - begin)};
+}
+
+template <class Element>
+__device__ Element const* row_of(TensorView const& view, BlockRows const& rows, int32_t head, int row) {
+  return static_cast<Element const*>(view.data) + rows.batch * view.stride_batch + head * view.stride_heads +
+         (rows.first_row + row) * view.stride_seqlen;
+}
+
+// The largest of a CTA's numbers.
+__device__ inline float largest_of_block(float x, float (&of_warps)[kQuantizeWarps]) {
+  x = largest_of_warp(x);
+  if (threadIdx.x % kWarpThreads == 0) of_warps[threadIdx.x / kWarpThreads] = x;
+  __syncthreads();
+  CUTE_UNROLL
+  for (float const other : of_warps) x = fmaxf(x, other);
+  return x;
+}
+
+constexpr int kRowsOfWarp = kRowsOfScale / kQuantizeWarps;
+
+// A CTA for each block of queries and head.
 template <int kHeadDim, class Element>
 __global__ void __launch_bounds__(kQuantizeThreads) quantize_queries_kernel(QuantizeArguments const arguments) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-  ptx::wait_on_dependent_grids();
-  cutlass::arch::launch_dependent_grids();
+  __shared__ float of_warps[kQuantizeWarps];
   Problem const& problem = arguments.problem;
-  int64_t const index = int64_t{blockIdx.x} * kQuantizeWarps + threadIdx.x / kWarpThreads;
-  bool const is_packed = problem.cu_seqlens_q != nullptr;
-  int64_t const rows = is_packed ? problem.total_q : problem.batch * problem.seqlen_q;
-  if (index >= rows * problem.heads_q) return;
-  int64_t const row = index / problem.heads_q, head = index - row * problem.heads_q;
-  int64_t const batch = is_packed ? 0 : row / problem.seqlen_q, query = row - batch * problem.seqlen_q;
-  RowInWarp<kHeadDim, Element> x;
-  x.read(static_cast<Element const*>(arguments.q.data) + batch * arguments.q.stride_batch +
-             query * arguments.q.stride_seqlen + head * arguments.q.stride_heads,
-         problem.head_dim_qk);
-  if (arguments.rotates) x.rotate();
-  float const scale = scale_of(largest_of_warp(x.largest()));
-  x.write(static_cast<uint8_t*>(arguments.operands.q) + index * kHeadDim, 1.0f / scale);
-  if (threadIdx.x % kWarpThreads == 0) arguments.operands.q_scales[index] = scale;
+  int32_t const block = blockIdx.x, head = blockIdx.y;
+  BlockRows const rows = rows_of_block(problem, Side::kQueries, block);
+  if (rows.count <= 0) return;
+  int const first = threadIdx.x / kWarpThreads * kRowsOfWarp;
+  Rotation<kHeadDim> const rotation(static_cast<int>(problem.head_dim_qk), false);
+  RowInWarp<kHeadDim, Element> q[kRowsOfWarp];
+  float largest = 0.0f;
+  CUTE_UNROLL
+  for (int i = 0; i < kRowsOfWarp; ++i) {
+    q[i].clear();
+    if (first + i < rows.count) q[i].read(row_of<Element>(arguments.q, rows, head, first + i), problem.head_dim_qk);
+    if (arguments.rotates) q[i].rotate(rotation);
+    largest = fmaxf(largest, q[i].largest());
+  }
+  Scale const scale = scale_of(largest_of_block(largest, of_warps));
+  CUTE_UNROLL
+  for (int i = 0; i < kRowsOfWarp; ++i) {
+    if (first + i >= rows.count) break;
+    int64_t const row = rows.batch * problem.seqlen_q + rows.first_row + first + i;
+    q[i].write(static_cast<uint8_t*>(arguments.operands.q) + (row * problem.heads_q + head) * kHeadDim,
+               scale.inverse);
+  }
+  if (threadIdx.x == 0) arguments.operands.q_scales[head * arguments.operands.blocks_q + block] = scale.scale;
 #endif
 }
 
@@ -151,85 +242,55 @@ __global__ void __launch_bounds__(kQuantizeThreads) quantize_queries_kernel(Quan
 template <int kHeadDim, class Element>
 __global__ void __launch_bounds__(kQuantizeThreads) quantize_keys_kernel(QuantizeArguments const arguments) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-  constexpr int kKeys = kKeysOfScale / kQuantizeWarps;  // of a warp
   constexpr int kValues = RowInWarp<kHeadDim, Element>::kValues;
-  constexpr int kPitch = kKeysOfScale + 4;  // bytes of a column in shared memory
-  __shared__ float largest_k[kQuantizeWarps], largest_v[kQuantizeWarps];
+  constexpr int kPitch = kRowsOfScale + 4;  // bytes of a column in shared memory
+  __shared__ float of_warps_k[kQuantizeWarps], of_warps_v[kQuantizeWarps];
   __shared__ alignas(16) uint8_t columns[kHeadDim * kPitch];
 
-  ptx::wait_on_dependent_grids();
-  cutlass::arch::launch_dependent_grids();
   Problem const& problem = arguments.problem;
   Fp8Operands const& operands = arguments.operands;
   int32_t const block = blockIdx.x, head = blockIdx.y;
-  int const warp = threadIdx.x / kWarpThreads, lane = threadIdx.x % kWarpThreads;
-
-  // The last sequence whose blocks begin here or before: an empty one has none, but a number all the same.
-  int32_t low = 0, high = static_cast<int32_t>(problem.batch) - 1;
-  auto offset_of = [&](int32_t number) { return sequence_at(problem, number, Side::kKeys).offset_kv; };
-  while (low < high) {
-    int32_t const middle = (low + high + 1) / 2;
-    if (first_fp8_block(problem, middle, offset_of(middle)) <= block) {
-      low = middle;
-    } else {
-      high = middle - 1;
-    }
-  }
-  Sequence const sequence = sequence_at(problem, low, Side::kKeys);
-  int32_t const first_key = (block - first_fp8_block(problem, low, sequence.offset_kv)) * kKeysOfScale;
-  if (first_key >= sequence.seqlen_kv) return;  // no tile reads it
-  int64_t const batch = problem.cu_seqlens_q != nullptr ? 0 : low;
-  auto row_of = [&](TensorView const& view, int key) {
-    return static_cast<Element const*>(view.data) + batch * view.stride_batch + head * view.stride_heads +
-           (sequence.offset_kv + int64_t{first_key} + key) * view.stride_seqlen;
-  };
-
-  RowInWarp<kHeadDim, Element> k[kKeys], v[kKeys];
-  float most_k = 0.0f, most_v = 0.0f;
-  CUTE_UNROLL
-  for (int i = 0; i < kKeys; ++i) {
-    int const key = warp * kKeys + i;
-    if (first_key + key < sequence.seqlen_kv) {
-      k[i].read(row_of(arguments.k, key), problem.head_dim_qk);
-      v[i].read(row_of(arguments.v, key), problem.head_dim_v);
-    } else {
+  BlockRows const rows = rows_of_block(problem, Side::kKeys, block);
+  if (rows.count <= 0) return;
+  int const lane = threadIdx.x % kWarpThreads, first = threadIdx.x / kWarpThreads * kRowsOfWarp;
+  int64_t const place = int64_t{block} * kRowsOfScale, places = operands.blocks * kRowsOfScale;
+  {
+    Rotation<kHeadDim> const rotation(static_cast<int>(problem.head_dim_qk), true);
+    RowInWarp<kHeadDim, Element> k[kRowsOfWarp];
+    float largest = 0.0f;
+    CUTE_UNROLL
+    for (int i = 0; i < kRowsOfWarp; ++i) {
       k[i].clear();
-      v[i].clear();
+      if (first + i < rows.count) k[i].read(row_of<Element>(arguments.k, rows, head, first + i), problem.head_dim_qk);
+      if (arguments.rotates) k[i].rotate(rotation);
+      largest = fmaxf(largest, k[i].largest());
     }
-    if (arguments.rotates) k[i].rotate();
-    most_k = fmaxf(most_k, k[i].largest());
-    most_v = fmaxf(most_v, v[i].largest());
+    Scale const scale = scale_of(largest_of_block(largest, of_warps_k));
+    uint8_t* const target = static_cast<uint8_t*>(operands.k) + (head * places + place + first) * kHeadDim;
+    CUTE_UNROLL
+    for (int i = 0; i < kRowsOfWarp; ++i) k[i].write(target + i * kHeadDim, scale.inverse);
+    if (threadIdx.x == 0) operands.k_scales[head * operands.blocks + block] = scale.scale;
   }
-  most_k = largest_of_warp(most_k);
-  most_v = largest_of_warp(most_v);
-  if (lane == 0) {
-    largest_k[warp] = most_k;
-    largest_v[warp] = most_v;
-  }
-  __syncthreads();
+  RowInWarp<kHeadDim, Element> v[kRowsOfWarp];
+  float largest = 0.0f;
   CUTE_UNROLL
-  for (int i = 0; i < kQuantizeWarps; ++i) {
-    most_k = fmaxf(most_k, largest_k[i]);
-    most_v = fmaxf(most_v, largest_v[i]);
+  for (int i = 0; i < kRowsOfWarp; ++i) {
+    v[i].clear();
+    if (first + i < rows.count) v[i].read(row_of<Element>(arguments.v, rows, head, first + i), problem.head_dim_v);
+    largest = fmaxf(largest, v[i].largest());
   }
-  float const k_scale = scale_of(most_k), v_scale = scale_of(most_v);
-  int64_t const place = int64_t{block} * kKeysOfScale, places = operands.blocks * kKeysOfScale;
+  Scale const scale = scale_of(largest_of_block(largest, of_warps_v));
   CUTE_UNROLL
-  for (int i = 0; i < kKeys; ++i) {
-    int const key = warp * kKeys + i;
-    k[i].write(static_cast<uint8_t*>(operands.k) + (head * places + place + key) * kHeadDim, 1.0f / k_scale);
-    uint32_t const word = v[i].quantized(1.0f / v_scale);
+  for (int i = 0; i < kRowsOfWarp; ++i) {
+    uint32_t const word = v[i].quantized(scale.inverse);
     CUTE_UNROLL
     for (int c = 0; c < kValues; ++c) {
-      columns[(lane * kValues + c) * kPitch + place_of_key(key)] = static_cast<uint8_t>(word >> 8 * c);
+      columns[(lane * kValues + c) * kPitch + place_of_key(first + i)] = static_cast<uint8_t>(word >> 8 * c);
     }
   }
-  if (threadIdx.x == 0) {
-    operands.k_scales[head * operands.blocks + block] = k_scale;
-    operands.v_scales[head * operands.blocks + block] = v_scale;
-  }
+  if (threadIdx.x == 0) operands.v_scales[head * operands.blocks + block] = scale.scale;
   __syncthreads();
-  constexpr int kWords = kKeysOfScale / 4;  // of a column
+  constexpr int kWords = kRowsOfScale / 4;  // of a column
   uint8_t* const vt = static_cast<uint8_t*>(operands.vt) + int64_t{head} * kHeadDim * places + place;
   for (int i = threadIdx.x; i < kHeadDim * kWords; i += kQuantizeThreads) {
     int const column = i / kWords, word = i % kWords;
