@@ -100,9 +100,13 @@ bool are_latents(const TensorInfo& k, const TensorInfo& v) {
 
 struct Sm90 {
   static Problem check(const char* op, const Arguments& arguments) {
+    return check_up_to(op, arguments, sm90::kLargestHeadDim);
+  }
+
+  static Problem check_up_to(const char* op, const Arguments& arguments, int64_t largest_head_dim) {
     check_device(op, arguments.q);
     Problem p = check_inputs(op, arguments);
-    check_kernel_limits(op, arguments, p);
+    check_kernel_limits(op, arguments, p, largest_head_dim, largest_head_dim);
     if (p.cu_seqlens_q != nullptr) {
       check_flag_number(op, "max_seqlen_q", arguments.max_seqlen_q, 0);
       check_flag_number(op, "max_seqlen_kv", arguments.max_seqlen_kv, 0);
@@ -165,7 +169,62 @@ struct Sm90 {
   }
 };
 
+// flash_attn_fp8_forward and flash_attn_fp8_round, which this backend alone has (flashmla_hf/fp8/kernel.py defines
+// them).
+struct Sm90Fp8 : Sm90 {
+  static Problem check(const char* op, const Arguments& arguments) {
+    return check_up_to(op, arguments, sm90::kLargestFp8HeadDim);
+  }
+
+  static void run_forward(const char* op, const ForwardParams& params, const Arguments& arguments,
+                          const TensorInfo& out) {
+    if (out.numel() == 0) return;
+    launch(op, arguments.q, sm90::fp8_forward_workspace, sm90::launch_fp8_forward, Fp8ForwardParams{params, true});
+  }
+
+  static std::tuple<Tensor, Tensor, Tensor> round(const char* op, const Arguments& arguments) {
+    const Problem p = check(op, arguments);
+    auto make_like = [](const TensorInfo& x) { return make_tensor(x, x.shape(), ScalarType::BFloat16); };
+    const Tensor q = make_like(arguments.q), k = make_like(arguments.k), v = make_like(arguments.v);
+    Fp8RoundingParams params{};
+    static_cast<ForwardParams&>(params) = forward_params(p, arguments, arguments.q, std::nullopt);
+    params.out = TensorView{};
+    params.rotates = true;
+    params.rounded_q = q.mutable_data_ptr();
+    params.rounded_k = k.mutable_data_ptr();
+    params.rounded_v = v.mutable_data_ptr();
+    auto needs_nothing = [](const Fp8RoundingParams&) { return int64_t{0}; };
+    auto launch_rounding = [](const Fp8RoundingParams& params, void*, cudaStream_t stream) {
+      return sm90::launch_fp8_rounding(params, stream);
+    };
+    launch<Fp8RoundingParams>(op, arguments.q, needs_nothing, launch_rounding, params);
+    return {q, k, v};
+  }
+};
+
+std::tuple<Tensor, Tensor> fp8_forward_operator(Tensor q, Tensor k, Tensor v, std::optional<Tensor> sinks,
+                                                std::optional<Tensor> cu_seqlens_q, std::optional<Tensor> cu_seqlens_kv,
+                                                int64_t max_seqlen_q, int64_t max_seqlen_kv, double scale,
+                                                int64_t window_left, int64_t window_right, double softcap,
+                                                bool deterministic) {
+  const Arguments arguments = arguments_of(q, k, v, sinks, cu_seqlens_q, cu_seqlens_kv, max_seqlen_q, max_seqlen_kv,
+                                           scale, window_left, window_right, softcap, deterministic);
+  return with_torch_errors([&] { return Host<Sm90Fp8>::forward_of("flash_attn_fp8_forward", arguments); });
+}
+
+std::tuple<Tensor, Tensor, Tensor> fp8_round_operator(Tensor q, Tensor k, Tensor v, std::optional<Tensor> cu_seqlens_q,
+                                                      std::optional<Tensor> cu_seqlens_kv) {
+  const Arguments arguments =
+      arguments_of(q, k, v, std::nullopt, cu_seqlens_q, cu_seqlens_kv, 0, 0, 1.0, -1, -1, 0.0, false);
+  return with_torch_errors([&] { return Sm90Fp8::round("flash_attn_fp8_round", arguments); });
+}
+
 }  // namespace
 }  // namespace flashmla
 
 FLASHMLA_HOST(flashmla::Sm90, CUDA)
+
+STABLE_TORCH_LIBRARY_IMPL(flashmla, CUDA, fp8) {
+  fp8.impl("flash_attn_fp8_forward", TORCH_BOX((&flashmla::fp8_forward_operator)));
+  fp8.impl("flash_attn_fp8_round", TORCH_BOX((&flashmla::fp8_round_operator)));
+}

@@ -83,6 +83,12 @@ struct Fp8ForwardParams : ForwardParams {
   bool rotates = false;
 };
 
+// What that forward makes of Q, K and V, as bf16 numbers, which hold an e4m3 number times a power of two: contiguous,
+// the shapes of q, k and v. `out` and `lse` are empty.
+struct Fp8RoundingParams : Fp8ForwardParams {
+  void *rounded_q = nullptr, *rounded_k = nullptr, *rounded_v = nullptr;
+};
+
 struct BackwardParams {
   Problem problem;
   TensorView q, k, v, out, dout;

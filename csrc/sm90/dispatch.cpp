@@ -17,6 +17,12 @@ template <int kHeadDimQK, int kHeadDimV>
 int64_t decode_workspace_head_dims(DecodeParams const& params);
 template <int kHeadDimQK, int kHeadDimV>
 const char* launch_decode_head_dims(DecodeParams const& params, void* workspace, cudaStream_t stream);
+template <int kHeadDim>
+int64_t fp8_workspace_head_dim(Fp8ForwardParams const& params);
+template <int kHeadDim>
+const char* launch_fp8_head_dim(Fp8ForwardParams const& params, void* workspace, cudaStream_t stream);
+template <int kHeadDim>
+const char* launch_fp8_rounding_head_dim(Fp8RoundingParams const& params, cudaStream_t stream);
 
 namespace {
 
@@ -37,6 +43,13 @@ struct DecodeHeadDimConfig {
   int64_t head_dim_qk, head_dim_v;
   int64_t (*workspace)(DecodeParams const& params);
   const char* (*launch)(DecodeParams const& params, void* workspace, cudaStream_t stream);
+};
+
+struct Fp8HeadDimConfig {
+  int64_t head_dim_qk, head_dim_v;
+  int64_t (*workspace)(Fp8ForwardParams const& params);
+  const char* (*launch)(Fp8ForwardParams const& params, void* workspace, cudaStream_t stream);
+  const char* (*launch_rounding)(Fp8RoundingParams const& params, cudaStream_t stream);
 };
 
 // The host has checked that no head dim is larger than the last configuration's.
@@ -74,6 +87,16 @@ DecodeHeadDimConfig const& decode_config_for(Problem const& problem, HeadDimList
   return *config;
 }
 
+template <class... Dims>
+Fp8HeadDimConfig const& fp8_config_for(Problem const& problem, HeadDimList<Dims...>) {
+  static constexpr Fp8HeadDimConfig kConfigs[] = {
+      {Dims::kHeadDimQK, Dims::kHeadDimV, fp8_workspace_head_dim<Dims::kHeadDimQK>,
+       launch_fp8_head_dim<Dims::kHeadDimQK>, launch_fp8_rounding_head_dim<Dims::kHeadDimQK>}...};
+  Fp8HeadDimConfig const* config = kConfigs;
+  while (problem.head_dim_qk > config->head_dim_qk || problem.head_dim_v > config->head_dim_v) ++config;
+  return *config;
+}
+
 ForwardHeadDimConfig const& config_for(ForwardParams const& params) {
   return forward_config_for(params.problem, ForwardHeadDims{});
 }
@@ -86,6 +109,10 @@ DecodeHeadDimConfig const& config_for(DecodeParams const& params) {
   bool const is_wide = params.problem.head_dim_qk > kLargestHeadDim || params.problem.head_dim_v > kLargestHeadDim;
   return is_wide ? decode_config_for(params.problem, HeadDimList<LatentHeadDims>{})
                  : decode_config_for(params.problem, DecodeHeadDims{});
+}
+
+Fp8HeadDimConfig const& config_for(Fp8ForwardParams const& params) {
+  return fp8_config_for(params.problem, Fp8ForwardHeadDims{});
 }
 
 // A dense forward as attention to a cache that holds a page a sequence, all of it full.
@@ -136,6 +163,18 @@ int64_t decode_workspace(DecodeParams const& params) {
 
 const char* launch_decode(DecodeParams const& params, void* workspace, cudaStream_t stream) {
   return config_for(params).launch(params, workspace, stream);
+}
+
+int64_t fp8_forward_workspace(Fp8ForwardParams const& params) {
+  return config_for(params).workspace(params);
+}
+
+const char* launch_fp8_forward(Fp8ForwardParams const& params, void* workspace, cudaStream_t stream) {
+  return config_for(params).launch(params, workspace, stream);
+}
+
+const char* launch_fp8_rounding(Fp8RoundingParams const& params, cudaStream_t stream) {
+  return config_for(params).launch_rounding(params, stream);
 }
 
 }  // namespace flashmla::sm90

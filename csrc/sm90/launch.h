@@ -21,4 +21,11 @@ const char* launch_backward(BackwardParams const& params, void* workspace, cudaS
 int64_t decode_workspace(DecodeParams const& params);
 const char* launch_decode(DecodeParams const& params, void* workspace, cudaStream_t stream);
 
+// The same of the fp8 forward; the workspace holds the quantised operands as well.
+int64_t fp8_forward_workspace(Fp8ForwardParams const& params);
+const char* launch_fp8_forward(Fp8ForwardParams const& params, void* workspace, cudaStream_t stream);
+
+// Q, K and V as that forward takes them. Needs no workspace.
+const char* launch_fp8_rounding(Fp8RoundingParams const& params, cudaStream_t stream);
+
 }  // namespace flashmla::sm90

@@ -135,6 +135,8 @@ struct Fp8ForwardConfig<128> {
   static constexpr int kNumConsumers = 2, kProducerRegisters = 24, kConsumerRegisters = 240;
 };
 
+using Fp8ForwardHeadDims = HeadDimList<HeadDims<64, 64>, HeadDims<128, 128>>;
+
 // ---- backward by keys: dK, dV and, unless the warpgroups share columns, dQ ------------------------------------------
 //
 // kBlockQ x kBlockKV: rows of Q and of K/V in a tile. kNumStages: depth of the rings of Q and dO. kSwizzleColumns:
@@ -258,8 +260,8 @@ struct DecodeConfig<256, 256> {
   static constexpr int kNumStages = 3, kNumCtas = 1;
 };
 
-// Latents: keys of 576 columns whose first 512 are the values. The two warpgroups share O by columns (latent.cuh); shared
-// memory holds two stages.
+// Latents: keys of 576 columns whose first 512 are the values. The two warpgroups share O by columns (latent.cuh);
+// shared memory holds two stages.
 template <>
 struct DecodeConfig<576, 512> {
   static constexpr int kBlockKV = 64;
@@ -328,6 +330,7 @@ constexpr int largest_head_dim(HeadDimList<First, Rest...>) {
   }
 }
 constexpr int kLargestHeadDim = largest_head_dim(ForwardHeadDims{});
+constexpr int kLargestFp8HeadDim = largest_head_dim(Fp8ForwardHeadDims{});
 static_assert(largest_head_dim(BackwardHeadDims{}) == kLargestHeadDim, "what has a forward has a backward");
 static_assert(largest_head_dim(DecodeHeadDims{}) == kLargestHeadDim, "and can be decoded");
 

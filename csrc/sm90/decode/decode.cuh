@@ -90,7 +90,8 @@ struct Decode {
         int const num_boxes = __popc(__ballot_sync(0xffffffff, is_mine));
         BoxPlace const here = place;
         if (kv_block + 1 < walk.blocks.end && has_keys(kv_block + 1, lane)) {
-          place = box_place<kBlockKV>(arguments, walk.batch, kv_block + 1, lane);  // read while the buffer is waited for
+          place =
+              box_place<kBlockKV>(arguments, walk.batch, kv_block + 1, lane);  // read while the buffer is waited for
         }
         auto copy = [&](CUtensorMap const& map, auto& buffer, uint64_t& full, uint64_t& empty, int columns) {
           ClusterBarrier::wait(&empty, ring.phase ^ 1);

@@ -1,10 +1,10 @@
 // Hopper attention of a few queries to a cache of latents: one kv head, whose values are the first columns of its keys.
 //
-// Schedule. A CTA is a warpgroup of which one warp loads, and two that consume; it fills a multiprocessor. 64 query rows of 576
-// columns and two kv_blocks of 64 keys are all that shared memory holds, and a block is read once for both products.
-// O has 512 columns: each warpgroup keeps 256 of them, and both need every P. So they take turns: the owner of a block
-// multiplies Q K^T, takes the softmax, and leaves P and what becomes of the maximum for the other; then both add P V
-// to their columns. P lies in the block's last columns, which are keys alone and have been read by then:
+// Schedule. A CTA is a warpgroup of which one warp loads, and two that consume; it fills a multiprocessor. 64 query
+// rows of 576 columns and two kv_blocks of 64 keys are all that shared memory holds, and a block is read once for both
+// products. O has 512 columns: each warpgroup keeps 256 of them, and both need every P. So they take turns: the owner
+// of a block multiplies Q K^T, takes the softmax, and leaves P and what becomes of the maximum for the other; then both
+// add P V to their columns. P lies in the block's last columns, which are keys alone and have been read by then:
 //
 //   owner:  wait K | S = Q K^T | softmax | P to shared memory | signal | rescale O | O += P V (P from registers)
 //   other:  wait for the signal                                        | rescale O | O += P V (P from shared memory)
@@ -102,8 +102,11 @@ struct LatentDecode {
         int const num_boxes = __popc(__ballot_sync(0xffffffff, is_mine));
         BoxPlace const here = place;
         if (kv_block + 1 < walk.blocks.end && has_keys(kv_block + 1, lane)) {
-          place = box_place<kBlockKV>(arguments, walk.batch, kv_block + 1, lane);  // read while the buffer is waited for
+          place =
+              box_place<kBlockKV>(arguments, walk.batch, kv_block + 1, lane);  // read while the buffer is waited for
         }
+        // In this order: P lies in part 1, which warpgroup 1 returns, and if P is its own, warpgroup 0 has read it
+        // when it returns part 0.
         CUTE_UNROLL
         for (int part = 0; part < kNumConsumers; ++part) {
           int const begin = part * kHalf, end = part == 0 ? kHalf : kHeadDimQK;
@@ -144,10 +147,10 @@ struct LatentDecode {
     auto thread_s = mma_s.get_slice(thread);
     auto thread_own = mma_own.get_slice(thread);
     auto thread_other = mma_other.get_slice(thread);
-    Tensor fQ = thread_s.partition_fragment_A(sQ);        // descriptors (_, 1, kHeadDimQK/16, 1)
-    Tensor fK = thread_s.partition_fragment_B(sK);        // (_, 1, kHeadDimQK/16, kNumStages)
-    Tensor fV = thread_own.partition_fragment_B(sVt);     // (_, 1, kBlockKV/16, kNumStages)
-    Tensor fP = thread_other.partition_fragment_A(sP);    // (_, 1, kBlockKV/16, kNumStages)
+    Tensor fQ = thread_s.partition_fragment_A(sQ);      // descriptors (_, 1, kHeadDimQK/16, 1)
+    Tensor fK = thread_s.partition_fragment_B(sK);      // (_, 1, kHeadDimQK/16, kNumStages)
+    Tensor fV = thread_own.partition_fragment_B(sVt);   // (_, 1, kBlockKV/16, kNumStages)
+    Tensor fP = thread_other.partition_fragment_A(sP);  // (_, 1, kBlockKV/16, kNumStages)
     Tensor rS = partition_fragment_C(mma_s, Shape<Int<kWarpgroupRows>, Int<kBlockKV>>{});  // fp32, kBlockKV/2 a thread
     Tensor rO = partition_fragment_C(mma_own, Shape<Int<kWarpgroupRows>, Int<kHalf>>{});   // fp32, kHalf/2
     // 16 bits, kBlockKV/2 a thread, packed in pairs.
@@ -204,8 +207,8 @@ struct LatentDecode {
         }
         bool const has_grown = softmax.template update<false>(rS, correction);
         constexpr float kOne[2] = {1.0f, 1.0f};
-        store_matrices<Element, kSwizzleColumns, kWarpgroupRows, kBlockKV>(
-            shared.kv[ring.stage] + kHeadDimV * kBlockKV, rS, kOne, row_of_warp(thread));
+        store_matrices<Element, kSwizzleColumns, kWarpgroupRows, kBlockKV>(shared.kv[ring.stage] + kHeadDimV * kBlockKV,
+                                                                           rS, kOne, row_of_warp(thread));
         if (thread % 4 == 0) {
           CUTE_UNROLL
           for (int r = 0; r < 2; ++r) {
@@ -225,7 +228,9 @@ struct LatentDecode {
       };
       auto other = [&] {
         NamedBarrier::sync(kConsumerThreads, kBarrierP + (1 - kWarpgroup));
-        wait_full();  // what TMA has written is seen by who waits
+        // What TMA has written is seen by who waits. Not for the other part: its warpgroup may have returned it, and a
+        // barrier that is two phases ahead looks like one that has not come as far.
+        ClusterBarrier::wait(&shared.full[ring.stage][kWarpgroup], ring.phase);
         bool has_grown = false;
         CUTE_UNROLL
         for (int r = 0; r < 2; ++r) {
@@ -272,9 +277,8 @@ struct LatentDecode {
     NamedBarrier::sync(kConsumerThreads, kConsumerBarrier);
     CUTE_UNROLL
     for (int r = 0; r < 2; ++r) {
-      softmax.row_sum[r] = threadIdx.x % 4 == 0
-                               ? shared.row_sums[0][first_row + 8 * r] + shared.row_sums[1][first_row + 8 * r]
-                               : 0.0f;
+      softmax.row_sum[r] =
+          threadIdx.x % 4 == 0 ? shared.row_sums[0][first_row + 8 * r] + shared.row_sums[1][first_row + 8 * r] : 0.0f;
     }
   }
 

@@ -43,7 +43,8 @@ struct Fp8ForwardArguments : ForwardArguments {
 // The online softmax of scores that have scales: row_max is that of S in base 2, not of what the product gave.
 template <int kScores>
 struct Fp8Softmax {
-  static constexpr float kLogLargest = 8.0f;  // of P, in base 2
+  static constexpr float kLogLargest = 8.0f;        // of P, in base 2
+  static constexpr float kLeastFactor = 0x1p-126f;  // a normal number
 
   float row_max[2], row_sum[2], row_scale[2];  // row_scale: q_scale * scale * log2 e of the row
 
@@ -60,7 +61,8 @@ struct Fp8Softmax {
     bool has_grown = false;
     CUTE_UNROLL
     for (int row = 0; row < 2; ++row) {
-      float const factor = row_scale[row] * tile_scale;  // not negative: see transform in consume
+      // Not negative (finish_scores), and not 0 where scales of zeros underflow: -inf * 0 is NaN.
+      float const factor = fmaxf(row_scale[row] * tile_scale, kLeastFactor);
       float largest[2] = {scores(row * 2), scores(row * 2 + 1)};
       CUTE_UNROLL
       for (int j = 1; j < kScores / 4; ++j) {
@@ -163,7 +165,8 @@ struct Fp8Forward {
       WorkTile const& tile = shared.tiles[slot.stage];
       if (tile.head < 0) return;
       int32_t const head_kv = tile.head / group;
-      int32_t const first = first_fp8_block(arguments.problem, arguments.problem.seqlen_kv, tile.batch, tile.sequence.offset_kv);
+      int32_t const first =
+          first_fp8_block(arguments.problem, arguments.problem.seqlen_kv, tile.batch, tile.sequence.offset_kv);
       for (int32_t kv_block = tile.kv_block_end - 1; kv_block >= tile.kv_block_begin; --kv_block, ring.advance()) {
         int const stage = ring.stage;
         int32_t const place = (first + kv_block) * kBlockKV;
@@ -241,8 +244,8 @@ struct Fp8Forward {
       CUTE_UNROLL
       for (int i = 0; i < kScores / 4; ++i) {
         int const j = i / 4 * 4 + i % 4 / 2 * 2, r = i % 2;
-        words[i] = ptx::pack_e4m3(rS(j * 4 + r * 2), rS(j * 4 + r * 2 + 1), rS(j * 4 + 4 + r * 2),
-                                  rS(j * 4 + 4 + r * 2 + 1));
+        words[i] =
+            ptx::pack_e4m3(rS(j * 4 + r * 2), rS(j * 4 + r * 2 + 1), rS(j * 4 + 4 + r * 2), rS(j * 4 + 4 + r * 2 + 1));
       }
     };
     auto release = [&](uint64_t& barrier) {
@@ -284,16 +287,14 @@ struct Fp8Forward {
       int32_t const head_kv = tile.head / static_cast<int32_t>(problem.heads_q / problem.heads_kv);
       int64_t const first_scale = int64_t{head_kv} * arguments.blocks +
                                   first_fp8_block(problem, problem.seqlen_kv, tile.batch, tile.sequence.offset_kv);
-      int32_t const first_block_q =
-          first_fp8_block(problem, problem.seqlen_q, tile.batch, tile.sequence.offset_q);
+      int32_t const first_block_q = first_fp8_block(problem, problem.seqlen_q, tile.batch, tile.sequence.offset_q);
       float row_scale[2];
       int32_t position[2];
       CUTE_UNROLL
       for (int r = 0; r < 2; ++r) {
         QueryRow const row = query_row(schedule, tile, first_row + 8 * r);
         int32_t const block = first_block_q + row.query / kRowsOfScale;
-        float const scale =
-            row.is_valid ? arguments.q_scales[int64_t{row.head} * arguments.blocks_q + block] : 1.0f;
+        float const scale = row.is_valid ? arguments.q_scales[int64_t{row.head} * arguments.blocks_q + block] : 1.0f;
         row_scale[r] = has_transform ? scale * problem.scale : scale * problem.scale * kLog2e;
         position[r] = row.query + tile.sequence.seqlen_kv - tile.sequence.seqlen_q;
       }
@@ -369,7 +370,7 @@ struct Fp8Forward {
       OutputRows rows;
       Output::finish_rows(arguments, tile, softmax, warpgroup, first_row, rows);
       Output::write(arguments, shared, tile, rows, rO, warpgroup, first_row, 0);
-      for (--kv_block; kv_block >= tile.kv_block_begin; --kv_block) skip_kv_block();
+      for (; kv_block >= tile.kv_block_begin; --kv_block) skip_kv_block();  // it is visible.begin - 1
       release_tile(slot.stage);
       slot.advance();
       q_ring.advance();

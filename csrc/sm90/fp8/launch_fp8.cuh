@@ -12,6 +12,9 @@
 
 namespace flashmla::sm90 {
 
+constexpr const char* kTooManyRows =
+    "the tensors are too large: expected fewer than 2^31 queries and keys; pass a part of the batch at a time";
+
 // Where the operands lie in the workspace, behind the schedule.
 struct Fp8Workspace {
   Fp8Operands operands;
@@ -51,7 +54,7 @@ template <int kHeadDim, class Element>
 const char* quantize(Fp8ForwardParams const& params, Fp8Operands const& operands, cudaStream_t stream) {
   Problem const& problem = params.problem;
   if (std::max(operands.blocks, operands.blocks_q) > INT32_MAX / kRowsOfScale) {
-    return "the tensors are too large: expected fewer than 2^31 queries and keys; pass a part of the batch at a time";
+    return kTooManyRows;
   }
   QuantizeArguments const arguments{problem, params.q, params.k, params.v, operands, params.rotates};
   auto launch = [&](auto* kernel, int64_t blocks, int64_t heads) -> const char* {
@@ -60,8 +63,7 @@ const char* quantize(Fp8ForwardParams const& params, Fp8Operands const& operands
                                             kQuantizeThreads, 0, stream, Launch::kAlone, arguments);
   };
   const char* error = launch(quantize_queries_kernel<kHeadDim, Element>, operands.blocks_q, problem.heads_q);
-  return error != nullptr ? error
-                          : launch(quantize_keys_kernel<kHeadDim, Element>, operands.blocks, problem.heads_kv);
+  return error != nullptr ? error : launch(quantize_keys_kernel<kHeadDim, Element>, operands.blocks, problem.heads_kv);
 }
 
 template <int kHeadDim, MaskKind kMask, class Element>
@@ -97,9 +99,9 @@ const char* launch_fp8(Fp8ForwardParams const& params, void* workspace, cudaStre
                              {problem.heads_kv, places * kHeadDim, 1}});
   }
   if (error == nullptr && places > 0) {
-    error = make_tensor_map(arguments.vt, operands.vt, MapElement::kE4m3,
-                            {{places, 1, Kernel::kBlockKV}, {kHeadDim, places, kHeadDim},
-                             {problem.heads_kv, places * kHeadDim, 1}});
+    error = make_tensor_map(
+        arguments.vt, operands.vt, MapElement::kE4m3,
+        {{places, 1, Kernel::kBlockKV}, {kHeadDim, places, kHeadDim}, {problem.heads_kv, places * kHeadDim, 1}});
   }
   if (error != nullptr) return error;
   arguments.out = params.out;
@@ -133,6 +135,40 @@ const char* launch_fp8_head_dim(Fp8ForwardParams const& params, void* workspace,
   return params.problem.dtype == DType::kFloat16
              ? launch_fp8_masked<kHeadDim, cutlass::half_t>(params, workspace, stream)
              : launch_fp8_masked<kHeadDim, cutlass::bfloat16_t>(params, workspace, stream);
+}
+
+template <int kHeadDim, class Element>
+const char* launch_fp8_rounding_element(Fp8RoundingParams const& params, cudaStream_t stream) {
+  Problem const& problem = params.problem;
+  auto launch = [&](TensorView const& x, void* out, int64_t blocks, int64_t heads, int64_t head_dim, Side side,
+                    bool rotates, bool is_key) -> const char* {
+    if (blocks > INT32_MAX / kRowsOfScale) return kTooManyRows;
+    if (blocks == 0) return nullptr;
+    RoundingArguments const arguments{problem, x,     static_cast<cutlass::bfloat16_t*>(out), heads, head_dim, side,
+                                      rotates, is_key};
+    return launch_kernel<RoundingArguments>(round_kernel<kHeadDim, Element>,
+                                            dim3(static_cast<unsigned>(blocks), static_cast<unsigned>(heads)),
+                                            kQuantizeThreads, 0, stream, Launch::kAlone, arguments);
+  };
+  int64_t const blocks_q = num_fp8_blocks(problem, problem.seqlen_q, problem.total_q);
+  int64_t const blocks = num_fp8_blocks(problem, problem.seqlen_kv, problem.total_kv);
+  const char* error = launch(params.q, params.rounded_q, blocks_q, problem.heads_q, problem.head_dim_qk, Side::kQueries,
+                             params.rotates, false);
+  if (error == nullptr) {
+    error = launch(params.k, params.rounded_k, blocks, problem.heads_kv, problem.head_dim_qk, Side::kKeys,
+                   params.rotates, true);
+  }
+  if (error == nullptr) {
+    error = launch(params.v, params.rounded_v, blocks, problem.heads_kv, problem.head_dim_v, Side::kKeys, false, false);
+  }
+  return error;
+}
+
+template <int kHeadDim>
+const char* launch_fp8_rounding_head_dim(Fp8RoundingParams const& params, cudaStream_t stream) {
+  return params.problem.dtype == DType::kFloat16
+             ? launch_fp8_rounding_element<kHeadDim, cutlass::half_t>(params, stream)
+             : launch_fp8_rounding_element<kHeadDim, cutlass::bfloat16_t>(params, stream);
 }
 
 }  // namespace flashmla::sm90

@@ -2,8 +2,8 @@
 // flashmla_hf/fp8/quantization.py, which says why.
 //
 // A scale is the smallest power of two that is at least amax / 448. NaN and infinity become NaN, and do not enter amax.
-// With `rotates`, rows of Q and K are multiplied by random signs and then Hadamard matrices of the powers of two that the
-// head dim is the sum of, which leaves Q K^T as it is and spreads what stands out.
+// With `rotates`, rows of Q and K are multiplied by random signs and then Hadamard matrices of the powers of two that
+// the head dim is the sum of, which leaves Q K^T as it is and spreads what stands out.
 //
 // Source: FlashAttention-3 (arXiv 2407.08608, section 3.3: blocks and "incoherent processing").
 #pragma once
@@ -27,9 +27,9 @@ struct QuantizeArguments {
   bool rotates;
 };
 
-// What a lane needs to rotate its columns: signs, which carry the power of two that all are multiplied by, and the size of
-// the Hadamard matrix that the columns are of. The head dim is cut into powers of two, the largest first; it is a multiple
-// of 8, so a lane's columns are in one of them.
+// What a lane needs to rotate its columns: signs, which carry the power of two that all are multiplied by, and the size
+// of the Hadamard matrix that the columns are of. The head dim is cut into powers of two, the largest first; it is a
+// multiple of 8, so a lane's columns are in one of them.
 template <int kHeadDim>
 struct Rotation {
   static constexpr int kValues = kHeadDim / kWarpThreads;
@@ -149,8 +149,8 @@ struct Scale {
   float scale, inverse;
 };
 
-// The smallest, at least 2^-126, that is at least largest / 448, and 448 = 1.75 * 2^8. (Below 2^-118 the exponent's bits,
-// also those of denormal numbers, give 2^-126.)
+// The smallest, at least 2^-126, that is at least largest / 448, and 448 = 1.75 * 2^8. (Below 2^-118 the exponent's
+// bits, also those of denormal numbers, give 2^-126.)
 __device__ inline Scale scale_of(float largest) {
   uint32_t const bits = __float_as_uint(largest);
   int const exponent = static_cast<int>(bits >> 23) - 127 - ((bits & 0x7fffff) <= 0x600000 ? 8 : 7);
@@ -231,8 +231,7 @@ __global__ void __launch_bounds__(kQuantizeThreads) quantize_queries_kernel(Quan
   for (int i = 0; i < kRowsOfWarp; ++i) {
     if (first + i >= rows.count) break;
     int64_t const row = rows.batch * problem.seqlen_q + rows.first_row + first + i;
-    q[i].write(static_cast<uint8_t*>(arguments.operands.q) + (row * problem.heads_q + head) * kHeadDim,
-               scale.inverse);
+    q[i].write(static_cast<uint8_t*>(arguments.operands.q) + (row * problem.heads_q + head) * kHeadDim, scale.inverse);
   }
   if (threadIdx.x == 0) arguments.operands.q_scales[head * arguments.operands.blocks_q + block] = scale.scale;
 #endif
@@ -296,6 +295,58 @@ __global__ void __launch_bounds__(kQuantizeThreads) quantize_keys_kernel(Quantiz
     int const column = i / kWords, word = i % kWords;
     *reinterpret_cast<uint32_t*>(vt + column * places + word * 4) =
         *reinterpret_cast<uint32_t const*>(columns + column * kPitch + word * 4);
+  }
+#endif
+}
+
+// One of Q, K and V, as bf16 numbers: contiguous, [rows, heads, head_dim].
+struct RoundingArguments {
+  Problem problem;
+  TensorView x;
+  cutlass::bfloat16_t* out;
+  int64_t heads, head_dim;
+  Side side;
+  bool rotates, is_key;
+};
+
+// Rounds as the kernels above do, so that the backward multiplies what the forward has. A CTA for each block of rows
+// and head.
+template <int kHeadDim, class Element>
+__global__ void __launch_bounds__(kQuantizeThreads) round_kernel(RoundingArguments const arguments) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  constexpr int kValues = RowInWarp<kHeadDim, Element>::kValues;
+  __shared__ float of_warps[kQuantizeWarps];
+  Problem const& problem = arguments.problem;
+  int32_t const head = blockIdx.y;
+  BlockRows const rows = rows_of_block(problem, arguments.side, blockIdx.x);
+  if (rows.count <= 0) return;
+  int const first = threadIdx.x / kWarpThreads * kRowsOfWarp, column = threadIdx.x % kWarpThreads * kValues;
+  Rotation<kHeadDim> const rotation(static_cast<int>(arguments.head_dim), arguments.is_key);
+  RowInWarp<kHeadDim, Element> x[kRowsOfWarp];
+  float largest = 0.0f;
+  CUTE_UNROLL
+  for (int i = 0; i < kRowsOfWarp; ++i) {
+    x[i].clear();
+    if (first + i < rows.count) x[i].read(row_of<Element>(arguments.x, rows, head, first + i), arguments.head_dim);
+    if (arguments.rotates) x[i].rotate(rotation);
+    largest = fmaxf(largest, x[i].largest());
+  }
+  Scale const scale = scale_of(largest_of_block(largest, of_warps));
+  int64_t const seqlen = arguments.side == Side::kQueries ? problem.seqlen_q : problem.seqlen_kv;
+  CUTE_UNROLL
+  for (int i = 0; i < kRowsOfWarp; ++i) {
+    if (first + i >= rows.count) break;
+    int64_t const row = rows.batch * seqlen + rows.first_row + first + i;
+    uint32_t const word = x[i].quantized(scale.inverse);
+    auto rounded = [&](int c) {
+      return static_cast<float>(cutlass::float_e4m3_t::bitcast(static_cast<uint8_t>(word >> 8 * c))) * scale.scale;
+    };
+    CUTE_UNROLL
+    for (int c = 0; c < kValues; c += 2) {
+      if (column + c >= arguments.head_dim) break;
+      *reinterpret_cast<uint32_t*>(arguments.out + (row * arguments.heads + head) * arguments.head_dim + column + c) =
+          pack<cutlass::bfloat16_t>(rounded(c), rounded(c + 1));
+    }
   }
 #endif
 }
