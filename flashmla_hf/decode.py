@@ -6,7 +6,8 @@ Which implementation runs when ``impl`` is ``None``:
 the call has                                           implementation
 =====================================================  ===========================================================
 fp16 or bf16 tensors on a Hopper GPU, head dims of     ``sm90``, if its library is built; it copies q if TMA cannot
-multiples of 8 up to 256, aligned caches               read its strides or address, never a cache
+multiples of 8 up to 256 (if the values are columns    read its strides or address, never a cache
+of the keys, 576 and 512), aligned caches
 fp32, fp16 or bf16 tensors on the CPU                  ``cpu``
 e4m3 caches with descales, on the CPU                  ``cpu``, which dequantises a block of keys at a time
 e4m3 caches on a GPU                                   none: it raises (:mod:`flashmla_hf.fp8.cached`)
@@ -28,7 +29,6 @@ from flashmla_hf import decode_ops, direct, libraries, notices, reference
 from flashmla_hf.backend import dtype_refusal
 from flashmla_hf.backends import cpu, sm90
 from flashmla_hf.fp8 import cached
-from flashmla_hf.fp8.calls import NO_KERNEL
 from flashmla_hf.fp8.quantization import quantize_tokens
 from flashmla_hf.notices import log_choice, warn_once
 from flashmla_hf.torch_state import has_transforms, values_are_readable
@@ -267,15 +267,26 @@ def _numbers(name: str, x: torch.Tensor | None, batch: int, default: int, most: 
 def _sm90_refusal(call: DecodeCall) -> str | None:
     if "sm90" in libraries.unavailable:
         return libraries.unavailable["sm90"]
-    reason = sm90.device_refusal(call.q, call.v)
-    if reason is not None:
-        is_width = call.is_latent and "head_dim" in reason
-        return f"{reason} (this build has no kernel for wider latents)" if is_width else reason
+    limits = libraries.sm90_limits
+    assert limits is not None  # otherwise the library is unavailable
+    is_wide = call.q.shape[-1] > limits.largest or call.v.shape[-1] > limits.largest
+    largest = limits.largest_latent if is_wide and _values_are_columns(call) else None
+    if (reason := sm90.device_refusal(call.q, call.v, largest)) is not None:
+        return reason
     cache_names = {"k": "k_cache", "v": "v_cache", "q": "q"}
     names = [cache_names[name] for name in sm90.unaligned(call) if name != "q" or call.impl == "sm90"]
     if names:
         return f"{names[0]}: expected an address and strides in multiples of 16 bytes"
     return None
+
+
+def _values_are_columns(call: DecodeCall) -> bool:
+    """Whether v is the first columns of k's rows, said so or a view: then both are read once (csrc/ops_sm90.cpp)."""
+    if call.is_latent or torch.compiler.is_compiling():
+        return call.is_latent
+    k, v = call.k, call.v
+    is_same_memory = k.untyped_storage()._cdata == v.untyped_storage()._cdata and k.storage_offset() == v.storage_offset()
+    return is_same_memory and k.stride() == v.stride() and v.shape[-1] <= k.shape[-1]
 
 
 def _cpu_refusal(call: DecodeCall) -> str | None:
@@ -337,8 +348,8 @@ def _choose(call: DecodeCall) -> _Run:
 def _choose_fp8(call: DecodeCall, name: str) -> _Run:
     if name not in FP8_IMPLEMENTATIONS:
         raise RuntimeError(
-            f"flashmla attention: impl={name!r} cannot read the float8_e4m3fn k_cache on {call.q.device}: {NO_KERNEL}: keep "
-            "the cache in 16 bits (in generate leave Fp8Cache out), or pass impl='reference', which dequantises all of it"
+            f"flashmla attention: impl={name!r} cannot read the float8_e4m3fn k_cache on {call.q.device}: "
+            f"{cached.NO_KERNEL}: keep the cache in 16 bits (in generate leave Fp8Cache out), or pass impl='reference', which dequantises all of it"
         )
     refusal, run = FP8_IMPLEMENTATIONS[name]
     if (reason := refusal(call)) is not None:

@@ -15,7 +15,8 @@ multiples of 8 up to 256                               strides or address TMA ca
 tensors on a GPU, anything else                        ``flex``
 tensors on the CPU                                     ``cpu``
 ``precision="fp8"``, or fp8 tensors, on the CPU        ``cpu``: quantised q, k and v, exact probabilities
-the same on a GPU                                      none: it raises (:mod:`flashmla_hf.fp8`)
+``precision="fp8"`` on a Hopper GPU, fp16 or bf16      ``sm90``, head dims of multiples of 8 up to 128
+fp8 on a GPU, anything else                            none: it raises (:mod:`flashmla_hf.fp8`)
 =====================================================  ===========================================================
 
 ``torch_flash``, the FlashAttention 2 of torch (GPUs of capability 8.0 or more, fp16 and bf16, head dims up to 256, dropout; no
@@ -110,12 +111,12 @@ def attention(
         return_lse: also return the natural logarithm of each softmax denominator, sink included.
         deterministic: gradients are bitwise equal if the call is repeated; ``None`` follows
             ``torch.use_deterministic_algorithms`` and the environment variable FLASH_ATTENTION_DETERMINISTIC (read at import).
-        precision: ``"fp8"`` rotates q and k, and quantises q, k and v to e4m3 in blocks of 128 rows: faster on a GPU that has a
-            kernel for it, never exact. ``None``: the precision of the tensors. See below.
+        precision: ``"fp8"`` rotates q and k, and quantises q, k and v to e4m3 in blocks of 128 rows: faster on a Hopper GPU, never
+            exact. ``None``: the precision of the tensors. See below.
         q_descale, k_descale, v_descale: fp32 [batch, heads_kv], or packed [num_sequences, heads_kv]: the factors of q, k and v
             of float8_e4m3fn, as FlashAttention 3 takes them; all three with such tensors, none with others.
         impl: the implementation, ``"sm90"``, ``"cpu"``, ``"torch_flash"``, ``"flex"``, ``"sdpa"`` or ``"reference"``;
-            ``None`` follows the table above. In fp8 ``"cpu"`` or ``"reference"``.
+            ``None`` follows the table above. In fp8 ``"sm90"``, ``"cpu"`` or ``"reference"``.
 
     Returns:
         out [batch, seqlen_q, heads_q, head_dim_v] (packed: [total_q, heads_q, head_dim_v]) in q's dtype (bf16 for fp8 tensors);
@@ -132,11 +133,11 @@ def attention(
     ``torch.func`` and ``torch.vmap`` work, first derivatives included. Forward mode and second derivatives raise with the
     fused kernels (``impl="reference"`` computes both). Boundaries of packed sequences cannot be vmapped.
 
-    fp8: ``"cpu"`` computes exact probabilities from the quantised q, k and v; ``"reference"`` emulates the kernel to come,
-    which rounds the probabilities to e4m3, too. Gradients are those of attention at the quantised values, straight through the
+    fp8: ``"cpu"`` computes exact probabilities from the quantised q, k and v; ``"sm90"`` rounds the probabilities to e4m3, too,
+    and ``"reference"`` emulates that. Gradients are those of attention at the quantised values, straight through the
     rounding (:mod:`flashmla_hf.fp8.calls` says of what function). A block has one scale, so a row's rounding depends on the
     largest value of its block, later rows included: fp8 is causal up to rounding only. It takes no ``attn_mask``, ``dropout_p``
-    or ``torch.func``. On a GPU there is no kernel yet: the call raises; nothing is computed in another precision.
+    or ``torch.func``. What a GPU has no kernel for raises; nothing is computed in another precision.
 
     Raises:
         TypeError: an argument has the wrong type or dtype.

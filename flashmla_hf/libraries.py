@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -21,11 +22,24 @@ def path_of(filename: str) -> Path:
     return Path(__file__).with_name(filename)
 
 
-def _sm90_limits() -> tuple[int, int] | None:
-    """(multiple, largest) head dim of the Hopper kernels: setup.py writes them from csrc/sm90/tiles.h. ``None``: not known."""
+class Sm90Limits(NamedTuple):
+    """Head dims of the Hopper kernels are multiples of ``multiple``, up to ``largest``, in fp8 up to ``largest_fp8``, and of
+    decoding from latents up to ``largest_latent`` (qk, v)."""
+
+    multiple: int
+    largest: int
+    largest_latent: tuple[int, int]
+    largest_fp8: int
+
+
+def _sm90_limits() -> Sm90Limits | None:
+    """What setup.py writes from csrc/sm90/tiles.h. ``None``: not known."""
     try:
         limits = json.loads(path_of("_build.json").read_text())["sm90"]
-        return limits["head_dim_multiple"], limits["largest_head_dim"]
+        qk, v = limits["largest_latent_head_dims"]
+        return Sm90Limits(
+            limits["head_dim_multiple"], limits["largest_head_dim"], (qk, v), limits["largest_fp8_head_dim"]
+        )
     except (OSError, ValueError, KeyError, TypeError):
         return None
 

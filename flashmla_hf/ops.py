@@ -152,11 +152,16 @@ def _check_inputs(operator: str, q, k, v, sinks, cu_seqlens_q, cu_seqlens_kv):
         check_tensor(operator, "cu_seqlens_kv", cu_seqlens_kv, q, torch.int32, (cu_seqlens_q.shape[0],))
 
 
-@torch.library.register_fake("flashmla::flash_attn_forward")
-def _forward_fake(q, k, v, sinks, cu_seqlens_q, cu_seqlens_kv, *_options):
-    _check_inputs("flash_attn_forward", q, k, v, sinks, cu_seqlens_q, cu_seqlens_kv)
+def forward_outputs(operator: str, q, k, v, sinks, cu_seqlens_q, cu_seqlens_kv) -> tuple[torch.Tensor, torch.Tensor]:
+    """out and lse of a fake call of a forward operator; raises what its host would."""
+    _check_inputs(operator, q, k, v, sinks, cu_seqlens_q, cu_seqlens_kv)
     out = q.new_empty((*q.shape[:-1], v.shape[-1]))
     return out, q.new_empty(_lse_shape(q, cu_seqlens_q), dtype=torch.float32)
+
+
+@torch.library.register_fake("flashmla::flash_attn_forward")
+def _forward_fake(q, k, v, sinks, cu_seqlens_q, cu_seqlens_kv, *_options):
+    return forward_outputs("flash_attn_forward", q, k, v, sinks, cu_seqlens_q, cu_seqlens_kv)
 
 
 @torch.library.register_fake("flashmla::flash_attn_backward")

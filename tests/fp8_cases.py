@@ -72,7 +72,7 @@ def straightforward(
             lses.append(lse[0])
         rest = q.shape[0] - bounds_q[-1]
         outs.append(q.new_zeros(rest, q.shape[1], v.shape[2]))
-        lses.append(torch.full((q.shape[1], rest), -math.inf))
+        lses.append(torch.full((q.shape[1], rest), -math.inf, device=q.device))
         return torch.cat(outs), torch.cat(lses, dim=1)
     dtype, group = q.dtype, q.shape[2] // k.shape[2]
     scale = q.shape[-1] ** -0.5 if scale is None else scale
@@ -82,7 +82,7 @@ def straightforward(
     if softcap > 0.0:
         scores = softcap * torch.tanh(scores / softcap)
     left, right = (-1 if bound is None else bound for bound in window or (None, None))
-    visible = reference.visible_keys(q.shape[1], k.shape[1], left, 0 if is_causal else right)
+    visible = reference.visible_keys(q.shape[1], k.shape[1], left, 0 if is_causal else right, q.device)
     if visible is not None:
         scores = scores.masked_fill(~visible, -math.inf)
     column = scores.new_full((1, 1, 1, 1), -math.inf) if sinks is None else sinks.double()[None, :, None, None]
@@ -100,15 +100,27 @@ def fp8(impl: str):
     return lambda **arguments: attention(precision="fp8", impl=impl, **arguments)
 
 
-def check(impl: str | Callable, case: Case, dtype: torch.dtype, seed: int = 0, **options) -> numerics.Result:
-    """Runs ``case`` in fp8 and holds it to the rule. ``impl``: a name, or a function with the arguments of ``attention``."""
+def on_gpu(**arguments):
+    """``attention(precision="fp8")`` of tensors that are on a CPU, by the GPU's kernel: their truth is cheaper there."""
+    placed = {name: x.cuda() if isinstance(x, torch.Tensor) else x for name, x in arguments.items()}
+    out, lse = attention(precision="fp8", **placed)
+    return out.cpu(), lse.cpu()
+
+
+def check(
+    impl: str | Callable, case: Case, dtype: torch.dtype, seed: int = 0, gradients: torch.dtype | None = None, **options
+) -> numerics.Result:
+    """Runs ``case`` in fp8 and holds it to the rule. ``impl``: a name, or a function with the arguments of ``attention``.
+    ``gradients``: the dtype that these are computed in, if it is narrower than ``dtype``."""
     function = fp8(impl) if isinstance(impl, str) else impl
     draws = [_draw(function, case, dtype, seed, **options)]
     got, yardstick, truth = draws[0]
     looks.calls += 1
     for name, ref in truth.tensors.items():
         x, like = got.tensors[name], yardstick.tensors[name]
-        error, floor = numerics.largest_error(x, ref), _floor(x, ref, truth)
+        error = numerics.largest_error(x, ref)
+        is_gradient = gradients is not None and name in ("dq", "dk", "dv")
+        floor = _floor(gradients if is_gradient else x.dtype, ref, truth)
         allowed = 2.0 * numerics.largest_error(like, ref) + floor
         if error > allowed:
             looks.second += len(draws) == 1
@@ -132,8 +144,8 @@ def _draw(function, case, dtype, seed, **options) -> tuple[numerics.Result, nume
     return (*runs, numerics.reference64(case, inputs, **options))
 
 
-def _floor(x: torch.Tensor, ref: torch.Tensor, truth: numerics.Result) -> float:
-    return numerics.tolerance_floor(x.dtype, ref, numerics._largest(truth.lse))
+def _floor(dtype: torch.dtype, ref: torch.Tensor, truth: numerics.Result) -> float:
+    return numerics.tolerance_floor(dtype, ref, numerics._largest(truth.lse))
 
 
 def _typical_error(draws, i: int, name: str) -> float:
@@ -150,4 +162,14 @@ def random_cases(count: int, seed: int) -> list[tuple[Case, int]]:
         case = random_case(source.randint, source.choice, max_seqlen=longest, max_head_dim=72, max_scores=60_000)
         dims = {name: max(8, getattr(case, name)) for name in ("head_dim_qk", "head_dim_v")}
         cases.append((replace(case, **dims), source.randint(0, 2**31)))
+    return cases
+
+
+def kernel_cases(count: int, seed: int) -> list[tuple[Case, int]]:
+    """As :func:`random_cases`, of head dims that the Hopper kernel takes: multiples of 8, a part of them up to 128."""
+    source, cases = random.Random(f"kernel {seed}"), []
+    for case, values in random_cases(count, seed):
+        wider = source.choice([0, 0, 56])
+        dims = {name: -(-getattr(case, name) // 8) * 8 + wider for name in ("head_dim_qk", "head_dim_v")}
+        cases.append((replace(case, **dims), values))
     return cases

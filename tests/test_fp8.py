@@ -374,4 +374,4 @@ def test_autocast_changes_nothing():
 
 def test_the_tile_of_the_emulation_is_a_block():
     assert quantization.BLOCK_ROWS == 128
-    assert set(calls.IMPLEMENTATIONS) == set(IMPLEMENTATIONS)
+    assert set(calls.IMPLEMENTATIONS) == {"sm90", *IMPLEMENTATIONS}

@@ -135,7 +135,7 @@ REFUSED = {
         {"k_cache": torch.zeros(2, 64, 2, 32), "v_cache": torch.zeros(2, 64, 2, 32)}, ValueError,
         "k_descale: expected none, since the caches are not float8_e4m3fn",
     ),
-    "sm90": ({"impl": "sm90"}, RuntimeError, "impl='sm90' cannot read the float8_e4m3fn k_cache on cpu: fp8 has no kernel for GPUs"),
+    "sm90": ({"impl": "sm90"}, RuntimeError, "impl='sm90' cannot read the float8_e4m3fn k_cache on cpu: fp8 caches have no kernel for GPUs"),
     "an unknown impl": ({"impl": "fast"}, ValueError, "impl: expected one of"),
     "a gradient": ({"q": torch.randn(2, 1, 4, 32, requires_grad=True)}, RuntimeError, "q: expected a tensor that requires no gradient"),
     "new keys in fp8": (

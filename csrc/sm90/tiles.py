@@ -10,8 +10,8 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
-DOCUMENTS = ("README.md", "docs/limits.md", "docs/kernels.md")
-KIND = r"(Forward|Backward|BackwardQueries|Decode)Config"
+DOCUMENTS = ("README.md", "docs/fp8.md", "docs/inference.md", "docs/limits.md", "docs/kernels.md")
+KIND = r"(Forward|Fp8Forward|Backward|BackwardQueries|Decode)Config"
 
 
 def entries(kind: str, path: Path = HERE / "tiles.h") -> list[dict]:
@@ -29,15 +29,21 @@ def entries(kind: str, path: Path = HERE / "tiles.h") -> list[dict]:
 
 
 def head_dims(kind: str = "Forward", path: Path = HERE / "tiles.h") -> list[tuple[int, int]]:
-    """(head_dim_qk, head_dim_v) of the list that dispatch.cpp reads, in its order."""
-    text = re.search(rf"using {kind}HeadDims =\s*HeadDimList<(.*?)>;", path.read_text(), re.DOTALL)[1]
+    """(head_dim_qk, head_dim_v) of the list that dispatch.cpp reads, in its order. "Latent" has one entry, and no list."""
+    text = re.search(rf"using {kind}HeadDims =\s*((?:HeadDimList)?<?.*?)>;", path.read_text(), re.DOTALL)[1] + ">"
     return [(int(qk), int(v)) for qk, v in re.findall(r"HeadDims<(\d+), (\d+)>", text)]
 
 
-def limits(path: Path = HERE / "tiles.h") -> dict[str, int]:
-    """What the kernels take: head dims that are multiples of the one, up to the other."""
+def limits(path: Path = HERE / "tiles.h") -> dict:
+    """What the kernels take: head dims that are multiples of the one, up to another: of most calls, of decoding from latents
+    (qk, v), in fp8."""
     multiple = int(re.search(r"kHeadDimMultiple = (\d+)", path.read_text())[1])
-    return {"head_dim_multiple": multiple, "largest_head_dim": head_dims(path=path)[-1][0]}
+    return {
+        "head_dim_multiple": multiple,
+        "largest_head_dim": head_dims(path=path)[-1][0],
+        "largest_latent_head_dims": list(head_dims("Latent", path)[0]),
+        "largest_fp8_head_dim": head_dims("Fp8Forward", path)[-1][0],
+    }
 
 
 def forward_table() -> str:
@@ -87,11 +93,28 @@ def decode_table() -> str:
     ]
     for row in entries("Decode"):
         qk, v = row["head_dims"]
-        ring = 2 * row["kNumStages"] * row["kBlockKV"] * (qk + v)
+        columns = qk if row["head_dims"] in head_dims("Latent") else qk + v  # latents hold their values
+        ring = 2 * row["kNumStages"] * row["kBlockKV"] * columns
         queries, ctas = 2 * 64 * qk, row["kNumCtas"]
         lines.append(
             f"| {qk} / {v} | {row['kBlockKV']} | {row['kNumStages']} | {ctas} | {round(ctas * ring / 1024)} "
             f"| {round((ring + queries) / 1024)} |"
+        )
+    return "\n".join(lines)
+
+
+def fp8_table() -> str:
+    lines = [
+        "| head dim up to | Q rows × K/V rows | K/V stages | Q buffers | consumers | registers: producer, consumer "
+        "| shared memory, KiB |",
+        "|---" * 7 + "|",
+    ]
+    for row in entries("Fp8Forward"):
+        (head_dim,) = row["head_dims"]
+        size = head_dim * (row["kNumQStages"] * row["kBlockQ"] + 2 * row["kNumStages"] * row["kBlockKV"])
+        lines.append(
+            f"| {head_dim} | {row['kBlockQ']} × {row['kBlockKV']} | {row['kNumStages']} | {row['kNumQStages']} "
+            f"| {row['kNumConsumers']} | {row['kProducerRegisters']}, {row['kConsumerRegisters']} | {round(size / 1024)} |"
         )
     return "\n".join(lines)
 
@@ -102,7 +125,10 @@ def texts() -> dict[str, str]:
         "forward": f"\n{forward_table()}\n",
         "backward": f"\n{backward_table()}\n",
         "decode": f"\n{decode_table()}\n",
+        "fp8": f"\n{fp8_table()}\n",
         "multiple": f"{limit['head_dim_multiple']}",
+        "largest latents": "/".join(map(str, limit["largest_latent_head_dims"])),
+        "largest fp8": f"{limit['largest_fp8_head_dim']}",
         "largest": f"{limit['largest_head_dim']}",
     }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import TypeVar
 
 import torch
 
@@ -12,23 +13,29 @@ from flashmla_hf.notices import log_choice
 from flashmla_hf.ops import dtype_name
 from flashmla_hf.validation import Call, DecodeCall
 
+CallT = TypeVar("CallT", bound=Call)
+
 
 def refusal(call: Call) -> str | None:
     if "sm90" in libraries.unavailable:
         return (
             f"{libraries.unavailable['sm90']}; impl='flex' runs on every GPU (python -m flashmla_hf doctor says more)"
         )
-    reason = device_refusal(call.q, call.v) or kernel_refusal(call)
-    if reason is None and call.impl == "sm90" and (names := unaligned(call)):
-        # Automatic dispatch copies. Who asks for this implementation by name gets no hidden copy.
-        reason = (
-            f"{names[0]}: expected an address and strides in multiples of 16 bytes; pass a contiguous copy (.clone())"
-        )
-    return reason
+    return device_refusal(call.q, call.v) or kernel_refusal(call) or alignment_refusal(call)
 
 
-def device_refusal(q: torch.Tensor, v: torch.Tensor) -> str | None:
-    """Why no call with this q and v can be computed here, if the library is loaded; ``None`` if it does not rule that out."""
+def alignment_refusal(call: Call) -> str | None:
+    """Automatic dispatch copies. Who asks for this implementation by name gets no hidden copy."""
+    if call.impl != "sm90" or not (names := unaligned(call)):
+        return None
+    return f"{names[0]}: expected an address and strides in multiples of 16 bytes; pass a contiguous copy (.clone())"
+
+
+def device_refusal(q: torch.Tensor, v: torch.Tensor, largest: tuple[int, int] | None = None) -> str | None:
+    """Why no call with this q and v can be computed here, if the library is loaded; ``None`` if it does not rule that out.
+
+    ``largest``: head dims (qk, v) of a kernel that takes others than most.
+    """
     if q.device.type != "cuda":
         return f"the tensors are on {q.device}: expected a Hopper GPU"
     properties = torch.cuda.get_device_properties(q.device)  # a constant to torch.compile
@@ -37,10 +44,11 @@ def device_refusal(q: torch.Tensor, v: torch.Tensor) -> str | None:
     if q.dtype not in (torch.float16, torch.bfloat16):
         return f"dtype {dtype_name(q.dtype)}: expected float16 or bfloat16"
     assert libraries.sm90_limits is not None  # otherwise the library is unavailable
-    multiple, largest = libraries.sm90_limits
-    for name, head_dim in (("q and k", q.shape[-1]), ("v", v.shape[-1])):
-        if head_dim % multiple != 0 or head_dim > largest:
-            return f"{name}: head_dim {head_dim}: expected a multiple of {multiple} up to {largest}"
+    multiple = libraries.sm90_limits.multiple
+    largest_qk, largest_v = largest or (libraries.sm90_limits.largest,) * 2
+    for name, head_dim, most in (("q and k", q.shape[-1], largest_qk), ("v", v.shape[-1], largest_v)):
+        if head_dim % multiple != 0 or head_dim > most:
+            return f"{name}: head_dim {head_dim}: expected a multiple of {multiple} up to {most}"
     return None
 
 
@@ -61,14 +69,18 @@ def unaligned(call: Call | DecodeCall) -> list[str]:
     return names
 
 
-def run(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
-    """Copies what TMA cannot read."""
+def readable(call: CallT) -> CallT:
+    """``call`` with copies of what TMA cannot read."""
     names = unaligned(call)
-    if names:
-        log_choice(call, "sm90", "; ".join(f"copies {name}" for name in names))
-        copies = {name: getattr(call, name).clone(memory_format=torch.contiguous_format) for name in names}
-        call = replace(call, **copies)
-    return ops.flash_attn(call)
+    if not names:
+        return call
+    log_choice(call, "sm90", "; ".join(f"copies {name}" for name in names))
+    copies = {name: getattr(call, name).clone(memory_format=torch.contiguous_format) for name in names}
+    return replace(call, **copies)
+
+
+def run(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
+    return ops.flash_attn(readable(call))
 
 
 BACKEND = Backend(refusal, run)

@@ -26,6 +26,7 @@ from flashmla_hf.ops import dtype_name
 from flashmla_hf.torch_state import without_autocast
 from flashmla_hf.validation import DecodeCall, check_float32, check_tensor, fail
 
+NO_KERNEL = "fp8 caches have no kernel for GPUs in this release"
 KEYS_AT_A_TIME = 1024  # a multiple of no page size in particular: pages are gathered row by row
 
 

@@ -2,8 +2,9 @@
 
 =============  =====================================================================================================
 ``cpu``        exact attention, in fp32, of the quantised q, k and v: P is not rounded
+``sm90``       the Hopper kernel (:mod:`~flashmla_hf.fp8.kernel`): quantises q, k and v of 16 bits, head dims up to 128
 ``reference``  the emulation of the kernel (:mod:`~flashmla_hf.fp8.emulation`): P is rounded as there, sums are exact
-others         raise: there is no fp8 kernel for GPUs yet
+others         raise
 =============  =====================================================================================================
 
 **Gradients.** Write ``r(x)`` for the rotation of q or k (none of v), and ``e`` for the error that quantisation makes of a
@@ -27,7 +28,7 @@ import torch
 from flashmla_hf import ops, reference
 from flashmla_hf.backend import Backend
 from flashmla_hf.backends import cpu
-from flashmla_hf.fp8 import emulation
+from flashmla_hf.fp8 import emulation, kernel
 from flashmla_hf.fp8.quantization import BLOCK_ROWS, DTYPE, Quantized, block_of_rows, quantize, rotate
 from flashmla_hf.notices import log_choice
 from flashmla_hf.ops import dtype_name
@@ -36,7 +37,8 @@ from flashmla_hf.validation import Call, check_float32, fail
 
 Descales = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-NO_KERNEL = "fp8 has no kernel for GPUs in this release"
+_FIELDS = tuple(field.name for field in fields(Call))  # here: torch.compile does not trace fields()
+_KERNELS = {"cuda": "sm90", "cpu": "cpu", "meta": "cpu"}
 
 
 @dataclass(slots=True)
@@ -67,7 +69,7 @@ def checked(call: Call, precision: Any, descales: tuple[Any, Any, Any]) -> Fp8Ca
             "a tensor that requires no gradient, since it is quantised (pass 16 bits and precision='fp8' to train)"
         )
         fail(TypeError, "q, k and v", expected, "one that does")
-    values = {field.name: getattr(call, field.name) for field in fields(Call)}
+    values = {name: getattr(call, name) for name in _FIELDS}
     return Fp8Call(**values, descales=descales if is_quantized else None)
 
 
@@ -89,12 +91,12 @@ def choose(call: Fp8Call, implementations: dict[str, Backend], others: Any) -> B
     if impl is not None and impl not in implementations and impl not in others:
         fail(ValueError, "impl", f"one of {list(implementations)} or None", repr(impl))
     if impl is not None and impl not in implementations:
-        raise RuntimeError(f"flashmla attention: impl={impl!r} cannot compute this call: {_way_out(call)}")
-    if impl is None and call.q.device.type not in ("cpu", "meta"):
+        raise RuntimeError(f"flashmla attention: impl={impl!r} cannot compute this call in fp8: {_way_out(call)}")
+    name = impl or _KERNELS.get(call.q.device.type)
+    if name is None:
         raise RuntimeError(
             f"flashmla attention: no implementation computes this call on {call.q.device}: {_way_out(call)}"
         )
-    name = impl or "cpu"
     reason = implementations[name].refusal(call)
     if reason is not None:
         raise RuntimeError(f"flashmla attention: no implementation computes this call in fp8. {name}: {reason}")
@@ -105,8 +107,8 @@ def choose(call: Fp8Call, implementations: dict[str, Backend], others: Any) -> B
 def _way_out(call: Fp8Call) -> str:
     instead = "precision=None" if call.descales is None else "tensors of float16 or bfloat16"
     return (
-        f"{NO_KERNEL}: pass {instead} for the exact kernels (flashmla in place of flashmla_fp8), or impl='reference', which "
-        "emulates fp8 in float64 (slow, memory grows with seqlen_q)"
+        f"pass {instead} for the exact kernels (flashmla in place of flashmla_fp8), or impl='reference', which emulates fp8 in "
+        "float64 (slow, memory grows with seqlen_q)"
     )
 
 
@@ -191,7 +193,15 @@ def run_reference(call: Fp8Call) -> tuple[torch.Tensor, torch.Tensor]:
     return out.to(call.out_dtype), lse.to(torch.promote_types(call.out_dtype, torch.float32))
 
 
+def sm90_refusal(call: Fp8Call) -> str | None:
+    reason = _refusal(call)
+    if reason is None and (limit := kernel.refusal(call)) is not None:
+        return f"{limit}: {_way_out(call)}"
+    return reason
+
+
 IMPLEMENTATIONS: dict[str, Backend] = {
+    "sm90": Backend(sm90_refusal, kernel.run),  # type: ignore[arg-type]
     "cpu": Backend(cpu_refusal, run_cpu),  # type: ignore[arg-type]
     "reference": Backend(_refusal, run_reference),  # type: ignore[arg-type]
 }

@@ -1,4 +1,4 @@
-"""What the Hopper kernel is to compute, in plain PyTorch: its tiles, their order, its roundings, and otherwise exact sums.
+"""What the Hopper kernel computes, in plain PyTorch: its tiles, their order, its roundings, and otherwise exact sums.
 
 A kernel agrees with this to the rounding of its fp32 sums: an element of P that falls on the other side of a rounding boundary
 moves one weight by 1/16 of itself. For one head and one tile of 128 keys, the last visible tile first (docs/kernels.md):
