@@ -76,7 +76,8 @@ class Attention:
         if which not in self.graphs:
             self.graphs[which] = self._build(which)
         graph, tensors = self.graphs[which]
-        pack = {tensors[name]: x if x.dim() == 3 or name == "stats" else x.transpose(1, 2) for name, x in data.items()}
+        is_laid_out = {name: x.dim() == 3 or name == "stats" or x.numel() == 1 for name, x in data.items()}
+        pack = {tensors[name]: x if is_laid_out[name] else x.transpose(1, 2) for name, x in data.items()}
         if self.shape.is_packed:
             pack |= {tensors["lengths"]: self.lengths}
             pack |= {tensors[f"{name} offsets"]: offsets for name, offsets in self.offsets.items() if name in data}
@@ -167,6 +168,79 @@ class _Function(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dout):
         return *ctx.attention.backward(dout, *ctx.saved_tensors), None
+
+
+class Fp8Attention(Attention):
+    """The forward of e4m3 tensors, one scale each: q, k and v are quantised at the first call with them, and not again, so that
+    a later call is the kernel alone. The result is bf16, or where this cuDNN gives none, e4m3 that a pass of torch's scales."""
+
+    _SCALE_OUT = 64.0  # results of normal inputs are far below 1
+
+    def __init__(self, cudnn: ModuleType, shape: Shape, device: str) -> None:
+        super().__init__(cudnn, shape, device)
+        self.device = device
+        self.quantized: tuple[tuple[int, ...], dict[str, torch.Tensor]] = ((), {})
+        self.out_dtype: torch.dtype | None = None
+
+    def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        pointers = tuple(x.data_ptr() for x in (q, k, v))
+        if pointers != self.quantized[0]:
+            self.quantized = pointers, self._quantize(q, k, v)
+        if not self.graphs:
+            self._build_any()
+        assert self.out_dtype is not None
+        data = dict(self.quantized[1])
+        data["o"] = q.new_empty(*q.shape[:-1], v.shape[-1], dtype=self.out_dtype)
+        data |= {name: self._number(0.0) for name in ("amax_s", "amax_o")}
+        self._execute("fp8", data, q)
+        return data["o"] if self.out_dtype == torch.bfloat16 else data["o"].to(q.dtype) / self._SCALE_OUT
+
+    def _number(self, value: float) -> torch.Tensor:
+        return torch.full((1, 1, 1, 1), value, device=self.device)
+
+    def _quantize(self, q, k, v) -> dict[str, torch.Tensor]:
+        data = {"descale_s": self._number(1 / 256), "scale_s": self._number(256.0)}
+        data["scale_o"] = self._number(1.0 if self.out_dtype == torch.bfloat16 else self._SCALE_OUT)
+        for name, x in (("q", q), ("k", k), ("v", v)):
+            scale = x.detach().abs().amax().float() / 448.0
+            data[name] = (x.detach().float() / scale).to(torch.float8_e4m3fn)
+            data[f"descale_{name}"] = scale.view(1, 1, 1, 1)
+        return data
+
+    def _build_any(self) -> None:
+        for dtype, kind in ((torch.bfloat16, "BFLOAT16"), (torch.float8_e4m3fn, "FP8_E4M3")):
+            try:
+                self.graphs["fp8"] = self._build_fp8(getattr(self.cudnn.data_type, kind))
+            except Exception as error:  # cuDNN's own; the last one is the reason
+                refusal = error
+                continue
+            self.out_dtype = dtype
+            self.quantized[1]["scale_o"].fill_(1.0 if dtype == torch.bfloat16 else self._SCALE_OUT)
+            return
+        raise refusal
+
+    def _build_fp8(self, out_type: Any) -> tuple[Any, dict[str, Any]]:
+        cudnn, shape, types = self.cudnn, self.shape, self.cudnn.data_type
+        graph = cudnn.pygraph(
+            io_data_type=types.FP8_E4M3, intermediate_data_type=types.FLOAT, compute_data_type=types.FLOAT,
+            handle=self.handle,
+        )  # fmt: skip
+        options: dict[str, Any] = {"attn_scale": shape.head_dim_qk**-0.5, "generate_stats": False}
+        if shape.is_causal:
+            options |= {"diagonal_alignment": cudnn.diagonal_alignment.BOTTOM_RIGHT, "diagonal_band_right_bound": 0}
+        tensors: dict[str, Any] = {}
+        for name in "qkv":
+            dims, strides = self._layout(name)
+            tensors[name] = graph.tensor(name=name, dim=dims, stride=strides, data_type=types.FP8_E4M3)
+        numbers = ("descale_q", "descale_k", "descale_v", "descale_s", "scale_s", "scale_o")
+        tensors |= {name: self._small(graph, name, self._number(1.0), types.FLOAT) for name in numbers}
+        out, _, amax_s, amax_o = graph.sdpa_fp8(**tensors, **options)
+        dims, strides = self._layout("o")
+        out.set_output(True).set_dim(dims).set_stride(strides).set_data_type(out_type)
+        for amax in (amax_s, amax_o):
+            amax.set_output(True).set_dim([1, 1, 1, 1]).set_stride([1, 1, 1, 1]).set_data_type(types.FLOAT)
+        graph.build([cudnn.heur_mode.A, cudnn.heur_mode.FALLBACK])
+        return graph, tensors | {"o": out, "amax_s": amax_s, "amax_o": amax_o}
 
 
 assert DTYPES.keys() == {"bf16", "fp16", "fp32"}  # those that _build knows

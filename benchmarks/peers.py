@@ -31,6 +31,8 @@ class Peer:
 
     run: Attention
     is_heads_first: bool = False
+    # Of the output and the gradients, where the peer's own precision is not that of the inputs.
+    tolerances: tuple[float, float] | None = None
     # Entered around a series of calls, not around each: the choice of torch's backend takes longer than a short launch.
     context: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
 
@@ -43,18 +45,22 @@ def _boundaries(shape: Shape, device: str) -> torch.Tensor:
     return torch.tensor([0, *(d.stop for d in shape.documents())], dtype=torch.int32, device=device)
 
 
-def _flashmla(impl: str | None, deterministic: bool | None = None) -> Builder:
+FP8_TOLERANCES = (0.1, 0.2)  # e4m3 errs by 2.6 %, root mean square; a key too many or too few is found all the same
+
+
+def _flashmla(impl: str | None, deterministic: bool | None = None, precision: str | None = None) -> Builder:
     def build(shape: Shape, device: str) -> Peer:
         from flashmla_hf import attention
 
-        options = {"is_causal": shape.is_causal, "impl": impl, "deterministic": deterministic}
+        options = {"is_causal": shape.is_causal, "impl": impl, "deterministic": deterministic, "precision": precision}
         if shape.window is not None:
             options["window"] = (shape.window, 0)
         if shape.is_packed:
             boundaries, longest = _boundaries(shape, device), max(shape.lengths())
             options |= {"cu_seqlens_q": boundaries, "cu_seqlens_kv": boundaries}
             options |= {"max_seqlen_q": longest, "max_seqlen_kv": longest}
-        return Peer(lambda q, k, v: attention(q, k, v, **options))
+        tolerances = FP8_TOLERANCES if precision is not None else None
+        return Peer(lambda q, k, v: attention(q, k, v, **options), tolerances=tolerances)
 
     return build
 
@@ -192,6 +198,17 @@ def _cudnn(shape: Shape, device: str) -> Peer:
         raise Unsupported(str(error)) from None
 
 
+def _cudnn_fp8(shape: Shape, device: str) -> Peer:
+    """The kernel alone: q, k and v are in fp8 before the first timed call."""
+    if shape.is_packed or shape.window is not None:
+        raise Unsupported("measured on dense shapes without a window")
+    try:
+        attention = cudnn_frontend.Fp8Attention(cudnn_frontend.load(device), shape, device)
+    except cudnn_frontend.Missing as error:
+        raise Unsupported(str(error)) from None
+    return Peer(attention, tolerances=FP8_TOLERANCES)
+
+
 PEERS: dict[str, Builder] = {
     "flashmla": _flashmla(None),
     "flashmla-sm90": _flashmla("sm90"),
@@ -199,6 +216,7 @@ PEERS: dict[str, Builder] = {
     "flashmla-flex": _flashmla("flex"),
     "flashmla-torch-flash": _flashmla("torch_flash"),
     "flashmla-deterministic": _flashmla(None, deterministic=True),
+    "flashmla-fp8": _flashmla(None, precision="fp8"),
     "flashmla-operator": _flashmla_operator,
     "sdpa": _sdpa(None),
     "sdpa-flash": _sdpa("flash"),
@@ -207,6 +225,7 @@ PEERS: dict[str, Builder] = {
     "eager": _eager,
     "flex": _flex,
     "cudnn": _cudnn,
+    "cudnn-fp8": _cudnn_fp8,
     "fa4": _fa4(),
     "fa4-deterministic": _fa4(deterministic=True),
 }

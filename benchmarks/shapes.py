@@ -193,6 +193,17 @@ SUITES: dict[str, Suite] = {
         modes=("bwd",),
         peers=("flashmla", "flashmla-deterministic", "fa4", "fa4-deterministic"),
     ),
+    # Quantisation is in the time of flashmla-fp8 and in none of cudnn-fp8's.
+    "fp8": Suite(
+        [
+            Shape(batch, 2048 // d, 2048 // d, s, s, d, d, is_causal)
+            for d in (128, 64)
+            for batch, s in ((4, 4096), (1, 16384), (1, 32768))
+            for is_causal in (False, True)
+        ],
+        modes=("fwd",),
+        peers=("flashmla-fp8", "flashmla", "cudnn-fp8", "sdpa-cudnn"),
+    ),
     "cpu": Suite(
         [
             *(

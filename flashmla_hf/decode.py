@@ -285,7 +285,9 @@ def _values_are_columns(call: DecodeCall) -> bool:
     if call.is_latent or torch.compiler.is_compiling():
         return call.is_latent
     k, v = call.k, call.v
-    is_same_memory = k.untyped_storage()._cdata == v.untyped_storage()._cdata and k.storage_offset() == v.storage_offset()
+    is_same_memory = (
+        k.untyped_storage()._cdata == v.untyped_storage()._cdata and k.storage_offset() == v.storage_offset()
+    )
     return is_same_memory and k.stride() == v.stride() and v.shape[-1] <= k.shape[-1]
 
 
@@ -349,7 +351,8 @@ def _choose_fp8(call: DecodeCall, name: str) -> _Run:
     if name not in FP8_IMPLEMENTATIONS:
         raise RuntimeError(
             f"flashmla attention: impl={name!r} cannot read the float8_e4m3fn k_cache on {call.q.device}: "
-            f"{cached.NO_KERNEL}: keep the cache in 16 bits (in generate leave Fp8Cache out), or pass impl='reference', which dequantises all of it"
+            f"{cached.NO_KERNEL}: keep the cache in 16 bits (in generate leave Fp8Cache out), or pass impl='reference', which "
+            "dequantises all of it"
         )
     refusal, run = FP8_IMPLEMENTATIONS[name]
     if (reason := refusal(call)) is not None:

@@ -111,8 +111,8 @@ def attention(
         return_lse: also return the natural logarithm of each softmax denominator, sink included.
         deterministic: gradients are bitwise equal if the call is repeated; ``None`` follows
             ``torch.use_deterministic_algorithms`` and the environment variable FLASH_ATTENTION_DETERMINISTIC (read at import).
-        precision: ``"fp8"`` rotates q and k, and quantises q, k and v to e4m3 in blocks of 128 rows: faster on a Hopper GPU, never
-            exact. ``None``: the precision of the tensors. See below.
+        precision: ``"fp8"`` rotates q and k, and quantises q, k and v to e4m3 in blocks of 128 rows: for speed on a Hopper GPU,
+            never exact. ``None``: the precision of the tensors. See below.
         q_descale, k_descale, v_descale: fp32 [batch, heads_kv], or packed [num_sequences, heads_kv]: the factors of q, k and v
             of float8_e4m3fn, as FlashAttention 3 takes them; all three with such tensors, none with others.
         impl: the implementation, ``"sm90"``, ``"cpu"``, ``"torch_flash"``, ``"flex"``, ``"sdpa"`` or ``"reference"``;

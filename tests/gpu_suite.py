@@ -78,7 +78,8 @@ PARTS: dict[str, tuple[Step, ...]] = {
         Step("sm90 addresses", (*PYTEST, *files("sm90_addresses", "sm90_backward_addresses")), 240),
         Step("sm90 contract", (*PARALLEL, *files("gpu", "direct", "aten_flash"), "-k", "sm90 or not flex"), 240),
     ),
-    "decode": (Step("decode", (*PARALLEL, *DECODE), 300),),
+    "decode": (Step("decode", (*PARALLEL, *DECODE), 400),),
+    "fp8": (Step("fp8", (*PARALLEL, *files("fp8_kernel", "sm90_fp8")), 400),),
     "robust": (
         Step("robust", (*PARALLEL, *files("gpu_robust", "gpu_threads", "gpu_hidden_values")), 400),
         # Each of these wants the GPU's memory, or torch's allocator, to itself.
@@ -98,14 +99,18 @@ PARTS: dict[str, tuple[Step, ...]] = {
     # Shapes that nobody has tuned for: another seed shows others.
     "bench-random": (benchmark("bench-random", "bench_attention", "--suite", "random", "--name", "attention-random"),),
     "bench-decode": (benchmark("bench-decode", "bench_decode"),),
+    "bench-decode-latent": (
+        benchmark("bench-decode-latent", "bench_decode", "--suite", "latent", "--name", "decode-latent"),
+    ),
+    "bench-fp8": (benchmark("bench-fp8", "bench_attention", "--suite", "fp8", "--name", "attention-fp8"),),
     "bench-generate": (benchmark("bench-generate", "bench_generate"),),
     "bench-latent": (benchmark("bench-latent", "bench_latent_decode"),),
     "bench-serving": (benchmark("bench-serving", "bench_serving", "--requests", "64"),),
     "profile": (Step("profile", ("benchmarks/profile_attention.py", "--output_dir", "build/gpu/bench"), 200),),
 }
 NEED_SM90 = (
-    "sm90", "decode", "robust", "sweep", "hf", "finetune", "sanitize", "bench-decode", "bench-generate", "bench-latent",
-    "bench-serving", "profile",
+    "sm90", "decode", "fp8", "robust", "sweep", "hf", "finetune", "sanitize", "bench-decode", "bench-decode-latent", "bench-fp8",
+    "bench-generate", "bench-latent", "bench-serving", "profile",
 )  # fmt: skip
 
 

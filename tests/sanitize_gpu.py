@@ -29,7 +29,8 @@ from cases import SM90_ROWS, Case, sm90_tiles
 from decode_cases import DecodeCase, DecodeInputs
 
 import flashmla_hf.ops  # noqa: F401 (registers the operators)
-from flashmla_hf import libraries, reference
+from flashmla_hf import attention, libraries, reference
+from flashmla_hf.fp8.quantization import rotate
 
 # Largest error, relative to the largest value (at least 1): a wrong index, mask or stride is far beyond.
 TOLERANCES = {torch.bfloat16: (2e-2, 5e-2), torch.float16: (3e-3, 8e-3)}  # of out, of gradients
@@ -81,7 +82,8 @@ def sweep_cases() -> list[tuple[Case, torch.dtype]]:
     return found
 
 
-DECODE_ROWS = tuple(sm90_tiles.head_dims("Decode"))
+LATENT_ROWS = tuple(sm90_tiles.head_dims("Latent"))
+DECODE_ROWS = (*sm90_tiles.head_dims("Decode"), *LATENT_ROWS)
 # A cache in the layouts and with the bounds that a call may have; keys are two or three blocks of 64, so that CTAs share them.
 DECODE_KINDS = {
     "dense": {"lengths": (150, 150), "has_lengths": False, "heads_q": 6, "has_sinks": True},
@@ -110,6 +112,8 @@ def decode_cases_of_sweep() -> list[tuple[DecodeCase, torch.dtype]]:
     for n, (row, kind) in enumerate(product(DECODE_ROWS, DECODE_KINDS)):
         narrower, turn = 8 * (n % 3 == 2), n + n // len(DECODE_KINDS)
         dims = {"head_dim_qk": row[0] - narrower, "head_dim_v": row[1] - narrower, "num_splits": turn // 2 % 2}
+        if row in LATENT_ROWS:
+            dims |= {"is_latent": True, "heads_kv": 1}
         found.append((DecodeCase(**dims, **DECODE_KINDS[kind]), (torch.bfloat16, torch.float16)[turn % 2]))
     found += [
         (case, torch.bfloat16)
@@ -121,6 +125,15 @@ def decode_cases_of_sweep() -> list[tuple[DecodeCase, torch.dtype]]:
             # As many parts as a row of combine_kernel reads ahead (64), and more.
             DecodeCase(lengths=(4500,), heads_q=2, heads_kv=1),
             DecodeCase(lengths=(4500,), heads_q=2, heads_kv=1, head_dim_qk=256, page_size=64),
+            DecodeCase(
+                lengths=(4500, 40),
+                heads_q=128,
+                heads_kv=1,
+                head_dim_qk=576,
+                head_dim_v=512,
+                page_size=64,
+                is_latent=True,
+            ),
             DecodeCase(lengths=(0, 0), capacity=10),
             DecodeCase(lengths=(9,), seqlen_q=0),
         )
@@ -252,10 +265,17 @@ def decode_numbers(case: DecodeCase) -> tuple:
 DECODE_TENSORS = ("q", "k_cache", "v_cache", "sinks", "cache_seqlens", "kv_start", "block_table")
 
 
+def placed_cache(host: dict, case: DecodeCase, device: str) -> list[torch.Tensor | None]:
+    tensors = {name: place(x, device) for name, x in host.items()}
+    if case.is_latent:
+        tensors["v_cache"] = tensors["k_cache"][..., : case.head_dim_v]
+    return list(tensors.values())
+
+
 def run_decode(case: DecodeCase, dtype: torch.dtype, device: str, decode: Callable) -> list[str]:
     """Every difference of one call from float64."""
     inputs: DecodeInputs = decode_cases.inputs_of(case, dtype, "cpu")
-    tensors = [place(getattr(inputs, name), device) for name in DECODE_TENSORS]
+    tensors = placed_cache({name: getattr(inputs, name) for name in DECODE_TENSORS}, case, device)
     got = decode(*tensors, *decode_numbers(case))
     tolerances = (TOLERANCES[dtype][0], LSE_TOLERANCE)
     truth = decode_cases.truth(case, inputs)
@@ -269,18 +289,59 @@ def run_corrupt_caches(device: str, decode: Callable) -> int:
     for n, values in enumerate(CORRUPT_CACHES.values()):
         row = DECODE_ROWS[n % len(DECODE_ROWS)]
         case = DecodeCase(
-            lengths=(40, 60), starts=(0, 3), page_size=16, head_dim_qk=row[0], head_dim_v=row[1], num_splits=n // 2 % 2
-        )
+            lengths=(40, 60), starts=(0, 3), page_size=16, head_dim_qk=row[0], head_dim_v=row[1], num_splits=n // 2 % 2,
+            is_latent=row in LATENT_ROWS,
+        )  # fmt: skip
         inputs = decode_cases.inputs_of(case, torch.bfloat16, "cpu")
         host = {name: getattr(inputs, name) for name in DECODE_TENSORS}
         host |= {name: torch.tensor(x, dtype=torch.int32).view_as(host[name]) for name, x in values.items()}
         try:
-            decode(*(place(x, device) for x in host.values()), *decode_numbers(case))[0].cpu()
+            decode(*placed_cache(host, case, device), *decode_numbers(case))[0].cpu()
             computed += 1
         except RuntimeError as error:
             if not any(name in str(error) for name in values):
                 raise
     return computed
+
+
+FP8_ROWS = tuple(sm90_tiles.head_dims("Fp8Forward"))
+FP8_TOLERANCES = (0.15, 0.03)  # of out, of the lse: an element of P beside a boundary falls on either side
+
+
+def fp8_cases_of_sweep() -> list[tuple[Case, torch.dtype]]:
+    """Every head-dim row, mask and layout of sequences; the rest takes turns."""
+    found = []
+    for n, (row, mask, is_packed) in enumerate(product(FP8_ROWS, MASKS, (False, True))):
+        shape = PACKS[n // 2 % len(PACKS)] if is_packed else {"batch": 2, "seqlen_q": LENGTHS[n][0], "seqlen_kv": LENGTHS[n][1]} \
+            if n < len(LENGTHS) else {"seqlen_q": 300, "seqlen_kv": 450}  # fmt: skip
+        heads_q, heads_kv = HEADS[n % len(HEADS)]
+        dims = {"head_dim_qk": row[0] - 8 * (n % 3 == 2), "head_dim_v": row[1] - 16 * (n % 4 == 3)}
+        case = Case(
+            f"fp8 {row[0]} {mask} {'packed' if is_packed else 'dense'}", heads_q=heads_q, heads_kv=heads_kv, **dims,
+            layout=LAYOUTS[n % len(LAYOUTS)], **shape, **MASKS[mask], **FEATURES[n // 3 % len(FEATURES)],
+        )  # fmt: skip
+        found.append((case, (torch.bfloat16, torch.float16)[n // 2 % 2]))
+    return found
+
+
+def run_fp8(case: Case, dtype: torch.dtype) -> list[str]:
+    """Every difference of one call in fp8 on a GPU from its emulation, and of the rounded q, k and v from what they round."""
+    inputs = case.inputs(dtype)
+    names = ("q", "k", "v", "sinks", "cu_seqlens_q", "cu_seqlens_kv")
+    host = [getattr(inputs, name) for name in names]
+    tensors = [place(x, "cuda") for x in host]
+    got = torch.ops.flashmla.flash_attn_fp8_forward(*tensors, *numbers(case))
+    expected = attention(
+        **dict(zip(names, host, strict=True)), **case.options, precision="fp8", impl="reference", return_lse=True
+    )
+    found = [difference(*x) for x in zip(("out", "lse"), (x.cpu() for x in got), (x.double() for x in expected),
+                                         FP8_TOLERANCES, strict=True)]  # fmt: skip
+    rounded = torch.ops.flashmla.flash_attn_fp8_round(*tensors[:3], *tensors[4:])
+    rows = [sum(case.seqlens_q) if case.is_packed else None, *[sum(case.seqlens_kv) if case.is_packed else None] * 2]
+    wanted = (rotate(host[0], False), rotate(host[1], True), host[2])
+    for name, x, want, end in zip("qkv", rounded, wanted, rows, strict=True):
+        found.append(difference(f"rounded {name}", x.cpu()[:end], want[:end].double(), 0.07))
+    return [f"{case.name} {dtype}: {text}" for text in found if text is not None]
 
 
 def sweep(device: str, forward: Callable | None = None, decode: Callable | None = None) -> list[str]:
@@ -296,6 +357,8 @@ def sweep(device: str, forward: Callable | None = None, decode: Callable | None 
     for case, dtype in of_caches:
         wrong += run_decode(case, dtype, device, decode)
     computed_caches = run_corrupt_caches(device, decode)
+    for case, dtype in fp8_cases_of_sweep() if device == "cuda" else ():  # no other device has a kernel
+        wrong += run_fp8(case, dtype)
     if device == "cuda" and 0 in (computed, computed_caches):
         wrong.append("no call with corrupt boundaries, or none with a corrupt cache, was computed")
     print(f"{len(cases)} calls and {computed} with corrupt boundaries, forward and backward, {len(of_caches)} to caches and "

@@ -6,10 +6,12 @@ A GPU without a kernel for such rows skips the cases of ``sm90``.
 """
 
 import dataclasses
+import math
 import os
 import random
 
 import decode_cases
+import gpu_support
 import numerics
 import pytest
 import torch
@@ -18,8 +20,12 @@ from torch._dynamo.testing import CompileCounter
 
 from flashmla_hf import attention, libraries, notices
 from flashmla_hf.decode import decode_attention, has_kernel, kernel_refusal
+from flashmla_hf.libraries import Sm90Limits
 
-RANDOM_CASES = int(os.environ.get("FLASHMLA_LATENT_CASES", "600"))
+RANDOM_CASES = {
+    impl: int(os.environ.get("FLASHMLA_LATENT_CASES", count))
+    for impl, count in (("sm90", 1200), ("cpu", 600), ("reference", 150))
+}
 SEED = int(os.environ.get("FLASHMLA_FUZZ_SEED", "0"))
 DIMS = {"head_dim_qk": 576, "head_dim_v": 512, "heads_kv": 1, "is_latent": True}
 
@@ -43,7 +49,7 @@ each_impl = pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 @each_impl
 def test_random_calls_keep_the_error_rule(impl):
     before, dtypes = dataclasses.replace(numerics.looks), dtypes_of(impl)
-    count = RANDOM_CASES // len(dtypes) // (4 if impl == "reference" else 1)
+    count = RANDOM_CASES[impl] // len(dtypes)
     failures = []
     for dtype in dtypes:
         source = random.Random(f"latents {impl} {dtype} {SEED}")
@@ -178,28 +184,35 @@ def test_arguments_are_refused_by_name(changes, kind, message):
     assert str(error.value) == f"flashmla attention: {message}"
 
 
-def test_a_gpus_library_without_such_a_kernel_says_so(monkeypatch):
-    """As on a Hopper GPU: device_refusal is asked of tensors that claim to be there."""
-    from flashmla_hf.backends import sm90
+class _OnGpu:
+    """A tensor that claims to be on a Hopper GPU, for who only asks."""
 
+    def __init__(self, width):
+        x = torch.ones(1, 16, 1, width)
+        self.device, self.dtype, self.shape = torch.device("cuda"), torch.bfloat16, x.shape
+        self.stride, self.storage_offset, self.untyped_storage, self.numel = (
+            x.stride, x.storage_offset, x.untyped_storage, x.numel,
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize(("width", "values", "is_latent", "expected"), [
+    (576, 512, True, None), (288, 256, True, None), (96, 64, True, None), (128, 128, False, None),
+    (584, 512, True, "q and k: head_dim 584: expected a multiple of 8 up to 576"),
+    (576, 520, True, "v: head_dim 520: expected a multiple of 8 up to 512"),
+    (573, 512, True, "q and k: head_dim 573: expected a multiple of 8 up to 576"),
+    # Values that are a tensor of their own.
+    (576, 512, False, "q and k: head_dim 576: expected a multiple of 8 up to 256"),
+])  # fmt: skip
+def test_a_hopper_gpu_has_a_kernel_for_latents_up_to_its_width(width, values, is_latent, expected, monkeypatch):
     class Properties:
         major, minor, name = 9, 0, "a Hopper GPU"
 
-    class OnGpu:
-        def __init__(self, x):
-            self.x, self.device, self.dtype, self.shape = x, torch.device("cuda"), torch.bfloat16, x.shape
-
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Properties)
-    monkeypatch.setattr(libraries, "sm90_limits", (8, 256))
+    monkeypatch.setattr(libraries, "sm90_limits", Sm90Limits(8, 256, (576, 512), 128))
     monkeypatch.delitem(libraries.unavailable, "sm90", raising=False)
-    if sm90.device_refusal(OnGpu(torch.ones(1, 1, 1, 576)), OnGpu(torch.ones(1, 1, 1, 512))) is None:
-        pytest.skip("this build has the kernel")
-    q, rows, values = (OnGpu(torch.ones(1, 1, 1, width)) for width in (576, 576, 512))
-    reason = kernel_refusal(q, rows, values, is_latent=True)
-    assert reason == (
-        "q and k: head_dim 576: expected a multiple of 8 up to 256 (this build has no kernel for wider latents)"
-    )
-    assert not has_kernel(q, rows, values, is_latent=True)
+    tensors = _OnGpu(width), _OnGpu(width), _OnGpu(values)
+    assert kernel_refusal(*tensors, is_latent=is_latent) == expected
+    assert has_kernel(*tensors, is_latent=is_latent) == (expected is None)
 
 
 def test_without_a_kernel_the_reference_computes_with_one_warning(monkeypatch):
@@ -245,3 +258,111 @@ def test_gradients_of_queries_and_latents(width, values, options):
         ):
             allowed = 2.0 * numerics.largest_error(other, ref) + numerics.tolerance_floor(dtype, ref)
             numerics.assert_within(f"{name} {dtype}", got, other, ref, allowed)
+
+
+# ---- A GPU -----------------------------------------------------------------------------------------------------------
+
+BATCH = DecodeCase(
+    lengths=(300, 1, 64, 0, 5000, 129), starts=(7, 0, 40, 0, 0, 0), page_size=64, seqlen_q=2, heads_q=32, **DIMS
+)
+on_sm90 = [gpu_support.needs_sm90, gpu_support.on_gpu]
+
+
+def _marked(test):
+    for mark in on_sm90:
+        test = mark(test)
+    return test
+
+
+@_marked
+@gpu_support.half
+@pytest.mark.parametrize("page_size", [0, 64])
+def test_a_sequences_bits_do_not_depend_on_its_batch_nor_on_repeats(page_size, dtype):
+    inputs = inputs_of(dataclasses.replace(BATCH, page_size=page_size), dtype, "cuda")
+    together = decode_attention(**inputs.tensors, num_splits=1, return_lse=True, impl="sm90")
+    names = ["q", "cache_seqlens", "kv_start", "block_table" if page_size else "k_cache"]
+    for b in range(len(BATCH.lengths)):
+        alone = {**inputs.tensors, **{name: inputs.tensors[name][b : b + 1] for name in names}}
+        for got, expected in zip(
+            decode_attention(**alone, num_splits=1, return_lse=True, impl="sm90"), together, strict=True
+        ):
+            assert torch.equal(got[0], expected[b])
+    first, *others = (decode_attention(**inputs.tensors, impl="sm90") for _ in range(20))
+    assert all(torch.equal(first, other) for other in others)
+
+
+@_marked
+def test_a_cuda_graph_follows_lengths_starts_and_tables():
+    cases = [
+        dataclasses.replace(BATCH, capacity=5120),
+        dataclasses.replace(BATCH, capacity=5120, lengths=(1, 5000, 0, 77, 3, 512), starts=(0, 100, 0, 0, 2, 1)),
+    ]
+    both = [inputs_of(case, torch.bfloat16, "cuda", seed) for seed, case in enumerate(cases)]
+    static = {name: x.clone() if isinstance(x, torch.Tensor) else x for name, x in both[0].tensors.items()}
+    for num_splits in (0, 1):
+        graph, out = gpu_support.captured(lambda n=num_splits: decode_attention(**static, num_splits=n, impl="sm90"))
+        for inputs in (both[1], both[0], both[1]):
+            for name, x in inputs.tensors.items():
+                if isinstance(x, torch.Tensor):
+                    static[name].copy_(x)
+            graph.replay()
+            assert torch.equal(out, decode_attention(**inputs.tensors, num_splits=num_splits, impl="sm90"))
+
+
+@_marked
+def test_a_call_waits_for_nothing_and_runs_on_the_current_stream():
+    inputs = inputs_of(BATCH, torch.bfloat16, "cuda")
+    expected = decode_attention(**inputs.tensors, impl="sm90")
+    later = {**inputs.tensors, "q": torch.zeros_like(inputs.q)}
+    got = gpu_support.run_behind_other_work(
+        lambda: later["q"].copy_(inputs.q), lambda: decode_attention(**later, impl="sm90")
+    )
+    assert torch.equal(got, expected)
+
+
+@_marked
+def test_a_million_keys():
+    """The same page again and again weighs as one."""
+    case = DecodeCase(lengths=(64,), page_size=64, heads_q=16, **DIMS)
+    inputs = inputs_of(case, torch.bfloat16, "cuda")
+    tensors = {**inputs.tensors, "block_table": inputs.block_table.repeat(1, 2**14), "cache_seqlens": None}
+    out, lse = decode_attention(**tensors, return_lse=True, impl="sm90")
+    expected, expected_lse = decode_cases.truth(dataclasses.replace(case, page_size=0), inputs)
+    numerics.assert_within("out", out, out, expected, 4 * torch.finfo(torch.bfloat16).eps)
+    numerics.assert_within("lse", lse, lse, expected_lse + math.log(2**14), 1e-4)
+
+
+@_marked
+@pytest.mark.parametrize("dims", [(576, 512), (288, 256), (320, 256), (576, 256), (264, 8), (304, 296)], ids=str)
+@pytest.mark.parametrize("heads_kv", [1, 2])
+def test_narrower_latents_and_several_kv_heads(dims, heads_kv):
+    for page_size, heads_q in ((0, 16), (48, 10), (80, 128)):
+        case = DecodeCase(
+            lengths=(700, 0, 33), seqlen_q=3, page_size=page_size, heads_q=heads_q * heads_kv, heads_kv=heads_kv,
+            head_dim_qk=dims[0], head_dim_v=dims[1], is_latent=True,
+        )  # fmt: skip
+        for dtype in gpu_support.HALF:
+            check("sm90", case, dtype)
+
+
+@_marked
+def test_many_shares_and_many_rows():
+    """Tiles that begin in one CTA and end in others, whole ones, and four tiles of query rows for a sequence."""
+    for lengths, heads_q, seqlen_q in (
+        ((40, 100, 65, 130) * 36, 16, 1),
+        ((70,) * 260, 64, 1),
+        ((9000, 3), 128, 4),
+        ((20_000,), 16, 1),
+    ):
+        for num_splits in (0, 1):
+            case = DecodeCase(lengths=lengths, heads_q=heads_q, seqlen_q=seqlen_q, num_splits=num_splits, **DIMS)
+            check("sm90", case, torch.bfloat16)
+
+
+@_marked
+def test_one_call_a_thousand_times_ends():
+    """Two warpgroups hand each block's P over; who is late must not wait for ever."""
+    inputs = inputs_of(BATCH, torch.bfloat16, "cuda")
+    outs = [decode_attention(**inputs.tensors, impl="sm90") for _ in range(1000)]
+    torch.cuda.synchronize()
+    assert all(torch.equal(outs[0], out) for out in outs[1:])

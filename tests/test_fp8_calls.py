@@ -114,7 +114,9 @@ def test_a_gpu_has_no_kernel_of_fp8_caches_and_says_so():
     with FakeTensorMode():
         cache, descale = torch.empty(1, 512, 2, 64, dtype=E4M3, device="cuda"), torch.empty(1, 512, 2, device="cuda")
         query = torch.empty(1, 1, 4, 64, dtype=torch.bfloat16, device="cuda")
-        with pytest.raises(RuntimeError, match="cannot read the float8_e4m3fn k_cache on cuda:0: fp8 caches have no kernel"):
+        with pytest.raises(
+            RuntimeError, match="cannot read the float8_e4m3fn k_cache on cuda:0: fp8 caches have no kernel"
+        ):
             decode_attention(query, cache, cache, k_descale=descale, v_descale=descale)
 
 

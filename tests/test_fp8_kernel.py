@@ -30,7 +30,7 @@ def _quantized(q, k, v, cu_seqlens_q, cu_seqlens_kv):
 
 def _forward(*inputs):
     arguments = Arguments(*inputs)
-    q, k, v, sinks, cu_seqlens_q, cu_seqlens_kv = inputs[:6]
+    q, k, v, _, cu_seqlens_q, cu_seqlens_kv = inputs[:6]
     q8, k8, v8 = _quantized(q, k, v, cu_seqlens_q, cu_seqlens_kv)
     out = emulation.attention(q8, k8, v8, arguments)
     rounded = [x8.dequantize() for x8 in (q8, k8, v8)]
@@ -54,6 +54,7 @@ def _operators():
 @pytest.fixture
 def sm90(monkeypatch):
     """The implementation "sm90" of fp8, on the CPU, with the limits of head dims."""
+
     def refusal(call):
         wide = max(call.q.shape[-1], call.v.shape[-1]) > 128
         return "too wide" if wide else None
@@ -72,7 +73,7 @@ def test_a_backward_of_wrong_values_is_found(sm90, monkeypatch):
     right = kernel.rotation
     monkeypatch.setattr(kernel, "rotation", lambda dim, is_key: right(dim, not is_key).roll(1, 0))
     case = Case(seqlen_q=150, heads_q=4, heads_kv=2, head_dim_qk=64, is_causal=True)
-    with pytest.raises(AssertionError, match="d[qk]"):
+    with pytest.raises(AssertionError, match=r"d[qk]"):
         fp8_cases.check("sm90", case, torch.bfloat16, gradients=torch.bfloat16)
 
 
@@ -125,7 +126,12 @@ def test_fake_calls_have_the_shapes_and_raise_for_wrong_ones():
         q, k, v = (torch.empty(2, 150, heads, dim, dtype=torch.float16) for heads, dim in ((4, 32), (2, 32), (2, 40)))
         options = (None, None, None, 150, 150, 0.2, -1, 0, 0.0, False)
         out, lse = torch.ops.flashmla.flash_attn_fp8_forward(q, k, v, *options)
-        assert (out.shape, out.dtype, lse.shape, lse.dtype) == ((2, 150, 4, 40), torch.float16, (2, 4, 150), torch.float32)
+        assert (out.shape, out.dtype, lse.shape, lse.dtype) == (
+            (2, 150, 4, 40),
+            torch.float16,
+            (2, 4, 150),
+            torch.float32,
+        )
         rounded = torch.ops.flashmla.flash_attn_fp8_round(q, k, v, None, None)
         assert [(x.shape, x.dtype) for x in rounded] == [(x.shape, torch.bfloat16) for x in (q, k, v)]
         with pytest.raises(RuntimeError, match=re.escape(f"{kernel.FORWARD}: k: expected shape [2, 150, 2, 32]")):
@@ -166,7 +172,10 @@ class _Other:
 
 
 def _tensors(dtype=torch.bfloat16, dim=64, dim_v=None):
-    return [torch.empty(1, 256, heads, width, dtype=dtype, device="cuda") for heads, width in ((4, dim), (2, dim), (2, dim_v or dim))]
+    return [
+        torch.empty(1, 256, heads, width, dtype=dtype, device="cuda")
+        for heads, width in ((4, dim), (2, dim), (2, dim_v or dim))
+    ]
 
 
 REFUSED = {
@@ -200,7 +209,10 @@ def test_what_the_kernel_does_not_cover_raises_by_name(name, monkeypatch):
 
 def test_without_the_library_a_gpu_says_why(monkeypatch):
     monkeypatch.setitem(libraries.unavailable, "sm90", "libflashmla_sm90.so was not built")
-    with FakeTensorMode(), pytest.raises(RuntimeError, match=r"sm90: libflashmla_sm90.so was not built: pass precision=None"):
+    with (
+        FakeTensorMode(),
+        pytest.raises(RuntimeError, match=r"sm90: libflashmla_sm90.so was not built: pass precision=None"),
+    ):
         attention(*_tensors(), precision="fp8")
 
 

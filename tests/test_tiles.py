@@ -11,11 +11,19 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @pytest.mark.parametrize("kind", ["Forward", "Backward", "Decode"])
 def test_the_list_of_head_dims_names_every_entry_once_and_each_has_its_instantiation(kind):
-    listed = sm90_tiles.head_dims(kind)
+    listed = sm90_tiles.head_dims(kind) + (sm90_tiles.head_dims("Latent") if kind == "Decode" else [])
     assert sorted(set(listed)) == sorted(listed) == sorted({row["head_dims"] for row in sm90_tiles.entries(kind)})
     files = (ROOT / "csrc/sm90/instantiations").glob(f"{kind.lower()}_*.cu")
     found = [re.findall(rf"launch_{kind.lower()}_head_dims<(\d+), (\d+)>", path.read_text()) for path in files]
     assert sorted((int(qk), int(v)) for ((qk, v),) in found) == sorted(listed)
+
+
+def test_the_list_of_fp8_names_every_entry_once_and_each_has_its_instantiation():
+    listed = [head_dim for head_dim, _ in sm90_tiles.head_dims("Fp8Forward")]
+    assert listed == sorted(set(listed)) == [row["head_dims"][0] for row in sm90_tiles.entries("Fp8Forward")]
+    files = (ROOT / "csrc/sm90/instantiations").glob("fp8_*.cu")
+    found = [re.findall(r"launch_fp8_head_dim<(\d+)>", path.read_text()) for path in files]
+    assert sorted(int(head_dim) for (head_dim,) in found) == listed
 
 
 def test_the_head_dims_shared_by_columns_have_a_kernel_for_dq():
@@ -27,13 +35,16 @@ def test_every_entry_has_a_comment_above_it():
     text = (ROOT / "csrc/sm90/tiles.h").read_text()
     entries = list(re.finditer(r"(.*\n)template <[^>]*>\nstruct \w+Config<[^>]*> {\n", text))
     assert len(entries) == sum(
-        len(sm90_tiles.entries(kind)) for kind in ("Forward", "Backward", "BackwardQueries", "Decode")
+        len(sm90_tiles.entries(kind)) for kind in ("Forward", "Fp8Forward", "Backward", "BackwardQueries", "Decode")
     )
     assert all(entry[1].startswith("//") for entry in entries)
 
 
 def test_the_limits_are_those_of_the_list_of_head_dims():
-    assert sm90_tiles.limits() == {"head_dim_multiple": 8, "largest_head_dim": SM90_ROWS[-1][0]}
+    assert sm90_tiles.limits() == {
+        "head_dim_multiple": 8, "largest_head_dim": SM90_ROWS[-1][0], "largest_latent_head_dims": [576, 512],
+        "largest_fp8_head_dim": 128,
+    }  # fmt: skip
     assert max(max(row) for row in SM90_ROWS) == SM90_ROWS[-1][0]
 
 

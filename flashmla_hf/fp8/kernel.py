@@ -21,7 +21,6 @@ from torch.autograd.function import once_differentiable
 from flashmla_hf import decode_ops, libraries, ops
 from flashmla_hf.backends import sm90
 from flashmla_hf.fp8.quantization import DTYPE, rotation
-from flashmla_hf.ops import dtype_name
 from flashmla_hf.torch_state import without_autocast
 from flashmla_hf.validation import Call
 
@@ -30,7 +29,9 @@ _TENSORS = ("q", "k", "v", "sinks")
 _NUM_TENSORS = 6  # these and the boundaries, which come first among the arguments
 
 _ARGUMENTS = ops.schema_arguments(ops.Arguments)
-_ROUNDED = [argument for argument in _ARGUMENTS if argument.split()[-1] in ("q", "k", "v", "cu_seqlens_q", "cu_seqlens_kv")]
+_ROUNDED = [
+    argument for argument in _ARGUMENTS if argument.split()[-1] in ("q", "k", "v", "cu_seqlens_q", "cu_seqlens_kv")
+]
 for _operator, _schema in {
     FORWARD: f"({', '.join(_ARGUMENTS)}) -> (Tensor out, Tensor lse)",
     ROUND: f"({', '.join(_ROUNDED)}) -> (Tensor q, Tensor k, Tensor v)",

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from flashmla_hf import libraries
 from flashmla_hf.hf.names import is_fp8, is_ours
 
 _INTERFACE = "ALL_ATTENTION_FUNCTIONS"
@@ -153,14 +154,22 @@ def _fp8_verdict(module: torch.nn.Module) -> tuple[bool, str]:
     """The verdict on a layer that calls us for fp8, which covers less."""
     cls: type = type(module)
     way_out = 'use attn_implementation="flashmla"'
+    head_dim = getattr(module, "head_dim", None)
+    limits = libraries.sm90_limits
     if any(p.is_cuda for p in module.parameters()):
-        return False, f"it asks for fp8, which has no kernel for GPUs in this release: its call raises; {way_out}"
+        if "sm90" in libraries.unavailable or limits is None:
+            return False, f"it asks for fp8, which has no kernel here: its call raises; {way_out}"
+        if isinstance(head_dim, int) and head_dim > limits.largest_fp8:
+            return (
+                False,
+                f"it asks for fp8 of head_dim {head_dim}, for which a GPU has no kernel: its call raises; {way_out}",
+            )
     if "position_bias" in _keywords_passed(cls) or _changes_its_mask(cls):
         return (
             False,
             f"it asks for fp8, which takes no position_bias and no mask of a layer's own: its call raises; {way_out}",
         )
-    notes = ["it calls the kernel in fp8, which is not exact; on a GPU the call raises, since there is no kernel yet"]
+    notes = ["it calls the kernel in fp8, which is not exact; on a GPU that is not a Hopper the call raises"]
     if (dropout := _dropout(module)) > 0.0:
         notes.append(f"in training its dropout of {dropout} raises")
     return True, "; ".join(notes)
