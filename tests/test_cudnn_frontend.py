@@ -10,7 +10,7 @@ import cudnn_frontend
 import pytest
 import torch
 from check import Inputs
-from peers import PEERS, Peer, Unsupported
+from peers import FP8_TOLERANCES, PEERS, Peer, Unsupported
 from shapes import Shape
 
 from flashmla_hf import attention
@@ -45,6 +45,8 @@ class Tensor:
 class Graph:
     """A graph of cuDNN's frontend with one attention, computed by the reference."""
 
+    fp8_outputs = ("BFLOAT16", "FP8_E4M3")
+
     def __init__(self, **options):
         assert options.keys() == {"io_data_type", "intermediate_data_type", "compute_data_type", "handle"}
         self.is_built = False
@@ -63,7 +65,19 @@ class Graph:
         self.outputs = (Tensor("dQ"), Tensor("dK"), Tensor("dV"))
         return self.outputs
 
+    def sdpa_fp8(self, *, q, k, v, generate_stats, **options):
+        assert generate_stats is False
+        self.kind, self.inputs = "fp8", (q, k, v)
+        self.scales = {
+            name: options.pop(name)
+            for name in ("descale_q", "descale_k", "descale_v", "descale_s", "scale_s", "scale_o")
+        }
+        self.options, self.outputs = options, (Tensor("O"), None, Tensor("Amax_S"), Tensor("Amax_O"))
+        return self.outputs
+
     def build(self, heuristics):
+        if self.kind == "fp8" and self.outputs[0].data_type not in self.fp8_outputs:
+            raise RuntimeError("no engine")
         assert heuristics == ["A", "FALLBACK"]
         assert all(tensor is None or tensor.is_output for tensor in self.outputs)
         self.is_built = True
@@ -96,11 +110,16 @@ class Graph:
         plain = [
             pack[tensor] if pack[tensor].dim() == 3 else pack[tensor].transpose(1, 2) for tensor in self.inputs[:3]
         ]
+        if self.kind == "fp8":
+            assert all(x.dtype == torch.float8_e4m3fn for x in plain)
+            plain = [x.float() * pack[self.scales[f"descale_{name}"]] for name, x in zip("qkv", plain, strict=True)]
         with torch.enable_grad():
             leaves = [x.detach().requires_grad_() for x in plain]
             out = attention(*leaves, impl="reference", **options)
         as_given = lambda x, like: x if like.dim() == 3 else x.transpose(1, 2)  # noqa: E731
-        if self.kind == "fwd":
+        if self.kind == "fp8":
+            out = out * pack[self.scales["scale_o"]]
+        if self.kind != "bwd":
             pack[self.outputs[0]].copy_(as_given(out.detach(), pack[self.outputs[0]]))
             return
         dout = pack[self.inputs[4]]
@@ -112,7 +131,7 @@ def fake_cudnn():
     named = lambda *names: types.SimpleNamespace(**{name: name for name in names})  # noqa: E731
     return types.SimpleNamespace(
         create_handle=lambda: "handle", pygraph=Graph, heur_mode=named("A", "FALLBACK"), backend_version=lambda: 91000,
-        data_type=named("BFLOAT16", "HALF", "FLOAT", "INT32", "INT64"), diagonal_alignment=named("BOTTOM_RIGHT"),
+        data_type=named("BFLOAT16", "HALF", "FLOAT", "INT32", "INT64", "FP8_E4M3"), diagonal_alignment=named("BOTTOM_RIGHT"),
     )  # fmt: skip
 
 
@@ -156,6 +175,36 @@ def _validated(kind):
             self.was_validated = True
 
     return Validated
+
+
+@pytest.mark.parametrize("outputs", [("BFLOAT16", "FP8_E4M3"), ("FP8_E4M3",)], ids=str)
+@pytest.mark.parametrize("text", ["d64 B2 H4/2 S100 causal bf16", "d64 B1 H2/2 S70 full bf16"])
+def test_cudnns_fp8_is_asked_for_the_right_attention(text, outputs, monkeypatch):
+    monkeypatch.setattr(Graph, "fp8_outputs", outputs)
+    shape = Shape.parse(text)
+    peer = Peer(cudnn_frontend.Fp8Attention(fake_cudnn(), shape, "cpu"), tolerances=FP8_TOLERANCES)
+    inputs = Inputs.random(shape, "cpu")
+    truth = check.expected(shape, inputs, needs_gradients=False)
+    problem, errors = check.verdict(shape, peer, inputs, truth, training=False)
+    assert problem is None
+    assert 0.01 < errors["O"] < 0.08
+    monkeypatch.setattr(Graph, "fp8_outputs", ())
+    with pytest.raises(RuntimeError, match="no engine"):
+        cudnn_frontend.Fp8Attention(fake_cudnn(), shape, "cpu")(inputs.q, inputs.k, inputs.v)
+
+
+@pytest.mark.parametrize("text", ["d64 B2 H4/2 S100 causal bf16", "d128 B1 H2/2 S70 full bf16"])
+def test_the_frontends_own_graph_takes_the_arguments_of_fp8(text):
+    cudnn = pytest.importorskip("cudnn", reason="nvidia-cudnn-frontend is not installed")
+    attend = cudnn_frontend.Fp8Attention(
+        types.SimpleNamespace(
+            create_handle=lambda: None, data_type=cudnn.data_type, diagonal_alignment=cudnn.diagonal_alignment,
+            heur_mode=cudnn.heur_mode, pygraph=_validated(cudnn.pygraph),
+        ),
+        Shape.parse(text), "cpu",
+    )  # fmt: skip
+    for kind in (cudnn.data_type.BFLOAT16, cudnn.data_type.FP8_E4M3):
+        assert attend._build_fp8(kind)[0].was_validated
 
 
 def test_without_the_frontend_the_reason_is_given(monkeypatch):
