@@ -12,7 +12,17 @@ import torch
 
 from flashmla_hf import decode, reference
 from flashmla_hf.dispatch import attention
-from flashmla_hf.hf import boundaries, decoding, fp8_cache, heads, masks, paged, patterns, refusals
+from flashmla_hf.hf import (
+    boundaries,
+    decoding,
+    fp8_cache,
+    heads,
+    masks,
+    paged,
+    patterns,
+    refusals,
+    transformers_private,
+)
 from flashmla_hf.notices import warn_once
 from flashmla_hf.torch_state import values_are_readable
 
@@ -81,6 +91,7 @@ def attention_forward(
         raises everything that :func:`flashmla_hf.attention` raises.
     """
     precision = kwargs.pop(_PRECISION, None)
+    output_attentions = output_attentions or transformers_private.weights_are_recorded()
     if isinstance(key, fp8_cache.Fp8Rows):
         default = masks.Pattern(*patterns.without_mask(module, is_causal, sliding_window, False))
         if output_attentions or position_bias is not None or dropout > 0.0:
