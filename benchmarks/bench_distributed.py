@@ -98,11 +98,16 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--limit", type=at_least(1), metavar="N", help="the first N points alone")
     parser.add_argument(
-        "--layers", type=at_least(1), metavar="N", help="of the longest LoRA steps; default: as many as --time_limit allows"
+        "--layers",
+        type=at_least(1),
+        metavar="N",
+        help="of the longest LoRA steps; default: as many as --time_limit allows",
     )
     parser.add_argument("--gpu_memory", type=float, default=78.0, metavar="GIB", help="of each GPU (default: 78)")
     parser.add_argument("--tiny", action="store_true", help="tiny models on this CPU, over gloo")
-    parser.add_argument("--dry_run", action="store_true", help="measure nothing: print and write what the ledger predicts")
+    parser.add_argument(
+        "--dry_run", action="store_true", help="measure nothing: print and write what the ledger predicts"
+    )
     parser.set_defaults(time_limit=TIME_LIMIT)
     args = parser.parse_args(argv)
     args.device = "cpu" if args.tiny else args.device

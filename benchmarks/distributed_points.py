@@ -118,11 +118,20 @@ def _million(args: argparse.Namespace) -> list[Given]:
         for model in ("llama-8b", "qwen3-8b")
         for engine in ("ulysses", "ring")
     ]
-    held = [
+    held = [  # two GPUs have one as their half
         ("train", engine, gpus, shorter)
-        for engine, gpus in (("ulysses", args.gpus // 2), ("ulysses", args.gpus), ("ring", args.gpus))
+        for engine, gpus in (
+            ("ulysses" if args.gpus > 3 else "one", args.gpus // 2),
+            ("ulysses", args.gpus),
+            ("ring", args.gpus),
+        )
     ]
-    published = ("train", "ring", args.gpus, {**_peer(args), "model": "qwen3-8b", "use_peft": False, "context": MILLION})
+    published = (
+        "train",
+        "ring",
+        args.gpus,
+        {**_peer(args), "model": "qwen3-8b", "use_peft": False, "context": MILLION},
+    )
     return [steps[0], *held, *steps[1:], published]
 
 
@@ -230,6 +239,8 @@ def following(args: argparse.Namespace, records: list[dict]) -> Point | None:
     With LoRA and with all weights: what people do today, then ours. Our trials have a window: memory does not ask for what a
     query sees, and a step of the whole depth ends in time.
     """
+    from distributed_predictions import longest_by_ledger
+
     if "longest" not in args.only:
         return None
     trials = [record for record in records if record["group"] == "longest"]
@@ -238,27 +249,15 @@ def following(args: argparse.Namespace, records: list[dict]) -> Point | None:
     for use_peft in (True, False):
         for engine, given in (("ring", _peer(args)), ("ulysses", _peer(args)), ("ulysses", None)):
             given = given or {"model": "llama-8b", "window": WINDOW}
-            first = _point(args, "longest", "train", engine, args.gpus, {**given, "use_peft": use_peft, "context": SCALED})
+            first = _point(
+                args, "longest", "train", engine, args.gpus, {**given, "use_peft": use_peft, "context": SCALED}
+            )
             if first.is_patched and not args.tiny:
-                first = dataclasses.replace(first, context=_predicted_longest(first))
+                first = dataclasses.replace(first, context=longest_by_ledger(first))
             point = _next_trial(args, first, [record for record in trials if _is_trial(record, first)])
             if point is not None:
                 return point
     return None
-
-
-def _predicted_longest(point: Point) -> int:
-    """The most tokens that fit by the ledger, a multiple of what every engine divides."""
-    from distributed_predictions import fits
-
-    low, high = 0, SCALED
-    while fits(dataclasses.replace(point, context=high)):
-        low, high = high, 2 * high
-    step = 1024 * point.gpus
-    while high - low > step:
-        middle = (low + high) // 2 // step * step
-        low, high = (middle, high) if fits(dataclasses.replace(point, context=middle)) else (low, middle)
-    return max(low, step)
 
 
 def _is_trial(record: dict, point: Point) -> bool:

@@ -15,6 +15,7 @@ import dataclasses
 import functools
 import json
 
+import distributed_results
 import models
 import records
 import shapes
@@ -119,6 +120,18 @@ def fits(point: Point) -> bool:
     return predict(point)["peak_bytes"] <= (1 - RESERVE) * point.memory_gib * GIB
 
 
+def longest_by_ledger(point: Point) -> int:
+    """The most tokens that fit, a multiple of what every engine divides."""
+    low, high = 0, 2**17
+    while fits(dataclasses.replace(point, context=high)):
+        low, high = high, 2 * high
+    step = 1024 * point.gpus
+    while high - low > step:
+        middle = (low + high) // 2 // step * step
+        low, high = (middle, high) if fits(dataclasses.replace(point, context=middle)) else (low, middle)
+    return max(low, step)
+
+
 def ring_bytes(shape: Shape, s: Switches, tokens: int) -> float:
     """Bytes that a GPU sends on in a ring: keys and values past every other GPU, forward and again; backward, their
     gradients too."""
@@ -172,35 +185,38 @@ def document_of(points: list[Point], args: argparse.Namespace) -> dict:
 
 
 def table(gpus: int = 8) -> str:
-    """The steps of a million tokens, of LoRA's length and of scaling, each of the whole depth."""
+    """Our steps of a million tokens, of LoRA and of scaling, each of the whole depth."""
     args = argparse.Namespace(
         gpus=gpus, tiny=False, only=["million", "long", "scaling"], limit=None, layers=None, gpu_memory=78.0,
         time_limit=float("inf"), time_budget=None,
     )  # fmt: skip
-    import distributed_results
+    header = [
+        "tokens", "documents", "model", "how", "GPUs", "peak at least, GiB a GPU", "pinned, GiB", "s/step", "MFU",
+    ]  # fmt: skip
+    lines = []
+    for point in filter(lambda point: point.is_patched, points_of(args)):
+        found, record = predict(point), dataclasses.asdict(point)
+        memory = f"{found['peak_bytes'] / GIB:.1f}" + ("" if fits(point) else ", does not fit")
+        lines.append(
+            [
+                f"{point.context:,}", f"{point.documents}", distributed_results.model_of(record),
+                distributed_results.name_of(record | {"gpus": 1}), f"{point.gpus}", memory,
+                f"{found['pinned_bytes'] / GIB:,.0f}", f"{found['seconds']:,.0f}", f"{found['mfu']:.0%}",
+            ]
+        )  # fmt: skip
+    return distributed_results.table(header, lines).rstrip("\n")
 
-    lines = [
-        "| tokens | documents | model | how | GPUs | peak at least, GiB a GPU | pinned, GiB | s/step | MFU |",
-        "|---" * 9 + "|",
-    ]
-    for point in points_of(args):
-        found = predict(point)
-        record = dataclasses.asdict(point)
-        cells = [
-            f"{point.context:,}", f"{point.documents}", distributed_results.model_of(record),
-            distributed_results.name_of(record | {"gpus": 1}), f"{point.gpus}", f"{found['peak_bytes'] / GIB:.1f}",
-            f"{found['pinned_bytes'] / GIB:,.0f}", f"{found['seconds']:,.0f}", f"{found['mfu']:.0%}",
-        ]  # fmt: skip
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(dict.fromkeys(lines))
 
-
-def caption() -> str:
-    shares = {}
-    for documents in (32, 1):
-        point = Point("attention", "attention", "ulysses", 8, "llama-8b", 2**19, documents)
-        shares[documents] = predict(point)["share_of_one_gpu"]
+def caption(gpus: int = 8) -> str:
+    """What else is predicted, what is assumed, and what was published."""
+    attention = Point("attention", "attention", "ulysses", gpus, "llama-8b", 65536 * gpus)
+    step = Point("longest", "train", "ulysses", gpus, "llama-8b", 2**20)
+    dense, packed = (
+        predict(dataclasses.replace(attention, documents=number))["share_of_one_gpu"] for number in (1, 4 * gpus)
+    )
+    lora, whole = (longest_by_ledger(dataclasses.replace(step, use_peft=use_peft)) for use_peft in (True, False))
     return (
-        f"Attention alone, 524,288 tokens over 8 GPUs: {shares[1]:.0%} of one GPU's rate predicted for one document, "
-        f"{shares[32]:.0%} for 32.\n\n{PUBLISHED}"
+        f"The longest steps that fit {step.memory_gib:g} GiB a GPU and {MOST_HOST_GIB:g} GiB of the host, by the ledger: "
+        f"{lora:,} tokens with LoRA, {whole:,} with all weights. Attention alone, {attention.context:,} tokens over {gpus} GPUs: "
+        f"{dense:.0%} of one GPU's rate for one document, {packed:.0%} for {4 * gpus}.\n\n{PUBLISHED}"
     )

@@ -80,11 +80,19 @@ def loss_difference(record: dict, alone: dict) -> float:
 def section(document: dict) -> str:
     """Markdown of the whole file."""
     ok = [r for r in document["points"] if r["status"] == "ok"]
-    parts = [_same(ok), _gradients(ok), _train(ok), _fewer(ok), _longest(document["points"]), _attention(ok), _without_a_number(document["points"])]
+    parts = [
+        _same(ok),
+        _gradients(ok),
+        _train(ok),
+        _fewer(ok),
+        _longest(document["points"]),
+        _attention(ok),
+        _without_a_number(document["points"]),
+    ]
     return "\n".join(part for part in parts if part)
 
 
-def _table(header: list[str], lines: list[list[str]]) -> str:
+def table(header: list[str], lines: list[list[str]]) -> str:
     rows = [header, ["---"] * len(header), *lines]
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
@@ -112,7 +120,7 @@ def _same(ok: list[dict]) -> str:
         "steps",
         "largest relative difference of a loss from one GPU's",
     ]
-    return f"### The same losses\n\n{_table(header, lines)}"
+    return f"### The same losses\n\n{table(header, lines)}"
 
 
 def _gradients(ok: list[dict]) -> str:
@@ -122,7 +130,7 @@ def _gradients(ok: list[dict]) -> str:
         if r["kind"] == "gradient"
     ]
     header = ["engine", "gradients", "largest error, of its norm", "in"]
-    return f"### The same gradients, float32\n\n{_table(header, lines)}" if lines else ""
+    return f"### The same gradients, float32\n\n{table(header, lines)}" if lines else ""
 
 
 def _train(ok: list[dict]) -> str:
@@ -146,7 +154,7 @@ def _train(ok: list[dict]) -> str:
         "tokens", "documents", "model", "how", "s/step", "tokens/s", "MFU", "of one GPU", "peak, GiB a GPU", "pinned, GiB",
         "predicted s/step", "predicted peak, at least",
     ]  # fmt: skip
-    return f"### Steps\n\n{_table(header, lines)}" if lines else ""
+    return f"### Steps\n\n{table(header, lines)}" if lines else ""
 
 
 def _fewer(ok: list[dict]) -> str:
@@ -156,12 +164,19 @@ def _fewer(ok: list[dict]) -> str:
     for r in sorted(mine, key=lambda r: r["gpus"]):
         fewest.setdefault((_setting(r), r["steps"]), r)
     lines = [
-        [name_of(r), name_of(other), model_of(r), f"{r['context']:,}", str(r["steps"]), f"{loss_difference(r, other):.1e}"]
+        [
+            name_of(r),
+            name_of(other),
+            model_of(r),
+            f"{r['context']:,}",
+            str(r["steps"]),
+            f"{loss_difference(r, other):.1e}",
+        ]
         for r in mine
         if (other := fewest[_setting(r), r["steps"]]) is not r
     ]
     header = ["how", "beside", "model", "tokens", "steps", "largest relative difference of a loss"]
-    return f"### The losses of fewer GPUs\n\n{_table(header, lines)}" if lines else ""
+    return f"### The losses of fewer GPUs\n\n{table(header, lines)}" if lines else ""
 
 
 def _longest(points: list[dict]) -> str:
@@ -177,7 +192,7 @@ def _longest(points: list[dict]) -> str:
         beyond = f"{others[0][0]:,}: {others[0][1].replace('_', ' ')}" if others else "–"
         lines.append([*names, f"{fit:,}", beyond, str(len(trials))])
     header = ["model", "how", "longest step, tokens", "shortest that did not run", "trials"]
-    return f"### The longest steps\n\n{_table(header, lines)}" if lines else ""
+    return f"### The longest steps\n\n{table(header, lines)}" if lines else ""
 
 
 def _attention(ok: list[dict]) -> str:
@@ -189,9 +204,18 @@ def _attention(ok: list[dict]) -> str:
         share = f"{r['flops_per_second'] / one['flops_per_second']:.0%}" if one and one is not r else "–"
         rate = f"{r['flops_per_second'] / 1e12:.3g}"
         told = f"{r['predicted']['share_of_one_gpu']:.0%}" if r.get("predicted") and r["engine"] != "one" else "–"
-        lines.append([name_of(r), f"{r['context']:,} in {r['documents']}", f"{1e3 * r['seconds']:.1f}", rate, share, told])
-    header = ["how", "tokens and documents", "ms, forward and backward", "TFLOP/s a GPU", "of one GPU's rate", "predicted"]
-    return f"### Attention alone\n\n{_table(header, lines)}" if lines else ""
+        lines.append(
+            [name_of(r), f"{r['context']:,} in {r['documents']}", f"{1e3 * r['seconds']:.1f}", rate, share, told]
+        )
+    header = [
+        "how",
+        "tokens and documents",
+        "ms, forward and backward",
+        "TFLOP/s a GPU",
+        "of one GPU's rate",
+        "predicted",
+    ]
+    return f"### Attention alone\n\n{table(header, lines)}" if lines else ""
 
 
 def _without_a_number(points: list[dict]) -> str:

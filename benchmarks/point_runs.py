@@ -62,7 +62,11 @@ def parser_of(description: str, kind: str) -> argparse.ArgumentParser:
     parser.add_argument("--output_dir", type=Path, default=records.RESULTS, help="default: benchmarks/results")
     parser.add_argument("--overwrite", action="store_true", help="measure again the points that the file has")
     parser.add_argument(
-        "--retry", nargs="+", metavar="STATUS", default=[], help="measure again the points that the file has with one of these"
+        "--retry",
+        nargs="+",
+        metavar="STATUS",
+        default=[],
+        help="measure again the points that the file has with one of these",
     )
     parser.add_argument("--list", action="store_true", help="print the points in their order and end")
     records.add_dirty_option(parser)
@@ -114,7 +118,9 @@ def run(program: Program, points: list, args: argparse.Namespace) -> None:
     known = {_key(r, points[0]): r["status"] for r in document["points"]} if points else {}
     status = {point: known.get(_key(dataclasses.asdict(point), point), WAITING) for point in points}
     final = set(program.final) - set(args.retry)
-    waiting = sorted((point for point in points if status[point] not in final), key=lambda point: status[point] != WAITING)
+    waiting = sorted(
+        (point for point in points if status[point] not in final), key=lambda point: status[point] != WAITING
+    )
     print(f"{len(waiting)} of {len(points)} points to measure", flush=True)
     measure = program.start(args) if waiting else None
     if waiting:
@@ -123,7 +129,9 @@ def run(program: Program, points: list, args: argparse.Namespace) -> None:
     for point in _waiting(program, args, waiting, document, done):
         measure = measure or program.start(args)
         left = None if args.time_budget is None else args.time_budget - (time.monotonic() - begun)
-        record = dataclasses.asdict(point) | _measured(measure, point, args.time_limit, left, program.expected_seconds(point))
+        record = dataclasses.asdict(point) | _measured(
+            measure, point, args.time_limit, left, program.expected_seconds(point)
+        )
         record |= {"commit": document["environment"]["commit"], "date": document["environment"]["date"]}
         free(args.device)
         done.append(record)
