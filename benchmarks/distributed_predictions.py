@@ -217,6 +217,6 @@ def caption(gpus: int = 8) -> str:
     lora, whole = (longest_by_ledger(dataclasses.replace(step, use_peft=use_peft)) for use_peft in (True, False))
     return (
         f"The longest steps that fit {step.memory_gib:g} GiB a GPU and {MOST_HOST_GIB:g} GiB of the host, by the ledger: "
-        f"{lora:,} tokens with LoRA, {whole:,} with all weights. Attention alone, {attention.context:,} tokens over {gpus} GPUs: "
-        f"{dense:.0%} of one GPU's rate for one document, {packed:.0%} for {4 * gpus}.\n\n{PUBLISHED}"
+        f"{lora:,} tokens with LoRA, {whole:,} with all weights. Attention alone, {attention.context:,} tokens over {gpus} "
+        f"GPUs: {dense:.0%} of one GPU's rate for one document, {packed:.0%} for {4 * gpus}.\n\n{PUBLISHED}"
     )

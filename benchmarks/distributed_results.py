@@ -99,8 +99,8 @@ def table(header: list[str], lines: list[list[str]]) -> str:
 
 def _setting(record: dict) -> tuple:
     """What two points share that differ in the engine and the number of GPUs alone."""
-    return tuple(record[name] for name in ("model", "layers", "context", "documents", "use_peft", "dtype")) + (
-        record.get("window"),
+    return tuple(
+        record.get(name) for name in ("model", "layers", "context", "documents", "use_peft", "dtype", "window")
     )
 
 
