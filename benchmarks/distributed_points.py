@@ -237,7 +237,7 @@ def following(args: argparse.Namespace, records: list[dict]) -> Point | None:
     """The next trial of the searches for the longest steps, after the ``records`` of a file; None if all have ended.
 
     With LoRA and with all weights: what people do today, then ours. Our trials have a window: memory does not ask for what a
-    query sees, and a step of the whole depth ends in time.
+    query sees, and a step of the whole depth ends in time. Last, ours without it at each length that a peer ended with.
     """
     from distributed_predictions import longest_by_ledger
 
@@ -246,6 +246,8 @@ def following(args: argparse.Namespace, records: list[dict]) -> Point | None:
     trials = [record for record in records if record["group"] == "longest"]
     if args.limit is not None and len(trials) >= args.limit - len(points_of(args)):
         return None
+    ours = {"engine": "ulysses", "is_patched": True, "liger": False, "attention": "flashmla"}
+    beside: list[Point] = []
     for use_peft in (True, False):
         for engine, given in (("ring", _peer(args)), ("ulysses", _peer(args)), ("ulysses", None)):
             given = given or {"model": "llama-8b", "window": WINDOW}
@@ -254,10 +256,15 @@ def following(args: argparse.Namespace, records: list[dict]) -> Point | None:
             )
             if first.is_patched and not args.tiny:
                 first = dataclasses.replace(first, context=longest_by_ledger(first))
-            point = _next_trial(args, first, [record for record in trials if _is_trial(record, first)])
+            mine = [record for record in trials if _is_trial(record, first)]
+            point = _next_trial(args, first, mine)
             if point is not None:
                 return point
-    return None
+            lengths = [record["context"] for record in mine if record["status"] == "ok"]
+            if lengths and not first.is_patched:
+                beside.append(dataclasses.replace(first, **ours, context=max(lengths)))
+    known = {tuple(record[name] for name in vars(first)) for record in trials if record["status"] != "skipped"}
+    return next((point for point in beside if tuple(vars(point).values()) not in known), None)
 
 
 def _is_trial(record: dict, point: Point) -> bool:

@@ -84,6 +84,7 @@ def section(document: dict) -> str:
         _same(ok),
         _gradients(ok),
         _train(ok),
+        _beside_peers(ok),
         _fewer(ok),
         _longest(document["points"]),
         _attention(ok),
@@ -157,6 +158,20 @@ def _train(ok: list[dict]) -> str:
     return f"### Steps\n\n{table(header, lines)}" if lines else ""
 
 
+def _beside_peers(ok: list[dict]) -> str:
+    """Our fastest step beside each of a peer's on as many GPUs."""
+    mine = [r for r in ok if r["kind"] == "train"]
+    lines = []
+    for peer in (r for r in mine if not r["is_patched"]):
+        ours = [r for r in mine if r["is_patched"] and r["gpus"] == peer["gpus"] and _setting(r) == _setting(peer)]
+        if ours:
+            best = max(ours, key=lambda r: r["tokens_per_second"])
+            ratio = best["tokens_per_second"] / peer["tokens_per_second"]
+            lines.append([f"{peer['context']:,}", model_of(peer), name_of(peer), name_of(best), f"{ratio:.2f} ×"])
+    header = ["tokens", "model", "what people do today", "ours, the fastest", "ours / theirs, tokens/s"]
+    return f"### Beside what people do today\n\n{table(header, lines)}" if lines else ""
+
+
 def _fewer(ok: list[dict]) -> str:
     """Losses of our steps beside those of the fewest GPUs that had the same ones."""
     mine = [r for r in ok if r["kind"] == "train" and r["is_patched"] and len(r.get("losses", ())) > 1]
@@ -183,7 +198,8 @@ def _longest(points: list[dict]) -> str:
     """What the searches found: the longest step that ran, and the shortest that did not."""
     searches: dict[tuple, list[dict]] = {}
     for r in points:
-        if r["group"] == "longest" and r["status"] != "skipped":
+        is_trial = r["group"] == "longest" and (not r["is_patched"] or r["window"])  # not ours at a peer's length
+        if is_trial and r["status"] != "skipped":
             searches.setdefault((model_of(r), name_of(r)), []).append(r)
     lines = []
     for names, trials in searches.items():

@@ -218,7 +218,8 @@ def test_a_search_finds_each_longest_step_in_few_trials_and_goes_on_where_it_was
     holds = {"ring": 300_000, "ulysses": 210_000, "ours": 1_500_000}
     records = searched(options(), holds, failure)
     searches: dict[tuple, list[dict]] = {}
-    for r in records:
+    beside = [r for r in records if r["is_patched"] and not r["window"]]
+    for r in (r for r in records if r not in beside):
         searches.setdefault(("ours" if r["is_patched"] else r["engine"], r["use_peft"]), []).append(r)
     assert set(searches) == {(name, use_peft) for name in holds for use_peft in (True, False)}
     for (name, _), trials in searches.items():
@@ -227,11 +228,23 @@ def test_a_search_finds_each_longest_step_in_few_trials_and_goes_on_where_it_was
         assert 0.85 * holds[name] < longest <= holds[name], (name, trials)
         assert all(r["context"] % (2 * r["gpus"]) == 0 for r in trials)  # what the ring divides
         assert all(expected_seconds(point_of(r)) <= 560 for r in trials)
+    # Ours at each length that a peer ended with: all at the same settings but the engine's.
+    ended = {(r["use_peft"], r["context"]) for r in beside}
+    assert len(beside) == len(ended) == 4
+    assert ended == {
+        (key[1], max(r["context"] for r in trials if r["status"] == "ok"))
+        for key, trials in searches.items()
+        if key[0] != "ours"
+    }
     for done in range(len(records)):  # at any place the file is what counts
         following = distributed_points.following(options(), records[:done])
         assert dataclasses.asdict(following).items() <= records[done].items()
-    text = distributed_results.section({"points": [r for r in records if r["status"] != "ok"]})
-    assert "### The longest steps" in text
+    numbers = {"seconds": 1.0, "tokens_per_second": 100.0, "mfu": 0.4, "pinned_bytes": 0}
+    rates = [{"tokens_per_second": 150.0} if r["is_patched"] else {} for r in records]
+    text = distributed_results.section({"points": [r | numbers | rate for r, rate in zip(records, rates, strict=True)]})
+    longest = text.split("### The longest steps")[1].split("\n\n")[1]
+    assert len(longest.strip().splitlines()) == 2 + len(searches)
+    assert text.split("### Beside what people do today")[1].split("###")[0].count("| 1.50 × |") == 4
     assert failure.replace("_", " ") in text
 
 
