@@ -23,7 +23,6 @@ from distributed_points import PACKS_PER_STEP, Point, following, points_of
 
 import flashmla_hf
 from flashmla_hf.host_memory import GIB
-from flashmla_hf.patches.checkpointing import USED_HOST_SHARE_FOR_INPUTS
 from flashmla_hf.training.ledger import RESERVE, Ledger, Prediction, build_ledger
 from flashmla_hf.training.shape import Shape
 from flashmla_hf.training.step_time import Cluster, StepTime, exchanged_bytes
@@ -32,6 +31,7 @@ from flashmla_hf.training.terms import Switches
 ATTENTION = "attention-h200-sm90.json"  # of one GPU
 LONG_SHAPE = "d128 B1 H32/8 S65536 causal bf16"
 HOST_GIB, MOST_HOST_GIB = 128.0, 560.0  # of a host, for each GPU, and in all
+HOST_SHARE = 0.95  # of it for layers' inputs, as the patch "offload" takes it
 BACKWARD = 2.5  # operations of attention's backward, as multiples of its forward's
 PUBLISHED = (
     "Published, measured: [TRL 1.13](https://github.com/huggingface/trl/releases/tag/v1.13.0) (torch's ring, cuDNN, FSDP2, "
@@ -107,7 +107,7 @@ def ledger_of(point: Point, shape: Shape) -> Ledger:
     )
     switches = prediction.ledger.switches
     if point.is_patched and point.gpus > 1:  # the inputs of so many layers as the host has room for
-        host = min(MOST_HOST_GIB, HOST_GIB * point.gpus) * GIB * USED_HOST_SHARE_FOR_INPUTS
+        host = min(MOST_HOST_GIB, HOST_GIB * point.gpus) * GIB * HOST_SHARE
         each = shape.hidden * switches.activation_bytes * point.context * point.groups
         switches = dataclasses.replace(switches, offload=min(shape.layers - 1, int(host // each)))
     if point.kind == "same":  # float32 weights, computed with in bfloat16
