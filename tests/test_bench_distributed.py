@@ -58,7 +58,7 @@ def test_every_kind_of_point_runs_and_gives_the_numbers_of_one_process(name, mon
                 (p.engine, p.attention, p.model, p.steps == distributed_points.TINY_STEPS, p.window): p for p in chosen
             }.values()
         )
-        assert len(chosen) > 8
+        assert len(chosen) > (8 if gloo_processes.HAS_DEEPSPEED else 5)
     found = [{"status": "ok", **vars(point), **measured(point)} for point in chosen]
     assert {(r["engine"], r["documents"]) for r in found} == {(p.engine, p.documents) for p in chosen}
     for record in found:
