@@ -1,23 +1,27 @@
 """Training on several GPUs of one host: the numbers of one GPU, the longest steps, scaling, and what people do today.
 
-    python benchmarks/bench_distributed.py --gpus 4 --time_budget 560      # again: goes on where the file ends
+    python benchmarks/bench_distributed.py --gpus 8 --dry_run              # the ledger's predictions, and as JSON
+    python benchmarks/bench_distributed.py --gpus 8 --time_budget 570      # again: goes on where the file ends
     python benchmarks/bench_distributed.py --gpus 2 --only same scaling --limit 3
     python benchmarks/bench_distributed.py --gpus 4 --list                 # the points in their order
-    python benchmarks/bench_distributed.py --gpus 2 --tiny                 # tries every line of it on a CPU
+    python benchmarks/bench_distributed.py --gpus 4 --tiny                 # tries every line of it on a CPU
 
 Each point is a torchrun of its own (measure_distributed.py) with a time limit, the most important points first. Weights are
 random, made on each GPU. Groups:
 
-same       20 steps on packed documents, of one GPU, Ulysses, FSDP2 and DDP; of whole documents, by the ring; the gradients
-           of one step in float32
-long       LoRA of the 8B shape at 131,072 tokens for each GPU, and at 262,144
-full       all weights of the 8B shape by FSDP2 at 65,536 tokens for each GPU
-scaling    LoRA of the 8B shape at 131,072 tokens, on one GPU and on all
+same       20 steps on packed documents, of one GPU, Ulysses, FSDP2 and DDP; of whole documents, by the ring; with a window and
+           with gpt-oss's sinks, by Ulysses; the gradients of one step in float32
+million    of 8 GPUs: 1,048,576 tokens a step, all weights of the shapes of Llama-3.1-8B and Qwen3-8B, by Ulysses and ring, in
+           the published step's 56 GB; losses beside half of the GPUs; what was published, measured here
+long       LoRA of the 8B shape at 131,072 tokens for each GPU, by Ulysses, by our ring, packed and with a window; and longer
+full       all weights of the 8B shape by FSDP2 at 65,536 and 131,072 tokens for each GPU
+scaling    LoRA of the 8B shape at 131,072 tokens, on all GPUs, on half of them, and so on to one
 peers      what people do today at that length: accelerate's ring and Ulysses, over torch's attention, with Liger
+longest    a search for the longest step of each of them, and of ours: a point for each trial
 attention  packed and dense attention alone, on one GPU and divided
 
-A step of 1,048,576 tokens of the whole 8B shape takes ten minutes on 4 GPUs, by the ledger: --layers N cuts the depth, and the
-step's time with it, and tables name it.
+No point exceeds --time_limit: a step that would, by its prediction, has fewer layers, which the tables name (--time_limit 3600
+measures the whole). A point that the rest of --time_budget is too short for is left to the next call.
 """
 
 from __future__ import annotations
@@ -28,71 +32,23 @@ import json
 import sys
 from pathlib import Path
 
+import distributed_predictions
 import distributed_results
 import point_runs
+import records
 import torch
-from measure_distributed import MARK, Point
+from distributed_points import GROUPS, Point, expected_seconds, following, points_of
+from measure_distributed import MARK
 from point_runs import Program
 
 from flashmla_hf.training import child_process
 from flashmla_hf.training.options import at_least
 
 MEASURE = Path(__file__).with_name("measure_distributed.py")
-GROUPS = ("same", "long", "full", "scaling", "peers", "attention")
-SHORT, SCALED = 8192, 131072  # tokens of a row
-TINY = {"model": "tiny", "dtype": "float32", "device": "cpu", "memory_gib": None, "layers": None}
-TINY_SHORTER = 1024  # times
-STEPS, TINY_STEPS = 20, 3
-
-
-def points_of(args: argparse.Namespace) -> list[Point]:
-    """Group by group, in the order of GROUPS."""
-    gpus, steps = args.gpus, TINY_STEPS if args.tiny else STEPS
-    small = {"model": "llama-1b", "use_peft": False, "context": SHORT}
-    packed = {**small, "documents": 4, "steps": steps}
-    peer = {"is_patched": False, "liger": not args.tiny, "attention": "sdpa"}
-    long = {"model": "llama-8b"}
-    found = {
-        "same": [
-            *(("same", engine, 1 if engine == "one" else gpus, packed) for engine in ("one", "ulysses", "fsdp2", "ddp")),
-            *(("same", engine, 1 if engine == "one" else gpus, {**small, "steps": steps}) for engine in ("one", "ring")),
-            # A small model: float32 runs on no Hopper kernel, and every process holds the whole, too.
-            *(
-                ("gradient", engine, gpus, {**small, "model": "small-heads", "documents": 4, "dtype": "float32"})
-                for engine in ("ulysses", "fsdp2", "ddp")
-            ),
-        ],
-        "long": [
-            ("train", "ulysses", gpus, {**long, "context": 131072 * gpus}),
-            ("train", "ulysses", gpus, {**long, "layers": args.layers, "context": 262144 * gpus}),
-        ],
-        "full": [("train", "ulysses", gpus, {**long, "use_peft": False, "context": 65536 * gpus})],
-        "scaling": [("train", e, g, {**long, "context": SCALED, "steps": 2}) for e, g in (("ulysses", gpus), ("one", 1))],
-        "peers": [
-            ("train", engine, gpus, {**long, **peer, "context": SCALED, "use_peft": use_peft, "steps": 2})
-            for use_peft in (True, False)
-            for engine in ("ring", "ulysses")
-        ]
-        + [("train", "ulysses", gpus, {**long, "context": SCALED, "use_peft": False, "steps": 2})],
-        "attention": [
-            ("attention", engine, g, {"model": "llama-8b", "context": 65536 * gpus, "documents": documents, "steps": 3})
-            for documents in (4 * gpus, 1)
-            for engine, g in (("ulysses", gpus), ("one", 1))
-        ],
-    }  # fmt: skip
-    points = [
-        _point(group, *one, tiny=args.tiny, gpu_memory=args.gpu_memory) for group in args.only for one in found[group]
-    ]
-    return list(dict.fromkeys(points))[: args.limit]
-
-
-def _point(group: str, kind: str, engine: str, gpus: int, given: dict, tiny: bool, gpu_memory: float | None) -> Point:
-    given = {"memory_gib": gpu_memory, **given}
-    if tiny:
-        given |= TINY | {"context": max(64, given["context"] // TINY_SHORTER)}
-    elif given["model"] == "small-heads":
-        given |= {"model": "llama-1b", "layers": 2}
-    return Point(group=group, kind=kind, engine=engine, gpus=gpus, **given)
+TIME_LIMIT = 560  # seconds of a point: with this program's own start and end, a call of ten minutes
+KILLED = "  exitcode  : -9"  # of torchrun's report: the system has killed a process
+# A length that does not fit and a point that takes too long are results.
+FINAL = (*point_runs.FINAL, "out_of_memory", "timeout")
 
 
 def command_of(point: Point) -> list[str]:
@@ -107,13 +63,31 @@ def start(args: argparse.Namespace):
     variables = {"OMP_NUM_THREADS": "1"} if args.tiny else {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
 
     def measure(point: Point) -> dict:
-        outcome = child_process.run(command_of(point), MARK, args.time_limit, variables | point.variables())
-        return outcome.result or {"status": outcome.status, "reason": outcome.reason[-300:]}
+        outcome = child_process.run(
+            command_of(point), MARK, args.time_limit, variables | point.variables(), speaker=KILLED.split(":")[0]
+        )
+        found = outcome.result or {"status": outcome.status, "reason": outcome.reason[-300:]}
+        if found["status"] == "error" and found["reason"].startswith(KILLED):
+            found = {"status": "out_of_memory", "reason": "the system killed a process"}
+        return found | {"predicted": distributed_predictions.predict(point)}
 
     return measure
 
 
-PROGRAM = Program("bench_distributed", "distributed", start, distributed_results.describe, distributed_results.section)
+PROGRAM = Program(
+    "bench_distributed", "distributed", start, distributed_results.describe, distributed_results.section,
+    final=FINAL, has_processes=True, expected_seconds=expected_seconds, following=following,
+)  # fmt: skip
+
+
+def predict(args: argparse.Namespace) -> None:
+    """Prints what is predicted of each point, and writes it beside the measured file."""
+    document = distributed_predictions.document_of(points_of(args), args)
+    for record in document["points"]:
+        print(distributed_results.describe(record | {"status": "predicted"}))
+    path = args.output_dir / f"{args.name}-predicted.json"
+    records.write_json(document, path)
+    print(f"written: {path}")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -124,20 +98,30 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--limit", type=at_least(1), metavar="N", help="the first N points alone")
     parser.add_argument(
-        "--layers", type=at_least(1), metavar="N", help="of the 8B shape's longest step; default: its 32"
+        "--layers",
+        type=at_least(1),
+        metavar="N",
+        help="of the longest LoRA steps; default: as many as --time_limit allows",
     )
     parser.add_argument("--gpu_memory", type=float, default=78.0, metavar="GIB", help="of each GPU (default: 78)")
     parser.add_argument("--tiny", action="store_true", help="tiny models on this CPU, over gloo")
-    parser.set_defaults(time_limit=480)
+    parser.add_argument(
+        "--dry_run", action="store_true", help="measure nothing: print and write what the ledger predicts"
+    )
+    parser.set_defaults(time_limit=TIME_LIMIT)
     args = parser.parse_args(argv)
     args.device = "cpu" if args.tiny else args.device
-    if not args.tiny and args.device == "cpu" and not args.list:
+    is_dry = args.list or args.dry_run
+    if not args.tiny and args.device == "cpu" and not is_dry:
         parser.error("torch sees no GPU here: --tiny tries the program on a CPU")
     args.gpus = args.gpus or (2 if args.tiny else max(2, torch.cuda.device_count()))
-    if not args.tiny and args.gpus > torch.cuda.device_count() and not args.list:
+    if not args.tiny and args.gpus > torch.cuda.device_count() and not is_dry:
         parser.error(f"--gpus: expected at most the {torch.cuda.device_count()} of this host, got {args.gpus}")
     args.name = args.name or f"distributed-{'tiny' if args.tiny else f'{args.gpus}gpus'}"
     point_runs.set_defaults(args)
+    if args.dry_run:
+        predict(args)
+        return
     point_runs.run(PROGRAM, points_of(args), args)
 
 

@@ -24,7 +24,6 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import models
@@ -32,6 +31,7 @@ import numpy as np
 import records
 import shapes
 import torch
+from distributed_points import PACKS_PER_STEP, Point
 
 import flashmla_hf
 from flashmla_hf.host_memory import GIB
@@ -43,47 +43,7 @@ from flashmla_hf.training.shape import Shape
 from flashmla_hf.training.step import run_batches, step_batches
 
 MARK = "DISTRIBUTED "
-PACKS_PER_STEP = 4  # of "same", on any number of GPUs
 WARMUP = 4096  # tokens of the step before the timed ones
-
-
-@dataclass(frozen=True)
-class Point:
-    """What is measured. ``context`` is the tokens of a row, cut into ``documents``."""
-
-    group: str
-    kind: str
-    engine: str
-    gpus: int
-    model: str
-    context: int
-    documents: int = 1
-    attention: str = "flashmla"  # or sdpa: torch's choice
-    use_peft: bool = True
-    is_patched: bool = True  # all patches; otherwise what people do today: Transformers' checkpointing, and Liger
-    liger: bool = False
-    layers: int | None = None  # of the model; None: its own number
-    steps: int = 1
-    dtype: str = "bfloat16"
-    device: str = "cuda"
-    memory_gib: float | None = 78.0  # of each GPU, that torch may use
-
-    @property
-    def sp(self) -> int:
-        """The processes that share a sequence."""
-        return self.gpus if self.engine in ("ulysses", "ring") else 1
-
-    @property
-    def groups(self) -> int:
-        """The groups of processes that have rows of their own."""
-        return self.gpus // self.sp
-
-    def variables(self) -> dict[str, str]:
-        """What ``accelerate launch`` would set."""
-        if self.engine in ("one", "ddp") or self.kind == "attention":
-            return {}
-        # Each process makes the weights itself.
-        return engines.FSDP2_VARIABLES | {"FSDP_CPU_RAM_EFFICIENT_LOADING": "false"}
 
 
 class Run:
@@ -163,8 +123,11 @@ def _arguments(point: Point) -> tuple[ModelArguments, TrainingArguments]:
 
 def build(point: Point, device: torch.device, model_args: ModelArguments) -> torch.nn.Module:
     """Random weights, the same in each process, with an adapter and patches as ``flashmla finetune`` would add them."""
-    config = copy.deepcopy(models.config_of(point.model))
-    config.num_hidden_layers = point.layers or config.num_hidden_layers
+    config = copy.deepcopy(models.config_of(point.model, point.window))
+    if point.layers:
+        config.num_hidden_layers = point.layers
+        if getattr(config, "layer_types", None):
+            config.layer_types = config.layer_types[: point.layers]
     name = "sdpa" if point.engine == "ring" else point.attention
     dtype = torch.float32 if point.kind == "same" else getattr(torch, point.dtype)
     torch.manual_seed(0)
@@ -182,7 +145,8 @@ def build(point: Point, device: torch.device, model_args: ModelArguments) -> tor
         if point.dtype == "bfloat16" and point.is_patched:
             keep_adapter_inputs(model)
     if point.is_patched:
-        flashmla_hf.patch(model)
+        # The experts of gpt-oss return a tuple, which tiles do not take.
+        flashmla_hf.patch(model, exclude=["mlp"] if config.model_type == "gpt_oss" else [])
     return model.train()
 
 
@@ -301,10 +265,10 @@ def _train(point: Point) -> dict:
     if run.device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-    rows, seconds = packs(point, point.groups), []
+    rows, seconds, losses = packs(point, point.groups), [], []
     for _ in range(point.steps):
         started = _now(point.device)
-        run.step(rows)
+        losses.append(run.step(rows))
         seconds.append(_now(point.device) - started)
     found = _of_all(run, min(seconds))
     slowest = found["seconds"]
@@ -313,6 +277,7 @@ def _train(point: Point) -> dict:
     flops = Shape.of(config).training_flops(lengths, point.use_peft)
     rate, source = machine.peak_flops(point.device, point.dtype)
     return found | {
+        "losses": losses,
         "all_seconds": seconds,
         "tokens_per_second": sum(lengths) / slowest,
         "mfu": flops / point.gpus / slowest / rate,

@@ -27,6 +27,7 @@ from flashmla_hf.training.arguments import first_line
 
 FINAL = ("ok", "does_not_fit")  # of a record's status: such a point is not measured again
 FAILED = ("wrong", "error")
+WAITING = "skipped"  # the budget left no time for the point
 LEAST_SECONDS = 3  # of the budget, to begin a point
 
 
@@ -60,6 +61,13 @@ def parser_of(description: str, kind: str) -> argparse.ArgumentParser:
     parser.add_argument("--name", help=f"name of the JSON file; default: {kind}-DEVICE")
     parser.add_argument("--output_dir", type=Path, default=records.RESULTS, help="default: benchmarks/results")
     parser.add_argument("--overwrite", action="store_true", help="measure again the points that the file has")
+    parser.add_argument(
+        "--retry",
+        nargs="+",
+        metavar="STATUS",
+        default=[],
+        help="measure again the points that the file has with one of these",
+    )
     parser.add_argument("--list", action="store_true", help="print the points in their order and end")
     records.add_dirty_option(parser)
     return parser
@@ -83,13 +91,20 @@ class Program:
     ]  # builds the model; gives the function that measures
     describe: Callable[[dict], str]  # a line for the terminal
     section: Callable[[dict], str]  # of the whole file, in Markdown
+    final: tuple[str, ...] = FINAL
+    has_processes: bool = False  # a point runs in processes of its own: what breaks one breaks no other point
+    expected_seconds: Callable[[object], float] = lambda point: LEAST_SECONDS  # to begin it within the budget
+    following: Callable[[argparse.Namespace, list[dict]], object | None] = lambda args, records: None
 
 
 def run(program: Program, points: list, args: argparse.Namespace) -> None:
     """Measures the ``points`` (dataclasses) that the file lacks, in their order. Ends the program if one failed.
 
+    After them come those that ``program.following`` names, of the records of the file so far, until it names none.
+
     A record of the file has the point's fields, ``status`` and either numbers or a ``reason``. The status is one of ok, wrong,
-    does_not_fit, out_of_memory, timeout, skipped and error. Points of status ok and does_not_fit are not repeated.
+    does_not_fit, out_of_memory, timeout, skipped and error. Points whose status is one of ``program.final`` are not repeated;
+    those that failed before come after those that never ran.
     """
     begun = time.monotonic()
     if args.list:
@@ -100,16 +115,23 @@ def run(program: Program, points: list, args: argparse.Namespace) -> None:
     records.refuse_dirty_tree(program.name, args.output_dir, args.allow_dirty)
     path = args.output_dir / f"{args.name or f'{program.kind}-{records.slug(machine.device_name(args.device))}'}.json"
     document = _document(program, path, args)
-    known = {_key(r, points[0]) for r in document["points"] if r["status"] in FINAL}
-    waiting = [point for point in points if _key(dataclasses.asdict(point), points[0]) not in known]
+    known = {_key(r, points[0]): r["status"] for r in document["points"]} if points else {}
+    status = {point: known.get(_key(dataclasses.asdict(point), point), WAITING) for point in points}
+    final = set(program.final) - set(args.retry)
+    waiting = sorted(
+        (point for point in points if status[point] not in final), key=lambda point: status[point] != WAITING
+    )
     print(f"{len(waiting)} of {len(points)} points to measure", flush=True)
     measure = program.start(args) if waiting else None
     if waiting:
         print(f"{args.model} is on the {args.device} after {time.monotonic() - begun:.0f} s", flush=True)
-    done = []
-    for point in waiting:
+    done: list[dict] = []
+    for point in _waiting(program, args, waiting, document, done):
+        measure = measure or program.start(args)
         left = None if args.time_budget is None else args.time_budget - (time.monotonic() - begun)
-        record = dataclasses.asdict(point) | _measured(measure, point, args.time_limit, left)
+        record = dataclasses.asdict(point) | _measured(
+            measure, point, args.time_limit, left, program.expected_seconds(point)
+        )
         record |= {"commit": document["environment"]["commit"], "date": document["environment"]["date"]}
         free(args.device)
         done.append(record)
@@ -117,12 +139,25 @@ def run(program: Program, points: list, args: argparse.Namespace) -> None:
         document["points"] = [r for r in document["points"] if _key(r, point) != key] + [record]
         records.write_json(document, path)
         print(f"{time.monotonic() - begun:6.1f} s  {program.describe(record)}", flush=True)
-        if "CUDA error" in record.get("reason", ""):  # the context is lost, and every later call fails with it
+        if not program.has_processes and "CUDA error" in record.get("reason", ""):  # every later call fails with it
             sys.exit(f"{program.name}: {record['reason']}; the points before it are in {path}")
     print(f"\n{program.section(document)}")  # here too: a run's last words outlive a file that is lost
     print(f"written: {path} and {render_results.write(args.output_dir)}")
     if failed := [r for r in done if r["status"] in FAILED]:
         sys.exit(f"{program.name}: {len(failed)} points failed; first: {program.describe(failed[0])}")
+
+
+def _waiting(
+    program: Program, args: argparse.Namespace, waiting: list, document: dict, done: list[dict]
+) -> Iterator[object]:
+    """The points to measure: ``waiting``, then what follows from the records. ``done`` grows meanwhile."""
+    yield from waiting
+    while True:
+        kept = [record for record in document["points"] if record["status"] not in args.retry or record in done]
+        point = program.following(args, kept)
+        if point is None or any(_key(record, point) == _key(dataclasses.asdict(point), point) for record in done):
+            return  # nothing is left, or it waits for the budget of another run
+        yield point
 
 
 def _key(record: dict, point) -> tuple:
@@ -141,14 +176,19 @@ def _document(program: Program, path: Path, args: argparse.Namespace) -> dict:
     return document
 
 
-def _measured(measure: Callable[[object], dict], point, limit: float, left: float | None) -> dict:
+def _measured(
+    measure: Callable[[object], dict], point, limit: float, left: float | None, expected: float = LEAST_SECONDS
+) -> dict:
     """The status and the numbers of one point, whatever happens."""
-    if left is not None and left < LEAST_SECONDS:
-        return {"status": "skipped", "reason": "the time budget is used up"}
+    if left is not None and left < max(expected, LEAST_SECONDS):
+        wanted = f"; {expected:.0f} s are expected, {max(left, 0):.0f} s are left" if expected > LEAST_SECONDS else ""
+        return {"status": WAITING, "reason": f"the time budget is used up{wanted}"}
     try:
         with time_limit(limit if left is None else min(limit, left)):
             return measure(point)
     except OutOfTimeError as error:
+        if left is not None and left < limit:
+            return {"status": WAITING, "reason": f"the time budget ended it: {error}"}
         return {"status": "timeout", "reason": str(error)}
     except Exception as error:  # an implementation's refusal can be any exception; it is recorded, and the others go on
         if machine.is_out_of_memory(error):

@@ -1,6 +1,7 @@
 """Writes the measured numbers of README.md and docs/install.md, and the figure, from the committed results: `make readme`.
 
-docs/distributed.md gets the ledger's predictions (cluster_plan.py) between `<!-- predicted plan -->` and `<!-- /predicted -->`.
+docs/distributed.md gets the ledger's predictions (cluster_plan.py, distributed_predictions.py) between the markers
+`<!-- predicted NAME -->` and `<!-- /predicted -->`.
 
 The text between the markers `<!-- measured NAME -->` and `<!-- /measured -->` is this program's, and so is
 docs/memory.png. With --check it changes nothing and fails if a text is out of date.
@@ -16,6 +17,7 @@ from pathlib import Path
 
 import cluster_plan
 import decode_results
+import distributed_predictions
 import inference_results
 import install_time
 import memory_page
@@ -164,10 +166,13 @@ def updated(text: str, page: Path = README) -> str:
     values = {
         README: {"measured caption": caption, "measured performance": performance},
         INSTALL: {"measured install": install},
-        DISTRIBUTED: {"predicted plan": lambda: f"{cluster_plan.table()}\n\n{cluster_plan.caption()}"},
+        DISTRIBUTED: {
+            f"predicted {name}": lambda page=page: f"{page.table()}\n\n{page.caption()}"
+            for name, page in (("plan", cluster_plan), ("eight", distributed_predictions))
+        },
     }
     for name, value in values[page].items():
-        new = f"\n{value()}\n" if name in ("measured performance", "predicted plan") else value()
+        new = f"\n{value()}\n" if name == "measured performance" or name.startswith("predicted") else value()
         text, count = re.subn(
             rf"(<!-- {name} -->).*?(<!-- /{name.split()[0]} -->)", rf"\g<1>{new}\g<2>", text, flags=re.DOTALL
         )

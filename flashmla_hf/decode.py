@@ -22,6 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -31,8 +32,9 @@ from flashmla_hf.backends import cpu, sm90
 from flashmla_hf.fp8 import cached
 from flashmla_hf.fp8.quantization import quantize_tokens
 from flashmla_hf.notices import log_choice, warn_once
+from flashmla_hf.ops import dtype_name
 from flashmla_hf.torch_state import has_transforms, values_are_readable
-from flashmla_hf.validation import DecodeCall, check_appended, fail, validate_decode, values_in_keys
+from flashmla_hf.validation import DecodeCall, check_tensor, fail, flag, validate_decode, values_in_keys
 
 
 # Longer than 80 lines: the docstring is the contract.
@@ -115,6 +117,10 @@ def decode_attention(
     Source: Dao, Haziza, Massa and Sizov 2023, "Flash-Decoding" (keys split among blocks); Kwon et al., arXiv 2309.06180
     (pages); DeepSeek-AI, arXiv 2405.04434, section 2.1 (latents).
     """
+    if is_causal is not False and is_causal is not True:
+        is_causal = flag("is_causal", is_causal)
+    if return_lse is not False and return_lse is not True:
+        return_lse = flag("return_lse", return_lse)
     is_latent = v_cache is None or head_dim_v is not None
     if is_latent:
         v_cache = values_in_keys(k_cache, v_cache, head_dim_v)
@@ -144,7 +150,7 @@ def decode_attention(
     run = _choose(call)
     has_new = k is not None or v is not None
     if has_new:
-        check_appended(call, k, v)
+        _check_appended(call, k, v)
     reads_values = run in (_run_reference, cached.run_reference)
     if _values_are_checked(call) or (reads_values and _values_are_readable(call)):
         _check_values(call, k.shape[1] if has_new else 0)  # type: ignore[union-attr]
@@ -214,6 +220,62 @@ def append(call: DecodeCall, k: torch.Tensor, v: torch.Tensor | None) -> None:
         cache.index_put_((page, row), torch.where(any_fits, new.flatten(0, 1)[entry], cache[page, row]))
 
 
+# ---- New keys and values ---------------------------------------------------------------------------------------------
+
+
+def _check_appended(call: DecodeCall, k: Any, v: Any) -> None:
+    """The new keys and values of a call: both or neither (latents: k alone), like the caches, no more than fit, and somewhere
+    to begin."""
+    if call.is_latent and v is not None:
+        fail(ValueError, "v", "none, since head_dim_v is given (the values are columns of k)", f"shape {[*v.shape]}")
+    for name, x, cache in (("k", k, call.k), ("v", v, call.v)):
+        if call.is_latent and name == "v":
+            continue
+        if x is None:
+            fail(
+                ValueError, name, f"a tensor, since {'v' if name == 'k' else 'k'} is given (pass both or neither)", None
+            )
+        check_tensor(name, x)
+        like, whose = (call.q, "q, they are quantised here") if call.is_fp8 else (cache, "the cache")
+        if x.dtype != like.dtype:
+            fail(TypeError, name, f"dtype {dtype_name(like.dtype)} (that of {whose})", dtype_name(x.dtype))
+        if x.device != cache.device:
+            fail(ValueError, name, f"device {cache.device} (that of the cache)", x.device)
+        rows = x.shape[1] if x.dim() == 4 else "seqlen_new"
+        expected = [call.q.shape[0], rows if name == "k" else k.shape[1], *cache.shape[2:]]
+        if [*x.shape] != expected:
+            fail(ValueError, name, f"shape {expected}".replace("'", ""), [*x.shape])
+    given = "k is" if call.is_latent else "k and v are"
+    if call.cache_seqlens is None:
+        fail(ValueError, "cache_seqlens", f"a tensor, since {given} given (they begin there)", None)
+    if k.shape[1] > call.capacity:
+        fail(ValueError, "k", f"at most {call.capacity} new keys (the rows a sequence may have)", k.shape[1])
+    _check_written(call)
+    if call.k.shape[0] == 0 and k.shape[0] * k.shape[1] > 0:
+        fail(ValueError, "k_cache", f"at least one page, since {given} given", "0")
+
+
+def _check_written(call: DecodeCall) -> None:
+    """Caches of which an append writes every element once: no row is another row, and no key is a value."""
+    if has_transforms():
+        return  # strides are not those of memory
+    caches = [("k_cache", call.k)] if call.is_latent else [("k_cache", call.k), ("v_cache", call.v)]
+    for name, x in caches:
+        if x.numel() > 0 and any(size > 1 and stride == 0 for size, stride in zip(x.shape, x.stride(), strict=True)):
+            expected = (
+                "rows of their own, since new ones are written there (call .contiguous() before the first append)"
+            )
+            fail(ValueError, name, expected, f"an expanded tensor of strides {x.stride()}")
+    if not call.is_latent and call.k is call.v:
+        expected = "another tensor than k_cache, since new values would be written over new keys"
+        fail(
+            ValueError,
+            "v_cache",
+            expected,
+            "the same (values that are columns of k_cache: v_cache=None with head_dim_v)",
+        )
+
+
 # ---- Values of cache_seqlens, kv_start and block_table ---------------------------------------------------------------
 
 
@@ -238,6 +300,7 @@ def _check_values(call: DecodeCall, seqlen_new: int) -> None:
     starts = _numbers("kv_start", call.kv_start, batch, 0, capacity, "the rows a sequence may have")
     if call.block_table is None:
         return
+    written: dict[tuple[int, int], int] = {}
     for b, pages in enumerate(call.block_table.tolist()):
         end = lengths[b] + seqlen_new
         begin = starts[b] if call.window_left < 0 else max(starts[b], end - call.q.shape[1] - call.window_left)
@@ -251,6 +314,11 @@ def _check_values(call: DecodeCall, seqlen_new: int) -> None:
                 if not 0 <= pages[n] < call.k.shape[0]:
                     expected = f"pages from 0 to {call.k.shape[0] - 1} where {what}"
                     fail(ValueError, "block_table", expected, f"{pages[n]} at [{b}, {n}]")
+        for j in range(lengths[b], end):
+            page, row = pages[j // page_size], j % page_size
+            if (other := written.setdefault((page, row), b)) != b:
+                expected = "no row of a page to which two sequences append"
+                fail(ValueError, "block_table", expected, f"row {row} of page {page} for sequences {other} and {b}")
 
 
 def _numbers(name: str, x: torch.Tensor | None, batch: int, default: int, most: int, rows: str) -> list[int]:

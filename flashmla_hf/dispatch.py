@@ -37,7 +37,7 @@ from flashmla_hf.backend import Backend
 from flashmla_hf.backends import aten_flash, cpu, flex, reference, sdpa, sm90
 from flashmla_hf.fp8 import calls as fp8_calls
 from flashmla_hf.notices import log_choice, warn_once
-from flashmla_hf.validation import Call, fail, validate
+from flashmla_hf.validation import Call, fail, flag, validate
 
 # Read once: the forward pass reads no environment variable.
 _DETERMINISTIC = os.environ.get("FLASH_ATTENTION_DETERMINISTIC", "0") == "1"
@@ -144,6 +144,10 @@ def attention(
         ValueError: an argument has a wrong shape or value.
         RuntimeError: the implementation cannot compute this call; the message names the reason and a remedy.
     """
+    if is_causal is not False and is_causal is not True:
+        is_causal = flag("is_causal", is_causal)
+    if return_lse is not False and return_lse is not True:
+        return_lse = flag("return_lse", return_lse)
     # In the order of csrc/direct/direct.cpp, which validate() follows.
     request = (
         q, k, v, scale, is_causal, window, softcap, sinks, dropout_p, cu_seqlens_q, cu_seqlens_kv, max_seqlen_q,
@@ -169,7 +173,7 @@ def attention(
 def _is_deterministic(wanted: bool | None) -> bool:
     if wanted is None:
         return _DETERMINISTIC or torch.are_deterministic_algorithms_enabled()
-    return bool(wanted)
+    return flag("deterministic", wanted)
 
 
 def _choose(call: Call) -> str:

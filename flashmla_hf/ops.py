@@ -336,6 +336,9 @@ class _Fold:
                     "boundaries shared by all copies of torch.vmap (in_dims=None)",
                     f"a vmapped dimension {dims[name]}. Call flashmla_hf.attention in a loop, or pack the copies together",
                 )
+        if size == 0:
+            name = next(name for name, dim in dims.items() if dim is not None)
+            refuse(operator, name, "at least one copy in torch.vmap", "a vmapped dimension of size 0")
         self.size, self.dims = size, dims
         self.is_by_heads = is_packed or dims["sinks"] is not None
 

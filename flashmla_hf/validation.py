@@ -41,8 +41,9 @@ def validate(
 ) -> Call:  # fmt: skip
     """Checks every argument of :func:`flashmla_hf.attention` and resolves every default.
 
-    The implementations check ``impl`` and the values of cu_seqlens.
+    The implementations check the name ``impl`` and the values of cu_seqlens.
     """
+    _check_impl(impl)
     is_packed = cu_seqlens_q is not None or cu_seqlens_kv is not None
     q, k, v = _checked_qkv(q, k, v, is_packed)
     if not is_packed and (max_seqlen_q is not None or max_seqlen_kv is not None):
@@ -77,6 +78,11 @@ def validate(
         max_seqlen_kv=max_seqlen_kv, scale=scale, window_left=window_left, window_right=window_right, softcap=softcap,
         deterministic=deterministic, attn_mask=attn_mask, dropout_p=dropout_p, return_lse=bool(return_lse), impl=impl,
     )  # fmt: skip
+
+
+def _check_impl(impl: Any) -> None:
+    if impl is not None and not isinstance(impl, str):
+        fail(TypeError, "impl", "the name of an implementation or None", repr(impl))
 
 
 def _checked_qkv(q: Any, k: Any, v: Any, is_packed: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -163,6 +169,20 @@ def number(name: str, value: object) -> float:
     if not -_LARGEST <= value <= _LARGEST:  # torch.compile traces a comparison, not math.isfinite
         fail(ValueError, name, "a finite number", value)
     return float(value)
+
+
+def flag(name: str, value: Any) -> bool:
+    """True or False of Python's or numpy's, a symbolic one, one in a tensor, or 1 or 0. Anything else has a truth, too, but not
+    the one that was meant: ``"no"`` is true."""
+    if isinstance(value, torch.Tensor):
+        if value.dim() != 0 or value.dtype != torch.bool:
+            fail(TypeError, name, "True or False", f"a tensor {[*value.shape]} of {dtype_name(value.dtype)}")
+        return value.item()  # type: ignore[return-value]
+    if isinstance(value, torch.SymBool) or (isinstance(value, int) and value in (0, 1)):
+        return bool(value)
+    if type(value).__name__ not in ("bool", "bool_"):  # numpy's, by the names of its releases 2 and 1
+        fail(TypeError, name, "True or False", repr(value))
+    return bool(value)
 
 
 _LARGEST = sys.float_info.max  # an int may be larger
@@ -280,9 +300,10 @@ def validate_decode(
 ) -> DecodeCall:  # fmt: skip
     """Checks the arguments of :func:`flashmla_hf.decode_attention` except the new keys and values, and resolves defaults.
 
-    The caller has checked the descales (:func:`flashmla_hf.fp8.cached.check_descales`). The implementations check ``impl`` and
-    the values of cache_seqlens, kv_start and block_table.
+    The caller has checked the descales (:func:`flashmla_hf.fp8.cached.check_descales`). The implementations check the name
+    ``impl`` and the values of cache_seqlens, kv_start and block_table.
     """
+    _check_impl(impl)
     _check_cached(q, k_cache, v_cache, block_table, is_fp8=k_descale is not None)
     for name, x in (("cache_seqlens", cache_seqlens), ("kv_start", kv_start)):
         if x is None:
@@ -408,34 +429,3 @@ def _check_block_table(block_table: Any, q: torch.Tensor, page_size: int) -> Non
         expected = f"a page_size (its size 1) that is a multiple of {decode_ops.PAGE_SIZE_MULTIPLE}"
         way_out = "allocate pages of such a size, or gather them into caches [batch, capacity, heads_kv, dim]"
         fail(ValueError, "k_cache", expected, f"{page_size}: {way_out}")
-
-
-def check_appended(call: DecodeCall, k: Any, v: Any) -> None:
-    """The new keys and values of a call: both or neither (latents: k alone), like the caches, no more than fit, and somewhere
-    to begin."""
-    if call.is_latent and v is not None:
-        fail(ValueError, "v", "none, since head_dim_v is given (the values are columns of k)", f"shape {[*v.shape]}")
-    for name, x, cache in (("k", k, call.k), ("v", v, call.v)):
-        if call.is_latent and name == "v":
-            continue
-        if x is None:
-            fail(
-                ValueError, name, f"a tensor, since {'v' if name == 'k' else 'k'} is given (pass both or neither)", None
-            )
-        check_tensor(name, x)
-        like, whose = (call.q, "q, they are quantised here") if call.is_fp8 else (cache, "the cache")
-        if x.dtype != like.dtype:
-            fail(TypeError, name, f"dtype {dtype_name(like.dtype)} (that of {whose})", dtype_name(x.dtype))
-        if x.device != cache.device:
-            fail(ValueError, name, f"device {cache.device} (that of the cache)", x.device)
-        rows = x.shape[1] if x.dim() == 4 else "seqlen_new"
-        expected = [call.q.shape[0], rows if name == "k" else k.shape[1], *cache.shape[2:]]
-        if [*x.shape] != expected:
-            fail(ValueError, name, f"shape {expected}".replace("'", ""), [*x.shape])
-    given = "k is" if call.is_latent else "k and v are"
-    if call.cache_seqlens is None:
-        fail(ValueError, "cache_seqlens", f"a tensor, since {given} given (they begin there)", None)
-    if k.shape[1] > call.capacity:
-        fail(ValueError, "k", f"at most {call.capacity} new keys (the rows a sequence may have)", k.shape[1])
-    if call.k.shape[0] == 0 and k.shape[0] * k.shape[1] > 0:
-        fail(ValueError, "k_cache", f"at least one page, since {given} given", "0")

@@ -187,14 +187,16 @@ class Task:
     sizes: tuple[int, int] = (1, 2)
 
 
-def run_tasks(folder, measure, *names, budget=None, limit=30.0):
+def run_tasks(folder, measure, *names, budget=None, limit=30.0, retry=(), **program_fields):
     parser = point_runs.parser_of("", "tasks")
-    args = parser.parse_args(["--device", "cpu", "--output_dir", str(folder), "--name", "tasks"])
+    given = ["--retry", *retry] if retry else []
+    args = parser.parse_args(["--device", "cpu", "--output_dir", str(folder), "--name", "tasks", *given])
     args.time_budget, args.time_limit = budget, limit
     point_runs.set_defaults(args)
     program = point_runs.Program(
-        "tasks", "tasks", lambda args: measure, lambda record: record["name"], lambda document: "the table"
-    )
+        "tasks", "tasks", lambda args: measure, lambda record: record["name"], lambda document: "the table",
+        **program_fields,
+    )  # fmt: skip
     point_runs.run(program, [Task(name) for name in names], args)
 
 
@@ -231,6 +233,75 @@ def test_a_point_that_hangs_costs_its_limit_and_the_file_is_written_after_each(t
     done = []
     run_tasks(tmp_path, lambda task: done.append(task.name) or {"status": "ok"}, "a", "hangs", "big", "b")
     assert done == ["hangs", "big"]
+
+
+def test_a_budget_leaves_points_to_the_next_run_and_final_ones_are_not_repeated(tmp_path):
+    """What the rest of a budget is too short for does not begin; what failed comes after what never ran."""
+    final = (*point_runs.FINAL, "out_of_memory", "timeout")
+    seconds = {"long": 100.0, "short": 3.0, "hangs": 3.0, "big": 3.0, "bad": 3.0}
+    done = []
+
+    def measure(task):
+        done.append(task.name)
+        if task.name == "hangs":
+            time.sleep(20)
+        if task.name == "bad":
+            raise ValueError("a fault")
+        return {"status": "out_of_memory" if task.name == "big" else "ok", "reason": ""}
+
+    def run(*names, **fields):
+        done.clear()
+        run_tasks(tmp_path, measure, *names, final=final, expected_seconds=lambda task: seconds[task.name], **fields)
+
+    run("long", "short", "big", budget=50.0)
+    assert done == ["short", "big"]
+    status, reason = read(tmp_path)["long"]
+    assert status == "skipped"
+    assert reason.startswith("the time budget is used up; 100 s are expected, ")
+    with pytest.raises(SystemExit, match="1 points failed"):
+        run("bad", "short", "big", "hangs", limit=0.3)
+    assert (done, read(tmp_path)["hangs"]) == (["bad", "hangs"], ("timeout", "not done in 0 s"))
+    with pytest.raises(SystemExit, match="1 points failed"):
+        run("bad", "hangs", "big", "long")
+    assert done == ["long", "bad"]
+    with pytest.raises(SystemExit, match="1 points failed"):
+        run("bad", "hangs", "big", retry=["out_of_memory"])
+    assert set(done) == {"bad", "big"}
+
+
+def test_a_point_that_the_budget_ends_is_not_one_that_takes_too_long(tmp_path):
+    run_tasks(tmp_path, lambda task: time.sleep(30), "a", budget=3.5)
+    status, reason = read(tmp_path)["a"]
+    assert status == "skipped"
+    assert reason.startswith("the time budget ended it: not done in 3 s")
+
+
+def test_points_follow_from_records_until_none_does(tmp_path):
+    done = []
+
+    def measure(task):
+        done.append(task.name)
+        return {"status": "ok"}
+
+    def following(args, records):
+        return Task(f"{len(records)}") if len(records) < 4 else None
+
+    run_tasks(tmp_path, measure, "a", following=following)
+    assert done == ["a", "1", "2", "3"]
+    run_tasks(tmp_path, measure, "a", following=following)
+    assert len(done) == 4
+    # One that the budget leaves is not asked for again in the same run.
+    run_tasks(tmp_path, measure, "a", following=lambda args, records: Task("b"), budget=0)
+    assert read(tmp_path)["b"][0] == "skipped"
+
+
+def test_an_error_of_a_point_with_processes_of_its_own_does_not_end_the_run(tmp_path):
+    def measure(task):
+        return {"status": "error" if task.name == "a" else "ok", "reason": "CUDA error: an illegal memory access"}
+
+    with pytest.raises(SystemExit, match="1 points failed"):
+        run_tasks(tmp_path, measure, "a", "b", has_processes=True)
+    assert read(tmp_path)["b"][0] == "ok"
 
 
 def test_an_error_is_recorded_and_a_lost_context_ends_the_run(tmp_path):

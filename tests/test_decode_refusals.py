@@ -67,6 +67,16 @@ WRONG = [
     ({"sinks": torch.ones(5)}, ValueError, "sinks: expected shape [4] (one logit per query head), got [5]"),
     ({"scale": math.nan}, ValueError, "scale: expected a finite number, got nan"),
     ({"softcap": -1.0}, ValueError, "softcap: expected 0 (none) or a positive number, got -1.0"),
+    ({"is_causal": "no"}, TypeError, "is_causal: expected True or False, got 'no'"),
+    ({"return_lse": "no"}, TypeError, "return_lse: expected True or False, got 'no'"),
+    ({"impl": []}, TypeError, "impl: expected the name of an implementation or None, got []"),
+    ({"k_cache": torch.ones(2, 1, 2, 16).expand(2, 32, 2, 16), "k": torch.ones(2, 1, 2, 16), "v": torch.ones(2, 1, 2, 16)},
+     ValueError, "k_cache: expected rows of their own, since new ones are written there (call .contiguous() before the first "
+     "append), got an expanded tensor of strides (32, 0, 16, 1)"),
+    ({**dict.fromkeys(("k_cache", "v_cache"), torch.ones(2, 32, 2, 16)), "k": torch.ones(2, 1, 2, 16),
+      "v": torch.ones(2, 1, 2, 16)},
+     ValueError, "v_cache: expected another tensor than k_cache, since new values would be written over new keys, got the same "
+     "(values that are columns of k_cache: v_cache=None with head_dim_v)"),
     ({"window": 5}, TypeError, "window: expected a pair (left, right), got 5"),
     ({"window": (-2, 0)}, ValueError, "window left: expected a bound >= 0, or -1 or None for unbounded, got -2"),
     ({"num_splits": 2}, ValueError,
@@ -120,6 +130,18 @@ def test_arguments_are_refused_by_name(page_size, changes, kind, message):
     with pytest.raises(kind) as error:
         decode_attention(**arguments(page_size, **changes))
     assert str(error.value) == f"flashmla attention: {message}"
+
+
+def test_two_sequences_that_append_to_one_row_are_refused():
+    tensors = arguments(16, cache_seqlens=int32([17, 18], "cpu"), kv_start=None)
+    tensors["block_table"] = int32([[0, 2], [1, 2]], "cpu")
+    new = torch.ones(2, 2, 2, 16)
+    before = tensors["k_cache"].clone()
+    message = "block_table: expected no row of a page to which two sequences append, got row 2 of page 2 for sequences 0 and 1"
+    with pytest.raises(ValueError, match=message):
+        decode_attention(**tensors, k=new, v=new)
+    torch.testing.assert_close(tensors["k_cache"], before, rtol=0, atol=0, equal_nan=True)
+    decode_attention(**tensors, k=new[:, :1], v=new[:, :1])  # rows 1 and 2 of the page they share
 
 
 def test_nothing_is_written_before_a_refusal():

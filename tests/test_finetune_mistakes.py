@@ -186,6 +186,11 @@ def test_out_of_memory_is_what_torch_says_and_nothing_that_sounds_like_it():
     assert machine.is_out_of_memory(torchs_own.value)
     assert machine.is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"))
     assert machine.is_out_of_memory(MemoryError())
+    for text in (  # NCCL's, Triton's, the driver's and cuBLAS's
+        "Last error:\nCuda failure 2 'out of memory'", "Failed to CUDA calloc async 608 bytes", "Triton Error [CUDA]: out of memory",
+        "CUDA driver error: out of memory", "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate(handle)",
+    ):  # fmt: skip
+        assert machine.is_out_of_memory(RuntimeError(text)), text
     for text in (
         "Expected tensor allocated on cuda:0", "not enough memory of the past", "cannot allocate a name", "memory format"
     ):  # fmt: skip

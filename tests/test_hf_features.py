@@ -254,7 +254,8 @@ def test_dropout_is_computed_and_random():
 
 
 @pytest.mark.parametrize(
-    "name", ["Llama", "Mistral", "Gemma2", "GPT-OSS", "BERT", "BART", "Whisper", "ModernBERT", "T5", "Qwen2-VL"]
+    "name",
+    ["Llama", "Mistral", "Gemma2", "GPT-OSS", "BERT", "BART", "Whisper", "ModernBERT", "T5", "Qwen2-VL", "GPT-2"],
 )
 def test_attention_weights_are_those_of_eager(name, monkeypatch):
     eager, ours = pair(name)

@@ -211,6 +211,20 @@ def test_a_users_four_dimensional_mask_is_applied_alone():
 
 
 @needs_kernel
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float32])
+def test_boundaries_cut_a_four_dimensional_mask(dtype):
+    """As that of a model whose images see themselves, in a packed row."""
+    q, k, v = qkv(1, 12, 12)
+    boundaries = torch.tensor([0, 5, 12], dtype=torch.int32, device=DEVICE)
+    kept = torch.ones(12, 12, device=DEVICE).tril().bool()
+    kept[3:8, 3:8] = True
+    segment = torch.arange(12, device=DEVICE) >= 5
+    mask = kept[None, None] if dtype == torch.bool else torch.where(kept, 0.0, torch.finfo(dtype).min)[None, None]
+    got, _ = forward.attention_forward(Layer(), q, k, v, mask, cu_seq_lens_q=boundaries, cu_seq_lens_k=boundaries)
+    assert close(got, oracle(q, k, v, (kept & (segment[:, None] == segment))[None, None]), 1e-5)
+
+
+@needs_kernel
 @pytest.mark.parametrize("shape", [(3, 1, 1, 12), (1, 1, 1, 12), (3, 1, 12, 12), (3, 12)])
 def test_a_mask_that_hides_every_key_gives_zero(shape):
     q, k, v = (x.requires_grad_() for x in qkv(3, 12, 12))

@@ -110,6 +110,16 @@ def test_a_mask_of_three_dimensions_raises():
     x = torch.randn(1, 2, 4, 8, device=DEVICE)
     with pytest.raises(ValueError, match="attention_mask: expected None or 2 or 4 dimensions, got 3"):
         forward.attention_forward(torch.nn.Module(), x, x, x, torch.ones(1, 4, 4, device=DEVICE))
+    with pytest.raises(ValueError, match=r"attention_mask: expected None or 2 or 4 dimensions, got 3: \[1, 12, 12\]"):
+        tiny_llama()(torch.arange(3, 15, device=DEVICE)[None], attention_mask=torch.ones(1, 12, 12, device=DEVICE))
+
+
+@pytest.mark.parametrize("given", ["cu_seq_lens_q", "cu_seq_lens_k"])
+def test_half_of_the_boundaries_raises(given):
+    missing = {"cu_seq_lens_q": "cu_seq_lens_k", "cu_seq_lens_k": "cu_seq_lens_q"}[given]
+    boundaries = torch.tensor([0, 5, 12], dtype=torch.int32, device=DEVICE)
+    with pytest.raises(ValueError, match=f"{missing}: expected a tensor, since {given} is given"):
+        tiny_llama()(torch.arange(3, 15, device=DEVICE)[None], **{given: boundaries})
 
 
 def test_lists_of_compatible_kernels_get_our_name_also_for_classes_defined_later():

@@ -140,6 +140,34 @@ def test_nothing_is_left_of_a_trial_that_ends_by_itself(tmp_path):
     assert parent.returncode == 0
 
 
+@pytest.mark.parametrize("end", ["its time", "a signal"])
+def test_a_worker_in_a_session_of_its_own_ends_with_the_trial(end, tmp_path):
+    """As torchrun starts its workers: killing torchrun's session does not reach them."""
+    written = tmp_path / "pid"
+    child = (
+        "import os, subprocess, sys, time; p = subprocess.Popen(['sleep', '60'], start_new_session=True, "
+        "stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL); "
+        f"open({str(written) + '.part'!r}, 'w').write(str(p.pid)); os.rename({str(written) + '.part'!r}, {str(written)!r}); "
+        "time.sleep(60)"
+    )
+    limit = 3 if end == "its time" else 60
+    program = f"import sys; from flashmla_hf.training import child_process as c; print(c.run([sys.executable, '-c', {child!r}], 'X', {limit}).status)"
+    parent = subprocess.Popen([sys.executable, "-c", program], env=ON_PATH, stdout=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 50
+    while not written.exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    worker = int(written.read_text())
+    assert _is_running(worker)
+    if end == "a signal":
+        os.kill(parent.pid, signal.SIGKILL)
+    told, _ = parent.communicate(timeout=50)
+    assert told == ("timeout\n" if end == "its time" else "")
+    deadline = time.monotonic() + 10
+    while _is_running(worker) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not _is_running(worker)
+
+
 def _is_running(pid: int) -> bool:
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"

@@ -1,6 +1,8 @@
 """What would make a patched model silently wrong raises by name, and what looks like it but is harmless works as before."""
 
 import copy
+import io
+import pickle
 
 import hf_support
 import peft
@@ -19,7 +21,12 @@ pytestmark = hf_support.needs_kernel
 
 def test_a_copy_of_a_patched_model_raises():
     model = patched(model_of("Llama"))
-    for make in (copy.deepcopy, torch.optim.swa_utils.AveragedModel):
+    for make in (
+        copy.deepcopy,
+        torch.optim.swa_utils.AveragedModel,
+        pickle.dumps,
+        lambda m: torch.save(m, io.BytesIO()),
+    ):
         with pytest.raises(PatchError, match=r"cannot copy or pickle \w+, a patched module"):
             make(model)
     flashmla_hf.unpatch(model)

@@ -243,6 +243,13 @@ def test_boundaries_that_differ_between_vmap_copies_are_refused():
         torch.vmap(function)(q, k, v, boundaries)
 
 
+def test_vmap_over_no_copies_is_refused():
+    with pytest.raises(
+        RuntimeError, match=r"q: expected at least one copy in torch\.vmap, got a vmapped dimension of size 0"
+    ):
+        torch.vmap(attention)(*(torch.ones(0, 1, 5, 2, 8) for _ in range(3)))
+
+
 FORWARD_MODE = {
     "jvp": lambda f, x: func.jvp(f, (x,), (torch.ones_like(x),)),
     "jacfwd": lambda f, x: func.jacfwd(f)(x),

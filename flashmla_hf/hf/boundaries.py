@@ -294,3 +294,8 @@ def segments_from_boundaries(cu_seqlens: torch.Tensor, total: int) -> torch.Tens
     """Segment numbers, int32 [1, total], of the packed sequences that ``cu_seqlens`` [num_sequences + 1] separates."""
     position = torch.arange(total, device=cu_seqlens.device, dtype=cu_seqlens.dtype)
     return torch.searchsorted(cu_seqlens, position, right=True, out_int32=True)[None]
+
+
+def is_same_segment(segments: torch.Tensor) -> torch.Tensor:
+    """Bool [batch, 1, seqlen, seqlen], true where query and key have one number in ``segments`` [batch, seqlen]."""
+    return segments[:, None, :, None] == segments[:, None, None, :]

@@ -12,7 +12,17 @@ import torch
 
 from flashmla_hf import decode, reference
 from flashmla_hf.dispatch import attention
-from flashmla_hf.hf import boundaries, decoding, fp8_cache, heads, masks, paged, patterns, refusals
+from flashmla_hf.hf import (
+    boundaries,
+    decoding,
+    fp8_cache,
+    heads,
+    masks,
+    paged,
+    patterns,
+    refusals,
+    transformers_private,
+)
 from flashmla_hf.notices import warn_once
 from flashmla_hf.torch_state import values_are_readable
 
@@ -65,7 +75,7 @@ def attention_forward(
             fused kernel, with one warning.
         position_ids: [1 or batch, seqlen_q]; read to find packed rows if the mask does not define them.
         cu_seq_lens_q, cu_seq_lens_k: [num_sequences + 1] boundaries of packed sequences over the flattened tokens; they
-            replace a 2-D mask, which says less.
+            replace a 2-D mask, which says less, and cut a 4-D one of a single row of as many keys as queries.
         max_length_q, max_length_k: the lengths of the longest packed sequences, as numbers or tensors.
         output_attentions: also return the weights, computed exactly outside the kernel, with one warning.
         deterministic: as in :func:`flashmla_hf.attention`; ``None`` and ``False`` follow torch's switches.
@@ -81,6 +91,7 @@ def attention_forward(
         raises everything that :func:`flashmla_hf.attention` raises.
     """
     precision = kwargs.pop(_PRECISION, None)
+    output_attentions = output_attentions or transformers_private.weights_are_recorded()
     if isinstance(key, fp8_cache.Fp8Rows):
         default = masks.Pattern(*patterns.without_mask(module, is_causal, sliding_window, False))
         if output_attentions or position_bias is not None or dropout > 0.0:
@@ -127,6 +138,8 @@ def attention_forward(
     if cu_seq_lens_q is not None and cu_seq_lens_k is not None:
         cu_seqlens = (boundaries.as_boundaries(cu_seq_lens_q), boundaries.as_boundaries(cu_seq_lens_k))
         packed = (cu_seqlens, (_as_int(max_length_q), _as_int(max_length_k)))
+    elif cu_seq_lens_q is not None or cu_seq_lens_k is not None:
+        refusals.refuse_half_of_boundaries(module, "cu_seq_lens_k" if cu_seq_lens_k is None else "cu_seq_lens_q")
     elif position_ids is not None and pattern is not None and (attention_mask is None or pattern.is_causal):
         pattern = patterns.cut_by_positions(pattern, position_ids, q, k.shape[1])
     dense = (position_bias, dropout, bool(output_attentions))
@@ -159,6 +172,9 @@ def _attend(module, q, k, v, pattern, mask, packed, dense, options, are_latents)
             return _packed(q, k, v, cu_seqlens, longest, **options), None
         segments = _segments_from_boundaries(module, q, k, *cu_seqlens)
         pattern = pattern._replace(padding=None, segments=segments, end=None)
+    elif packed is not None and q.shape[:2] == (1, k.shape[1]):  # of images that see themselves, say
+        is_same = boundaries.is_same_segment(boundaries.segments_from_boundaries(packed[0][0], q.shape[1]))
+        mask = mask & is_same if mask.dtype == torch.bool else mask.masked_fill(~is_same, float("-inf"))
     if pattern is not None and not wants_weights and position_bias is None and dropout == 0.0:
         out = _fused(q, k, v, pattern, options, are_latents)
         if out is not None:
@@ -286,7 +302,7 @@ def _dense(module, q, k, v, pattern, mask, position_bias, dropout, wants_weights
             k, v = k[:, : pattern.padding.shape[1]], v[:, : pattern.padding.shape[1]]
             mask = pattern.padding[:, None, None, :]
         if pattern.segments is not None:
-            is_same = pattern.segments[:, None, :, None] == pattern.segments[:, None, None, :]
+            is_same = boundaries.is_same_segment(pattern.segments)
             mask = is_same if mask is None else mask & is_same
     if position_bias is not None:
         warn_once(

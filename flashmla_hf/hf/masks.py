@@ -74,7 +74,7 @@ class Pattern(NamedTuple):
         if self.padding is not None:
             mask = mask & torch.nn.functional.pad(self.padding, (0, seqlen_kv - num_keys))[:, None, None, :]
         if self.segments is not None:
-            mask = mask & (self.segments[:, None, :, None] == self.segments[:, None, None, :])
+            mask = mask & boundaries.is_same_segment(self.segments)
         return mask
 
 
@@ -203,6 +203,11 @@ def flashmla_mask(
     attention_mask: bool [batch, tokens seen so far], true where a token is real, or ``None``. Queries stand at
     positions ``q_offset ...`` (a tensor under a static cache), keys at ``kv_offset ...``.
     """
+    if attention_mask is not None and attention_mask.dim() != 2:
+        raise ValueError(
+            f"flashmla: attention_mask: expected None or 2 or 4 dimensions, got {attention_mask.dim()}: "
+            f"{[*attention_mask.shape]}. Make a mask [batch, seqlen_q, seqlen_kv] one of 4 dimensions: attention_mask[:, None]"
+        )
     if device is None:
         device = attention_mask.device if attention_mask is not None else "cpu"
     is_bidirectional = "allow_is_bidirectional_skip" in kwargs

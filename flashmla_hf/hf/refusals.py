@@ -25,6 +25,14 @@ def refuse_unknown(module: torch.nn.Module, kwargs: dict) -> None:
             )
 
 
+def refuse_half_of_boundaries(module: torch.nn.Module, missing: str) -> NoReturn:
+    given = "cu_seq_lens_q" if missing == "cu_seq_lens_k" else "cu_seq_lens_k"
+    raise ValueError(
+        f"flashmla in {type(module).__name__}: {missing}: expected a tensor, since {given} is given (pass both or neither; "
+        "DataCollatorWithFlattening(return_flash_attn_kwargs=True) makes them), got None"
+    )
+
+
 def refuse_parallel(module: torch.nn.Module, query: torch.Tensor, precision: str | None = None) -> None:
     subject = f"{'flashmla' if precision is None else 'flashmla_fp8'} in {type(module).__name__}"
     if type(query).__name__ == "DTensor":

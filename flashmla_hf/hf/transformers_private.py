@@ -5,6 +5,7 @@ A new release of Transformers is checked against this file and :mod:`paged`. Che
 * the functions of Transformers that registration wraps (:data:`WRAPPED`), and the reasons to run a model with eager;
 * the names of the closures that Transformers' mask functions consist of (:func:`conditions_of`);
 * what Transformers declares for the models of a configuration (:func:`is_trusted`);
+* the question whether a model collects attention weights (:func:`weights_are_recorded`);
 * the question whether context parallelism is active, which torch offers no public function for.
 """
 
@@ -18,6 +19,7 @@ from typing import NamedTuple
 
 import torch
 from transformers import masking_utils, modeling_flash_attention_utils, modeling_utils
+from transformers.utils import output_capturing
 
 from flashmla_hf import libraries
 from flashmla_hf.flash_attn_api import flash_attn_func, flash_attn_varlen_func, flash_attn_with_kvcache
@@ -182,6 +184,21 @@ def _subclasses(cls: type) -> Iterator[type]:
     for subclass in cls.__subclasses__():
         yield subclass
         yield from _subclasses(subclass)
+
+
+# ---- Attention weights ------------------------------------------------------------------------------------------------
+
+
+def weights_are_recorded() -> bool:
+    """Whether a model is collecting attention weights from the outputs of its layers, by Transformers' hooks.
+
+    ``output_attentions=True`` does not reach the attention function of every model: GPT-2 removes it from the arguments.
+    """
+    collector = output_capturing._active_collector
+    if torch.compiler.is_compiling() and not collector.compiling:
+        return False  # a layer compiled by itself: the compiler cannot trace a ContextVar
+    names = collector.get()
+    return bool(names) and any(name.endswith("attentions") for name in names)
 
 
 # ---- Registration -----------------------------------------------------------------------------------------------------

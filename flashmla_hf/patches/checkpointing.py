@@ -327,8 +327,7 @@ def patch_checkpointing(model: Any, replacements: Replacements, keep_attention: 
         replacements.set(layer.module, "gradient_checkpointing", True, may_change=True)
     modules = [layer.module for layer in layers]
     replacements.set(model, "_set_gradient_checkpointing", _switch(modules))
-    decoder = structure.decoder(model, "checkpointing")
-    replacements.on_undo(decoder.register_forward_pre_hook(_refuse_cache(modules), with_kwargs=True).remove)
+    replacements.hook(structure.decoder(model, "checkpointing"), _refuse_cache(modules))
 
 
 class _Layer:

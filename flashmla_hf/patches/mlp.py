@@ -57,8 +57,7 @@ def patch_mlp(model: nn.Module, replacements: Replacements, tile: int | None) ->
             if isinstance(child, nn.Linear) and linear.is_plain(child):
                 replacements.set(child, "forward", linear.skippable(child))
     if _has_router(model):
-        hook = structure.decoder(model, "mlp").register_forward_pre_hook(_refuse_router_logits(model), with_kwargs=True)
-        replacements.on_undo(hook.remove)
+        replacements.hook(structure.decoder(model, "mlp"), _refuse_router_logits(model))
 
 
 def _more_arguments(layer: structure.Layer, width: int | None) -> str | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from torch import nn
 
@@ -28,6 +28,17 @@ class _NoCopies:
         )
 
 
+class _Hook(_NoCopies):
+    """A forward pre-hook of ``owner``. Pickle meets it before the attributes, and copies no function that another one made."""
+
+    def __init__(self, owner: object, check: Callable[[nn.Module, tuple, dict[str, Any]], None]) -> None:
+        super().__init__(owner)
+        self.check = check
+
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        self.check(module, args, kwargs)
+
+
 class Replacements:
     """Attributes that were set on instances. :meth:`undo` restores them; a class attribute reappears by deletion."""
 
@@ -44,6 +55,10 @@ class Replacements:
             self.set(owner, _NO_COPIES, _NoCopies(owner))
         self._set.append((owner, name, vars(owner).get(name, _ABSENT), _ABSENT if may_change else value))
         vars(owner)[name] = value
+
+    def hook(self, owner: nn.Module, check: Callable[[nn.Module, tuple, dict[str, Any]], None]) -> None:
+        """Calls ``check`` before every forward of ``owner``."""
+        self.on_undo(owner.register_forward_pre_hook(_Hook(owner, check), with_kwargs=True).remove)
 
     def on_undo(self, undo: Callable[[], object]) -> None:
         """Has :meth:`undo` call ``undo``."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import secrets
 import signal
 import subprocess
 import sys
@@ -15,9 +16,8 @@ from dataclasses import dataclass, field
 # The child has a session of its own, so a terminal's Ctrl-C or hang-up reaches this process alone.
 ENDING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
-# The program of a second process, which ends the child's session if this process is killed: its input then ends. No handler
-# runs here at a SIGKILL, and the child could end neither while it starts nor its own children.
-_GUARD = "import os, sys; sys.stdin.read(); os.killpg(int(sys.argv[1]), 9)"
+# In the environment of the child and of all that it starts: torchrun's workers have sessions of their own, and outlive it.
+_NAME = "FLASHMLA_CHILD_OF"
 
 
 @dataclass(frozen=True)
@@ -39,28 +39,30 @@ def run(
 
     ``variables`` are added to its environment. The reason of an error is the last line that begins with ``speaker``, or the
     last one of all: a launcher of several processes has words of its own after theirs.
-    Never raises for anything that happens in the process. A signal that ends this process ends the child and its children
-    first; if this process is killed, they are killed too.
+    Never raises for anything that happens in the process. A signal that ends this process ends the child and all that it
+    started first; if this process is killed, they are killed too. None of them is left when this function returns.
     """
     # Waiting threads sleep instead of spinning: beside other work, spinning makes a step ten times slower.
-    env = {"OMP_WAIT_POLICY": "PASSIVE"} | os.environ | (variables or {})
+    name = secrets.token_hex(16)
+    env = {"OMP_WAIT_POLICY": "PASSIVE"} | os.environ | (variables or {}) | {_NAME: name}
     with _ending_signals_kept() as kept:
         process = subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env, start_new_session=True
         )
         try:
-            kept.process = process
+            kept.process, kept.name = process, name
             if kept.received:  # while the child was made
-                _kill(process)
-            with guarded(process):
+                _kill(process.pid, name)
+            with guarded(process, name):
                 stdout, stderr = process.communicate(timeout=timeout)
         except subprocess.TimeoutExpired:
             return Outcome("timeout", f"took longer than {timeout:.0f} s")
         finally:
             # Also after an exception: no child outlives its reader.
             if process.poll() is None:
-                _kill(process)
+                _kill(process.pid, name)
                 process.communicate()
+            _kill_named(name)
     for line in stdout.splitlines():
         if line.startswith(mark):
             return Outcome("ok", result=json.loads(line.removeprefix(mark)))
@@ -71,10 +73,14 @@ def run(
 
 
 @contextlib.contextmanager
-def guarded(process: subprocess.Popen) -> Iterator[None]:
-    """Within it, the end of this process, a SIGKILL too, is that of ``process`` and its children (a session of their own)."""
+def guarded(process: subprocess.Popen, name: str = "") -> Iterator[None]:
+    """Within it, the end of this process, a SIGKILL too, is that of ``process``, of its children (a session of their own), and
+    of all processes that have ``name`` in their environment.
+
+    A second process, this file as a program, waits for the end of its input: no handler runs here at a SIGKILL.
+    """
     guard = subprocess.Popen(
-        [sys.executable, "-I", "-S", "-c", _GUARD, str(process.pid)], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL,
+        [sys.executable, "-I", "-S", __file__, str(process.pid), name], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL, start_new_session=True,
     )  # fmt: skip
     try:
@@ -89,12 +95,36 @@ class _Kept:
     """The child, and the signals that came while it ran."""
 
     process: subprocess.Popen | None = None
+    name: str = ""
     received: list[int] = field(default_factory=list)
 
 
-def _kill(process: subprocess.Popen) -> None:
+def _kill(pid: int, name: str) -> None:
+    """Ends the session of ``pid``, and all processes that have ``name`` in their environment."""
     with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
+        os.killpg(pid, signal.SIGKILL)
+    _kill_named(name)
+
+
+def _kill_named(name: str) -> None:
+    if not name:
+        return
+    ended: set[str] = set()
+    while new := _named(name) - ended:  # one may have started another meanwhile
+        for pid in new:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(int(pid), signal.SIGKILL)
+        ended |= new
+
+
+def _named(name: str) -> set[str]:
+    """Numbers of the processes whose environment has ``name``; empty on a system without /proc."""
+    found = set()
+    for pid in filter(str.isdigit, os.listdir("/proc") if os.path.isdir("/proc") else ()):
+        with contextlib.suppress(OSError), open(f"/proc/{pid}/environ", "rb") as file:
+            if f"{_NAME}={name}".encode() in file.read().split(b"\0"):
+                found.add(pid)
+    return found
 
 
 @contextlib.contextmanager
@@ -105,7 +135,7 @@ def _ending_signals_kept() -> Iterator[_Kept]:
     def end_child(number: int, frame: object) -> None:
         kept.received.append(number)
         if kept.process is not None:
-            _kill(kept.process)
+            _kill(kept.process.pid, kept.name)
 
     # Only the main thread may set handlers. A signal that is ignored (nohup) stays so.
     if threading.current_thread() is threading.main_thread():
@@ -120,3 +150,8 @@ def _ending_signals_kept() -> Iterator[_Kept]:
             signal.signal(number, handler)
         if kept.received:
             os.kill(os.getpid(), kept.received[0])
+
+
+if __name__ == "__main__":  # the guard of a process that has just ended, or will
+    sys.stdin.read()
+    _kill(int(sys.argv[1]), sys.argv[2])

@@ -13,8 +13,9 @@ import torch
 from flashmla_hf import host_memory, nvidia_smi
 
 OUT_OF_MEMORY_MESSAGE = re.compile(
-    r"DefaultCPUAllocator: (?:not enough memory|can't allocate memory)|CUDA error: out of memory|"
-    r"CUDA out of memory\. Tried to allocate|patch 'offload': host memory"
+    r"DefaultCPUAllocator: (?:not enough memory|can't allocate memory)|CUDA (?:driver )?error: out of memory|"
+    r"CUDA out of memory\. Tried to allocate|patch 'offload': host memory|Triton Error \[CUDA\]: out of memory|"
+    r"Cuda failure (?:\d+ )?'out of memory'|Failed to CUDA (?:calloc|malloc)|CUBLAS_STATUS_ALLOC_FAILED"  # NCCL, cuBLAS
 )
 NO_HOST_MEMORY = "patch 'offload': host memory"  # flashmla_hf's error before it would take the host's reserve
 # Part of torch.cuda.get_device_name() -> dense 16-bit tensor-core FLOP/s by the vendor's data sheet. The first match counts.
