@@ -110,6 +110,15 @@ struct ForwardConfig<256, 256, kMask> {
   static constexpr bool kPingPong = false;
 };
 
+// Two CTAs of 256 columns each. 64 keys are what shared memory holds beside the other's part of S; not measured.
+template <MaskKind kMask>
+struct ForwardConfig<512, 512, kMask> {
+  static constexpr int kBlockQ = 128, kBlockKV = 64;
+  static constexpr int kNumStages = 2, kNumQStages = 1;
+  static constexpr int kNumConsumers = 2, kProducerRegisters = 24, kConsumerRegisters = 240;
+  static constexpr bool kPingPong = false;
+};
+
 using ForwardHeadDims = HeadDimList<HeadDims<64, 64>, HeadDims<96, 96>, HeadDims<128, 128>, HeadDims<192, 128>,
                                     HeadDims<192, 192>, HeadDims<256, 256>>;
 
@@ -171,6 +180,15 @@ struct BackwardConfig<256, 256> {
   static constexpr bool kSplitsColumns = true, kHasSoftcap = true;
 };
 
+// Two CTAs, one with K and dK, one with V and dV; not measured.
+template <>
+struct BackwardConfig<512, 512> {
+  static constexpr int kBlockQ = 64, kBlockKV = 64;
+  static constexpr int kNumStages = 2, kSwizzleColumns = 64;
+  static constexpr int kNumConsumers = 2, kProducerRegisters = 24, kConsumerRegisters = 240;
+  static constexpr bool kSplitsColumns = true, kHasSoftcap = true;
+};
+
 using BackwardHeadDims =
     HeadDimList<HeadDims<64, 64>, HeadDims<128, 128>, HeadDims<192, 128>, HeadDims<192, 192>, HeadDims<256, 256>>;
 
@@ -194,6 +212,14 @@ struct BackwardQueriesConfig<192> {
 template <>
 struct BackwardQueriesConfig<256> {
   static constexpr int kBlockQ = 128, kBlockKV = 48;
+  static constexpr int kNumStages = 2;
+  static constexpr int kNumConsumers = 2, kProducerRegisters = 24, kConsumerRegisters = 240;
+};
+
+// Two CTAs of 256 columns each. 32 keys are what shared memory holds beside the other's parts of S and dP; not measured.
+template <>
+struct BackwardQueriesConfig<512> {
+  static constexpr int kBlockQ = 128, kBlockKV = 32;
   static constexpr int kNumStages = 2;
   static constexpr int kNumConsumers = 2, kProducerRegisters = 24, kConsumerRegisters = 240;
 };
@@ -240,6 +266,11 @@ using DecodeHeadDims = HeadDimList<HeadDims<64, 64>, HeadDims<128, 128>, HeadDim
 
 // ---- what follows from an entry, and what it must satisfy -----------------------------------------------------------
 
+// CTAs that share a work tile: a row of more than 256 columns of fp32 does not fit the registers of two warpgroups.
+constexpr int num_ctas(int head_dim) {
+  return head_dim > 256 ? 2 : 1;
+}
+
 // A CTA is one producer warpgroup and the consumers.
 template <class Config>
 struct WarpgroupPlan : Config {
@@ -254,12 +285,14 @@ struct WarpgroupPlan : Config {
 template <int kHeadDimQK, int kHeadDimV, MaskKind kMask>
 struct ForwardTiles : WarpgroupPlan<ForwardConfig<kHeadDimQK, kHeadDimV, kMask>> {
   using Config = ForwardConfig<kHeadDimQK, kHeadDimV, kMask>;
+  static constexpr int kNumCtas = num_ctas(kHeadDimV);
   static_assert(Config::kBlockQ == kWarpgroupRows * Config::kNumConsumers, "64 query rows per consumer warpgroup");
 };
 
 template <int kHeadDimQK, int kHeadDimV>
 struct BackwardTiles : WarpgroupPlan<BackwardConfig<kHeadDimQK, kHeadDimV>> {
   using Config = BackwardConfig<kHeadDimQK, kHeadDimV>;
+  static constexpr int kNumCtas = num_ctas(kHeadDimV);
   static_assert(Config::kNumConsumers == 2 &&
                     Config::kBlockKV == kWarpgroupRows * (Config::kSplitsColumns ? 1 : Config::kNumConsumers),
                 "64 key rows for each of two warpgroups, or for both");
@@ -268,6 +301,7 @@ struct BackwardTiles : WarpgroupPlan<BackwardConfig<kHeadDimQK, kHeadDimV>> {
 template <int kHeadDim>
 struct BackwardQueryTiles : WarpgroupPlan<BackwardQueriesConfig<kHeadDim>> {
   using Config = BackwardQueriesConfig<kHeadDim>;
+  static constexpr int kNumCtas = num_ctas(kHeadDim);
   static_assert(Config::kBlockQ == kWarpgroupRows * Config::kNumConsumers, "64 query rows per consumer warpgroup");
   static_assert(Config::kBlockKV % 16 == 0, "the depth of dS K");
 };
