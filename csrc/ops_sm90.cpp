@@ -69,14 +69,14 @@ void check_device(const char* op, const TensorInfo& q) {
 
 // dtypes, head dims, addresses, strides and lengths that no kernel takes.
 template <class Call>
-void check_kernel_limits(const char* op, const Call& arguments, const Problem& p) {
+void check_kernel_limits(const char* op, const Call& arguments, const Problem& p, int64_t largest) {
   if (p.dtype == DType::kFloat32) fail(op, "q", "dtype float16 or bfloat16", "float32");
   const std::pair<const char*, int64_t> head_dims[] = {{"q", p.head_dim_qk}, {"v", p.head_dim_v}};
   for (const auto& [name, head_dim] : head_dims)
-    if (head_dim % sm90::kHeadDimMultiple != 0 || head_dim > sm90::kLargestHeadDim)
+    if (head_dim % sm90::kHeadDimMultiple != 0 || head_dim > largest)
       fail(op, name,
            "a head dimension that is a multiple of " + std::to_string(sm90::kHeadDimMultiple) + " up to " +
-               std::to_string(sm90::kLargestHeadDim),
+               std::to_string(largest),
            head_dim);
   const std::pair<const char*, const TensorInfo*> inputs[] = {
       {"q", &arguments.q}, {"k", &arguments.k}, {"v", &arguments.v}};
@@ -92,7 +92,7 @@ struct Sm90 {
   static Problem check(const char* op, const Arguments& arguments) {
     check_device(op, arguments.q);
     Problem p = check_inputs(op, arguments);
-    check_kernel_limits(op, arguments, p);
+    check_kernel_limits(op, arguments, p, sm90::kLargestHeadDim);
     if (p.cu_seqlens_q != nullptr) {
       check_flag_number(op, "max_seqlen_q", arguments.max_seqlen_q, 0);
       check_flag_number(op, "max_seqlen_kv", arguments.max_seqlen_kv, 0);
@@ -122,7 +122,7 @@ struct Sm90 {
   static Problem check_decode(const char* op, const DecodeArguments& arguments) {
     check_device(op, arguments.q);
     const Problem p = check_decode_inputs(op, arguments);
-    check_kernel_limits(op, arguments, p);
+    check_kernel_limits(op, arguments, p, sm90::kLargestDecodeHeadDim);
     return p;
   }
 

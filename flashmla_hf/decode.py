@@ -267,7 +267,7 @@ def _numbers(name: str, x: torch.Tensor | None, batch: int, default: int, most: 
 def _sm90_refusal(call: DecodeCall) -> str | None:
     if "sm90" in libraries.unavailable:
         return libraries.unavailable["sm90"]
-    reason = sm90.device_refusal(call.q, call.v)
+    reason = sm90.device_refusal(call.q, call.v, is_decode=True)
     if reason is not None:
         is_width = call.is_latent and "head_dim" in reason
         return f"{reason} (this build has no kernel for wider latents)" if is_width else reason

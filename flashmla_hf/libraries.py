@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -21,11 +22,19 @@ def path_of(filename: str) -> Path:
     return Path(__file__).with_name(filename)
 
 
-def _sm90_limits() -> tuple[int, int] | None:
-    """(multiple, largest) head dim of the Hopper kernels: setup.py writes them from csrc/sm90/tiles.h. ``None``: not known."""
+class Sm90Limits(NamedTuple):
+    """Head dims of the Hopper kernels: multiples of the first, up to the second, and of caches up to the third."""
+
+    head_dim_multiple: int
+    largest_head_dim: int
+    largest_decode_head_dim: int
+
+
+def _sm90_limits() -> Sm90Limits | None:
+    """What setup.py wrote from csrc/sm90/tiles.h; ``None``: not known."""
     try:
         limits = json.loads(path_of("_build.json").read_text())["sm90"]
-        return limits["head_dim_multiple"], limits["largest_head_dim"]
+        return Sm90Limits(*(limits[name] for name in Sm90Limits._fields))
     except (OSError, ValueError, KeyError, TypeError):
         return None
 

@@ -190,9 +190,9 @@ def test_a_gpus_library_without_such_a_kernel_says_so(monkeypatch):
             self.x, self.device, self.dtype, self.shape = x, torch.device("cuda"), torch.bfloat16, x.shape
 
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Properties)
-    monkeypatch.setattr(libraries, "sm90_limits", (8, 256))
+    monkeypatch.setattr(libraries, "sm90_limits", libraries.Sm90Limits(8, 256, 256))
     monkeypatch.delitem(libraries.unavailable, "sm90", raising=False)
-    if sm90.device_refusal(OnGpu(torch.ones(1, 1, 1, 576)), OnGpu(torch.ones(1, 1, 1, 512))) is None:
+    if sm90.device_refusal(OnGpu(torch.ones(1, 1, 1, 576)), OnGpu(torch.ones(1, 1, 1, 512)), is_decode=True) is None:
         pytest.skip("this build has the kernel")
     q, rows, values = (OnGpu(torch.ones(1, 1, 1, width)) for width in (576, 576, 512))
     reason = kernel_refusal(q, rows, values, is_latent=True)

@@ -105,6 +105,7 @@ constexpr int64_t kMostDecodeQueries = 16;
 
 bool is_decode(Problem const& problem) {
   return problem.cu_seqlens_q == nullptr && problem.seqlen_q <= kMostDecodeQueries &&
+         problem.head_dim_qk <= kLargestDecodeHeadDim && problem.head_dim_v <= kLargestDecodeHeadDim &&
          problem.seqlen_q * (problem.heads_q / problem.heads_kv) <= kWarpgroupRows;
 }
 

@@ -120,7 +120,7 @@ struct ForwardConfig<512, 512, kMask> {
 };
 
 using ForwardHeadDims = HeadDimList<HeadDims<64, 64>, HeadDims<96, 96>, HeadDims<128, 128>, HeadDims<192, 128>,
-                                    HeadDims<192, 192>, HeadDims<256, 256>>;
+                                    HeadDims<192, 192>, HeadDims<256, 256>, HeadDims<512, 512>>;
 
 // ---- backward by keys: dK, dV and, unless the warpgroups share columns, dQ ------------------------------------------
 //
@@ -189,8 +189,8 @@ struct BackwardConfig<512, 512> {
   static constexpr bool kSplitsColumns = true, kHasSoftcap = true;
 };
 
-using BackwardHeadDims =
-    HeadDimList<HeadDims<64, 64>, HeadDims<128, 128>, HeadDims<192, 128>, HeadDims<192, 192>, HeadDims<256, 256>>;
+using BackwardHeadDims = HeadDimList<HeadDims<64, 64>, HeadDims<128, 128>, HeadDims<192, 128>, HeadDims<192, 192>,
+                                     HeadDims<256, 256>, HeadDims<512, 512>>;
 
 // ---- backward by queries: dQ of the head dims whose dK and dV are shared by columns ---------------------------------
 //
@@ -216,7 +216,8 @@ struct BackwardQueriesConfig<256> {
   static constexpr int kNumConsumers = 2, kProducerRegisters = 24, kConsumerRegisters = 240;
 };
 
-// Two CTAs of 256 columns each. 32 keys are what shared memory holds beside the other's parts of S and dP; not measured.
+// Two CTAs of 256 columns each. 32 keys are what shared memory holds beside the other's parts of S and dP; not
+// measured.
 template <>
 struct BackwardQueriesConfig<512> {
   static constexpr int kBlockQ = 128, kBlockKV = 32;
@@ -323,6 +324,6 @@ constexpr int largest_head_dim(HeadDimList<First, Rest...>) {
 }
 constexpr int kLargestHeadDim = largest_head_dim(ForwardHeadDims{});
 static_assert(largest_head_dim(BackwardHeadDims{}) == kLargestHeadDim, "what has a forward has a backward");
-static_assert(largest_head_dim(DecodeHeadDims{}) == kLargestHeadDim, "and can be decoded");
+constexpr int kLargestDecodeHeadDim = largest_head_dim(DecodeHeadDims{});
 
 }  // namespace flashmla::sm90

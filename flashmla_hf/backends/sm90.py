@@ -27,7 +27,7 @@ def refusal(call: Call) -> str | None:
     return reason
 
 
-def device_refusal(q: torch.Tensor, v: torch.Tensor) -> str | None:
+def device_refusal(q: torch.Tensor, v: torch.Tensor, is_decode: bool = False) -> str | None:
     """Why no call with this q and v can be computed here, if the library is loaded; ``None`` if it does not rule that out."""
     if q.device.type != "cuda":
         return f"the tensors are on {q.device}: expected a Hopper GPU"
@@ -37,7 +37,8 @@ def device_refusal(q: torch.Tensor, v: torch.Tensor) -> str | None:
     if q.dtype not in (torch.float16, torch.bfloat16):
         return f"dtype {dtype_name(q.dtype)}: expected float16 or bfloat16"
     assert libraries.sm90_limits is not None  # otherwise the library is unavailable
-    multiple, largest = libraries.sm90_limits
+    limits = libraries.sm90_limits
+    multiple, largest = limits.head_dim_multiple, limits.largest_decode_head_dim if is_decode else limits.largest_head_dim
     for name, head_dim in (("q and k", q.shape[-1]), ("v", v.shape[-1])):
         if head_dim % multiple != 0 or head_dim > largest:
             return f"{name}: head_dim {head_dim}: expected a multiple of {multiple} up to {largest}"

@@ -326,9 +326,9 @@ struct Backward {
 };
 
 template <int kHeadDimQK, int kHeadDimV, bool kHasSoftcap, class Element>
-using BackwardKernel =
-    std::conditional_t<BackwardTiles<kHeadDimQK, kHeadDimV>::kNumCtas == 2, BackwardPair<kHeadDimQK, Element>,
-                       std::conditional_t<BackwardTiles<kHeadDimQK, kHeadDimV>::kSplitsColumns, BackwardWide<kHeadDimQK, Element>,
+using BackwardKernel = std::conditional_t<
+    BackwardTiles<kHeadDimQK, kHeadDimV>::kNumCtas == 2, BackwardPair<kHeadDimQK, Element>,
+    std::conditional_t<BackwardTiles<kHeadDimQK, kHeadDimV>::kSplitsColumns, BackwardWide<kHeadDimQK, Element>,
                        Backward<kHeadDimQK, kHeadDimV, kHasSoftcap, Element>>>;
 
 template <int kHeadDimQK, int kHeadDimV, bool kHasSoftcap, class Element>

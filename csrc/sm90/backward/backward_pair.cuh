@@ -50,11 +50,12 @@ struct BackwardPair {
   using LayoutScores = typename SharedLayouts<Element, 64>::template Rows<kBlockKV, kBlockQ, kNumStages>;
 
   struct SharedStorage {
-    alignas(1024) Element kv[kBlockKV * kHeadDim];           // K, or V
-    alignas(1024) Element q[kNumStages][kBlockQ * kHeadDim];  // Q, or dO
+    alignas(1024) Element kv[kBlockKV * kHeadDim];                 // K, or V
+    alignas(1024) Element q[kNumStages][kBlockQ * kHeadDim];       // Q, or dO
     alignas(1024) Element scores[kNumStages][kBlockKV * kBlockQ];  // what the other CTA gives: dS^T, or P^T
-    alignas(1024) Element w[kNumStages][kBlockKV * kBlockQ];  // of V: what dP - delta is multiplied by, if not P (softcap)
-    alignas(128) float statistics[kNumStages][kBlockQ];      // lse_log2, or delta
+    alignas(
+        1024) Element w[kNumStages][kBlockKV * kBlockQ];  // of V: what dP - delta is multiplied by, if not P (softcap)
+    alignas(128) float statistics[kNumStages][kBlockQ];   // lse_log2, or delta
     int32_t is_large[kNumStages];
     uint64_t kv_full, kv_empty, work_wanted, tile_full[kNumBackwardTiles], tile_empty[kNumBackwardTiles];
     uint64_t q_full[kNumStages], q_empty[kNumStages];
@@ -96,7 +97,8 @@ struct BackwardPair {
     auto thread_sum = mma_sum.get_slice(warpgroup * kWarpgroupThreads);
     auto tensor = [](Element* data, auto layout) { return make_tensor(make_smem_ptr(data), layout); };
     // Descriptors (_, 1, depth / 16, stages); t: read transposed.
-    Tensor fKV = thread_s.partition_fragment_A(tensor(shared.kv, typename Layouts::template Rows<kBlockKV, kHeadDim, 1>{}));
+    Tensor fKV =
+        thread_s.partition_fragment_A(tensor(shared.kv, typename Layouts::template Rows<kBlockKV, kHeadDim, 1>{}));
     Tensor fQ = thread_s.partition_fragment_B(
         tensor(shared.q[0], typename Layouts::template Rows<kBlockQ, kHeadDim, kNumStages>{}));
     Tensor fQt = thread_sum.partition_fragment_B(
@@ -195,12 +197,12 @@ struct BackwardPair {
     // Two calls of constants: a choice of each argument would take registers that the thread does not have.
     if (threadIdx.x == 0 && cta_rank<kNumCtas>() == 0) {
       load_backward_tiles<BackwardPair, kHeadDim>(arguments, shared, arguments.k, arguments.q, arguments.rows.lse_log2,
-                                                  shared.kv, shared.q, shared.statistics, shared.q_full,
-                                                  shared.q_empty, shared.to_clear[0], arguments.rows.is_large);
+                                                  shared.kv, shared.q, shared.statistics, shared.q_full, shared.q_empty,
+                                                  shared.to_clear[0], arguments.rows.is_large);
     } else if (threadIdx.x == 0) {
       load_backward_tiles<BackwardPair, kHeadDim>(arguments, shared, arguments.v, arguments.dout, arguments.rows.delta,
-                                                  shared.kv, shared.q, shared.statistics, shared.q_full,
-                                                  shared.q_empty, shared.to_clear[0], nullptr);
+                                                  shared.kv, shared.q, shared.statistics, shared.q_full, shared.q_empty,
+                                                  shared.to_clear[0], nullptr);
     } else if (threadIdx.x == 32) {
       publish_key_work_tiles<BackwardPair>(arguments, shared);
     }

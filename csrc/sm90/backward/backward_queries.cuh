@@ -54,7 +54,7 @@ struct BackwardQueries {
   static constexpr int kNumConsumers = Tiles::kNumConsumers;
   static constexpr int kSwizzleColumns = 64;
   static constexpr int kNumCtas = Tiles::kNumCtas;
-  static constexpr int kColumns = kHeadDim / kNumCtas;              // of a CTA
+  static constexpr int kColumns = kHeadDim / kNumCtas;               // of a CTA
   static constexpr int kColumnsQK = kColumns, kColumnsV = kColumns;  // for query_tile.cuh
   static constexpr bool kHasDOut = true;
 

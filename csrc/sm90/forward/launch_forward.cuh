@@ -19,8 +19,8 @@ const char* launch(ForwardParams const& params, void* workspace, cudaStream_t st
 
   ForwardArguments arguments{};
   int num_ctas = 0;
-  if (const char* error = make_forward_schedule(problem, Kernel::kBlockQ, num_sms(device) / Kernel::kNumCtas, workspace, stream,
-                                                arguments.schedule, num_ctas)) {
+  if (const char* error = make_forward_schedule(problem, Kernel::kBlockQ, num_sms(device) / Kernel::kNumCtas, workspace,
+                                                stream, arguments.schedule, num_ctas)) {
     return error;
   }
   QueryMaps const maps{problem, arguments.schedule, Kernel::kSwizzleColumns, Kernel::kBlockKV};

@@ -97,10 +97,10 @@ __device__ inline uint32_t address_in(uint32_t rank, void const* pointer) {
 
 // 9.7.9.12, st.async: 16 bytes to another CTA, counted there on `barrier`; both by address_in.
 __device__ inline void store_async(uint32_t address, uint32_t barrier, float a, float b, float c, float d) {
-  asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(
-                   address),
-               "f"(a), "f"(b), "f"(c), "f"(d), "r"(barrier)
-               : "memory");
+  asm volatile(
+      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(address),
+      "f"(a), "f"(b), "f"(c), "f"(d), "r"(barrier)
+      : "memory");
 }
 
 __device__ inline void store_async(uint32_t address, uint32_t barrier, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
@@ -112,7 +112,8 @@ __device__ inline void arrive_remote(uint32_t barrier) {
   asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
 
-// 9.7.13.15.16, mbarrier.try_wait, with acquire at the scope of the cluster. ClusterBarrier::wait acquires at the CTA's.
+// 9.7.13.15.16, mbarrier.try_wait, with acquire at the scope of the cluster. ClusterBarrier::wait acquires at the
+// CTA's.
 __device__ inline void wait_cluster(uint64_t const* barrier, uint32_t phase) {
   asm volatile(
       "{ .reg .pred done; waiting:\n"
