@@ -38,7 +38,10 @@ def device_refusal(q: torch.Tensor, v: torch.Tensor, is_decode: bool = False) ->
         return f"dtype {dtype_name(q.dtype)}: expected float16 or bfloat16"
     assert libraries.sm90_limits is not None  # otherwise the library is unavailable
     limits = libraries.sm90_limits
-    multiple, largest = limits.head_dim_multiple, limits.largest_decode_head_dim if is_decode else limits.largest_head_dim
+    multiple, largest = (
+        limits.head_dim_multiple,
+        limits.largest_decode_head_dim if is_decode else limits.largest_head_dim,
+    )
     for name, head_dim in (("q and k", q.shape[-1]), ("v", v.shape[-1])):
         if head_dim % multiple != 0 or head_dim > largest:
             return f"{name}: head_dim {head_dim}: expected a multiple of {multiple} up to {largest}"
