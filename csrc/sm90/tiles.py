@@ -63,7 +63,8 @@ def forward_table() -> str:
         ctas = num_ctas(v)
         elements = (row["kNumQStages"] * row["kBlockQ"] * qk + row["kNumStages"] * row["kBlockKV"] * (qk + v)) // ctas
         lines.append(
-            f"| {qk} / {v}{', two CTAs' if ctas > 1 else ''} | {mask} | {row['kBlockQ']} × {row['kBlockKV']} | {row['kNumStages']} | {row['kNumQStages']} "
+            f"| {qk} / {v}{', two CTAs' if ctas > 1 else ''} | {mask} "
+            f"| {row['kBlockQ']} × {row['kBlockKV']} | {row['kNumStages']} | {row['kNumQStages']} "
             f"| {row['kNumConsumers']} | {row['kProducerRegisters']}, {row['kConsumerRegisters']} "
             f"| {'yes' if row['kPingPong'] else 'no'} | {round(2 * elements / 1024)} |"
         )
