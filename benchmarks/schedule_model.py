@@ -106,6 +106,7 @@ def _dims(head_dims: tuple[int, int]) -> str:
 
 def _forward(shape: Shape, num_sms: int) -> Losses:
     config = _config("Forward", shape)
+    num_sms //= tiles_of_sm90().num_ctas(config["head_dims"][1])
     wide_qk, wide_v = config["head_dims"]
     padding = (wide_qk + wide_v) / (shape.head_dim_qk + shape.head_dim_v)
     block_q, block_kv = config["kBlockQ"], config["kBlockKV"]
@@ -131,6 +132,7 @@ def _forward(shape: Shape, num_sms: int) -> Losses:
 
 def _backward(shape: Shape, num_sms: int) -> Losses:
     config = _config("Backward", shape)
+    num_sms //= tiles_of_sm90().num_ctas(config["head_dims"][1])
     wide_qk, wide_v = config["head_dims"]
     by_columns = config["kSplitsColumns"]
     # By columns dQ has a kernel of its own, which computes scores and dP once more.

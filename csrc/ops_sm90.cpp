@@ -140,7 +140,7 @@ struct Sm90 {
       using Largest = sm90::LatentHeadDims;
       check_kernel_limits(op, arguments, p, Largest::kHeadDimQK, Largest::kHeadDimV);
     } else {
-      check_kernel_limits(op, arguments, p);
+      check_kernel_limits(op, arguments, p, sm90::kLargestDecodeHeadDim, sm90::kLargestDecodeHeadDim);
     }
     return p;
   }

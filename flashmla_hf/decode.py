@@ -337,8 +337,8 @@ def _sm90_refusal(call: DecodeCall) -> str | None:
         return libraries.unavailable["sm90"]
     limits = libraries.sm90_limits
     assert limits is not None  # otherwise the library is unavailable
-    is_wide = call.q.shape[-1] > limits.largest or call.v.shape[-1] > limits.largest
-    largest = limits.largest_latent if is_wide and _values_are_columns(call) else None
+    is_wide = max(call.q.shape[-1], call.v.shape[-1]) > limits.largest_decode
+    largest = limits.largest_latent if is_wide and _values_are_columns(call) else (limits.largest_decode,) * 2
     if (reason := sm90.device_refusal(call.q, call.v, largest)) is not None:
         return reason
     cache_names = {"k": "k_cache", "v": "v_cache", "q": "q"}

@@ -23,11 +23,12 @@ def path_of(filename: str) -> Path:
 
 
 class Sm90Limits(NamedTuple):
-    """Head dims of the Hopper kernels are multiples of ``multiple``, up to ``largest``, in fp8 up to ``largest_fp8``, and of
-    decoding from latents up to ``largest_latent`` (qk, v)."""
+    """Head dims of the Hopper kernels are multiples of ``multiple``, up to ``largest``, of caches up to ``largest_decode``, of
+    latents in caches up to ``largest_latent`` (qk, v), and in fp8 up to ``largest_fp8``."""
 
     multiple: int
     largest: int
+    largest_decode: int
     largest_latent: tuple[int, int]
     largest_fp8: int
 
@@ -38,8 +39,9 @@ def _sm90_limits() -> Sm90Limits | None:
         limits = json.loads(path_of("_build.json").read_text())["sm90"]
         qk, v = limits["largest_latent_head_dims"]
         return Sm90Limits(
-            limits["head_dim_multiple"], limits["largest_head_dim"], (qk, v), limits["largest_fp8_head_dim"]
-        )
+            limits["head_dim_multiple"], limits["largest_head_dim"], limits["largest_decode_head_dim"], (qk, v),
+            limits["largest_fp8_head_dim"],
+        )  # fmt: skip
     except (OSError, ValueError, KeyError, TypeError):
         return None
 

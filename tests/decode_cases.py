@@ -15,7 +15,7 @@ import gpu_support
 import numerics
 import pytest
 import torch
-from cases import SM90_ROWS
+from cases import sm90_tiles
 from cpu_support import DTYPES
 
 from flashmla_hf import libraries, reference
@@ -257,7 +257,7 @@ def random_case(source: random.Random, impl: str, most_keys: int = 500) -> Decod
         return integer(0, most_keys)
 
     if impl == "sm90":
-        dims = choice(SM90_ROWS)
+        dims = choice(sm90_tiles.head_dims("Decode"))
         if choice([False, True]):
             dims = tuple(dim - 8 * integer(0, min(3, dim // 8 - 1)) for dim in dims)
     else:

@@ -126,7 +126,7 @@ def test_passes_and_splits_are_those_of_the_launcher():
 
 def test_there_is_no_model_of_what_the_hopper_kernels_do_not_run(monkeypatch):
     assert schedule_model.losses(Shape.parse("d128 B1 H1 S1024 full fp32"), "fwd") is None
-    assert schedule_model.losses(Shape.parse("d264 B1 H1 S1024 full bf16"), "fwd") is None
+    assert schedule_model.losses(Shape.parse("d520 B1 H1 S1024 full bf16"), "fwd") is None
     assert schedule_model.losses(Shape.parse("d44 B1 H1 S1024 full bf16"), "fwd") is None
     assert schedule_model.losses(Shape.parse("d128 B1 H1 S1024 full bf16"), "host") is None
     monkeypatch.setattr(schedule_model, "tiles_of_sm90", lambda: None)

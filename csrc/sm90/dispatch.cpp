@@ -106,7 +106,8 @@ BackwardHeadDimConfig const& config_for(BackwardParams const& params) {
 }
 
 DecodeHeadDimConfig const& config_for(DecodeParams const& params) {
-  bool const is_wide = params.problem.head_dim_qk > kLargestHeadDim || params.problem.head_dim_v > kLargestHeadDim;
+  bool const is_wide =
+      params.problem.head_dim_qk > kLargestDecodeHeadDim || params.problem.head_dim_v > kLargestDecodeHeadDim;
   return is_wide ? decode_config_for(params.problem, HeadDimList<LatentHeadDims>{})
                  : decode_config_for(params.problem, DecodeHeadDims{});
 }
@@ -134,6 +135,7 @@ constexpr int64_t kMostDecodeQueries = 16;
 
 bool is_decode(Problem const& problem) {
   return problem.cu_seqlens_q == nullptr && problem.seqlen_q <= kMostDecodeQueries &&
+         problem.head_dim_qk <= kLargestDecodeHeadDim && problem.head_dim_v <= kLargestDecodeHeadDim &&
          problem.seqlen_q * (problem.heads_q / problem.heads_kv) <= kWarpgroupRows;
 }
 

@@ -110,8 +110,17 @@ struct ForwardConfig<256, 256, kMask> {
   static constexpr bool kPingPong = false;
 };
 
+// Two CTAs of 256 columns each. 64 keys are what shared memory holds beside the other's part of S; not measured.
+template <MaskKind kMask>
+struct ForwardConfig<512, 512, kMask> {
+  static constexpr int kBlockQ = 128, kBlockKV = 64;
+  static constexpr int kNumStages = 2, kNumQStages = 1;
+  static constexpr int kNumConsumers = 2, kProducerRegisters = 24, kConsumerRegisters = 240;
+  static constexpr bool kPingPong = false;
+};
+
 using ForwardHeadDims = HeadDimList<HeadDims<64, 64>, HeadDims<96, 96>, HeadDims<128, 128>, HeadDims<192, 128>,
-                                    HeadDims<192, 192>, HeadDims<256, 256>>;
+                                    HeadDims<192, 192>, HeadDims<256, 256>, HeadDims<512, 512>>;
 
 // ---- forward of e4m3 operands ---------------------------------------------------------------------------------------
 //
@@ -197,8 +206,17 @@ struct BackwardConfig<256, 256> {
   static constexpr bool kSplitsColumns = true, kHasSoftcap = true;
 };
 
-using BackwardHeadDims =
-    HeadDimList<HeadDims<64, 64>, HeadDims<128, 128>, HeadDims<192, 128>, HeadDims<192, 192>, HeadDims<256, 256>>;
+// Two CTAs, one with K and dK, one with V and dV; not measured.
+template <>
+struct BackwardConfig<512, 512> {
+  static constexpr int kBlockQ = 64, kBlockKV = 64;
+  static constexpr int kNumStages = 2, kSwizzleColumns = 64;
+  static constexpr int kNumConsumers = 2, kProducerRegisters = 24, kConsumerRegisters = 240;
+  static constexpr bool kSplitsColumns = true, kHasSoftcap = true;
+};
+
+using BackwardHeadDims = HeadDimList<HeadDims<64, 64>, HeadDims<128, 128>, HeadDims<192, 128>, HeadDims<192, 192>,
+                                     HeadDims<256, 256>, HeadDims<512, 512>>;
 
 // ---- backward by queries: dQ of the head dims whose dK and dV are shared by columns ---------------------------------
 //
@@ -220,6 +238,15 @@ struct BackwardQueriesConfig<192> {
 template <>
 struct BackwardQueriesConfig<256> {
   static constexpr int kBlockQ = 128, kBlockKV = 48;
+  static constexpr int kNumStages = 2;
+  static constexpr int kNumConsumers = 2, kProducerRegisters = 24, kConsumerRegisters = 240;
+};
+
+// Two CTAs of 256 columns each. 32 keys are what shared memory holds beside the other's parts of S and dP; not
+// measured.
+template <>
+struct BackwardQueriesConfig<512> {
+  static constexpr int kBlockQ = 128, kBlockKV = 32;
   static constexpr int kNumStages = 2;
   static constexpr int kNumConsumers = 2, kProducerRegisters = 24, kConsumerRegisters = 240;
 };
@@ -277,6 +304,11 @@ using DecodeHeadDims = HeadDimList<HeadDims<64, 64>, HeadDims<128, 128>, HeadDim
 
 // ---- what follows from an entry, and what it must satisfy -----------------------------------------------------------
 
+// CTAs that share a work tile: a row of more than 256 columns of fp32 does not fit the registers of two warpgroups.
+constexpr int num_ctas(int head_dim) {
+  return head_dim > 256 ? 2 : 1;
+}
+
 // A CTA is one producer warpgroup and the consumers.
 template <class Config>
 struct WarpgroupPlan : Config {
@@ -291,6 +323,7 @@ struct WarpgroupPlan : Config {
 template <int kHeadDimQK, int kHeadDimV, MaskKind kMask>
 struct ForwardTiles : WarpgroupPlan<ForwardConfig<kHeadDimQK, kHeadDimV, kMask>> {
   using Config = ForwardConfig<kHeadDimQK, kHeadDimV, kMask>;
+  static constexpr int kNumCtas = num_ctas(kHeadDimV);
   static_assert(Config::kBlockQ == kWarpgroupRows * Config::kNumConsumers, "64 query rows per consumer warpgroup");
 };
 
@@ -300,6 +333,7 @@ struct Fp8ForwardTiles : WarpgroupPlan<Fp8ForwardConfig<kHeadDim>> {};
 template <int kHeadDimQK, int kHeadDimV>
 struct BackwardTiles : WarpgroupPlan<BackwardConfig<kHeadDimQK, kHeadDimV>> {
   using Config = BackwardConfig<kHeadDimQK, kHeadDimV>;
+  static constexpr int kNumCtas = num_ctas(kHeadDimV);
   static_assert(Config::kNumConsumers == 2 &&
                     Config::kBlockKV == kWarpgroupRows * (Config::kSplitsColumns ? 1 : Config::kNumConsumers),
                 "64 key rows for each of two warpgroups, or for both");
@@ -308,6 +342,7 @@ struct BackwardTiles : WarpgroupPlan<BackwardConfig<kHeadDimQK, kHeadDimV>> {
 template <int kHeadDim>
 struct BackwardQueryTiles : WarpgroupPlan<BackwardQueriesConfig<kHeadDim>> {
   using Config = BackwardQueriesConfig<kHeadDim>;
+  static constexpr int kNumCtas = num_ctas(kHeadDim);
   static_assert(Config::kBlockQ == kWarpgroupRows * Config::kNumConsumers, "64 query rows per consumer warpgroup");
   static_assert(Config::kBlockKV % 16 == 0, "the depth of dS K");
 };
@@ -334,6 +369,6 @@ constexpr int largest_head_dim(HeadDimList<First, Rest...>) {
 constexpr int kLargestHeadDim = largest_head_dim(ForwardHeadDims{});
 constexpr int kLargestFp8HeadDim = largest_head_dim(Fp8ForwardHeadDims{});
 static_assert(largest_head_dim(BackwardHeadDims{}) == kLargestHeadDim, "what has a forward has a backward");
-static_assert(largest_head_dim(DecodeHeadDims{}) == kLargestHeadDim, "and can be decoded");
+constexpr int kLargestDecodeHeadDim = largest_head_dim(DecodeHeadDims{});
 
 }  // namespace flashmla::sm90

@@ -34,13 +34,20 @@ def head_dims(kind: str = "Forward", path: Path = HERE / "tiles.h") -> list[tupl
     return [(int(qk), int(v)) for qk, v in re.findall(r"HeadDims<(\d+), (\d+)>", text)]
 
 
+def num_ctas(head_dim_v: int, path: Path = HERE / "tiles.h") -> int:
+    """CTAs that share a work tile."""
+    widest = int(re.search(r"return head_dim > (\d+) \? 2 : 1;", path.read_text())[1])
+    return 2 if head_dim_v > widest else 1
+
+
 def limits(path: Path = HERE / "tiles.h") -> dict:
-    """What the kernels take: head dims that are multiples of the one, up to another: of most calls, of decoding from latents
-    (qk, v), in fp8."""
+    """What the kernels take: head dims that are multiples of the one, up to another: of most calls, of caches, of
+    decoding from latents (qk, v), in fp8."""
     multiple = int(re.search(r"kHeadDimMultiple = (\d+)", path.read_text())[1])
     return {
         "head_dim_multiple": multiple,
         "largest_head_dim": head_dims(path=path)[-1][0],
+        "largest_decode_head_dim": head_dims("Decode", path)[-1][0],
         "largest_latent_head_dims": list(head_dims("Latent", path)[0]),
         "largest_fp8_head_dim": head_dims("Fp8Forward", path)[-1][0],
     }
@@ -56,9 +63,11 @@ def forward_table() -> str:
     for row in entries("Forward"):
         qk, v = row["head_dims"]
         mask = "none" if row["mask"] != "kMask" else "causal, window" if (qk, v) in own_mask else "any"
-        elements = row["kNumQStages"] * row["kBlockQ"] * qk + row["kNumStages"] * row["kBlockKV"] * (qk + v)
+        ctas = num_ctas(v)
+        elements = (row["kNumQStages"] * row["kBlockQ"] * qk + row["kNumStages"] * row["kBlockKV"] * (qk + v)) // ctas
         lines.append(
-            f"| {qk} / {v} | {mask} | {row['kBlockQ']} × {row['kBlockKV']} | {row['kNumStages']} | {row['kNumQStages']} "
+            f"| {qk} / {v}{', two CTAs' if ctas > 1 else ''} | {mask} "
+            f"| {row['kBlockQ']} × {row['kBlockKV']} | {row['kNumStages']} | {row['kNumQStages']} "
             f"| {row['kNumConsumers']} | {row['kProducerRegisters']}, {row['kConsumerRegisters']} "
             f"| {'yes' if row['kPingPong'] else 'no'} | {round(2 * elements / 1024)} |"
         )

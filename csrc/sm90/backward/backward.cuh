@@ -35,6 +35,7 @@
 
 #include "params.h"
 #include "sm90/backward/backward_math.cuh"
+#include "sm90/backward/backward_pair.cuh"
 #include "sm90/backward/backward_wide.cuh"
 #include "sm90/hopper/fragment.cuh"
 #include "sm90/hopper/ptx.cuh"
@@ -61,6 +62,7 @@ struct Backward {
   // Whether the last dQ of a tile waits until dK and dV are written: the one before it may still be on its way. With
   // wider heads that keeps too many registers.
   static constexpr bool kStagesLastDQLate = kHeadDimQK <= 64;
+  static constexpr int kNumCtas = 1, kNumLoaders = 2;
   static constexpr bool kSumsDQ = true;
   // A warpgroup's part of dQ passes through shared memory, if there is room for it.
   static constexpr bool kStagesDQ = !kSpillsPToShared;
@@ -324,9 +326,10 @@ struct Backward {
 };
 
 template <int kHeadDimQK, int kHeadDimV, bool kHasSoftcap, class Element>
-using BackwardKernel =
+using BackwardKernel = std::conditional_t<
+    BackwardTiles<kHeadDimQK, kHeadDimV>::kNumCtas == 2, BackwardPair<kHeadDimQK, Element>,
     std::conditional_t<BackwardTiles<kHeadDimQK, kHeadDimV>::kSplitsColumns, BackwardWide<kHeadDimQK, Element>,
-                       Backward<kHeadDimQK, kHeadDimV, kHasSoftcap, Element>>;
+                       Backward<kHeadDimQK, kHeadDimV, kHasSoftcap, Element>>>;
 
 template <int kHeadDimQK, int kHeadDimV, bool kHasSoftcap, class Element>
 __global__ void __launch_bounds__(BackwardTiles<kHeadDimQK, kHeadDimV>::kNumThreads, 1)
@@ -341,7 +344,7 @@ __global__ void __launch_bounds__(BackwardTiles<kHeadDimQK, kHeadDimV>::kNumThre
     if (cute::cast_smem_ptr_to_uint(&shared) % 1024 != 0) __trap();
     init_backward_barriers<Kernel>(shared);
   }
-  __syncthreads();
+  sync_ctas<Kernel::kNumCtas>();
   if (warpgroup == 0) {
     cutlass::arch::warpgroup_reg_dealloc<Kernel::Tiles::kProducerRegisters>();
     produce_backward_tiles<Kernel, kHeadDimQK, kHeadDimV>(arguments, shared);
@@ -350,6 +353,7 @@ __global__ void __launch_bounds__(BackwardTiles<kHeadDimQK, kHeadDimV>::kNumThre
     cutlass::arch::wait_on_dependent_grids();  // dQ is zero now
     Kernel::consume(arguments, shared, warpgroup - 1);
   }
+  if constexpr (Kernel::kNumCtas == 2) sync_ctas<Kernel::kNumCtas>();
 #endif
 }
 

@@ -124,7 +124,7 @@ __device__ inline void write_backward_work_tile(BackwardWorkTile& tile, Backward
 template <class Kernel>
 __device__ void init_backward_barriers(typename Kernel::SharedStorage& shared) {
   // Consumers arrive by warps, each when it has done its own reading.
-  constexpr int kNumWarps = 2 * kWarpgroupThreads / kWarpThreads, kNumLoaders = 2,
+  constexpr int kNumWarps = 2 * kWarpgroupThreads / kWarpThreads, kNumLoaders = Kernel::kNumLoaders,
                 kNumReducers = Kernel::kSumsDQ ? 1 : 0;
   auto init = [](auto& barriers, int arrivals) {
     for (uint64_t& barrier : barriers) ClusterBarrier::init(&barrier, arrivals);
@@ -135,8 +135,13 @@ __device__ void init_backward_barriers(typename Kernel::SharedStorage& shared) {
   init(shared.tile_empty, kNumLoaders + kNumReducers + kNumWarps);
   init(shared.q_full, 1);
   init(shared.q_empty, kNumWarps);
-  init(shared.dout_full, 1);
-  init(shared.dout_empty, kNumWarps);
+  if constexpr (Kernel::kNumCtas == 1) {
+    init(shared.dout_full, 1);
+    init(shared.dout_empty, kNumWarps);
+  } else {
+    init(shared.scores_full, 1);
+    init(shared.scores_empty, kNumWarps);
+  }
   ClusterBarrier::init(&shared.work_wanted, kNumLoaders);
   for (BlockToClear& block : shared.to_clear) {
     ClusterBarrier::init(&block.arrived, 1);
@@ -158,7 +163,7 @@ __device__ void publish_key_work_tiles(BackwardArguments const& arguments, typen
   for (int32_t round = 0;; ++round, slot.advance()) {
     // Takes the next tile late: a CTA that took its next long tile early would be the last to finish.
     ClusterBarrier::wait(&shared.work_wanted, (round + 1) % 2);
-    TilePlace const place = place_of(arguments.schedule, next_index(arguments.schedule, round));
+    TilePlace const place = place_of(arguments.schedule, next_index<Kernel::kNumCtas>(arguments.schedule, round));
     ClusterBarrier::wait(&shared.tile_empty[slot.stage], slot.phase ^ 1);
     BackwardWorkTile& tile = shared.tiles[slot.stage];
     write_backward_work_tile(tile, arguments, place, Kernel::kBlockQ, Kernel::kBlockKV, kv_phase);
@@ -315,7 +320,9 @@ __device__ void reduce_dq(BackwardArguments const& arguments, typename Kernel::S
 // The producer warpgroup: one thread of each warp works.
 template <class Kernel, int kHeadDimQK, int kHeadDimV>
 __device__ void produce_backward_tiles(BackwardArguments const& arguments, typename Kernel::SharedStorage& shared) {
-  if (threadIdx.x == 0) {
+  if constexpr (Kernel::kNumCtas == 2) {
+    Kernel::produce(arguments, shared);
+  } else if (threadIdx.x == 0) {
     load_backward_tiles<Kernel, kHeadDimQK>(arguments, shared, arguments.k, arguments.q, arguments.rows.lse_log2,
                                             shared.k, shared.q, shared.lse_log2, shared.q_full, shared.q_empty,
                                             shared.to_clear[0], arguments.rows.is_large);

@@ -53,7 +53,9 @@ struct BackwardQueries {
   static constexpr int kNumQStages = 1;
   static constexpr int kNumConsumers = Tiles::kNumConsumers;
   static constexpr int kSwizzleColumns = 64;
-  static constexpr int kColumnsQK = kHeadDim, kColumnsV = kHeadDim;  // for query_tile.cuh
+  static constexpr int kNumCtas = Tiles::kNumCtas;
+  static constexpr int kColumns = kHeadDim / kNumCtas;               // of a CTA
+  static constexpr int kColumnsQK = kColumns, kColumnsV = kColumns;  // for query_tile.cuh
   static constexpr bool kHasDOut = true;
 
   static constexpr int kScores = kBlockKV / 2;  // per thread
@@ -62,25 +64,30 @@ struct BackwardQueries {
   template <int kN, int kK>
   using BlockShape = cute::Shape<cute::Int<kBlockQ>, cute::Int<kN>, cute::Int<kK>>;
   using MmaS = decltype(cute::make_tiled_mma(
-      cute::GMMA::ss_op_selector<Element, Element, float, BlockShape<kBlockKV, kHeadDim>>(), Warpgroups{}));
+      cute::GMMA::ss_op_selector<Element, Element, float, BlockShape<kBlockKV, kColumns>>(), Warpgroups{}));
   using MmaDQ =
-      decltype(cute::make_tiled_mma(cute::GMMA::rs_op_selector<Element, Element, float, BlockShape<kHeadDim, kBlockKV>,
+      decltype(cute::make_tiled_mma(cute::GMMA::rs_op_selector<Element, Element, float, BlockShape<kColumns, kBlockKV>,
                                                                cute::GMMA::Major::K, cute::GMMA::Major::MN>(),
                                     Warpgroups{}));
   using Layouts = SharedLayouts<Element, kSwizzleColumns>;
-  using LayoutQ = typename Layouts::template Rows<kBlockQ, kHeadDim, kNumQStages>;
-  using LayoutK = typename Layouts::template Rows<kBlockKV, kHeadDim, kNumStages>;
-  using LayoutKt = typename Layouts::template Columns<kBlockKV, kHeadDim, kNumStages>;
+  using LayoutQ = typename Layouts::template Rows<kBlockQ, kColumns, kNumQStages>;
+  using LayoutK = typename Layouts::template Rows<kBlockKV, kColumns, kNumStages>;
+  using LayoutKt = typename Layouts::template Columns<kBlockKV, kColumns, kNumStages>;
+
+  // Of two CTAs each multiplies its columns of Q and K, and of dO and V: its parts of S and dP.
+  struct None {};
+  using Parts = std::conditional_t<kNumCtas == 2, PairBuffers<kScores / 4, kNumConsumers>, None>;
 
   struct SharedStorage {
-    alignas(1024) Element q[kNumQStages][kBlockQ * kHeadDim];
-    alignas(1024) Element dout[kNumQStages][kBlockQ * kHeadDim];
-    alignas(1024) Element k[kNumStages][kBlockKV * kHeadDim];
-    alignas(1024) Element v[kNumStages][kBlockKV * kHeadDim];
+    alignas(1024) Element q[kNumQStages][kBlockQ * kColumns];
+    alignas(1024) Element dout[kNumQStages][kBlockQ * kColumns];
+    alignas(1024) Element k[kNumStages][kBlockKV * kColumns];
+    alignas(1024) Element v[kNumStages][kBlockKV * kColumns];
     uint64_t q_full[kNumQStages], q_empty[kNumQStages];
     uint64_t k_full[kNumStages], k_empty[kNumStages], v_full[kNumStages], v_empty[kNumStages];
     uint64_t tile_full[kNumQueryTiles], tile_empty[kNumQueryTiles];
     WorkTile tiles[kNumQueryTiles];
+    Parts s_parts, dp_parts;
   };
   static constexpr int kSharedBytes = sizeof(SharedStorage);
   static_assert(kSharedBytes <= kMaxSharedBytes);
@@ -95,7 +102,8 @@ struct BackwardQueries {
     for (int r = 0; r < 2; ++r) {
       QueryRow const row = query_row(arguments.schedule, tile, first_row + 8 * r);
       Element* const out = row.is_valid ? row_pointer<Element>(arguments.dq, tile, row) : nullptr;
-      store_row<Element, kHeadDim>(out, fragment, r, factor, 0, arguments.problem.head_dim_qk, threadIdx.x % 4);
+      store_row<Element, kColumns>(out, fragment, r, factor, kColumns * cta_rank<kNumCtas>(),
+                                   arguments.problem.head_dim_qk, threadIdx.x % 4);
     }
   }
 
@@ -119,7 +127,7 @@ struct BackwardQueries {
     Tensor fKt = thread_dq.partition_fragment_B(tensor(shared.k[0], LayoutKt{}));
     Tensor rS = partition_fragment_C(mma_s, Shape<Int<kBlockQ>, Int<kBlockKV>>{});    // fp32, kBlockKV/2 a thread
     Tensor rDP = partition_fragment_C(mma_s, Shape<Int<kBlockQ>, Int<kBlockKV>>{});   // kBlockKV/2
-    Tensor rDQ = partition_fragment_C(mma_dq, Shape<Int<kBlockQ>, Int<kHeadDim>>{});  // kHeadDim/2
+    Tensor rDQ = partition_fragment_C(mma_dq, Shape<Int<kBlockQ>, Int<kColumns>>{});  // kColumns/2
     Tensor rDS = make_tensor<Element>(partition_shape_A(mma_dq, Shape<Int<kBlockQ>, Int<kBlockKV>>{}));
     static_assert(decltype(size(rS))::value == kScores && decltype(size(rDS))::value == kScores);
 
@@ -129,6 +137,7 @@ struct BackwardQueries {
     Ring<kNumStages> ring;
     Ring<kNumQStages> q_ring;
     Ring<kNumQueryTiles> slot;
+    [[maybe_unused]] uint32_t s_phase = 0, dp_phase = 0;
 
     // A product completes for the whole warpgroup at once, so one thread arrives for all.
     auto release = [&](uint64_t& barrier) {
@@ -194,6 +203,7 @@ struct BackwardQueries {
       // Of the products in `ring`; to be called where S, and nothing issued before it, may still be on its way.
       auto gradients = [&] {
         warpgroup_fence_operand(rS);
+        if constexpr (kNumCtas == 2) add_other_part(rS, shared.s_parts, warpgroup, s_phase);
         bool const is_masked = kv_block < visible.unmasked_begin || kv_block >= visible.unmasked_end;
         auto hide = [&] {
           if (!is_masked) return;
@@ -223,6 +233,7 @@ struct BackwardQueries {
         warpgroup_fence_operand(rDP);
         release(shared.v_empty[ring.stage]);
         if (kv_block == visible.begin) release(shared.q_empty[q_ring.stage]);
+        if constexpr (kNumCtas == 2) add_other_part(rDP, shared.dp_parts, warpgroup, dp_phase);
         CUTE_UNROLL
         for (int i = 0; i < kScores / 2; ++i) {
           pairs[i] =
@@ -273,9 +284,13 @@ __global__ void __launch_bounds__(BackwardQueryTiles<kHeadDim>::kNumThreads, 1)
   int const warpgroup = cutlass::canonical_warp_group_idx();
   if (threadIdx.x == 0) {
     if (cute::cast_smem_ptr_to_uint(&shared) % 1024 != 0) __trap();
+    if constexpr (Kernel::kNumCtas == 2) {
+      shared.s_parts.init();
+      shared.dp_parts.init();
+    }
     init_query_barriers<Kernel>(shared);
   }
-  __syncthreads();
+  sync_ctas<Kernel::kNumCtas>();
   if (warpgroup == 0) {
     cutlass::arch::warpgroup_reg_dealloc<Kernel::Tiles::kProducerRegisters>();
     produce_query_tiles<Kernel>(arguments, shared);
@@ -283,6 +298,7 @@ __global__ void __launch_bounds__(BackwardQueryTiles<kHeadDim>::kNumThreads, 1)
     cutlass::arch::warpgroup_reg_alloc<Kernel::Tiles::kConsumerRegisters>();
     Kernel::consume(arguments, shared, warpgroup - 1);
   }
+  if constexpr (Kernel::kNumCtas == 2) sync_ctas<Kernel::kNumCtas>();
 #endif
 }
 

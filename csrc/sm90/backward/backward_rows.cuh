@@ -80,7 +80,7 @@ __device__ int32_t block_in_head(BackwardRows const& rows, int32_t head) {
 }
 
 // One CTA for each q_block and head.
-template <int kBlockQ, int kHeadDimQK, class Element>
+template <int kBlockQ, int kHeadDimQK, int kHeadDimV, class Element>
 __global__ void __launch_bounds__(kRowThreads)
     preprocess_kernel(__grid_constant__ PreprocessArguments const arguments) {
   cutlass::arch::launch_dependent_grids();
@@ -92,21 +92,25 @@ __global__ void __launch_bounds__(kRowThreads)
   int64_t const batch = problem.cu_seqlens_q != nullptr ? 0 : block.number;
   int32_t const vectors = static_cast<int32_t>(problem.head_dim_v) / 8;  // of 16 bytes
   int32_t lanes = 1;                                                     // that share a row
-  while (lanes < vectors) lanes *= 2;
+  while (lanes < vectors && lanes < kWarpThreads) lanes *= 2;
   int32_t const lane = threadIdx.x % lanes;
   bool const has_sink = problem.sinks != nullptr && !(problem.cu_seqlens_q != nullptr && block.number == problem.batch);
   __shared__ float sink_terms[kBlockQ];
   bool is_large = false;
+  constexpr int kVectorsOfLane = (kHeadDimV + 8 * kWarpThreads - 1) / (8 * kWarpThreads);
 
   for (int32_t row = threadIdx.x / lanes; row < kBlockQ; row += kRowThreads / lanes) {
     int32_t const query = block.q_begin + row;
     bool const is_valid = query < block.sequence.seqlen_q;
     float sum = 0.0f;
-    if (is_valid && lane < vectors) {
+    CUTE_UNROLL
+    for (int part = 0; part < kVectorsOfLane; ++part) {
+      int32_t const vector = part * lanes + lane;
+      if (!is_valid || vector >= vectors) break;
       auto load = [&](TensorView const& view) {
         return *reinterpret_cast<uint4 const*>(
             static_cast<Element const*>(view.data) + batch * view.stride_batch + head * view.stride_heads +
-            (block.sequence.offset_q + int64_t{query}) * view.stride_seqlen + lane * 8);
+            (block.sequence.offset_q + int64_t{query}) * view.stride_seqlen + vector * 8);
       };
       uint4 const out = load(arguments.out), dout = load(arguments.dout);
       uint32_t const a[4] = {out.x, out.y, out.z, out.w}, b[4] = {dout.x, dout.y, dout.z, dout.w};

@@ -28,6 +28,7 @@ struct BackwardWide {
   static constexpr int kNumStages = Tiles::kNumStages;
   static constexpr int kSwizzleColumns = Tiles::kSwizzleColumns;
   static_assert(kBlockQ == 64 && kBlockKV == 64);
+  static constexpr int kNumCtas = 1, kNumLoaders = 2;
   static constexpr bool kSumsDQ = false;         // backward_queries.cuh
   static constexpr int kScores = 32;             // of S or dP, per thread of one warpgroup
   static constexpr int kColumns = kHeadDim / 2;  // of a warpgroup

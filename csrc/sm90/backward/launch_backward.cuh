@@ -47,7 +47,8 @@ BackwardPlan plan_backward(BackwardParams const& params, int num_sms) {
   int64_t const kv_blocks = is_packed ? 0 : ceil_div(problem.seqlen_kv, Tiles::kBlockKV);
   int64_t const tiles = is_packed ? int64_t{1} << 40 : problem.batch * plan.heads_kv * kv_blocks;
   plan.num_splits = 1;
-  while (2 * tiles * plan.num_splits < 3 * num_sms && group % (2 * plan.num_splits) == 0) plan.num_splits *= 2;
+  while (2 * tiles * plan.num_splits < 3 * num_sms / Tiles::kNumCtas && group % (2 * plan.num_splits) == 0)
+    plan.num_splits *= 2;
 
   auto take = [&](int64_t bytes) {
     int64_t const offset = plan.bytes;
@@ -96,8 +97,8 @@ const char* launch_queries(BackwardParams const& params, BackwardRows const& row
   Problem const& problem = params.problem;
   BackwardQueriesArguments arguments{};
   int num_ctas = 0;
-  const char* error =
-      make_forward_schedule(problem, Kernel::kBlockQ, num_sms, workspace, stream, arguments.schedule, num_ctas);
+  const char* error = make_forward_schedule(problem, Kernel::kBlockQ, num_sms / Kernel::kNumCtas, workspace, stream,
+                                            arguments.schedule, num_ctas);
   QueryMaps const maps{problem, arguments.schedule, Kernel::kSwizzleColumns, Kernel::kBlockKV};
   if (error == nullptr)
     error = maps.make_queries(arguments.q, params.q, problem.head_dim_qk, arguments.schedule.rows_per_block);
@@ -115,9 +116,9 @@ const char* launch_queries(BackwardParams const& params, BackwardRows const& row
   if (cudaError_t const status = allow_shared_memory<kernel>(Kernel::kSharedBytes, device); status != cudaSuccess) {
     return cudaGetErrorString(status);
   }
-  return launch_kernel<BackwardQueriesArguments>(kernel, dim3(static_cast<unsigned>(num_ctas)),
+  return launch_kernel<BackwardQueriesArguments>(kernel, dim3(static_cast<unsigned>(num_ctas * Kernel::kNumCtas)),
                                                  Kernel::Tiles::kNumThreads, Kernel::kSharedBytes, stream,
-                                                 Launch::kAlone, arguments);
+                                                 Launch::kAlone, arguments, Kernel::kNumCtas);
 }
 
 template <int kHeadDimQK, int kHeadDimV, class Element>
@@ -148,8 +149,9 @@ const char* launch_heads(BackwardParams const& params, BackwardPlan const& plan,
   int num_ctas = 0;
   const char* error = nullptr;
   if (rows_kv > 0) {
-    error = make_backward_schedule(problem, Tiles::kBlockKV, static_cast<int>(plan.num_splits), num_sms,
-                                   workspace + plan.schedule, stream, arguments.schedule, num_ctas);
+    error =
+        make_backward_schedule(problem, Tiles::kBlockKV, static_cast<int>(plan.num_splits), num_sms / Tiles::kNumCtas,
+                               workspace + plan.schedule, stream, arguments.schedule, num_ctas);
   }
   auto make_map = [&](CUtensorMap& map, TensorView const& view, int64_t head_dim, int64_t rows, int64_t heads,
                       int box_rows) {
@@ -172,7 +174,8 @@ const char* launch_heads(BackwardParams const& params, BackwardPlan const& plan,
   float* const dsink_parts = params.dsinks != nullptr ? at(plan.dsink_parts) : nullptr;
   if (rows_q > 0) {
     error = launch_kernel<PreprocessArguments>(
-        preprocess_kernel<Tiles::kBlockQ, kHeadDimQK, Element>, row_grid, kRowThreads, 0, stream, Launch::kAlone,
+        preprocess_kernel<Tiles::kBlockQ, kHeadDimQK, kHeadDimV, Element>, row_grid, kRowThreads, 0, stream,
+        Launch::kAlone,
         {params.out, params.dout, params.lse, params.dlse, arguments.rows, problem, arguments.window, dsink_parts});
     if (error != nullptr) return error;
   }
@@ -187,8 +190,9 @@ const char* launch_heads(BackwardParams const& params, BackwardPlan const& plan,
       Launch const how = arguments.rows.dq_semaphore != nullptr ? Launch::kTogether
                          : rows_q > 0                           ? Launch::kDependent
                                                                 : Launch::kAlone;
-      return launch_kernel<BackwardArguments>(kernel, dim3(static_cast<unsigned>(num_ctas)), Tiles::kNumThreads,
-                                              kSharedBytes, stream, how, arguments);
+      return launch_kernel<BackwardArguments>(kernel, dim3(static_cast<unsigned>(num_ctas * Tiles::kNumCtas)),
+                                              Tiles::kNumThreads, kSharedBytes, stream, how, arguments,
+                                              Tiles::kNumCtas);
     };
     if constexpr (Tiles::kHasSoftcap && !Tiles::kSplitsColumns) {
       error = problem.softcap > 0.0f ? launch(std::true_type{}) : launch(std::false_type{});

@@ -29,6 +29,7 @@
 #include "params.h"
 #include "sm90/forward/forward_output.cuh"
 #include "sm90/forward/query_tile.cuh"
+#include "sm90/hopper/cta_pair.cuh"
 #include "sm90/hopper/fragment.cuh"
 #include "sm90/hopper/ptx.cuh"
 #include "sm90/hopper/softmax.cuh"
@@ -51,17 +52,19 @@ struct Forward {
   static constexpr int kNumQStages = Tiles::kNumQStages;
   static constexpr int kNumConsumers = Tiles::kNumConsumers;
   static constexpr int kSwizzleColumns = swizzle_columns(kHeadDimQK, kHeadDimV);
-  static_assert(kHeadDimQK % kSwizzleColumns == 0 && kHeadDimV % kSwizzleColumns == 0);
-  static constexpr int kColumnsQK = kHeadDimQK, kColumnsV = kHeadDimV;  // for query_tile.cuh
+  static constexpr int kNumCtas = Tiles::kNumCtas;
+  // Columns of a CTA, for query_tile.cuh as well.
+  static constexpr int kColumnsQK = kHeadDimQK / kNumCtas, kColumnsV = kHeadDimV / kNumCtas;
+  static_assert(kColumnsQK % kSwizzleColumns == 0 && kColumnsV % kSwizzleColumns == 0);
   static constexpr bool kHasDOut = false;
 
   static constexpr int kScores = kBlockKV / 2;  // per thread
-  static constexpr int kOutputs = kHeadDimV / 2;
+  static constexpr int kOutputs = kColumnsV / 2;
   using Output = ForwardOutput<Forward, Element>;
   using RowSoftmax = Softmax<kScores, (kNumConsumers > 2)>;
 
-  using BlockShapeS = cute::Shape<cute::Int<kBlockQ>, cute::Int<kBlockKV>, cute::Int<kHeadDimQK>>;
-  using BlockShapeO = cute::Shape<cute::Int<kBlockQ>, cute::Int<kHeadDimV>, cute::Int<kBlockKV>>;
+  using BlockShapeS = cute::Shape<cute::Int<kBlockQ>, cute::Int<kBlockKV>, cute::Int<kColumnsQK>>;
+  using BlockShapeO = cute::Shape<cute::Int<kBlockQ>, cute::Int<kColumnsV>, cute::Int<kBlockKV>>;
   using Warpgroups = cute::Layout<cute::Shape<cute::Int<kNumConsumers>, cute::_1, cute::_1>>;
   using MmaS =
       decltype(cute::make_tiled_mma(cute::GMMA::ss_op_selector<Element, Element, float, BlockShapeS>(), Warpgroups{}));
@@ -70,26 +73,32 @@ struct Forward {
       Warpgroups{}));
 
   using Layouts = SharedLayouts<Element, kSwizzleColumns>;
-  using LayoutQ = typename Layouts::template Rows<kBlockQ, kHeadDimQK, kNumQStages>;
-  using LayoutK = typename Layouts::template Rows<kBlockKV, kHeadDimQK, kNumStages>;
-  using LayoutVt = typename Layouts::template Columns<kBlockKV, kHeadDimV, kNumStages>;
+  using LayoutQ = typename Layouts::template Rows<kBlockQ, kColumnsQK, kNumQStages>;
+  using LayoutK = typename Layouts::template Rows<kBlockKV, kColumnsQK, kNumStages>;
+  using LayoutVt = typename Layouts::template Columns<kBlockKV, kColumnsV, kNumStages>;
 
   // A second Q buffer lets the first S of the next tile be multiplied while O of this one is written, and O leave by
   // way of its tile's Q buffer.
   static constexpr bool kLooksAhead = kNumQStages > 1;
-  static_assert(!kLooksAhead || kHeadDimV <= kHeadDimQK, "O takes the place of Q");
+  static_assert(!kLooksAhead || kColumnsV <= kColumnsQK, "O takes the place of Q");
 
   // The end of the softmax needs registers that P holds while the last product runs.
-  static constexpr bool kFinishesEarly = kNumConsumers == 2 && kHeadDimV <= 128;
+  static constexpr bool kFinishesEarly = kNumConsumers == 2 && kColumnsV <= 128;
+
+  // Of two CTAs each multiplies its columns of Q and K: its part of S.
+  struct None {};
+  using PairParts = std::conditional_t<kNumCtas == 2, PairBuffers<kScores / 4, kNumConsumers>, None>;
+  static_assert(kNumCtas == 1 || !kLooksAhead, "an S that is discarded has no other part");
 
   struct SharedStorage {
-    alignas(1024) Element q[kNumQStages][kBlockQ * kHeadDimQK];
-    alignas(1024) Element k[kNumStages][kBlockKV * kHeadDimQK];
-    alignas(1024) Element v[kNumStages][kBlockKV * kHeadDimV];
+    alignas(1024) Element q[kNumQStages][kBlockQ * kColumnsQK];
+    alignas(1024) Element k[kNumStages][kBlockKV * kColumnsQK];
+    alignas(1024) Element v[kNumStages][kBlockKV * kColumnsV];
     uint64_t q_full[kNumQStages], q_empty[kNumQStages];
     uint64_t k_full[kNumStages], k_empty[kNumStages], v_full[kNumStages], v_empty[kNumStages];
     uint64_t tile_full[kNumQueryTiles], tile_empty[kNumQueryTiles];
     WorkTile tiles[kNumQueryTiles];
+    PairParts parts;
   };
   static constexpr int kSharedBytes = sizeof(SharedStorage);
   static_assert(kSharedBytes <= kMaxSharedBytes);
@@ -114,14 +123,14 @@ struct Forward {
     Tensor sVt = make_tensor(make_smem_ptr(shared.v[0]), LayoutVt{});
     // wgmma descriptors are uniform per warpgroup. Slicing by warpgroup instead of thread lets ptxas keep them in
     // uniform registers; at 256 there are too few.
-    int const slice = kHeadDimQK <= 192 ? warpgroup * kWarpgroupThreads : threadIdx.x - kWarpgroupThreads;
+    int const slice = kColumnsQK <= 192 ? warpgroup * kWarpgroupThreads : threadIdx.x - kWarpgroupThreads;
     auto thread_s = mma_s.get_slice(slice);
     auto thread_o = mma_o.get_slice(slice);
-    Tensor fQ = thread_s.partition_fragment_A(sQ);   // descriptors (_, 1, kHeadDimQK/16, kNumQStages)
-    Tensor fK = thread_s.partition_fragment_B(sK);   // (_, 1, kHeadDimQK/16, kNumStages)
+    Tensor fQ = thread_s.partition_fragment_A(sQ);   // descriptors (_, 1, kColumnsQK/16, kNumQStages)
+    Tensor fK = thread_s.partition_fragment_B(sK);   // (_, 1, kColumnsQK/16, kNumStages)
     Tensor fV = thread_o.partition_fragment_B(sVt);  // (_, _, kBlockKV/16, kNumStages)
     Tensor rS = partition_fragment_C(mma_s, Shape<Int<kBlockQ>, Int<kBlockKV>>{});   // fp32, kBlockKV/2 a thread
-    Tensor rO = partition_fragment_C(mma_o, Shape<Int<kBlockQ>, Int<kHeadDimV>>{});  // fp32, kHeadDimV/2 a thread
+    Tensor rO = partition_fragment_C(mma_o, Shape<Int<kBlockQ>, Int<kColumnsV>>{});  // fp32, kColumnsV/2 a thread
     // 16 bits, kBlockKV/2 a thread, packed in pairs.
     Tensor rP = make_tensor<Element>(partition_shape_A(mma_o, Shape<Int<kBlockQ>, Int<kBlockKV>>{}));
     static_assert(decltype(size(rS))::value == kScores && decltype(size(rO))::value == kOutputs);
@@ -132,13 +141,14 @@ struct Forward {
     Ring<kNumStages> ring;
     Ring<kNumQStages> q_ring;
     Ring<kNumQueryTiles> slot;
+    [[maybe_unused]] uint32_t part_phase = 0;
 
     auto issue_s = [&] {
       warpgroup_fence_operand(rS);
       warpgroup_arrive();
       mma_s.accumulate_ = GMMA::ScaleOut::Zero;
       CUTE_UNROLL
-      for (int k = 0; k < kHeadDimQK / 16; ++k) {
+      for (int k = 0; k < kColumnsQK / 16; ++k) {
         cute::gemm(mma_s, fQ(_, _, k, q_ring.stage), fK(_, _, k, ring.stage), rS);
         mma_s.accumulate_ = GMMA::ScaleOut::One;
       }
@@ -276,10 +286,11 @@ struct Forward {
 
       WorkTile const& tile = shared.tiles[slot.stage];
       // In registers if there is room.
-      std::conditional_t<(kHeadDimV > 128 || kNumConsumers > 2), VisibleBlocks const&, VisibleBlocks const> visible =
+      std::conditional_t<(kColumnsV > 128 || kNumConsumers > 2), VisibleBlocks const&, VisibleBlocks const> visible =
           tile.visible[warpgroup];
       int32_t kv_block = visible.end - 1;
       auto finish_scores = [&](auto is_first) {
+        if constexpr (kNumCtas == 2) add_other_part(rS, shared.parts, warpgroup, part_phase);
         if (has_transform) transform_scores<kScores>(rS, problem.scale, problem.softcap);
         if (kv_block < visible.unmasked_begin || kv_block >= visible.unmasked_end) {
           int32_t const shift = tile.sequence.seqlen_kv - tile.sequence.seqlen_q;
@@ -355,9 +366,10 @@ struct Forward {
     int const warpgroup = cutlass::canonical_warp_group_idx();
     if (threadIdx.x == 0) {
       if (cute::cast_smem_ptr_to_uint(&shared) % 1024 != 0) __trap();
+      if constexpr (kNumCtas == 2) shared.parts.init();
       init_query_barriers<Forward>(shared);
     }
-    __syncthreads();
+    sync_ctas<kNumCtas>();
     cutlass::arch::wait_on_dependent_grids();  // schedule_kernel's list
     if (warpgroup == 0) {
       cutlass::arch::warpgroup_reg_dealloc<Tiles::kProducerRegisters>();
@@ -366,6 +378,7 @@ struct Forward {
       cutlass::arch::warpgroup_reg_alloc<Tiles::kConsumerRegisters>();
       consume(arguments, shared, warpgroup - 1);
     }
+    if constexpr (kNumCtas == 2) sync_ctas<kNumCtas>();
   }
 };
 

@@ -119,8 +119,9 @@ struct ForwardOutput {
     for (int r = 0; r < 2; ++r) {
       QueryRow const row = query_row(schedule, tile, first_row + 8 * r);
       Element* const out = row.is_valid ? out_row(arguments, tile, row) : nullptr;
-      store_row<Element, Kernel::kColumnsV>(out, rO, r, rows.factor[r], 0, arguments.problem.head_dim_v,
-                                            threadIdx.x % 4);
+      store_row<Element, Kernel::kColumnsV>(out, rO, r, rows.factor[r],
+                                            Kernel::kColumnsV * cta_rank<Kernel::kNumCtas>(),
+                                            arguments.problem.head_dim_v, threadIdx.x % 4);
     }
   }
 };

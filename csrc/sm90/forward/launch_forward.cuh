@@ -19,8 +19,8 @@ const char* launch(ForwardParams const& params, void* workspace, cudaStream_t st
 
   ForwardArguments arguments{};
   int num_ctas = 0;
-  if (const char* error = make_forward_schedule(problem, Kernel::kBlockQ, num_sms(device), workspace, stream,
-                                                arguments.schedule, num_ctas)) {
+  if (const char* error = make_forward_schedule(problem, Kernel::kBlockQ, num_sms(device) / Kernel::kNumCtas, workspace,
+                                                stream, arguments.schedule, num_ctas)) {
     return error;
   }
   QueryMaps const maps{problem, arguments.schedule, Kernel::kSwizzleColumns, Kernel::kBlockKV};
@@ -43,9 +43,9 @@ const char* launch(ForwardParams const& params, void* workspace, cudaStream_t st
     return cudaGetErrorString(status);
   }
   // A packed batch's kernel may set up while its list is being made.
-  return launch_kernel<ForwardArguments>(kernel, dim3(static_cast<unsigned>(num_ctas)), Kernel::Tiles::kNumThreads,
-                                         Kernel::kSharedBytes, stream, is_packed ? Launch::kDependent : Launch::kAlone,
-                                         arguments);
+  return launch_kernel<ForwardArguments>(kernel, dim3(static_cast<unsigned>(num_ctas * Kernel::kNumCtas)),
+                                         Kernel::Tiles::kNumThreads, Kernel::kSharedBytes, stream,
+                                         is_packed ? Launch::kDependent : Launch::kAlone, arguments, Kernel::kNumCtas);
 }
 
 template <int kHeadDimQK, int kHeadDimV, class Element>

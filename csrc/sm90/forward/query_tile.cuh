@@ -8,6 +8,7 @@
 #include <cute/tensor.hpp>
 
 #include "params.h"
+#include "sm90/hopper/cta_pair.cuh"
 #include "sm90/hopper/operands.cuh"
 #include "sm90/hopper/sequence_rows.h"
 #include "sm90/scheduling/scheduler.cuh"
@@ -44,7 +45,7 @@ __device__ void publish_query_work_tiles(Arguments const& arguments, typename Ke
   open_counter(schedule);
   for (int32_t round = 0;; ++round, slot.advance()) {
     ClusterBarrier::wait(&shared.tile_empty[slot.stage], slot.phase ^ 1);
-    TilePlace const place = place_of(schedule, next_index(schedule, round));
+    TilePlace const place = place_of(schedule, next_index<Kernel::kNumCtas>(schedule, round));
     write_work_tile<Kernel::kBlockKV, Kernel::kNumConsumers>(shared.tiles[slot.stage], schedule, arguments.problem,
                                                              arguments.window, place);
     ClusterBarrier::arrive(&shared.tile_full[slot.stage]);
@@ -57,7 +58,7 @@ __device__ void publish_query_work_tiles(Arguments const& arguments, typename Ke
 template <class Kernel, class Arguments>
 __device__ void load_queries(Arguments const& arguments, typename Kernel::SharedStorage& shared) {
   Schedule const& schedule = arguments.schedule;
-  int32_t const rows = schedule.rows_per_block * schedule.heads_packed;
+  int32_t const rows = schedule.rows_per_block * schedule.heads_packed, rank = cta_rank<Kernel::kNumCtas>();
   Ring<Kernel::kNumQStages> q_ring;
   Ring<kNumQueryTiles> slot;
   for (;; q_ring.advance(), slot.advance()) {
@@ -75,7 +76,7 @@ __device__ void load_queries(Arguments const& arguments, typename Kernel::Shared
       auto load = [&](CUtensorMap const& map, auto& buffer, int head_dim) {
         for (int column = 0; column < head_dim; column += Kernel::kSwizzleColumns) {
           cute::SM90_TMA_LOAD_5D::copy(&map, &q_full, static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVICT_FIRST),
-                                       buffer + column * Kernel::kBlockQ, column, 0,
+                                       buffer + column * Kernel::kBlockQ, rank * head_dim + column, 0,
                                        tile.sequence.offset_q + tile.q_begin, tile.head / schedule.heads_packed, batch);
         }
       };
@@ -94,6 +95,7 @@ __device__ void load_keys(Arguments const& arguments, typename Kernel::SharedSto
                           uint64_t (&full)[Kernel::kNumStages], uint64_t (&empty)[Kernel::kNumStages]) {
   Schedule const& schedule = arguments.schedule;
   int32_t const group = static_cast<int32_t>(arguments.problem.heads_q / arguments.problem.heads_kv);
+  int32_t const first_column = cta_rank<Kernel::kNumCtas>() * head_dim;
   Ring<Kernel::kNumStages> ring;
   Ring<kNumQueryTiles> slot;
   for (;; slot.advance()) {
@@ -109,7 +111,7 @@ __device__ void load_keys(Arguments const& arguments, typename Kernel::SharedSto
       ClusterTransactionBarrier::arrive_and_expect_tx(&full[stage], sizeof(buffers[stage]));
       for (int column = 0; column < head_dim; column += Kernel::kSwizzleColumns) {
         cute::SM90_TMA_LOAD_5D::copy(&map, &full[stage], static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVICT_NORMAL),
-                                     buffers[stage] + column * Kernel::kBlockKV, column,
+                                     buffers[stage] + column * Kernel::kBlockKV, first_column + column,
                                      rows.row + kv_block * Kernel::kBlockKV, rows.end, head_kv, rows.outer);
       }
     }

@@ -49,10 +49,15 @@ enum class Launch : int32_t {
   kTogether,   // as kAlone, with all blocks running at once (cooperative launch), or not at all
 };
 
+// `cluster_size` neighbours of the grid's first dimension reach each other's shared memory.
 template <class Arguments>
 const char* launch_kernel(void (*kernel)(Arguments), dim3 grid, int threads, int shared_bytes, cudaStream_t stream,
-                          Launch how, Arguments const& arguments) {
-  cudaLaunchAttribute attribute{};
+                          Launch how, Arguments const& arguments, int cluster_size = 1) {
+  cudaLaunchAttribute attributes[2] = {};
+  cudaLaunchAttribute& cluster = attributes[0];
+  cluster.id = cudaLaunchAttributeClusterDimension;
+  cluster.val.clusterDim = {static_cast<unsigned>(cluster_size), 1, 1};
+  cudaLaunchAttribute& attribute = attributes[1];
   if (how == Launch::kTogether) {
     attribute.id = cudaLaunchAttributeCooperative;
     attribute.val.cooperative = 1;
@@ -65,8 +70,8 @@ const char* launch_kernel(void (*kernel)(Arguments), dim3 grid, int threads, int
   config.blockDim = dim3(static_cast<unsigned>(threads));
   config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
   config.stream = stream;
-  config.attrs = &attribute;
-  config.numAttrs = how == Launch::kAlone ? 0 : 1;
+  config.attrs = cluster_size > 1 ? attributes : attributes + 1;
+  config.numAttrs = (cluster_size > 1 ? 1 : 0) + (how == Launch::kAlone ? 0 : 1);
   void* pointers[] = {const_cast<Arguments*>(&arguments)};
   cudaError_t const status = cudaLaunchKernelExC(&config, reinterpret_cast<void const*>(kernel), pointers);
   if (status == cudaErrorCooperativeLaunchTooLarge) {

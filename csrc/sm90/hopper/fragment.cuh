@@ -50,11 +50,23 @@ __device__ float2 unpack(uint32_t pair) {
   }
 }
 
+// Lane l of a quad holds pair l of columns 8m ... 8m + 7 of every 32, m being the index; afterwards it holds columns
+// 8l ... 8l + 7.
+__device__ inline void transpose_quad(uint32_t (&pairs)[4], int quad_lane) {
+  bool const is_high = quad_lane & 2, is_odd = quad_lane & 1;
+  uint32_t const a = __shfl_xor_sync(0xffffffff, is_high ? pairs[0] : pairs[2], 2);
+  uint32_t const b = __shfl_xor_sync(0xffffffff, is_high ? pairs[1] : pairs[3], 2);
+  (is_high ? pairs[0] : pairs[2]) = a;
+  (is_high ? pairs[1] : pairs[3]) = b;
+  uint32_t const c = __shfl_xor_sync(0xffffffff, is_odd ? pairs[0] : pairs[1], 1);
+  uint32_t const d = __shfl_xor_sync(0xffffffff, is_odd ? pairs[2] : pairs[3], 1);
+  (is_odd ? pairs[0] : pairs[1]) = c;
+  (is_odd ? pairs[2] : pairs[3]) = d;
+}
+
 // Writes factor * row `r` (0 or 1) of the fragment to `out`, columns first_column ... below num_columns; nothing where
-// out is null. All lanes of a quad take part; quad_lane is threadIdx.x % 4, which callers have at hand.
-//
-// Lane l of a quad holds pair l of columns 8m ... 8m + 7 of every 32. Transposed over the quad, it holds columns
-// 8l ... 8l + 7, and stores 16 bytes beside its neighbours'.
+// out is null. All lanes of a quad take part; quad_lane is threadIdx.x % 4, which callers have at hand. Transposed over
+// the quad, each lane stores 16 bytes beside its neighbours'.
 template <class Element, int kColumns, class Fragment>
 __device__ void store_row(Element* out, Fragment const& fragment, int r, float factor, int first_column,
                           int64_t num_columns, int quad_lane) {
@@ -66,15 +78,7 @@ __device__ void store_row(Element* out, Fragment const& fragment, int r, float f
       int const element = (4 * group + m) * 4 + r * 2;
       pairs[m] = pack<Element>(fragment(element) * factor, fragment(element + 1) * factor);
     }
-    bool const is_high = quad_lane & 2, is_odd = quad_lane & 1;
-    uint32_t const a = __shfl_xor_sync(0xffffffff, is_high ? pairs[0] : pairs[2], 2);
-    uint32_t const b = __shfl_xor_sync(0xffffffff, is_high ? pairs[1] : pairs[3], 2);
-    (is_high ? pairs[0] : pairs[2]) = a;
-    (is_high ? pairs[1] : pairs[3]) = b;
-    uint32_t const c = __shfl_xor_sync(0xffffffff, is_odd ? pairs[0] : pairs[1], 1);
-    uint32_t const d = __shfl_xor_sync(0xffffffff, is_odd ? pairs[2] : pairs[3], 1);
-    (is_odd ? pairs[0] : pairs[1]) = c;
-    (is_odd ? pairs[2] : pairs[3]) = d;
+    transpose_quad(pairs, quad_lane);
     int const column = first_column + 32 * group + 8 * quad_lane;
     if (out != nullptr && column < num_columns) {
       *reinterpret_cast<uint4*>(out + column) = uint4{pairs[0], pairs[1], pairs[2], pairs[3]};

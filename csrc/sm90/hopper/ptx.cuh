@@ -96,6 +96,43 @@ __device__ inline void reduce_add(float* address, float4 x) {
                : "memory");
 }
 
+// ---- the other CTA of a cluster -------------------------------------------------------------------------------------
+
+// 9.7.9.23, mapa: the address, in the cluster's shared memory, of what CTA `rank` has where this one has `pointer`.
+__device__ inline uint32_t address_in(uint32_t rank, void const* pointer) {
+  uint32_t address;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(cute::cast_smem_ptr_to_uint(pointer)), "r"(rank));
+  return address;
+}
+
+// 9.7.9.12, st.async: 16 bytes to another CTA, counted there on `barrier`; both by address_in.
+__device__ inline void store_async(uint32_t address, uint32_t barrier, float a, float b, float c, float d) {
+  asm volatile(
+      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(address),
+      "f"(a), "f"(b), "f"(c), "f"(d), "r"(barrier)
+      : "memory");
+}
+
+__device__ inline void store_async(uint32_t address, uint32_t barrier, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
+  store_async(address, barrier, __uint_as_float(a), __uint_as_float(b), __uint_as_float(c), __uint_as_float(d));
+}
+
+// 9.7.13.15.13, mbarrier.arrive, with release at the scope of the cluster; by address_in.
+__device__ inline void arrive_remote(uint32_t barrier) {
+  asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+
+// 9.7.13.15.16, mbarrier.try_wait, with acquire at the scope of the cluster. ClusterBarrier::wait acquires at the
+// CTA's.
+__device__ inline void wait_cluster(uint64_t const* barrier, uint32_t phase) {
+  asm volatile(
+      "{ .reg .pred done; waiting:\n"
+      "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
+      "@done bra ended; bra waiting; ended: }" ::"r"(cute::cast_smem_ptr_to_uint(barrier)),
+      "r"(phase)
+      : "memory");
+}
+
 // ---- other kernels of the stream
 // -------------------------------------------------------------------------------------
 

@@ -146,11 +146,17 @@ __device__ inline void open_counter(Schedule const& schedule) {
   ptx::store_release(ticket_of(schedule), schedule.ticket);
 }
 
-// The number of the tile that this CTA takes in its round `round`. Dealt out statically, rounds run to and fro, so that
+// The number of the tile that this CTA takes in its round `round`; kNumCtas neighbours take it together, dealt out
+// statically. Dealt out statically, rounds run to and fro, so that
 // the CTA with the longest tile of one round has the shortest of the next; otherwise CTAs take the next tile by
 // counter.
-__device__ inline int32_t next_index(Schedule const& schedule, int32_t round) {
+template <int kNumCtas = 1>
+__device__ int32_t next_index(Schedule const& schedule, int32_t round) {
   int32_t const num_ctas = gridDim.x;
+  if constexpr (kNumCtas > 1) {
+    int32_t const number = blockIdx.x / kNumCtas, count = num_ctas / kNumCtas;
+    return round * count + (round % 2 == 0 ? number : count - 1 - number);
+  }
   if (schedule.next_tile == nullptr) {
     return round * num_ctas + (round % 2 == 0 ? blockIdx.x : num_ctas - 1 - blockIdx.x);
   }
