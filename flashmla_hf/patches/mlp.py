@@ -70,11 +70,11 @@ def _more_arguments(layer: structure.Layer, width: int | None) -> str | None:
     assert layer.mlp_name is not None
     taken = forwards.parameters_of(layer.mlp).values()
     named = [p.name for p in taken if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    if len(named) < 2:
+        return None
     needed = [p.name for p in taken if p.name in named and p.default is p.empty]
     passed = forwards.numbers_passed(inspect.unwrap(type(layer.module).forward), layer.mlp_name)
-    if len(named) < 2 or (len(needed) < 2 and passed == {1}):
-        return None
-    if len(needed) < 2 and 1 in passed and _tried(layer.mlp, width, _are_rows_alone):
+    if len(needed) < 2 and (passed == {1} or (1 in passed and _tried(layer.mlp, width, _are_rows_alone))):
         return None
     return f"a forward of {', '.join(named)}"
 

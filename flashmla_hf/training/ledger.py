@@ -21,7 +21,7 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from flashmla_hf.host_memory import GIB
@@ -34,6 +34,17 @@ from flashmla_hf.training.terms import MOMENTS, Switches, Term, terms_of
 KIB = 2**10
 ITEM_BYTES = {"float32": 4, "bfloat16": 2, "4bit": 2}
 RESERVE = 0.06  # of the memory: the allocator's split blocks, cuBLAS's workspaces and the context, which are no tensors
+
+
+def most(fits: Callable[[int], bool]) -> int:
+    """The largest number of which ``fits`` is true, as it is of all below; 0 if it is of none from 1 on."""
+    low, high = 0, 1
+    while fits(high):
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
 
 
 @dataclass(frozen=True)
@@ -71,15 +82,7 @@ class Ledger:
     def longest(self, memory: int, batch_size: int = 1) -> int:
         """The most tokens whose peak fits in ``memory`` bytes, with a reserve for memory that is no tensor; 0 if none do."""
         usable = memory * (1 - RESERVE)
-        if self.peak(1, batch_size) > usable:
-            return 0
-        low, high = 1, 2
-        while self.peak(high, batch_size) <= usable:
-            low, high = high, 2 * high
-        while high - low > 1:
-            middle = (low + high) // 2
-            low, high = (middle, high) if self.peak(middle, batch_size) <= usable else (low, middle)
-        return low
+        return most(lambda tokens: self.peak(tokens, batch_size) <= usable)
 
     def advice(self, tokens: int, batch_size: int = 1) -> str:
         """For a message: the largest term, and the switch that removes it or the next one."""
