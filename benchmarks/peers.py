@@ -99,16 +99,21 @@ def _sdpa(backend: str | None) -> Builder:
             raise Unsupported("the scores do not fit in memory")
         if shape.window is not None and shape.seqlen_q * shape.seqlen_kv > 2**30:
             raise Unsupported("scaled_dot_product_attention has no window, and a mask of this size takes gigabytes")
-        options = {"enable_gqa": shape.heads_q != shape.heads_kv}
+        # The memory-efficient kernel takes no groups: Transformers repeats the keys for it, and so does this.
+        group = shape.heads_q // shape.heads_kv if backend == "efficient" else 1
+        options = {"enable_gqa": shape.heads_q != shape.heads_kv and backend != "efficient"}
         mask = _visible(shape, device)
         options |= {"is_causal": shape.is_causal} if mask is None else {"attn_mask": mask}
         attend = torch.nn.functional.scaled_dot_product_attention
-        names = {"flash": "FLASH_ATTENTION", "cudnn": "CUDNN_ATTENTION", "math": "MATH"}
+        names = {
+            "flash": "FLASH_ATTENTION", "cudnn": "CUDNN_ATTENTION", "efficient": "EFFICIENT_ATTENTION", "math": "MATH",
+        }  # fmt: skip
         context = contextlib.nullcontext
         if backend is not None:
             chosen = getattr(SDPBackend, names[backend])
             context = lambda: sdpa_kernel(chosen)  # noqa: E731
-        return Peer(lambda q, k, v: attend(q, k, v, **options), is_heads_first=True, context=context)
+        repeat = (lambda x: x.repeat_interleave(group, 1)) if group > 1 else (lambda x: x)
+        return Peer(lambda q, k, v: attend(q, repeat(k), repeat(v), **options), is_heads_first=True, context=context)
 
     return build
 
@@ -221,6 +226,7 @@ PEERS: dict[str, Builder] = {
     "sdpa": _sdpa(None),
     "sdpa-flash": _sdpa("flash"),
     "sdpa-cudnn": _sdpa("cudnn"),
+    "sdpa-efficient": _sdpa("efficient"),
     "sdpa-math": _sdpa("math"),
     "eager": _eager,
     "flex": _flex,

@@ -193,6 +193,16 @@ SUITES: dict[str, Suite] = {
         modes=("bwd",),
         peers=("flashmla", "flashmla-deterministic", "fa4", "fa4-deterministic"),
     ),
+    # Of Gemma 4's global layers. SDPA's cuDNN and FlashAttention 2 end at 256.
+    "wide": Suite(
+        [
+            *(Shape(1, 16, 2, 8192, 8192, 512, 512, is_causal) for is_causal in (True, False)),
+            Shape(4, 16, 2, 2048, 2048, 512, 512, True),
+            Shape(1, 16, 2, 32768, 32768, 512, 512, True),
+        ],
+        modes=("fwd", "bwd"),
+        peers=("flashmla", "flex", "sdpa-efficient"),
+    ),
     # Quantisation is in the time of flashmla-fp8 and in none of cudnn-fp8's.
     "fp8": Suite(
         [

@@ -103,6 +103,7 @@ PARTS: dict[str, tuple[Step, ...]] = {
         benchmark("bench-decode-latent", "bench_decode", "--suite", "latent", "--name", "decode-latent"),
     ),
     "bench-fp8": (benchmark("bench-fp8", "bench_attention", "--suite", "fp8", "--name", "attention-fp8"),),
+    "bench-wide": (benchmark("bench-wide", "bench_attention", "--suite", "wide", "--name", "attention-wide"),),
     "bench-generate": (benchmark("bench-generate", "bench_generate"),),
     "bench-latent": (benchmark("bench-latent", "bench_latent_decode"),),
     "bench-serving": (benchmark("bench-serving", "bench_serving", "--requests", "64"),),
@@ -110,7 +111,7 @@ PARTS: dict[str, tuple[Step, ...]] = {
 }
 NEED_SM90 = (
     "sm90", "decode", "fp8", "robust", "sweep", "hf", "finetune", "sanitize", "bench-decode", "bench-decode-latent", "bench-fp8",
-    "bench-generate", "bench-latent", "bench-serving", "profile",
+    "bench-wide", "bench-generate", "bench-latent", "bench-serving", "profile",
 )  # fmt: skip
 
 

@@ -6,6 +6,7 @@ same dtype, plus a floor (:func:`tolerance_floor`); infinities and NaNs stand in
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -217,7 +218,8 @@ def check(
     for what is not ours to mend.
 
     Where few numbers are compared, eager's largest error is a matter of luck: a call that misses the rule is judged again
-    by the worst that eager does, relative to the largest value, on 25 more draws of the same case.
+    by the worst that eager does, relative to the largest value, on 25 more draws of the same case; a gradient also by
+    :func:`errors_of_delta`, which eager does not have.
     """
     inputs = case.inputs(dtype, device, seed)
     got = run(impl, case, inputs, **options)
@@ -237,10 +239,28 @@ def check(
             if others is None:
                 looks.second += 1
                 others = [_relative_eager_errors(case, dtype, device, seed + n, options) for n in range(1, 26)]
-            eager_error = max(eager_error, *(errors[name] * _largest(ref) for errors in others))
+                deltas = errors_of_delta(case, inputs, got.out, truth, options)
+            eager_error = max(eager_error, deltas.get(name, 0.0), *(errors[name] * _largest(ref) for errors in others))
         allowed = (grad_factor if is_grad else 2.0) * eager_error + floor
         assert_within(f"{case.name or case} {name}", got.tensors[name], eager_result.tensors[name], ref, allowed)
     return got
+
+
+def errors_of_delta(case: Case, inputs: Inputs, out: torch.Tensor, truth: Result, options: dict) -> dict[str, float]:
+    """The largest errors that gradients ("dq", ...) get from delta, the row sums of dout times ``out``, if all else is exact.
+
+    Any backward in linear memory that is given (q, k, v, out, lse) has them; eager keeps P. They show where little is left
+    of dP - delta: in a row of one key, or in sinks under many keys. The error of ``out`` has a rule of its own. That of delta
+    is a gradient of the lse with its sign turned, so autograd gives what comes of it.
+    """
+    if not truth.grads or not options.get("has_dout", True):
+        return {}
+    delta = (
+        ((out.double() - truth.out) * inputs.dout.double()).sum(-1).transpose(-1, -2)
+    )  # [batch, heads, seqlen], as lse
+    only_delta = dataclasses.replace(inputs.to(torch.float64), dlse=-delta)
+    errors = run("reference", case, only_delta, **options | {"has_dout": False, "has_dlse": True}).grads
+    return {f"d{name}": _largest(error) for name, error in errors.items()}
 
 
 def _relative_eager_errors(case, dtype, device, seed, options) -> dict[str, float]:

@@ -38,8 +38,8 @@ REFUSED = {
         lambda: {**tensors(), "dropout_p": 0.1},
         r"dropout_p=0\.1: expected 0 \(impl='torch_flash', 'sdpa' and 'reference' compute dropout\)",
     ),
-    "a head dim beyond 256": (lambda: tensors(head_dim=264), r"264.*256|256.*264"),
-    "a head dim beyond 256 that is no multiple of 8 either": (lambda: tensors(head_dim=260), r"260.*256|256.*260"),
+    "a head dim beyond 512": (lambda: tensors(head_dim=520), r"520.*512|512.*520"),
+    "a head dim beyond 512 that is no multiple of 8 either": (lambda: tensors(head_dim=516), r"516.*512|512.*516"),
     "a head dim that is no multiple of 8": (lambda: tensors(head_dim=44), r"44.*8|8.*44"),
     "a value head dim that is no multiple of 8": (
         lambda: {**tensors(), "v": tensors(head_dim=44)["v"]},
@@ -153,8 +153,8 @@ def test_the_operator_names_the_argument_it_does_not_take():
     for name, (change, words) in wrong.items():
         with pytest.raises(RuntimeError, match=rf"flash_attn_forward: {name}: expected .*{words}"):
             operator(**{**good, **change})
-    with pytest.raises(RuntimeError, match=r"flash_attn_forward: (q|head_dim).*: expected .*got.*264"):
-        operator(**tensors(head_dim=264))
+    with pytest.raises(RuntimeError, match=r"flash_attn_forward: (q|head_dim).*: expected .*got.*520"):
+        operator(**tensors(head_dim=520))
     on_cpu = {"k": good["k"].cpu()}
     with pytest.raises((RuntimeError, NotImplementedError), match="device"):
         operator(**{**good, **on_cpu})

@@ -202,8 +202,8 @@ class _Flash(torch.autograd.Function):
         )  # fmt: skip
         if cu_seqlens_q is not None:
             rest = _rest(q, cu_seqlens_q)
-            out = out.masked_fill_(rest[:, None, None], 0.0)
-            lse = lse.masked_fill_(rest, torch.inf)
+            out = _filled(out, rest[:, None, None], 0.0)
+            lse = _filled(lse, rest, torch.inf)
         ctx.save_for_backward(q, k, v, out, lse, cu_seqlens_q, cu_seqlens_kv, random_state, unused)
         ctx.arguments = arguments
         ours = lse.masked_fill(lse == torch.inf, -torch.inf)
@@ -223,15 +223,20 @@ class _Flash(torch.autograd.Function):
             random_state, unused, scale=a.scale, window_size_left=a.left, window_size_right=a.right,
         )  # fmt: skip
         if cu_seqlens_q is not None:
-            dq = dq.masked_fill_(_rest(q, cu_seqlens_q)[:, None, None], 0.0)
+            dq = _filled(dq, _rest(q, cu_seqlens_q)[:, None, None], 0.0)
             rest = _rest(k, cu_seqlens_kv)[:, None, None]
-            dk, dv = dk.masked_fill_(rest, 0.0), dv.masked_fill_(rest, 0.0)
+            dk, dv = _filled(dk, rest, 0.0), _filled(dv, rest, 0.0)
         return dq, dk, dv, None, None, None
 
 
 def _rest(x: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
     """Which rows of the pack lie past the last boundary: bool [total]. The boundary is not read back."""
     return torch.arange(x.shape[0], device=x.device) >= cu_seqlens[-1]
+
+
+def _filled(x: torch.Tensor, places: torch.Tensor, value: float) -> torch.Tensor:
+    # In place, but for torch.compile: that of torch 2.11 loses the gradients of an output that its Function changes in place.
+    return x.masked_fill(places, value) if torch.compiler.is_compiling() else x.masked_fill_(places, value)
 
 
 def run(call: Call) -> tuple[torch.Tensor, torch.Tensor]:

@@ -106,6 +106,7 @@ struct BackwardPair {
     Tensor fScores = thread_sum.partition_fragment_A(tensor(shared.scores[0], LayoutScores{}));
     Tensor rSum = partition_fragment_C(mma_sum, Shape<Int<kBlockKV>, Int<kHeadDim>>{});  // dK or dV, fp32, kHeadDim/4
     Tensor rS = partition_fragment_C(mma_s, Shape<Int<kBlockKV>, Int<kBlockQ>>{});       // S^T or dP^T, 16
+    Tensor rOther = make_fragment_like(rS);
     static_assert(decltype(size(rS))::value == kScores && decltype(size(rSum))::value == kFragment);
     auto arrive = [&](uint64_t& barrier) {
       __syncwarp();
@@ -143,11 +144,18 @@ struct BackwardPair {
         int const stage = ring.stage;
         expect_scores();
         ClusterBarrier::wait(&shared.q_full[stage], ring.phase);
-        multiply(mma_s, fKV(_, _, _, 0), fQ(_, _, _, stage), rS, false);
+        // As the forward sums S, whose CTAs have half of the columns each: a score of 1e9 summed in another order differs
+        // from lse by hundreds, and its P would be 0.
+        constexpr int kSteps = kHeadDim / 16;
+        multiply(mma_s, fKV(_, _, _, 0), fQ(_, _, _, stage), rS, false, 0, kSteps / 2);
+        multiply(mma_s, fKV(_, _, _, 0), fQ(_, _, _, stage), rOther, false, kSteps / 2, kSteps);
         ColumnValues<kScores, kScores / 8> values(shared.statistics[stage] + warpgroup * kQueries, threadIdx.x % 4);
         warpgroup_wait<0>();  // with the sum of the step before
         warpgroup_fence_operand(rS);
+        warpgroup_fence_operand(rOther);
         warpgroup_fence_operand(rSum);
+        CUTE_UNROLL
+        for (int n = 0; n < kScores; ++n) rS(n) += rOther(n);
         if (i > 0) release(ring.stage_before());
         // The other CTA has multiplied what lay there two steps ago.
         auto wait_empty = [&] { ptx::wait_cluster(&shared.scores_empty[stage], ring.phase ^ 1); };

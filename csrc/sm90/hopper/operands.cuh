@@ -37,18 +37,24 @@ using InStages = decltype(cute::make_composed_layout(
     cute::make_layout(cute::get<0>(Layout{}.layout_b()), cute::get<1>(Layout{}.layout_b()),
                       cute::Layout<cute::Int<kDepth>, cute::Int<kStride>>{})));
 
-// Issues c = a b, or c += a b, over all k, as one group.
+// Issues c = a b, or c += a b, over k_begin <= k < k_end, as one group.
 template <class Mma, class A, class B, class C>
-__device__ void multiply(Mma& mma, A const& a, B const& b, C& c, bool is_sum) {
+__device__ void multiply(Mma& mma, A const& a, B const& b, C& c, bool is_sum, int k_begin, int k_end) {
   cute::warpgroup_fence_operand(c);
   cute::warpgroup_arrive();
   mma.accumulate_ = is_sum ? cute::GMMA::ScaleOut::One : cute::GMMA::ScaleOut::Zero;
   CUTE_UNROLL
-  for (int k = 0; k < cute::size<2>(a); ++k) {
+  for (int k = k_begin; k < k_end; ++k) {
     cute::gemm(mma, a(cute::_, cute::_, k), b(cute::_, cute::_, k), c);
     mma.accumulate_ = cute::GMMA::ScaleOut::One;
   }
   cute::warpgroup_commit_batch();
+}
+
+// Over all k.
+template <class Mma, class A, class B, class C>
+__device__ void multiply(Mma& mma, A const& a, B const& b, C& c, bool is_sum) {
+  multiply(mma, a, b, c, is_sum, 0, cute::size<2>(a));
 }
 
 }  // namespace flashmla::sm90
