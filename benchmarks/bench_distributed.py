@@ -3,7 +3,7 @@
     python benchmarks/bench_distributed.py --gpus 8 --dry_run              # the ledger's predictions, and as JSON
     python benchmarks/bench_distributed.py --gpus 8 --time_budget 570      # again: goes on where the file ends
     python benchmarks/bench_distributed.py --gpus 2 --only same scaling --limit 3
-    python benchmarks/bench_distributed.py --gpus 4 --list                 # the points in their order
+    python benchmarks/bench_distributed.py --gpus 4 --list                 # the points in their order, with their numbers
     python benchmarks/bench_distributed.py --gpus 4 --tiny                 # tries every line of it on a CPU
 
 Each point is a torchrun of its own (measure_distributed.py) with a time limit, the most important points first. Weights are
@@ -21,13 +21,20 @@ longest    a search for the longest step of each of them, and of ours: a point f
 attention  packed and dense attention alone, on one GPU and divided
 
 No point exceeds --time_limit: a step that would, by its prediction, has fewer layers, which the tables name (--time_limit 3600
-measures the whole). A point that the rest of --time_budget is too short for is left to the next call.
+measures the whole); steps that are compared with each other have the same number. A point that the rest of --time_budget is
+too short for is left to the next call.
+
+Several runs at once use a host's time well. Points of fewer GPUs run beside each other if each run has its own --points,
+--name and CUDA_VISIBLE_DEVICES. Two runs on the same GPUs share --turns FILE: one measures, and the processes of the other
+start meanwhile. --merge NAME makes one file of those of several runs.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -37,8 +44,8 @@ import distributed_results
 import point_runs
 import records
 import torch
-from distributed_points import GROUPS, Point, expected_seconds, following, points_of
-from measure_distributed import MARK
+from distributed_points import GROUPS, STARTING, Point, expected_seconds, following, points_of
+from measure_distributed import MARK, TURN
 from point_runs import Program
 
 from flashmla_hf.training import child_process
@@ -47,6 +54,7 @@ from flashmla_hf.training.options import at_least
 MEASURE = Path(__file__).with_name("measure_distributed.py")
 TIME_LIMIT = 560  # seconds of a point: with this program's own start and end, a call of ten minutes
 KILLED = "  exitcode  : -9"  # of torchrun's report: the system has killed a process
+LOG = 60_000  # characters, the last ones, of a failed point's standard error
 # A length that does not fit and a point that takes too long are results.
 FINAL = (*point_runs.FINAL, "out_of_memory", "timeout")
 
@@ -61,6 +69,10 @@ def command_of(point: Point) -> list[str]:
 
 def start(args: argparse.Namespace):
     variables = {"OMP_NUM_THREADS": "1"} if args.tiny else {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
+    if args.turns:
+        variables[TURN] = str(args.turns.resolve())
+    logs = args.output_dir / f"{args.name}-logs"
+    begun = itertools.count()
 
     def measure(point: Point) -> dict:
         outcome = child_process.run(
@@ -69,6 +81,11 @@ def start(args: argparse.Namespace):
         found = outcome.result or {"status": outcome.status, "reason": outcome.reason[-300:]}
         if found["status"] == "error" and found["reason"].startswith(KILLED):
             found = {"status": "out_of_memory", "reason": "the system killed a process"}
+        number = next(begun)
+        if found["status"] != "ok":
+            logs.mkdir(parents=True, exist_ok=True)
+            name = f"{number}-{point.kind}-{point.engine}-{point.gpus}.txt"
+            (logs / name).write_text(f"{point}\n{found}\n{outcome.log[-LOG:]}")
         return found | {"predicted": distributed_predictions.predict(point)}
 
     return measure
@@ -80,14 +97,33 @@ PROGRAM = Program(
 )  # fmt: skip
 
 
-def predict(args: argparse.Namespace) -> None:
+def predict(args: argparse.Namespace, points: list[Point]) -> None:
     """Prints what is predicted of each point, and writes it beside the measured file."""
-    document = distributed_predictions.document_of(points_of(args), args)
+    document = distributed_predictions.document_of(points, args)
     for record in document["points"]:
         print(distributed_results.describe(record | {"status": "predicted"}))
     path = args.output_dir / f"{args.name}-predicted.json"
     records.write_json(document, path)
     print(f"written: {path}")
+
+
+def merge(args: argparse.Namespace) -> None:
+    """Writes the points of the files of ``args.merge`` into that of ``args.name``, and prints its tables.
+
+    A point that several have is that of the first that measured it.
+    """
+    documents = [json.loads((args.output_dir / f"{name}.json").read_text()) for name in args.merge]
+    if len(devices := {document["environment"]["device"] for document in documents}) > 1:
+        sys.exit(f"{PROGRAM.name}: --merge: expected files of one device, got {', '.join(sorted(devices))}")
+    points: dict[str, dict] = {}
+    for record in itertools.chain.from_iterable(document["points"] for document in documents):
+        key = json.dumps([record[field.name] for field in dataclasses.fields(Point)])
+        if key not in points or (points[key]["status"] not in FINAL and record["status"] in FINAL):
+            points[key] = record
+    document = documents[0] | {"points": list(points.values())}
+    path = args.output_dir / f"{args.name}.json"
+    records.write_json(document, path)
+    print(f"{distributed_results.section(document)}\nwritten: {path}")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -98,11 +134,23 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--limit", type=at_least(1), metavar="N", help="the first N points alone")
     parser.add_argument(
+        "--points",
+        type=at_least(0),
+        nargs="+",
+        metavar="N",
+        help="those of these numbers of --list alone, in this order",
+    )
+    parser.add_argument(
         "--layers",
         type=at_least(1),
         metavar="N",
-        help="of the longest LoRA steps; default: as many as --time_limit allows",
+        help="of the timed steps (not those of longest); default: as many as --time_limit allows",
     )
+    parser.add_argument(
+        "--starting", type=float, default=STARTING, metavar="S", help="that a point's start is expected to take"
+    )
+    parser.add_argument("--turns", type=Path, metavar="FILE", help="runs that share it measure one after the other")
+    parser.add_argument("--merge", nargs="+", metavar="NAME", help="measure nothing: join the files of these names")
     parser.add_argument("--gpu_memory", type=float, default=78.0, metavar="GIB", help="of each GPU (default: 78)")
     parser.add_argument("--tiny", action="store_true", help="tiny models on this CPU, over gloo")
     parser.add_argument(
@@ -111,18 +159,34 @@ def main(argv: list[str] | None = None) -> None:
     parser.set_defaults(time_limit=TIME_LIMIT)
     args = parser.parse_args(argv)
     args.device = "cpu" if args.tiny else args.device
-    is_dry = args.list or args.dry_run
+    is_dry = args.list or args.dry_run or args.merge
     if not args.tiny and args.device == "cpu" and not is_dry:
         parser.error("torch sees no GPU here: --tiny tries the program on a CPU")
     args.gpus = args.gpus or (2 if args.tiny else max(2, torch.cuda.device_count()))
-    if not args.tiny and args.gpus > torch.cuda.device_count() and not is_dry:
-        parser.error(f"--gpus: expected at most the {torch.cuda.device_count()} of this host, got {args.gpus}")
     args.name = args.name or f"distributed-{'tiny' if args.tiny else f'{args.gpus}gpus'}"
     point_runs.set_defaults(args)
-    if args.dry_run:
-        predict(args)
+    if args.merge:
+        merge(args)
         return
-    point_runs.run(PROGRAM, points_of(args), args)
+    points = _points(args, parser)
+    if args.dry_run:
+        predict(args, points)
+    elif args.list:
+        print(*(f"{number} {point}" for number, point in enumerate(points)), sep="\n")
+    else:
+        expected = functools.partial(expected_seconds, starting=args.starting)
+        point_runs.run(dataclasses.replace(PROGRAM, expected_seconds=expected), points, args)
+
+
+def _points(args: argparse.Namespace, parser: argparse.ArgumentParser) -> list[Point]:
+    try:
+        points = points_of(args)
+    except IndexError:
+        parser.error(f"--points: expected numbers of --list, got {' '.join(map(str, args.points))}")
+    most = max((point.gpus for point in points), default=1) if args.points else args.gpus
+    if not (args.tiny or args.list or args.dry_run) and most > torch.cuda.device_count():
+        parser.error(f"--gpus: expected at most the {torch.cuda.device_count()} of this host, got {most}")
+    return points
 
 
 if __name__ == "__main__":

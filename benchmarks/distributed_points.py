@@ -75,7 +75,10 @@ def points_of(args: argparse.Namespace) -> list[Point]:
         "longest": lambda args: [], "attention": _attention,
     }  # fmt: skip
     points = [_point(args, group, *one) for group in args.only for one in found[group](args)]
-    return list(dict.fromkeys(points))[: args.limit]
+    points = list(dict.fromkeys(_equally_deep(points)))
+    if args.points is not None:
+        points = [points[number] for number in args.points]
+    return points[: args.limit]
 
 
 Given = tuple[str, str, int, dict]  # kind, engine, GPUs and other fields
@@ -144,12 +147,12 @@ def _long(args: argparse.Namespace) -> list[Given]:
     points = [
         step("ulysses", SCALED * args.gpus),
         step("ring", SCALED * args.gpus),
-        step("ulysses", 2 * SCALED * args.gpus, layers=args.layers),
+        step("ulysses", 2 * SCALED * args.gpus),
         step("ulysses", SCALED * args.gpus, documents=8 * args.gpus),
         step("ulysses", SCALED * args.gpus, window=WINDOW),
     ]
     if args.gpus >= 8 or args.tiny:
-        points.append(step("ulysses", 4 * SCALED * args.gpus, layers=args.layers))
+        points.append(step("ulysses", 4 * SCALED * args.gpus))
     return points
 
 
@@ -196,8 +199,10 @@ def _point(args: argparse.Namespace, group: str, kind: str, engine: str, gpus: i
         }
     elif given["model"] == "small-heads":
         given |= {"model": "llama-1b", "layers": 2}
+    elif kind == "train" and group != "longest":
+        given = {"layers": args.layers, **given}
     point = Point(group=group, kind=kind, engine=engine, gpus=gpus, **given)
-    return point if args.tiny else shortened(point, limit_of(args))
+    return point if args.tiny else shortened(point, limit_of(args), args.starting)
 
 
 # ---------------------------------------------------------------- time
@@ -208,26 +213,40 @@ def limit_of(args: argparse.Namespace) -> float:
     return min(args.time_limit, args.time_budget or args.time_limit)
 
 
-def expected_seconds(point: Point) -> float:
+def expected_seconds(point: Point, starting: float = STARTING) -> float:
     """Seconds that a point takes by the prediction, its start included, on the safe side."""
     from distributed_predictions import predict
 
     if point.device == "cpu":
         return 0.0  # a trial of the program: nothing is predicted of it
     predicted = predict(point) or {}
-    return STARTING + MARGIN * point.steps * predicted.get("seconds", 0.0)
+    return starting + MARGIN * point.steps * predicted.get("seconds", 0.0)
 
 
-def shortened(point: Point, limit: float) -> Point:
+def shortened(point: Point, limit: float, starting: float = STARTING) -> Point:
     """``point`` with as many layers as fit ``limit`` seconds: its own number, if that does."""
-    if point.kind != "train" or expected_seconds(point) <= limit:
+    if point.kind != "train" or expected_seconds(point, starting) <= limit:
         return point
     import models
 
     layers = point.layers or models.config_of(point.model).num_hidden_layers
-    while layers > 1 and expected_seconds(dataclasses.replace(point, layers=layers)) > limit:
+    while layers > 1 and expected_seconds(dataclasses.replace(point, layers=layers), starting) > limit:
         layers -= 1
     return dataclasses.replace(point, layers=layers)
+
+
+def _equally_deep(points: list[Point]) -> list[Point]:
+    """``points``, with the fewest layers that one of those has that it is compared with: other engines, numbers of GPUs."""
+    fewest: dict[tuple, int] = {}
+
+    def key(point: Point) -> tuple:
+        names = ("kind", "model", "context", "documents", "use_peft", "steps", "dtype", "memory_gib", "window")
+        return tuple(getattr(point, name) for name in names)
+
+    for point in points:
+        if point.kind == "train" and point.layers:
+            fewest[key(point)] = min(point.layers, fewest.get(key(point), point.layers))
+    return [dataclasses.replace(point, layers=fewest.get(key(point), point.layers)) for point in points]
 
 
 # ---------------------------------------------------------------- the longest steps
@@ -241,7 +260,7 @@ def following(args: argparse.Namespace, records: list[dict]) -> Point | None:
     """
     from distributed_predictions import longest_by_ledger
 
-    if "longest" not in args.only:
+    if "longest" not in args.only or args.points is not None:
         return None
     trials = [record for record in records if record["group"] == "longest"]
     if args.limit is not None and len(trials) >= args.limit - len(points_of(args)):
@@ -287,15 +306,15 @@ def _next_trial(args: argparse.Namespace, first: Point, trials: list[dict]) -> P
         return None
     found = [{"length": r["context"], "status": r["status"], "peak_bytes": r.get("peak_bytes", 0)} for r in trials]
     memory = int((first.memory_gib or 8) * GIB)
-    bound = 2 * first.context if args.tiny else longest_in(first, limit_of(args))
+    bound = 2 * first.context if args.tiny else longest_in(first, limit_of(args), args.starting)
     context = next_length(found, memory, bound)
     return None if context is None else dataclasses.replace(first, context=context)
 
 
-def longest_in(point: Point, limit: float) -> int:
+def longest_in(point: Point, limit: float, starting: float = STARTING) -> int:
     """The most tokens, those of ``point`` times 2 or 3 halved some times, whose step fits ``limit`` seconds."""
     context = point.context
-    while expected_seconds(dataclasses.replace(point, context=2 * context)) <= limit:
+    while expected_seconds(dataclasses.replace(point, context=2 * context), starting) <= limit:
         context *= 2
     more = dataclasses.replace(point, context=3 * context // 2)
-    return more.context if expected_seconds(more) <= limit else context
+    return more.context if expected_seconds(more, starting) <= limit else context

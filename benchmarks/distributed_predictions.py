@@ -19,7 +19,7 @@ import distributed_results
 import models
 import records
 import shapes
-from distributed_points import PACKS_PER_STEP, Point, following, points_of
+from distributed_points import PACKS_PER_STEP, STARTING, Point, following, points_of
 
 import flashmla_hf
 from flashmla_hf.host_memory import GIB
@@ -182,7 +182,7 @@ def table(gpus: int = 8) -> str:
     """Our steps of a million tokens, of LoRA and of scaling, each of the whole depth."""
     args = argparse.Namespace(
         gpus=gpus, tiny=False, only=["million", "long", "scaling"], limit=None, layers=None, gpu_memory=78.0,
-        time_limit=float("inf"), time_budget=None,
+        time_limit=float("inf"), time_budget=None, points=None, starting=STARTING,
     )  # fmt: skip
     header = [
         "tokens", "documents", "model", "how", "GPUs", "peak at least, GiB a GPU", "pinned, GiB", "s/step", "MFU",

@@ -18,6 +18,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import fcntl
 import json
 import os
 import sys
@@ -43,6 +44,7 @@ from flashmla_hf.training.shape import Shape
 from flashmla_hf.training.step import run_batches, step_batches
 
 MARK = "DISTRIBUTED "
+TURN = "FLASHMLA_TURN"  # in the environment: a file that those hold who measure
 WARMUP = 4096  # tokens of the step before the timed ones
 
 
@@ -365,9 +367,18 @@ def _now(device: str) -> float:
     return time.perf_counter()
 
 
+def _take_turn() -> None:
+    """Holds the file of TURN until this process ends, after who holds it now. The other processes wait for the first one."""
+    if (path := os.environ.get(TURN)) and machine.process_index() == 0:
+        file = open(path, "a")  # noqa: SIM115
+        fcntl.flock(file, fcntl.LOCK_EX)
+        _kept.append(file)
+
+
 def main() -> None:
     point = Point(**json.loads(sys.argv[1]))
     try:
+        _take_turn()
         found = {"status": "ok", **measure(point)}
     except Exception as error:  # recorded, whatever it is: a peer's refusal can be any
         traceback.print_exc()

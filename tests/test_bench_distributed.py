@@ -5,6 +5,9 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import bench_distributed
 import distributed_points
@@ -202,7 +205,9 @@ def test_a_prediction_knows_documents_windows_rings_and_the_host():
 def options(**fields) -> argparse.Namespace:
     """As of a command line for GPUs."""
     given = {"gpus": 4, "tiny": False, "only": ["longest"], "limit": None, "layers": None, "gpu_memory": 78.0}
-    return argparse.Namespace(**given | {"time_limit": 560.0, "time_budget": None} | fields)
+    given |= {"time_limit": 560.0, "time_budget": None, "points": None, "starting": 90.0, "turns": None}
+    given |= {"output_dir": Path("none"), "name": "none"}
+    return argparse.Namespace(**given | fields)
 
 
 def searched(args: argparse.Namespace, holds: dict[str, int], failure: str = "out_of_memory") -> list[dict]:
@@ -267,12 +272,59 @@ def test_an_error_of_a_peer_ends_its_search_alone_and_a_budget_none():
     assert distributed_points.following(options(only=["same"]), []) is None
 
 
-def test_the_system_that_kills_a_process_is_a_lack_of_memory(monkeypatch):
+def test_the_system_that_kills_a_process_is_a_lack_of_memory(monkeypatch, tmp_path):
     said = {"reason": "  exitcode  : -9 (pid: 7)"}
     monkeypatch.setattr(bench_distributed.child_process, "run", lambda *_, **__: Outcome("error", said["reason"]))
-    measure = bench_distributed.start(options(tiny=True))
+    measure = bench_distributed.start(options(tiny=True, output_dir=tmp_path))
     point = Point("longest", "train", "ring", 4, "llama-8b", SCALED)
     assert measure(point)["status"] == "out_of_memory"
     assert measure(point)["predicted"]["seconds"] > 0
     said["reason"] = "  exitcode  : -11 (pid: 7)"
     assert measure(point)["status"] == "error"
+
+
+# ---------------------------------------------------------------- several runs at once
+
+
+def test_points_are_chosen_by_their_numbers_in_the_order_of_these(monkeypatch, capsys):
+    every = points(monkeypatch)
+    assert points(monkeypatch, "--points", "7", "0") == [every[7], every[0]]
+    bench_distributed.main([*ARGUMENTS, "--list"])
+    listed = capsys.readouterr().out.splitlines()
+    assert listed == [f"{number} {point}" for number, point in enumerate(every)]
+    with pytest.raises(SystemExit):
+        bench_distributed.main([*ARGUMENTS, "--points", str(len(every))])
+    assert "--points: expected numbers of --list" in capsys.readouterr().err
+    assert distributed_points.following(options(points=[0], only=["longest"]), []) is None
+
+
+def test_steps_that_are_compared_have_the_same_number_of_layers(tmp_path):
+    found = dry(tmp_path, "--gpus", "4", "--time_limit", "100", "--starting", "30", "--only", "scaling", "peers")
+    for use_peft in (True, False):
+        (layers,) = {r["layers"] for r in found if r["use_peft"] == use_peft}
+        assert 1 < layers < 32
+    found = dry(tmp_path / "named", "--gpus", "4", "--layers", "16", "--time_limit", "9999")
+    assert {r["layers"] for r in found if r["kind"] == "train" and r["group"] != "longest"} == {16}
+
+
+def test_runs_of_other_names_and_one_turn_become_one_file(tmp_path, capsys):
+    """Really: two runs at once, of which one measures at a time."""
+    alone = [sys.executable, str(Path(bench_distributed.__file__)), *ARGUMENTS, "--output_dir", str(tmp_path)]
+    runs = [
+        subprocess.Popen([*alone, "--name", name, "--points", number, "--turns", str(tmp_path / "turn")])
+        for name, number in (("a", "0"), ("b", "4"))
+    ]
+    assert [run.wait(timeout=200) for run in runs] == [0, 0]
+    bench_distributed.main([*ARGUMENTS, "--output_dir", str(tmp_path), "--merge", "a", "b", "a", "--name", "both"])
+    assert "both.json" in capsys.readouterr().out
+    found = json.loads((tmp_path / "both.json").read_text())["points"]
+    assert [(r["engine"], r["documents"], r["status"]) for r in found] == [("one", 4, "ok"), ("one", 1, "ok")]
+
+
+def test_a_failed_point_leaves_what_its_processes_said(monkeypatch, tmp_path):
+    outcome = Outcome("error", "no kernel", log="Traceback\\nno kernel")
+    monkeypatch.setattr(bench_distributed.child_process, "run", lambda *_, **__: outcome)
+    measure = bench_distributed.start(options(tiny=True, output_dir=tmp_path, name="x"))
+    assert measure(Point("same", "same", "ring", 2, "tiny-heads", 64, device="cpu"))["status"] == "error"
+    (log,) = (tmp_path / "x-logs").iterdir()
+    assert "Traceback\\nno kernel" in log.read_text()

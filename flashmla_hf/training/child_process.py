@@ -24,12 +24,14 @@ _NAME = "FLASHMLA_CHILD_OF"
 class Outcome:
     """How a process ended. ``status`` is ok, timeout, out_of_memory (the system killed the process) or error.
 
-    ``result`` is the report of a process that is ok; of any other, ``reason`` says in one line why it is not.
+    ``result`` is the report of a process that is ok; of any other, ``reason`` says in one line why it is not. ``log`` is what
+    the process and all that it started wrote to their standard error.
     """
 
     status: str
     reason: str = ""
     result: dict | None = None
+    log: str = ""
 
 
 def run(
@@ -56,7 +58,8 @@ def run(
             with guarded(process, name):
                 stdout, stderr = process.communicate(timeout=timeout)
         except subprocess.TimeoutExpired:
-            return Outcome("timeout", f"took longer than {timeout:.0f} s")
+            _kill(process.pid, name)
+            return Outcome("timeout", f"took longer than {timeout:.0f} s", log=process.communicate()[1])
         finally:
             # Also after an exception: no child outlives its reader.
             if process.poll() is None:
@@ -65,11 +68,12 @@ def run(
             _kill_named(name)
     for line in stdout.splitlines():
         if line.startswith(mark):
-            return Outcome("ok", result=json.loads(line.removeprefix(mark)))
+            return Outcome("ok", result=json.loads(line.removeprefix(mark)), log=stderr)
     if process.returncode == -signal.SIGKILL:
-        return Outcome("out_of_memory", "the system killed the process")
+        return Outcome("out_of_memory", "the system killed the process", log=stderr)
     lines = (stderr.strip() or "no output").splitlines()
-    return Outcome("error", next((line for line in reversed(lines) if speaker and line.startswith(speaker)), lines[-1]))
+    reason = next((line for line in reversed(lines) if speaker and line.startswith(speaker)), lines[-1])
+    return Outcome("error", reason, log=stderr)
 
 
 @contextlib.contextmanager
