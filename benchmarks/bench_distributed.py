@@ -26,7 +26,7 @@ too short for is left to the next call.
 
 Several runs at once use a host's time well. Points of fewer GPUs run beside each other if each run has its own --points,
 --name and CUDA_VISIBLE_DEVICES. Two runs on the same GPUs share --turns FILE: one measures, and the processes of the other
-start meanwhile. --merge NAME makes one file of those of several runs.
+start meanwhile; --time_limit counts from the turn. --merge NAME makes one file of those of several runs.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ import dataclasses
 import functools
 import itertools
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -45,7 +46,7 @@ import point_runs
 import records
 import torch
 from distributed_points import GROUPS, STARTING, Point, expected_seconds, following, points_of
-from measure_distributed import MARK, TURN
+from measure_distributed import MARK, TURN, TURN_SECONDS
 from point_runs import Program
 
 from flashmla_hf.training import child_process
@@ -54,6 +55,8 @@ from flashmla_hf.training.options import at_least
 MEASURE = Path(__file__).with_name("measure_distributed.py")
 TIME_LIMIT = 560  # seconds of a point: with this program's own start and end, a call of ten minutes
 KILLED = "  exitcode  : -9"  # of torchrun's report: the system has killed a process
+ALARMED = "  exitcode  : -14"  # a process was at its turn for --time_limit seconds
+WAITED = 6  # times --time_limit: of a point that waits for its turn
 LOG = 60_000  # characters, the last ones, of a failed point's standard error
 # A length that does not fit and a point that takes too long are results.
 FINAL = (*point_runs.FINAL, "out_of_memory", "timeout")
@@ -70,17 +73,20 @@ def command_of(point: Point) -> list[str]:
 def start(args: argparse.Namespace):
     variables = {"OMP_NUM_THREADS": "1"} if args.tiny else {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
     if args.turns:
-        variables[TURN] = str(args.turns.resolve())
+        variables |= {TURN: str(args.turns.resolve()), TURN_SECONDS: str(math.ceil(args.time_limit))}
+    limit = args.time_limit * (WAITED if args.turns else 1)
     logs = args.output_dir / f"{args.name}-logs"
     begun = itertools.count()
 
     def measure(point: Point) -> dict:
         outcome = child_process.run(
-            command_of(point), MARK, args.time_limit, variables | point.variables(), speaker=KILLED.split(":")[0]
+            command_of(point), MARK, limit, variables | point.variables(), speaker=KILLED.split(":")[0]
         )
         found = outcome.result or {"status": outcome.status, "reason": outcome.reason[-300:]}
         if found["status"] == "error" and found["reason"].startswith(KILLED):
             found = {"status": "out_of_memory", "reason": "the system killed a process"}
+        if found["status"] == "error" and found["reason"].startswith(ALARMED):
+            found = {"status": "timeout", "reason": f"not done in {args.time_limit:.0f} s"}
         number = next(begun)
         if found["status"] != "ok":
             logs.mkdir(parents=True, exist_ok=True)
@@ -174,8 +180,13 @@ def main(argv: list[str] | None = None) -> None:
     elif args.list:
         print(*(f"{number} {point}" for number, point in enumerate(points)), sep="\n")
     else:
-        expected = functools.partial(expected_seconds, starting=args.starting)
-        point_runs.run(dataclasses.replace(PROGRAM, expected_seconds=expected), points, args)
+        program = dataclasses.replace(
+            PROGRAM,
+            start=lambda _: start(args),
+            expected_seconds=functools.partial(expected_seconds, starting=args.starting),
+        )
+        limit = args.time_limit * (WAITED if args.turns else 1)
+        point_runs.run(program, points, argparse.Namespace(**vars(args) | {"time_limit": limit}))
 
 
 def _points(args: argparse.Namespace, parser: argparse.ArgumentParser) -> list[Point]:

@@ -21,6 +21,7 @@ import dataclasses
 import fcntl
 import json
 import os
+import signal
 import sys
 import time
 import traceback
@@ -45,6 +46,7 @@ from flashmla_hf.training.step import run_batches, step_batches
 
 MARK = "DISTRIBUTED "
 TURN = "FLASHMLA_TURN"  # in the environment: a file that those hold who measure
+TURN_SECONDS = "FLASHMLA_TURN_SECONDS"  # no turn is longer
 WARMUP = 4096  # tokens of the step before the timed ones
 
 
@@ -373,6 +375,7 @@ def _take_turn() -> None:
         file = open(path, "a")  # noqa: SIM115
         fcntl.flock(file, fcntl.LOCK_EX)
         _kept.append(file)
+        signal.alarm(int(os.environ[TURN_SECONDS]))  # ends this process, and with it all
 
 
 def main() -> None:
