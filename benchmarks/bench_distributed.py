@@ -74,7 +74,7 @@ def start(args: argparse.Namespace):
     variables = {"OMP_NUM_THREADS": "1"} if args.tiny else {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
     if args.turns:
         variables |= {TURN: str(args.turns.resolve()), TURN_SECONDS: str(math.ceil(args.time_limit))}
-    limit = args.time_limit * (WAITED if args.turns else 1)
+    limit = args.time_limit * (WAITED if args.turns else 1)  # a point that waits ends with the budget
     logs = args.output_dir / f"{args.name}-logs"
     begun = itertools.count()
 
@@ -185,7 +185,9 @@ def main(argv: list[str] | None = None) -> None:
             start=lambda _: start(args),
             expected_seconds=functools.partial(expected_seconds, starting=args.starting),
         )
-        limit = args.time_limit * (WAITED if args.turns else 1)
+        limit = (
+            args.time_limit * (WAITED if args.turns else 1) + 5
+        )  # the end by `measure` comes first: it keeps the log
         point_runs.run(program, points, argparse.Namespace(**vars(args) | {"time_limit": limit}))
 
 

@@ -299,7 +299,7 @@ def test_points_are_chosen_by_their_numbers_in_the_order_of_these(monkeypatch, c
 
 
 def test_steps_that_are_compared_have_the_same_number_of_layers(tmp_path):
-    found = dry(tmp_path, "--gpus", "4", "--time_limit", "100", "--starting", "30", "--only", "scaling", "peers")
+    found = dry(tmp_path, "--gpus", "4", "--time_limit", "100", "--starting", "70", "--only", "scaling", "peers")
     for use_peft in (True, False):
         (layers,) = {r["layers"] for r in found if r["use_peft"] == use_peft}
         assert 1 < layers < 32
