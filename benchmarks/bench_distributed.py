@@ -85,7 +85,7 @@ def start(args: argparse.Namespace):
         found = outcome.result or {"status": outcome.status, "reason": outcome.reason[-300:]}
         if found["status"] == "error" and found["reason"].startswith(KILLED):
             found = {"status": "out_of_memory", "reason": "the system killed a process"}
-        if found["status"] == "error" and found["reason"].startswith(ALARMED):
+        if found["status"] == "error" and ALARMED in outcome.log:
             found = {"status": "timeout", "reason": f"not done in {args.time_limit:.0f} s"}
         number = next(begun)
         if found["status"] != "ok":

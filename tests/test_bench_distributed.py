@@ -328,3 +328,6 @@ def test_a_failed_point_leaves_what_its_processes_said(monkeypatch, tmp_path):
     assert measure(Point("same", "same", "ring", 2, "tiny-heads", 64, device="cpu"))["status"] == "error"
     (log,) = (tmp_path / "x-logs").iterdir()
     assert "Traceback\\nno kernel" in log.read_text()
+    late = Outcome("error", "a peer is gone", log="  exitcode  : -14 (pid: 7)  (SIGALRM)")
+    monkeypatch.setattr(bench_distributed.child_process, "run", lambda *_, **__: late)
+    assert measure(Point("same", "same", "ring", 2, "tiny-heads", 64, device="cpu"))["status"] == "timeout"
