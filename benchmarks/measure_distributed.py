@@ -60,7 +60,8 @@ class Run:
         self.device = self.accelerator.device
         if self.device.type == "cuda" and point.memory_gib:
             share = point.memory_gib * GIB / torch.cuda.get_device_properties(self.device).total_memory
-            torch.cuda.set_per_process_memory_fraction(min(1.0, share), self.device)
+            # One process alone has "cuda", without a number.
+            torch.cuda.set_per_process_memory_fraction(min(1.0, share), self.device.index or 0)
         if point.engine == "ring":
             self.args.sp_size = point.gpus  # from here on: all processes have the same rows
         self.whole = build(point, self.device, self.model_args)

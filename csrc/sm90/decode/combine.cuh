@@ -6,7 +6,8 @@
 //
 // and a sink joins the sum as one more key. A CTA has kCombineColumns columns of a row, and each of its warps some of
 // them in all parts, so that warps need nothing of each other: no shared memory, and a CTA finds room beside those of
-// decode_kernel. Every sum is taken in an order that depends on the number of parts alone.
+// decode_kernel. If there are many rows a CTA has several in turn: to find out that a tile was not split takes longer
+// than a row. Every sum is taken in an order that depends on the number of parts alone.
 #pragma once
 
 #include <cutlass/arch/grid_dependency_control.h>
@@ -21,6 +22,7 @@
 namespace flashmla::sm90 {
 
 constexpr int kCombineThreads = 128, kCombineColumns = 64;
+constexpr unsigned kCombineCtasPerSm = 32;  // at most: two waves
 
 template <class Element>
 __global__ void __launch_bounds__(kCombineThreads) combine_kernel(__grid_constant__ DecodeArguments const arguments) {
@@ -33,21 +35,23 @@ __global__ void __launch_bounds__(kCombineThreads) combine_kernel(__grid_constan
   Problem const& problem = params.problem;
   // A CTA looks at one tile, or if there are more tiles than CTAs of decode_kernel, at the last one of a share.
   bool const is_share = gridDim.x == arguments.num_ctas;
-  int32_t batch = blockIdx.x / arguments.tiles_per_sequence;
-  UnitSums const sums = sum_units(arguments, batch);
-  Shares const shares(arguments.num_ctas, sums.total, sums.each);
+  int32_t const heads = static_cast<int32_t>(problem.batch) * arguments.heads_kv;
+  int32_t const pass = blockIdx.x / heads, place = blockIdx.x - pass * heads;  // if it looks at a tile
+  UnitSums const sums = sum_units(arguments, place / arguments.heads_kv);
+  Shares const shares(arguments.num_ctas, sums.pass * arguments.tiles_per_head, sums.each);
   int32_t const unit = is_share ? static_cast<int32_t>(shares.begin(blockIdx.x + 1)) - 1
-                                : sums.before + (blockIdx.x - batch * arguments.tiles_per_sequence) *
-                                                    (sums.each > 0 ? sums.each : units_of(arguments, batch));
-  DecodeWalk const walk(arguments, unit);
-  batch = walk.batch;
-  int32_t const head_kv = walk.tile / arguments.tiles_per_head, row_in_tile = blockIdx.y;
-  int32_t const row = (walk.tile - head_kv * arguments.tiles_per_head) * kWarpgroupRows + row_in_tile;
+                                : pass * sums.pass + sums.before +
+                                      place % arguments.heads_kv *
+                                          (sums.each > 0 ? sums.each : units_of(arguments, place / arguments.heads_kv));
+  DecodeWalk const walk(arguments, sums, unit);
+  int32_t const batch = walk.batch, head_kv = walk.tile / arguments.tiles_per_head;
+  int32_t const first_row = (walk.tile - head_kv * arguments.tiles_per_head) * kWarpgroupRows;
+  int32_t const num_rows = min(arguments.partial_rows, arguments.num_rows - first_row);
   int32_t const first = static_cast<int32_t>(shares.of(walk.tile_begin));
   int32_t const num_parts = static_cast<int32_t>(shares.of(walk.tile_begin + walk.units - 1)) + 1 - first;
 
   // decode_kernel has written it, nobody has to, or the CTA of another share does.
-  bool const has_nothing = num_parts == 1 || row >= arguments.num_rows || (is_share && first != blockIdx.x);
+  bool const has_nothing = num_parts == 1 || (is_share && first != blockIdx.x);
   // One CTA waits in any case: a kernel that ends before the one before it has would let the next begin.
   bool const is_first = blockIdx.x == 0 && blockIdx.y == 0 && blockIdx.z == 0;
   if (has_nothing && !is_first) return;
@@ -58,9 +62,6 @@ __global__ void __launch_bounds__(kCombineThreads) combine_kernel(__grid_constan
   int const lane = threadIdx.x % kWarpThreads, group = lane / kVectors;
   int32_t const column = blockIdx.z * kCombineColumns + (threadIdx.x / kWarpThreads * kVectors + lane % kVectors) * 4;
   bool const has_column = column < problem.head_dim_v;
-  auto index_of = [&](int32_t part) {
-    return int64_t{partial_of(first + part, part == 0)} * arguments.partial_rows + row_in_tile;
-  };
   auto read_out = [&](int64_t index) {
     return has_column ? *reinterpret_cast<float4 const*>(arguments.partial_out + index * problem.head_dim_v + column)
                       : float4{0.0f, 0.0f, 0.0f, 0.0f};
@@ -70,58 +71,64 @@ __global__ void __launch_bounds__(kCombineThreads) combine_kernel(__grid_constan
     for (int lanes = kVectors; lanes < kWarpThreads; lanes *= 2) x = combine(x, __shfl_xor_sync(0xffffffff, x, lanes));
     return x;
   };
-
-  float2 max_and_sum[kAhead];
-  float4 out[kAhead];
-  float largest = -INFINITY;
-  CUTE_UNROLL
-  for (int i = 0; i < kAhead; ++i) {
-    int32_t const part = group + i * kGroups;
-    max_and_sum[i] = {-INFINITY, 0.0f};
-    out[i] = {0.0f, 0.0f, 0.0f, 0.0f};
-    if (part < num_parts) {
-      max_and_sum[i] = arguments.partial_sums[index_of(part)];
-      out[i] = read_out(index_of(part));
-    }
-  }
-  CUTE_UNROLL
-  for (int i = 0; i < kAhead; ++i) largest = fmaxf(largest, max_and_sum[i].x);
-  for (int32_t part = group + kAhead * kGroups; part < num_parts; part += kGroups) {
-    largest = fmaxf(largest, arguments.partial_sums[index_of(part)].x);
-  }
-  float const row_max = reduce(largest, [](float a, float b) { return fmaxf(a, b); });
-
+  auto plus = [](float a, float b) { return a + b; };
   bool const has_transform = problem.softcap > 0.0f || problem.scale <= 0.0f;
   float const scale_log2 = has_transform ? kLog2e : problem.scale * kLog2e;
-  float sum = 0.0f;
-  float4 x{0.0f, 0.0f, 0.0f, 0.0f};
-  auto add = [&](float2 part, float4 const& y) {
-    float const weight = part.x == -INFINITY ? 0.0f : exp2f((part.x - row_max) * scale_log2);
-    sum += part.y * weight;
-    x = {x.x + y.x * weight, x.y + y.y * weight, x.z + y.z * weight, x.w + y.w * weight};
-  };
-  CUTE_UNROLL
-  for (int i = 0; i < kAhead; ++i) add(max_and_sum[i], out[i]);
-#pragma unroll 4
-  for (int32_t part = group + kAhead * kGroups; part < num_parts; part += kGroups) {
-    add(arguments.partial_sums[index_of(part)], read_out(index_of(part)));
-  }
-  auto plus = [](float a, float b) { return a + b; };
-  sum = reduce(sum, plus);
-  x = {reduce(x.x, plus), reduce(x.y, plus), reduce(x.z, plus), reduce(x.w, plus)};
 
-  int32_t const query = row / arguments.group, head = head_kv * arguments.group + row - query * arguments.group;
-  float lse;
-  float const factor = finish_row(row_max == -INFINITY ? -INFINITY : row_max * scale_log2, sum,
-                                  problem.sinks == nullptr ? nullptr : problem.sinks + head, lse);
-  if (group == 0 && has_column) {
-    Element* const target = static_cast<Element*>(params.out.data) + batch * params.out.stride_batch +
-                            query * params.out.stride_seqlen + head * params.out.stride_heads + column;
-    *reinterpret_cast<uint2*>(target) = {pack<Element>(x.x * factor, x.y * factor),
-                                         pack<Element>(x.z * factor, x.w * factor)};
-  }
-  if (threadIdx.x == 0 && blockIdx.z == 0 && params.lse.data != nullptr) {
-    params.lse.data[batch * params.lse.stride_batch + head * params.lse.stride_heads + query] = lse;
+  for (int32_t row_in_tile = blockIdx.y; row_in_tile < num_rows; row_in_tile += gridDim.y) {
+    auto index_of = [&](int32_t part) {
+      return int64_t{partial_of(first + part, part == 0)} * arguments.partial_rows + row_in_tile;
+    };
+    float2 max_and_sum[kAhead];
+    float4 out[kAhead];
+    float largest = -INFINITY;
+    CUTE_UNROLL
+    for (int i = 0; i < kAhead; ++i) {
+      int32_t const part = group + i * kGroups;
+      max_and_sum[i] = {-INFINITY, 0.0f};
+      out[i] = {0.0f, 0.0f, 0.0f, 0.0f};
+      if (part < num_parts) {
+        max_and_sum[i] = arguments.partial_sums[index_of(part)];
+        out[i] = read_out(index_of(part));
+      }
+    }
+    CUTE_UNROLL
+    for (int i = 0; i < kAhead; ++i) largest = fmaxf(largest, max_and_sum[i].x);
+    for (int32_t part = group + kAhead * kGroups; part < num_parts; part += kGroups) {
+      largest = fmaxf(largest, arguments.partial_sums[index_of(part)].x);
+    }
+    float const row_max = reduce(largest, [](float a, float b) { return fmaxf(a, b); });
+
+    float sum = 0.0f;
+    float4 x{0.0f, 0.0f, 0.0f, 0.0f};
+    auto add = [&](float2 part, float4 const& y) {
+      float const weight = part.x == -INFINITY ? 0.0f : exp2f((part.x - row_max) * scale_log2);
+      sum += part.y * weight;
+      x = {x.x + y.x * weight, x.y + y.y * weight, x.z + y.z * weight, x.w + y.w * weight};
+    };
+    CUTE_UNROLL
+    for (int i = 0; i < kAhead; ++i) add(max_and_sum[i], out[i]);
+#pragma unroll 4
+    for (int32_t part = group + kAhead * kGroups; part < num_parts; part += kGroups) {
+      add(arguments.partial_sums[index_of(part)], read_out(index_of(part)));
+    }
+    sum = reduce(sum, plus);
+    x = {reduce(x.x, plus), reduce(x.y, plus), reduce(x.z, plus), reduce(x.w, plus)};
+
+    int32_t const row = first_row + row_in_tile;
+    int32_t const query = row / arguments.group, head = head_kv * arguments.group + row - query * arguments.group;
+    float lse;
+    float const factor = finish_row(row_max == -INFINITY ? -INFINITY : row_max * scale_log2, sum,
+                                    problem.sinks == nullptr ? nullptr : problem.sinks + head, lse);
+    if (group == 0 && has_column) {
+      Element* const target = static_cast<Element*>(params.out.data) + batch * params.out.stride_batch +
+                              query * params.out.stride_seqlen + head * params.out.stride_heads + column;
+      *reinterpret_cast<uint2*>(target) = {pack<Element>(x.x * factor, x.y * factor),
+                                           pack<Element>(x.z * factor, x.w * factor)};
+    }
+    if (threadIdx.x == 0 && blockIdx.z == 0 && params.lse.data != nullptr) {
+      params.lse.data[batch * params.lse.stride_batch + head * params.lse.stride_heads + query] = lse;
+    }
   }
 #endif
 }

@@ -6,6 +6,10 @@
 // have the same to read, whatever the lengths, which are read on the device. So a CTA has the end of one tile, some
 // whole ones, and the beginning of another. Parts of tiles leave for the workspace, and combine.cuh adds them up, in
 // order. Without can_split a CTA computes the tiles that begin in its share, each of them alone.
+//
+// Tiles of the same keys are to be computed at the same time, so that one of them reads the keys from memory and the
+// others from L2. So the line of units is one pass over all sequences and kv heads after the other: pass t has tile t
+// of every kv head. CTAs c, c + n / passes, ... are at the same place of their passes (n is a multiple of the passes).
 #pragma once
 
 #include <cuda.h>
@@ -23,16 +27,16 @@ struct DecodeArguments {
   CUtensorMap k, v;  // dims (head_dim, row of a page, heads, page)
   DecodeParams params;
   Window window;
-  int32_t block_kv;            // keys of a unit
-  int32_t rows_per_box;        // rows that one copy brings: a power of two that divides page_size, unless a page is all
-  int32_t num_rows;            // query rows of a kv head: group * seqlen_q
-  int32_t group;               // query heads of a kv head
-  int32_t tiles_per_head;      // tiles of a kv head of a sequence
-  int32_t tiles_per_sequence;  // heads_kv * tiles_per_head
-  int32_t num_ctas;            // of decode_kernel; fewer have work if there are fewer units
-  int32_t partial_rows;        // rows of a part in the workspace: min(num_rows, kWarpgroupRows)
-  float* partial_out;          // [2 * num_ctas, partial_rows, head_dim_v]: not divided by the sum
-  float2* partial_sums;        // [2 * num_ctas, partial_rows]: (maximum of the scores, sum of exponentials)
+  int32_t block_kv;      // keys of a unit
+  int32_t rows_per_box;  // rows that one copy brings: a power of two that divides page_size, unless a page is all
+  int32_t num_rows;      // query rows of a kv head: group * seqlen_q
+  int32_t group;         // query heads of a kv head
+  int32_t heads_kv;
+  int32_t tiles_per_head;  // tiles of a kv head of a sequence: the number of passes
+  int32_t num_ctas;        // of decode_kernel; fewer have work if there are fewer units
+  int32_t partial_rows;    // rows of a part in the workspace: min(num_rows, kWarpgroupRows)
+  float* partial_out;      // [2 * num_ctas, partial_rows, head_dim_v]: not divided by the sum
+  float2* partial_sums;    // [2 * num_ctas, partial_rows]: (maximum of the scores, sum of exponentials)
 };
 
 // The keys of a sequence: [begin, end) are seen by some query, [unmasked_begin, unmasked_end) by each of them.
@@ -75,16 +79,16 @@ __host__ __device__ inline bool has_equal_lengths(DecodeParams const& params) {
   return params.cache_seqlens == nullptr && params.kv_start == nullptr;
 }
 
-// Units of all sequences, and of those before sequence `batch`; `each` is the units of a tile if all have the same,
-// else 0. By a warp, which has the sums in every lane.
+// Units of a pass, and of the sequences before `batch` in it; `each` is the units of a tile if all have the same, else
+// 0. By a warp, which has the sums in every lane.
 struct UnitSums {
-  int32_t total, before, each;
+  int32_t pass, before, each;
 };
 
 __device__ inline UnitSums sum_units(DecodeArguments const& arguments, int32_t batch) {
   int32_t const num_sequences = static_cast<int32_t>(arguments.params.problem.batch);
   if (has_equal_lengths(arguments.params)) {
-    int32_t const units = units_of(arguments, 0), size = arguments.tiles_per_sequence * units;
+    int32_t const units = units_of(arguments, 0), size = arguments.heads_kv * units;
     return {num_sequences * size, batch * size, units};
   }
   int32_t total = 0, before = 0, least = INT32_MAX, most = 0;
@@ -99,7 +103,7 @@ __device__ inline UnitSums sum_units(DecodeArguments const& arguments, int32_t b
   before = __reduce_add_sync(0xffffffff, before);
   least = __reduce_min_sync(0xffffffff, least);
   most = __reduce_max_sync(0xffffffff, most);
-  return {total * arguments.tiles_per_sequence, before * arguments.tiles_per_sequence, least == most ? most : 0};
+  return {total * arguments.heads_kv, before * arguments.heads_kv, least == most ? most : 0};
 }
 
 // `total` units in shares of at most one unit's difference, none of them empty: periods of `count` shares and
@@ -149,22 +153,23 @@ struct DecodeWalk {
   DecodeArguments const& arguments;
   int32_t unit, end;           // of the share
   int32_t tile_begin;          // first unit of the tile
-  int32_t batch, tile, units;  // the tile within its sequence, and its units
+  int32_t batch, tile, units;  // the tile within its sequence (head_kv * tiles_per_head + pass), and its units
   SequenceKeys keys;
   KVBlocks blocks;  // of this part
 
   // The tile of one unit.
-  __device__ DecodeWalk(DecodeArguments const& arguments, int32_t unit) : arguments(arguments), unit(unit), end(unit) {
-    find_tile();
+  __device__ DecodeWalk(DecodeArguments const& arguments, UnitSums const& sums, int32_t unit)
+      : arguments(arguments), unit(unit), end(unit) {
+    find_tile(sums.pass);
   }
 
   __device__ explicit DecodeWalk(DecodeArguments const& arguments) : arguments(arguments) {
     UnitSums const sums = sum_units(arguments, 0);
-    Shares const shares(arguments.num_ctas, sums.total, sums.each);
+    Shares const shares(arguments.num_ctas, sums.pass * arguments.tiles_per_head, sums.each);
     unit = static_cast<int32_t>(shares.begin(blockIdx.x));
     end = static_cast<int32_t>(shares.begin(blockIdx.x + 1));
     if (unit >= end) return;
-    find_tile();
+    find_tile(sums.pass);
     if (!arguments.params.can_split && unit > tile_begin) next_tile();
   }
 
@@ -182,11 +187,17 @@ struct DecodeWalk {
   }
 
   __device__ void next_tile() {
+    int32_t const tiles_per_sequence = arguments.heads_kv * arguments.tiles_per_head;
     tile_begin += units;
     unit = tile_begin;
-    if (++tile < arguments.tiles_per_sequence) return;
-    tile = 0;
-    if (++batch < arguments.params.problem.batch) {
+    tile += arguments.tiles_per_head;
+    if (tile < tiles_per_sequence) return;
+    tile -= tiles_per_sequence;
+    if (++batch == arguments.params.problem.batch) {
+      batch = 0;
+      ++tile;  // the next pass
+    }
+    if (tile < arguments.tiles_per_head) {
       read_sequence();
     } else {
       unit = end;
@@ -200,26 +211,27 @@ struct DecodeWalk {
   }
 
   // The tile that `unit` is of.
-  __device__ void find_tile() {
-    int32_t const sequence_begin = find_sequence();
+  __device__ void find_tile(int32_t units_of_pass) {
+    int32_t const pass = arguments.tiles_per_head == 1 ? 0 : unit / units_of_pass, pass_begin = pass * units_of_pass;
+    int32_t const sequence_begin = pass_begin + find_sequence(unit - pass_begin);
     read_sequence();
-    tile = (unit - sequence_begin) / units;
-    tile_begin = sequence_begin + tile * units;
+    int32_t const head_kv = (unit - sequence_begin) / units;
+    tile = head_kv * arguments.tiles_per_head + pass;
+    tile_begin = sequence_begin + head_kv * units;
   }
 
-  // Sets `batch` to the sequence of `unit` and returns that sequence's first unit.
-  __device__ int32_t find_sequence() {
+  // Sets `batch` to the sequence of a unit of a pass, and returns that sequence's first unit in the pass.
+  __device__ int32_t find_sequence(int32_t unit) {
     int32_t const num_sequences = static_cast<int32_t>(arguments.params.problem.batch);
     if (has_equal_lengths(arguments.params)) {
-      int32_t const size = arguments.tiles_per_sequence * units_of(arguments, 0);
+      int32_t const size = arguments.heads_kv * units_of(arguments, 0);
       batch = unit / size;
       return batch * size;
     }
     int32_t const lane = threadIdx.x % kWarpThreads;
     int32_t before = 0;
     for (int32_t first = 0;; first += kWarpThreads) {
-      int32_t const size =
-          first + lane < num_sequences ? arguments.tiles_per_sequence * units_of(arguments, first + lane) : 0;
+      int32_t const size = first + lane < num_sequences ? arguments.heads_kv * units_of(arguments, first + lane) : 0;
       int32_t sum = size;
       CUTE_UNROLL
       for (int lanes = 1; lanes < kWarpThreads; lanes *= 2) {

@@ -37,6 +37,10 @@ __global__ void __launch_bounds__(DecodeTiles<kHeadDimQK, kHeadDimV>::kNumThread
 #endif
 }
 
+inline int64_t num_tiles(DecodeArguments const& arguments) {
+  return arguments.params.problem.batch * arguments.heads_kv * arguments.tiles_per_head;
+}
+
 // What follows from the shapes: everything but descriptors and the workspace.
 template <int kHeadDimQK, int kHeadDimV>
 DecodeArguments plan_decode(DecodeParams const& params) {
@@ -57,12 +61,13 @@ DecodeArguments plan_decode(DecodeParams const& params) {
   arguments.rows_per_box = static_cast<int32_t>(rows_per_box);
   arguments.group = static_cast<int32_t>(problem.heads_q / problem.heads_kv);
   arguments.num_rows = static_cast<int32_t>(arguments.group * problem.seqlen_q);
+  arguments.heads_kv = static_cast<int32_t>(problem.heads_kv);
   arguments.tiles_per_head = static_cast<int32_t>(ceil_div(arguments.num_rows, kWarpgroupRows));
-  arguments.tiles_per_sequence = static_cast<int32_t>(problem.heads_kv * arguments.tiles_per_head);
   arguments.partial_rows = std::min(arguments.num_rows, kWarpgroupRows);
-  int64_t const tiles = problem.batch * arguments.tiles_per_sequence;
+  int64_t const tiles = num_tiles(arguments);
   int64_t const units = std::max<int64_t>(1, ceil_div(problem.seqlen_kv, Tiles::kBlockKV));
-  int64_t const most = int64_t{Tiles::kNumCtas} * num_sms(device);
+  int64_t most = int64_t{Tiles::kNumCtas} * num_sms(device);
+  if (arguments.tiles_per_head < most) most -= most % arguments.tiles_per_head;  // decode_schedule.cuh says why
   arguments.num_ctas = static_cast<int32_t>(std::min(most, params.can_split ? tiles * units : tiles));
   return arguments;
 }
@@ -72,7 +77,7 @@ inline bool may_split(DecodeArguments const& arguments) {
   DecodeParams const& params = arguments.params;
   if (!params.can_split || !has_equal_lengths(params)) return params.can_split;
   uint32_t const units = static_cast<uint32_t>(units_of(arguments, 0));
-  uint32_t const tiles = static_cast<uint32_t>(params.problem.batch * arguments.tiles_per_sequence);
+  uint32_t const tiles = static_cast<uint32_t>(num_tiles(arguments));
   return !Shares(static_cast<uint32_t>(arguments.num_ctas), tiles * units, units).has_whole_tiles(units);
 }
 
@@ -94,7 +99,7 @@ const char* launch_decode_element(DecodeParams const& params, void* workspace, c
   Problem const& problem = params.problem;
   DecodeArguments arguments = plan_decode<kHeadDimQK, kHeadDimV>(params);
   double const units = std::ceil(static_cast<double>(problem.seqlen_kv) / Kernel::kBlockKV);
-  if (static_cast<double>(problem.batch) * arguments.tiles_per_sequence * std::max(1.0, units) > INT32_MAX) {
+  if (static_cast<double>(num_tiles(arguments)) * std::max(1.0, units) > INT32_MAX) {
     return "the cache is too large: expected fewer than 2^31 blocks of keys over all sequences and heads; pass a part "
            "of "
            "the batch at a time";
@@ -128,11 +133,11 @@ const char* launch_decode_element(DecodeParams const& params, void* workspace, c
                                          arguments);
   if (error != nullptr || !may_split(arguments)) return error;
   // A tile that is split begins in a share and ends in a later one: a share has one such tile at most.
-  int64_t const tiles = problem.batch * arguments.tiles_per_sequence;
-  dim3 const rows(static_cast<unsigned>(std::min<int64_t>(tiles, arguments.num_ctas)),
-                  static_cast<unsigned>(arguments.partial_rows),
-                  static_cast<unsigned>((problem.head_dim_v + kCombineColumns - 1) / kCombineColumns));
-  return launch_kernel<DecodeArguments>(combine_kernel<Element>, rows, kCombineThreads, 0, stream, Launch::kDependent,
+  dim3 grid(static_cast<unsigned>(std::min<int64_t>(num_tiles(arguments), arguments.num_ctas)), 1,
+            static_cast<unsigned>((problem.head_dim_v + kCombineColumns - 1) / kCombineColumns));
+  unsigned const most = kCombineCtasPerSm * static_cast<unsigned>(num_sms(device)) / (grid.x * grid.z);
+  grid.y = std::min(static_cast<unsigned>(arguments.partial_rows), std::max(1u, most));
+  return launch_kernel<DecodeArguments>(combine_kernel<Element>, grid, kCombineThreads, 0, stream, Launch::kDependent,
                                         arguments);
 }
 

@@ -51,13 +51,4 @@ __host__ __device__
   return place / 16 * 16 + i / 2 * 8 + 2 * lane + i % 2;
 }
 
-// Its inverse.
-#if defined(__CUDACC__)
-__host__ __device__
-#endif
-    inline int place_of_key(int key) {
-  int const within = key % 16, lane = within % 8 / 2;
-  return key / 16 * 16 + 4 * lane + within / 8 * 2 + within % 2;
-}
-
 }  // namespace flashmla::sm90

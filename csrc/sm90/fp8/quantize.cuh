@@ -66,20 +66,15 @@ template <int kHeadDim, class Element>
 struct RowInWarp {
   static constexpr int kValues = kHeadDim / kWarpThreads;
   static_assert(kValues == 2 || kValues == 4, "pairs are read as one word");
+  struct alignas(2 * kValues) Words {
+    uint32_t pairs[kValues / 2];
+  };
   float x[kValues];
 
-  __device__ void clear() {
-    CUTE_UNROLL
-    for (float& value : x) value = 0.0f;
-  }
-
-  __device__ void read(Element const* row, int64_t head_dim) {
-    clear();
-    int const lane = threadIdx.x % kWarpThreads;
+  __device__ void set(Words const& words) {
     CUTE_UNROLL
     for (int i = 0; i < kValues; i += 2) {
-      if (lane * kValues + i >= head_dim) break;
-      float2 const pair = unpack<Element>(*reinterpret_cast<uint32_t const*>(row + lane * kValues + i));
+      float2 const pair = unpack<Element>(words.pairs[i / 2]);
       x[i] = pair.x;
       x[i + 1] = pair.y;
     }
@@ -206,6 +201,27 @@ __device__ inline float largest_of_block(float x, float (&of_warps)[kQuantizeWar
 
 constexpr int kRowsOfWarp = kRowsOfScale / kQuantizeWarps;
 
+// The rows of a block that are a warp's, as they lie in memory; what a row or the block lacks is 0. All are on their
+// way before the first is looked at.
+template <int kHeadDim, class Element>
+struct RowsOfWarp {
+  using Row = RowInWarp<kHeadDim, Element>;
+  using Words = typename Row::Words;
+  Words words[kRowsOfWarp];
+
+  __device__ RowsOfWarp(TensorView const& view, BlockRows const& rows, int32_t head, int64_t head_dim) {
+    int const first = threadIdx.x / kWarpThreads * kRowsOfWarp;
+    int const column = threadIdx.x % kWarpThreads * Row::kValues;  // the head dim is a multiple of 8
+    CUTE_UNROLL
+    for (int i = 0; i < kRowsOfWarp; ++i) {
+      words[i] = {};
+      if (first + i < rows.count && column < head_dim) {
+        words[i] = *reinterpret_cast<Words const*>(row_of<Element>(view, rows, head, first + i) + column);
+      }
+    }
+  }
+};
+
 // A CTA for each block of queries and head.
 template <int kHeadDim, class Element>
 __global__ void __launch_bounds__(kQuantizeThreads) quantize_queries_kernel(QuantizeArguments const arguments) {
@@ -217,12 +233,12 @@ __global__ void __launch_bounds__(kQuantizeThreads) quantize_queries_kernel(Quan
   if (rows.count <= 0) return;
   int const first = threadIdx.x / kWarpThreads * kRowsOfWarp;
   Rotation<kHeadDim> const rotation(static_cast<int>(problem.head_dim_qk), false);
+  RowsOfWarp<kHeadDim, Element> const read(arguments.q, rows, head, problem.head_dim_qk);
   RowInWarp<kHeadDim, Element> q[kRowsOfWarp];
   float largest = 0.0f;
   CUTE_UNROLL
   for (int i = 0; i < kRowsOfWarp; ++i) {
-    q[i].clear();
-    if (first + i < rows.count) q[i].read(row_of<Element>(arguments.q, rows, head, first + i), problem.head_dim_qk);
+    q[i].set(read.words[i]);
     if (arguments.rotates) q[i].rotate(rotation);
     largest = fmaxf(largest, q[i].largest());
   }
@@ -239,7 +255,7 @@ __global__ void __launch_bounds__(kQuantizeThreads) quantize_queries_kernel(Quan
 
 // A CTA for each block of keys and kv head.
 template <int kHeadDim, class Element>
-__global__ void __launch_bounds__(kQuantizeThreads) quantize_keys_kernel(QuantizeArguments const arguments) {
+__global__ void __launch_bounds__(kQuantizeThreads, 2) quantize_keys_kernel(QuantizeArguments const arguments) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   constexpr int kValues = RowInWarp<kHeadDim, Element>::kValues;
   constexpr int kPitch = kRowsOfScale + 4;  // bytes of a column in shared memory
@@ -253,14 +269,14 @@ __global__ void __launch_bounds__(kQuantizeThreads) quantize_keys_kernel(Quantiz
   if (rows.count <= 0) return;
   int const lane = threadIdx.x % kWarpThreads, first = threadIdx.x / kWarpThreads * kRowsOfWarp;
   int64_t const place = int64_t{block} * kRowsOfScale, places = operands.blocks * kRowsOfScale;
+  RowsOfWarp<kHeadDim, Element> const read_k(arguments.k, rows, head, problem.head_dim_qk);
   {
     Rotation<kHeadDim> const rotation(static_cast<int>(problem.head_dim_qk), true);
     RowInWarp<kHeadDim, Element> k[kRowsOfWarp];
     float largest = 0.0f;
     CUTE_UNROLL
     for (int i = 0; i < kRowsOfWarp; ++i) {
-      k[i].clear();
-      if (first + i < rows.count) k[i].read(row_of<Element>(arguments.k, rows, head, first + i), problem.head_dim_qk);
+      k[i].set(read_k.words[i]);
       if (arguments.rotates) k[i].rotate(rotation);
       largest = fmaxf(largest, k[i].largest());
     }
@@ -270,21 +286,26 @@ __global__ void __launch_bounds__(kQuantizeThreads) quantize_keys_kernel(Quantiz
     for (int i = 0; i < kRowsOfWarp; ++i) k[i].write(target + i * kHeadDim, scale.inverse);
     if (threadIdx.x == 0) operands.k_scales[head * operands.blocks + block] = scale.scale;
   }
+  RowsOfWarp<kHeadDim, Element> const read_v(arguments.v, rows, head, problem.head_dim_v);
   RowInWarp<kHeadDim, Element> v[kRowsOfWarp];
   float largest = 0.0f;
   CUTE_UNROLL
   for (int i = 0; i < kRowsOfWarp; ++i) {
-    v[i].clear();
-    if (first + i < rows.count) v[i].read(row_of<Element>(arguments.v, rows, head, first + i), problem.head_dim_v);
+    v[i].set(read_v.words[i]);
     largest = fmaxf(largest, v[i].largest());
   }
   Scale const scale = scale_of(largest_of_block(largest, of_warps_v));
   CUTE_UNROLL
-  for (int i = 0; i < kRowsOfWarp; ++i) {
-    uint32_t const word = v[i].quantized(scale.inverse);
+  for (int place = 0; place < kRowsOfWarp; place += 4) {  // a warp's keys have the places from `first` on
+    uint32_t words[4];
     CUTE_UNROLL
-    for (int c = 0; c < kValues; ++c) {
-      columns[(lane * kValues + c) * kPitch + place_of_key(first + i)] = static_cast<uint8_t>(word >> 8 * c);
+    for (int i = 0; i < 4; ++i) words[i] = v[key_of_place(place + i)].quantized(scale.inverse);
+    CUTE_UNROLL
+    for (int c = 0; c < kValues; ++c) {  // byte c of each
+      uint32_t const low = __byte_perm(words[0], words[1], c | (4 + c) << 4);
+      uint32_t const high = __byte_perm(words[2], words[3], c | (4 + c) << 4);
+      *reinterpret_cast<uint32_t*>(columns + (lane * kValues + c) * kPitch + first + place) =
+          __byte_perm(low, high, 0x5410);
     }
   }
   if (threadIdx.x == 0) operands.v_scales[head * operands.blocks + block] = scale.scale;
@@ -322,12 +343,12 @@ __global__ void __launch_bounds__(kQuantizeThreads) round_kernel(RoundingArgumen
   if (rows.count <= 0) return;
   int const first = threadIdx.x / kWarpThreads * kRowsOfWarp, column = threadIdx.x % kWarpThreads * kValues;
   Rotation<kHeadDim> const rotation(static_cast<int>(arguments.head_dim), arguments.is_key);
+  RowsOfWarp<kHeadDim, Element> const read(arguments.x, rows, head, arguments.head_dim);
   RowInWarp<kHeadDim, Element> x[kRowsOfWarp];
   float largest = 0.0f;
   CUTE_UNROLL
   for (int i = 0; i < kRowsOfWarp; ++i) {
-    x[i].clear();
-    if (first + i < rows.count) x[i].read(row_of<Element>(arguments.x, rows, head, first + i), arguments.head_dim);
+    x[i].set(read.words[i]);
     if (arguments.rotates) x[i].rotate(rotation);
     largest = fmaxf(largest, x[i].largest());
   }
