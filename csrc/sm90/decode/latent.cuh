@@ -77,6 +77,16 @@ struct LatentDecode {
   // Named barriers: all consumers, and P of warpgroup 0 or 1.
   static constexpr int kConsumerBarrier = 1, kBarrierP = 2, kOwnerBarrier = 4;
 
+  // A named barrier is one of whole warps: lanes that took a branch of their own come back first.
+  __device__ static void sync_warps(int num_threads, int barrier) {
+    __syncwarp();
+    NamedBarrier::sync(num_threads, barrier);
+  }
+  __device__ static void arrive_warps(int num_threads, int barrier) {
+    __syncwarp();
+    NamedBarrier::arrive(num_threads, barrier);
+  }
+
   // ---- loading warp -------------------------------------------------------------------------------------------------
 
   __device__ static void load(DecodeArguments const& arguments, SharedStorage& shared) {
@@ -185,9 +195,9 @@ struct LatentDecode {
       SequenceKeys const keys = walk.keys;
       KVBlocks const blocks = walk.blocks;
       RowKeys const seen = row_keys(arguments, keys, walk.tile, first_row);
-      NamedBarrier::sync(kConsumerThreads, kConsumerBarrier);  // every warp has ended its products with the old Q
+      sync_warps(kConsumerThreads, kConsumerBarrier);  // every warp has ended its products with the old Q
       read_queries<kHeadDimQK, kConsumerThreads>(arguments, shared.q, walk.batch, walk.tile, threadIdx.x);
-      NamedBarrier::sync(kConsumerThreads, kConsumerBarrier);
+      sync_warps(kConsumerThreads, kConsumerBarrier);
       softmax.reset();
       CUTE_UNROLL
       for (int i = 0; i < kOutputs; ++i) rO(i) = 0.0f;
@@ -195,7 +205,7 @@ struct LatentDecode {
       auto own = [&](int32_t kv_block) {
         wait_full();
         if (clear_rows<kBlockKV, kHeadDimV, kWarpgroupThreads>(shared.kv[ring.stage], keys, kv_block, thread)) {
-          NamedBarrier::sync(kWarpgroupThreads, kOwnerBarrier + kWarpgroup);
+          sync_warps(kWarpgroupThreads, kOwnerBarrier + kWarpgroup);
         }
         multiply(mma_s, fQ(_, _, _, 0), fK(_, _, _, ring.stage), rS, false);
         warpgroup_wait<0>();
@@ -216,7 +226,7 @@ struct LatentDecode {
           }
         }
         cutlass::arch::fence_view_async_shared();
-        NamedBarrier::arrive(kConsumerThreads, kBarrierP + kWarpgroup);
+        arrive_warps(kConsumerThreads, kBarrierP + kWarpgroup);
         // Eight consecutive score registers are one A fragment of a 16-column step, in order.
         auto* pairs = reinterpret_cast<uint32_t*>(rP.data());
         CUTE_UNROLL
@@ -227,7 +237,7 @@ struct LatentDecode {
         finish_block();
       };
       auto other = [&] {
-        NamedBarrier::sync(kConsumerThreads, kBarrierP + (1 - kWarpgroup));
+        sync_warps(kConsumerThreads, kBarrierP + (1 - kWarpgroup));
         // What TMA has written is seen by who waits. Not for the other part: its warpgroup may have returned it, and a
         // barrier that is two phases ahead looks like one that has not come as far.
         ClusterBarrier::wait(&shared.full[ring.stage][kWarpgroup], ring.phase);
@@ -274,7 +284,7 @@ struct LatentDecode {
       sum += __shfl_xor_sync(0xffffffff, sum, 2);
       if (threadIdx.x % 4 == 0) shared.row_sums[warpgroup][first_row + 8 * r] = sum;
     }
-    NamedBarrier::sync(kConsumerThreads, kConsumerBarrier);
+    sync_warps(kConsumerThreads, kConsumerBarrier);
     CUTE_UNROLL
     for (int r = 0; r < 2; ++r) {
       softmax.row_sum[r] =
