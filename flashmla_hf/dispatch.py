@@ -20,7 +20,7 @@ fp8 on a GPU, anything else                            none: it raises (:mod:`fl
 =====================================================  ===========================================================
 
 ``torch_flash``, the FlashAttention 2 of torch (GPUs of capability 8.0 or more, fp16 and bf16, head dims up to 256, dropout; no
-softcap, no sinks), runs by its name alone: its tests have not run on a GPU yet.
+softcap, no sinks), runs by its name alone: of GPUs its tests have run on a Hopper only.
 
 Nothing else is chosen silently: if the table's choice cannot compute the call, the call raises an error that names the reason
 and a fix. An explicit ``impl`` never falls back.
