@@ -32,6 +32,11 @@ def has_transforms() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is not None
 
 
+def is_transformed_eagerly() -> bool:
+    """Whether a transform is active in a call that torch.compile does not trace: dynamo has an interpreter of its own there."""
+    return not torch.compiler.is_compiling() and has_transforms()
+
+
 def is_functionalizing() -> bool:
     """Whether ``torch.func.functionalize`` is among the active transforms."""
     if not has_transforms():

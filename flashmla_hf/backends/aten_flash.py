@@ -28,7 +28,7 @@ from flashmla_hf.backend import Backend
 from flashmla_hf.backends import sm90
 from flashmla_hf.notices import log_choice
 from flashmla_hf.ops import dtype_name
-from flashmla_hf.torch_state import has_transforms
+from flashmla_hf.torch_state import is_transformed_eagerly
 from flashmla_hf.validation import Call
 
 _HEAD_DIM_MULTIPLE, _MAX_HEAD_DIM = 8, 256
@@ -113,7 +113,7 @@ def _window_refusal(call: Call) -> str | None:
 
 
 def _gradient_refusal(call: Call) -> str | None:
-    if not torch.compiler.is_compiling() and has_transforms():  # dynamo takes its own interpreter for a transform
+    if is_transformed_eagerly():
         return "a transform of torch.func is active: expected none"
     if not torch.is_grad_enabled() or not any(x.requires_grad for x in (call.q, call.k, call.v)):
         return None

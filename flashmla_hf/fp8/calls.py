@@ -32,7 +32,7 @@ from flashmla_hf.fp8 import emulation, kernel
 from flashmla_hf.fp8.quantization import BLOCK_ROWS, DTYPE, Quantized, block_of_rows, quantize, rotate
 from flashmla_hf.notices import log_choice
 from flashmla_hf.ops import dtype_name
-from flashmla_hf.torch_state import has_transforms
+from flashmla_hf.torch_state import is_transformed_eagerly
 from flashmla_hf.validation import Call, check_float32, fail
 
 Descales = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
@@ -116,7 +116,7 @@ def _refusal(call: Call) -> str | None:
     if call.attn_mask is not None or call.dropout_p > 0.0:
         argument = "attn_mask is given" if call.attn_mask is not None else f"dropout_p={call.dropout_p}"
         return f"{argument}: expected none in fp8; precision=None (in Transformers flashmla) computes it exactly"
-    if not torch.compiler.is_compiling() and has_transforms():  # dynamo takes its own interpreter for a transform
+    if is_transformed_eagerly():
         return "a transform of torch.func is active: expected none in fp8; precision=None has transforms"
     return None
 
