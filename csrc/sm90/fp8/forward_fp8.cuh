@@ -38,7 +38,11 @@ struct Fp8ForwardArguments : ForwardArguments {
   CUtensorMap vt;  // dims (place, column of V, head); `k` has dims (head_dim, place, head) here
   float const *q_scales, *k_scales, *v_scales;
   int32_t blocks_q, blocks;
+  int32_t turns;
 };
+#ifndef FLASHMLA_FP8_TURNS
+#define FLASHMLA_FP8_TURNS(arguments) (arguments).turns
+#endif
 
 // The online softmax of scores that have scales: row_max is that of S in base 2, not of what the product gave.
 template <int kScores>
@@ -55,41 +59,60 @@ struct Fp8Softmax {
     row_scale[1] = second_scale;
   }
 
-  // Scores become P. True if some row of this warp has a new maximum: then O is to be multiplied by `correction`.
+  // What the exponent of a row's scores is: score * factor - against, of scores of one tile.
+  struct Exponent {
+    float factor, against;
+  };
+
+  // The largest score of a row in this thread. As whole numbers, positive floats are ordered as they are, and above all
+  // negative ones: three are compared at a time. Where a lane has none that is positive, they are compared as floats.
   template <class Scores>
-  __device__ bool update(Scores& scores, float tile_scale, float (&correction)[2]) {
-    bool has_grown = false;
+  __device__ static float largest_of(Scores const& scores, int row) {
+    auto score = [&](int i) { return scores(i / 2 * 4 + row * 2 + i % 2); };
+    auto bits = [&](int i) { return __float_as_int(score(i)); };
+    constexpr int kOfRow = kScores / 2;
+    int largest[2] = {bits(0), bits(1)};
     CUTE_UNROLL
-    for (int row = 0; row < 2; ++row) {
-      // Not negative (finish_scores), and not 0 where scales of zeros underflow: -inf * 0 is NaN.
-      float const factor = fmaxf(row_scale[row] * tile_scale, kLeastFactor);
-      float largest[2] = {scores(row * 2), scores(row * 2 + 1)};
-      CUTE_UNROLL
-      for (int j = 1; j < kScores / 4; ++j) {
-        CUTE_UNROLL
-        for (int c = 0; c < 2; ++c) largest[c] = fmaxf(largest[c], scores(j * 4 + row * 2 + c));
-      }
-      float largest_here = fmaxf(largest[0], largest[1]);
-      largest_here = fmaxf(largest_here, __shfl_xor_sync(0xffffffff, largest_here, 1));
-      largest_here = fmaxf(largest_here, __shfl_xor_sync(0xffffffff, largest_here, 2));
-      float const new_max = fmaxf(row_max[row], largest_here * factor);
-      float const against = (new_max == -INFINITY ? 0.0f : new_max) - kLogLargest;
-      correction[row] = new_max == -INFINITY ? 1.0f : exp2f(row_max[row] - new_max);
-      has_grown |= new_max > row_max[row];
-      row_max[row] = new_max;
-      float sum[2] = {0.0f, 0.0f};
-      CUTE_UNROLL
-      for (int j = 0; j < kScores / 4; ++j) {
-        CUTE_UNROLL
-        for (int c = 0; c < 2; ++c) {
-          float& score = scores(j * 4 + row * 2 + c);
-          score = exp2f(__fmaf_rn(score, factor, -against));
-          sum[c] += score;
-        }
-      }
-      row_sum[row] = row_sum[row] * correction[row] + (sum[0] + sum[1]);
+    for (int i = 2; i + 1 < kOfRow; i += 2) {
+      largest[i / 2 % 2] = __vimax3_s32(largest[i / 2 % 2], bits(i), bits(i + 1));
     }
-    return __any_sync(0xffffffff, has_grown);
+    float most = __int_as_float(max(largest[0], largest[1]));
+    if (__any_sync(0xffffffff, __float_as_int(most) < 0)) {
+      most = score(0);
+      CUTE_UNROLL
+      for (int i = 1; i < kOfRow; ++i) most = fmaxf(most, score(i));
+    }
+    return most;
+  }
+
+  // Begins a tile's row, whose largest score in this thread is `largest`. Everything summed before is to be multiplied
+  // by `correction`. True if the row has a new maximum.
+  __device__ bool begin(int row, float largest, float tile_scale, Exponent& exponent, float& correction) {
+    largest = fmaxf(largest, __shfl_xor_sync(0xffffffff, largest, 1));
+    largest = fmaxf(largest, __shfl_xor_sync(0xffffffff, largest, 2));
+    // Not negative (finish_scores), and not 0 where scales of zeros underflow: -inf * 0 is NaN.
+    exponent.factor = fmaxf(row_scale[row] * tile_scale, kLeastFactor);
+    float const new_max = fmaxf(row_max[row], largest * exponent.factor);
+    exponent.against = (new_max == -INFINITY ? 0.0f : new_max) - kLogLargest;
+    correction = new_max == -INFINITY ? 1.0f : exp2f(row_max[row] - new_max);
+    bool const grows = new_max > row_max[row];
+    row_max[row] = new_max;
+    return grows;
+  }
+
+  // Pair j of a row's scores becomes P and joins `sum`.
+  template <class Scores>
+  __device__ static void exponentiate(Scores& scores, int row, int j, Exponent const& exponent, float (&sum)[2]) {
+    CUTE_UNROLL
+    for (int c = 0; c < 2; ++c) {
+      float& score = scores(j * 4 + row * 2 + c);
+      score = exp2f(__fmaf_rn(score, exponent.factor, -exponent.against));
+      sum[c] += score;
+    }
+  }
+
+  __device__ void end(int row, float correction, float const (&sum)[2]) {
+    row_sum[row] = row_sum[row] * correction + (sum[0] + sum[1]);
   }
 
   // The four lanes of a row add their parts. Returns the factor on O; lse is natural.
@@ -149,7 +172,8 @@ struct Fp8Forward {
   };
   static constexpr int kSharedBytes = sizeof(SharedStorage);
   static_assert(kSharedBytes <= kMaxSharedBytes);
-  static constexpr int kOwnBarrier = 1;  // named barriers of each warpgroup's own threads
+  // Named barriers: 0 is __syncthreads; then each warpgroup's own threads', then the turns.
+  static constexpr int kOwnBarrier = 1, kTurnBarrier = kOwnBarrier + kNumConsumers;
 
   // ---- producer -----------------------------------------------------------------------------------------------------
 
@@ -234,20 +258,26 @@ struct Fp8Forward {
     Ring<kNumQueryTiles> slot;
 
     auto issue_s = [&] { multiply(mma_s, fQ(_, _, _, q_ring.stage), fK(_, _, _, ring.stage), rS, false); };
-    auto issue_o = [&](int stage) {
+    auto issue_o = [&](int stage, bool is_sum) {
       warpgroup_fence_operand(rP);
-      multiply(mma_o, rP, fV(_, _, _, stage), rPV, false);
+      multiply(mma_o, rP, fV(_, _, _, stage), rPV, is_sum);
     };
     // A k step of 32 columns takes four registers of four numbers: rows r = 0, 1 of its first sixteen columns, then of
     // the others. Accumulators of eight columns each are j, j + 1.
-    auto convert_p = [&] {
-      auto* words = reinterpret_cast<uint32_t*>(rP.data());
-      CUTE_UNROLL
-      for (int i = 0; i < kScores / 4; ++i) {
-        int const j = i / 4 * 4 + i % 4 / 2 * 2, r = i % 2;
-        words[i] =
-            ptx::pack_e4m3(rS(j * 4 + r * 2), rS(j * 4 + r * 2 + 1), rS(j * 4 + 4 + r * 2), rS(j * 4 + 4 + r * 2 + 1));
-      }
+    auto convert_pairs = [&](int row, int j) {  // j and j + 1
+      int const i = j / 4 * 4 + j % 4 / 2 * 2 + row, first = j * 4 + row * 2;
+      reinterpret_cast<uint32_t*>(rP.data())[i] =
+          ptx::pack_e4m3(rS(first), rS(first + 1), rS(first + 4), rS(first + 5));
+    };
+    int const turns = FLASHMLA_FP8_TURNS(arguments);
+    auto wait_turn = [&] {
+      if (turns != 0) NamedBarrier::sync(2 * kWarpgroupThreads, kTurnBarrier + warpgroup);
+    };
+    auto pass_turn = [&](int when) {
+      if (turns == when) NamedBarrier::arrive(2 * kWarpgroupThreads, kTurnBarrier + (warpgroup + 1) % kNumConsumers);
+    };
+    auto pass_any_turn = [&] {
+      if (turns != 0) NamedBarrier::arrive(2 * kWarpgroupThreads, kTurnBarrier + (warpgroup + 1) % kNumConsumers);
     };
     auto release = [&](uint64_t& barrier) {
       if (threadIdx.x % kWarpgroupThreads == 0) ClusterBarrier::arrive(&barrier);
@@ -259,6 +289,8 @@ struct Fp8Forward {
     auto sync_warpgroup = [&] { NamedBarrier::sync(kWarpgroupThreads, kOwnBarrier + warpgroup); };
     auto skip_kv_block = [&] {
       ClusterBarrier::wait(&shared.k_full[ring.stage], ring.phase);
+      wait_turn();
+      pass_any_turn();
       ClusterBarrier::wait(&shared.v_full[ring.stage], ring.phase);
       sync_warpgroup();
       release(shared.k_empty[ring.stage]);
@@ -280,8 +312,8 @@ struct Fp8Forward {
       }
     };
 
+    if (warpgroup == kNumConsumers - 1) pass_any_turn();  // the first turn is warpgroup 0's
     RowSoftmax softmax;
-    float correction[2];
     while (find_tile()) {
       WorkTile const& tile = shared.tiles[slot.stage];
       VisibleBlocks const visible = tile.visible[warpgroup];
@@ -317,23 +349,62 @@ struct Fp8Forward {
         if (kv_block < visible.unmasked_begin || kv_block >= visible.unmasked_end) {
           mask_scores<kMask, kScores>(rS, arguments.window, tile.sequence.seqlen_kv, kv_block * kBlockKV, position);
         }
-        return softmax.update(rS, has_transform ? 1.0f : k_scale, correction);
       };
-      auto add_product = [&](float scale) {
+      constexpr int kPairs = kScores / 4;  // of a row
+      typename RowSoftmax::Exponent exponent[2];
+      float correction[2];
+      // Row 0's exponentials, beside them row 1's maximum. True if some row of this warp has a new maximum.
+      auto exponentiate_first = [&](float k_scale) {
+        float const tile_scale = has_transform ? 1.0f : k_scale;
+        float const largest_first = RowSoftmax::largest_of(rS, 0);
+        bool has_grown = softmax.begin(0, largest_first, tile_scale, exponent[0], correction[0]);
+        pass_turn(2);
+        float sum[2] = {0.0f, 0.0f};
+        float const largest_second = RowSoftmax::largest_of(rS, 1);
         CUTE_UNROLL
-        for (int i = 0; i < kOutputs; ++i) rO(i) = __fmaf_rn(rPV(i), scale, rO(i));
+        for (int j = 0; j < kPairs / 2; ++j) RowSoftmax::exponentiate(rS, 0, j, exponent[0], sum);
+        has_grown |= softmax.begin(1, largest_second, tile_scale, exponent[1], correction[1]);
+        pass_turn(3);
+        CUTE_UNROLL
+        for (int j = kPairs / 2; j < kPairs; ++j) RowSoftmax::exponentiate(rS, 0, j, exponent[0], sum);
+        softmax.end(0, correction[0], sum);
+        return __any_sync(0xffffffff, has_grown);
+      };
+      // Row 1's exponentials, beside them what has no use for their unit: P of both rows as e4m3, and the promotion of
+      // the product of the tile before, which has to be there.
+      auto exponentiate_second = [&](auto has_product, float const (&scale)[2]) {
+        float sum[2] = {0.0f, 0.0f};
+        CUTE_UNROLL
+        for (int j = 0; j < kPairs; ++j) {
+          RowSoftmax::exponentiate(rS, 1, j, exponent[1], sum);
+          if constexpr (has_product()) {
+            CUTE_UNROLL
+            for (int i = j * kOutputs / kPairs; i < (j + 1) * kOutputs / kPairs; ++i) {
+              rO(i) = __fmaf_rn(rPV(i), scale[i / 2 % 2], rO(i));
+            }
+          }
+          if (j % 2 == 1) {
+            convert_pairs(0, j - 1);
+            convert_pairs(1, j - 1);
+          }
+        }
+        softmax.end(1, correction[1], sum);
       };
 
       float k_scale = arguments.k_scales[first_scale + kv_block];
       float v_scale = arguments.v_scales[first_scale + kv_block];
       ClusterBarrier::wait(&shared.k_full[ring.stage], ring.phase);
+      wait_turn();
       issue_s();
+      pass_turn(1);
       warpgroup_wait<0>();
       warpgroup_fence_operand(rS);
       release(shared.k_empty[ring.stage]);
       if (kv_block == visible.begin) release(shared.q_empty[q_ring.stage]);
       finish_scores(k_scale);
-      convert_p();
+      exponentiate_first(k_scale);
+      exponentiate_second(std::false_type{}, correction);
+      bool is_sum = false;  // rPV holds the product of a tile that has not joined O
       for (--kv_block; kv_block >= visible.begin; --kv_block) {
         Ring<kNumStages> const ring_o = ring;
         ring.advance();
@@ -341,32 +412,45 @@ struct Fp8Forward {
         k_scale = arguments.k_scales[first_scale + kv_block];
         v_scale = arguments.v_scales[first_scale + kv_block];
         ClusterBarrier::wait(&shared.k_full[ring.stage], ring.phase);
+        wait_turn();
         issue_s();
         ClusterBarrier::wait(&shared.v_full[ring_o.stage], ring_o.phase);
-        issue_o(ring_o.stage);
+        issue_o(ring_o.stage, is_sum);
+        is_sum = !is_sum && v_scale == v_scale_o;
+        pass_turn(1);
         warpgroup_wait<1>();
         warpgroup_fence_operand(rS);
         release(shared.k_empty[ring.stage]);
         if (kv_block == visible.begin) release(shared.q_empty[q_ring.stage]);
-        bool const has_grown = finish_scores(k_scale);
-        ptx::keep_before(softmax.row_sum[0] + softmax.row_sum[1]);  // the exponentials, before the wait for P V
-        warpgroup_wait<0>();
-        warpgroup_fence_operand(rPV);
-        release(shared.v_empty[ring_o.stage]);
-        convert_p();
-        add_product(v_scale_o);
+        finish_scores(k_scale);
+        bool const has_grown = exponentiate_first(k_scale);
         if (has_grown) {
           CUTE_UNROLL
           for (int i = 0; i < kOutputs; ++i) rO(i) *= correction[i / 2 % 2];
         }
+        ptx::keep_before(softmax.row_sum[0]);  // half of the exponentials, before the wait for P V
+        warpgroup_wait<0>();
+        warpgroup_fence_operand(rPV);
+        release(shared.v_empty[ring_o.stage]);
+        if (is_sum) {
+          if (has_grown) {
+            CUTE_UNROLL
+            for (int i = 0; i < kOutputs; ++i) rPV(i) *= correction[i / 2 % 2];
+          }
+          exponentiate_second(std::false_type{}, correction);
+        } else {
+          float const scale[2] = {v_scale_o * correction[0], v_scale_o * correction[1]};
+          exponentiate_second(std::true_type{}, scale);
+        }
       }
       ClusterBarrier::wait(&shared.v_full[ring.stage], ring.phase);
-      issue_o(ring.stage);
+      issue_o(ring.stage, is_sum);
       warpgroup_wait<0>();
       warpgroup_fence_operand(rPV);
       release(shared.v_empty[ring.stage]);
       ring.advance();
-      add_product(v_scale);
+      CUTE_UNROLL
+      for (int i = 0; i < kOutputs; ++i) rO(i) = __fmaf_rn(rPV(i), v_scale, rO(i));
 
       OutputRows rows;
       Output::finish_rows(arguments, tile, softmax, warpgroup, first_row, rows);
@@ -376,6 +460,8 @@ struct Fp8Forward {
       slot.advance();
       q_ring.advance();
     }
+    // Takes the last turn: a barrier left half-arrived would hang the CTA's exit.
+    if (warpgroup == 0) wait_turn();
   }
 
   __device__ static void run(Fp8ForwardArguments const& arguments, SharedStorage& shared) {
