@@ -3,6 +3,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cstdlib>
 
 #include "sm90/fp8/forward_fp8.cuh"
 #include "sm90/fp8/quantize.cuh"
@@ -57,13 +58,11 @@ const char* quantize(Fp8ForwardParams const& params, Fp8Operands const& operands
     return kTooManyRows;
   }
   QuantizeArguments const arguments{problem, params.q, params.k, params.v, operands, params.rotates};
-  auto launch = [&](auto* kernel, int64_t blocks, int64_t heads) -> const char* {
-    if (blocks == 0) return nullptr;
-    return launch_kernel<QuantizeArguments>(kernel, dim3(static_cast<unsigned>(blocks), static_cast<unsigned>(heads)),
-                                            kQuantizeThreads, 0, stream, Launch::kAlone, arguments);
-  };
-  const char* error = launch(quantize_queries_kernel<kHeadDim, Element>, operands.blocks_q, problem.heads_q);
-  return error != nullptr ? error : launch(quantize_keys_kernel<kHeadDim, Element>, operands.blocks, problem.heads_kv);
+  int64_t const ctas = operands.blocks_q * problem.heads_q + 2 * operands.blocks * problem.heads_kv;
+  if (ctas > INT32_MAX) return kTooManyRows;
+  if (ctas == 0) return nullptr;
+  return launch_kernel<QuantizeArguments>(quantize_kernel<kHeadDim, Element>, dim3(static_cast<unsigned>(ctas)),
+                                          kQuantizeThreads, 0, stream, Launch::kAlone, arguments);
 }
 
 template <int kHeadDim, MaskKind kMask, class Element>
@@ -113,6 +112,8 @@ const char* launch_fp8(Fp8ForwardParams const& params, void* workspace, cudaStre
   arguments.v_scales = operands.v_scales;
   arguments.blocks_q = static_cast<int32_t>(operands.blocks_q);
   arguments.blocks = static_cast<int32_t>(operands.blocks);
+  char const* const turns = std::getenv("FLASHMLA_FP8_TURNS");
+  arguments.turns = turns != nullptr ? std::atoi(turns) : 1;
 
   constexpr auto* kernel = fp8_forward_kernel<kHeadDim, kMask, Element>;
   if (cudaError_t const status = allow_shared_memory<kernel>(Kernel::kSharedBytes, device); status != cudaSuccess) {

@@ -27,27 +27,51 @@ struct QuantizeArguments {
   bool rotates;
 };
 
-// What a lane needs to rotate its columns: signs, which carry the power of two that all are multiplied by, and the size
-// of the Hadamard matrix that the columns are of. The head dim is cut into powers of two, the largest first; it is a
-// multiple of 8, so a lane's columns are in one of them.
+// A CTA quantises a block of rows of a head, and a warp 16 of them. Eight lanes share a row: lane l of them has the
+// columns from 8 l on of every 64, 16 bytes of each chunk. Lanes of group g (of 8) have four rows, those whose numbers
+// are one word of V transposed (key_of_place).
+template <int kHeadDim>
+struct QuantizeLayout {
+  static constexpr int kLanesOfRow = 8, kRowsOfWarp = kRowsOfScale / kQuantizeWarps;
+  static constexpr int kRows = 4;                      // of a lane
+  static constexpr int kChunks = kHeadDim / 64;        // of 64 columns
+  static constexpr int kValues = kChunks * 8;          // of a row in a lane
+  static_assert(kRowsOfWarp == kRows * kWarpThreads / kLanesOfRow && kRowsOfWarp == 16);
+
+  __device__ static int lane() { return threadIdx.x % kLanesOfRow; }
+  __device__ static int group() { return threadIdx.x % kWarpThreads / kLanesOfRow; }
+  __device__ static int warp() { return threadIdx.x / kWarpThreads; }
+  __device__ static int row(int i) { return warp() * kRowsOfWarp + key_of_place(group() * kRows + i); }
+  __device__ static int column(int chunk) { return chunk * 64 + lane() * 8; }
+};
+
+// Signs, and Hadamard matrices of the powers of two that the head dim is the sum of, the largest first. A head dim is a
+// multiple of 8, so the eight columns of a chunk are in one of them.
 template <int kHeadDim>
 struct Rotation {
-  static constexpr int kValues = kHeadDim / kWarpThreads;
-  float factor[kValues];
-  int size;
+  using Layout = QuantizeLayout<kHeadDim>;
+  static constexpr int kChunks = Layout::kChunks;
+  uint32_t signs[kChunks * 4];  // to be added to the sign bits of pairs
+  float magnitude[kChunks];
+  int size[kChunks];
 
   __device__ Rotation(int head_dim, bool is_key) {
-    int const first = threadIdx.x % kWarpThreads * kValues;
-    int begin = 0;
-    size = kHeadDim;
-    while (size > kValues && !((head_dim & size) != 0 && first < begin + size)) {
-      begin += head_dim & size;
-      size /= 2;
-    }
-    int const log2 = 31 - __clz(size), halvings = is_key ? log2 / 2 : log2 - log2 / 2;
-    uint32_t const magnitude = static_cast<uint32_t>(127 - halvings) << 23;
     CUTE_UNROLL
-    for (int i = 0; i < kValues; ++i) factor[i] = __uint_as_float(magnitude | sign_of(first + i));
+    for (int chunk = 0; chunk < kChunks; ++chunk) {
+      int const first = Layout::column(chunk);
+      int begin = 0;
+      size[chunk] = kHeadDim;
+      while (size[chunk] > 8 && !((head_dim & size[chunk]) != 0 && first < begin + size[chunk])) {
+        begin += head_dim & size[chunk];
+        size[chunk] /= 2;
+      }
+      int const log2 = 31 - __clz(size[chunk]), halvings = is_key ? log2 / 2 : log2 - log2 / 2;
+      magnitude[chunk] = __uint_as_float(static_cast<uint32_t>(127 - halvings) << 23);
+      CUTE_UNROLL
+      for (int i = 0; i < 4; ++i) {
+        signs[chunk * 4 + i] = sign_of(first + 2 * i) >> 16 | sign_of(first + 2 * i + 1);
+      }
+    }
   }
 
   // The sign bit of a column: the first 256 bits behind the point of pi, the highest first; 1 is positive.
@@ -58,78 +82,6 @@ struct Rotation {
     CUTE_UNROLL
     for (int i = 0; i < 8; ++i) word = column / 32 == i ? kPi[i] : word;  // no array in memory
     return ~(word << column % 32) & 0x80000000u;
-  }
-};
-
-// A row of kHeadDim numbers in a warp: lane l has the kValues from column kValues * l on.
-template <int kHeadDim, class Element>
-struct RowInWarp {
-  static constexpr int kValues = kHeadDim / kWarpThreads;
-  static_assert(kValues == 2 || kValues == 4, "pairs are read as one word");
-  struct alignas(2 * kValues) Words {
-    uint32_t pairs[kValues / 2];
-  };
-  float x[kValues];
-
-  __device__ void set(Words const& words) {
-    CUTE_UNROLL
-    for (int i = 0; i < kValues; i += 2) {
-      float2 const pair = unpack<Element>(words.pairs[i / 2]);
-      x[i] = pair.x;
-      x[i + 1] = pair.y;
-    }
-  }
-
-  __device__ void rotate(Rotation<kHeadDim> const& rotation) {
-    int const lane = threadIdx.x % kWarpThreads;
-    CUTE_UNROLL
-    for (int i = 0; i < kValues; ++i) x[i] *= rotation.factor[i];
-    CUTE_UNROLL
-    for (int distance = 1; distance < kValues; distance *= 2) {
-      CUTE_UNROLL
-      for (int i = 0; i < kValues; ++i) {
-        if (i & distance) continue;
-        float const a = x[i], b = x[i + distance];
-        x[i] = a + b;
-        x[i + distance] = a - b;
-      }
-    }
-    CUTE_UNROLL
-    for (int distance = 1; distance < kWarpThreads; distance *= 2) {
-      bool const is_apart = distance * kValues >= rotation.size, is_second = lane & distance;
-      CUTE_UNROLL
-      for (int i = 0; i < kValues; ++i) {
-        float const other = __shfl_xor_sync(0xffffffff, x[i], distance);
-        x[i] = is_apart ? x[i] : is_second ? other - x[i] : x[i] + other;
-      }
-    }
-  }
-
-  __device__ float largest() const {  // of this lane
-    float most = 0.0f;
-    CUTE_UNROLL
-    for (float const value : x) most = fmaxf(most, fabsf(value) < INFINITY ? fabsf(value) : 0.0f);
-    return most;
-  }
-
-  // kValues bytes, the first in the lowest. Infinity is to become NaN, not 448.
-  __device__ uint32_t quantized(float inverse) const {
-    auto scaled = [&](int i) { return fabsf(x[i]) == INFINITY ? NAN : x[i] * inverse; };
-    if constexpr (kValues == 4) {
-      return ptx::pack_e4m3(scaled(0), scaled(1), scaled(2), scaled(3));
-    } else {
-      return ptx::pack_e4m3(scaled(0), scaled(1), 0.0f, 0.0f);
-    }
-  }
-
-  __device__ void write(uint8_t* row, float inverse) const {
-    int const lane = threadIdx.x % kWarpThreads;
-    uint32_t const word = quantized(inverse);
-    if constexpr (kValues == 4) {
-      *reinterpret_cast<uint32_t*>(row + lane * kValues) = word;
-    } else {
-      *reinterpret_cast<uint16_t*>(row + lane * kValues) = static_cast<uint16_t>(word);
-    }
   }
 };
 
@@ -199,123 +151,203 @@ __device__ inline float largest_of_block(float x, float (&of_warps)[kQuantizeWar
   return x;
 }
 
-constexpr int kRowsOfWarp = kRowsOfScale / kQuantizeWarps;
-
-// The rows of a block that are a warp's, as they lie in memory; what a row or the block lacks is 0. All are on their
-// way before the first is looked at.
+// A thread's part of a block of rows: read, rotated where `rotation` is given, and with the scale of the whole block.
 template <int kHeadDim, class Element>
-struct RowsOfWarp {
-  using Row = RowInWarp<kHeadDim, Element>;
-  using Words = typename Row::Words;
-  Words words[kRowsOfWarp];
+struct QuantizedBlock {
+  using Layout = QuantizeLayout<kHeadDim>;
+  static constexpr int kRows = Layout::kRows, kChunks = Layout::kChunks, kValues = Layout::kValues;
+  float x[kRows][kValues];
+  Scale scale;
+  bool has_infinity;  // of the block
 
-  __device__ RowsOfWarp(TensorView const& view, BlockRows const& rows, int32_t head, int64_t head_dim) {
-    int const first = threadIdx.x / kWarpThreads * kRowsOfWarp;
-    int const column = threadIdx.x % kWarpThreads * Row::kValues;  // the head dim is a multiple of 8
+  __device__ QuantizedBlock(TensorView const& view, BlockRows const& rows, int32_t head, int head_dim, bool rotates,
+                            bool is_key, float (&of_warps)[kQuantizeWarps]) {
+    // All are on their way before the first is looked at. What a row or the block lacks is 0.
+    uint4 words[kRows][kChunks];
     CUTE_UNROLL
-    for (int i = 0; i < kRowsOfWarp; ++i) {
-      words[i] = {};
-      if (first + i < rows.count && column < head_dim) {
-        words[i] = *reinterpret_cast<Words const*>(row_of<Element>(view, rows, head, first + i) + column);
+    for (int i = 0; i < kRows; ++i) {
+      Element const* const row = row_of<Element>(view, rows, head, Layout::row(i));
+      CUTE_UNROLL
+      for (int chunk = 0; chunk < kChunks; ++chunk) {
+        int const column = Layout::column(chunk);
+        words[i][chunk] = {};
+        if (Layout::row(i) < rows.count && column < head_dim) {
+          words[i][chunk] = *reinterpret_cast<uint4 const*>(row + column);
+        }
       }
     }
+    if (rotates) {
+      Rotation<kHeadDim> const rotation(head_dim, is_key);
+      CUTE_UNROLL
+      for (int i = 0; i < kRows; ++i) {
+        CUTE_UNROLL
+        for (int chunk = 0; chunk < kChunks; ++chunk) set(i, chunk, words[i][chunk], &rotation);
+        if (head_dim == kHeadDim) {
+          rotate<true>(i, rotation);
+        } else {
+          rotate<false>(i, rotation);
+        }
+      }
+    } else {
+      CUTE_UNROLL
+      for (int i = 0; i < kRows; ++i) {
+        CUTE_UNROLL
+        for (int chunk = 0; chunk < kChunks; ++chunk) set(i, chunk, words[i][chunk], nullptr);
+      }
+    }
+    float largest = largest_of_block(largest_of([](float value) { return fabsf(value); }), of_warps);
+    has_infinity = largest == INFINITY;
+    if (has_infinity) {  // for all threads alike
+      __syncthreads();
+      largest = largest_of_block(
+          largest_of([](float value) { return fabsf(value) < INFINITY ? fabsf(value) : 0.0f; }), of_warps);
+    }
+    scale = scale_of(largest);
+  }
+
+  // The eight numbers of row i and a chunk as e4m3, the first in the lowest byte. Infinity is to become NaN, not 448.
+  __device__ uint2 quantized(int i, int chunk) const {
+    auto word = [&](int first) {
+      auto scaled = [&](int c) {
+        float const value = x[i][chunk * 8 + first + c];
+        return has_infinity && fabsf(value) == INFINITY ? NAN : value * scale.inverse;
+      };
+      return ptx::pack_e4m3(scaled(0), scaled(1), scaled(2), scaled(3));
+    };
+    return {word(0), word(4)};
+  }
+
+ private:
+  __device__ void set(int i, int chunk, uint4 const& words, Rotation<kHeadDim> const* rotation) {
+    uint32_t const pairs[4] = {words.x, words.y, words.z, words.w};
+    CUTE_UNROLL
+    for (int c = 0; c < 4; ++c) {
+      float2 const pair = unpack<Element>(rotation != nullptr ? pairs[c] ^ rotation->signs[chunk * 4 + c] : pairs[c]);
+      float const factor = rotation != nullptr ? rotation->magnitude[chunk] : 1.0f;
+      x[i][chunk * 8 + 2 * c] = pair.x * factor;
+      x[i][chunk * 8 + 2 * c + 1] = pair.y * factor;
+    }
+  }
+
+  // kIsWhole: the head dim is kHeadDim, one matrix.
+  template <bool kIsWhole>
+  __device__ void rotate(int row, Rotation<kHeadDim> const& rotation) {
+    auto butterfly = [](float& a, float& b) {
+      float const sum = a + b;
+      b = a - b;
+      a = sum;
+    };
+    float(&of_row)[kValues] = x[row];
+    CUTE_UNROLL
+    for (int distance = 1; distance < 8; distance *= 2) {
+      CUTE_UNROLL
+      for (int i = 0; i < kValues; ++i) {
+        if ((i & distance) == 0) butterfly(of_row[i], of_row[i + distance]);
+      }
+    }
+    CUTE_UNROLL
+    for (int lanes = 1; lanes < Layout::kLanesOfRow; lanes *= 2) {
+      float const sign = (Layout::lane() & lanes) != 0 ? -1.0f : 1.0f;
+      CUTE_UNROLL
+      for (int i = 0; i < kValues; ++i) {
+        float const other = __shfl_xor_sync(0xffffffff, of_row[i], lanes);
+        bool const is_apart = !kIsWhole && lanes * 8 >= rotation.size[i / 8];
+        of_row[i] = is_apart ? of_row[i] : __fmaf_rn(of_row[i], sign, other);
+      }
+    }
+    if constexpr (kIsWhole && kChunks == 2) {
+      CUTE_UNROLL
+      for (int i = 0; i < 8; ++i) butterfly(of_row[i], of_row[i + 8]);
+    }
+  }
+
+  template <class Magnitude>
+  __device__ float largest_of(Magnitude const& magnitude) const {
+    float most = 0.0f;
+    CUTE_UNROLL
+    for (int i = 0; i < kRows; ++i) {
+      CUTE_UNROLL
+      for (int c = 0; c < kValues; ++c) most = fmaxf(most, magnitude(x[i][c]));
+    }
+    return most;
   }
 };
 
-// A CTA for each block of queries and head.
+// A CTA for each block and head: of Q, then of K, then of V, neighbouring heads side by side.
 template <int kHeadDim, class Element>
-__global__ void __launch_bounds__(kQuantizeThreads) quantize_queries_kernel(QuantizeArguments const arguments) {
+__global__ void __launch_bounds__(kQuantizeThreads, 2) quantize_kernel(QuantizeArguments const arguments) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  using Layout = QuantizeLayout<kHeadDim>;
+  using Block = QuantizedBlock<kHeadDim, Element>;
   __shared__ float of_warps[kQuantizeWarps];
-  Problem const& problem = arguments.problem;
-  int32_t const block = blockIdx.x, head = blockIdx.y;
-  BlockRows const rows = rows_of_block(problem, Side::kQueries, block);
-  if (rows.count <= 0) return;
-  int const first = threadIdx.x / kWarpThreads * kRowsOfWarp;
-  Rotation<kHeadDim> const rotation(static_cast<int>(problem.head_dim_qk), false);
-  RowsOfWarp<kHeadDim, Element> const read(arguments.q, rows, head, problem.head_dim_qk);
-  RowInWarp<kHeadDim, Element> q[kRowsOfWarp];
-  float largest = 0.0f;
-  CUTE_UNROLL
-  for (int i = 0; i < kRowsOfWarp; ++i) {
-    q[i].set(read.words[i]);
-    if (arguments.rotates) q[i].rotate(rotation);
-    largest = fmaxf(largest, q[i].largest());
-  }
-  Scale const scale = scale_of(largest_of_block(largest, of_warps));
-  CUTE_UNROLL
-  for (int i = 0; i < kRowsOfWarp; ++i) {
-    if (first + i >= rows.count) break;
-    int64_t const row = rows.batch * problem.seqlen_q + rows.first_row + first + i;
-    q[i].write(static_cast<uint8_t*>(arguments.operands.q) + (row * problem.heads_q + head) * kHeadDim, scale.inverse);
-  }
-  if (threadIdx.x == 0) arguments.operands.q_scales[head * arguments.operands.blocks_q + block] = scale.scale;
-#endif
-}
-
-// A CTA for each block of keys and kv head.
-template <int kHeadDim, class Element>
-__global__ void __launch_bounds__(kQuantizeThreads, 2) quantize_keys_kernel(QuantizeArguments const arguments) {
-#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-  constexpr int kValues = RowInWarp<kHeadDim, Element>::kValues;
-  constexpr int kPitch = kRowsOfScale + 4;  // bytes of a column in shared memory
-  __shared__ float of_warps_k[kQuantizeWarps], of_warps_v[kQuantizeWarps];
-  __shared__ alignas(16) uint8_t columns[kHeadDim * kPitch];
+  __shared__ alignas(16) uint32_t columns[kHeadDim * kRowsOfScale / 4];  // of V transposed
 
   Problem const& problem = arguments.problem;
   Fp8Operands const& operands = arguments.operands;
-  int32_t const block = blockIdx.x, head = blockIdx.y;
-  BlockRows const rows = rows_of_block(problem, Side::kKeys, block);
+  int32_t const heads_q = static_cast<int32_t>(problem.heads_q), heads_kv = static_cast<int32_t>(problem.heads_kv);
+  int32_t const of_q = static_cast<int32_t>(operands.blocks_q) * heads_q;
+  int32_t const of_k = static_cast<int32_t>(operands.blocks) * heads_kv;
+  int32_t index = blockIdx.x;
+  bool const is_query = index < of_q, is_key = !is_query && index < of_q + of_k;
+  index -= is_query ? 0 : is_key ? of_q : of_q + of_k;
+  int32_t const heads = is_query ? heads_q : heads_kv, head = index % heads, block = index / heads;
+  BlockRows const rows = rows_of_block(problem, is_query ? Side::kQueries : Side::kKeys, block);
   if (rows.count <= 0) return;
-  int const lane = threadIdx.x % kWarpThreads, first = threadIdx.x / kWarpThreads * kRowsOfWarp;
+  Block const x(is_query ? arguments.q : is_key ? arguments.k : arguments.v, rows, head,
+                static_cast<int>(is_query || is_key ? problem.head_dim_qk : problem.head_dim_v),
+                arguments.rotates && (is_query || is_key), is_key, of_warps);
+  if (threadIdx.x == 0) {
+    (is_query ? operands.q_scales + head * operands.blocks_q
+     : is_key ? operands.k_scales + head * operands.blocks
+              : operands.v_scales + head * operands.blocks)[block] = x.scale.scale;
+  }
   int64_t const place = int64_t{block} * kRowsOfScale, places = operands.blocks * kRowsOfScale;
-  RowsOfWarp<kHeadDim, Element> const read_k(arguments.k, rows, head, problem.head_dim_qk);
-  {
-    Rotation<kHeadDim> const rotation(static_cast<int>(problem.head_dim_qk), true);
-    RowInWarp<kHeadDim, Element> k[kRowsOfWarp];
-    float largest = 0.0f;
+  if (is_query || is_key) {
+    int64_t const first_row = is_query ? rows.batch * problem.seqlen_q + rows.first_row : head * places + place;
+    uint8_t* const target = static_cast<uint8_t*>(is_query ? operands.q : operands.k);
     CUTE_UNROLL
-    for (int i = 0; i < kRowsOfWarp; ++i) {
-      k[i].set(read_k.words[i]);
-      if (arguments.rotates) k[i].rotate(rotation);
-      largest = fmaxf(largest, k[i].largest());
+    for (int i = 0; i < Block::kRows; ++i) {
+      if (is_query && Layout::row(i) >= rows.count) continue;
+      int64_t const row = first_row + Layout::row(i);
+      CUTE_UNROLL
+      for (int chunk = 0; chunk < Block::kChunks; ++chunk) {
+        *reinterpret_cast<uint2*>(target + (is_query ? row * heads_q + head : row) * kHeadDim +
+                                  Layout::column(chunk)) = x.quantized(i, chunk);
+      }
     }
-    Scale const scale = scale_of(largest_of_block(largest, of_warps_k));
-    uint8_t* const target = static_cast<uint8_t*>(operands.k) + (head * places + place + first) * kHeadDim;
-    CUTE_UNROLL
-    for (int i = 0; i < kRowsOfWarp; ++i) k[i].write(target + i * kHeadDim, scale.inverse);
-    if (threadIdx.x == 0) operands.k_scales[head * operands.blocks + block] = scale.scale;
+    return;
   }
-  RowsOfWarp<kHeadDim, Element> const read_v(arguments.v, rows, head, problem.head_dim_v);
-  RowInWarp<kHeadDim, Element> v[kRowsOfWarp];
-  float largest = 0.0f;
-  CUTE_UNROLL
-  for (int i = 0; i < kRowsOfWarp; ++i) {
-    v[i].set(read_v.words[i]);
-    largest = fmaxf(largest, v[i].largest());
-  }
-  Scale const scale = scale_of(largest_of_block(largest, of_warps_v));
-  CUTE_UNROLL
-  for (int place = 0; place < kRowsOfWarp; place += 4) {  // a warp's keys have the places from `first` on
-    uint32_t words[4];
-    CUTE_UNROLL
-    for (int i = 0; i < 4; ++i) words[i] = v[key_of_place(place + i)].quantized(scale.inverse);
-    CUTE_UNROLL
-    for (int c = 0; c < kValues; ++c) {  // byte c of each
-      uint32_t const low = __byte_perm(words[0], words[1], c | (4 + c) << 4);
-      uint32_t const high = __byte_perm(words[2], words[3], c | (4 + c) << 4);
-      *reinterpret_cast<uint32_t*>(columns + (lane * kValues + c) * kPitch + first + place) =
-          __byte_perm(low, high, 0x5410);
-    }
-  }
-  if (threadIdx.x == 0) operands.v_scales[head * operands.blocks + block] = scale.scale;
-  __syncthreads();
+  // Word w of column c lies at 32 c + (w + 4 (c / 8)) % 32: a warp that writes a word of eight columns of each lane's,
+  // or reads whole columns, meets every bank once.
   constexpr int kWords = kRowsOfScale / 4;  // of a column
+  auto word_of = [&](int column, int word) { return column * kWords + (word + column / 8 * 4) % kWords; };
+  CUTE_UNROLL
+  for (int chunk = 0; chunk < Block::kChunks; ++chunk) {
+    uint2 of_rows[Block::kRows];
+    CUTE_UNROLL
+    for (int i = 0; i < Block::kRows; ++i) of_rows[i] = x.quantized(i, chunk);
+    CUTE_UNROLL
+    for (int half = 0; half < 2; ++half) {
+      uint32_t words[4];
+      CUTE_UNROLL
+      for (int i = 0; i < 4; ++i) words[i] = half == 0 ? of_rows[i].x : of_rows[i].y;
+      CUTE_UNROLL
+      for (int pair = 0; pair < 2; ++pair) {  // columns 2 pair and 2 pair + 1 of four
+        uint32_t const low = __byte_perm(words[0], words[1], pair == 0 ? 0x5140 : 0x7362);
+        uint32_t const high = __byte_perm(words[2], words[3], pair == 0 ? 0x5140 : 0x7362);
+        int const column = Layout::column(chunk) + half * 4 + pair * 2, word = Layout::warp() * 4 + Layout::group();
+        columns[word_of(column, word)] = __byte_perm(low, high, 0x5410);
+        columns[word_of(column + 1, word)] = __byte_perm(low, high, 0x7632);
+      }
+    }
+  }
+  __syncthreads();
   uint8_t* const vt = static_cast<uint8_t*>(operands.vt) + int64_t{head} * kHeadDim * places + place;
-  for (int i = threadIdx.x; i < kHeadDim * kWords; i += kQuantizeThreads) {
-    int const column = i / kWords, word = i % kWords;
-    *reinterpret_cast<uint32_t*>(vt + column * places + word * 4) =
-        *reinterpret_cast<uint32_t const*>(columns + column * kPitch + word * 4);
+  CUTE_UNROLL
+  for (int i = threadIdx.x; i < kHeadDim * kWords / 4; i += kQuantizeThreads) {
+    int const column = i / (kWords / 4), word = i % (kWords / 4) * 4;
+    *reinterpret_cast<uint4*>(vt + column * places + word * 4) =
+        *reinterpret_cast<uint4 const*>(columns + word_of(column, word));
   }
 #endif
 }
@@ -330,43 +362,37 @@ struct RoundingArguments {
   bool rotates, is_key;
 };
 
-// Rounds as the kernels above do, so that the backward multiplies what the forward has. A CTA for each block of rows
+// Rounds as the kernel above does, so that the backward multiplies what the forward has. A CTA for each block of rows
 // and head.
 template <int kHeadDim, class Element>
 __global__ void __launch_bounds__(kQuantizeThreads) round_kernel(RoundingArguments const arguments) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-  constexpr int kValues = RowInWarp<kHeadDim, Element>::kValues;
+  using Layout = QuantizeLayout<kHeadDim>;
+  using Block = QuantizedBlock<kHeadDim, Element>;
   __shared__ float of_warps[kQuantizeWarps];
   Problem const& problem = arguments.problem;
   int32_t const head = blockIdx.y;
   BlockRows const rows = rows_of_block(problem, arguments.side, blockIdx.x);
   if (rows.count <= 0) return;
-  int const first = threadIdx.x / kWarpThreads * kRowsOfWarp, column = threadIdx.x % kWarpThreads * kValues;
-  Rotation<kHeadDim> const rotation(static_cast<int>(arguments.head_dim), arguments.is_key);
-  RowsOfWarp<kHeadDim, Element> const read(arguments.x, rows, head, arguments.head_dim);
-  RowInWarp<kHeadDim, Element> x[kRowsOfWarp];
-  float largest = 0.0f;
-  CUTE_UNROLL
-  for (int i = 0; i < kRowsOfWarp; ++i) {
-    x[i].set(read.words[i]);
-    if (arguments.rotates) x[i].rotate(rotation);
-    largest = fmaxf(largest, x[i].largest());
-  }
-  Scale const scale = scale_of(largest_of_block(largest, of_warps));
+  Block const x(arguments.x, rows, head, static_cast<int>(arguments.head_dim), arguments.rotates, arguments.is_key,
+                of_warps);
   int64_t const seqlen = arguments.side == Side::kQueries ? problem.seqlen_q : problem.seqlen_kv;
   CUTE_UNROLL
-  for (int i = 0; i < kRowsOfWarp; ++i) {
-    if (first + i >= rows.count) break;
-    int64_t const row = rows.batch * seqlen + rows.first_row + first + i;
-    uint32_t const word = x[i].quantized(scale.inverse);
-    auto rounded = [&](int c) {
-      return static_cast<float>(cutlass::float_e4m3_t::bitcast(static_cast<uint8_t>(word >> 8 * c))) * scale.scale;
-    };
+  for (int i = 0; i < Block::kRows; ++i) {
+    if (Layout::row(i) >= rows.count) continue;
+    int64_t const row = rows.batch * seqlen + rows.first_row + Layout::row(i);
     CUTE_UNROLL
-    for (int c = 0; c < kValues; c += 2) {
-      if (column + c >= arguments.head_dim) break;
-      *reinterpret_cast<uint32_t*>(arguments.out + (row * arguments.heads + head) * arguments.head_dim + column + c) =
-          pack<cutlass::bfloat16_t>(rounded(c), rounded(c + 1));
+    for (int chunk = 0; chunk < Block::kChunks; ++chunk) {
+      if (Layout::column(chunk) >= arguments.head_dim) continue;
+      uint2 const bytes = x.quantized(i, chunk);
+      auto rounded = [&](int c) {
+        uint32_t const word = c < 4 ? bytes.x : bytes.y;
+        return static_cast<float>(cutlass::float_e4m3_t::bitcast(static_cast<uint8_t>(word >> 8 * (c % 4)))) *
+               x.scale.scale;
+      };
+      auto pair = [&](int c) { return pack<cutlass::bfloat16_t>(rounded(c), rounded(c + 1)); };
+      *reinterpret_cast<uint4*>(arguments.out + (row * arguments.heads + head) * arguments.head_dim +
+                                Layout::column(chunk)) = uint4{pair(0), pair(2), pair(4), pair(6)};
     }
   }
 #endif
