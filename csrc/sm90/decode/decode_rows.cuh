@@ -104,12 +104,19 @@ __device__ void prefetch_queries(DecodeArguments const& arguments, int32_t batch
   }
 }
 
+// Whether a kv_block has rows that are no keys of the sequence.
+template <int kBlockKV>
+__device__ bool has_hidden_rows(SequenceKeys const& keys, int32_t kv_block) {
+  int32_t const first = kv_block * kBlockKV;
+  return first < keys.begin || first + kBlockKV > keys.end;
+}
+
 // Clears the first kColumns columns of the rows of a kv_block in shared memory that are no keys of the sequence: they
 // may hold anything, and 0 * NaN is NaN. True if there are such rows: then the threads are to synchronize.
 template <int kBlockKV, int kColumns, int kThreads, class Element>
 __device__ bool clear_rows(Element* values, SequenceKeys const& keys, int32_t kv_block, int thread) {
+  if (!has_hidden_rows<kBlockKV>(keys, kv_block)) return false;
   int32_t const first = kv_block * kBlockKV;
-  if (first >= keys.begin && first + kBlockKV <= keys.end) return false;
   constexpr int kVectorElements = 8, kVectors = kColumns / kVectorElements, kChunk = 64;
   for (int i = thread; i < kBlockKV * kVectors; i += kThreads) {
     int const row = i / kVectors, vector = i % kVectors;

@@ -5,10 +5,6 @@
 #include <atomic>
 #include <cmath>
 #include <cstdint>
-#ifdef FLASHMLA_DECODE_TRIAL
-#include <cstdio>
-#include <cstdlib>
-#endif
 
 #include "sm90/decode/combine.cuh"
 #include "sm90/decode/decode.cuh"
@@ -119,14 +115,10 @@ cudaError_t allow_large_clusters(int device) {
   return error;
 }
 
-// Units of a CTA in a cluster, at most. A longer call does not feel its second kernel, and shares are more even.
-inline int64_t most_units_of_cluster() {
-#ifdef FLASHMLA_DECODE_TRIAL
-  char const* const text = std::getenv("FLASHMLA_CLUSTER_UNITS");
-  if (text != nullptr) return std::atoi(text);
-#endif
-  return 32;
-}
+// Units of a CTA in a cluster, at most. A longer call hardly feels its second kernel, and a cluster's CTAs, of which a
+// multiprocessor has one, have less on its way from memory (docs/log.md, 2026-11-28: 4 and 10 units gain 5 and 11 %, 16
+// and 32 lose 9 and 18).
+constexpr int64_t kMostUnitsOfCluster = 12;
 
 // Clusters, one a tile, if they are about as many CTAs as shares would have, and run at once; else size 1. Sequences of
 // lengths that the host does not know are left to shares, unless there is but one.
@@ -140,18 +132,11 @@ Clusters clusters_of(DecodeArguments const& arguments, int device) {
   int64_t const capacity = (params.problem.seqlen_kv + Kernel::kBlockKV - 1) / Kernel::kBlockKV;
   int64_t const units = has_equal ? units_of(arguments, 0) : capacity;
   constexpr int kAloneBytes = 114 * 1024;  // a multiprocessor has no room for two
-  int largest = kMaxClusterSize;
-#ifdef FLASHMLA_DECODE_TRIAL
-  if (char const* const text = std::getenv("FLASHMLA_CLUSTER_SIZE")) largest = std::atoi(text);
-#endif
-  for (int size = largest; size > 1; size /= 2) {
+  for (int size = kMaxClusterSize; size > 1; size /= 2) {
     if (tiles * size > Kernel::Tiles::kNumCtas * sms || size / 2 >= units) continue;
-    if ((tiles * size * 10 < sms * 9 && size < units) || units > most_units_of_cluster() * size) break;
+    if ((tiles * size * 10 < sms * 9 && size < units) || units > kMostUnitsOfCluster * size) break;
     if (allow_large_clusters<kKernel>(device) != cudaSuccess) break;
-    bool can_be_alone = tiles * size <= sms && Kernel::kSharedBytes < kAloneBytes;
-#ifdef FLASHMLA_DECODE_TRIAL
-    if (std::getenv("FLASHMLA_CLUSTER_PACKED")) can_be_alone = false;
-#endif
+    bool const can_be_alone = tiles * size <= sms && Kernel::kSharedBytes < kAloneBytes;
     auto have_room = [&](int bytes, bool is_alone) {
       return max_active_clusters<kKernel>(device, size, Kernel::Tiles::kNumThreads, bytes, is_alone) >= tiles;
     };
@@ -222,10 +207,6 @@ const char* launch_decode_element(DecodeParams const& params, void* workspace, c
       DecodeArguments in_clusters = arguments;
       in_clusters.cluster_size = clusters.size;
       dim3 const grid(static_cast<unsigned>(num_tiles(arguments) * clusters.size));
-#ifdef FLASHMLA_DECODE_TRIAL
-      if (std::getenv("FLASHMLA_CLUSTER_PRINT"))
-        std::fprintf(stderr, "clusters of %d, %u CTAs, %d bytes\n", clusters.size, grid.x, clusters.shared_bytes);
-#endif
       error = launch_kernel<DecodeArguments>(kernel, grid, Kernel::Tiles::kNumThreads, clusters.shared_bytes, stream,
                                              Launch::kDependent, in_clusters, clusters.size);
       if (error == nullptr) return nullptr;
