@@ -96,6 +96,11 @@ __device__ inline void reduce_add(float* address, float4 x) {
                : "memory");
 }
 
+// 9.7.9.15, prefetch.
+__device__ inline void prefetch_to_l2(void const* address) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(address) : "memory");
+}
+
 // ---- the other CTA of a cluster -------------------------------------------------------------------------------------
 
 // 9.7.9.23, mapa: the address, in the cluster's shared memory, of what CTA `rank` has where this one has `pointer`.
@@ -131,6 +136,28 @@ __device__ inline void wait_cluster(uint64_t const* barrier, uint32_t phase) {
       "@done bra ended; bra waiting; ended: }" ::"r"(cute::cast_smem_ptr_to_uint(barrier)),
       "r"(phase)
       : "memory");
+}
+
+// 9.7.9.8, ld of a cluster's shared memory, by address_in: after the cluster's barrier.
+__device__ inline float2 load_remote_float2(uint32_t address) {
+  float2 x;
+  asm volatile("ld.shared::cluster.v2.f32 {%0, %1}, [%2];" : "=f"(x.x), "=f"(x.y) : "r"(address) : "memory");
+  return x;
+}
+
+__device__ inline float4 load_remote_float4(uint32_t address) {
+  float4 x;
+  asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
+               : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w)
+               : "r"(address)
+               : "memory");
+  return x;
+}
+
+// 9.7.13.4, barrier.cluster: of all threads of the cluster that have not ended, by whole warps. What was written before
+// is seen behind it. CUTLASS's functions let loads and stores move across.
+__device__ inline void sync_cluster() {
+  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 
 // ---- other kernels of the stream
