@@ -3,12 +3,18 @@
 //   S = q_scale k_scale scale Q K^T (softcap), masked;   P = 2^8 exp(S - row_max), rounded to e4m3;
 //   O = sum_tiles v_scale P V, rescaled when row_max grows;   out = O / row_sum
 //
-// The schedule is that of forward.cuh, without its look ahead: one product of S is in flight while a softmax is taken.
-// What differs:
+// The schedule is that of forward.cuh, without its look ahead, for the kv_blocks n of a work tile, from the last to the
+// first:
+//
+//   issue S(n-1) = Q K(n-1)^T | issue PV (+)= P(n) V(n) | wait S | row 0: exponentials, row 1's maximum beside them |
+//   wait PV | row 1: exponentials, beside them O += PV and P(n-1) to e4m3
+//
+// (A thread has two rows.) With kPingPong a warpgroup waits for its turn before the products, and passes it on in the
+// middle of row 0's exponentials. What differs:
 //   - scales: of blocks of 128 queries, keys and values (operands.h), multiplied in where they cost nothing:
 //     into the factor of the exponent, and where a tile's P V joins O;
-//   - promotion: Hopper adds fp8 products with about 14 bits (DeepSeek-V3, arXiv 2412.19437, section 3.3.2). P V of a
-//     tile is a product of its own, and joins O in fp32: the instruction that would rescale O anyway adds it;
+//   - promotion: Hopper adds fp8 products with about 14 bits (DeepSeek-V3, arXiv 2412.19437, section 3.3.2). P V is a
+//     product apart from O, and joins it in fp32 after one tile, or after two whose values have the same scale;
 //   - P lies between 0 and 2^8, where e4m3 has its range, and is never above: every new maximum counts;
 //   - V arrives transposed, its keys in the order of P's registers (operands.h).
 //
@@ -26,9 +32,9 @@
 #include "sm90/forward/forward_output.cuh"
 #include "sm90/forward/query_tile.cuh"
 #include "sm90/fp8/operands.h"
+#include "sm90/fp8/softmax_fp8.cuh"
 #include "sm90/hopper/fragment.cuh"
 #include "sm90/hopper/ptx.cuh"
-#include "sm90/hopper/softmax.cuh"
 #include "sm90/scheduling/scheduler.cuh"
 #include "sm90/tiles.h"
 
@@ -38,90 +44,6 @@ struct Fp8ForwardArguments : ForwardArguments {
   CUtensorMap vt;  // dims (place, column of V, head); `k` has dims (head_dim, place, head) here
   float const *q_scales, *k_scales, *v_scales;
   int32_t blocks_q, blocks;
-  int32_t turns;
-};
-#ifndef FLASHMLA_FP8_TURNS
-#define FLASHMLA_FP8_TURNS(arguments) (arguments).turns
-#endif
-
-// The online softmax of scores that have scales: row_max is that of S in base 2, not of what the product gave.
-template <int kScores>
-struct Fp8Softmax {
-  static constexpr float kLogLargest = 8.0f;        // of P, in base 2
-  static constexpr float kLeastFactor = 0x1p-126f;  // a normal number
-
-  float row_max[2], row_sum[2], row_scale[2];  // row_scale: q_scale * scale * log2 e of the row
-
-  __device__ void reset(float first_scale, float second_scale) {
-    row_max[0] = row_max[1] = -INFINITY;
-    row_sum[0] = row_sum[1] = 0.0f;
-    row_scale[0] = first_scale;
-    row_scale[1] = second_scale;
-  }
-
-  // What the exponent of a row's scores is: score * factor - against, of scores of one tile.
-  struct Exponent {
-    float factor, against;
-  };
-
-  // The largest score of a row in this thread. As whole numbers, positive floats are ordered as they are, and above all
-  // negative ones: three are compared at a time. Where a lane has none that is positive, they are compared as floats.
-  template <class Scores>
-  __device__ static float largest_of(Scores const& scores, int row) {
-    auto score = [&](int i) { return scores(i / 2 * 4 + row * 2 + i % 2); };
-    auto bits = [&](int i) { return __float_as_int(score(i)); };
-    constexpr int kOfRow = kScores / 2;
-    int largest[2] = {bits(0), bits(1)};
-    CUTE_UNROLL
-    for (int i = 2; i + 1 < kOfRow; i += 2) {
-      largest[i / 2 % 2] = __vimax3_s32(largest[i / 2 % 2], bits(i), bits(i + 1));
-    }
-    float most = __int_as_float(max(largest[0], largest[1]));
-    if (__any_sync(0xffffffff, __float_as_int(most) < 0)) {
-      most = score(0);
-      CUTE_UNROLL
-      for (int i = 1; i < kOfRow; ++i) most = fmaxf(most, score(i));
-    }
-    return most;
-  }
-
-  // Begins a tile's row, whose largest score in this thread is `largest`. Everything summed before is to be multiplied
-  // by `correction`. True if the row has a new maximum.
-  __device__ bool begin(int row, float largest, float tile_scale, Exponent& exponent, float& correction) {
-    largest = fmaxf(largest, __shfl_xor_sync(0xffffffff, largest, 1));
-    largest = fmaxf(largest, __shfl_xor_sync(0xffffffff, largest, 2));
-    // Not negative (finish_scores), and not 0 where scales of zeros underflow: -inf * 0 is NaN.
-    exponent.factor = fmaxf(row_scale[row] * tile_scale, kLeastFactor);
-    float const new_max = fmaxf(row_max[row], largest * exponent.factor);
-    exponent.against = (new_max == -INFINITY ? 0.0f : new_max) - kLogLargest;
-    correction = new_max == -INFINITY ? 1.0f : exp2f(row_max[row] - new_max);
-    bool const grows = new_max > row_max[row];
-    row_max[row] = new_max;
-    return grows;
-  }
-
-  // Pair j of a row's scores becomes P and joins `sum`.
-  template <class Scores>
-  __device__ static void exponentiate(Scores& scores, int row, int j, Exponent const& exponent, float (&sum)[2]) {
-    CUTE_UNROLL
-    for (int c = 0; c < 2; ++c) {
-      float& score = scores(j * 4 + row * 2 + c);
-      score = exp2f(__fmaf_rn(score, exponent.factor, -exponent.against));
-      sum[c] += score;
-    }
-  }
-
-  __device__ void end(int row, float correction, float const (&sum)[2]) {
-    row_sum[row] = row_sum[row] * correction + (sum[0] + sum[1]);
-  }
-
-  // The four lanes of a row add their parts. Returns the factor on O; lse is natural.
-  __device__ float finish(int row, float const* sink, float& lse) {
-    float sum = row_sum[row];
-    sum += __shfl_xor_sync(0xffffffff, sum, 1);
-    sum += __shfl_xor_sync(0xffffffff, sum, 2);
-    return finish_row(row_max[row] == -INFINITY ? -INFINITY : row_max[row] - kLogLargest, sum, sink, lse);
-  }
 };
 
 // kHeadDim: of queries, keys and values. Output: fp16 or bf16.
@@ -269,15 +191,12 @@ struct Fp8Forward {
       reinterpret_cast<uint32_t*>(rP.data())[i] =
           ptx::pack_e4m3(rS(first), rS(first + 1), rS(first + 4), rS(first + 5));
     };
-    int const turns = FLASHMLA_FP8_TURNS(arguments);
     auto wait_turn = [&] {
-      if (turns != 0) NamedBarrier::sync(2 * kWarpgroupThreads, kTurnBarrier + warpgroup);
+      if constexpr (Tiles::kPingPong) NamedBarrier::sync(2 * kWarpgroupThreads, kTurnBarrier + warpgroup);
     };
-    auto pass_turn = [&](int when) {
-      if (turns == when) NamedBarrier::arrive(2 * kWarpgroupThreads, kTurnBarrier + (warpgroup + 1) % kNumConsumers);
-    };
-    auto pass_any_turn = [&] {
-      if (turns != 0) NamedBarrier::arrive(2 * kWarpgroupThreads, kTurnBarrier + (warpgroup + 1) % kNumConsumers);
+    auto pass_turn = [&] {
+      if constexpr (Tiles::kPingPong)
+        NamedBarrier::arrive(2 * kWarpgroupThreads, kTurnBarrier + (warpgroup + 1) % kNumConsumers);
     };
     auto release = [&](uint64_t& barrier) {
       if (threadIdx.x % kWarpgroupThreads == 0) ClusterBarrier::arrive(&barrier);
@@ -290,7 +209,7 @@ struct Fp8Forward {
     auto skip_kv_block = [&] {
       ClusterBarrier::wait(&shared.k_full[ring.stage], ring.phase);
       wait_turn();
-      pass_any_turn();
+      pass_turn();
       ClusterBarrier::wait(&shared.v_full[ring.stage], ring.phase);
       sync_warpgroup();
       release(shared.k_empty[ring.stage]);
@@ -312,7 +231,7 @@ struct Fp8Forward {
       }
     };
 
-    if (warpgroup == kNumConsumers - 1) pass_any_turn();  // the first turn is warpgroup 0's
+    if (Tiles::kPingPong && warpgroup == kNumConsumers - 1) pass_turn();  // the first turn is warpgroup 0's
     RowSoftmax softmax;
     while (find_tile()) {
       WorkTile const& tile = shared.tiles[slot.stage];
@@ -358,21 +277,20 @@ struct Fp8Forward {
         float const tile_scale = has_transform ? 1.0f : k_scale;
         float const largest_first = RowSoftmax::largest_of(rS, 0);
         bool has_grown = softmax.begin(0, largest_first, tile_scale, exponent[0], correction[0]);
-        pass_turn(2);
         float sum[2] = {0.0f, 0.0f};
         float const largest_second = RowSoftmax::largest_of(rS, 1);
         CUTE_UNROLL
         for (int j = 0; j < kPairs / 2; ++j) RowSoftmax::exponentiate(rS, 0, j, exponent[0], sum);
         has_grown |= softmax.begin(1, largest_second, tile_scale, exponent[1], correction[1]);
-        pass_turn(3);
+        pass_turn();
         CUTE_UNROLL
         for (int j = kPairs / 2; j < kPairs; ++j) RowSoftmax::exponentiate(rS, 0, j, exponent[0], sum);
         softmax.end(0, correction[0], sum);
         return __any_sync(0xffffffff, has_grown);
       };
-      // Row 1's exponentials, beside them what has no use for their unit: P of both rows as e4m3, and the promotion of
-      // the product of the tile before, which has to be there.
-      auto exponentiate_second = [&](auto has_product, float const (&scale)[2]) {
+      // Row 1's exponentials, beside them P of both rows as e4m3 and, with has_product, the promotion of rPV, which has
+      // to be there.
+      auto exponentiate_second = [&](auto has_product, float const(&scale)[2]) {
         float sum[2] = {0.0f, 0.0f};
         CUTE_UNROLL
         for (int j = 0; j < kPairs; ++j) {
@@ -396,7 +314,6 @@ struct Fp8Forward {
       ClusterBarrier::wait(&shared.k_full[ring.stage], ring.phase);
       wait_turn();
       issue_s();
-      pass_turn(1);
       warpgroup_wait<0>();
       warpgroup_fence_operand(rS);
       release(shared.k_empty[ring.stage]);
@@ -404,7 +321,7 @@ struct Fp8Forward {
       finish_scores(k_scale);
       exponentiate_first(k_scale);
       exponentiate_second(std::false_type{}, correction);
-      bool is_sum = false;  // rPV holds the product of a tile that has not joined O
+      bool is_sum = false;  // rPV holds a product that has not joined O, and the next is added to it
       for (--kv_block; kv_block >= visible.begin; --kv_block) {
         Ring<kNumStages> const ring_o = ring;
         ring.advance();
@@ -417,7 +334,6 @@ struct Fp8Forward {
         ClusterBarrier::wait(&shared.v_full[ring_o.stage], ring_o.phase);
         issue_o(ring_o.stage, is_sum);
         is_sum = !is_sum && v_scale == v_scale_o;
-        pass_turn(1);
         warpgroup_wait<1>();
         warpgroup_fence_operand(rS);
         release(shared.k_empty[ring.stage]);
@@ -461,7 +377,7 @@ struct Fp8Forward {
       q_ring.advance();
     }
     // Takes the last turn: a barrier left half-arrived would hang the CTA's exit.
-    if (warpgroup == 0) wait_turn();
+    if (Tiles::kPingPong && warpgroup == 0) wait_turn();
   }
 
   __device__ static void run(Fp8ForwardArguments const& arguments, SharedStorage& shared) {

@@ -3,7 +3,6 @@
 #pragma once
 
 #include <algorithm>
-#include <cstdlib>
 
 #include "sm90/fp8/forward_fp8.cuh"
 #include "sm90/fp8/quantize.cuh"
@@ -112,8 +111,6 @@ const char* launch_fp8(Fp8ForwardParams const& params, void* workspace, cudaStre
   arguments.v_scales = operands.v_scales;
   arguments.blocks_q = static_cast<int32_t>(operands.blocks_q);
   arguments.blocks = static_cast<int32_t>(operands.blocks);
-  char const* const turns = std::getenv("FLASHMLA_FP8_TURNS");
-  arguments.turns = turns != nullptr ? std::atoi(turns) : 1;
 
   constexpr auto* kernel = fp8_forward_kernel<kHeadDim, kMask, Element>;
   if (cudaError_t const status = allow_shared_memory<kernel>(Kernel::kSharedBytes, device); status != cudaSuccess) {

@@ -33,9 +33,9 @@ struct QuantizeArguments {
 template <int kHeadDim>
 struct QuantizeLayout {
   static constexpr int kLanesOfRow = 8, kRowsOfWarp = kRowsOfScale / kQuantizeWarps;
-  static constexpr int kRows = 4;                      // of a lane
-  static constexpr int kChunks = kHeadDim / 64;        // of 64 columns
-  static constexpr int kValues = kChunks * 8;          // of a row in a lane
+  static constexpr int kRows = 4;                // of a lane
+  static constexpr int kChunks = kHeadDim / 64;  // of 64 columns
+  static constexpr int kValues = kChunks * 8;    // of a row in a lane
   static_assert(kRowsOfWarp == kRows * kWarpThreads / kLanesOfRow && kRowsOfWarp == 16);
 
   __device__ static int lane() { return threadIdx.x % kLanesOfRow; }
@@ -199,8 +199,8 @@ struct QuantizedBlock {
     has_infinity = largest == INFINITY;
     if (has_infinity) {  // for all threads alike
       __syncthreads();
-      largest = largest_of_block(
-          largest_of([](float value) { return fabsf(value) < INFINITY ? fabsf(value) : 0.0f; }), of_warps);
+      largest = largest_of_block(largest_of([](float value) { return fabsf(value) < INFINITY ? fabsf(value) : 0.0f; }),
+                                 of_warps);
     }
     scale = scale_of(largest);
   }
@@ -237,7 +237,7 @@ struct QuantizedBlock {
       b = a - b;
       a = sum;
     };
-    float(&of_row)[kValues] = x[row];
+    float (&of_row)[kValues] = x[row];
     CUTE_UNROLL
     for (int distance = 1; distance < 8; distance *= 2) {
       CUTE_UNROLL
@@ -293,8 +293,10 @@ __global__ void __launch_bounds__(kQuantizeThreads, 2) quantize_kernel(QuantizeA
   int32_t const heads = is_query ? heads_q : heads_kv, head = index % heads, block = index / heads;
   BlockRows const rows = rows_of_block(problem, is_query ? Side::kQueries : Side::kKeys, block);
   if (rows.count <= 0) return;
-  Block const x(is_query ? arguments.q : is_key ? arguments.k : arguments.v, rows, head,
-                static_cast<int>(is_query || is_key ? problem.head_dim_qk : problem.head_dim_v),
+  Block const x(is_query ? arguments.q
+                : is_key ? arguments.k
+                         : arguments.v,
+                rows, head, static_cast<int>(is_query || is_key ? problem.head_dim_qk : problem.head_dim_v),
                 arguments.rotates && (is_query || is_key), is_key, of_warps);
   if (threadIdx.x == 0) {
     (is_query ? operands.q_scales + head * operands.blocks_q
@@ -311,8 +313,8 @@ __global__ void __launch_bounds__(kQuantizeThreads, 2) quantize_kernel(QuantizeA
       int64_t const row = first_row + Layout::row(i);
       CUTE_UNROLL
       for (int chunk = 0; chunk < Block::kChunks; ++chunk) {
-        *reinterpret_cast<uint2*>(target + (is_query ? row * heads_q + head : row) * kHeadDim +
-                                  Layout::column(chunk)) = x.quantized(i, chunk);
+        *reinterpret_cast<uint2*>(target + (is_query ? row * heads_q + head : row) * kHeadDim + Layout::column(chunk)) =
+            x.quantized(i, chunk);
       }
     }
     return;
