@@ -139,6 +139,7 @@ struct BackwardPair {
       warpgroup_fence_operand(rSum);  // before S is on its way, not after
       if (num_steps > 0) ClusterBarrier::wait(&shared.kv_full, tile.kv_phase);
 
+#if defined(FLASHMLA_D512_VARIANT) && FLASHMLA_D512_VARIANT < 3
       BackwardStep step(tile);
       for (int32_t i = 0; i < num_steps; ++i, step.advance(tile), ring.advance()) {
         int const stage = ring.stage;
@@ -188,6 +189,56 @@ struct BackwardPair {
         release(ring.stage_before());
         arrive(shared.kv_empty);
       }
+#else
+      BackwardStep step(tile);
+      // All columns in a row, as the forward (forward_pair.cuh): a score of 1e9 summed in another order differs from lse
+      // by hundreds, and its P would be 0.
+      auto multiply_scores = [&](int stage) { multiply(mma_s, fKV(_, _, _, 0), fQ(_, _, _, stage), rS, false); };
+      if (num_steps > 0) ClusterBarrier::wait(&shared.q_full[ring.stage], ring.phase);
+      multiply_scores(ring.stage);  // without a step it multiplies whatever lies there, for nothing
+      warpgroup_wait<0>();
+      for (int32_t i = 0; i < num_steps; ++i, step.advance(tile), ring.advance()) {
+        int const stage = ring.stage;
+        expect_scores();
+        ColumnValues<kScores, kScores / 8> values(shared.statistics[stage] + warpgroup * kQueries, threadIdx.x % 4);
+        warpgroup_fence_operand(rS);
+        // The other CTA has multiplied what lay there two steps ago.
+        auto wait_empty = [&] { ptx::wait_cluster(&shared.scores_empty[stage], ring.phase ^ 1); };
+        // S of the next step is on its way while this one's P and dS pass between the CTAs. After the last step it
+        // multiplies old queries and is discarded: a branch would serialize wgmma.
+        Ring<kNumStages> next = ring;
+        next.advance();
+        bool const is_last = i + 1 == num_steps;
+        uint32_t pairs[kScores / 2], pairs_w[kScores / 2];
+        if (has_keys) {
+          probabilities<Element, true, kScores>(arguments, tile, step.q_block * kBlockQ + warpgroup * kQueries, rS,
+                                                pairs, pairs_w, values, shared.is_large[stage] != 0, 0, row_in_tile,
+                                                column_in_block);
+          wait_empty();
+          send(shared.scores[stage], shared.scores_full[stage], other, pairs, warpgroup, row_in_tile);
+          if (has_softcap) send(shared.w[stage], shared.scores_full[stage], other, pairs_w, warpgroup, row_in_tile);
+        } else {
+          wait_scores();
+          uint32_t const base = matrix_address(has_softcap ? shared.w[stage] : shared.scores[stage], 0);
+          CUTE_UNROLL
+          for (int k = 0; k < 2; ++k) {
+            ptx::ldmatrix_x4(base ^ ((2 * warpgroup + k) * 32), pairs_w[4 * k], pairs_w[4 * k + 1], pairs_w[4 * k + 2],
+                             pairs_w[4 * k + 3]);
+          }
+          score_gradients<Element, kScores>(rS, pairs_w, pairs, values);
+          wait_empty();
+          send(shared.scores[stage], shared.scores_full[stage], other, pairs, warpgroup, row_in_tile);
+        }
+        if (!is_last) ClusterBarrier::wait(&shared.q_full[next.stage], next.phase);
+        multiply_scores(next.stage);
+        if (has_keys) wait_scores();
+        multiply(mma_sum, fScores(_, _, _, stage), fQt(_, _, _, stage), rSum, true);
+        warpgroup_wait<0>();
+        warpgroup_fence_operand(rSum);
+        release(stage);
+      }
+      if (num_steps > 0) arrive(shared.kv_empty);
+#endif
       TensorView const& view = has_keys ? arguments.dk : arguments.dv;
       if (arguments.parts == nullptr) {
         write_keys<Element, kColumns>(arguments, tile, view, rSum, has_keys ? problem.scale : 1.0f, row_in_tile,

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "sm90/forward/forward.cuh"
+#include "sm90/forward/forward_pair.cuh"
 #include "sm90/hopper/device.h"
 #include "sm90/hopper/tensor_map.h"
 #include "sm90/launch.h"
@@ -48,14 +49,61 @@ const char* launch(ForwardParams const& params, void* workspace, cudaStream_t st
                                          is_packed ? Launch::kDependent : Launch::kAlone, arguments, Kernel::kNumCtas);
 }
 
+// Head dims of two CTAs.
+template <int kHeadDim, MaskKind kMask, class Element>
+const char* launch_pair(ForwardParams const& params, void* workspace, cudaStream_t stream) {
+  using Kernel = ForwardPair<kHeadDim, kMask, Element>;
+  Problem const& problem = params.problem;
+  int device = 0;
+  cudaGetDevice(&device);
+
+  ForwardArguments arguments{};
+  int num_ctas = 0;
+  if (const char* error = make_forward_schedule(problem, Kernel::kBlockQ, num_sms(device) / Kernel::kNumCtas, workspace,
+                                                stream, arguments.schedule, num_ctas, Kernel::kNumCtas)) {
+    return error;
+  }
+  QueryMaps const maps{problem, arguments.schedule, Kernel::kSwizzleColumns, Kernel::kBlockKV};
+  int const queries = arguments.schedule.rows_per_block / Kernel::kNumCtas;
+  const char* error = maps.make_queries(arguments.q, params.q, problem.head_dim_qk, queries);
+  if (error == nullptr) error = maps.make_keys(arguments.k, params.k, problem.head_dim_qk);
+  if (error == nullptr) error = maps.make_keys(arguments.v, params.v, problem.head_dim_v);
+  if (error != nullptr) return error;
+  arguments.out = params.out;
+  arguments.lse = params.lse;
+  arguments.problem = problem;
+  arguments.window = window_of(problem);
+
+  constexpr auto* kernel = forward_pair_kernel<kHeadDim, kMask, Element>;
+  if (cudaError_t const status = allow_shared_memory<kernel>(Kernel::kSharedBytes, device); status != cudaSuccess) {
+    return cudaGetErrorString(status);
+  }
+  bool const is_packed = problem.cu_seqlens_q != nullptr;
+  return launch_kernel<ForwardArguments>(kernel, dim3(static_cast<unsigned>(num_ctas * Kernel::kNumCtas)),
+                                         Kernel::Tiles::kNumThreads, Kernel::kSharedBytes, stream,
+                                         is_packed ? Launch::kDependent : Launch::kAlone, arguments, Kernel::kNumCtas);
+}
+
+template <int kHeadDimQK, int kHeadDimV, MaskKind kMask, class Element>
+const char* launch_any(ForwardParams const& params, void* workspace, cudaStream_t stream) {
+#if !defined(FLASHMLA_D512_VARIANT) || FLASHMLA_D512_VARIANT >= 2
+  if constexpr (ForwardTiles<kHeadDimQK, kHeadDimV, kMask>::kNumCtas == 2) {
+    return launch_pair<kHeadDimQK, kMask, Element>(params, workspace, stream);
+  } else
+#endif
+  {
+    return launch<kHeadDimQK, kHeadDimV, kMask, Element>(params, workspace, stream);
+  }
+}
+
 template <int kHeadDimQK, int kHeadDimV, class Element>
 const char* launch_masked(ForwardParams const& params, void* workspace, cudaStream_t stream) {
   Problem const& problem = params.problem;
   if (problem.window_left >= 0)
-    return launch<kHeadDimQK, kHeadDimV, MaskKind::kWindow, Element>(params, workspace, stream);
+    return launch_any<kHeadDimQK, kHeadDimV, MaskKind::kWindow, Element>(params, workspace, stream);
   if (problem.window_right >= 0)
-    return launch<kHeadDimQK, kHeadDimV, MaskKind::kCausal, Element>(params, workspace, stream);
-  return launch<kHeadDimQK, kHeadDimV, MaskKind::kNone, Element>(params, workspace, stream);
+    return launch_any<kHeadDimQK, kHeadDimV, MaskKind::kCausal, Element>(params, workspace, stream);
+  return launch_any<kHeadDimQK, kHeadDimV, MaskKind::kNone, Element>(params, workspace, stream);
 }
 
 template <int kHeadDimQK, int kHeadDimV>
