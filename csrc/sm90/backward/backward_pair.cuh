@@ -126,7 +126,7 @@ struct BackwardPair {
         ClusterTransactionBarrier::arrive_and_expect_tx(&shared.scores_full[ring.stage], bytes);
     };
     auto wait_scores = [&] {
-      ptx::wait_cluster(&shared.scores_full[ring.stage], ring.phase);
+      ClusterBarrier::wait(&shared.scores_full[ring.stage], ring.phase);
       cutlass::arch::fence_view_async_shared();  // from what the other CTA wrote to what wgmma reads
     };
 
@@ -159,7 +159,7 @@ struct BackwardPair {
         for (int n = 0; n < kScores; ++n) rS(n) += rOther(n);
         if (i > 0) release(ring.stage_before());
         // The other CTA has multiplied what lay there two steps ago.
-        auto wait_empty = [&] { ptx::wait_cluster(&shared.scores_empty[stage], ring.phase ^ 1); };
+        auto wait_empty = [&] { ClusterBarrier::wait(&shared.scores_empty[stage], ring.phase ^ 1); };
         uint32_t pairs[kScores / 2], pairs_w[kScores / 2];
         if (has_keys) {
           probabilities<Element, true, kScores>(arguments, tile, step.q_block * kBlockQ + warpgroup * kQueries, rS,
@@ -203,7 +203,7 @@ struct BackwardPair {
         ColumnValues<kScores, kScores / 8> values(shared.statistics[stage] + warpgroup * kQueries, threadIdx.x % 4);
         warpgroup_fence_operand(rS);
         // The other CTA has multiplied what lay there two steps ago.
-        auto wait_empty = [&] { ptx::wait_cluster(&shared.scores_empty[stage], ring.phase ^ 1); };
+        auto wait_empty = [&] { ClusterBarrier::wait(&shared.scores_empty[stage], ring.phase ^ 1); };
         // S of the next step is on its way while this one's P and dS pass between the CTAs. After the last step it
         // multiplies old queries and is discarded: a branch would serialize wgmma.
         Ring<kNumStages> next = ring;

@@ -182,7 +182,7 @@ struct BackwardQueriesPair {
       CUTE_NO_UNROLL
       for (int chunk = 0; chunk < kChunks; ++chunk, ring.advance()) {
         int const stage = ring.stage;
-        ptx::wait_cluster(&shared.v_empty[stage], ring.phase ^ 1);
+        ClusterBarrier::wait(&shared.v_empty[stage], ring.phase ^ 1);
         ClusterTransactionBarrier::arrive_and_expect_tx(&shared.v_full[stage], sizeof(shared.v[stage]));
         cute::SM90_TMA_LOAD_MULTICAST_5D::copy(
             &arguments.v, &shared.v_full[stage], uint16_t{3},
@@ -416,7 +416,7 @@ struct BackwardQueriesPair {
           pairs[i] =
               pack<Element>(rS(2 * i) * (rDP(2 * i) - delta[i % 2]), rS(2 * i + 1) * (rDP(2 * i + 1) - delta[i % 2]));
         }
-        ptx::wait_cluster(&shared.ds_empty[ds_ring.stage], ds_ring.phase ^ 1);
+        ClusterBarrier::wait(&shared.ds_empty[ds_ring.stage], ds_ring.phase ^ 1);
         uint32_t const target = ptx::address_in(other, &shared.ds[ds_ring.stage][0][thread]);
         uint32_t const barrier = ptx::address_in(other, &shared.ds_full[ds_ring.stage]);
         CUTE_UNROLL
@@ -480,7 +480,7 @@ struct BackwardQueriesPair {
     auto wait_ds = [&] {
       uint64_t& full = shared.ds_full[ds_ring.stage];
       if (thread == 0) ClusterTransactionBarrier::arrive_and_expect_tx(&full, sizeof(shared.ds[0]));
-      ptx::wait_cluster(&full, ds_ring.phase);
+      ClusterBarrier::wait(&full, ds_ring.phase);
     };
     auto read_ds = [&] {  // where no product is on its way that reads rDS
       CUTE_UNROLL

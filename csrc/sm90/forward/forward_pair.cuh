@@ -156,7 +156,7 @@ struct ForwardPair {
         CUTE_NO_UNROLL
         for (int chunk = 0; chunk < kChunks; ++chunk, ring.advance()) {
           int const stage = ring.stage;
-          ptx::wait_cluster(&shared.k_empty[stage], ring.phase ^ 1);
+          ClusterBarrier::wait(&shared.k_empty[stage], ring.phase ^ 1);
           ClusterTransactionBarrier::arrive_and_expect_tx(&shared.k_full[stage], sizeof(shared.k[stage]));
           cute::SM90_TMA_LOAD_MULTICAST_5D::copy(
               &arguments.k, &shared.k_full[stage], uint16_t{3},
@@ -370,7 +370,7 @@ struct ForwardPair {
               *lse_row(arguments, tile, row) = lse;
           }
         }
-        ptx::wait_cluster(&shared.p_empty[p_ring.stage], p_ring.phase ^ 1);
+        ClusterBarrier::wait(&shared.p_empty[p_ring.stage], p_ring.phase ^ 1);
         uint32_t const target = ptx::address_in(other, &shared.p[p_ring.stage][0][thread]);
         uint32_t const barrier = ptx::address_in(other, &shared.p_full[p_ring.stage]);
         CUTE_UNROLL
@@ -448,7 +448,7 @@ struct ForwardPair {
     auto wait_p = [&] {
       uint64_t& full = shared.p_full[p_ring.stage];
       if (thread == 0) ClusterTransactionBarrier::arrive_and_expect_tx(&full, kPBytes);
-      ptx::wait_cluster(&full, p_ring.phase);
+      ClusterBarrier::wait(&full, p_ring.phase);
       factors = shared.factors[p_ring.stage][thread / 4];
     };
     auto read_p = [&] {  // where no product is on its way that reads rP

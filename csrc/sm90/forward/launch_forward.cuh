@@ -2,6 +2,8 @@
 // kind; a file of instantiations/ holds one row.
 #pragma once
 
+#include <cstdlib>
+
 #include "sm90/forward/forward.cuh"
 #include "sm90/forward/forward_pair.cuh"
 #include "sm90/hopper/device.h"
@@ -86,12 +88,13 @@ const char* launch_pair(ForwardParams const& params, void* workspace, cudaStream
 
 template <int kHeadDimQK, int kHeadDimV, MaskKind kMask, class Element>
 const char* launch_any(ForwardParams const& params, void* workspace, cudaStream_t stream) {
-#if !defined(FLASHMLA_D512_VARIANT) || FLASHMLA_D512_VARIANT >= 2
   if constexpr (ForwardTiles<kHeadDimQK, kHeadDimV, kMask>::kNumCtas == 2) {
-    return launch_pair<kHeadDimQK, kMask, Element>(params, workspace, stream);
-  } else
+#ifdef FLASHMLA_D512_VARIANT
+    if (std::getenv("FLASHMLA_D512_FWD") != nullptr)
+      return launch<kHeadDimQK, kHeadDimV, kMask, Element>(params, workspace, stream);
 #endif
-  {
+    return launch_pair<kHeadDimQK, kMask, Element>(params, workspace, stream);
+  } else {
     return launch<kHeadDimQK, kHeadDimV, kMask, Element>(params, workspace, stream);
   }
 }
