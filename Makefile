@@ -92,7 +92,7 @@ test-newest:
 	git ls-files -z | xargs -0 cp --parents --target-directory=$(NEWEST)/source
 	$(PYTHON) -m venv $(NEWEST)/venv
 	grep -vE '^(transformers|accelerate|peft)==' requirements.txt > $(NEWEST)/requirements.txt
-	$(NEWEST)/venv/bin/pip install -q torch transformers accelerate peft -r $(NEWEST)/requirements.txt
+	$(NEWEST)/venv/bin/pip install -q -r requirements-newest.txt -r $(NEWEST)/requirements.txt
 	$(NEWEST)/venv/bin/pip list | grep -E '^(torch|transformers|accelerate|peft) '
 	cd $(NEWEST)/source && FLASHMLA_BUILD=cpu ../venv/bin/pip install -q --no-build-isolation --no-deps -e . && \
 	  ../venv/bin/python -m flashmla_hf doctor && ../venv/bin/python -m pytest $(NEWEST_TESTS)

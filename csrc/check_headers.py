@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "csrc"))
 from flashmla_build import environment, sources  # noqa: E402
 
-TORCH = ("2.10.0", "2.11.0", "2.12.0", "2.13.0", "2.14.1")
+TORCH = ("2.10.0", "2.11.0", "2.12.0", "2.13.0", "2.14.1", "2.15.0")
 # The first is the oldest that README.md names; flashmla_build.toolchain.MINIMUM_NVCC is held to it.
 CUDA = {
     "12.4": ("nvidia-cuda-runtime-cu12==12.4.127", "nvidia-cuda-nvcc-cu12==12.4.131"),

@@ -1,6 +1,6 @@
 """The releases of other packages that this one is tested with: the one place that names them.
 
-The Makefile, requirements.txt and csrc/check_headers.py install these; tests/test_doctor.py holds them to this table.
+The Makefile, requirements.txt, requirements-newest.txt and csrc/check_headers.py install these; tests/test_doctor.py holds them to this table.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import re
 
 # Package -> its tested releases up to the second number, the oldest first.
 TESTED: dict[str, tuple[str, ...]] = {
-    "torch": ("2.10", "2.11", "2.12", "2.13", "2.14"),
+    "torch": ("2.10", "2.11", "2.12", "2.13", "2.14", "2.15"),
     "transformers": ("5.17", "5.23", "5.24"),
     "accelerate": ("1.15",),
     "peft": ("0.21",),

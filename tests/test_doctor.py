@@ -70,6 +70,8 @@ def test_the_tested_releases_are_those_that_the_tests_install(headers):
     assert (*(re.match(r"\d+\.\d+", release)[0] for release in older), pins["transformers"]) == TESTED["transformers"]
     assert (pins["accelerate"],) == TESTED["accelerate"]
     assert (pins["peft"],) == TESTED["peft"]
+    newest = dict(re.findall(r"^(\w+)>=(\d+\.\d+)$", (root / "requirements-newest.txt").read_text(), re.M))
+    assert newest == {package: releases[-1] for package, releases in TESTED.items()}
 
 
 def test_direct_calls_are_off_with_an_untested_torch():
