@@ -3,11 +3,9 @@
 #pragma once
 
 #include <algorithm>
-#include <cstdlib>
 
 #include "sm90/backward/backward.cuh"
 #include "sm90/backward/backward_queries.cuh"
-#include "sm90/backward/backward_queries_pair.cuh"
 #include "sm90/backward/backward_rows.cuh"
 #include "sm90/hopper/device.h"
 #include "sm90/hopper/tensor_map.h"
@@ -60,8 +58,7 @@ BackwardPlan plan_backward(BackwardParams const& params, int num_sms) {
   int64_t const rows = plan.blocks * Tiles::kBlockQ * plan.heads_q;
   plan.schedule = take(backward_schedule_bytes(problem, Tiles::kBlockKV));
   if constexpr (!kSumsDQ) {
-    using QueryTiles = BackwardQueryTiles<kHeadDimQK>;
-    plan.query_schedule = take(forward_schedule_bytes(problem, QueryTiles::kBlockQ, QueryTiles::kNumCtas));
+    plan.query_schedule = take(forward_schedule_bytes(problem, BackwardQueryTiles<kHeadDimQK>::kBlockQ));
   }
   plan.lse = take(rows * 4);
   plan.delta = take(rows * 4);
@@ -116,37 +113,6 @@ const char* launch_queries(BackwardParams const& params, BackwardRows const& row
   arguments.problem = problem;
   arguments.window = window_of(problem);
   constexpr auto* kernel = backward_queries_kernel<kHeadDim, Element>;
-  if (cudaError_t const status = allow_shared_memory<kernel>(Kernel::kSharedBytes, device); status != cudaSuccess) {
-    return cudaGetErrorString(status);
-  }
-  return launch_kernel<BackwardQueriesArguments>(kernel, dim3(static_cast<unsigned>(num_ctas * Kernel::kNumCtas)),
-                                                 Kernel::Tiles::kNumThreads, Kernel::kSharedBytes, stream,
-                                                 Launch::kAlone, arguments, Kernel::kNumCtas);
-}
-
-// The same of two CTAs.
-template <int kHeadDim, class Element>
-const char* launch_queries_pair(BackwardParams const& params, BackwardRows const& rows, int num_sms, int device,
-                                void* workspace, cudaStream_t stream) {
-  using Kernel = BackwardQueriesPair<kHeadDim, Element>;
-  Problem const& problem = params.problem;
-  BackwardQueriesArguments arguments{};
-  int num_ctas = 0;
-  const char* error = make_forward_schedule(problem, Kernel::kBlockQ, num_sms / Kernel::kNumCtas, workspace, stream,
-                                            arguments.schedule, num_ctas, Kernel::kNumCtas);
-  QueryMaps const maps{problem, arguments.schedule, Kernel::kSwizzleColumns, Kernel::kBlockKV};
-  int const queries = arguments.schedule.rows_per_block / Kernel::kNumCtas;
-  if (error == nullptr) error = maps.make_queries(arguments.q, params.q, problem.head_dim_qk, queries);
-  if (error == nullptr) error = maps.make_queries(arguments.dout, params.dout, problem.head_dim_v, queries);
-  if (error == nullptr) error = maps.make_keys(arguments.k, params.k, problem.head_dim_qk);
-  if (error == nullptr) error = maps.make_keys(arguments.v, params.v, problem.head_dim_v);
-  if (error != nullptr) return error;
-  arguments.dq = params.dq;
-  arguments.rows = rows;
-  arguments.block_rows = BackwardTiles<kHeadDim, kHeadDim>::kBlockQ;
-  arguments.problem = problem;
-  arguments.window = window_of(problem);
-  constexpr auto* kernel = backward_queries_pair_kernel<kHeadDim, Element>;
   if (cudaError_t const status = allow_shared_memory<kernel>(Kernel::kSharedBytes, device); status != cudaSuccess) {
     return cudaGetErrorString(status);
   }
@@ -240,10 +206,6 @@ const char* launch_heads(BackwardParams const& params, BackwardPlan const& plan,
       error = launch_kernel<PostprocessArguments>(dq_postprocess_kernel<Tiles::kBlockQ, kHeadDimQK, Element>, row_grid,
                                                   kRowThreads, 0, stream, Launch::kDependent,
                                                   {params.dq, arguments.rows, problem});
-    } else if (Tiles::kNumCtas == 2 && std::getenv("FLASHMLA_D512_DQ") != nullptr) {
-      if constexpr (Tiles::kNumCtas == 2)
-        error = launch_queries_pair<kHeadDimQK, Element>(params, arguments.rows, num_sms, device,
-                                                         workspace + plan.query_schedule, stream);
     } else {
       error = launch_queries<kHeadDimQK, Element>(params, arguments.rows, num_sms, device,
                                                   workspace + plan.query_schedule, stream);
