@@ -170,12 +170,45 @@ CASES = {
     "a long cache, a short window": DecodeCase(lengths=(20000, 7), window=(100, 0), heads_q=4, heads_kv=1),
 }
 
+# Calls whose tiles a GPU shares out among the CTAs of clusters (csrc/sm90/decode/launch_decode.cuh), and their kin.
+_EIGHT = {"heads_q": 32, "heads_kv": 8}
+CLUSTERS = {
+    "16 CTAs a tile": DecodeCase(lengths=(4096,), head_dim_qk=128, **_EIGHT),
+    "8 CTAs a tile": DecodeCase(lengths=(1000,) * 4, has_lengths=False, **_EIGHT),
+    "4 CTAs a tile, 16 queries": DecodeCase(lengths=(700,) * 8, has_lengths=False, seqlen_q=16, **_EIGHT),
+    "a unit a CTA": DecodeCase(lengths=(1024,), head_dim_qk=128, has_sinks=True, **_EIGHT),
+    "CTAs without a unit": DecodeCase(lengths=(130,), capacity=3000, seqlen_q=2, head_dim_qk=128, **_EIGHT),
+    "CTAs without a unit, pages": DecodeCase(lengths=(77,), capacity=3000, page_size=48, **_EIGHT),
+    "no key": DecodeCase(lengths=(0,), capacity=2000, has_sinks=True, **_EIGHT),
+    "everything hidden": DecodeCase(lengths=(900,), starts=(900,), capacity=2000, **_EIGHT),
+    "left padding and a window": DecodeCase(lengths=(3000,), starts=(2200,), window=(1500, 0), page_size=16, **_EIGHT),
+    "two tiles a kv head": DecodeCase(lengths=(2500,), seqlen_q=12, heads_q=64, heads_kv=8, head_dim_qk=128),
+    "head dims 192/128": DecodeCase(lengths=(900,), head_dim_qk=192, head_dim_v=128, softcap=5.0, **_EIGHT),
+    "head dim 256": DecodeCase(lengths=(2000,), head_dim_qk=256, heads_q=16, heads_kv=8),
+    "head dim 40": DecodeCase(lengths=(2000,), seqlen_q=3, head_dim_qk=40, head_dim_v=24, **_EIGHT),
+}
+
 
 @each_impl
 @pytest.mark.parametrize("name", CASES)
 def test_cases_keep_the_error_rule(impl, name):
     for dtype in dtypes_of(impl):
         check(impl, CASES[name], dtype)
+
+
+@each_impl
+@pytest.mark.parametrize("name", CLUSTERS)
+def test_tiles_of_several_ctas_keep_the_error_rule_and_their_bits(impl, name):
+    case = CLUSTERS[name]
+    for dtype in dtypes_of(impl)[-1:] if impl != "sm90" else dtypes_of(impl):
+        check(impl, case, dtype)
+    inputs = inputs_of(case, dtypes_of(impl)[-1], device_of(impl))
+    first, *others = (
+        decode_attention(**inputs.tensors, **case.options, return_lse=True, impl=impl)
+        for _ in range(20 if impl == "sm90" else 2)
+    )
+    for other in others:
+        assert all(torch.equal(x, y) for x, y in zip(first, other, strict=True))
 
 
 @each_impl
@@ -370,6 +403,38 @@ def test_a_cuda_graph_follows_lengths_starts_and_tables():
                 static[name].copy_(x)
         graph.replay()
         assert torch.equal(out, decode_attention(**inputs.tensors, num_splits=1, impl="sm90"))
+
+
+@gpu_support.needs_sm90
+@gpu_support.on_gpu
+def test_a_cuda_graph_of_one_sequence_follows_its_length():
+    """Its tiles are shared out among the CTAs of clusters, by the length that they read."""
+    case = DecodeCase(lengths=(3000,), capacity=4096, head_dim_qk=128, **_EIGHT)
+    inputs = inputs_of(case, torch.bfloat16, "cuda")
+    caches = {"k_cache": inputs.clean_k, "v_cache": inputs.clean_v}
+    static = {**inputs.tensors, **caches, "cache_seqlens": inputs.cache_seqlens.clone()}
+    graph, out = gpu_support.captured(lambda: decode_attention(**static, impl="sm90"))
+    for length in (3000, 1, 64, 0, 1025, 4096, 130):
+        static["cache_seqlens"].fill_(length)
+        graph.replay()
+        assert torch.equal(out, decode_attention(**static, impl="sm90"))
+
+
+@gpu_support.needs_sm90
+@gpu_support.on_gpu
+def test_calls_on_two_streams_at_once_give_the_same_bits():
+    cases = [CLUSTERS["16 CTAs a tile"], CLUSTERS["8 CTAs a tile"]]
+    both = [inputs_of(case, torch.bfloat16, "cuda", seed).tensors for seed, case in enumerate(cases)]
+    expected = [decode_attention(**tensors, impl="sm90") for tensors in both]
+    streams = [torch.cuda.Stream() for _ in both]
+    torch.cuda.synchronize()
+    for _ in range(50):
+        results = []
+        for stream, tensors in zip(streams, both, strict=True):
+            with torch.cuda.stream(stream):
+                results.append(decode_attention(**tensors, impl="sm90"))
+        torch.cuda.synchronize()
+        assert all(torch.equal(x, y) for x, y in zip(results, expected, strict=True))
 
 
 @gpu_support.needs_sm90

@@ -1,10 +1,6 @@
 // Adds up the parts of tiles that several CTAs of decode_kernel share.
 //
-// A part has O_c = sum_j exp(S_j - max_c) V_j and sum_c = sum_j exp(S_j - max_c) of a row:
-//
-//   max = max_c max_c,   O = sum_c exp(max_c - max) O_c / sum_c exp(max_c - max) sum_c
-//
-// and a sink joins the sum as one more key. A CTA has kCombineColumns columns of a row, and each of its warps some of
+// parts.cuh says what a part is. A CTA has kCombineColumns columns of a row, and each of its warps some of
 // them in all parts, so that warps need nothing of each other: no shared memory, and a CTA finds room beside those of
 // decode_kernel. If there are many rows a CTA has several in turn: to find out that a tile was not split takes longer
 // than a row. Every sum is taken in an order that depends on the number of parts alone.
@@ -14,10 +10,10 @@
 
 #include <cute/tensor.hpp>
 
+#include "sm90/decode/decode_rows.cuh"
 #include "sm90/decode/decode_schedule.cuh"
-#include "sm90/hopper/fragment.cuh"
+#include "sm90/decode/parts.cuh"
 #include "sm90/hopper/ptx.cuh"
-#include "sm90/hopper/softmax.cuh"
 
 namespace flashmla::sm90 {
 
@@ -44,9 +40,7 @@ __global__ void __launch_bounds__(kCombineThreads) combine_kernel(__grid_constan
                                       place % arguments.heads_kv *
                                           (sums.each > 0 ? sums.each : units_of(arguments, place / arguments.heads_kv));
   DecodeWalk const walk(arguments, sums, unit);
-  int32_t const batch = walk.batch, head_kv = walk.tile / arguments.tiles_per_head;
-  int32_t const first_row = (walk.tile - head_kv * arguments.tiles_per_head) * kWarpgroupRows;
-  int32_t const num_rows = min(arguments.partial_rows, arguments.num_rows - first_row);
+  int32_t const num_rows = num_rows_of(arguments, walk.tile);
   int32_t const first = static_cast<int32_t>(shares.of(walk.tile_begin));
   int32_t const num_parts = static_cast<int32_t>(shares.of(walk.tile_begin + walk.units - 1)) + 1 - first;
 
@@ -72,8 +66,6 @@ __global__ void __launch_bounds__(kCombineThreads) combine_kernel(__grid_constan
     return x;
   };
   auto plus = [](float a, float b) { return a + b; };
-  bool const has_transform = problem.softcap > 0.0f || problem.scale <= 0.0f;
-  float const scale_log2 = has_transform ? kLog2e : problem.scale * kLog2e;
 
   for (int32_t row_in_tile = blockIdx.y; row_in_tile < num_rows; row_in_tile += gridDim.y) {
     auto index_of = [&](int32_t part) {
@@ -99,36 +91,20 @@ __global__ void __launch_bounds__(kCombineThreads) combine_kernel(__grid_constan
     }
     float const row_max = reduce(largest, [](float a, float b) { return fmaxf(a, b); });
 
-    float sum = 0.0f;
-    float4 x{0.0f, 0.0f, 0.0f, 0.0f};
-    auto add = [&](float2 part, float4 const& y) {
-      float const weight = part.x == -INFINITY ? 0.0f : exp2f((part.x - row_max) * scale_log2);
-      sum += part.y * weight;
-      x = {x.x + y.x * weight, x.y + y.y * weight, x.z + y.z * weight, x.w + y.w * weight};
-    };
+    SumOfParts parts(problem, row_max);
     CUTE_UNROLL
-    for (int i = 0; i < kAhead; ++i) add(max_and_sum[i], out[i]);
+    for (int i = 0; i < kAhead; ++i) parts.add(max_and_sum[i], out[i]);
 #pragma unroll 4
     for (int32_t part = group + kAhead * kGroups; part < num_parts; part += kGroups) {
-      add(arguments.partial_sums[index_of(part)], read_out(index_of(part)));
+      parts.add(arguments.partial_sums[index_of(part)], read_out(index_of(part)));
     }
-    sum = reduce(sum, plus);
+    float4& x = parts.x;
+    parts.sum = reduce(parts.sum, plus);
     x = {reduce(x.x, plus), reduce(x.y, plus), reduce(x.z, plus), reduce(x.w, plus)};
 
-    int32_t const row = first_row + row_in_tile;
-    int32_t const query = row / arguments.group, head = head_kv * arguments.group + row - query * arguments.group;
-    float lse;
-    float const factor = finish_row(row_max == -INFINITY ? -INFINITY : row_max * scale_log2, sum,
-                                    problem.sinks == nullptr ? nullptr : problem.sinks + head, lse);
-    if (group == 0 && has_column) {
-      Element* const target = static_cast<Element*>(params.out.data) + batch * params.out.stride_batch +
-                              query * params.out.stride_seqlen + head * params.out.stride_heads + column;
-      *reinterpret_cast<uint2*>(target) = {pack<Element>(x.x * factor, x.y * factor),
-                                           pack<Element>(x.z * factor, x.w * factor)};
-    }
-    if (threadIdx.x == 0 && blockIdx.z == 0 && params.lse.data != nullptr) {
-      params.lse.data[batch * params.lse.stride_batch + head * params.lse.stride_heads + query] = lse;
-    }
+    // A tile without keys is one unit, and not split.
+    parts.write<Element>(arguments, walk.batch, row_of(arguments, walk.tile, row_in_tile), column, true,
+                         group == 0 && has_column, threadIdx.x == 0 && blockIdx.z == 0);
   }
 #endif
 }

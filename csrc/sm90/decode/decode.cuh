@@ -12,6 +12,9 @@
 // Rows of V that are no keys of the sequence (its last page, before its first key) may hold anything, and 0 * NaN is
 // NaN: they are cleared in shared memory.
 //
+// A kernel begins while the one before it in the stream ends: barriers, descriptors and, if the lengths are known to
+// the host, the walk are ready by then.
+//
 // Source: Flash-Decoding (Dao, Haziza, Massa, Sizov, 2023) for the split over keys; Stream-K (arXiv 2301.03598) for
 // equal shares of units that cross tiles.
 #pragma once
@@ -20,11 +23,13 @@
 #include <cutlass/arch/barrier.h>
 #include <cutlass/arch/grid_dependency_control.h>
 
+#include <cute/arch/copy_sm90_desc.hpp>
 #include <cute/tensor.hpp>
 
 #include "params.h"
 #include "sm90/decode/decode_rows.cuh"
 #include "sm90/decode/decode_schedule.cuh"
+#include "sm90/decode/parts.cuh"
 #include "sm90/hopper/operands.cuh"
 #include "sm90/hopper/softmax.cuh"
 #include "sm90/tiles.h"
@@ -64,6 +69,24 @@ struct Decode {
   static_assert((kSharedBytes + kSystemBytes) * Tiles::kNumCtas <= kMaxSharedBytes + kSystemBytes);
   static constexpr int kConsumerBarrier = 1;
 
+  // What a CTA leaves for its cluster, where K has been.
+  struct Part {
+    float2 sums[kWarpgroupRows];
+    float out[kWarpgroupRows][kHeadDimV + 8];  // 8: rows of a warp begin in different banks
+  };
+  static_assert(sizeof(Part) <= sizeof(SharedStorage::k) && kHeadDimV % 4 == 0);
+
+  // From here on this kernel may read what those before it have written. To find the work takes long, and needs no more
+  // than lengths.
+  __device__ static DecodeWalk begin(DecodeArguments const& arguments) {
+    bool const reads_lengths = !has_equal_lengths(arguments.params);
+    if (reads_lengths) ptx::wait_on_dependent_grids();
+    DecodeWalk const walk(arguments);
+    if (!reads_lengths) ptx::wait_on_dependent_grids();
+    cutlass::arch::launch_dependent_grids();  // combine_kernel, or the next call's, may set up
+    return walk;
+  }
+
   // ---- loading warp -------------------------------------------------------------------------------------------------
 
   __device__ static void load(DecodeArguments const& arguments, SharedStorage& shared) {
@@ -73,7 +96,10 @@ struct Decode {
     uint64_t const hint = static_cast<uint64_t>(arguments.tiles_per_head > 1 ? cute::TMA::CacheHintSm90::EVICT_NORMAL
                                                                              : cute::TMA::CacheHintSm90::EVICT_FIRST);
     Ring<kNumStages> ring;
-    for (DecodeWalk walk(arguments); walk.find(); walk.next_tile()) {
+    bool is_first = true;
+    for (DecodeWalk walk = begin(arguments); walk.find(); walk.next_tile(), is_first = false) {
+      // The consumers are some tiles behind: Q will be near when they ask for it.
+      if (!is_first) prefetch_queries<Element>(arguments, walk.batch, walk.tile);
       int32_t const head_kv = walk.tile / arguments.tiles_per_head;
       SequenceKeys const keys = walk.keys;
       // Boxes without a key of the sequence are not loaded: the table need not have their pages.
@@ -164,12 +190,20 @@ struct Decode {
       if (threadIdx.x == 0) ClusterBarrier::arrive(&barrier);
     };
 
-    for (DecodeWalk walk(arguments); walk.find(); walk.next_tile()) {
+    // Rows without a query are zero, and written once.
+    for (int i = threadIdx.x; i < kWarpgroupRows * kHeadDimQK / 8; i += kWarpgroupThreads) {
+      reinterpret_cast<uint4*>(shared.q)[i] = uint4{0, 0, 0, 0};
+    }
+    int32_t rows_of_q = 0;  // those in shared memory that may not be zero
+    for (DecodeWalk walk = begin(arguments); walk.find(); walk.next_tile()) {
       SequenceKeys const keys = walk.keys;
       KVBlocks const blocks = walk.blocks;
+      int32_t const num_rows = num_rows_of(arguments, walk.tile);
       RowKeys const seen = row_keys(arguments, keys, walk.tile, first_row);
       NamedBarrier::sync(kWarpgroupThreads, kConsumerBarrier);  // every warp has ended its products with the old Q
-      read_queries<kHeadDimQK, kWarpgroupThreads>(arguments, shared.q, walk.batch, walk.tile, threadIdx.x);
+      read_queries<kHeadDimQK, kWarpgroupThreads>(arguments, shared.q, walk.batch, walk.tile, threadIdx.x,
+                                                  max(num_rows, rows_of_q));
+      rows_of_q = num_rows;
       NamedBarrier::sync(kWarpgroupThreads, kConsumerBarrier);
       softmax.reset();
       CUTE_UNROLL
@@ -224,12 +258,56 @@ struct Decode {
         release(shared.v_empty[ring.stage]);
         ring.advance();
       }
-      if (walk.is_whole()) {
+      if (arguments.cluster_size > 1) {
+        add_parts_of_cluster(arguments, shared, walk, softmax, rO, first_row, num_rows);
+      } else if (walk.is_whole()) {
         write_rows<kOutputs, Element>(arguments, walk, softmax, rO, first_row);
       } else {
         write_partial<kOutputs>(arguments, walk, softmax, rO, first_row);
       }
     }
+  }
+
+  // Each CTA of the cluster has left its part of the tile where K has been, and adds up some columns of all parts.
+  template <class Outputs>
+  __device__ static void add_parts_of_cluster(DecodeArguments const& arguments, SharedStorage& shared,
+                                              DecodeWalk const& walk, RowSoftmax& softmax, Outputs const& outputs,
+                                              int first_row, int32_t num_rows) {
+    constexpr int kVectors = kHeadDimV / 4;
+    Part& part = reinterpret_cast<Part&>(shared.k);
+    NamedBarrier::sync(kWarpgroupThreads, kConsumerBarrier);  // every warp has ended its products with K and V
+    store_part<kOutputs>(arguments, walk.tile, softmax, outputs, first_row, 0, part.sums, part.out[0], kHeadDimV + 8,
+                         kHeadDimV);
+    __syncwarp();
+    ptx::sync_cluster();  // the loading warp has ended, or will without a word: it counts as arrived
+
+    int32_t const size = arguments.cluster_size, rank = static_cast<int32_t>(cute::block_rank_in_cluster());
+    int32_t const num_vectors = num_rows * kVectors, each = (num_vectors + size - 1) / size;
+    int32_t const end = min(num_vectors, (rank + 1) * each);
+    for (int32_t i = rank * each + static_cast<int32_t>(threadIdx.x); i < end; i += kWarpgroupThreads) {
+      int32_t const row_in_tile = i / kVectors, column = i % kVectors * 4;
+      float2 sums[kMaxClusterSize];
+      float4 out[kMaxClusterSize];
+      float row_max = -INFINITY;
+      CUTE_UNROLL
+      for (int c = 0; c < kMaxClusterSize; ++c) {  // all are on their way before one is needed
+        sums[c] = {-INFINITY, 0.0f};
+        out[c] = {0.0f, 0.0f, 0.0f, 0.0f};
+        if (c < size) {
+          sums[c] = ptx::load_remote_float2(ptx::address_in(c, &part.sums[row_in_tile]));
+          out[c] = ptx::load_remote_float4(ptx::address_in(c, &part.out[row_in_tile][column]));
+        }
+      }
+      CUTE_UNROLL
+      for (int c = 0; c < kMaxClusterSize; ++c) row_max = fmaxf(row_max, sums[c].x);
+      SumOfParts parts(arguments.params.problem, row_max);
+      CUTE_UNROLL
+      for (int c = 0; c < kMaxClusterSize; ++c) parts.add(sums[c], out[c]);
+      parts.write<Element>(arguments, walk.batch, row_of(arguments, walk.tile, row_in_tile), column,
+                           walk.keys.length > 0, column < arguments.params.problem.head_dim_v, column == 0);
+    }
+    __syncwarp();
+    ptx::sync_cluster();  // a CTA that has ended has no shared memory
   }
 
   __device__ static void run(DecodeArguments const& arguments, SharedStorage& shared) {
@@ -240,9 +318,11 @@ struct Decode {
       }
       cutlass::arch::fence_barrier_init();
     }
+    if (threadIdx.x == kWarpgroupThreads && arguments.params.num_pages > 0 && arguments.params.page_size > 0) {
+      cute::prefetch_tma_descriptor(&arguments.k);
+      cute::prefetch_tma_descriptor(&arguments.v);
+    }
     __syncthreads();
-    ptx::wait_on_dependent_grids();           // who wrote Q, K, V and the lengths
-    cutlass::arch::launch_dependent_grids();  // combine_kernel may set up
     if (threadIdx.x >= kWarpgroupThreads) {
       load(arguments, shared);
     } else {

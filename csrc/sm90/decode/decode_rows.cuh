@@ -48,35 +48,75 @@ __device__ Element* row_pointer(TensorView const& view, int32_t batch, TileRow c
          row.head * view.stride_heads;
 }
 
-// Writes Q of a tile, zeros where there is none, to chunks of 64 columns in shared memory (SharedLayouts). By kThreads
-// threads, of which `thread` is one; they synchronize afterwards.
+// Rows of a tile that are queries.
+__device__ inline int32_t num_rows_of(DecodeArguments const& arguments, int32_t tile) {
+  int32_t const pass = arguments.tiles_per_head == 1 ? 0 : tile % arguments.tiles_per_head;
+  return min(kWarpgroupRows, arguments.num_rows - pass * kWarpgroupRows);
+}
+
+// Writes the first num_rows rows of Q of a tile, zeros where there is none, to chunks of 64 columns in shared memory
+// (SharedLayouts). By kThreads threads, of which `thread` is one; they synchronize afterwards.
 template <int kHeadDim, int kThreads, class Element>
 __device__ void read_queries(DecodeArguments const& arguments, Element* shared_q, int32_t batch, int32_t tile,
-                             int thread) {
+                             int thread, int32_t num_rows = kWarpgroupRows) {
   constexpr int kVectorBytes = 16, kVectorElements = 8, kVectors = kHeadDim / kVectorElements;
+  constexpr int kAtOnce = 4;  // loads of a thread that are on their way before the first is stored
   unsigned char* const q = reinterpret_cast<unsigned char*>(shared_q);
-  CUTE_UNROLL
-  for (int i = thread; i < kWarpgroupRows * kVectors; i += kThreads) {
-    int const row_in_tile = i / kVectors, vector = i % kVectors;
-    TileRow const row = row_of(arguments, tile, row_in_tile);
-    uint4 x{0, 0, 0, 0};
-    if (row.is_valid && vector * kVectorElements < arguments.params.problem.head_dim_qk) {
-      x = *reinterpret_cast<uint4 const*>(row_pointer<Element>(arguments.params.q, batch, row) +
-                                          vector * kVectorElements);
+  int const end = num_rows * kVectors;
+#pragma unroll 1
+  for (int first = thread; first < end; first += kAtOnce * kThreads) {
+    uint4 x[kAtOnce];
+    CUTE_UNROLL
+    for (int j = 0; j < kAtOnce; ++j) {
+      int const i = first + j * kThreads, vector = i % kVectors;
+      x[j] = {0, 0, 0, 0};
+      if (i < end) {
+        TileRow const row = row_of(arguments, tile, i / kVectors);
+        if (row.is_valid && vector * kVectorElements < arguments.params.problem.head_dim_qk) {
+          x[j] = *reinterpret_cast<uint4 const*>(row_pointer<Element>(arguments.params.q, batch, row) +
+                                                 vector * kVectorElements);
+        }
+      }
     }
-    int const chunk = vector / 8;  // 128 bytes a row
-    *reinterpret_cast<uint4*>(q + (chunk * kWarpgroupRows + row_in_tile) * 128 +
-                              ((vector % 8) ^ (row_in_tile % 8)) * kVectorBytes) = x;
+    CUTE_UNROLL
+    for (int j = 0; j < kAtOnce; ++j) {
+      int const i = first + j * kThreads, row_in_tile = i / kVectors, vector = i % kVectors;
+      int const chunk = vector / 8;  // 128 bytes a row
+      if (i < end) {
+        *reinterpret_cast<uint4*>(q + (chunk * kWarpgroupRows + row_in_tile) * 128 +
+                                  ((vector % 8) ^ (row_in_tile % 8)) * kVectorBytes) = x[j];
+      }
+    }
   }
   cutlass::arch::fence_view_async_shared();
+}
+
+// Brings Q of a tile to L2, by a warp.
+template <class Element>
+__device__ void prefetch_queries(DecodeArguments const& arguments, int32_t batch, int32_t tile) {
+  constexpr int kLineElements = 128 / static_cast<int>(sizeof(Element));
+  int32_t const num_rows = num_rows_of(arguments, tile);
+  for (int32_t i = threadIdx.x % kWarpThreads; i < num_rows; i += kWarpThreads) {
+    Element const* const q = row_pointer<Element>(arguments.params.q, batch, row_of(arguments, tile, i));
+    for (int column = 0; column < arguments.params.problem.head_dim_qk; column += kLineElements) {
+      ptx::prefetch_to_l2(q + column);
+    }
+  }
+}
+
+// Whether a kv_block has rows that are no keys of the sequence.
+template <int kBlockKV>
+__device__ bool has_hidden_rows(SequenceKeys const& keys, int32_t kv_block) {
+  int32_t const first = kv_block * kBlockKV;
+  return first < keys.begin || first + kBlockKV > keys.end;
 }
 
 // Clears the first kColumns columns of the rows of a kv_block in shared memory that are no keys of the sequence: they
 // may hold anything, and 0 * NaN is NaN. True if there are such rows: then the threads are to synchronize.
 template <int kBlockKV, int kColumns, int kThreads, class Element>
 __device__ bool clear_rows(Element* values, SequenceKeys const& keys, int32_t kv_block, int thread) {
+  if (!has_hidden_rows<kBlockKV>(keys, kv_block)) return false;
   int32_t const first = kv_block * kBlockKV;
-  if (first >= keys.begin && first + kBlockKV <= keys.end) return false;
   constexpr int kVectorElements = 8, kVectors = kColumns / kVectorElements, kChunk = 64;
   for (int i = thread; i < kBlockKV * kVectors; i += kThreads) {
     int const row = i / kVectors, vector = i % kVectors;
@@ -147,34 +187,42 @@ __device__ void write_rows(DecodeArguments const& arguments, DecodeWalk const& w
   }
 }
 
-// A part of a tile: O and the sum of exponentials, both against the maximum as it is. The sum is written with column 0.
+// A part of a tile: O and the sum of exponentials, both against the maximum as it is. Row r of it goes to row r of
+// `rows_sums` and, columns first_column ... below num_columns, of `rows_out`, whose rows are `stride` apart. The sum is
+// written with column 0.
 template <int kOutputs, class Softmax, class Outputs>
-__device__ void write_partial(DecodeArguments const& arguments, DecodeWalk const& walk, Softmax& softmax,
-                              Outputs const& outputs, int first_row, int first_column = 0) {
-  int32_t const part = partial_of(blockIdx.x, walk.unit == walk.tile_begin);
-  int64_t const head_dim_v = arguments.params.problem.head_dim_v;
+__device__ void store_part(DecodeArguments const& arguments, int32_t tile, Softmax& softmax, Outputs const& outputs,
+                           int first_row, int first_column, float2* rows_sums, float* rows_out, int64_t stride,
+                           int64_t num_columns) {
   CUTE_UNROLL
   for (int r = 0; r < 2; ++r) {
     int const row = first_row + 8 * r;
     float sum = softmax.row_sum[r];
     sum += __shfl_xor_sync(0xffffffff, sum, 1);
     sum += __shfl_xor_sync(0xffffffff, sum, 2);
-    if (!row_of(arguments, walk.tile, row).is_valid) continue;
+    if (!row_of(arguments, tile, row).is_valid) continue;
     // P was taken against a rounded product of the maximum: what that has left in all of a row's P alike goes here.
     float const factor = softmax.subtracts_first || softmax.row_max[r] == -INFINITY
                              ? 1.0f
                              : exp2f(-__fmaf_rn(softmax.row_max[r], softmax.scale_log2, -softmax.offset(r)));
-    int64_t const index = int64_t{part} * arguments.partial_rows + row;
-    if (threadIdx.x % 4 == 0 && first_column == 0) {
-      arguments.partial_sums[index] = {softmax.row_max[r], sum * factor};
-    }
-    float* const out = arguments.partial_out + index * head_dim_v + first_column + 2 * (threadIdx.x % 4);
+    if (threadIdx.x % 4 == 0 && first_column == 0) rows_sums[row] = {softmax.row_max[r], sum * factor};
+    float* const out = rows_out + row * stride + first_column + 2 * (threadIdx.x % 4);
     CUTE_UNROLL
     for (int j = 0; j < kOutputs / 4; ++j) {
-      if (first_column + 8 * j >= head_dim_v) break;
+      if (first_column + 8 * j >= num_columns) break;
       *reinterpret_cast<float2*>(out + 8 * j) = {outputs(j * 4 + r * 2) * factor, outputs(j * 4 + r * 2 + 1) * factor};
     }
   }
+}
+
+// The same, to the workspace.
+template <int kOutputs, class Softmax, class Outputs>
+__device__ void write_partial(DecodeArguments const& arguments, DecodeWalk const& walk, Softmax& softmax,
+                              Outputs const& outputs, int first_row, int first_column = 0) {
+  int64_t const index = int64_t{partial_of(blockIdx.x, walk.unit == walk.tile_begin)} * arguments.partial_rows;
+  int64_t const head_dim_v = arguments.params.problem.head_dim_v;
+  store_part<kOutputs>(arguments, walk.tile, softmax, outputs, first_row, first_column, arguments.partial_sums + index,
+                       arguments.partial_out + index * head_dim_v, head_dim_v, head_dim_v);
 }
 
 }  // namespace flashmla::sm90

@@ -7,6 +7,10 @@
 // whole ones, and the beginning of another. Parts of tiles leave for the workspace, and combine.cuh adds them up, in
 // order. Without can_split a CTA computes the tiles that begin in its share, each of them alone.
 //
+// Short calls cannot wait for a second kernel. If there are about as many CTAs in clusters, one cluster a tile, as
+// there are multiprocessors, CTA r of c has the r-th part of the tile's units, and the cluster adds its parts up
+// through distributed shared memory (add_parts_of_cluster in decode.cuh). Each CTA has one part, perhaps an empty one.
+//
 // Tiles of the same keys are to be computed at the same time, so that one of them reads the keys from memory and the
 // others from L2. So the line of units is one pass over all sequences and kv heads after the other: pass t has tile t
 // of every kv head. CTAs c, c + n / passes, ... are at the same place of their passes (n is a multiple of the passes).
@@ -21,6 +25,8 @@
 #include "sm90/tiles.h"
 
 namespace flashmla::sm90 {
+
+constexpr int kMaxClusterSize = 16;  // of CTAs that share a tile
 
 // The kernels' parameters, by value: TMA reads its descriptors from parameter memory.
 struct DecodeArguments {
@@ -37,6 +43,7 @@ struct DecodeArguments {
   int32_t partial_rows;    // rows of a part in the workspace: min(num_rows, kWarpgroupRows)
   float* partial_out;      // [2 * num_ctas, partial_rows, head_dim_v]: not divided by the sum
   float2* partial_sums;    // [2 * num_ctas, partial_rows]: (maximum of the scores, sum of exponentials)
+  int32_t cluster_size;    // CTAs of a cluster that share a tile; 1: CTAs have shares of the line of units
 };
 
 // The keys of a sequence: [begin, end) are seen by some query, [unmasked_begin, unmasked_end) by each of them.
@@ -151,9 +158,10 @@ __device__ inline int32_t partial_of(int32_t share, bool has_tile_begin) {
 // Walks the parts of tiles in this CTA's share. Every warp walks for itself.
 struct DecodeWalk {
   DecodeArguments const& arguments;
-  int32_t unit, end;           // of the share
-  int32_t tile_begin;          // first unit of the tile
-  int32_t batch, tile, units;  // the tile within its sequence (head_kv * tiles_per_head + pass), and its units
+  int32_t unit, end;            // of the share
+  int32_t tile_begin;           // first unit of the tile
+  int32_t batch, tile, units;   // the tile within its sequence (head_kv * tiles_per_head + pass), and its units
+  bool has_empty_part = false;  // a cluster waits for this CTA, which has no unit of its tile
   SequenceKeys keys;
   KVBlocks blocks;  // of this part
 
@@ -164,6 +172,10 @@ struct DecodeWalk {
   }
 
   __device__ explicit DecodeWalk(DecodeArguments const& arguments) : arguments(arguments) {
+    if (arguments.cluster_size > 1) {
+      find_part_of_cluster();
+      return;
+    }
     UnitSums const sums = sum_units(arguments, 0);
     Shares const shares(arguments.num_ctas, sums.pass * arguments.tiles_per_head, sums.each);
     unit = static_cast<int32_t>(shares.begin(blockIdx.x));
@@ -175,7 +187,8 @@ struct DecodeWalk {
 
   // False if there is no more work; then nothing else may be read. Else `blocks` is set.
   __device__ bool find() {
-    if (unit >= end) return false;
+    if (unit >= end && !has_empty_part) return false;
+    has_empty_part = false;
     KVBlocks const all = blocks_of(arguments, keys);
     blocks = {all.begin + unit - tile_begin, all.end};
     if (arguments.params.can_split) blocks.end = min(all.end, all.begin + end - tile_begin);
@@ -187,6 +200,10 @@ struct DecodeWalk {
   }
 
   __device__ void next_tile() {
+    if (arguments.cluster_size > 1) {
+      unit = end;
+      return;
+    }
     int32_t const tiles_per_sequence = arguments.heads_kv * arguments.tiles_per_head;
     tile_begin += units;
     unit = tile_begin;
@@ -208,6 +225,21 @@ struct DecodeWalk {
     keys = keys_of(arguments, batch);
     KVBlocks const all = blocks_of(arguments, keys);
     units = max(1, all.end - all.begin);
+  }
+
+  // This CTA's part of its cluster's tile; units are counted from the tile's first.
+  __device__ void find_part_of_cluster() {
+    int32_t const size = arguments.cluster_size, number = blockIdx.x / size, rank = blockIdx.x - number * size;
+    int32_t const heads = static_cast<int32_t>(arguments.params.problem.batch) * arguments.heads_kv;
+    int32_t const pass = arguments.tiles_per_head == 1 ? 0 : number / heads, place = number - pass * heads;
+    batch = place / arguments.heads_kv;
+    tile = (place - batch * arguments.heads_kv) * arguments.tiles_per_head + pass;
+    tile_begin = 0;
+    read_sequence();
+    int32_t const each = units / size, num_larger = units - each * size;
+    unit = rank * each + min(rank, num_larger);
+    end = unit + each + (rank < num_larger ? 1 : 0);
+    has_empty_part = unit == end;
   }
 
   // The tile that `unit` is of.

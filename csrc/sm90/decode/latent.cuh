@@ -2,14 +2,18 @@
 //
 // Schedule. A CTA is a warpgroup of which one warp loads, and two that consume; it fills a multiprocessor. 64 query
 // rows of 576 columns and two kv_blocks of 64 keys are all that shared memory holds, and a block is read once for both
-// products. O has 512 columns: each warpgroup keeps 256 of them, and both need every P. So they take turns: the owner
-// of a block multiplies Q K^T, takes the softmax, and leaves P and what becomes of the maximum for the other; then both
-// add P V to their columns. P lies in the block's last columns, which are keys alone and have been read by then:
+// products. O has 512 columns: each warpgroup keeps 256 of them, and both need every P. So blocks come in pairs, whose
+// first is warpgroup 0's and whose second warpgroup 1's: the owner of a block multiplies Q K^T, takes the softmax, and
+// leaves P and what becomes of the maximum for the other; both add P V to their columns. P lies in the block's last
+// columns, which are keys alone and have been read by then:
 //
-//   owner:  wait K | S = Q K^T | softmax | P to shared memory | signal | rescale O | O += P V (P from registers)
-//   other:  wait for the signal                                        | rescale O | O += P V (P from shared memory)
+//   warpgroup 0:  S(0) | softmax, P(0) to shared memory | O += P(0) V(0)              | wait P(1) | O += P(1) V(1)
+//   warpgroup 1:       | S(1) . . . . . | wait P(0) | O += P(0) V(0) | softmax, P(1) to shared memory | O += P(1) V(1)
 //
-// Rows that are no keys of the sequence are cleared, as in decode.cuh, before the block is used. What a warpgroup alone
+// So the tensor cores have S(1) while warpgroup 0 takes its softmax, and P(0) V(0) while warpgroup 1 takes its own. A
+// stage is loaded again while the other stage's block is at its softmax and its products.
+//
+// Rows that are no keys of the sequence are cleared, as in decode.cuh, before they are values. What a warpgroup alone
 // reads of a block (its columns of V) returns to the loading warp by a barrier of its own.
 //
 // Source: absorbed multi-head latent attention, DeepSeek-V2 (arXiv 2405.04434, section 2.1); warpgroups that alternate
@@ -71,20 +75,25 @@ struct LatentDecode {
     float row_sums[kNumConsumers][kWarpgroupRows];
     // [stage][warpgroup whose columns of V these are]; the last columns of K come with those of warpgroup 1.
     uint64_t full[kNumStages][kNumConsumers], empty[kNumStages][kNumConsumers];
+    uint64_t p_full[kNumConsumers];  // P and max_and_correction of a warpgroup's block
+    uint64_t meeting;                // of both warpgroups
   };
   static constexpr int kSharedBytes = sizeof(SharedStorage);
   static_assert(kSharedBytes <= kMaxSharedBytes);
-  // Named barriers: all consumers, and P of warpgroup 0 or 1.
-  static constexpr int kConsumerBarrier = 1, kBarrierP = 2, kOwnerBarrier = 4;
+  static constexpr int kOwnBarrier = 1;  // named barriers, of one warpgroup each
 
-  // A named barrier is one of whole warps: lanes that took a branch of their own come back first.
-  __device__ static void sync_warps(int num_threads, int barrier) {
+  // For the whole warp, whose writes are seen by who waits. Not a named barrier: the warpgroups' code differs, and
+  // synccheck takes one that is reached at two places for divergent.
+  __device__ static void arrive_warp(uint64_t& barrier) {
     __syncwarp();
-    NamedBarrier::sync(num_threads, barrier);
+    if (threadIdx.x % kWarpThreads == 0) ClusterBarrier::arrive(&barrier);
   }
-  __device__ static void arrive_warps(int num_threads, int barrier) {
-    __syncwarp();
-    NamedBarrier::arrive(num_threads, barrier);
+
+  // Both warpgroups; `phase` flips from call to call.
+  __device__ static void meet(SharedStorage& shared, uint32_t& phase) {
+    arrive_warp(shared.meeting);
+    ClusterBarrier::wait(&shared.meeting, phase);
+    phase ^= 1;
   }
 
   // ---- loading warp -------------------------------------------------------------------------------------------------
@@ -171,44 +180,43 @@ struct LatentDecode {
     RowSoftmax softmax(has_transform ? kLog2e : problem.scale * kLog2e);
     float correction[2];
     Ring<kNumStages> ring;
-
-    auto rescale = [&](bool has_grown) {
-      if (!has_grown) return;
-      CUTE_UNROLL
-      for (int i = 0; i < kOutputs; ++i) rO(i) *= correction[(i / 2) % 2];
-    };
-    // A product completes for the whole warpgroup at once, so one thread arrives for all.
-    auto finish_block = [&] {
-      warpgroup_wait<0>();
-      warpgroup_fence_operand(rO);
-      if (thread == 0) ClusterBarrier::arrive(&shared.empty[ring.stage][kWarpgroup]);
-      ring.advance();
-    };
-    auto wait_full = [&] {
-      CUTE_UNROLL
-      for (int part = 0; part < kNumConsumers; ++part) {
-        ClusterBarrier::wait(&shared.full[ring.stage][part], ring.phase);
-      }
-    };
+    uint32_t meeting_phase = 0, p_phase = 0;  // of the other warpgroup's P
 
     for (DecodeWalk walk(arguments); walk.find(); walk.next_tile()) {
       SequenceKeys const keys = walk.keys;
       KVBlocks const blocks = walk.blocks;
       RowKeys const seen = row_keys(arguments, keys, walk.tile, first_row);
-      sync_warps(kConsumerThreads, kConsumerBarrier);  // every warp has ended its products with the old Q
+      meet(shared, meeting_phase);  // every warp has ended its products with the old Q
       read_queries<kHeadDimQK, kConsumerThreads>(arguments, shared.q, walk.batch, walk.tile, threadIdx.x);
-      sync_warps(kConsumerThreads, kConsumerBarrier);
+      meet(shared, meeting_phase);
       softmax.reset();
       CUTE_UNROLL
       for (int i = 0; i < kOutputs; ++i) rO(i) = 0.0f;
 
-      auto own = [&](int32_t kv_block) {
-        wait_full();
-        if (clear_rows<kBlockKV, kHeadDimV, kWarpgroupThreads>(shared.kv[ring.stage], keys, kv_block, thread)) {
-          sync_warps(kWarpgroupThreads, kOwnerBarrier + kWarpgroup);
+      auto rescale = [&](bool has_grown) {
+        if (!has_grown) return;
+        CUTE_UNROLL
+        for (int i = 0; i < kOutputs; ++i) rO(i) *= correction[(i / 2) % 2];
+      };
+      // Part by part, as the two return to the loading warp.
+      auto issue_scores = [&](int32_t kv_block) {
+        auto wait_part = [&](int part) { ClusterBarrier::wait(&shared.full[ring.stage][part], ring.phase); };
+        if (has_hidden_rows<kBlockKV>(keys, kv_block)) {
+          wait_part(0);
+          wait_part(1);
+          clear_rows<kBlockKV, kHeadDimV, kWarpgroupThreads>(shared.kv[ring.stage], keys, kv_block, thread);
+          NamedBarrier::sync(kWarpgroupThreads, kOwnBarrier + kWarpgroup);
         }
-        multiply(mma_s, fQ(_, _, _, 0), fK(_, _, _, ring.stage), rS, false);
-        warpgroup_wait<0>();
+        CUTE_UNROLL
+        for (int part = 0; part < kNumConsumers; ++part) {
+          wait_part(part);
+          multiply(mma_s, fQ(_, _, _, 0), fK(_, _, _, ring.stage), rS, part > 0, part * kHalf / 16,
+                   (part == 0 ? kHalf : kHeadDimQK) / 16);
+        }
+      };
+      // Scores, which have arrived, become P: in registers, and in shared memory for the other. Whether O is to be
+      // rescaled.
+      auto publish = [&](int32_t kv_block) {
         warpgroup_fence_operand(rS);
         if (has_transform) transform_scores<kScores>(rS, problem.scale, problem.softcap);
         int32_t const first_key = kv_block * kBlockKV;
@@ -226,46 +234,82 @@ struct LatentDecode {
           }
         }
         cutlass::arch::fence_view_async_shared();
-        arrive_warps(kConsumerThreads, kBarrierP + kWarpgroup);
+        arrive_warp(shared.p_full[kWarpgroup]);
         // Eight consecutive score registers are one A fragment of a 16-column step, in order.
         auto* pairs = reinterpret_cast<uint32_t*>(rP.data());
         CUTE_UNROLL
         for (int i = 0; i < kScores / 2; ++i) pairs[i] = pack<Element>(rS(2 * i), rS(2 * i + 1));
-        rescale(has_grown);
+        return has_grown;
+      };
+      auto issue_own = [&] {
         warpgroup_fence_operand(rP);
         multiply(mma_own, rP, fV(_, _, _, ring.stage), rO, true);
-        finish_block();
       };
-      auto other = [&] {
-        sync_warps(kConsumerThreads, kBarrierP + (1 - kWarpgroup));
+      // O += P V of the other's block.
+      auto issue_other = [&](Ring<kNumStages> const& here) {
+        ClusterBarrier::wait(&shared.p_full[1 - kWarpgroup], p_phase);
+        p_phase ^= 1;
         // What TMA has written is seen by who waits. Not for the other part: its warpgroup may have returned it, and a
         // barrier that is two phases ahead looks like one that has not come as far.
-        ClusterBarrier::wait(&shared.full[ring.stage][kWarpgroup], ring.phase);
+        ClusterBarrier::wait(&shared.full[here.stage][kWarpgroup], here.phase);
         bool has_grown = false;
         CUTE_UNROLL
         for (int r = 0; r < 2; ++r) {
-          float2 const here = shared.max_and_correction[1 - kWarpgroup][first_row + 8 * r];
-          softmax.row_max[r] = here.x;
-          correction[r] = here.y;
-          softmax.row_sum[r] *= here.y;
-          has_grown |= here.y != 1.0f;
+          float2 const scale = shared.max_and_correction[1 - kWarpgroup][first_row + 8 * r];
+          softmax.row_max[r] = scale.x;
+          correction[r] = scale.y;
+          softmax.row_sum[r] *= scale.y;
+          has_grown |= scale.y != 1.0f;
         }
         softmax.subtracts_first = softmax.has_large_offset();
-        rescale(__any_sync(0xffffffff, has_grown));
-        multiply(mma_other, fP(_, _, _, ring.stage), fV(_, _, _, ring.stage), rO, true);
-        finish_block();
+        if (__any_sync(0xffffffff, has_grown)) {
+          warpgroup_wait<0>();  // for the scores under way: ptxas touches no accumulator beside a product
+          rescale(true);
+        }
+        multiply(mma_other, fP(_, _, _, here.stage), fV(_, _, _, here.stage), rO, true);
       };
-      // Blocks of a part are warpgroup 0's and 1's in turn.
-      for (int32_t kv_block = blocks.begin; kv_block < blocks.end; kv_block += kNumConsumers) {
-        if constexpr (kWarpgroup == 0) {
-          own(kv_block);
-          if (kv_block + 1 < blocks.end) other();
-        } else {
-          other();
-          if (kv_block + 1 < blocks.end) own(kv_block + 1);
+      // A product completes for the whole warpgroup at once, so one thread arrives for all.
+      auto finish_block = [&](int stage) {
+        warpgroup_wait<0>();
+        warpgroup_fence_operand(rO);
+        if (thread == 0) ClusterBarrier::arrive(&shared.empty[stage][kWarpgroup]);
+      };
+
+      int32_t kv_block = blocks.begin;
+      if constexpr (kWarpgroup == 0) {
+        for (; kv_block < blocks.end; kv_block += kNumConsumers) {
+          issue_scores(kv_block);
+          warpgroup_wait<0>();
+          rescale(publish(kv_block));
+          issue_own();
+          finish_block(ring.stage);
+          ring.advance();
+          if (kv_block + 1 == blocks.end) break;
+          issue_other(ring);
+          finish_block(ring.stage);
+          ring.advance();
+        }
+      } else {
+        for (; kv_block + 1 < blocks.end; kv_block += kNumConsumers) {
+          Ring<kNumStages> const ring_other = ring;
+          ring.advance();
+          issue_scores(kv_block + 1);
+          issue_other(ring_other);
+          warpgroup_wait<1>();
+          bool const has_grown = publish(kv_block + 1);
+          finish_block(ring_other.stage);
+          rescale(has_grown);
+          issue_own();
+          finish_block(ring.stage);
+          ring.advance();
+        }
+        if (kv_block < blocks.end) {
+          issue_other(ring);
+          finish_block(ring.stage);
+          ring.advance();
         }
       }
-      add_sums(shared, softmax, kWarpgroup, first_row);
+      add_sums(shared, softmax, kWarpgroup, first_row, meeting_phase);
       if (walk.is_whole()) {
         write_rows<kOutputs, Element>(arguments, walk, softmax, rO, first_row, kWarpgroup * kHalf);
       } else {
@@ -276,7 +320,8 @@ struct LatentDecode {
 
   // Each warpgroup has summed the exponentials of its own blocks. Afterwards lane 0 of a quad has those of both, in one
   // order, and the others none: the quad's sum is the row's.
-  __device__ static void add_sums(SharedStorage& shared, RowSoftmax& softmax, int warpgroup, int first_row) {
+  __device__ static void add_sums(SharedStorage& shared, RowSoftmax& softmax, int warpgroup, int first_row,
+                                  uint32_t& meeting_phase) {
     CUTE_UNROLL
     for (int r = 0; r < 2; ++r) {
       float sum = softmax.row_sum[r];
@@ -284,7 +329,7 @@ struct LatentDecode {
       sum += __shfl_xor_sync(0xffffffff, sum, 2);
       if (threadIdx.x % 4 == 0) shared.row_sums[warpgroup][first_row + 8 * r] = sum;
     }
-    sync_warps(kConsumerThreads, kConsumerBarrier);
+    meet(shared, meeting_phase);
     CUTE_UNROLL
     for (int r = 0; r < 2; ++r) {
       softmax.row_sum[r] =
@@ -301,6 +346,8 @@ struct LatentDecode {
           ClusterBarrier::init(&shared.empty[stage][part], 1);
         }
       }
+      for (uint64_t& barrier : shared.p_full) ClusterBarrier::init(&barrier, kWarpgroupThreads / kWarpThreads);
+      ClusterBarrier::init(&shared.meeting, kConsumerThreads / kWarpThreads);
       cutlass::arch::fence_barrier_init();
     }
     __syncthreads();

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstdint>
 
@@ -69,7 +70,80 @@ DecodeArguments plan_decode(DecodeParams const& params) {
   int64_t most = int64_t{Tiles::kNumCtas} * num_sms(device);
   if (arguments.tiles_per_head < most) most -= most % arguments.tiles_per_head;  // decode_schedule.cuh says why
   arguments.num_ctas = static_cast<int32_t>(std::min(most, params.can_split ? tiles * units : tiles));
+  arguments.cluster_size = 1;
   return arguments;
+}
+
+// How the CTAs of a call are grouped, and the shared memory that each asks for.
+struct Clusters {
+  int size, shared_bytes;
+};
+
+// Clusters of the kernel that run at once, by the device's own account; 0 if it takes none. Asked once.
+template <auto kKernel>
+int max_active_clusters(int device, int size, int threads, int shared_bytes, bool is_alone) {
+  constexpr int kMaxDevices = 64;
+  static std::atomic<int> cache[kMaxDevices][2][kMaxClusterSize + 1];  // number + 1
+  std::atomic<int>* const cached = device < kMaxDevices ? &cache[device][is_alone ? 1 : 0][size] : nullptr;
+  if (cached != nullptr && *cached != 0) return *cached - 1;
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim = {static_cast<unsigned>(size), 1, 1};
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(size));
+  config.blockDim = dim3(static_cast<unsigned>(threads));
+  config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
+  config.attrs = &attribute;
+  config.numAttrs = 1;
+  int count = 0;
+  if (cudaOccupancyMaxActiveClusters(&count, reinterpret_cast<void const*>(kKernel), &config) != cudaSuccess) {
+    cudaGetLastError();
+    count = 0;
+  }
+  if (cached != nullptr) *cached = count + 1;
+  return count;
+}
+
+// Clusters of more than eight CTAs have to be allowed, once on each device.
+template <auto kKernel>
+cudaError_t allow_large_clusters(int device) {
+  static std::atomic<uint64_t> done{0};  // a bit per device
+  uint64_t const bit = uint64_t{1} << (device % 64);
+  if (device < 64 && (done & bit) != 0) return cudaSuccess;
+  cudaError_t const error = cudaFuncSetAttribute(kKernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+  if (error == cudaSuccess && device < 64) done |= bit;
+  return error;
+}
+
+// Units of a CTA in a cluster, at most. A longer call hardly feels its second kernel, and a cluster's CTAs, of which a
+// multiprocessor has one, have less on its way from memory (docs/log.md, 2026-11-28: 4 and 10 units gain 5 and 11 %, 16
+// and 32 lose 9 and 18).
+constexpr int64_t kMostUnitsOfCluster = 12;
+
+// Clusters, one a tile, if they are about as many CTAs as shares would have, and run at once; else size 1. Sequences of
+// lengths that the host does not know are left to shares, unless there is but one.
+template <class Kernel, auto kKernel>
+Clusters clusters_of(DecodeArguments const& arguments, int device) {
+  DecodeParams const& params = arguments.params;
+  Clusters const none{1, Kernel::kSharedBytes};
+  bool const has_equal = has_equal_lengths(params);
+  if (!params.can_split || (!has_equal && params.problem.batch > 1)) return none;
+  int64_t const tiles = num_tiles(arguments), sms = num_sms(device);
+  int64_t const capacity = (params.problem.seqlen_kv + Kernel::kBlockKV - 1) / Kernel::kBlockKV;
+  int64_t const units = has_equal ? units_of(arguments, 0) : capacity;
+  constexpr int kAloneBytes = 114 * 1024;  // a multiprocessor has no room for two
+  for (int size = kMaxClusterSize; size > 1; size /= 2) {
+    if (tiles * size > Kernel::Tiles::kNumCtas * sms || size / 2 >= units) continue;
+    if ((tiles * size * 10 < sms * 9 && size < units) || units > kMostUnitsOfCluster * size) break;
+    if (allow_large_clusters<kKernel>(device) != cudaSuccess) break;
+    bool const can_be_alone = tiles * size <= sms && Kernel::kSharedBytes < kAloneBytes;
+    auto have_room = [&](int bytes, bool is_alone) {
+      return max_active_clusters<kKernel>(device, size, Kernel::Tiles::kNumThreads, bytes, is_alone) >= tiles;
+    };
+    if (can_be_alone && have_room(kAloneBytes, true)) return {size, kAloneBytes};
+    if (have_room(Kernel::kSharedBytes, false)) return {size, Kernel::kSharedBytes};
+  }
+  return none;
 }
 
 // Whether tiles may be split among CTAs. Lengths that lie on the device are not known here.
@@ -125,8 +199,19 @@ const char* launch_decode_element(DecodeParams const& params, void* workspace, c
   int device = 0;
   cudaGetDevice(&device);
   constexpr auto* kernel = decode_kernel<kHeadDimQK, kHeadDimV, Element>;
-  if (cudaError_t const status = allow_shared_memory<kernel>(Kernel::kSharedBytes, device); status != cudaSuccess) {
+  if (cudaError_t const status = allow_shared_memory<kernel>(kMaxSharedBytes, device); status != cudaSuccess) {
     return cudaGetErrorString(status);
+  }
+  if constexpr (Kernel::kReadsValues) {
+    if (Clusters const clusters = clusters_of<Kernel, kernel>(arguments, device); clusters.size > 1) {
+      DecodeArguments in_clusters = arguments;
+      in_clusters.cluster_size = clusters.size;
+      dim3 const grid(static_cast<unsigned>(num_tiles(arguments) * clusters.size));
+      error = launch_kernel<DecodeArguments>(kernel, grid, Kernel::Tiles::kNumThreads, clusters.shared_bytes, stream,
+                                             Launch::kDependent, in_clusters, clusters.size);
+      if (error == nullptr) return nullptr;
+      cudaGetLastError();  // a context of few multiprocessors may have no room for a cluster: shares fit everywhere
+    }
   }
   error = launch_kernel<DecodeArguments>(kernel, dim3(static_cast<unsigned>(arguments.num_ctas)),
                                          Kernel::Tiles::kNumThreads, Kernel::kSharedBytes, stream, Launch::kDependent,

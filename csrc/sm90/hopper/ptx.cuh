@@ -96,6 +96,11 @@ __device__ inline void reduce_add(float* address, float4 x) {
                : "memory");
 }
 
+// 9.7.9.15, prefetch.
+__device__ inline void prefetch_to_l2(void const* address) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(address) : "memory");
+}
+
 // ---- the other CTA of a cluster -------------------------------------------------------------------------------------
 
 // 9.7.9.23, mapa: the address, in the cluster's shared memory, of what CTA `rank` has where this one has `pointer`.
@@ -122,6 +127,28 @@ __device__ inline void store_async(uint32_t address, uint32_t barrier, uint32_t 
 // memory (MEMBAR.ALL.GPU), a thousand cycles or so; st.async needs none, its bytes are counted where they arrive.
 __device__ inline void arrive_remote(uint32_t barrier) {
   asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+
+// 9.7.9.8, ld of a cluster's shared memory, by address_in: after the cluster's barrier.
+__device__ inline float2 load_remote_float2(uint32_t address) {
+  float2 x;
+  asm volatile("ld.shared::cluster.v2.f32 {%0, %1}, [%2];" : "=f"(x.x), "=f"(x.y) : "r"(address) : "memory");
+  return x;
+}
+
+__device__ inline float4 load_remote_float4(uint32_t address) {
+  float4 x;
+  asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
+               : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w)
+               : "r"(address)
+               : "memory");
+  return x;
+}
+
+// 9.7.13.4, barrier.cluster: of all threads of the cluster that have not ended, by whole warps. What was written before
+// is seen behind it. CUTLASS's functions let loads and stores move across.
+__device__ inline void sync_cluster() {
+  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 
 // ---- other kernels of the stream
