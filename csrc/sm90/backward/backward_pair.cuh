@@ -4,11 +4,12 @@
 //   dV += P^T dO     dK += scale dS^T Q                                              (csrc/params.h, docs/design.md)
 //
 // 512 columns of dK, in fp32, of 64 keys fill the registers of two warpgroups. One CTA has K, Q and dK, the other V, dO
-// and dV; each has all columns of what it multiplies, so that nothing is multiplied twice and no sum is split. They
-// give each other P^T and dS^T, 8 KiB of 16-bit elements a step, from registers to the other's shared memory:
+// and dV; each has all columns of what it multiplies, so that nothing is multiplied twice. They give each other P^T and
+// dS^T, 8 KiB of 16-bit elements a step, from registers to the other's shared memory, while the next S (or dP) is
+// multiplied:
 //
-//   CTA of K:  S(i)   P(i) -> V           wait dS(i)   dK(i)
-//   CTA of V:  dP(i)  wait P(i)   dS(i) -> K           dV(i)
+//   CTA of K:  S(i) ready   P(i) -> V                issue S(i+1)    wait dS(i)   issue dK(i)
+//   CTA of V:  dP(i) ready  wait P(i)   dS(i) -> K   issue dP(i+1)                issue dV(i)
 //
 // The two warpgroups of a CTA share S (or dP) by queries, and dK (or dV) by columns. Tiles, steps and the loading
 // thread are those of backward_producer.cuh; dQ is backward_queries.cuh's.
@@ -132,9 +133,11 @@ struct BackwardPair {
     };
     constexpr uint32_t kScoresBytes = sizeof(shared.scores[0]);
     auto expect_scores = [&] {
-      uint32_t const bytes = !kHasKeys && has_softcap ? 2 * kScoresBytes : kScoresBytes;
-      if (threadIdx.x == kWarpgroupThreads)
-        ClusterTransactionBarrier::arrive_and_expect_tx(&shared.scores_full[ring.stage], bytes);
+      if (threadIdx.x != kWarpgroupThreads) return;
+      uint64_t& full = shared.scores_full[ring.stage];
+      // Apart, since ptxas spills a number of bytes that depends on softcap.
+      if (!kHasKeys && problem.softcap > 0.0f) ClusterTransactionBarrier::expect_transaction(&full, kScoresBytes);
+      ClusterTransactionBarrier::arrive_and_expect_tx(&full, kScoresBytes);
     };
     // Halves of the columns apart, as the forward and the kernel by queries add them: a score of 1e9 summed in another
     // order differs from lse by hundreds, and its P would be 0.

@@ -28,6 +28,7 @@
 
 #include "params.h"
 #include "sm90/forward/forward_output.cuh"
+#include "sm90/forward/forward_pair.cuh"
 #include "sm90/forward/query_tile.cuh"
 #include "sm90/hopper/fragment.cuh"
 #include "sm90/hopper/ptx.cuh"
@@ -52,8 +53,8 @@ struct Forward {
   static constexpr int kNumConsumers = Tiles::kNumConsumers;
   static constexpr int kSwizzleColumns = swizzle_columns(kHeadDimQK, kHeadDimV);
   static constexpr int kNumCtas = Tiles::kNumCtas;
-  static_assert(kNumCtas == 1, "forward_pair.cuh");
-  static constexpr int kColumnsQK = kHeadDimQK, kColumnsV = kHeadDimV;  // for query_tile.cuh
+  static_assert(kNumCtas == 1);                                                          // others: forward_pair.cuh
+  static constexpr int kColumnsQK = kHeadDimQK, kColumnsV = kHeadDimV, kQueryParts = 1;  // for query_tile.cuh
   static_assert(kColumnsQK % kSwizzleColumns == 0 && kColumnsV % kSwizzleColumns == 0);
   static constexpr bool kHasDOut = false;
 
@@ -372,12 +373,17 @@ struct Forward {
 };
 
 template <int kHeadDimQK, int kHeadDimV, MaskKind kMask, class Element>
+using ForwardKernel =
+    std::conditional_t<ForwardTiles<kHeadDimQK, kHeadDimV, kMask>::kNumCtas == 2,
+                       ForwardPair<kHeadDimQK, kMask, Element>, Forward<kHeadDimQK, kHeadDimV, kMask, Element>>;
+
+template <int kHeadDimQK, int kHeadDimV, MaskKind kMask, class Element>
 __global__ void __launch_bounds__(ForwardTiles<kHeadDimQK, kHeadDimV, kMask>::kNumThreads, 1)
     forward_kernel(__grid_constant__ ForwardArguments const arguments) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   // Swizzled tiles need 1,024-byte alignment; the dynamic shared memory of a kernel without any other begins so.
   extern __shared__ __align__(1024) unsigned char memory[];
-  using Kernel = Forward<kHeadDimQK, kHeadDimV, kMask, Element>;
+  using Kernel = ForwardKernel<kHeadDimQK, kHeadDimV, kMask, Element>;
   Kernel::run(arguments, *reinterpret_cast<typename Kernel::SharedStorage*>(memory));
 #endif
 }

@@ -19,12 +19,25 @@
 //   v_full[i]   1 and bytes;   v_empty[i]  2: owner and follower.
 //   p_full[i]   1, the follower's own, and bytes: the other owner's P and factors, by st.async.
 //   p_empty[i]  the 4 warps of the other CTA's follower, when they have read P to registers.
-// Owner and follower of a CTA are at most the ring of V apart, the owners at most the ring of K, and an owner is at most
-// the ring of P ahead of its follower. Each wait is for a step before the waiter's own (docs of forward.cuh), so no
-// circle of waits closes.
+// Each wait is for an earlier kv_block, or the same one at an earlier place of K, S, P, V, PV: no circle of waits
+// closes.
 #pragma once
 
-#include "sm90/forward/forward.cuh"
+#include <cutlass/arch/barrier.h>
+#include <cutlass/arch/grid_dependency_control.h>
+#include <cutlass/arch/reg_reconfig.h>
+
+#include <cute/tensor.hpp>
+
+#include "params.h"
+#include "sm90/forward/forward_output.cuh"
+#include "sm90/forward/query_tile.cuh"
+#include "sm90/hopper/cta_pair.cuh"
+#include "sm90/hopper/fragment.cuh"
+#include "sm90/hopper/ptx.cuh"
+#include "sm90/hopper/softmax.cuh"
+#include "sm90/scheduling/scheduler.cuh"
+#include "sm90/tiles.h"
 
 namespace flashmla::sm90 {
 
@@ -34,16 +47,20 @@ struct ForwardPair {
   static constexpr int kNumCtas = Tiles::kNumCtas, kNumConsumers = Tiles::kNumConsumers;
   static constexpr int kBlockQ = Tiles::kBlockQ, kBlockKV = Tiles::kBlockKV;
   static constexpr int kRows = kWarpgroupRows;  // query rows that a CTA owns
-  static_assert(kNumCtas == 2 && kNumConsumers == 2 && kBlockQ == 2 * kRows && kBlockKV == 64);
+  static_assert(kNumCtas == 2 && kNumConsumers == 2 && Tiles::kNumQStages == 1);
+  static_assert(kBlockQ == 2 * kRows && kBlockKV == 64);
   static constexpr int kSwizzleColumns = 64;
-  static constexpr int kColumns = kHeadDim / kNumCtas;  // of O and V, of a CTA
+  static constexpr int kColumnsV = kHeadDim / kNumCtas;  // of O and V, of a CTA
+  // For query_tile.cuh, and the launch.
+  static constexpr int kColumnsQK = kHeadDim, kNumQStages = 1, kQueryParts = kNumCtas;
+  static constexpr bool kHasDOut = false, kLooksAhead = false;
   static constexpr int kChunkColumns = 2 * kSwizzleColumns, kChunks = kHeadDim / kChunkColumns;  // of a kv_block of K
-  static constexpr int kNumKStages = kChunks + 1, kNumStages = Tiles::kNumStages, kNumPStages = 2;
+  static constexpr int kNumKStages = Tiles::kNumKChunks, kNumStages = Tiles::kNumStages, kNumPStages = 2;
   static constexpr int kChunkSteps = kChunkColumns / 16;
   static_assert(kHeadDim % kChunkColumns == 0);
   static constexpr int kScores = kBlockKV / 2;  // per thread
-  static constexpr int kOutputs = kColumns / 2;
-  static constexpr int kPairs = kScores / 2;    // of P, packed
+  static constexpr int kOutputs = kColumnsV / 2;
+  static constexpr int kPairs = kScores / 2;  // of P, packed
   using RowSoftmax = Softmax<kScores, false>;
 
   using MmaS = decltype(cute::make_tiled_mma(
@@ -51,22 +68,22 @@ struct ForwardPair {
                                  cute::Shape<cute::Int<kRows>, cute::Int<kBlockKV>, cute::Int<kHeadDim>>>()));
   using MmaO = decltype(cute::make_tiled_mma(
       cute::GMMA::rs_op_selector<Element, Element, float,
-                                 cute::Shape<cute::Int<kRows>, cute::Int<kColumns>, cute::Int<kBlockKV>>,
+                                 cute::Shape<cute::Int<kRows>, cute::Int<kColumnsV>, cute::Int<kBlockKV>>,
                                  cute::GMMA::Major::K, cute::GMMA::Major::MN>()));
   using Layouts = SharedLayouts<Element, kSwizzleColumns>;
   using LayoutQ = typename Layouts::template Rows<kRows, kChunkColumns, kChunks>;
   using LayoutK = typename Layouts::template Rows<kBlockKV, kChunkColumns, kNumKStages>;
-  using LayoutVt = typename Layouts::template Columns<kBlockKV, kColumns, kNumStages>;
+  using LayoutVt = typename Layouts::template Columns<kBlockKV, kColumnsV, kNumStages>;
 
   struct SharedStorage {
-    alignas(1024) Element q[kRows * kHeadDim];
+    alignas(1024) Element q[kNumQStages][kRows * kHeadDim];
     alignas(1024) Element k[kNumKStages][kBlockKV * kChunkColumns];
-    alignas(1024) Element v[kNumStages][kBlockKV * kColumns];
+    alignas(1024) Element v[kNumStages][kBlockKV * kColumnsV];
     // P of the other CTA's rows: thread t of its owner writes what thread t of the follower reads.
     alignas(128) uint4 p[kNumPStages][kPairs / 4][kWarpgroupThreads];
     // Of a thread's two rows, for each quad: what O is multiplied by before this P, and at the end of a tile.
     float4 factors[kNumPStages][kWarpgroupThreads / 4];
-    uint64_t q_full, q_empty;
+    uint64_t q_full[kNumQStages], q_empty[kNumQStages];
     uint64_t k_full[kNumKStages], k_empty[kNumKStages], v_full[kNumStages], v_empty[kNumStages];
     uint64_t p_full[kNumPStages], p_empty[kNumPStages];
     uint64_t tile_full[kNumQueryTiles], tile_empty[kNumQueryTiles];
@@ -79,105 +96,21 @@ struct ForwardPair {
   static constexpr int kOwnBarrier = 1;  // named, one for each warpgroup's own threads; 0 is __syncthreads
 
   // Row `row` of those that CTA `rank` owns.
-  __device__ static QueryRow owned_row(Schedule const& schedule, WorkTile const& tile, int rank, int32_t row) {
-    int32_t const packed = schedule.heads_packed, rows = schedule.rows_per_block / kNumCtas;  // queries of a CTA
-    int32_t const query_here = packed == 1 ? row : row / packed, query = tile.q_begin + rank * rows + query_here;
-    return {query, tile.head + row - query_here * packed,
-            query_here < rows && query >= 0 && query < tile.sequence.seqlen_q};
-  }
-
-  __device__ static float* lse_row(ForwardArguments const& arguments, WorkTile const& tile, QueryRow const& row) {
-    RowView const& lse = arguments.lse;
-    return lse.data + tile.batch * lse.stride_batch + row.head * lse.stride_heads + tile.sequence.offset_q + row.query;
+  __device__ static QueryRow owned_row(ForwardArguments const& arguments, WorkTile const& tile, int rank, int32_t row) {
+    return query_row<kQueryParts>(arguments.schedule, tile, row, rank);
   }
 
   // ---- producer -----------------------------------------------------------------------------------------------------
 
-  __device__ static void init_barriers(SharedStorage& shared) {
-    auto init = [](auto& barriers, int arrivals) {
-      for (uint64_t& barrier : barriers) ClusterBarrier::init(&barrier, arrivals);
-    };
-    constexpr int kNumLoaders = 3, kNumWarps = kWarpgroupThreads / kWarpThreads;
-    ClusterBarrier::init(&shared.q_full, 1);
-    ClusterBarrier::init(&shared.q_empty, 1);
-    init(shared.k_full, 1);
-    init(shared.k_empty, kNumCtas);
-    init(shared.v_full, 1);
-    init(shared.v_empty, kNumConsumers);
-    init(shared.p_full, 1);
-    init(shared.p_empty, kNumWarps);
-    init(shared.tile_full, 1);
-    init(shared.tile_empty, kNumLoaders + kNumWarps * kNumConsumers);
-    cutlass::arch::fence_barrier_init();
-  }
-
-  __device__ static void load_queries(ForwardArguments const& arguments, SharedStorage& shared) {
-    Schedule const& schedule = arguments.schedule;
-    int32_t const rank = cta_rank<kNumCtas>(), queries = schedule.rows_per_block / kNumCtas;
-    uint32_t phase = 0;
-    Ring<kNumQueryTiles> slot;
-    for (;; phase ^= 1, slot.advance()) {
-      ClusterBarrier::wait(&shared.tile_full[slot.stage], slot.phase);
-      WorkTile const& tile = shared.tiles[slot.stage];
-      ClusterBarrier::wait(&shared.q_empty, phase ^ 1);
-      if (tile.head < 0 || tile.kv_block_begin >= tile.kv_block_end) {
-        ClusterBarrier::arrive(&shared.q_full);
-        if (tile.head < 0) return;
-      } else {
-        int32_t const batch = schedule.num_items != nullptr ? 0 : tile.batch;
-        ClusterTransactionBarrier::arrive_and_expect_tx(&shared.q_full,
-                                                        sizeof(Element) * queries * schedule.heads_packed * kHeadDim);
-        for (int column = 0; column < kHeadDim; column += kSwizzleColumns) {
-          cute::SM90_TMA_LOAD_5D::copy(
-              &arguments.q, &shared.q_full, static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVICT_FIRST),
-              shared.q + column * kRows, column, 0, tile.sequence.offset_q + tile.q_begin + rank * queries,
-              tile.head / schedule.heads_packed, batch);
-        }
-      }
-      ClusterBarrier::arrive(&shared.tile_empty[slot.stage]);
-    }
-  }
-
-  // Half of each chunk, to both CTAs.
-  __device__ static void load_k(ForwardArguments const& arguments, SharedStorage& shared) {
-    Schedule const& schedule = arguments.schedule;
-    int32_t const group = static_cast<int32_t>(arguments.problem.heads_q / arguments.problem.heads_kv);
-    int32_t const rank = cta_rank<kNumCtas>();
-    Ring<kNumKStages> ring;
-    Ring<kNumQueryTiles> slot;
-    for (;; slot.advance()) {
-      ClusterBarrier::wait(&shared.tile_full[slot.stage], slot.phase);
-      WorkTile const& tile = shared.tiles[slot.stage];
-      if (tile.head < 0) return;
-      RowCoordinates const rows =
-          row_coordinates(schedule.num_items != nullptr, tile.sequence.offset_kv, tile.sequence.seqlen_kv, tile.batch);
-      int32_t const head_kv = tile.head / group;
-      for (int32_t kv_block = tile.kv_block_end - 1; kv_block >= tile.kv_block_begin; --kv_block) {
-        CUTE_NO_UNROLL
-        for (int chunk = 0; chunk < kChunks; ++chunk, ring.advance()) {
-          int const stage = ring.stage;
-          ClusterBarrier::wait(&shared.k_empty[stage], ring.phase ^ 1);
-          ClusterTransactionBarrier::arrive_and_expect_tx(&shared.k_full[stage], sizeof(shared.k[stage]));
-          cute::SM90_TMA_LOAD_MULTICAST_5D::copy(
-              &arguments.k, &shared.k_full[stage], uint16_t{3},
-              static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVICT_NORMAL),
-              shared.k[stage] + rank * (kSwizzleColumns * kBlockKV), chunk * kChunkColumns + rank * kSwizzleColumns,
-              rows.row + kv_block * kBlockKV, rows.end, head_kv, rows.outer);
-        }
-      }
-      ClusterBarrier::arrive(&shared.tile_empty[slot.stage]);
-    }
-  }
-
   __device__ static void produce(ForwardArguments const& arguments, SharedStorage& shared) {
     if (threadIdx.x == 0) {
-      load_k(arguments, shared);
+      load_key_chunks<ForwardPair>(arguments, shared);
     } else if (threadIdx.x == 32) {
       publish_query_work_tiles<ForwardPair>(arguments, shared);
     } else if (threadIdx.x == 64) {
-      load_keys<ForwardPair>(arguments, shared, arguments.v, kColumns, shared.v, shared.v_full, shared.v_empty);
+      load_keys<ForwardPair>(arguments, shared, arguments.v, kColumnsV, shared.v, shared.v_full, shared.v_empty);
     } else if (threadIdx.x == 96) {
-      load_queries(arguments, shared);
+      load_queries<ForwardPair>(arguments, shared);
     }
   }
 
@@ -211,28 +144,10 @@ struct ForwardPair {
                                int rank, int row, float const (&factor)[2]) {
     CUTE_UNROLL
     for (int r = 0; r < 2; ++r) {
-      QueryRow const query = owned_row(arguments.schedule, tile, owner, row + 8 * r);
+      QueryRow const query = owned_row(arguments, tile, owner, row + 8 * r);
       Element* const out = query.is_valid ? row_pointer<Element>(arguments.out, tile, query) : nullptr;
-      store_row<Element, kColumns>(out, rO, r, factor[r], kColumns * rank, arguments.problem.head_dim_v,
-                                   threadIdx.x % 4);
-    }
-  }
-
-  // This CTA's rows see no key: as ForwardOutput::write_masked_rows.
-  __device__ static void write_masked_rows(ForwardArguments const& arguments, WorkTile const& tile, int rank) {
-    Problem const& problem = arguments.problem;
-    bool const has_sink =
-        problem.sinks != nullptr && !(arguments.schedule.num_items != nullptr && tile.batch == problem.batch);
-    int32_t const vectors = static_cast<int32_t>(problem.head_dim_v) / 8;  // of 16 bytes
-    for (int32_t i = threadIdx.x % kWarpgroupThreads; i < kRows * vectors; i += kWarpgroupThreads) {
-      QueryRow const row = owned_row(arguments.schedule, tile, rank, i / vectors);
-      if (!row.is_valid) continue;
-      float const sink = has_sink ? problem.sinks[row.head] : -INFINITY;
-      bool const is_nan = !(sink < INFINITY) && tile.sequence.seqlen_kv > 0;
-      uint32_t const pair = is_nan ? 0x7fff7fffu : 0u;  // two NaNs in both dtypes
-      *reinterpret_cast<uint4*>(row_pointer<Element>(arguments.out, tile, row) + i % vectors * 8) =
-          uint4{pair, pair, pair, pair};
-      if (i % vectors == 0 && arguments.lse.data != nullptr) *lse_row(arguments, tile, row) = sink;
+      store_row<Element, kColumnsV>(out, rO, r, factor[r], kColumnsV * rank, arguments.problem.head_dim_v,
+                                    threadIdx.x % 4);
     }
   }
 
@@ -244,17 +159,17 @@ struct ForwardPair {
     int const rank = cta_rank<kNumCtas>();
     uint32_t const other = static_cast<uint32_t>(rank) ^ 1;
     Problem const& problem = arguments.problem;
-    Schedule const& schedule = arguments.schedule;
 
     MmaS mma_s;
     MmaO mma_o;
     auto thread_s = mma_s.get_slice(0);
     auto thread_o = mma_o.get_slice(0);
-    Tensor fQ = thread_s.partition_fragment_A(make_tensor(make_smem_ptr(shared.q), LayoutQ{}));
+    Tensor fQ = thread_s.partition_fragment_A(make_tensor(make_smem_ptr(shared.q[0]), LayoutQ{}));
     Tensor fK = thread_s.partition_fragment_B(make_tensor(make_smem_ptr(shared.k[0]), LayoutK{}));
     Tensor fV = thread_o.partition_fragment_B(make_tensor(make_smem_ptr(shared.v[0]), LayoutVt{}));
     Tensor rS = partition_fragment_C(mma_s, Shape<Int<kRows>, Int<kBlockKV>>{});
-    Tensor rO = partition_fragment_C(mma_o, Shape<Int<kRows>, Int<kColumns>>{});
+    Tensor rOther = make_fragment_like(rS);  // the other half of its columns
+    Tensor rO = partition_fragment_C(mma_o, Shape<Int<kRows>, Int<kColumnsV>>{});
     Tensor rP = make_tensor<Element>(partition_shape_A(mma_o, Shape<Int<kRows>, Int<kBlockKV>>{}));
     static_assert(decltype(size(rS))::value == kScores && decltype(size(rO))::value == kOutputs);
     static_assert(decltype(size(rP))::value == 2 * kPairs);
@@ -269,22 +184,28 @@ struct ForwardPair {
     Ring<kNumQueryTiles> slot;
     uint32_t q_phase = 0;
 
+    // Halves of the columns apart, as both backward kernels add them, of which one has them in two CTAs: a score of 1e9
+    // summed in another order differs from lse by hundreds, and its P would be 0 there.
     auto issue_s = [&] {
-      warpgroup_fence_operand(rS);
-      mma_s.accumulate_ = GMMA::ScaleOut::Zero;
       Ring<kNumKStages> ring = k_ring;
-      // Unrolled, it has descriptors of 512 columns of Q in registers.
-      CUTE_NO_UNROLL
-      for (int chunk = 0; chunk < kChunks; ++chunk, ring.advance()) {
-        ClusterBarrier::wait(&shared.k_full[ring.stage], ring.phase);
-        warpgroup_arrive();
-        CUTE_UNROLL
-        for (int k = 0; k < kChunkSteps; ++k) {
-          cute::gemm(mma_s, fQ(_, _, k, chunk), fK(_, _, k, ring.stage), rS);
-          mma_s.accumulate_ = GMMA::ScaleOut::One;
+      auto issue_half = [&](auto& rHalf, int first_chunk) {
+        warpgroup_fence_operand(rHalf);
+        mma_s.accumulate_ = GMMA::ScaleOut::Zero;
+        // Unrolled, it has descriptors of 512 columns of Q in registers.
+        CUTE_NO_UNROLL
+        for (int chunk = first_chunk; chunk < first_chunk + kChunks / 2; ++chunk, ring.advance()) {
+          ClusterBarrier::wait(&shared.k_full[ring.stage], ring.phase);
+          warpgroup_arrive();
+          CUTE_UNROLL
+          for (int k = 0; k < kChunkSteps; ++k) {
+            cute::gemm(mma_s, fQ(_, _, k, chunk), fK(_, _, k, ring.stage), rHalf);
+            mma_s.accumulate_ = GMMA::ScaleOut::One;
+          }
+          warpgroup_commit_batch();
         }
-        warpgroup_commit_batch();
-      }
+      };
+      issue_half(rS, 0);
+      issue_half(rOther, kChunks / 2);
     };
     auto release_chunk = [&] {
       if (thread == 0) {
@@ -306,6 +227,9 @@ struct ForwardPair {
       warpgroup_wait<kBehind>();
       release_chunk();
       warpgroup_fence_operand(rS);
+      warpgroup_fence_operand(rOther);
+      CUTE_UNROLL
+      for (int i = 0; i < kScores; ++i) rS(i) += rOther(i);
     };
     // Without a product to wait for, the warps of a warpgroup must not run apart by more than the ring is deep.
     auto sync_warpgroup = [&] { NamedBarrier::sync(kWarpgroupThreads, kOwnBarrier); };
@@ -325,16 +249,16 @@ struct ForwardPair {
 
     RowSoftmax softmax(scale_log2);
     for (;; q_phase ^= 1, slot.advance()) {
-      ClusterBarrier::wait(&shared.q_full, q_phase);
+      ClusterBarrier::wait(&shared.q_full[0], q_phase);
       WorkTile const& tile = shared.tiles[slot.stage];
       if (tile.head < 0) break;
       VisibleBlocks const& visible = tile.visible[rank];
       int32_t kv_block = tile.kv_block_end - 1;
       if (visible.begin >= visible.end) {
         for (; kv_block >= tile.kv_block_begin; --kv_block) skip_kv_block();
-        write_masked_rows(arguments, tile, rank);
+        write_masked_rows<Element>(arguments, tile, [&](int32_t row) { return owned_row(arguments, tile, rank, row); });
         sync_warpgroup();
-        release(shared.q_empty);
+        release(shared.q_empty[0]);
         release_tile(shared, slot.stage);
         continue;
       }
@@ -350,24 +274,19 @@ struct ForwardPair {
       };
       // From S to P, in rS and on its way to the other CTA.
       auto finish_scores = [&](auto is_first) {
-        if (kv_block == visible.begin) release(shared.q_empty);  // that was the last of it
+        if (kv_block == visible.begin) release(shared.q_empty[0]);  // that was the last of it
         if (has_transform) transform_scores<kScores>(rS, problem.scale, problem.softcap);
         if (kv_block < visible.unmasked_begin || kv_block >= visible.unmasked_end) {
           int32_t const shift = tile.sequence.seqlen_kv - tile.sequence.seqlen_q;
-          int32_t const position[2] = {owned_row(schedule, tile, rank, first_row).query + shift,
-                                       owned_row(schedule, tile, rank, first_row + 8).query + shift};
+          int32_t const position[2] = {owned_row(arguments, tile, rank, first_row).query + shift,
+                                       owned_row(arguments, tile, rank, first_row + 8).query + shift};
           mask_scores<kMask, kScores>(rS, arguments.window, tile.sequence.seqlen_kv, kv_block * kBlockKV, position);
         }
         bool const has_grown = softmax.template update<is_first()>(rS, correction);
         if (kv_block == visible.begin) {
           CUTE_UNROLL
           for (int r = 0; r < 2; ++r) {
-            QueryRow const row = owned_row(schedule, tile, rank, first_row + 8 * r);
-            float lse;
-            factor[r] =
-                softmax.finish(r, problem.sinks == nullptr || !row.is_valid ? nullptr : problem.sinks + row.head, lse);
-            if (row.is_valid && threadIdx.x % 4 == 0 && arguments.lse.data != nullptr)
-              *lse_row(arguments, tile, row) = lse;
+            factor[r] = finish_row(arguments, tile, owned_row(arguments, tile, rank, first_row + 8 * r), softmax, r);
           }
         }
         ClusterBarrier::wait(&shared.p_empty[p_ring.stage], p_ring.phase ^ 1);
@@ -431,7 +350,7 @@ struct ForwardPair {
 
     MmaO mma_o;
     Tensor fV = mma_o.get_slice(0).partition_fragment_B(make_tensor(make_smem_ptr(shared.v[0]), LayoutVt{}));
-    Tensor rO = partition_fragment_C(mma_o, Shape<Int<kRows>, Int<kColumns>>{});
+    Tensor rO = partition_fragment_C(mma_o, Shape<Int<kRows>, Int<kColumnsV>>{});
     Tensor rP = make_tensor<Element>(partition_shape_A(mma_o, Shape<Int<kRows>, Int<kBlockKV>>{}));
     auto* const pairs_p = reinterpret_cast<uint32_t*>(rP.data());
     Ring<kNumStages> v_ring;
@@ -508,7 +427,9 @@ struct ForwardPair {
     int const warpgroup = cutlass::canonical_warp_group_idx();
     if (threadIdx.x == 0) {
       if (cute::cast_smem_ptr_to_uint(&shared) % 1024 != 0) __trap();
-      init_barriers(shared);
+      for (uint64_t& barrier : shared.p_full) ClusterBarrier::init(&barrier, 1);
+      for (uint64_t& barrier : shared.p_empty) ClusterBarrier::init(&barrier, kWarpgroupThreads / kWarpThreads);
+      init_query_barriers<ForwardPair>(shared);
     }
     sync_ctas<kNumCtas>();
     cutlass::arch::wait_on_dependent_grids();  // schedule_kernel's list
@@ -525,15 +446,5 @@ struct ForwardPair {
     sync_ctas<kNumCtas>();
   }
 };
-
-template <int kHeadDim, MaskKind kMask, class Element>
-__global__ void __launch_bounds__(ForwardTiles<kHeadDim, kHeadDim, kMask>::kNumThreads, 1)
-    forward_pair_kernel(__grid_constant__ ForwardArguments const arguments) {
-#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-  extern __shared__ __align__(1024) unsigned char memory[];
-  using Kernel = ForwardPair<kHeadDim, kMask, Element>;
-  Kernel::run(arguments, *reinterpret_cast<typename Kernel::SharedStorage*>(memory));
-#endif
-}
 
 }  // namespace flashmla::sm90

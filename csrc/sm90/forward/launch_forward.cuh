@@ -2,10 +2,7 @@
 // kind; a file of instantiations/ holds one row.
 #pragma once
 
-#include <cstdlib>
-
 #include "sm90/forward/forward.cuh"
-#include "sm90/forward/forward_pair.cuh"
 #include "sm90/hopper/device.h"
 #include "sm90/hopper/tensor_map.h"
 #include "sm90/launch.h"
@@ -14,7 +11,7 @@ namespace flashmla::sm90 {
 
 template <int kHeadDimQK, int kHeadDimV, MaskKind kMask, class Element>
 const char* launch(ForwardParams const& params, void* workspace, cudaStream_t stream) {
-  using Kernel = Forward<kHeadDimQK, kHeadDimV, kMask, Element>;
+  using Kernel = ForwardKernel<kHeadDimQK, kHeadDimV, kMask, Element>;
   Problem const& problem = params.problem;
   bool const is_packed = problem.cu_seqlens_q != nullptr;
   int device = 0;
@@ -23,12 +20,13 @@ const char* launch(ForwardParams const& params, void* workspace, cudaStream_t st
   ForwardArguments arguments{};
   int num_ctas = 0;
   if (const char* error = make_forward_schedule(problem, Kernel::kBlockQ, num_sms(device) / Kernel::kNumCtas, workspace,
-                                                stream, arguments.schedule, num_ctas)) {
+                                                stream, arguments.schedule, num_ctas, Kernel::kQueryParts)) {
     return error;
   }
   QueryMaps const maps{problem, arguments.schedule, Kernel::kSwizzleColumns, Kernel::kBlockKV};
   Schedule const& schedule = arguments.schedule;
-  const char* error = maps.make_queries(arguments.q, params.q, problem.head_dim_qk, schedule.rows_per_block);
+  const char* error =
+      maps.make_queries(arguments.q, params.q, problem.head_dim_qk, schedule.rows_per_block / Kernel::kQueryParts);
   if (error == nullptr) error = maps.make_keys(arguments.k, params.k, problem.head_dim_qk);
   if (error == nullptr) error = maps.make_keys(arguments.v, params.v, problem.head_dim_v);
   arguments.can_tma_store = Kernel::kLooksAhead && kWarpgroupRows % schedule.heads_packed == 0;
@@ -51,62 +49,14 @@ const char* launch(ForwardParams const& params, void* workspace, cudaStream_t st
                                          is_packed ? Launch::kDependent : Launch::kAlone, arguments, Kernel::kNumCtas);
 }
 
-// Head dims of two CTAs.
-template <int kHeadDim, MaskKind kMask, class Element>
-const char* launch_pair(ForwardParams const& params, void* workspace, cudaStream_t stream) {
-  using Kernel = ForwardPair<kHeadDim, kMask, Element>;
-  Problem const& problem = params.problem;
-  int device = 0;
-  cudaGetDevice(&device);
-
-  ForwardArguments arguments{};
-  int num_ctas = 0;
-  if (const char* error = make_forward_schedule(problem, Kernel::kBlockQ, num_sms(device) / Kernel::kNumCtas, workspace,
-                                                stream, arguments.schedule, num_ctas, Kernel::kNumCtas)) {
-    return error;
-  }
-  QueryMaps const maps{problem, arguments.schedule, Kernel::kSwizzleColumns, Kernel::kBlockKV};
-  int const queries = arguments.schedule.rows_per_block / Kernel::kNumCtas;
-  const char* error = maps.make_queries(arguments.q, params.q, problem.head_dim_qk, queries);
-  if (error == nullptr) error = maps.make_keys(arguments.k, params.k, problem.head_dim_qk);
-  if (error == nullptr) error = maps.make_keys(arguments.v, params.v, problem.head_dim_v);
-  if (error != nullptr) return error;
-  arguments.out = params.out;
-  arguments.lse = params.lse;
-  arguments.problem = problem;
-  arguments.window = window_of(problem);
-
-  constexpr auto* kernel = forward_pair_kernel<kHeadDim, kMask, Element>;
-  if (cudaError_t const status = allow_shared_memory<kernel>(Kernel::kSharedBytes, device); status != cudaSuccess) {
-    return cudaGetErrorString(status);
-  }
-  bool const is_packed = problem.cu_seqlens_q != nullptr;
-  return launch_kernel<ForwardArguments>(kernel, dim3(static_cast<unsigned>(num_ctas * Kernel::kNumCtas)),
-                                         Kernel::Tiles::kNumThreads, Kernel::kSharedBytes, stream,
-                                         is_packed ? Launch::kDependent : Launch::kAlone, arguments, Kernel::kNumCtas);
-}
-
-template <int kHeadDimQK, int kHeadDimV, MaskKind kMask, class Element>
-const char* launch_any(ForwardParams const& params, void* workspace, cudaStream_t stream) {
-  if constexpr (ForwardTiles<kHeadDimQK, kHeadDimV, kMask>::kNumCtas == 2) {
-#ifdef FLASHMLA_D512_VARIANT
-    if (std::getenv("FLASHMLA_D512_FWD") != nullptr)
-      return launch<kHeadDimQK, kHeadDimV, kMask, Element>(params, workspace, stream);
-#endif
-    return launch_pair<kHeadDimQK, kMask, Element>(params, workspace, stream);
-  } else {
-    return launch<kHeadDimQK, kHeadDimV, kMask, Element>(params, workspace, stream);
-  }
-}
-
 template <int kHeadDimQK, int kHeadDimV, class Element>
 const char* launch_masked(ForwardParams const& params, void* workspace, cudaStream_t stream) {
   Problem const& problem = params.problem;
   if (problem.window_left >= 0)
-    return launch_any<kHeadDimQK, kHeadDimV, MaskKind::kWindow, Element>(params, workspace, stream);
+    return launch<kHeadDimQK, kHeadDimV, MaskKind::kWindow, Element>(params, workspace, stream);
   if (problem.window_right >= 0)
-    return launch_any<kHeadDimQK, kHeadDimV, MaskKind::kCausal, Element>(params, workspace, stream);
-  return launch_any<kHeadDimQK, kHeadDimV, MaskKind::kNone, Element>(params, workspace, stream);
+    return launch<kHeadDimQK, kHeadDimV, MaskKind::kCausal, Element>(params, workspace, stream);
+  return launch<kHeadDimQK, kHeadDimV, MaskKind::kNone, Element>(params, workspace, stream);
 }
 
 template <int kHeadDimQK, int kHeadDimV>
