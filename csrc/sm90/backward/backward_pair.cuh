@@ -143,6 +143,8 @@ struct BackwardPair {
     // order differs from lse by hundreds, and its P would be 0.
     auto issue_scores = [&](int stage) {
       constexpr int kSteps = kHeadDim / 16;
+      clear(rOther);  // whose old values would stay in registers until here
+      warpgroup_fence_operand(rOther);
       multiply(mma_s, fKV(_, _, _, 0), fQ(_, _, _, stage), rS, false, 0, kSteps / 2);
       multiply(mma_s, fKV(_, _, _, 0), fQ(_, _, _, stage), rOther, false, kSteps / 2, kSteps);
     };

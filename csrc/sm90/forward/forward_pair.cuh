@@ -19,8 +19,7 @@
 //   v_full[i]   1 and bytes;   v_empty[i]  2: owner and follower.
 //   p_full[i]   1, the follower's own, and bytes: the other owner's P and factors, by st.async.
 //   p_empty[i]  the 4 warps of the other CTA's follower, when they have read P to registers.
-// Each wait is for an earlier kv_block, or the same one at an earlier place of K, S, P, V, PV: no circle of waits
-// closes.
+// Each wait is for an earlier kv_block, or for the same one earlier in K, S, P, V, PV: no circle of waits closes.
 #pragma once
 
 #include <cutlass/arch/barrier.h>
@@ -31,12 +30,10 @@
 
 #include "params.h"
 #include "sm90/forward/forward_output.cuh"
-#include "sm90/forward/query_tile.cuh"
 #include "sm90/hopper/cta_pair.cuh"
 #include "sm90/hopper/fragment.cuh"
 #include "sm90/hopper/ptx.cuh"
 #include "sm90/hopper/softmax.cuh"
-#include "sm90/scheduling/scheduler.cuh"
 #include "sm90/tiles.h"
 
 namespace flashmla::sm90 {
@@ -95,7 +92,7 @@ struct ForwardPair {
 
   static constexpr int kOwnBarrier = 1;  // named, one for each warpgroup's own threads; 0 is __syncthreads
 
-  // Row `row` of those that CTA `rank` owns.
+  // Of those that CTA `rank` owns.
   __device__ static QueryRow owned_row(ForwardArguments const& arguments, WorkTile const& tile, int rank, int32_t row) {
     return query_row<kQueryParts>(arguments.schedule, tile, row, rank);
   }
@@ -188,8 +185,10 @@ struct ForwardPair {
     // summed in another order differs from lse by hundreds, and its P would be 0 there.
     auto issue_s = [&] {
       Ring<kNumKStages> ring = k_ring;
+      clear(rOther);  // whose old values would stay in registers until here
+      warpgroup_fence_operand(rS);
+      warpgroup_fence_operand(rOther);
       auto issue_half = [&](auto& rHalf, int first_chunk) {
-        warpgroup_fence_operand(rHalf);
         mma_s.accumulate_ = GMMA::ScaleOut::Zero;
         // Unrolled, it has descriptors of 512 columns of Q in registers.
         CUTE_NO_UNROLL
@@ -264,7 +263,7 @@ struct ForwardPair {
       }
       for (; kv_block >= visible.end; --kv_block) skip_kv_block();
 
-      float correction[2], factor[2] = {1.0f, 1.0f};
+      float correction[2], factor[2];
       // P is packed twice, for the other CTA while the last product still reads its own, and for the next product: what
       // that reads must not be defined before the last has ended, or ptxas serializes both.
       auto convert_p = [&] {
@@ -283,6 +282,7 @@ struct ForwardPair {
           mask_scores<kMask, kScores>(rS, arguments.window, tile.sequence.seqlen_kv, kv_block * kBlockKV, position);
         }
         bool const has_grown = softmax.template update<is_first()>(rS, correction);
+        factor[0] = factor[1] = 1.0f;  // anew in every step, so that no register holds it meanwhile
         if (kv_block == visible.begin) {
           CUTE_UNROLL
           for (int r = 0; r < 2; ++r) {
