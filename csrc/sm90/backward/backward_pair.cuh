@@ -4,12 +4,11 @@
 //   dV += P^T dO     dK += scale dS^T Q                                              (csrc/params.h, docs/design.md)
 //
 // 512 columns of dK, in fp32, of 64 keys fill the registers of two warpgroups. One CTA has K, Q and dK, the other V, dO
-// and dV; each has all columns of what it multiplies, so that nothing is multiplied twice. They give each other P^T and
-// dS^T, 8 KiB of 16-bit elements a step, from registers to the other's shared memory, while the next S (or dP) is
-// multiplied:
+// and dV; each has all columns of what it multiplies, so that nothing is multiplied twice and no sum is split. They
+// give each other P^T and dS^T, 8 KiB of 16-bit elements a step, from registers to the other's shared memory:
 //
-//   CTA of K:  S(i) ready   P(i) -> V                issue S(i+1)    wait dS(i)   issue dK(i)
-//   CTA of V:  dP(i) ready  wait P(i)   dS(i) -> K   issue dP(i+1)                issue dV(i)
+//   CTA of K:  S(i)   P(i) -> V           wait dS(i)   dK(i)
+//   CTA of V:  dP(i)  wait P(i)   dS(i) -> K           dV(i)
 //
 // The two warpgroups of a CTA share S (or dP) by queries, and dK (or dV) by columns. Tiles, steps and the loading
 // thread are those of backward_producer.cuh; dQ is backward_queries.cuh's.
@@ -82,26 +81,15 @@ struct BackwardPair {
     }
   }
 
-  // Two instantiations, since ptxas spills which operands a CTA has if that is a variable.
   __device__ static void consume(BackwardArguments const& arguments, SharedStorage& shared, int warpgroup) {
-    if (cta_rank<kNumCtas>() == 0) {
-      consume_rows<true>(arguments, shared, warpgroup);
-    } else {
-      consume_rows<false>(arguments, shared, warpgroup);
-    }
-  }
-
-  // Of K and Q, or of V and dO.
-  template <bool kHasKeys>
-  __device__ static void consume_rows(BackwardArguments const& arguments, SharedStorage& shared, int warpgroup) {
     using namespace cute;
     int const thread = ptx::read_thread_index();
     int const row_in_tile = row_of_thread(0, thread);
     int const column_in_block = thread % 4 * 2;
     Problem const& problem = arguments.problem;
-    constexpr int kRank = kHasKeys ? 0 : 1;
-    constexpr uint32_t kOther = kRank ^ 1;
-    bool const has_softcap = problem.softcap > 0.0f;
+    int const rank = cta_rank<kNumCtas>();
+    uint32_t const other = static_cast<uint32_t>(rank) ^ 1;
+    bool const has_keys = rank == 0, has_softcap = problem.softcap > 0.0f;
 
     MmaS mma_s;
     MmaSum mma_sum;
@@ -129,24 +117,13 @@ struct BackwardPair {
     // What the other CTA gave for the step in `stage` has been multiplied.
     auto release = [&](int stage) {
       arrive(shared.q_empty[stage]);
-      if (threadIdx.x % kWarpThreads == 0) ptx::arrive_remote(ptx::address_in(kOther, &shared.scores_empty[stage]));
+      if (threadIdx.x % kWarpThreads == 0) ptx::arrive_remote(ptx::address_in(other, &shared.scores_empty[stage]));
     };
     constexpr uint32_t kScoresBytes = sizeof(shared.scores[0]);
     auto expect_scores = [&] {
-      if (threadIdx.x != kWarpgroupThreads) return;
-      uint64_t& full = shared.scores_full[ring.stage];
-      // Apart, since ptxas spills a number of bytes that depends on softcap.
-      if (!kHasKeys && problem.softcap > 0.0f) ClusterTransactionBarrier::expect_transaction(&full, kScoresBytes);
-      ClusterTransactionBarrier::arrive_and_expect_tx(&full, kScoresBytes);
-    };
-    // Halves of the columns apart, as the forward and the kernel by queries add them: a score of 1e9 summed in another
-    // order differs from lse by hundreds, and its P would be 0.
-    auto issue_scores = [&](int stage) {
-      constexpr int kSteps = kHeadDim / 16;
-      clear(rOther);  // whose old values would stay in registers until here
-      warpgroup_fence_operand(rOther);
-      multiply(mma_s, fKV(_, _, _, 0), fQ(_, _, _, stage), rS, false, 0, kSteps / 2);
-      multiply(mma_s, fKV(_, _, _, 0), fQ(_, _, _, stage), rOther, false, kSteps / 2, kSteps);
+      uint32_t const bytes = !has_keys && has_softcap ? 2 * kScoresBytes : kScoresBytes;
+      if (threadIdx.x == kWarpgroupThreads)
+        ClusterTransactionBarrier::arrive_and_expect_tx(&shared.scores_full[ring.stage], bytes);
     };
     auto wait_scores = [&] {
       ClusterBarrier::wait(&shared.scores_full[ring.stage], ring.phase);
@@ -163,32 +140,34 @@ struct BackwardPair {
       if (num_steps > 0) ClusterBarrier::wait(&shared.kv_full, tile.kv_phase);
 
       BackwardStep step(tile);
-      if (num_steps > 0) ClusterBarrier::wait(&shared.q_full[ring.stage], ring.phase);
-      issue_scores(ring.stage);  // without a step it multiplies whatever lies there, for nothing
-      warpgroup_wait<0>();
       for (int32_t i = 0; i < num_steps; ++i, step.advance(tile), ring.advance()) {
         int const stage = ring.stage;
         expect_scores();
+        ClusterBarrier::wait(&shared.q_full[stage], ring.phase);
+        // Halves of the columns apart, as the forward and the kernel by queries add them, of which the last has them in
+        // two CTAs: a score of 1e9 summed in another order differs from lse by hundreds, and its P would be 0.
+        constexpr int kSteps = kHeadDim / 16;
+        multiply(mma_s, fKV(_, _, _, 0), fQ(_, _, _, stage), rS, false, 0, kSteps / 2);
+        multiply(mma_s, fKV(_, _, _, 0), fQ(_, _, _, stage), rOther, false, kSteps / 2, kSteps);
         ColumnValues<kScores, kScores / 8> values(shared.statistics[stage] + warpgroup * kQueries, threadIdx.x % 4);
+        warpgroup_wait<0>();  // with the sum of the step before
         warpgroup_fence_operand(rS);
         warpgroup_fence_operand(rOther);
+        warpgroup_fence_operand(rSum);
         CUTE_UNROLL
         for (int n = 0; n < kScores; ++n) rS(n) += rOther(n);
+        if (i > 0) release(ring.stage_before());
         // The other CTA has multiplied what lay there two steps ago.
         auto wait_empty = [&] { ClusterBarrier::wait(&shared.scores_empty[stage], ring.phase ^ 1); };
-        // S of the next step is on its way while this one's P and dS pass between the CTAs. After the last step it
-        // multiplies old queries and is discarded: a branch would serialize wgmma.
-        Ring<kNumStages> next = ring;
-        next.advance();
-        bool const is_last = i + 1 == num_steps;
         uint32_t pairs[kScores / 2], pairs_w[kScores / 2];
-        if constexpr (kHasKeys) {
+        if (has_keys) {
           probabilities<Element, true, kScores>(arguments, tile, step.q_block * kBlockQ + warpgroup * kQueries, rS,
                                                 pairs, pairs_w, values, shared.is_large[stage] != 0, 0, row_in_tile,
                                                 column_in_block);
           wait_empty();
-          send(shared.scores[stage], shared.scores_full[stage], kOther, pairs, warpgroup, row_in_tile);
-          if (has_softcap) send(shared.w[stage], shared.scores_full[stage], kOther, pairs_w, warpgroup, row_in_tile);
+          send(shared.scores[stage], shared.scores_full[stage], other, pairs, warpgroup, row_in_tile);
+          if (has_softcap) send(shared.w[stage], shared.scores_full[stage], other, pairs_w, warpgroup, row_in_tile);
+          wait_scores();
         } else {
           wait_scores();
           uint32_t const base = matrix_address(has_softcap ? shared.w[stage] : shared.scores[stage], 0);
@@ -199,24 +178,23 @@ struct BackwardPair {
           }
           score_gradients<Element, kScores>(rS, pairs_w, pairs, values);
           wait_empty();
-          send(shared.scores[stage], shared.scores_full[stage], kOther, pairs, warpgroup, row_in_tile);
+          send(shared.scores[stage], shared.scores_full[stage], other, pairs, warpgroup, row_in_tile);
         }
-        if (!is_last) ClusterBarrier::wait(&shared.q_full[next.stage], next.phase);
-        issue_scores(next.stage);
-        if constexpr (kHasKeys) wait_scores();
         multiply(mma_sum, fScores(_, _, _, stage), fQt(_, _, _, stage), rSum, true);
-        warpgroup_wait<0>();
-        warpgroup_fence_operand(rSum);
-        release(stage);
       }
-      if (num_steps > 0) arrive(shared.kv_empty);
-      TensorView const& view = kHasKeys ? arguments.dk : arguments.dv;
+      warpgroup_wait<0>();
+      warpgroup_fence_operand(rSum);
+      if (num_steps > 0) {
+        release(ring.stage_before());
+        arrive(shared.kv_empty);
+      }
+      TensorView const& view = has_keys ? arguments.dk : arguments.dv;
       if (arguments.parts == nullptr) {
-        write_keys<Element, kColumns>(arguments, tile, view, rSum, kHasKeys ? problem.scale : 1.0f, row_in_tile,
-                                      warpgroup * kColumns, kHasKeys ? problem.head_dim_qk : problem.head_dim_v);
+        write_keys<Element, kColumns>(arguments, tile, view, rSum, has_keys ? problem.scale : 1.0f, row_in_tile,
+                                      warpgroup * kColumns, has_keys ? problem.head_dim_qk : problem.head_dim_v);
       } else {
         float* const part = part_of<kBlockKV, kHeadDim, kHeadDim>(arguments, tile);
-        write_part<kFragment>(part + kRank * kBlockKV * kHeadDim, rSum);
+        write_part<kFragment>(part + rank * kBlockKV * kHeadDim, rSum);
       }
       arrive(shared.tile_empty[slot.stage]);
     }
