@@ -31,6 +31,10 @@ with attention in float64. A wrong one is named and not timed.
 FLOPs, full mask: fwd ``2·B·Hq·Sq·Sk·(Dqk+Dv)``, bwd ``2·B·Hq·Sq·Sk·(3·Dqk+2·Dv)`` (scores again); causal is half of
 that, a window counts its visible pairs, a packed batch the sum over its documents. The ceiling is a large matrix
 product of the same dtype, same run. Memory is a call's peak beyond its inputs; for bwd that of forward and backward.
+
+On a GPU the seconds of each peer's first call are recorded, too (of bwd: forward and backward). --suite other-gpus is about
+them: torch's FlashAttention 2 beside FlexAttention, which compiles once for each kind of call, so that only the first shape of
+a kind pays. Compilers' caches on the disk shorten it: state it from a fresh machine.
 """
 
 from __future__ import annotations
@@ -52,7 +56,7 @@ from compile_ahead import COMPILED, compile_ahead
 from peers import DEFAULT_PEERS, PEERS, Unsupported
 from series import Benchmark, Job
 from shapes import DEFAULT_SUITES, MODES, SUITES, Shape, Suite
-from timing import free, gpu_state, interleaved, matmul_ceiling, peak_memory, spread, timed_call
+from timing import first_call_seconds, free, gpu_state, interleaved, matmul_ceiling, peak_memory, spread, timed_call
 
 from flashmla_hf.training.arguments import first_line
 
@@ -85,6 +89,7 @@ def measure_shape(job: Job, device: str, repeats: int, seconds: float) -> list[d
     gc.freeze()
 
     errors_of: dict[tuple[str, bool], dict] = {}
+    first: dict[tuple[str, bool], float] = {}
     for mode, peers in job.peers.items():
         calls, memory, state = {}, {}, {}
         training = "bwd" in mode
@@ -92,6 +97,9 @@ def measure_shape(job: Job, device: str, repeats: int, seconds: float) -> list[d
             peer = runs[name]
             try:
                 if (name, training) not in errors_of:
+                    if device == "cuda":  # on a CPU nothing compiles, and calls are long
+                        call = timed_call(peer, inputs, "fwd+bwd" if training else "fwd")
+                        first[name, training] = first_call_seconds(call, device)
                     problem, errors_of[name, training] = verdict(shape, peer, inputs, truth, training)
                     if problem is not None:
                         refuse(name, "wrong", problem)
@@ -120,6 +128,8 @@ def measure_shape(job: Job, device: str, repeats: int, seconds: float) -> list[d
                 "errors": errors_of[name, training],
                 **state,
             }
+            if (name, training) in first:
+                record["first_seconds"] = first[name, training]
             if not mode.startswith("host"):
                 record["flops_per_second"] = shape.flops(mode) / record["seconds"]
                 record["peak_bytes"] = memory[name]

@@ -32,7 +32,14 @@ LEAST_SECONDS = 3  # of the budget, to begin a point
 
 
 class OutOfTimeError(BaseException):
-    """A point's time is over. Not an Exception: nothing between the alarm and the run may take it for a failed call."""
+    """A point's time is over. Not an Exception: nothing between the alarm and the run may take it for a failed call.
+
+    ``numbers`` go into the record: what is known of a point that did not end.
+    """
+
+    def __init__(self, reason: str, numbers: dict | None = None) -> None:
+        super().__init__(reason)
+        self.numbers = numbers or {}
 
 
 @contextlib.contextmanager
@@ -189,7 +196,7 @@ def _measured(
     except OutOfTimeError as error:
         if left is not None and left < limit:
             return {"status": WAITING, "reason": f"the time budget ended it: {error}"}
-        return {"status": "timeout", "reason": str(error)}
+        return {"status": "timeout", "reason": str(error), **error.numbers}
     except Exception as error:  # an implementation's refusal can be any exception; it is recorded, and the others go on
         if machine.is_out_of_memory(error):
             return {"status": "out_of_memory", "reason": "the allocation failed"}

@@ -22,6 +22,7 @@ from verdicts import DIRECTIONS, Bar, Row, bars, geometric_mean, rows, varlen_ra
 from flashmla_hf.host_memory import GIB
 
 MIB = 2**20
+TORCH_FLASH, FLEX = "flashmla-torch-flash", "flashmla-flex"
 # ncu's name -> column. Shares are of the most the hardware sustains, over the whole kernel.
 SHARES = {
     "sm__pipe_tensor_op_hmma_cycles_active.avg.pct_of_peak_sustained_elapsed": "tensor cores",
@@ -184,6 +185,8 @@ def _direction(document: dict, mode: str, peers: list[str], unit: str, factor: f
             mean = geometric_mean(ratios)
             parts.append(f"flashmla / best other, geometric mean over {len(ratios)} shapes: {mean:.2f}×\n")
         parts.append(memory_table(here, peers))
+    if (here := rows(document, mode)) and any(TORCH_FLASH in row.records and FLEX in row.records for row in here):
+        parts += _other_gpus_table(here, mode)
     if groups := varlen_rates(document, mode):
         parts += _packed_table(groups, mode, unit, factor)
     if windows := window_ratios(document, mode):
@@ -200,6 +203,22 @@ def _direction(document: dict, mode: str, peers: list[str], unit: str, factor: f
         parts += [f"Bitwise reproducible gradients, {mode}: time over the default's.\n"]
         parts.append(table(["shape", "peer", "deterministic / default"], costs))
     return parts
+
+
+def _other_gpus_table(here: list[Row], mode: str) -> list[str]:
+    """torch's FlashAttention 2 beside FlexAttention: the first call, which may compile, and the rate."""
+    lines = []
+    for row in here:
+        flash, flex = row.records.get(TORCH_FLASH), row.records.get(FLEX)
+        if flash and flex:
+            firsts = [f"{r['first_seconds']:.2f} s" if "first_seconds" in r else "–" for r in (flash, flex)]
+            lines.append([str(row.shape), *firsts, times(flex["seconds"] / flash["seconds"])])
+    what = "forward" if mode == "fwd" else "forward and backward"
+    return [
+        f"What answers on other GPUs, {mode}: seconds of the first {what}, in the order of the shapes (a kind of call is "
+        "compiled once), and the later calls' rate.\n",
+        table(["shape", "torch_flash, first call", "flex, first call", "torch_flash / flex, rate"], lines),
+    ]
 
 
 def _packed_table(groups: list, mode: str, unit: str, factor: float) -> list[str]:

@@ -203,6 +203,19 @@ SUITES: dict[str, Suite] = {
         modes=("fwd", "bwd"),
         peers=("flashmla", "flex", "sdpa-efficient"),
     ),
+    # What answers on GPUs that are not Hopper's: torch's FlashAttention 2, built ahead of time, and compiled FlexAttention. On
+    # a Hopper they run by these names alone.
+    "other-gpus": Suite(
+        [
+            Shape(4, 32, 8, 4096, 4096, 64, 64, True),
+            Shape(1, 32, 8, 8192, 8192, 128, 128, True),
+            Shape(16, 32, 8, 1024, 1024, 128, 128, True, layout="ragged"),
+            Shape(1, 32, 8, 16384, 16384, 128, 128, True, 4096),
+            Shape(1, 8, 4, 8192, 8192, 256, 256, True),
+        ],
+        modes=("fwd", "bwd"),
+        peers=("flashmla-torch-flash", "flashmla-flex"),
+    ),
     # Quantisation is in the time of flashmla-fp8 and in none of cudnn-fp8's.
     "fp8": Suite(
         [

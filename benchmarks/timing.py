@@ -129,6 +129,18 @@ def interleaved(
     return {name: [turn() for turn in mine] for name, mine in started.items()}
 
 
+def first_call_seconds(timed: Timed, device: str) -> float:
+    """Seconds until the result of a first call is there: loading and compiling, if the process has not done it before."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+    started = time.perf_counter()
+    with timed.peer.context():
+        timed.call()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - started
+
+
 def peak_memory(call: Callable[[], object], device: str) -> int | None:
     """The most bytes that one call needs beyond those in use before it; None if the system does not say."""
     gc.collect()

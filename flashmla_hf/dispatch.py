@@ -8,19 +8,20 @@ Which implementation runs when ``impl`` is ``None``:
 =====================================================  ===========================================================
 the call has                                           implementation
 =====================================================  ===========================================================
-``attn_mask`` or ``dropout_p > 0``                     ``sdpa`` if torch's SDPA computes the case exactly, else
+``attn_mask``                                          ``sdpa`` if torch's SDPA computes the case exactly, else
                                                        ``reference``; one warning, since memory grows as seqlen²
+``dropout_p > 0``                                      ``torch_flash`` on a GPU, if it computes the call; else as with
+                                                       ``attn_mask``
 fp16 or bf16 tensors on a Hopper GPU, head dims of     ``sm90``, if its library is built; it copies q, k or v whose
-multiples of 8 up to 256                               strides or address TMA cannot read (not multiples of 16 bytes)
+multiples of 8 up to 512                               strides or address TMA cannot read (not multiples of 16 bytes)
+fp16 or bf16 tensors on a GPU of compute capability    ``torch_flash``, torch's FlashAttention 2: no softcap, no sinks,
+8.0 or more, head dims up to 256                       no gradient through the lse (:mod:`backends.aten_flash` says all)
 tensors on a GPU, anything else                        ``flex``
 tensors on the CPU                                     ``cpu``
 ``precision="fp8"``, or fp8 tensors, on the CPU        ``cpu``: quantised q, k and v, exact probabilities
 ``precision="fp8"`` on a Hopper GPU, fp16 or bf16      ``sm90``, head dims of multiples of 8 up to 128
 fp8 on a GPU, anything else                            none: it raises (:mod:`flashmla_hf.fp8`)
 =====================================================  ===========================================================
-
-``torch_flash``, the FlashAttention 2 of torch (GPUs of capability 8.0 or more, fp16 and bf16, head dims up to 256, dropout; no
-softcap, no sinks), runs by its name alone: of GPUs its tests have run on a Hopper only.
 
 Nothing else is chosen silently: if the table's choice cannot compute the call, the call raises an error that names the reason
 and a fix. An explicit ``impl`` never falls back.
@@ -29,6 +30,7 @@ and a fix. An explicit ``impl`` never falls back.
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import torch
 
@@ -54,7 +56,7 @@ IMPLEMENTATIONS: dict[str, Backend] = {
 FP8_IMPLEMENTATIONS = fp8_calls.IMPLEMENTATIONS
 
 # Device type -> the implementations of the fused kernel, the preferred one first.
-_CANDIDATES = {"cuda": ("sm90", "flex"), "cpu": ("cpu",), "meta": ("cpu",)}
+_CANDIDATES = {"cuda": ("sm90", "torch_flash", "flex"), "cpu": ("cpu",), "meta": ("cpu",)}
 
 
 # Longer than 80 lines: the docstring is the contract of this package.
@@ -102,7 +104,9 @@ def attention(
         attn_mask: broadcasts to [batch, heads_q, seqlen_q, seqlen_kv]; boolean (true keeps) or floating (added to the
             scores after softcap, in the wider of its dtype and q's; -inf hides). A key must also be visible by
             ``is_causal`` and ``window``. No fused kernel takes a mask: see the table above.
-        dropout_p: probability of dropping a weight. Of the fused kernels ``torch_flash`` alone computes dropout: see above.
+        dropout_p: probability of dropping a weight; the others are scaled by 1 / (1 - dropout_p), the lse is that of all.
+            Of the fused kernels ``torch_flash`` alone computes dropout: see above. It draws from torch's generator of the
+            GPU, and rounds the probability to a multiple of 1/256 (by 5 % at most, or it refuses).
         cu_seqlens_q, cu_seqlens_kv: int32 [num_sequences + 1] boundaries of packed sequences, from 0, never falling;
             both or neither. Sequences may be empty; rows past the last boundary belong to none. On a GPU the values
             are not read back, so they are not checked.
@@ -188,17 +192,16 @@ def _choose(call: Call) -> str:
         log_choice(call, impl, "explicit")
         return impl
 
-    if call.attn_mask is not None or call.dropout_p > 0.0:
-        argument = "attn_mask" if call.attn_mask is not None else "dropout_p"
-        is_for_sdpa = sdpa.refusal(call) is None and not sdpa.hides_values_that_are_not_finite(call)
-        impl = "sdpa" if is_for_sdpa else "reference"
-        warn_once(
-            f"flashmla attention: {argument} is computed by impl={impl!r}, exactly but not by the fused kernel: memory "
-            f"grows with seqlen_q * seqlen_kv and speed falls. Without {argument} the fused kernel runs.",
-            stacklevel=4,
-        )
-        log_choice(call, impl, argument)
-        return impl
+    if call.attn_mask is not None:
+        return _choose_unfused(call, "attn_mask")
+    if call.dropout_p > 0.0:
+        reason = aten_flash.refusal(call)
+        if reason is not None:
+            return _choose_unfused(
+                call, "dropout_p", f"; torch_flash: {reason}" if call.q.device.type == "cuda" else ""
+            )
+        log_choice(call, "torch_flash", "dropout_p")
+        return "torch_flash"
 
     device = call.q.device.type
     if device not in _CANDIDATES:
@@ -214,3 +217,29 @@ def _choose(call: Call) -> str:
             return name
         reasons.append(f"{name}: {reason}")
     raise RuntimeError("flashmla attention: no implementation computes this call. " + "; ".join(reasons))
+
+
+def _choose_unfused(call: Call, argument: str, reason: str = "") -> str:
+    """The name of the implementation, for a call that no fused kernel computes because of ``argument``. It warns once."""
+    is_for_sdpa = sdpa.refusal(call) is None and not sdpa.hides_values_that_are_not_finite(call)
+    impl = "sdpa" if is_for_sdpa else "reference"
+    warn_once(
+        f"flashmla attention: {argument} is computed by impl={impl!r}, exactly but not by the fused kernel: memory "
+        f"grows with seqlen_q * seqlen_kv and speed falls. Without {argument} the fused kernel runs{reason}.",
+        stacklevel=5,
+    )
+    log_choice(call, impl, argument + reason)
+    return impl
+
+
+def drops_in_a_fused_kernel(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any) -> bool:
+    """Whether automatic dispatch gives q, k and v to a fused kernel with the given ``dropout_p`` (``scale``, ``softcap``,
+    ``sinks`` and ``deterministic`` as for :func:`attention`), whatever their boundaries. Windows are not looked at."""
+    if aten_flash.device_refusal(q.device) is not None:
+        return False
+    deterministic = _is_deterministic(options.get("deterministic"))
+    call = validate(
+        q, k, v, options.get("scale"), False, None, options.get("softcap", 0.0), options.get("sinks"), options["dropout_p"],
+        None, None, None, None, deterministic, None, False, None,
+    )  # fmt: skip
+    return aten_flash.refusal(call) is None

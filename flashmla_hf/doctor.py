@@ -41,7 +41,7 @@ def examine() -> dict:
         "gpus": _gpus(),
         "built": _built(problems),
         "implementations": {name: _examine_implementation(name, problems) for name in TESTED},
-        "fp8": "emulated on the CPU; on a GPU it raises, since there is no kernel for it yet (docs/fp8.md)",
+        "fp8": "kernels on Hopper GPUs, of caches none yet; emulated on the CPU; other GPUs raise (docs/fp8.md)",
         "transformers": _examine_transformers(problems),
         "problems": problems,
     }

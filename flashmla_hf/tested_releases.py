@@ -1,6 +1,6 @@
 """The releases of other packages that this one is tested with: the one place that names them.
 
-The Makefile, requirements.txt, requirements-newest.txt and csrc/check_headers.py install these; tests/test_doctor.py holds them to this table.
+The Makefile, both requirements files and csrc/check_headers.py install these; tests/test_doctor.py holds them to this table.
 """
 
 from __future__ import annotations

@@ -80,7 +80,7 @@ class FlashOperator:
             key, value = (x[b, keys].double().transpose(0, 1).repeat_interleave(group, 0) for x in (k4, v4))
             s = _scores(q4[b, rows], k4[b, keys], parts, scale)
             p = torch.exp(s - lse[b, :, rows].double()[..., None])  # of a row that sees nothing the lse is +inf
-            kept = _kept(p, dropout_p, int(rng_state[0]) + n)
+            kept = _kept(p, dropout_p, self._seed_of(rng_state) + n)
             ds = p * (kept * (dy @ value.transpose(1, 2)) - (dy * y).sum(-1, keepdim=True)) * scale
             dq[b, rows] = (ds @ key).transpose(0, 1).to(q.dtype)
             for gradient, one in (
@@ -90,6 +90,10 @@ class FlashOperator:
                 per_kv_head = one.unflatten(0, (-1, group)).sum(1)
                 gradient[b, keys] = per_kv_head.transpose(0, 1).to(q.dtype)
         return tuple(x[0] if cum_q is not None else x for x in (dq, dk, dv))
+
+    @staticmethod
+    def _seed_of(rng_state) -> int:
+        return int(rng_state[0])
 
     @staticmethod
     def _dense(x, cum):
@@ -160,8 +164,8 @@ def _weights(query, key, parts: Sequences, scale) -> tuple[torch.Tensor, torch.T
 
 
 def _kept(p, dropout_p, seed) -> torch.Tensor:
-    """What each weight is multiplied by."""
+    """What each weight is multiplied by. 8 random bits decide, and the probability is cut to them; the factor is not."""
     if dropout_p == 0.0:
         return torch.ones_like(p)
-    drawn = torch.rand(p.shape, generator=torch.Generator().manual_seed(seed), dtype=p.dtype)
-    return (drawn >= dropout_p) / (1 - dropout_p)
+    drawn = torch.randint(256, p.shape, generator=torch.Generator().manual_seed(seed))
+    return (drawn <= math.floor((1 - dropout_p) * 255)).to(p.dtype) / (1 - dropout_p)

@@ -77,6 +77,14 @@ def test_generate_compiles_the_step_into_one_graph(tmp_path, monkeypatch):
     assert "the step compiled by generate()" in (tmp_path / "RESULTS.md").read_text()
 
 
+def test_a_compiled_point_does_not_begin_without_the_time_to_compile(tmp_path, monkeypatch):
+    assert 35 < bench_generate.expected_seconds(Point("llama-8b", "sdpa", "compiled", 1, 2048)) < 50
+    assert bench_generate.expected_seconds(Point("llama-8b", "sdpa", "dynamic", 1, 2048)) == point_runs.LEAST_SECONDS
+    monkeypatch.setattr(models.SHAPES["tiny"], "num_hidden_layers", 1000)
+    run(tmp_path, "--groups", "compiled", "--time_budget", "600")
+    assert all(r["reason"].startswith("the time budget is used up; 1255 s are expected, ") for r in points(tmp_path))
+
+
 def without_mask(module, query, key, value, attention_mask, **options):
     return sdpa_attention_forward(module, query, key, value, None, **options)
 

@@ -7,6 +7,7 @@ import math
 
 import bench_serving
 import inference_results
+import point_runs
 import pytest
 import torch
 import verdicts
@@ -60,6 +61,42 @@ def test_a_tiny_run_writes_json_and_the_page_and_goes_on_where_it_was(tmp_path, 
     run(tmp_path, "--attentions", "flashmla", "sdpa")
     assert "0 of 2 points to measure" in capsys.readouterr().out
     assert points(tmp_path) == first
+
+
+def test_an_attention_that_does_not_end_bounds_the_others_lead(tmp_path, monkeypatch):
+    collect, slow = bench_serving._collect, []
+
+    def in_time_or_not(manager, outputs, count):
+        if slow and count == slow[0]:
+            collect(manager, outputs, 1)
+            raise point_runs.OutOfTimeError("not done in 5 s")
+        collect(manager, outputs, count)
+
+    monkeypatch.setattr(bench_serving, "_collect", in_time_or_not)
+    monkeypatch.setattr(bench_serving, "CHECKED", (3, 40))
+    run(tmp_path, "--attentions", "flashmla")
+    slow.append(2)  # the check's requests
+    run(tmp_path, "--attentions", "sdpa")
+    assert "seconds_at_least" not in points(tmp_path)[1]
+    assert points(tmp_path)[1]["reason"].startswith("the short requests: not done in 5 s")
+    slow[0] = 3
+    run(tmp_path, "--attentions", "sdpa")
+    ours, theirs = points(tmp_path)
+    assert theirs["status"] == "timeout"
+    assert theirs["reason"] in [f"not done in 5 s: {n} of 3 requests were answered" for n in (1, 2, 3)]
+    assert theirs["seconds_at_least"] > 0
+    assert theirs["answer_tokens"] == ours["answer_tokens"]
+    least = theirs["seconds_at_least"] / ours["seconds"]
+    page = (tmp_path / "RESULTS.md").read_text()
+    assert f"| sdpa | < {theirs['answer_tokens'] / theirs['seconds_at_least']:,.0f} | – | > " in page
+    assert f"| > {least:.2f}× |" in page
+    (path,) = tmp_path.glob("serving-*.json")
+    document = json.loads(path.read_text())
+    document["environment"]["device_type"] = "cuda"
+    for seconds, met in ((1.5 * ours["seconds"], True), (1.2 * ours["seconds"], None)):
+        document["points"][1]["seconds_at_least"] = seconds
+        (bar,) = inference_results.bars(document)
+        assert (bar.measured.split(":")[0], bar.met) == (f"more than {seconds / ours['seconds']:.2f}×", met)
 
 
 def other_heads(module, query, key, value, *arguments, **options):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
+import time
 from pathlib import Path
 
 import bench_attention
@@ -13,7 +14,9 @@ import compare
 import pytest
 import records
 import render_results
+import timing
 import verdicts
+from peers import Peer
 from shapes import Shape
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -85,6 +88,33 @@ def test_a_run_above_every_bar_meets_all():
     )
     assert [bar.met for bar in verdicts.bars(document)] == [True] * 3
     assert "| flashmla-deterministic | 1.20× |" in render_results.attention_section(document)
+
+
+def test_first_calls_of_torchs_flash_attention_stand_beside_flexs():
+    rates = {
+        (text, "fwd", peer): rate
+        for peer, rate in (("flashmla-torch-flash", 300), ("flashmla-flex", 120))
+        for text in (LONG_TEXT, PACK)
+    }
+    document = _gpu_document(rates=rates)
+    assert not list(verdicts.bars(document))
+    for record, seconds in zip(document["records"], (0.031, None, 21.9, 0.002), strict=True):
+        if seconds is not None:
+            record["first_seconds"] = seconds
+    page = render_results.attention_section(document)
+    assert "| shape | torch_flash, first call | flex, first call | torch_flash / flex, rate |" in page
+    assert f"| {LONG_TEXT} | 0.03 s | 21.90 s | 2.50× |" in page
+    assert f"| {PACK} | – | 0.00 s | 2.50× |" in page
+    assert "first call" not in render_results.attention_section(
+        _gpu_document(rates={(LONG_TEXT, "fwd", "flashmla"): 1})
+    )
+
+
+def test_the_first_call_is_timed_until_its_end():
+    calls = []
+    timed = timing.Timed(Peer(lambda: None), lambda: (time.sleep(0.02), calls.append(1)))
+    assert 0.02 <= timing.first_call_seconds(timed, "cpu") < 1
+    assert calls == [1]
 
 
 def test_stored_results_still_render(tmp_path):

@@ -20,7 +20,7 @@ from cases import Case
 from gpu_support import captured, peak_bytes
 
 from flashmla_hf import direct
-from flashmla_hf.backends import flex
+from flashmla_hf.backends import aten_flash, flex
 from flashmla_hf.dispatch import IMPLEMENTATIONS, attention
 from flashmla_hf.reference import visible_keys
 
@@ -377,7 +377,8 @@ def test_the_default_is_a_fused_kernel(monkeypatch):
     # The fast path computes the call before an implementation is chosen.
     monkeypatch.setattr(direct, "enabled", False)
     attention(*qkv(2, 300, 300), is_causal=True)
-    assert chosen == ["sm90" if gpu_support.sm90_missing() is None else "flex"]
+    has_torchs = aten_flash.device_refusal(torch.device(DEVICE)) is None
+    assert chosen == ["sm90" if gpu_support.sm90_missing() is None else "torch_flash" if has_torchs else "flex"]
 
 
 @pytest.mark.parametrize(

@@ -174,7 +174,7 @@ def test_the_count_notices_a_call_of_another_implementation(monkeypatch):
     saved = dict(dispatch.IMPLEMENTATIONS)
     oracle = dispatch.IMPLEMENTATIONS["reference"]
     dispatch.IMPLEMENTATIONS[IMPL] = replace(saved[IMPL], refusal=lambda call: "a test")
-    dispatch.IMPLEMENTATIONS["flex"] = oracle
+    dispatch.IMPLEMENTATIONS["torch_flash"] = dispatch.IMPLEMENTATIONS["flex"] = oracle
     if IMPL == "cpu":  # nothing comes after it in the table
         dispatch.IMPLEMENTATIONS["cpu"] = oracle
         with counted_calls() as calls:

@@ -1,8 +1,8 @@
 """Implementation ``torch_flash``: the FlashAttention 2 that torch brings, for GPUs from compute capability 8.0 on.
 
 It calls torch's operators ``aten::_flash_attention_forward`` and ``_backward``, compiled ahead of time, whose arguments are the
-same from torch 2.10 on. (:mod:`flashmla_hf.torch_flash` is the opposite: our kernels under torch's names.) What they compute
-exactly they compute here; :func:`refusal` names the rest. Their contract, by torch's source
+same from torch 2.10 on (:data:`_HAS_SIGNATURES` looks). (:mod:`flashmla_hf.torch_flash` is the opposite: our kernels under
+torch's names.) What they compute exactly they compute here; :func:`refusal` names the rest. Their contract, by torch's source
 (ATen/native/transformers/cuda/flash_attn/flash_api.cpp), holds traps, each of them silent:
 
 * Masks are bottom-right aligned, as ours. But a window's right edge of ``max_seqlen_kv`` or more counts as none, and an open
@@ -13,7 +13,9 @@ exactly they compute here; :func:`refusal` names the rest. Their contract, by to
 * With ``max_seqlen_q`` 1 and grouped heads it takes the number of sequences for that of the rows.
 * Head dims are not padded: q, k and v need the same one, a multiple of 8. Rows are read 16 bytes at a time, without a check.
 * The maximum of a row is taken before the scale, which so must be positive.
-* Its gradient ignores that of the lse. It is bitwise reproducible by torch's own setting only.
+* Its gradient ignores that of the lse. It is bitwise reproducible by torch's own setting only, read in forward and in backward.
+* A weight is kept by 8 random bits, that is with a probability of n/256, and scaled by 1/(1 - dropout_p) of the one given: the
+  two agree, and the mean is right, for multiples of 1/256 alone (:func:`_rounded_dropout`).
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
+from flashmla_hf import tested_releases
 from flashmla_hf.backend import Backend
 from flashmla_hf.backends import sm90
 from flashmla_hf.notices import log_choice
@@ -31,12 +34,47 @@ from flashmla_hf.ops import dtype_name
 from flashmla_hf.torch_state import is_transformed_eagerly
 from flashmla_hf.validation import Call
 
-_HEAD_DIM_MULTIPLE, _MAX_HEAD_DIM = 8, 256
+_HEAD_DIM_MULTIPLE, MAX_HEAD_DIM = 8, 256
 _FIRST_CAPABILITY, _LAST_CAPABILITY = (8, 0), (12, 1)  # what torch's SDPA gives to these kernels
 # Their shared memory does not hold every backward of head dims above 192.
 _SMALL_CAPABILITIES = ((8, 6), (8, 9), (12, 0), (12, 1))
 _MAX_GRID = 65535  # batch and heads are the second and third dimension of a CUDA grid
 _MAX_INDEX = 2**31  # the lse of a pack is indexed by 32 bits
+_DROPOUT_STEPS = 256
+_MOST_ROUNDING = 0.05  # of the share of weights that dropout drops, or of that it keeps
+
+_FORWARD, _BACKWARD = torch.ops.aten._flash_attention_forward, torch.ops.aten._flash_attention_backward
+_IS_BUILT = torch.backends.cuda.is_flash_attention_available()  # of torch's build: torch.compile need not trace it
+
+
+def _has_signatures() -> bool:
+    """Whether the operators take and return what this module passes and reads, and torch.compile knows that they are random."""
+
+    def agrees(schema: Any, positional: str, returned: int) -> bool:
+        names = [argument.name for argument in schema.arguments]
+        keywords = {"scale", "window_size_left", "window_size_right"}
+        expected = positional.split()
+        optional = [argument for argument in schema.arguments[len(expected) :] if argument.name not in keywords]
+        return (
+            names[: len(expected)] == expected
+            and keywords <= set(names[len(expected) :])
+            and all(argument.has_default_value() for argument in optional)
+            and len(schema.returns) == returned
+        )
+
+    shared = "cum_seq_q cum_seq_k max_q max_k dropout_p is_causal"
+    try:
+        forward, backward = _FORWARD.default, _BACKWARD.default
+    except AttributeError:
+        return False
+    return (
+        agrees(forward._schema, f"query key value {shared} return_debug_mask", 5)
+        and agrees(backward._schema, f"grad_out query key value out logsumexp {shared} rng_state unused", 3)
+        and torch.Tag.nondeterministic_seeded in forward.tags
+    )
+
+
+_HAS_SIGNATURES = _has_signatures()
 
 
 def refusal(call: Call) -> str | None:
@@ -54,15 +92,19 @@ def device_refusal(device: torch.device) -> str | None:
         first, last = (f"{major}.{minor}" for major, minor in (_FIRST_CAPABILITY, _LAST_CAPABILITY))
         got = f"{properties.name} has {properties.major}.{properties.minor}"
         return f"{got}: expected a compute capability from {first} to {last}"
-    if not torch.compiler.is_compiling():
-        if not torch.backends.cuda.is_flash_attention_available():
-            return "this torch was built without FlashAttention"
-        active = getattr(torch.nn.attention, "current_flash_attention_impl", lambda: None)()
-        if active is not None:
-            return (
-                f"torch.nn.attention.activate_flash_attention_impl({active!r}) has replaced torch's operators: expected its "
-                "own (torch.nn.attention.restore_flash_attention_impl())"
-            )
+    if not _IS_BUILT:
+        return "this torch was built without FlashAttention"
+    if not _HAS_SIGNATURES:
+        releases = tested_releases.TESTED["torch"]
+        return (
+            f"torch {torch.__version__} has other FlashAttention operators than torch {releases[0]} to {releases[-1]}"
+        )
+    active = getattr(torch.nn.attention, "current_flash_attention_impl", lambda: None)()
+    if active is not None:
+        return (
+            f"torch.nn.attention.activate_flash_attention_impl({active!r}) has replaced torch's operators: expected its "
+            "own (torch.nn.attention.restore_flash_attention_impl())"
+        )
     return None
 
 
@@ -76,13 +118,29 @@ def call_refusal(call: Call) -> str | None:
         return f"dtype {dtype_name(call.q.dtype)}: expected float16 or bfloat16"
     if call.scale <= 0.0:
         return f"scale {call.scale}: expected a positive one"
-    return _size_refusal(call) or _window_refusal(call) or _gradient_refusal(call)
+    return dropout_refusal(call.dropout_p) or _size_refusal(call) or _window_refusal(call) or _gradient_refusal(call)
+
+
+def dropout_refusal(p: float) -> str | None:
+    """Why torch's operators do not drop weights with this probability; ``None`` if they do."""
+    rounded = _rounded_dropout(p)
+    if p == 0.0 or abs(rounded - p) <= _MOST_ROUNDING * min(p, 1.0 - p):
+        return None
+    return (
+        f"dropout_p={p}: torch's FlashAttention drops a multiple of 1/{_DROPOUT_STEPS} of the weights, here {rounded}: "
+        f"expected a probability that is within {_MOST_ROUNDING:.0%} of one (impl='sdpa' and impl='reference' take any)"
+    )
+
+
+def _rounded_dropout(dropout_p: float) -> float:
+    """The nearest probability that the kernel draws and scales by alike."""
+    return round(dropout_p * _DROPOUT_STEPS) / _DROPOUT_STEPS
 
 
 def _size_refusal(call: Call) -> str | None:
     largest = max(call.q.shape[-1], call.v.shape[-1])
-    if largest > _MAX_HEAD_DIM:
-        return f"head_dim {largest}: expected at most {_MAX_HEAD_DIM}"
+    if largest > MAX_HEAD_DIM:
+        return f"head_dim {largest}: expected at most {MAX_HEAD_DIM}"
     if call.q.numel() == 0 or call.k.numel() == 0:
         return "there are no queries or no keys: expected at least one of both"
     if call.cu_seqlens_q is None:
@@ -119,9 +177,7 @@ def _gradient_refusal(call: Call) -> str | None:
         return None
     if call.return_lse:
         return "return_lse=True with gradients: torch's FlashAttention computes none through the lse"
-    if call.deterministic and (
-        not torch.are_deterministic_algorithms_enabled() or torch.is_deterministic_algorithms_warn_only_enabled()
-    ):
+    if call.deterministic and not _is_deterministic():
         return (
             "deterministic=True: torch's FlashAttention follows torch.use_deterministic_algorithms(True) alone, without "
             "warn_only"
@@ -130,6 +186,16 @@ def _gradient_refusal(call: Call) -> str | None:
     if head_dim > 192 and (head_dim <= 224 or call.dropout_p > 0.0) and _is_small_gpu(call.q.device):
         return f"head_dim {head_dim} with gradients: expected at most 192 on this GPU, or more than 224 without dropout"
     return None
+
+
+def _is_deterministic() -> bool:
+    """Whether torch's backward is bitwise reproducible by torch's setting as it is now."""
+    return torch.are_deterministic_algorithms_enabled() and not _warns_only()
+
+
+@torch.compiler.assume_constant_result  # guarded with the setting itself: a graph is compiled anew if either changes
+def _warns_only() -> bool:
+    return torch.is_deterministic_algorithms_warn_only_enabled()
 
 
 def _is_small_gpu(device: torch.device) -> bool:
@@ -146,7 +212,8 @@ def _padded_head_dim(call: Call) -> int:
 
 @dataclass(frozen=True)
 class _Arguments:
-    """The operators' arguments that are no tensors; ``left`` and ``right`` are ``None`` if that edge is open."""
+    """The operators' arguments that are no tensors; ``left`` and ``right`` are ``None`` if that edge is open. And
+    ``is_deterministic``, which they read from torch's setting."""
 
     longest_q: int
     longest_kv: int
@@ -155,6 +222,7 @@ class _Arguments:
     scale: float
     left: int | None
     right: int | None
+    is_deterministic: bool = False
 
 
 def _arguments(call: Call) -> _Arguments:
@@ -168,17 +236,18 @@ def _arguments(call: Call) -> _Arguments:
     has_right = 0 <= right < longest_q - 1
     is_causal = right == 0 and not has_left
     if is_causal:
-        return _Arguments(longest_q, longest_kv, call.dropout_p, True, call.scale, None, None)
-    if has_left and not has_right:
+        has_right = False
+    elif has_left and not has_right:
         has_right, right = True, longest_q - 1  # said openly, since open it would be longest_kv
     return _Arguments(
         longest_q,
         longest_kv,
-        call.dropout_p,
-        False,
+        _rounded_dropout(call.dropout_p),
+        is_causal,
         call.scale,
         left if has_left else None,
         right if has_right else None,
+        call.deterministic,
     )
 
 
@@ -196,7 +265,7 @@ class _Flash(torch.autograd.Function):
         arguments: _Arguments,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         a = arguments
-        out, lse, random_state, unused, _ = torch.ops.aten._flash_attention_forward(
+        out, lse, random_state, unused, _ = _FORWARD(
             q, k, v, cu_seqlens_q, cu_seqlens_kv, a.longest_q, a.longest_kv, a.dropout_p, a.is_causal, False, scale=a.scale,
             window_size_left=a.left, window_size_right=a.right,
         )  # fmt: skip
@@ -218,7 +287,12 @@ class _Flash(torch.autograd.Function):
         is_aligned = torch.compiler.is_compiling() or dout.storage_offset() % 8 == 0  # torch.compile traces no offset
         if not (is_aligned and dout.is_contiguous()):
             dout = dout.clone(memory_format=torch.contiguous_format)
-        dq, dk, dv = torch.ops.aten._flash_attention_backward(
+        if a.is_deterministic and not _is_deterministic():
+            raise RuntimeError(
+                "flashmla attention: impl='torch_flash': deterministic gradients were asked for, and "
+                "torch.use_deterministic_algorithms has changed between forward and backward: expected True in both"
+            )
+        dq, dk, dv = _BACKWARD(
             dout, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_kv, a.longest_q, a.longest_kv, a.dropout_p, a.is_causal,
             random_state, unused, scale=a.scale, window_size_left=a.left, window_size_right=a.right,
         )  # fmt: skip
@@ -240,7 +314,8 @@ def _filled(x: torch.Tensor, places: torch.Tensor, value: float) -> torch.Tensor
 
 
 def run(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
-    """Pads head dims with zeros, which change no product, and copies what is not aligned to 16 bytes."""
+    """Pads head dims with zeros, which change no product, and copies what is not aligned to 16 bytes. The operator's output has
+    q's strides; that of every implementation of a kernel is contiguous."""
     head_dim_v, head_dim = call.v.shape[-1], _padded_head_dim(call)
     unaligned = sm90.unaligned(call)
     tensors = []
@@ -251,8 +326,13 @@ def run(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
             log_choice(call, "torch_flash", f"copies {name}")
             x = x.clone(memory_format=torch.contiguous_format)
         tensors.append(x)
-    out, lse = _Flash.apply(*tensors, call.cu_seqlens_q, call.cu_seqlens_kv, _arguments(call))
-    return out[..., :head_dim_v], lse
+    inputs = [*tensors, call.cu_seqlens_q, call.cu_seqlens_kv]
+    if torch.compiler.is_compiling():  # which takes no tensor twice
+        inputs = [
+            x.view_as(x) if x is not None and any(x is y for y in inputs[:i]) else x for i, x in enumerate(inputs)
+        ]
+    out, lse = _Flash.apply(*inputs, _arguments(call))
+    return out[..., :head_dim_v].contiguous(), lse
 
 
 BACKEND = Backend(refusal, run)

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from flashmla_hf import libraries
+from flashmla_hf.backends import aten_flash
 from flashmla_hf.hf.names import is_fp8, is_ours
 
 _INTERFACE = "ALL_ATTENTION_FUNCTIONS"
@@ -35,6 +36,8 @@ HONOURED_KWARGS = frozenset(
         "max_length_k", "output_attentions", "deterministic",
     }
 )  # fmt: skip
+# Attributes of layers whose scores torch's FlashAttention does not compute: softcap, sinks.
+_SCORE_CHANGES = ("attn_logit_softcapping", "softcap", "sinks")
 # A call by which a layer only looks at its mask from another side.
 _HARMLESS_CALLS = {"to", "contiguous", "type", "get", "pop"}
 
@@ -146,7 +149,11 @@ def _verdict(module: torch.nn.Module) -> tuple[bool, str]:
     if names & {_FLASH_PATH} and _INTERFACE not in names:
         notes.append("through Transformers' flash path")
     if (dropout := _dropout(module)) > 0.0:
-        notes.append(f"in training its dropout of {dropout} is exact, but computed outside the fused kernel")
+        if _drops_in_a_fused_kernel(module, dropout):
+            where = "computed by torch's FlashAttention (torch_flash) in fp16 and bf16"
+        else:
+            where = "exact, but computed outside the fused kernel"
+        notes.append(f"in training its dropout of {dropout} is {where}")
     return True, "; ".join(["it calls the kernel", *notes])
 
 
@@ -178,6 +185,16 @@ def _fp8_verdict(module: torch.nn.Module) -> tuple[bool, str]:
 def _dropout(module: torch.nn.Module) -> float:
     given = (getattr(module, name, 0.0) for name in ("attention_dropout", "dropout"))
     return next((p for p in given if isinstance(p, float)), 0.0)
+
+
+def _drops_in_a_fused_kernel(module: torch.nn.Module, dropout: float) -> bool:
+    """Whether ``torch_flash`` computes this layer in fp16 and bf16, as far as its device and its attributes tell."""
+    weight = next(module.parameters(), None)
+    if weight is None or aten_flash.device_refusal(weight.device) or aten_flash.dropout_refusal(dropout):
+        return False
+    head_dim = getattr(module, "head_dim", None)
+    is_small = not isinstance(head_dim, int) or head_dim <= aten_flash.MAX_HEAD_DIM
+    return is_small and not any(getattr(module, name, None) is not None for name in _SCORE_CHANGES)
 
 
 def _module_reason(module_name: str, config) -> str | None:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from flashmla_hf import decode, reference
-from flashmla_hf.dispatch import attention
+from flashmla_hf.dispatch import attention, drops_in_a_fused_kernel
 from flashmla_hf.hf import (
     boundaries,
     decoding,
@@ -66,7 +66,8 @@ def attention_forward(
         attention_mask: a mask of :mod:`masks`, or a user's [batch, 1 or heads_q, seqlen_q, seqlen_kv], boolean (true
             keeps) or additive. Either defines the visible keys alone: no causal mask or window is added. Or key padding
             [batch, seqlen_kv], bool or a number that is not 0 for a real token, from models that skip the mask layer.
-        dropout: probability of dropping a weight; exact, outside the fused kernel, with one warning.
+        dropout: probability of dropping a weight, by ``torch_flash`` on a GPU; where that does not compute the call, exact,
+            outside the fused kernels, with one warning.
         scaling: factor on the scores; ``None`` means ``head_dim_qk ** -0.5``.
         is_causal, sliding_window: causality (``None`` means ``module.is_causal``), and the number of keys that a causal query
             sees, itself included. Both apply if the mask does not define them (:func:`patterns.without_mask`).
@@ -175,15 +176,24 @@ def _attend(module, q, k, v, pattern, mask, packed, dense, options, are_latents)
     elif packed is not None and q.shape[:2] == (1, k.shape[1]):  # of images that see themselves, say
         is_same = boundaries.is_same_segment(boundaries.segments_from_boundaries(packed[0][0], q.shape[1]))
         mask = mask & is_same if mask.dtype == torch.bool else mask.masked_fill(~is_same, float("-inf"))
-    if pattern is not None and not wants_weights and position_bias is None and dropout == 0.0:
-        out = _fused(q, k, v, pattern, options, are_latents)
-        if out is not None:
-            return out, None
+    if pattern is not None and not wants_weights and position_bias is None:
+        dropping = options | {"dropout_p": dropout} if dropout > 0.0 else options
+        if dropout == 0.0 or _is_fused_with_dropout(q, k, v, dropping, are_latents):
+            out = _fused(q, k, v, pattern, dropping, are_latents)
+            if out is not None:
+                return out, None
     if options["precision"] is not None:
         refusals.refuse_dense(module, *_FP8, dropout, position_bias, wants_weights)
     if pattern is not None and pattern.end is not None:
         pattern = None  # the mask says the same
     return _dense(module, q, k, v, pattern, mask, position_bias, dropout, wants_weights, options)
+
+
+def _is_fused_with_dropout(q, k, v, options: dict[str, Any], are_latents: bool) -> bool:
+    if are_latents or options["precision"] is not None:
+        return False
+    options = {name: options[name] for name in ("scale", "softcap", "sinks", "deterministic", "dropout_p")}
+    return drops_in_a_fused_kernel(q, k, v, **options)
 
 
 def _fused(q, k, v, pattern: masks.Pattern, options, are_latents: bool = False) -> torch.Tensor | None:
@@ -219,8 +229,9 @@ def _fused(q, k, v, pattern: masks.Pattern, options, are_latents: bool = False) 
     if common_end is None and pattern.is_causal and torch.compiler.is_compiling():
         common_end = seqlen_kv  # a graph does not know whether rows end in padding: of a causal row no token sees it
     ends_together = not queries_are_keys or ranges.common_end == seqlen_kv or common_end is not None
-    is_exact = options["precision"] is None  # the kernel of caches is, so it does not serve fp8 of a 16-bit cache
-    if is_exact and seqlen_q <= decoding.MOST_QUERIES and ends_together:
+    # The kernel of caches is exact, so it does not serve fp8 of a 16-bit cache, and it has no dropout.
+    may_read_caches = options["precision"] is None and "dropout_p" not in options
+    if may_read_caches and seqlen_q <= decoding.MOST_QUERIES and ends_together:
         seen = ranges if common_end is None else ranges.up_to(common_end)
         out = decoding.from_cache(q, k, v, seen, options, are_latents)
         if out is not None:
