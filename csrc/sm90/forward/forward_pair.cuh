@@ -28,13 +28,11 @@
 
 #include <cute/tensor.hpp>
 
-#include "params.h"
 #include "sm90/forward/forward_output.cuh"
 #include "sm90/hopper/cta_pair.cuh"
 #include "sm90/hopper/fragment.cuh"
 #include "sm90/hopper/ptx.cuh"
 #include "sm90/hopper/softmax.cuh"
-#include "sm90/tiles.h"
 
 namespace flashmla::sm90 {
 
@@ -53,11 +51,9 @@ struct ForwardPair {
   static constexpr bool kHasDOut = false, kLooksAhead = false;
   static constexpr int kChunkColumns = 2 * kSwizzleColumns, kChunks = kHeadDim / kChunkColumns;  // of a kv_block of K
   static constexpr int kNumKStages = Tiles::kNumKChunks, kNumStages = Tiles::kNumStages, kNumPStages = 2;
-  static constexpr int kChunkSteps = kChunkColumns / 16;
   static_assert(kHeadDim % kChunkColumns == 0);
-  static constexpr int kScores = kBlockKV / 2;  // per thread
-  static constexpr int kOutputs = kColumnsV / 2;
-  static constexpr int kPairs = kScores / 2;  // of P, packed
+  static constexpr int kScores = kBlockKV / 2, kOutputs = kColumnsV / 2;  // per thread
+  static constexpr int kPairs = kScores / 2;                              // of P, packed
   using RowSoftmax = Softmax<kScores, false>;
 
   using MmaS = decltype(cute::make_tiled_mma(
@@ -94,7 +90,11 @@ struct ForwardPair {
 
   // Of those that CTA `rank` owns.
   __device__ static QueryRow owned_row(ForwardArguments const& arguments, WorkTile const& tile, int rank, int32_t row) {
-    return query_row<kQueryParts>(arguments.schedule, tile, row, rank);
+    Schedule const& schedule = arguments.schedule;
+    int32_t const owned = schedule.rows_per_block / kNumCtas * schedule.heads_packed;
+    QueryRow found = query_row(schedule, tile, rank * owned + row);
+    found.is_valid &= row < owned;
+    return found;
   }
 
   // ---- producer -----------------------------------------------------------------------------------------------------
@@ -196,7 +196,7 @@ struct ForwardPair {
           ClusterBarrier::wait(&shared.k_full[ring.stage], ring.phase);
           warpgroup_arrive();
           CUTE_UNROLL
-          for (int k = 0; k < kChunkSteps; ++k) {
+          for (int k = 0; k < kChunkColumns / 16; ++k) {
             cute::gemm(mma_s, fQ(_, _, k, chunk), fK(_, _, k, ring.stage), rHalf);
             mma_s.accumulate_ = GMMA::ScaleOut::One;
           }

@@ -178,13 +178,12 @@ struct QueryRow {
   bool is_valid;
 };
 
-// Row `row` of part `part` of the tile's kNumParts, each of whole queries.
-template <int kNumParts = 1>
-__device__ QueryRow query_row(Schedule const& schedule, WorkTile const& tile, int32_t row, int32_t part = 0) {
-  int32_t const packed = schedule.heads_packed, queries = schedule.rows_per_block / kNumParts;
-  int32_t const query = packed == 1 ? row : row / packed, begin = tile.q_begin + part * queries;
-  return {begin + query, tile.head + row - query * packed,
-          query < queries && begin + query >= 0 && begin + query < tile.sequence.seqlen_q};
+__device__ inline QueryRow query_row(Schedule const& schedule, WorkTile const& tile, int32_t row) {
+  int32_t const packed = schedule.heads_packed;
+  int32_t const query = packed == 1 ? row : row / packed;
+  return {
+      tile.q_begin + query, tile.head + row - query * packed,
+      query < schedule.rows_per_block && tile.q_begin + query >= 0 && tile.q_begin + query < tile.sequence.seqlen_q};
 }
 
 template <class Element>
