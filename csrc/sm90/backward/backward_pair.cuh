@@ -126,7 +126,7 @@ struct BackwardPair {
         ClusterTransactionBarrier::arrive_and_expect_tx(&shared.scores_full[ring.stage], bytes);
     };
     auto wait_scores = [&] {
-      ptx::wait_cluster(&shared.scores_full[ring.stage], ring.phase);
+      ClusterBarrier::wait(&shared.scores_full[ring.stage], ring.phase);
       cutlass::arch::fence_view_async_shared();  // from what the other CTA wrote to what wgmma reads
     };
 
@@ -144,8 +144,8 @@ struct BackwardPair {
         int const stage = ring.stage;
         expect_scores();
         ClusterBarrier::wait(&shared.q_full[stage], ring.phase);
-        // As the forward sums S, whose CTAs have half of the columns each: a score of 1e9 summed in another order
-        // differs from lse by hundreds, and its P would be 0.
+        // Halves of the columns apart, as the forward and the kernel by queries add them, of which the last has them in
+        // two CTAs: a score of 1e9 summed in another order differs from lse by hundreds, and its P would be 0.
         constexpr int kSteps = kHeadDim / 16;
         multiply(mma_s, fKV(_, _, _, 0), fQ(_, _, _, stage), rS, false, 0, kSteps / 2);
         multiply(mma_s, fKV(_, _, _, 0), fQ(_, _, _, stage), rOther, false, kSteps / 2, kSteps);
@@ -158,7 +158,7 @@ struct BackwardPair {
         for (int n = 0; n < kScores; ++n) rS(n) += rOther(n);
         if (i > 0) release(ring.stage_before());
         // The other CTA has multiplied what lay there two steps ago.
-        auto wait_empty = [&] { ptx::wait_cluster(&shared.scores_empty[stage], ring.phase ^ 1); };
+        auto wait_empty = [&] { ClusterBarrier::wait(&shared.scores_empty[stage], ring.phase ^ 1); };
         uint32_t pairs[kScores / 2], pairs_w[kScores / 2];
         if (has_keys) {
           probabilities<Element, true, kScores>(arguments, tile, step.q_block * kBlockQ + warpgroup * kQueries, rS,

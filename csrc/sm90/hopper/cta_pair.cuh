@@ -60,7 +60,7 @@ __device__ void add_other_part(Fragment& part, PairBuffers<kVectors, kNumWarpgro
   uint32_t const other = static_cast<uint32_t>(cta_rank<2>()) ^ 1;
   using Buffers = PairBuffers<kVectors, kNumWarpgroups>;
   if (thread == 0) ClusterTransactionBarrier::arrive_and_expect_tx(&buffers.full[warpgroup], Buffers::kBytes);
-  ptx::wait_cluster(&buffers.empty[warpgroup], phase ^ 1);  // the other has read the last one
+  ClusterBarrier::wait(&buffers.empty[warpgroup], phase ^ 1);  // the other has read the last one
   uint32_t const target = ptx::address_in(other, &buffers.vectors[warpgroup][0][thread]);
   uint32_t const barrier = ptx::address_in(other, &buffers.full[warpgroup]);
   CUTE_UNROLL
@@ -68,7 +68,7 @@ __device__ void add_other_part(Fragment& part, PairBuffers<kVectors, kNumWarpgro
     ptx::store_async(target + i * (kWarpgroupThreads * 16), barrier, part(4 * i), part(4 * i + 1), part(4 * i + 2),
                      part(4 * i + 3));
   }
-  ptx::wait_cluster(&buffers.full[warpgroup], phase);
+  ClusterBarrier::wait(&buffers.full[warpgroup], phase);
   CUTE_UNROLL
   for (int i = 0; i < kVectors; ++i) {
     float4 const x = buffers.vectors[warpgroup][i][thread];

@@ -122,20 +122,11 @@ __device__ inline void store_async(uint32_t address, uint32_t barrier, uint32_t 
   store_async(address, barrier, __uint_as_float(a), __uint_as_float(b), __uint_as_float(c), __uint_as_float(d));
 }
 
-// 9.7.13.15.13, mbarrier.arrive, with release at the scope of the cluster; by address_in.
+// 9.7.13.15.13, mbarrier.arrive, with release at the CTA's scope; by address_in. It says that this CTA has read its own
+// shared memory, which the CTA's scope orders. At the cluster's scope ptxas has the warp wait for all its writes to
+// memory (MEMBAR.ALL.GPU), a thousand cycles or so; st.async needs none, its bytes are counted where they arrive.
 __device__ inline void arrive_remote(uint32_t barrier) {
-  asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(barrier) : "memory");
-}
-
-// 9.7.13.15.16, mbarrier.try_wait, with acquire at the scope of the cluster. ClusterBarrier::wait acquires at the
-// CTA's.
-__device__ inline void wait_cluster(uint64_t const* barrier, uint32_t phase) {
-  asm volatile(
-      "{ .reg .pred done; waiting:\n"
-      "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
-      "@done bra ended; bra waiting; ended: }" ::"r"(cute::cast_smem_ptr_to_uint(barrier)),
-      "r"(phase)
-      : "memory");
+  asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
 
 // 9.7.9.8, ld of a cluster's shared memory, by address_in: after the cluster's barrier.
