@@ -71,7 +71,9 @@ struct LatentDecode {
   struct SharedStorage {
     alignas(1024) Element q[kWarpgroupRows * kHeadDimQK];
     alignas(1024) Element kv[kNumStages][kBlockElements];
-    float2 max_and_correction[kNumConsumers][kWarpgroupRows];  // of the block that a warpgroup owned last
+    // Of the block that a warpgroup owned last: by row, and by warp whether some row's maximum has grown.
+    float2 max_and_correction[kNumConsumers][kWarpgroupRows];
+    alignas(4) uint8_t has_grown[kNumConsumers][4];
     float row_sums[kNumConsumers][kWarpgroupRows];
     // [stage][warpgroup whose columns of V these are]; the last columns of K come with those of warpgroup 1.
     uint64_t full[kNumStages][kNumConsumers], empty[kNumStages][kNumConsumers];
@@ -79,7 +81,7 @@ struct LatentDecode {
     uint64_t meeting;                // of both warpgroups
   };
   static constexpr int kSharedBytes = sizeof(SharedStorage);
-  static_assert(kSharedBytes <= kMaxSharedBytes);
+  static_assert(kSharedBytes <= kMaxSharedBytes && kWarpgroupThreads == 4 * kWarpThreads);
   static constexpr int kOwnBarrier = 1;  // named barriers, of one warpgroup each
 
   // For the whole warp, whose writes are seen by who waits. Not a named barrier: the warpgroups' code differs, and
@@ -233,6 +235,7 @@ struct LatentDecode {
             shared.max_and_correction[kWarpgroup][first_row + 8 * r] = {softmax.row_max[r], correction[r]};
           }
         }
+        if (thread % kWarpThreads == 0) shared.has_grown[kWarpgroup][thread / kWarpThreads] = has_grown;
         cutlass::arch::fence_view_async_shared();
         arrive_warp(shared.p_full[kWarpgroup]);
         // Eight consecutive score registers are one A fragment of a 16-column step, in order.
@@ -252,17 +255,16 @@ struct LatentDecode {
         // What TMA has written is seen by who waits. Not for the other part: its warpgroup may have returned it, and a
         // barrier that is two phases ahead looks like one that has not come as far.
         ClusterBarrier::wait(&shared.full[here.stage][kWarpgroup], here.phase);
-        bool has_grown = false;
         CUTE_UNROLL
         for (int r = 0; r < 2; ++r) {
           float2 const scale = shared.max_and_correction[1 - kWarpgroup][first_row + 8 * r];
           softmax.row_max[r] = scale.x;
           correction[r] = scale.y;
           softmax.row_sum[r] *= scale.y;
-          has_grown |= scale.y != 1.0f;
         }
         softmax.subtracts_first = softmax.has_large_offset();
-        if (__any_sync(0xffffffff, has_grown)) {
+        // For all warps alike: what follows is the warpgroup's.
+        if (*reinterpret_cast<uint32_t const*>(shared.has_grown[1 - kWarpgroup]) != 0) {
           warpgroup_wait<0>();  // for the scores under way: ptxas touches no accumulator beside a product
           rescale(true);
         }
