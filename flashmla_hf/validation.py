@@ -137,7 +137,8 @@ def checked_sinks(sinks: Any, q: torch.Tensor) -> torch.Tensor:
         fail(TypeError, "sinks", "a floating dtype", dtype_name(sinks.dtype))
     if sinks.device != q.device:
         fail(ValueError, "sinks", f"device {q.device} (that of q)", sinks.device)
-    return sinks.to(torch.promote_types(torch.float32, q.dtype)).contiguous()
+    # Not promote_types, which refuses fp8.
+    return sinks.to(torch.float64 if q.dtype == torch.float64 else torch.float32).contiguous()
 
 
 def check_tensor(name: str, x: object) -> None:

@@ -69,6 +69,16 @@ def test_long_sequences_are_read_in_blocks(exact_values, page_size):
         decode_cases.check("cpu", replace(case, window=window), torch.bfloat16, 0, in_fp8)
 
 
+@each_impl
+@pytest.mark.parametrize(("batch", "seqlen_q", "capacity"), [(0, 3, 5), (2, 0, 5), (0, 0, 5), (2, 3, 0)])
+def test_calls_without_sequences_queries_or_keys(impl, batch, seqlen_q, capacity):
+    q, k, v = torch.randn(batch, seqlen_q, 4, 8), torch.randn(batch, capacity, 2, 8), torch.randn(batch, capacity, 2, 6)
+    out, lse = in_fp8(q, k, v, return_lse=True, impl=impl)
+    assert out.shape == (batch, seqlen_q, 4, 6)
+    assert lse.shape == (batch, 4, seqlen_q)
+    assert not out.any()
+
+
 def test_the_rule_finds_a_forgotten_scale(exact_values):
     def wrong(q, k_cache, v_cache, **options):
         (k8, k_descale), (v8, v_descale) = quantize_tokens(k_cache), quantize_tokens(v_cache)
