@@ -128,6 +128,8 @@ def test_half_the_bytes():
 
 def call(**changes):
     cache = torch.zeros(2, 64, 2, 32).to(DTYPE)
+    if "k" in changes:
+        changes = {"cache_seqlens": int32([3, 4], "cpu"), **changes}
     arguments = {
         "q": torch.randn(2, 1, 4, 32), "k_cache": cache, "v_cache": cache.clone(), "k_descale": torch.ones(2, 64, 2),
         "v_descale": torch.ones(2, 64, 2),
@@ -149,9 +151,19 @@ REFUSED = {
     "an unknown impl": ({"impl": "fast"}, ValueError, "impl: expected one of"),
     "a gradient": ({"q": torch.randn(2, 1, 4, 32, requires_grad=True)}, RuntimeError, "q: expected a tensor that requires no gradient"),
     "new keys in fp8": (
-        {"k": torch.zeros(2, 1, 2, 32).to(DTYPE), "v": torch.zeros(2, 1, 2, 32).to(DTYPE), "cache_seqlens": int32([3, 4], "cpu")},
+        {"k": torch.zeros(2, 1, 2, 32).to(DTYPE), "v": torch.zeros(2, 1, 2, 32).to(DTYPE)},
         TypeError, "k: expected dtype float32 (that of q, they are quantised here), got float8_e4m3fn",
     ),
+    "a gradient of a descale": ({"v_descale": torch.ones(2, 64, 2, requires_grad=True)}, RuntimeError, "v_descale: expected a tensor that"),
+    "new keys for one factor": (
+        {"k": torch.ones(2, 1, 2, 32), "v": torch.ones(2, 1, 2, 32), "k_descale": torch.ones(1).expand(2, 64, 2)},
+        ValueError, "k_descale: expected rows of their own, since new ones are written there",
+    ),
+    "new keys and values for the same factors": (
+        {"k": torch.ones(2, 1, 2, 32), "v": torch.ones(2, 1, 2, 32)} | dict.fromkeys(("k_descale", "v_descale"), torch.ones(2, 64, 2)),
+        ValueError, "v_descale: expected other memory than k_descale's",
+    ),
+    "fp8 queries": ({"q": torch.ones(2, 1, 4, 32).to(DTYPE)}, TypeError, "q: expected a floating dtype of 16 bits or more, got"),
     "a length beyond": ({"cache_seqlens": int32([3, 65], "cpu")}, ValueError, "cache_seqlens: expected numbers from 0 to 64"),
 }  # fmt: skip
 
