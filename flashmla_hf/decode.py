@@ -145,8 +145,9 @@ def decode_attention(
     )  # fmt: skip
     decode_ops.refuse_gradients(
         "flashmla attention",
-        (("q", q), ("k_cache", k_cache), ("v_cache", v_cache), ("k", k), ("v", v), ("sinks", sinks)),
-    )
+        (("q", q), ("k_cache", k_cache), ("v_cache", v_cache), ("k", k), ("v", v), ("sinks", sinks),
+         ("k_descale", k_descale), ("v_descale", v_descale)),
+    )  # fmt: skip
     run = _choose(call)
     has_new = k is not None or v is not None
     if has_new:
@@ -260,20 +261,27 @@ def _check_written(call: DecodeCall) -> None:
     if has_transforms():
         return  # strides are not those of memory
     caches = [("k_cache", call.k)] if call.is_latent else [("k_cache", call.k), ("v_cache", call.v)]
-    for name, x in caches:
+    descales = [("k_descale", call.k_descale), ("v_descale", call.v_descale)] if call.is_fp8 else []
+    for name, x in (*caches, *descales):
         if x.numel() > 0 and any(size > 1 and stride == 0 for size, stride in zip(x.shape, x.stride(), strict=True)):
             expected = (
                 "rows of their own, since new ones are written there (call .contiguous() before the first append)"
             )
             fail(ValueError, name, expected, f"an expanded tensor of strides {x.stride()}")
-    if not call.is_latent and call.k is call.v:
-        expected = "another tensor than k_cache, since new values would be written over new keys"
-        fail(
-            ValueError,
-            "v_cache",
-            expected,
-            "the same (values that are columns of k_cache: v_cache=None with head_dim_v)",
-        )
+    if not call.is_latent and _share_memory(call.k, call.v):
+        way_out = "values that are columns of k_cache: v_cache=None with head_dim_v"
+        expected = "other memory than k_cache's, since new values would be written over new keys"
+        fail(ValueError, "v_cache", expected, f"the same ({way_out})")
+    if call.is_fp8 and _share_memory(call.k_descale[..., None], call.v_descale[..., None]):
+        fail(ValueError, "v_descale", "other memory than k_descale's, since factors are written to both", "the same")
+
+
+def _share_memory(x: torch.Tensor, y: torch.Tensor) -> bool:
+    """Whether rows [..., dim] of the same strides lie on one another: the same rows, or columns of both in one row."""
+    if torch.compiler.is_compiling() or x.untyped_storage()._cdata != y.untyped_storage()._cdata:
+        return x is y
+    ahead = y.storage_offset() - x.storage_offset()
+    return x.stride()[:-1] == y.stride()[:-1] and x.numel() > 0 and -y.shape[-1] < ahead < x.shape[-1]
 
 
 # ---- Values of cache_seqlens, kv_start and block_table ---------------------------------------------------------------

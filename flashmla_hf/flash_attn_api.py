@@ -2,12 +2,36 @@
 
 from __future__ import annotations
 
+import re
+from typing import NoReturn
+
 import torch
 
 from flashmla_hf.decode import decode_attention
 from flashmla_hf.dispatch import attention
 from flashmla_hf.torch_state import has_transforms, values_are_readable
-from flashmla_hf.validation import check_cached_layout, check_int32, fail
+from flashmla_hf.validation import check_cached_layout, check_int32, fail, integer
+
+# Our names of arguments -> flash-attn's, where they differ.
+_NAMES = {
+    "scale": "softmax_scale",
+    "is_causal": "causal",
+    "window": "window_size",
+    "sinks": "s_aux",
+    "cu_seqlens_kv": "cu_seqlens_k",
+    "max_seqlen_kv": "max_seqlen_k",
+    "kv_start": "cache_leftpad",
+}
+_LARGEST_INT32 = 2**31 - 1
+
+
+def _raise_under_its_names(error: Exception, **names: str) -> NoReturn:
+    """Raises ``error`` with the name of the argument that its caller gave, by _NAMES and ``names``."""
+    names = _NAMES | names
+    found = re.match(r"(\w+(?: attention)?: )(\w+)(.*)", str(error), re.DOTALL)
+    if found is None or found[2] not in names:
+        raise error
+    raise type(error)(found[1] + names[found[2]] + found[3]) from None
 
 
 def flash_attn_func(
@@ -72,7 +96,10 @@ def _flash_attn(q, k, v, alibi_slopes, return_attn_probs, **options):
         fail(ValueError, "alibi_slopes", "none (pass the bias to flashmla_hf.attention as attn_mask)", "a tensor")
     # flash-attn's deterministic=False is a default, not a wish: the global switches still count.
     options["deterministic"] = options["deterministic"] or None
-    out = attention(q, k, v, return_lse=return_attn_probs, **options)
+    try:
+        out = attention(q, k, v, return_lse=return_attn_probs, **options)
+    except (TypeError, ValueError, RuntimeError) as error:
+        _raise_under_its_names(error, return_lse="return_attn_probs")
     return (*out, None) if return_attn_probs else out
 
 
@@ -114,8 +141,12 @@ def flash_attn_with_kvcache(
     if alibi_slopes is not None:
         fail(ValueError, "alibi_slopes", "none (pass the bias to flashmla_hf.attention as attn_mask)", "a tensor")
     check_cached_layout(q, k_cache, v_cache, block_table)
-    if isinstance(cache_seqlens, int):
-        cache_seqlens = torch.full((q.shape[0],), cache_seqlens, dtype=torch.int32, device=q.device)
+    if cache_seqlens is not None and not isinstance(cache_seqlens, (torch.Tensor, list, tuple)):
+        length = integer("cache_seqlens", cache_seqlens, "an int, or a torch.Tensor int32 [batch]")
+        if not 0 <= length <= _LARGEST_INT32:
+            fail(ValueError, "cache_seqlens", f"from 0 to {_LARGEST_INT32}", length)
+        cache_seqlens = torch.full((q.shape[0],), length, dtype=torch.int32, device=q.device)
+    names = {"return_lse": "return_softmax_lse"}
     if cache_batch_idx is not None:
         if block_table is not None:
             fail(ValueError, "cache_batch_idx", "none with block_table (which says where a sequence lies)", "a tensor")
@@ -124,11 +155,15 @@ def flash_attn_with_kvcache(
             expected = "none, or a capacity that is a multiple of 16 (or pass k_cache[cache_batch_idx])"
             fail(ValueError, "cache_batch_idx", expected, f"a tensor and a capacity of {k_cache.shape[1]}")
         block_table = cache_batch_idx[:, None]  # a row of the cache is a page
-    return decode_attention(
-        q, k_cache, v_cache, cache_seqlens=cache_seqlens, block_table=block_table, kv_start=cache_leftpad, k=k, v=v,
-        scale=softmax_scale, is_causal=causal, window=window_size, softcap=softcap, sinks=s_aux, num_splits=num_splits,
-        return_lse=return_softmax_lse,
-    )  # fmt: skip
+        names["block_table"] = "cache_batch_idx"
+    try:
+        return decode_attention(
+            q, k_cache, v_cache, cache_seqlens=cache_seqlens, block_table=block_table, kv_start=cache_leftpad, k=k, v=v,
+            scale=softmax_scale, is_causal=causal, window=window_size, softcap=softcap, sinks=s_aux, num_splits=num_splits,
+            return_lse=return_softmax_lse,
+        )  # fmt: skip
+    except (TypeError, ValueError, RuntimeError) as error:
+        _raise_under_its_names(error, **names)
 
 
 def _check_cache_batch_idx(cache_batch_idx: torch.Tensor, q: torch.Tensor, rows: int) -> None:

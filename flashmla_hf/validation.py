@@ -105,8 +105,7 @@ def _checked_qkv(q: Any, k: Any, v: Any, is_packed: bool) -> tuple[torch.Tensor,
     if has_empty_strides:
         # The strides of a tensor without elements mean nothing, and contiguous() leaves them.
         q, k, v = (x.clone(memory_format=torch.contiguous_format) if x.numel() == 0 else x for x in (q, k, v))
-    if not q.dtype.is_floating_point:
-        fail(TypeError, "q", "a floating dtype", dtype_name(q.dtype))
+    _check_floating("q", q, torch.float8_e4m3fn)
     if k.shape[-1] != q.shape[-1]:
         fail(ValueError, "k", f"head_dim {q.shape[-1]} (that of q)", k.shape[-1])
     if k.shape[:-1] != v.shape[:-1]:
@@ -128,16 +127,25 @@ def _check_like_q(name: str, x: torch.Tensor, q: torch.Tensor, is_fp8: bool = Fa
         fail(ValueError, name, "at least one head and one dimension", f"shape {[*x.shape]}")
 
 
+def _check_floating(name: str, x: torch.Tensor, narrow: torch.dtype | None = None) -> None:
+    """A floating dtype that torch computes in, or ``narrow``, the one of 8 bits that this argument takes."""
+    if not x.dtype.is_floating_point:
+        fail(TypeError, name, "a floating dtype", dtype_name(x.dtype))
+    if x.dtype.itemsize == 1 and x.dtype != narrow:
+        expected = "a floating dtype of 16 bits or more" + (f", or {dtype_name(narrow)}" if narrow else "")
+        fail(TypeError, name, expected, dtype_name(x.dtype))
+
+
 def checked_sinks(sinks: Any, q: torch.Tensor) -> torch.Tensor:
     """``sinks`` in the dtype of the statistics: fp32, or float64 with float64 inputs, which only the reference takes."""
     check_tensor("sinks", sinks)
     if tuple(sinks.shape) != (q.shape[-2],):
         fail(ValueError, "sinks", f"shape [{q.shape[-2]}] (one logit per query head)", [*sinks.shape])
-    if not sinks.dtype.is_floating_point:
-        fail(TypeError, "sinks", "a floating dtype", dtype_name(sinks.dtype))
+    _check_floating("sinks", sinks)
     if sinks.device != q.device:
         fail(ValueError, "sinks", f"device {q.device} (that of q)", sinks.device)
-    return sinks.to(torch.promote_types(torch.float32, q.dtype)).contiguous()
+    # Not promote_types, which refuses fp8.
+    return sinks.to(torch.float64 if q.dtype == torch.float64 else torch.float32).contiguous()
 
 
 def check_tensor(name: str, x: object) -> None:
@@ -247,7 +255,7 @@ def _max_seqlen(name: str, value: object, bound: int) -> int:
 
         is_negative = guard_or_false(value < 0)
     else:
-        is_negative = value < 0
+        is_negative, value = value < 0, min(value, bound)  # any larger bound says the same, beyond 64 bits too
     if is_negative:
         fail(ValueError, name, "a length >= 0", value)
     return value
@@ -262,6 +270,8 @@ def _check_attn_mask(attn_mask: Any, shape: tuple[int, ...], device: torch.devic
             "dtype bool (true keeps) or a floating dtype (added)",
             dtype_name(attn_mask.dtype),
         )
+    if attn_mask.dtype != torch.bool:
+        _check_floating("attn_mask", attn_mask)
     if attn_mask.dim() > 4 or any(
         mine not in (1, full) for mine, full in zip(reversed(attn_mask.shape), reversed(shape), strict=False)
     ):
@@ -399,8 +409,7 @@ def _check_cached(q: Any, k_cache: Any, v_cache: Any, block_table: Any, is_fp8: 
         _check_like_q(name, x, q, is_fp8 and x is not q)
         if x.stride(-1) != 1 and x.shape[-1] != 1 and x.numel() != 0 and not has_transforms():
             fail(ValueError, name, "a contiguous last dimension (call .contiguous())", f"stride {x.stride(-1)}")
-    if not q.dtype.is_floating_point:
-        fail(TypeError, "q", "a floating dtype", dtype_name(q.dtype))
+    _check_floating("q", q)
     if k_cache.shape[-1] != q.shape[-1]:
         fail(ValueError, "k_cache", f"head_dim {q.shape[-1]} (that of q)", k_cache.shape[-1])
     if k_cache.shape[:-1] != v_cache.shape[:-1]:

@@ -2,9 +2,11 @@
 
 import inspect
 import math
+import re
 
 import decode_cases
 import gpu_support
+import numpy as np
 import pytest
 import torch
 import torch._dynamo.testing
@@ -284,6 +286,79 @@ def test_what_is_no_tensor_is_refused_by_its_name():
         flash_attn_with_kvcache(None, x.k_cache, x.v_cache, cache_seqlens=3)
     with pytest.raises(ValueError, match=r"^flashmla attention: k_cache: expected \[batch, capacity, heads_kv, dim\] "):
         flash_attn_with_kvcache(x.q, x.k_cache[0], x.v_cache, cache_batch_idx=index)
+
+
+BY_FLASH_ATTNS_NAMES = {
+    "softmax_scale": ("no", TypeError, "softmax_scale: expected a number, got str"),
+    "causal": (None, TypeError, "causal: expected True or False, got None"),
+    "window_size": ((-2, 0), ValueError, "window_size left: expected a bound >= 0"),
+    "s_aux": (torch.ones(3), ValueError, "s_aux: expected shape [4]"),
+    "softcap": (-1.0, ValueError, "softcap: expected 0 (none) or a positive number, got -1.0"),
+}
+
+
+@pytest.mark.parametrize("name", BY_FLASH_ATTNS_NAMES)
+def test_wrong_arguments_are_refused_by_flash_attns_names(name):
+    value, kind, message = BY_FLASH_ATTNS_NAMES[name]
+    q, k, bounds = torch.ones(2, 16, 4, 8), torch.ones(2, 16, 2, 8), int32([0, 16, 32], "cpu")
+    packed = [x.flatten(0, 1) for x in (q, k, k)]
+    calls = (
+        lambda **wrong: flash_attn_with_kvcache(q, k, k, **wrong),
+        lambda **wrong: flashmla_hf.flash_attn_func(q, k, k, **wrong),
+        lambda **wrong: flashmla_hf.flash_attn_varlen_func(*packed, bounds, bounds, 16, 16, **wrong),
+    )
+    for call in calls:
+        with pytest.raises(kind, match=re.escape(f"flashmla attention: {message}")):
+            call(**{name: value})
+
+
+def test_the_other_names_that_differ_are_flash_attns():
+    q, bounds = torch.ones(2, 16, 2, 8), int32([0, 16, 32], "cpu")
+    packed = [q.flatten(0, 1)] * 3
+    with pytest.raises(ValueError, match=r"^flashmla attention: cu_seqlens_k: "):
+        flashmla_hf.flash_attn_varlen_func(*packed, bounds, bounds[:2], 16, 16)
+    with pytest.raises(RuntimeError, match=r"^flash_attn_forward: max_seqlen_k: "):
+        flashmla_hf.flash_attn_varlen_func(*packed, bounds, bounds, 16, 2)
+    with pytest.raises(TypeError, match=r"^flashmla attention: return_attn_probs: "):
+        flashmla_hf.flash_attn_func(q, q, q, return_attn_probs="no")
+    with pytest.raises(TypeError, match=r"^flashmla attention: return_softmax_lse: "):
+        flash_attn_with_kvcache(q, q, q, return_softmax_lse="no")
+    with pytest.raises(ValueError, match=r"^flashmla attention: cache_leftpad: .* got 17 for sequence 1"):
+        flash_attn_with_kvcache(q, q, q, cache_leftpad=int32([0, 17], "cpu"))
+    with pytest.raises(ValueError, match=r"^flashmla attention: cache_batch_idx: .* to which two sequences append"):
+        flash_attn_with_kvcache(q, q, q.clone(), q, q, cache_seqlens=0, cache_batch_idx=int32([1, 1], "cpu"))
+
+
+def test_a_bound_on_the_lengths_may_be_any_number():
+    q, bounds = torch.randn(32, 2, 8), int32([0, 16, 32], "cpu")
+    got = flashmla_hf.flash_attn_varlen_func(q, q, q, bounds, bounds, 2**70, 2**31)
+    assert torch.equal(got, flashmla_hf.flash_attn_varlen_func(q, q, q, bounds, bounds, 16, 16))
+
+
+def test_cache_seqlens_may_be_any_int():
+    x = inputs_of(DecodeCase(lengths=(20, 20), capacity=48), torch.float32, "cpu")
+    expected = flash_attn_with_kvcache(x.q, x.k_cache, x.v_cache, cache_seqlens=20)
+    assert torch.equal(flash_attn_with_kvcache(x.q, x.k_cache, x.v_cache, cache_seqlens=np.int64(20)), expected)
+    for wrong in (-1, 2**31, 2**70):
+        with pytest.raises(ValueError, match=f"cache_seqlens: expected from 0 to 2147483647, got {wrong}$"):
+            flash_attn_with_kvcache(x.q, x.k_cache, x.v_cache, cache_seqlens=wrong)
+    for wrong in (True, 20.0):
+        with pytest.raises(
+            TypeError, match=rf"cache_seqlens: expected an int, or a torch.Tensor int32 \[batch\], got {wrong}$"
+        ):
+            flash_attn_with_kvcache(x.q, x.k_cache, x.v_cache, cache_seqlens=wrong)
+
+
+def test_flash_attns_functions_have_no_graph_breaks():
+    q, bounds = torch.randn(2, 16, 2, 8), int32([0, 16, 32], "cpu")
+    packed = [q.flatten(0, 1)] * 3
+    calls = (
+        lambda q: flashmla_hf.flash_attn_func(q, q, q, causal=True),
+        lambda q: flashmla_hf.flash_attn_varlen_func(*packed, bounds, bounds, 16, 16),
+        lambda q: flash_attn_with_kvcache(q, q, q, cache_seqlens=bounds[1:] // 2),
+    )
+    for call in calls:
+        torch.testing.assert_close(torch.compile(call, fullgraph=True, backend="eager")(q), call(q))
 
 
 def test_cache_batch_idx_and_block_table_exclude_each_other():

@@ -30,6 +30,8 @@ def at(name, change, page_size=0):
 WRONG = [
     ({name: torch.ones(2, rows, 2, 16, dtype=torch.int32) for name, rows in (("q", 1), ("k_cache", 32), ("v_cache", 32))},
      TypeError, "q: expected a floating dtype, got int32"),
+    ({name: torch.ones(2, rows, 2, 16).to(torch.float8_e5m2) for name, rows in (("q", 1), ("k_cache", 32), ("v_cache", 32))},
+     TypeError, "q: expected a floating dtype of 16 bits or more, got float8_e5m2"),
     ({"q": None}, TypeError, "q: expected a torch.Tensor, got NoneType"),
     ({"q": torch.ones(2, 4, 16)}, ValueError, "q: expected [batch, seqlen_q, heads_q, dim], got 3 dimensions [2, 4, 16]"),
     ({"k_cache": torch.ones(2, 4, 16)}, ValueError,
@@ -75,7 +77,7 @@ WRONG = [
      "append), got an expanded tensor of strides (32, 0, 16, 1)"),
     ({**dict.fromkeys(("k_cache", "v_cache"), torch.ones(2, 32, 2, 16)), "k": torch.ones(2, 1, 2, 16),
       "v": torch.ones(2, 1, 2, 16)},
-     ValueError, "v_cache: expected another tensor than k_cache, since new values would be written over new keys, got the same "
+     ValueError, "v_cache: expected other memory than k_cache's, since new values would be written over new keys, got the same "
      "(values that are columns of k_cache: v_cache=None with head_dim_v)"),
     ({"window": 5}, TypeError, "window: expected a pair (left, right), got 5"),
     ({"window": (-2, 0)}, ValueError, "window left: expected a bound >= 0, or -1 or None for unbounded, got -2"),
@@ -142,6 +144,19 @@ def test_two_sequences_that_append_to_one_row_are_refused():
         decode_attention(**tensors, k=new, v=new)
     torch.testing.assert_close(tensors["k_cache"], before, rtol=0, atol=0, equal_nan=True)
     decode_attention(**tensors, k=new[:, :1], v=new[:, :1])  # rows 1 and 2 of the page they share
+
+
+@pytest.mark.parametrize("first", [0, 8, -8])
+def test_values_are_not_written_over_keys(first):
+    memory = torch.zeros(2, 32, 2, 32)
+    k_cache, v_cache = memory[..., 8:24], memory[..., 8 + first : 24 + first]
+    tensors = arguments(k_cache=k_cache, v_cache=v_cache)
+    with pytest.raises(ValueError, match=r"v_cache: expected other memory than k_cache's, .*, got the same"):
+        decode_attention(**tensors, k=torch.ones(2, 1, 2, 16), v=torch.ones(2, 1, 2, 16))
+    assert not memory.any()
+    tensors |= {"k_cache": memory[..., :16], "v_cache": memory[..., 16:]}  # side by side
+    decode_attention(**tensors, k=torch.ones(2, 1, 2, 16), v=torch.full((2, 1, 2, 16), 2.0))
+    assert memory.sum() == 2 * 2 * 16 * (1 + 2)
 
 
 def test_nothing_is_written_before_a_refusal():

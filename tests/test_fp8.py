@@ -8,6 +8,7 @@ import os
 from dataclasses import replace
 
 import fp8_cases
+import fresh_python
 import pytest
 import torch
 from cases import CASES, Case, without_pairs
@@ -49,6 +50,36 @@ def test_rotation_is_the_same_everywhere_and_its_signs_are_mixed():
     bits = [1.0 if c == "1" else -1.0 for c in f"{0x243F:016b}"]
     assert signs.tolist() == bits
     assert abs(rotation(128, False)[:, 0].sign().sum()) < 40
+
+
+FIRST_CALLS = {
+    "with fake tensors": "with FakeTensorMode() as mode: attention(*[mode.from_tensor(q)] * 3, precision='fp8')",
+    "under the default device meta": "with torch.device('meta'): attention(q, q, q, precision='fp8')",
+    "in inference mode": "with torch.inference_mode(): attention(q, q, q, precision='fp8')",
+    "compiled": "torch.compile(lambda q: attention(q, q, q, precision='fp8'), fullgraph=True, backend='aot_eager')(q)",
+    "exported": "torch.export.export(Fp8(), (q,), strict=False)",
+}
+
+
+@pytest.mark.parametrize("name", FIRST_CALLS)
+def test_a_first_call_leaves_nothing_that_a_later_one_cannot_use(name):
+    fresh_python.run_program(f"""
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from flashmla_hf import attention
+class Fp8(torch.nn.Module):
+    def forward(self, q):
+        return attention(q, q, q, precision='fp8')
+q = torch.randn(1, 9, 2, 16)
+{FIRST_CALLS[name]}
+weight = torch.nn.Parameter(q.clone())
+for impl in ("cpu", "reference"):
+    out = attention(weight, q, q, precision="fp8", impl=impl)
+    out.sum().backward()
+    assert (out - attention(q, q, q)).abs().max() < 0.3
+with FakeTensorMode() as mode:
+    assert attention(*[mode.from_tensor(q)] * 3, precision="fp8").shape == q.shape
+""")
 
 
 def test_rotation_spreads_an_outlier():

@@ -50,6 +50,17 @@ def test_packed_fp8_tensors_have_a_descale_for_each_sequence(impl):
     assert torch.equal(packed, attention(q, k, v, **descales, impl=impl).flatten(0, 1))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("impl", ["cpu", "reference"])
+def test_fp8_tensors_take_sinks(impl, dtype):
+    (q, k, v), descales = fp8_tensors()
+    sinks = normal(4, dtype=dtype)
+    _, lse = attention(q, k, v, **descales, sinks=sinks, return_lse=True, impl=impl)
+    values = [scaled(x, d) for x, d in zip((q, k, v), descales.values(), strict=True)]
+    _, expected = attention(*values, sinks=sinks.float(), return_lse=True)
+    torch.testing.assert_close(lse, expected, rtol=1e-5, atol=1e-5)
+
+
 def call(**changes):
     tensors = {"q": normal(1, 20, 4, 16), "k": normal(1, 20, 2, 16), "v": normal(1, 20, 2, 16), "precision": "fp8"}
     return attention(**tensors | changes)

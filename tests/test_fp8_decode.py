@@ -69,6 +69,16 @@ def test_long_sequences_are_read_in_blocks(exact_values, page_size):
         decode_cases.check("cpu", replace(case, window=window), torch.bfloat16, 0, in_fp8)
 
 
+@each_impl
+@pytest.mark.parametrize(("batch", "seqlen_q", "capacity"), [(0, 3, 5), (2, 0, 5), (0, 0, 5), (2, 3, 0)])
+def test_calls_without_sequences_queries_or_keys(impl, batch, seqlen_q, capacity):
+    q, k, v = torch.randn(batch, seqlen_q, 4, 8), torch.randn(batch, capacity, 2, 8), torch.randn(batch, capacity, 2, 6)
+    out, lse = in_fp8(q, k, v, return_lse=True, impl=impl)
+    assert out.shape == (batch, seqlen_q, 4, 6)
+    assert lse.shape == (batch, 4, seqlen_q)
+    assert not out.any()
+
+
 def test_the_rule_finds_a_forgotten_scale(exact_values):
     def wrong(q, k_cache, v_cache, **options):
         (k8, k_descale), (v8, v_descale) = quantize_tokens(k_cache), quantize_tokens(v_cache)
@@ -118,6 +128,8 @@ def test_half_the_bytes():
 
 def call(**changes):
     cache = torch.zeros(2, 64, 2, 32).to(DTYPE)
+    if "k" in changes:
+        changes = {"cache_seqlens": int32([3, 4], "cpu"), **changes}
     arguments = {
         "q": torch.randn(2, 1, 4, 32), "k_cache": cache, "v_cache": cache.clone(), "k_descale": torch.ones(2, 64, 2),
         "v_descale": torch.ones(2, 64, 2),
@@ -139,9 +151,19 @@ REFUSED = {
     "an unknown impl": ({"impl": "fast"}, ValueError, "impl: expected one of"),
     "a gradient": ({"q": torch.randn(2, 1, 4, 32, requires_grad=True)}, RuntimeError, "q: expected a tensor that requires no gradient"),
     "new keys in fp8": (
-        {"k": torch.zeros(2, 1, 2, 32).to(DTYPE), "v": torch.zeros(2, 1, 2, 32).to(DTYPE), "cache_seqlens": int32([3, 4], "cpu")},
+        {"k": torch.zeros(2, 1, 2, 32).to(DTYPE), "v": torch.zeros(2, 1, 2, 32).to(DTYPE)},
         TypeError, "k: expected dtype float32 (that of q, they are quantised here), got float8_e4m3fn",
     ),
+    "a gradient of a descale": ({"v_descale": torch.ones(2, 64, 2, requires_grad=True)}, RuntimeError, "v_descale: expected a tensor that"),
+    "new keys for one factor": (
+        {"k": torch.ones(2, 1, 2, 32), "v": torch.ones(2, 1, 2, 32), "k_descale": torch.ones(1).expand(2, 64, 2)},
+        ValueError, "k_descale: expected rows of their own, since new ones are written there",
+    ),
+    "new keys and values for the same factors": (
+        {"k": torch.ones(2, 1, 2, 32), "v": torch.ones(2, 1, 2, 32)} | dict.fromkeys(("k_descale", "v_descale"), torch.ones(2, 64, 2)),
+        ValueError, "v_descale: expected other memory than k_descale's",
+    ),
+    "fp8 queries": ({"q": torch.ones(2, 1, 4, 32).to(DTYPE)}, TypeError, "q: expected a floating dtype of 16 bits or more, got"),
     "a length beyond": ({"cache_seqlens": int32([3, 65], "cpu")}, ValueError, "cache_seqlens: expected numbers from 0 to 64"),
 }  # fmt: skip
 

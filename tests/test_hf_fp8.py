@@ -1,5 +1,7 @@
 """``attn_implementation="flashmla_fp8"`` and ``Fp8Cache`` in Transformers, each against plain code that rounds the same numbers."""
 
+import copy
+import pickle
 import re
 
 import pytest
@@ -295,6 +297,31 @@ def test_the_batch_of_a_cache_can_be_repeated_and_selected():
     model(ids.flip(0), past_key_values=swapped)
     token = random_ids(2, 1, seed=4)
     assert torch.equal(model(token, past_key_values=cache).logits, model(token, past_key_values=swapped).logits)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda cache: pickle.loads(pickle.dumps(cache))])
+def test_a_copy_of_a_cache_goes_on_as_it_would(copied):
+    model, ids = build_causal_lm("flashmla"), random_ids(2, 12)
+    cache = flashmla_hf.Fp8Cache()
+    model(ids[:, :8], past_key_values=cache)
+    other = copied(cache)
+    got = model(ids[:, 8:], past_key_values=other).logits
+    assert cache.get_seq_length() == 8
+    assert torch.equal(got, model(ids[:, 8:], past_key_values=cache).logits)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("first", "second"), [(3, 1), (1, 3)])
+@pytest.mark.parametrize("is_cropped", [False, True])
+def test_rows_of_another_batch_are_refused_before_anything_is_written(first, second, is_cropped):
+    model, ids = build_causal_lm("flashmla"), random_ids(3, 12)
+    cache = flashmla_hf.Fp8Cache()
+    model(ids[:first, :8], past_key_values=cache)
+    cache.crop(-8 if is_cropped else 0)
+    with pytest.raises(ValueError, match=rf"Fp8Cache: keys: expected shape \[{first}, .*, got \[{second}, "):
+        model(ids[:second, 8:], past_key_values=cache)
+    assert cache.get_seq_length() == (0 if is_cropped else 8)
 
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])

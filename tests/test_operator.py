@@ -123,6 +123,18 @@ def test_torch_compile_with_dynamic_shapes_compiles_once():
     assert counter.frame_count == 1
 
 
+def test_torch_compile_with_dynamic_shapes_takes_masks():
+    torch._dynamo.reset()
+
+    def masked(q, k):
+        return attention(q, k, k, attn_mask=torch.ones(q.shape[1], k.shape[1], dtype=torch.bool).tril())
+
+    compiled = torch.compile(masked, fullgraph=True, dynamic=True, backend="aot_eager")
+    for seqlen, heads in ((17, 4), (33, 2)):
+        q, k = torch.randn(2, seqlen, heads, 8), torch.randn(2, seqlen, 2, 8)
+        torch.testing.assert_close(compiled(q, k), masked(q, k))
+
+
 def block(x, weight):
     q = (x @ weight).view(1, -1, 4, 8)
     return attention(q, q, q, is_causal=True).reshape(x.shape)

@@ -115,7 +115,8 @@ def _stream(call: DecodeCall) -> tuple[torch.Tensor, torch.Tensor]:
     # An infinite sink: infinity minus itself made a NaN of the sum.
     lse = torch.where(row_max == math.inf, math.inf, lse)
     return (
-        out.permute(0, 3, 1, 2, 4).reshape(batch, seqlen_q, heads_q, -1).to(call.q.dtype),
+        # Not -1 for the last: it would be ambiguous without sequences or queries.
+        out.permute(0, 3, 1, 2, 4).reshape(batch, seqlen_q, heads_q, call.v.shape[-1]).to(call.q.dtype),
         lse[..., 0].reshape(batch, heads_q, seqlen_q),
     )
 

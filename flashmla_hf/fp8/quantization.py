@@ -145,7 +145,6 @@ def rotate(x: torch.Tensor, is_key: bool) -> torch.Tensor:
         return wide @ rotation(x.shape[-1], is_key).to(wide.device, wide.dtype)
 
 
-@functools.lru_cache(maxsize=64)
 def rotation(dim: int, is_key: bool) -> torch.Tensor:
     """The matrix [dim, dim], float64, by which rows of q (or k) are multiplied: signs, then Hadamard transforms of powers of
     two.
@@ -153,19 +152,32 @@ def rotation(dim: int, is_key: bool) -> torch.Tensor:
     Every entry is 0 or plus or minus a power of two, and ``rotation(dim, False) @ rotation(dim, True).T`` is the identity,
     exactly.
     """
-    matrix, start = torch.zeros(dim, dim, dtype=torch.float64), 0
+    # A mode (of fake tensors, of tracing) takes no matrix from outside, and what is made in it is of no use outside.
+    is_traced = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+    return _rotation(dim, is_key) if is_traced else _kept_rotation(dim, is_key)
+
+
+@functools.lru_cache(maxsize=64)
+def _kept_rotation(dim: int, is_key: bool) -> torch.Tensor:
+    with torch.inference_mode(False):
+        return _rotation(dim, is_key)
+
+
+def _rotation(dim: int, is_key: bool) -> torch.Tensor:
+    # By its name, since a default device may be set.
+    matrix, start = torch.zeros(dim, dim, dtype=torch.float64, device="cpu"), 0
     for bit in reversed(range(dim.bit_length())):
         if dim >> bit & 1:
             end = start + (1 << bit)
             matrix[start:end, start:end] = _hadamard(bit) * 2.0 ** -(bit // 2 if is_key else bit - bit // 2)
             start = end
-    signs = torch.tensor([1.0 if _PI >> (255 - i % 256) & 1 else -1.0 for i in range(dim)], dtype=torch.float64)
-    return signs[:, None] * matrix
+    signs = [1.0 if _PI >> (255 - i % 256) & 1 else -1.0 for i in range(dim)]
+    return torch.tensor(signs, dtype=torch.float64, device="cpu")[:, None] * matrix
 
 
 def _hadamard(log2: int) -> torch.Tensor:
     """Sylvester's matrix of ±1, [2**log2, 2**log2]: symmetric, and its square is 2**log2 times the identity."""
-    matrix = torch.ones(1, 1, dtype=torch.float64)
+    matrix = torch.ones(1, 1, dtype=torch.float64, device="cpu")
     for _ in range(log2):
         matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)], 0)
     return matrix

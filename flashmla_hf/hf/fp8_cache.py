@@ -69,6 +69,17 @@ class Fp8Layer(CacheLayerMixin):
         self.keys = self.values = self.key_scales = self.value_scales = None
         self.is_initialized, self._length, self._had_gradients = False, 0, False
 
+    # pickle has no fp8 in torch 2.13.
+    def __getstate__(self) -> dict[str, Any]:
+        bits = {name: getattr(self, name).view(torch.uint8) for name in self._buffers() if name in ("keys", "values")}
+        return self.__dict__ | bits
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        for name in self._buffers():
+            if name in ("keys", "values"):
+                setattr(self, name, getattr(self, name).view(DTYPE))
+
     def _buffers(self) -> tuple[str, ...]:
         return ("keys", "values", "key_scales", "value_scales") if self.is_initialized else ()
 
@@ -97,6 +108,14 @@ class Fp8Layer(CacheLayerMixin):
         self._had_gradients |= has_gradients
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
+        for name, x in (("keys", key_states), ("values", value_states)):
+            batch, heads, _, dim = getattr(self, name).shape
+            expected = [batch, heads, key_states.shape[-2], dim]
+            if [*x.shape] != expected:  # an assignment to a slice would broadcast a row
+                raise ValueError(
+                    f"Fp8Cache: {name}: expected shape {expected} [batch, heads_kv, new, head_dim], as the cache has it, got "
+                    f"{[*x.shape]}. batch_select_indices and batch_repeat_interleave change the cache's batch, reset empties it"
+                )
         begin = self._length
         end = begin + key_states.shape[-2]
         self._reserve(end)
