@@ -71,18 +71,19 @@ def card(environment: dict) -> str:
 def commit() -> str:
     """Short hash of the checked-out commit, with "+" if files other than results differ from it.
 
-    Outside a repository (a tree carried to a GPU host) it is the value of FLASHMLA_COMMIT, or "unknown".
+    FLASHMLA_COMMIT says it of a tree carried to a GPU host, whose repository is of another commit, or none ("unknown").
     """
-    outside = os.environ.get("FLASHMLA_COMMIT", "unknown")
+    if told := os.environ.get("FLASHMLA_COMMIT"):
+        return told
     git = ["git", "-C", str(REPOSITORY)]
     others = ["--", ".", *(f":(exclude){path}" for path in WRITTEN)]
     try:
         head = subprocess.run([*git, "rev-parse", "--short=10", "HEAD"], capture_output=True, text=True, timeout=20)
         status = subprocess.run([*git, "status", "--porcelain", *others], capture_output=True, text=True, timeout=20)
     except (OSError, subprocess.SubprocessError):
-        return outside
+        return "unknown"
     if head.returncode != 0:
-        return outside
+        return "unknown"
     return head.stdout.strip() + ("+" if status.stdout.strip() else "")
 
 

@@ -261,7 +261,8 @@ def _check_written(call: DecodeCall) -> None:
     if has_transforms():
         return  # strides are not those of memory
     caches = [("k_cache", call.k)] if call.is_latent else [("k_cache", call.k), ("v_cache", call.v)]
-    descales = [("k_descale", call.k_descale), ("v_descale", call.v_descale)] if call.is_fp8 else []
+    factors = [("k_descale", call.k_descale), ("v_descale", call.v_descale)] if call.is_fp8 else []
+    descales = [(name, x) for name, x in factors if x is not None]
     for name, x in (*caches, *descales):
         if x.numel() > 0 and any(size > 1 and stride == 0 for size, stride in zip(x.shape, x.stride(), strict=True)):
             expected = (
@@ -272,7 +273,7 @@ def _check_written(call: DecodeCall) -> None:
         way_out = "values that are columns of k_cache: v_cache=None with head_dim_v"
         expected = "other memory than k_cache's, since new values would be written over new keys"
         fail(ValueError, "v_cache", expected, f"the same ({way_out})")
-    if call.is_fp8 and _share_memory(call.k_descale[..., None], call.v_descale[..., None]):
+    if len(descales) == 2 and _share_memory(*(x[..., None] for _, x in descales)):
         fail(ValueError, "v_descale", "other memory than k_descale's, since factors are written to both", "the same")
 
 
