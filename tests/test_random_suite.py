@@ -237,6 +237,7 @@ def test_the_gpus_records_carry_the_schedule(monkeypatch):
     monkeypatch.setattr(bench_attention, "Inputs", types.SimpleNamespace(random=lambda s, d: Inputs.random(s, "cpu")))
     monkeypatch.setattr(bench_attention, "free", lambda device: None)
     monkeypatch.setattr(bench_attention, "peak_memory", lambda call, device: 0)
+    monkeypatch.setattr(bench_attention, "first_call_seconds", lambda call, device: 0.0)
     interleaved = bench_attention.interleaved
     monkeypatch.setattr(bench_attention, "interleaved", lambda calls, device, *rest: interleaved(calls, "cpu", *rest))
     monkeypatch.setitem(bench_attention.PEERS, "flashmla", lambda s, d: Peer(lambda *x: attention(*x, is_causal=True)))
