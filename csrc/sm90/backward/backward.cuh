@@ -96,6 +96,8 @@ struct Backward {
                                  BlockShape<kBlockQ, kSplitsQueries ? kHeadDimQK : kHeadDimQK / 2, kBlockKV>,
                                  cute::GMMA::Major::MN, cute::GMMA::Major::MN>(),
       ByQueries{}));
+  static_assert(is_one_wgmma<kBlockQ, MmaS>() && is_one_wgmma<kHeadDimQK, MmaDK>() && is_one_wgmma<kHeadDimV, MmaDV>());
+  static_assert(is_one_wgmma<kSplitsQueries ? kHeadDimQK : kHeadDimQK / 2, MmaDQ>());
 
   template <int kRows, int kColumns, int kDepth>
   using LayoutRows = typename SharedLayouts<Element, kSwizzleColumns>::template Rows<kRows, kColumns, kDepth>;

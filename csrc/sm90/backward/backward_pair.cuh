@@ -45,6 +45,7 @@ struct BackwardPair {
   }
   using MmaS = decltype(cute::make_tiled_mma(select_mma<kQueries, kHeadDim, cute::GMMA::Major::K>(), ByColumns{}));
   using MmaSum = decltype(cute::make_tiled_mma(select_mma<kColumns, kBlockQ, cute::GMMA::Major::MN>(), ByColumns{}));
+  static_assert(is_one_wgmma<kQueries, MmaS>() && is_one_wgmma<kColumns, MmaSum>());
   using Layouts = SharedLayouts<Element, kSwizzleColumns>;
   // P^T or dS^T, rows of 64 queries (128 bytes).
   using LayoutScores = typename SharedLayouts<Element, 64>::template Rows<kBlockKV, kBlockQ, kNumStages>;

@@ -69,6 +69,7 @@ struct BackwardQueries {
       decltype(cute::make_tiled_mma(cute::GMMA::rs_op_selector<Element, Element, float, BlockShape<kColumns, kBlockKV>,
                                                                cute::GMMA::Major::K, cute::GMMA::Major::MN>(),
                                     Warpgroups{}));
+  static_assert(is_one_wgmma<kBlockKV, MmaS>() && is_one_wgmma<kColumns, MmaDQ>());
   using Layouts = SharedLayouts<Element, kSwizzleColumns>;
   using LayoutQ = typename Layouts::template Rows<kBlockQ, kColumns, kNumQStages>;
   using LayoutK = typename Layouts::template Rows<kBlockKV, kColumns, kNumStages>;

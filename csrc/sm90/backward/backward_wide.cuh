@@ -45,6 +45,7 @@ struct BackwardWide {
       select_mma<kBlockQ, kHeadDim, cute::GMMA::Major::K, cute::GMMA::Major::K>(), Alone{}));
   using MmaDKV = decltype(cute::make_tiled_mma(
       select_mma<kColumns, kBlockQ, cute::GMMA::Major::K, cute::GMMA::Major::MN>(), ByColumns{}));
+  static_assert(is_one_wgmma<kBlockQ, MmaS>() && is_one_wgmma<kColumns, MmaDKV>());
   using Layouts = SharedLayouts<Element, kSwizzleColumns>;
   // P^T and dS^T, rows of 64 queries (128 bytes), two in a row.
   using LayoutScores = typename SharedLayouts<Element, 64>::template Rows<kBlockKV, kBlockQ, 2>;

@@ -52,6 +52,7 @@ struct Decode {
   using MmaS = decltype(cute::make_tiled_mma(cute::GMMA::ss_op_selector<Element, Element, float, BlockShapeS>()));
   using MmaO = decltype(cute::make_tiled_mma(
       cute::GMMA::rs_op_selector<Element, Element, float, BlockShapeO, cute::GMMA::Major::K, cute::GMMA::Major::MN>()));
+  static_assert(is_one_wgmma<kBlockKV, MmaS>() && is_one_wgmma<kHeadDimV, MmaO>());
   using Layouts = SharedLayouts<Element, kSwizzleColumns>;
   using LayoutQ = typename Layouts::template Rows<kWarpgroupRows, kHeadDimQK, 1>;
   using LayoutK = typename Layouts::template Rows<kBlockKV, kHeadDimQK, kNumStages>;

@@ -59,6 +59,7 @@ struct LatentDecode {
       cute::GMMA::rs_op_selector<Element, Element, float, BlockShapeO, cute::GMMA::Major::K, cute::GMMA::Major::MN>()));
   using MmaOther = decltype(cute::make_tiled_mma(
       cute::GMMA::ss_op_selector<Element, Element, float, BlockShapeO, cute::GMMA::Major::K, cute::GMMA::Major::MN>()));
+  static_assert(is_one_wgmma<kBlockKV, MmaS>() && is_one_wgmma<kHalf, MmaOwn, MmaOther>());
   using Layouts = SharedLayouts<Element, kSwizzleColumns>;
   static constexpr int kBlockElements = kBlockKV * kHeadDimQK;
   using LayoutQ = typename Layouts::template Rows<kWarpgroupRows, kHeadDimQK, 1>;

@@ -71,6 +71,7 @@ struct Forward {
   using MmaO = decltype(cute::make_tiled_mma(
       cute::GMMA::rs_op_selector<Element, Element, float, BlockShapeO, cute::GMMA::Major::K, cute::GMMA::Major::MN>(),
       Warpgroups{}));
+  static_assert(is_one_wgmma<kBlockKV, MmaS>() && is_one_wgmma<kColumnsV, MmaO>());
 
   using Layouts = SharedLayouts<Element, kSwizzleColumns>;
   using LayoutQ = typename Layouts::template Rows<kBlockQ, kColumnsQK, kNumQStages>;

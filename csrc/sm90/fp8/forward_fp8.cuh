@@ -71,6 +71,7 @@ struct Fp8Forward {
       decltype(cute::make_tiled_mma(cute::GMMA::ss_op_selector<Element, Element, float, BlockShapeS>(), Warpgroups{}));
   using MmaO =
       decltype(cute::make_tiled_mma(cute::GMMA::rs_op_selector<Element, Element, float, BlockShapeO>(), Warpgroups{}));
+  static_assert(is_one_wgmma<kBlockKV, MmaS>() && is_one_wgmma<kHeadDim, MmaO>());
 
   // Rows of one swizzle row: of head_dim columns for Q and K, of 128 keys for V.
   template <int kColumns>

@@ -37,6 +37,16 @@ using InStages = decltype(cute::make_composed_layout(
     cute::make_layout(cute::get<0>(Layout{}.layout_b()), cute::get<1>(Layout{}.layout_b()),
                       cute::Layout<cute::Int<kDepth>, cute::Int<kStride>>{})));
 
+// Whether each of these products of kN columns a warpgroup is one wgmma. Where CUTLASS knows none of that width it
+// takes several narrower ones, in silence. Without the macro it knows 8, 16, 32, 64, 96, 128, 192 and 256 columns; what
+// the macro adds costs a source a minute of compiling, so only those define it that need it.
+template <int kN, class... Mma>
+constexpr bool is_one_wgmma() {
+  static_assert(((cute::size<1>(typename Mma::AtomShape_MNK{}) == kN) && ...),
+                "define CUTE_SM90_EXTENDED_MMA_SHAPES_ENABLED at the top of this file of instantiations/");
+  return true;
+}
+
 // Issues c = a b, or c += a b, over k_begin <= k < k_end, as one group.
 template <class Mma, class A, class B, class C>
 __device__ void multiply(Mma& mma, A const& a, B const& b, C& c, bool is_sum, int k_begin, int k_end) {
