@@ -3,6 +3,7 @@
 # make gpu       the one entry for a GPU host: doctor, correctness, sanitizer, benchmark; PARTS="sm90 sweep" runs some of it
 # make sanitize  the CPU kernel under AddressSanitizer and UBSan
 # make cuda      the CUDA library, compiled on any machine that has nvcc; fails on a spilled register, and on any warning in csrc
+# make cuda-objects               its objects alone, which `make cuda` then takes: nothing in place changes while other targets run
 # make wheel     the one wheel for every torch and Python, with the Hopper library if nvcc is there; manylinux tag by auditwheel
 # make sdist     the source archive, which builds by itself
 # make kernels   the wheel as a folder of Hugging Face's kernel hub, which LOCAL_KERNELS may name; WHEEL_FILE=… takes a wheel
@@ -58,7 +59,8 @@ READY = $(call on_gpu_or,build/in-place.stamp,$(VENV)/package.stamp)
 SOURCES := $(shell find csrc -type f -not -name '*.pyc') setup.py pyproject.toml
 CXX_FILES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo test test-other-torch test-older-transformers test-newest test-kernels test-engines sweep support tiles readme gpu sanitize cuda headers bench memory \
+.PHONY: demo test test-other-torch test-older-transformers test-newest test-kernels test-engines sweep support tiles readme gpu sanitize cuda cuda-objects \
+  headers bench memory \
   lint types format wheel sdist kernels test-wheel docs clean
 demo: ready
 	$(RUN) scripts/demo.py
@@ -131,6 +133,10 @@ sanitize:
 # Leaves flashmla_hf/libflashmla_sm90.so in place: it may be carried to a GPU host that has no nvcc.
 cuda: torch-ready
 	$(RUN) csrc/sm90/check_build.py
+
+# What takes minutes of `make cuda`, and nothing in place: other targets may run meanwhile, as .ci/run lets them.
+cuda-objects: torch-ready
+	FLASHMLA_BUILD=cuda $(RUN) setup.py -q build_ext --build-temp $(CURDIR)/build/cuda --build-lib $(CURDIR)/build/cuda/lib
 
 wheel: torch-ready $(WHEEL)/requirements.stamp
 	$(WHEEL)/bin/python csrc/make_wheel.py --torch "$$($(RUN) -c 'import torch; print(torch.__path__[0])')"

@@ -19,6 +19,10 @@ from hypothesis import settings
 
 # Read by OpenMP when torch is imported. Spinning threads make tests ten times slower where something else runs too.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# The processes of pytest-xdist share the cores, and so do the programs that their tests start.
+if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
+    share = (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, share)))
 
 # Before anything imports them: their assertions explain themselves as those of test files do.
 SUPPORT = ("build", "cpu", "gpu_robust", "patches", "sm90", "training")

@@ -15,7 +15,7 @@ from flashmla_hf import direct, dispatch, libraries
 from flashmla_hf.backend import kernel_refusal
 
 transformers.logging.set_verbosity_error()
-torch.set_num_threads(2)
+torch.set_num_threads(min(2, torch.get_num_threads()))
 DEVICE = torch.device(os.environ.get("FLASHMLA_TEST_DEVICE", "cpu"))
 # FlexAttention multiplies fp32 on tensor cores unless told otherwise; parity is about attention, not about TF32.
 torch.backends.cuda.matmul.allow_tf32 = False

@@ -42,6 +42,8 @@ pytestmark = [
 
 NAMES = ["Llama", "Mistral", "Gemma2", "Gemma3 text", "GPT-OSS", "Qwen2", "DeepSeek-V3"]
 NEW_TOKENS = 12
+# Of module scope, which groups the tests of a model: it is built once.
+by_name = pytest.mark.parametrize("name", NAMES, scope="module")
 
 
 @functools.lru_cache(maxsize=2)
@@ -76,7 +78,7 @@ ROUTES = {
 
 
 @pytest.mark.parametrize("rows", ROWS)
-@pytest.mark.parametrize("name", NAMES)
+@by_name
 def test_every_cache_and_strategy_gives_eagers_tokens_and_logits(name, rows):
     batch, models = batch_of(ROWS[rows]), pair(name)
     for route, options in ROUTES.items():
@@ -91,7 +93,7 @@ def test_every_cache_and_strategy_gives_eagers_tokens_and_logits(name, rows):
 
 
 @pytest.mark.parametrize("count", [SEQLEN, 5], ids=["a full row", "a padded row"])
-@pytest.mark.parametrize("name", NAMES)
+@by_name
 @pytest.mark.parametrize("route", ["a smaller model", "the same model", "prompt lookup"])
 def test_assisted_decoding_gives_eagers_tokens(route, name, count):
     eager, ours = pair(name)

@@ -24,7 +24,8 @@ from hf_support import DEVICE, TOLERANCE, close, kernel_calls
 
 pytestmark = hf_support.needs_kernel
 
-by_family = pytest.mark.parametrize("family", FAMILIES, ids=str)
+# Of module scope, which groups the tests of a family: its models are built once.
+by_family = functools.partial(pytest.mark.parametrize, "family", ids=str, scope="module")
 RESULTS: dict[str, dict] = {}
 
 
@@ -77,7 +78,7 @@ def record(family, feature: str) -> None:
     )
 
 
-@by_family
+@by_family(FAMILIES)
 def test_logits_loss_and_gradients_equal_eager(family):
     ours = models(family)[1]
     for padding in family.paddings:
@@ -92,7 +93,7 @@ def test_logits_loss_and_gradients_equal_eager(family):
         RESULTS[family.name].setdefault("calls", dict(calls))
 
 
-@pytest.mark.parametrize("family", [family for family in FAMILIES if family.generates], ids=str)
+@by_family([family for family in FAMILIES if family.generates])
 def test_generated_tokens_equal_eager(family):
     eager, ours = models(family)
     paddings = [p for p in family.paddings if p != "right"] if family.inputs != "seq2seq" else family.paddings
@@ -117,7 +118,7 @@ def test_generated_tokens_equal_eager(family):
             record(family, f"generate {name}")
 
 
-@pytest.mark.parametrize("family", [family for family in FAMILIES if family.packs], ids=str)
+@by_family([family for family in FAMILIES if family.packs])
 def test_packed_rows_equal_eager_on_each_sequence(family):
     """Two rows, each of two sequences, position_ids restarting: without a cache (the mask layer sees it) and with
     one."""
@@ -166,7 +167,7 @@ def _unmasked(call):
     return replace(call, cu_seqlens_q=q[::per_row].contiguous(), cu_seqlens_kv=kv[::per_row].contiguous())
 
 
-@by_family
+@by_family(FAMILIES)
 def test_wrong_attention_fails(family):
     """The negative controls: the comparison above must notice every one of them."""
     ours = models(family)[1]
