@@ -13,7 +13,7 @@ def name_of(record: dict) -> str:
     what = "flashmla" if record["attention"] == "flashmla" else "SDPA"
     if record["kind"] in ("train", "same"):
         what += " + patches" if record["is_patched"] else " + checkpointing" + " + Liger" * record["liger"]
-    where = f" on {record['gpus']}" if record["gpus"] > 1 else ""
+    where = f" on {record['gpus']}" if record["engine"] != "one" else ""
     within = f", in {record['memory_gib']:g} GiB" if (record.get("memory_gib") or WHOLE) < WHOLE else ""
     return f"{engine}{where}, {what}{within}"
 
@@ -107,11 +107,14 @@ def _setting(record: dict) -> tuple:
 
 def _same(ok: list[dict]) -> str:
     mine = [r for r in ok if r["kind"] == "same"]
-    alone = {(_setting(r), r["steps"]): r for r in mine if r["engine"] == "one"}
+    alone = {(_setting(r), r["steps"], r["engine"] == "fsdp2"): r for r in mine if r["gpus"] == 1}
     lines = [
-        [name_of(r), f"{_shape_of(r)}, {r['context']:,} in {r['documents']}", str(r["steps"]), f"{loss_difference(r, one):.1e}"]
+        [
+            name_of(r), f"{_shape_of(r)}, {r['context']:,} in {r['documents']}", str(r["steps"]), name_of(one),
+            f"{loss_difference(r, one):.1e}",
+        ]
         for r in mine
-        if r["engine"] != "one" and (one := alone.get((_setting(r), r["steps"])))
+        if r["gpus"] > 1 and (one := alone.get((_setting(r), r["steps"], r["engine"] != "ddp")))
     ]  # fmt: skip
     if not lines:
         return ""
@@ -119,7 +122,8 @@ def _same(ok: list[dict]) -> str:
         "engine",
         "model, tokens and documents of a row",
         "steps",
-        "largest relative difference of a loss from one GPU's",
+        "beside",
+        "largest relative difference of a loss",
     ]
     return f"### The same losses\n\n{table(header, lines)}"
 
