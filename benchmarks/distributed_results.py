@@ -105,6 +105,17 @@ def _setting(record: dict) -> tuple:
     )
 
 
+def _work(record: dict) -> tuple:
+    """What two steps share whose speeds compare. A step that would take too long has fewer layers (bench_distributed.py), and
+    its FLOP/s are those of the whole depth to a few hundredths."""
+    return _setting(record | {"layers": None})
+
+
+def _speed(record: dict) -> float:
+    """FLOP/s of all GPUs, as a multiple of one GPU's peak."""
+    return record["mfu"] * record["gpus"]
+
+
 def _same(ok: list[dict]) -> str:
     mine = [r for r in ok if r["kind"] == "same"]
     alone = {(_setting(r), r["steps"], r["engine"] == "fsdp2"): r for r in mine if r["gpus"] == 1}
@@ -140,11 +151,11 @@ def _gradients(ok: list[dict]) -> str:
 
 def _train(ok: list[dict]) -> str:
     mine = sorted((r for r in ok if r["kind"] == "train"), key=lambda r: (not r["use_peft"], r["context"], r["gpus"]))
-    alone = {_setting(r): r for r in mine if r["engine"] == "one"}
+    alone = {_work(r): r for r in mine if r["engine"] == "one"}
     lines = []
     for r in mine:
-        one = alone.get(_setting(r))
-        faster = f"{r['tokens_per_second'] / one['tokens_per_second']:.2f} ×" if one and one is not r else "–"
+        one = alone.get(_work(r))
+        faster = f"{_speed(r) / _speed(one):.2f} ×" if one and one is not r else "–"
         predicted = r.get("predicted") or {}
         lines.append(
             [
@@ -167,12 +178,12 @@ def _beside_peers(ok: list[dict]) -> str:
     mine = [r for r in ok if r["kind"] == "train"]
     lines = []
     for peer in (r for r in mine if not r["is_patched"]):
-        ours = [r for r in mine if r["is_patched"] and r["gpus"] == peer["gpus"] and _setting(r) == _setting(peer)]
+        ours = [r for r in mine if r["is_patched"] and r["gpus"] == peer["gpus"] and _work(r) == _work(peer)]
         if ours:
-            best = max(ours, key=lambda r: r["tokens_per_second"])
-            ratio = best["tokens_per_second"] / peer["tokens_per_second"]
-            lines.append([f"{peer['context']:,}", model_of(peer), name_of(peer), name_of(best), f"{ratio:.2f} ×"])
-    header = ["tokens", "model", "what people do today", "ours, the fastest", "ours / theirs, tokens/s"]
+            best = max(ours, key=_speed)
+            ratio = f"{_speed(best) / _speed(peer):.2f} ×"
+            lines.append([f"{peer['context']:,}", model_of(peer), name_of(peer), name_of(best), ratio])
+    header = ["tokens", "model", "what people do today", "ours, the fastest", "ours / theirs, FLOP/s"]
     return f"### Beside what people do today\n\n{table(header, lines)}" if lines else ""
 
 

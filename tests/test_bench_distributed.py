@@ -250,7 +250,7 @@ def test_a_search_finds_each_longest_step_in_few_trials_and_goes_on_where_it_was
         following = distributed_points.following(options(), records[:done])
         assert dataclasses.asdict(following).items() <= records[done].items()
     numbers = {"seconds": 1.0, "tokens_per_second": 100.0, "mfu": 0.4, "pinned_bytes": 0}
-    rates = [{"tokens_per_second": 150.0} if r["is_patched"] else {} for r in records]
+    rates = [{"mfu": 0.6} if r["is_patched"] else {} for r in records]
     text = distributed_results.section({"points": [r | numbers | rate for r, rate in zip(records, rates, strict=True)]})
     longest = text.split("### The longest steps")[1].split("\n\n")[1]
     assert len(longest.strip().splitlines()) == 2 + len(searches)
