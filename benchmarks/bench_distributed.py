@@ -9,8 +9,8 @@
 Each point is a torchrun of its own (measure_distributed.py) with a time limit, the most important points first. Weights are
 random, made on each GPU. Groups:
 
-same       20 steps on packed documents, of one GPU, Ulysses, FSDP2 and DDP; of whole documents, by the ring; with a window and
-           with gpt-oss's sinks, by Ulysses; the gradients of one step in float32
+same       20 steps on packed documents, of Ulysses, FSDP2 and DDP; of whole documents, by the ring; with a window and with
+           gpt-oss's sinks, by Ulysses: each beside one GPU in the same arithmetic; the gradients of one step in float32
 million    of 8 GPUs: 1,048,576 tokens a step, all weights of the shapes of Llama-3.1-8B and Qwen3-8B, by Ulysses and ring, in
            the published step's 56 GB; losses beside half of the GPUs; what was published, measured here
 long       LoRA of the 8B shape at 131,072 tokens for each GPU, by Ulysses, by our ring, packed and with a window; and longer
@@ -63,10 +63,11 @@ FINAL = (*point_runs.FINAL, "out_of_memory", "timeout")
 
 
 def command_of(point: Point) -> list[str]:
-    """torchrun, or Python alone for one process."""
+    """torchrun, or Python alone for one process that shards nothing."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(point.gpus)]
     return [
-        sys.executable, *(launcher if point.gpus > 1 else []), str(MEASURE), json.dumps(dataclasses.asdict(point)),
+        sys.executable, *(launcher if point.gpus > 1 or point.variables() else []), str(MEASURE),
+        json.dumps(dataclasses.asdict(point)),
     ]  # fmt: skip
 
 

@@ -94,14 +94,17 @@ def _same(args: argparse.Namespace) -> list[Given]:
     packed = {**small, "documents": 4, "steps": steps}
     windowed, sinks = {**packed, "window": 1024}, {**packed, "model": "sinks-1b"}
 
-    def beside_one(engines: tuple[str, ...], given: dict) -> list[Given]:
-        return [("same", engine, 1 if engine == "one" else args.gpus, given) for engine in ("one", *engines)]
+    def sharded(engines: tuple[str, ...], given: dict) -> list[Given]:
+        """FSDP2 has weights in bf16, and DDP runs under autocast: each is compared with one GPU that does the same."""
+        return [("same", "fsdp2", 1, given), *(("same", engine, args.gpus, given) for engine in engines)]
 
     return [
-        *beside_one(("ulysses", "fsdp2", "ddp"), packed),
-        *beside_one(("ring",), {**small, "steps": steps}),
-        *beside_one(("ulysses",), windowed),
-        *beside_one(("ulysses",), sinks),
+        ("same", "one", 1, packed),
+        ("same", "ddp", args.gpus, packed),
+        *sharded(("ulysses", "fsdp2"), packed),
+        *sharded(("ring",), {**small, "steps": steps}),
+        *sharded(("ulysses",), windowed),
+        *sharded(("ulysses",), sinks),
         # A small model: float32 runs on no Hopper kernel, and every process holds the whole, too.
         *(
             ("gradient", engine, args.gpus, {**small, "model": "small-heads", "documents": 4, "dtype": "float32"})

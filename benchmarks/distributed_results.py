@@ -13,7 +13,7 @@ def name_of(record: dict) -> str:
     what = "flashmla" if record["attention"] == "flashmla" else "SDPA"
     if record["kind"] in ("train", "same"):
         what += " + patches" if record["is_patched"] else " + checkpointing" + " + Liger" * record["liger"]
-    where = f" on {record['gpus']}" if record["gpus"] > 1 else ""
+    where = f" on {record['gpus']}" if record["engine"] != "one" else ""
     within = f", in {record['memory_gib']:g} GiB" if (record.get("memory_gib") or WHOLE) < WHOLE else ""
     return f"{engine}{where}, {what}{within}"
 
@@ -105,13 +105,27 @@ def _setting(record: dict) -> tuple:
     )
 
 
+def _work(record: dict) -> tuple:
+    """What two steps share whose speeds compare. A step that would take too long has fewer layers (bench_distributed.py), and
+    its FLOP/s are those of the whole depth to a few hundredths."""
+    return _setting(record | {"layers": None})
+
+
+def _speed(record: dict) -> float:
+    """FLOP/s of all GPUs, as a multiple of one GPU's peak."""
+    return record["mfu"] * record["gpus"]
+
+
 def _same(ok: list[dict]) -> str:
     mine = [r for r in ok if r["kind"] == "same"]
-    alone = {(_setting(r), r["steps"]): r for r in mine if r["engine"] == "one"}
+    alone = {(_setting(r), r["steps"], r["engine"] == "fsdp2"): r for r in mine if r["gpus"] == 1}
     lines = [
-        [name_of(r), f"{_shape_of(r)}, {r['context']:,} in {r['documents']}", str(r["steps"]), f"{loss_difference(r, one):.1e}"]
+        [
+            name_of(r), f"{_shape_of(r)}, {r['context']:,} in {r['documents']}", str(r["steps"]), name_of(one),
+            f"{loss_difference(r, one):.1e}",
+        ]
         for r in mine
-        if r["engine"] != "one" and (one := alone.get((_setting(r), r["steps"])))
+        if r["gpus"] > 1 and (one := alone.get((_setting(r), r["steps"], r["engine"] != "ddp")))
     ]  # fmt: skip
     if not lines:
         return ""
@@ -119,7 +133,8 @@ def _same(ok: list[dict]) -> str:
         "engine",
         "model, tokens and documents of a row",
         "steps",
-        "largest relative difference of a loss from one GPU's",
+        "beside",
+        "largest relative difference of a loss",
     ]
     return f"### The same losses\n\n{table(header, lines)}"
 
@@ -136,11 +151,11 @@ def _gradients(ok: list[dict]) -> str:
 
 def _train(ok: list[dict]) -> str:
     mine = sorted((r for r in ok if r["kind"] == "train"), key=lambda r: (not r["use_peft"], r["context"], r["gpus"]))
-    alone = {_setting(r): r for r in mine if r["engine"] == "one"}
+    alone = {_work(r): r for r in mine if r["engine"] == "one"}
     lines = []
     for r in mine:
-        one = alone.get(_setting(r))
-        faster = f"{r['tokens_per_second'] / one['tokens_per_second']:.2f} ×" if one and one is not r else "–"
+        one = alone.get(_work(r))
+        faster = f"{_speed(r) / _speed(one):.2f} ×" if one and one is not r else "–"
         predicted = r.get("predicted") or {}
         lines.append(
             [
@@ -163,12 +178,12 @@ def _beside_peers(ok: list[dict]) -> str:
     mine = [r for r in ok if r["kind"] == "train"]
     lines = []
     for peer in (r for r in mine if not r["is_patched"]):
-        ours = [r for r in mine if r["is_patched"] and r["gpus"] == peer["gpus"] and _setting(r) == _setting(peer)]
+        ours = [r for r in mine if r["is_patched"] and r["gpus"] == peer["gpus"] and _work(r) == _work(peer)]
         if ours:
-            best = max(ours, key=lambda r: r["tokens_per_second"])
-            ratio = best["tokens_per_second"] / peer["tokens_per_second"]
-            lines.append([f"{peer['context']:,}", model_of(peer), name_of(peer), name_of(best), f"{ratio:.2f} ×"])
-    header = ["tokens", "model", "what people do today", "ours, the fastest", "ours / theirs, tokens/s"]
+            best = max(ours, key=_speed)
+            ratio = f"{_speed(best) / _speed(peer):.2f} ×"
+            lines.append([f"{peer['context']:,}", model_of(peer), name_of(peer), name_of(best), ratio])
+    header = ["tokens", "model", "what people do today", "ours, the fastest", "ours / theirs, FLOP/s"]
     return f"### Beside what people do today\n\n{table(header, lines)}" if lines else ""
 
 

@@ -78,6 +78,10 @@ class Run:
     def step(self, packs: list[Pack], number: int = 0) -> float:
         """One optimizer step on this step's share of ``packs``; its loss, of all processes."""
         batches, loss_tokens, _ = step_batches(packs, number, self.accelerator, self.args)
+        if self.point.liger and hasattr(head := self.whole.get_output_embeddings(), "unshard"):
+            # Liger's loss reads the head's weight and never calls the head, which accelerate makes a unit of its own
+            # if there is an adapter: without this the peer ends in an error.
+            head.unshard()
         if self.point.engine == "ring":
             loss = self._ring_batches(batches, loss_tokens)
         else:

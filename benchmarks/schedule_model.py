@@ -106,13 +106,14 @@ def _dims(head_dims: tuple[int, int]) -> str:
 
 def _forward(shape: Shape, num_sms: int) -> Losses:
     config = _config("Forward", shape)
-    num_sms //= tiles_of_sm90().num_ctas(config["head_dims"][1])
+    num_ctas = tiles_of_sm90().num_ctas(config["head_dims"][1])  # of a tile, each with whole queries
+    num_sms //= num_ctas
     wide_qk, wide_v = config["head_dims"]
     padding = (wide_qk + wide_v) / (shape.head_dim_qk + shape.head_dim_v)
     block_q, block_kv = config["kBlockQ"], config["kBlockKV"]
     group = shape.heads_q // shape.heads_kv
-    heads_packed = _heads_packed(shape, block_q, group)
-    rows = block_q // heads_packed
+    heads_packed = _heads_packed(shape, block_q, group, num_ctas)
+    rows = block_q // num_ctas // heads_packed * num_ctas
     num_heads = shape.heads_q // heads_packed
     entries, longest = (1, shape.lengths()) if shape.is_packed else (shape.batch, shape.lengths()[:1])
     pairs_per_kv_head = max(1, num_heads // shape.heads_kv)
@@ -181,11 +182,12 @@ def backward_plan(shape: Shape, config: dict, num_sms: int = NUM_SMS) -> tuple[i
     return heads_kv, num_splits
 
 
-def _heads_packed(shape: Shape, block_q: int, group: int) -> int:
-    if group == 1 or group > block_q:
+def _heads_packed(shape: Shape, block_q: int, group: int, num_parts: int) -> int:
+    if group == 1 or group > block_q // num_parts:
         return 1
     longest = max(shape.lengths())
-    tiles, packed = _ceil_div(longest, block_q) * group, _ceil_div(longest, block_q // group)
+    tiles = _ceil_div(longest, block_q) * group
+    packed = _ceil_div(longest, block_q // num_parts // group * num_parts)
     return group if 10 * packed <= 9 * tiles else 1
 
 

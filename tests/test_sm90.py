@@ -61,6 +61,23 @@ def test_repeating_a_forward_gives_the_same_bits_in_every_kernel(row, dtype):
 
 
 @needs_sm90
+@pytest.mark.parametrize("dims", WIDTHS, ids=lambda dims: f"{dims[0]}/{dims[1]}")
+def test_a_crowd_of_short_documents_gives_the_same_bits(dims):
+    """Short tiles one after the other, of which some see a K/V tile less than their neighbours: two CTAs that share one, and
+    were two steps apart, overwrote what the other was reading in one of 50 calls (docs/log.md, 2026-11-28)."""
+    case = Case(
+        seqlens_q=(221, 134, 447, 307), rest_kv=5, heads_q=21, heads_kv=3, head_dim_qk=dims[0], head_dim_v=dims[1],
+        is_causal=True, softcap=1.5, magnitude=4.0, layout="sliced",
+    )  # fmt: skip
+    inputs = case.inputs(torch.bfloat16, DEVICE)
+    longest = {"max_seqlen_q": 447, "max_seqlen_kv": 447}  # heads are packed by it
+    first, _ = run(inputs, case, **longest)
+    for _ in range(150):
+        assert torch.equal(run(inputs, case, **longest)[0], first)
+    check(case, torch.bfloat16)
+
+
+@needs_sm90
 @pytest.mark.parametrize("magnitude", [10.0, 100.0])
 @half
 def test_outliers_keep_the_error_rule(magnitude, dtype):

@@ -28,7 +28,7 @@ namespace {
 
 struct ForwardHeadDimConfig {
   int64_t head_dim_qk, head_dim_v;
-  int block_q;
+  int block_q, num_ctas;
   const char* (*launch)(ForwardParams const& params, void* workspace, cudaStream_t stream);
 };
 
@@ -57,6 +57,7 @@ template <class... Dims>
 ForwardHeadDimConfig const& forward_config_for(Problem const& problem, HeadDimList<Dims...>) {
   static constexpr ForwardHeadDimConfig kConfigs[] = {
       {Dims::kHeadDimQK, Dims::kHeadDimV, ForwardTiles<Dims::kHeadDimQK, Dims::kHeadDimV, MaskKind::kNone>::kBlockQ,
+       ForwardTiles<Dims::kHeadDimQK, Dims::kHeadDimV, MaskKind::kNone>::kNumCtas,
        launch_forward_head_dims<Dims::kHeadDimQK, Dims::kHeadDimV>}...};
   ForwardHeadDimConfig const* config = kConfigs;
   while (problem.head_dim_qk > config->head_dim_qk || problem.head_dim_v > config->head_dim_v) ++config;
@@ -143,7 +144,7 @@ bool is_decode(Problem const& problem) {
 
 int64_t forward_workspace(ForwardParams const& params) {
   if (is_decode(params.problem)) return decode_workspace(as_decode(params));
-  return forward_schedule_bytes(params.problem, config_for(params).block_q);
+  return forward_schedule_bytes(params.problem, config_for(params).block_q, config_for(params).num_ctas);
 }
 
 const char* launch_forward(ForwardParams const& params, void* workspace, cudaStream_t stream) {

@@ -110,12 +110,13 @@ struct ForwardConfig<256, 256, kMask> {
   static constexpr bool kPingPong = false;
 };
 
-// Two CTAs of 256 columns each. 64 keys are what shared memory holds beside the other's part of S: 8,192 causal, 16/2
-// heads 498 TFLOP/s (2026-11-28, second session).
+// Two CTAs, each with the scores of 64 rows and half of the columns of O (forward_pair.cuh). kNumKChunks: depth of the
+// ring of K, in chunks of 128 columns, of which a kv_block has four. They fill the shared memory: 8,192 causal, 16/2
+// heads 355 -> 593 TFLOP/s (2026-11-28, head dim 512 again).
 template <MaskKind kMask>
 struct ForwardConfig<512, 512, kMask> {
   static constexpr int kBlockQ = 128, kBlockKV = 64;
-  static constexpr int kNumStages = 2, kNumQStages = 1;
+  static constexpr int kNumStages = 2, kNumQStages = 1, kNumKChunks = 5;
   static constexpr int kNumConsumers = 2, kProducerRegisters = 24, kConsumerRegisters = 240;
   static constexpr bool kPingPong = false;
 };
@@ -249,7 +250,7 @@ struct BackwardQueriesConfig<256> {
 };
 
 // Two CTAs of 256 columns each. 32 keys are what shared memory holds beside the other's parts of S and dP: 8,192
-// causal, 16/2 heads 4.1 ms; CTAs that share rows and exchange dS take 7.3 ms (2026-11-28, second session).
+// causal, 16/2 heads 4.1 ms; CTAs that share rows as the forward's do 7.3 ms (2026-11-28, head dim 512 again).
 template <>
 struct BackwardQueriesConfig<512> {
   static constexpr int kBlockQ = 128, kBlockKV = 32;

@@ -64,7 +64,10 @@ def forward_table() -> str:
         qk, v = row["head_dims"]
         mask = "none" if row["mask"] != "kMask" else "causal, window" if (qk, v) in own_mask else "any"
         ctas = num_ctas(v)
-        elements = (row["kNumQStages"] * row["kBlockQ"] * qk + row["kNumStages"] * row["kBlockKV"] * (qk + v)) // ctas
+        q, kv = row["kNumQStages"] * row["kBlockQ"], row["kNumStages"] * row["kBlockKV"]
+        elements = q * qk + kv * (qk + v)
+        if ctas > 1:  # each has half of the rows of Q and half of the columns of V; K in chunks; two buffers of P
+            elements = q * qk // 2 + kv * v // 2 + row["kNumKChunks"] * row["kBlockKV"] * 128 + 2 * row["kBlockKV"] * 64
         lines.append(
             f"| {qk} / {v}{', two CTAs' if ctas > 1 else ''} | {mask} "
             f"| {row['kBlockQ']} × {row['kBlockKV']} | {row['kNumStages']} | {row['kNumQStages']} "

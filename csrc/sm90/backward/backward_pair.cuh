@@ -145,8 +145,8 @@ struct BackwardPair {
         int const stage = ring.stage;
         expect_scores();
         ClusterBarrier::wait(&shared.q_full[stage], ring.phase);
-        // As the forward sums S, whose CTAs have half of the columns each: a score of 1e9 summed in another order
-        // differs from lse by hundreds, and its P would be 0.
+        // Halves of the columns apart, as the forward and the kernel by queries add them, of which the last has them in
+        // two CTAs: a score of 1e9 summed in another order differs from lse by hundreds, and its P would be 0.
         constexpr int kSteps = kHeadDim / 16;
         multiply(mma_s, fKV(_, _, _, 0), fQ(_, _, _, stage), rS, false, 0, kSteps / 2);
         multiply(mma_s, fKV(_, _, _, 0), fQ(_, _, _, stage), rOther, false, kSteps / 2, kSteps);

@@ -54,8 +54,8 @@ struct BackwardQueries {
   static constexpr int kNumConsumers = Tiles::kNumConsumers;
   static constexpr int kSwizzleColumns = 64;
   static constexpr int kNumCtas = Tiles::kNumCtas;
-  static constexpr int kColumns = kHeadDim / kNumCtas;               // of a CTA
-  static constexpr int kColumnsQK = kColumns, kColumnsV = kColumns;  // for query_tile.cuh
+  static constexpr int kColumns = kHeadDim / kNumCtas;                                // of a CTA
+  static constexpr int kColumnsQK = kColumns, kColumnsV = kColumns, kQueryParts = 1;  // for query_tile.cuh
   static constexpr bool kHasDOut = true;
 
   static constexpr int kScores = kBlockKV / 2;  // per thread

@@ -28,8 +28,8 @@
 
 #include "params.h"
 #include "sm90/forward/forward_output.cuh"
+#include "sm90/forward/forward_pair.cuh"
 #include "sm90/forward/query_tile.cuh"
-#include "sm90/hopper/cta_pair.cuh"
 #include "sm90/hopper/fragment.cuh"
 #include "sm90/hopper/ptx.cuh"
 #include "sm90/hopper/softmax.cuh"
@@ -53,8 +53,8 @@ struct Forward {
   static constexpr int kNumConsumers = Tiles::kNumConsumers;
   static constexpr int kSwizzleColumns = swizzle_columns(kHeadDimQK, kHeadDimV);
   static constexpr int kNumCtas = Tiles::kNumCtas;
-  // Columns of a CTA, for query_tile.cuh as well.
-  static constexpr int kColumnsQK = kHeadDimQK / kNumCtas, kColumnsV = kHeadDimV / kNumCtas;
+  static_assert(kNumCtas == 1);                                                          // others: forward_pair.cuh
+  static constexpr int kColumnsQK = kHeadDimQK, kColumnsV = kHeadDimV, kQueryParts = 1;  // for query_tile.cuh
   static_assert(kColumnsQK % kSwizzleColumns == 0 && kColumnsV % kSwizzleColumns == 0);
   static constexpr bool kHasDOut = false;
 
@@ -86,11 +86,6 @@ struct Forward {
   // The end of the softmax needs registers that P holds while the last product runs.
   static constexpr bool kFinishesEarly = kNumConsumers == 2 && kColumnsV <= 128;
 
-  // Of two CTAs each multiplies its columns of Q and K: its part of S.
-  struct None {};
-  using PairParts = std::conditional_t<kNumCtas == 2, PairBuffers<kScores / 4, kNumConsumers>, None>;
-  static_assert(kNumCtas == 1 || !kLooksAhead, "an S that is discarded has no other part");
-
   struct SharedStorage {
     alignas(1024) Element q[kNumQStages][kBlockQ * kColumnsQK];
     alignas(1024) Element k[kNumStages][kBlockKV * kColumnsQK];
@@ -99,7 +94,6 @@ struct Forward {
     uint64_t k_full[kNumStages], k_empty[kNumStages], v_full[kNumStages], v_empty[kNumStages];
     uint64_t tile_full[kNumQueryTiles], tile_empty[kNumQueryTiles];
     WorkTile tiles[kNumQueryTiles];
-    PairParts parts;
   };
   static constexpr int kSharedBytes = sizeof(SharedStorage);
   static_assert(kSharedBytes <= kMaxSharedBytes);
@@ -142,7 +136,6 @@ struct Forward {
     Ring<kNumStages> ring;
     Ring<kNumQStages> q_ring;
     Ring<kNumQueryTiles> slot;
-    [[maybe_unused]] uint32_t part_phase = 0;
 
     auto issue_s = [&] {
       warpgroup_fence_operand(rS);
@@ -291,7 +284,6 @@ struct Forward {
           tile.visible[warpgroup];
       int32_t kv_block = visible.end - 1;
       auto finish_scores = [&](auto is_first) {
-        if constexpr (kNumCtas == 2) add_other_part(rS, shared.parts, warpgroup, part_phase);
         if (has_transform) transform_scores<kScores>(rS, problem.scale, problem.softcap);
         if (kv_block < visible.unmasked_begin || kv_block >= visible.unmasked_end) {
           int32_t const shift = tile.sequence.seqlen_kv - tile.sequence.seqlen_q;
@@ -367,10 +359,9 @@ struct Forward {
     int const warpgroup = cutlass::canonical_warp_group_idx();
     if (threadIdx.x == 0) {
       if (cute::cast_smem_ptr_to_uint(&shared) % 1024 != 0) __trap();
-      if constexpr (kNumCtas == 2) shared.parts.init();
       init_query_barriers<Forward>(shared);
     }
-    sync_ctas<kNumCtas>();
+    __syncthreads();
     cutlass::arch::wait_on_dependent_grids();  // schedule_kernel's list
     if (warpgroup == 0) {
       cutlass::arch::warpgroup_reg_dealloc<Tiles::kProducerRegisters>();
@@ -379,9 +370,13 @@ struct Forward {
       cutlass::arch::warpgroup_reg_alloc<Tiles::kConsumerRegisters>();
       consume(arguments, shared, warpgroup - 1);
     }
-    if constexpr (kNumCtas == 2) sync_ctas<kNumCtas>();
   }
 };
+
+template <int kHeadDimQK, int kHeadDimV, MaskKind kMask, class Element>
+using ForwardKernel =
+    std::conditional_t<ForwardTiles<kHeadDimQK, kHeadDimV, kMask>::kNumCtas == 2,
+                       ForwardPair<kHeadDimQK, kMask, Element>, Forward<kHeadDimQK, kHeadDimV, kMask, Element>>;
 
 template <int kHeadDimQK, int kHeadDimV, MaskKind kMask, class Element>
 __global__ void __launch_bounds__(ForwardTiles<kHeadDimQK, kHeadDimV, kMask>::kNumThreads, 1)
@@ -389,7 +384,7 @@ __global__ void __launch_bounds__(ForwardTiles<kHeadDimQK, kHeadDimV, kMask>::kN
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   // Swizzled tiles need 1,024-byte alignment; the dynamic shared memory of a kernel without any other begins so.
   extern __shared__ __align__(1024) unsigned char memory[];
-  using Kernel = Forward<kHeadDimQK, kHeadDimV, kMask, Element>;
+  using Kernel = ForwardKernel<kHeadDimQK, kHeadDimV, kMask, Element>;
   Kernel::run(arguments, *reinterpret_cast<typename Kernel::SharedStorage*>(memory));
 #endif
 }

@@ -31,33 +31,50 @@ struct OutputRows {
   bool can_tma_store;  // the warpgroup's rows are a box of the tensor
 };
 
+__device__ inline float* lse_row(ForwardArguments const& arguments, WorkTile const& tile, QueryRow const& row) {
+  RowView const& lse = arguments.lse;
+  return lse.data + tile.batch * lse.stride_batch + row.head * lse.stride_heads + tile.sequence.offset_q + row.query;
+}
+
+// A warpgroup's rows, `row_at` of each of 64, see no key: out 0, lse -inf or the sink's logit. Rows past the last
+// sequence have no sink.
+template <class Element, class RowAt>
+__device__ void write_masked_rows(ForwardArguments const& arguments, WorkTile const& tile, RowAt const& row_at) {
+  Problem const& problem = arguments.problem;
+  bool const has_sink =
+      problem.sinks != nullptr && !(arguments.schedule.num_items != nullptr && tile.batch == problem.batch);
+  int32_t const vectors = static_cast<int32_t>(problem.head_dim_v) / 8;  // of 16 bytes
+  for (int32_t i = threadIdx.x % kWarpgroupThreads; i < kWarpgroupRows * vectors; i += kWarpgroupThreads) {
+    QueryRow const row = row_at(i / vectors);
+    if (!row.is_valid) continue;
+    float const sink = has_sink ? problem.sinks[row.head] : -INFINITY;
+    // A sink of NaN or infinity makes NaN of every weight; of no weight at all the sum stays 0.
+    bool const is_nan = !(sink < INFINITY) && tile.sequence.seqlen_kv > 0;
+    uint32_t const pair = is_nan ? 0x7fff7fffu : 0u;  // two NaNs in both dtypes
+    *reinterpret_cast<uint4*>(row_pointer<Element>(arguments.out, tile, row) + i % vectors * 8) =
+        uint4{pair, pair, pair, pair};
+    if (i % vectors == 0 && arguments.lse.data != nullptr) *lse_row(arguments, tile, row) = sink;
+  }
+}
+
+// Ends the softmax of a thread's row r (0 or 1), which is `row`, and writes lse. Returns 1 / row_sum.
+template <class RowSoftmax>
+__device__ float finish_row(ForwardArguments const& arguments, WorkTile const& tile, QueryRow const& row,
+                            RowSoftmax& softmax, int r) {
+  Problem const& problem = arguments.problem;
+  float lse;
+  float const factor =
+      softmax.finish(r, problem.sinks == nullptr || !row.is_valid ? nullptr : problem.sinks + row.head, lse);
+  if (row.is_valid && threadIdx.x % 4 == 0 && arguments.lse.data != nullptr) *lse_row(arguments, tile, row) = lse;
+  return factor;
+}
+
 template <class Kernel, class Element>
 struct ForwardOutput {
-  __device__ static Element* out_row(ForwardArguments const& arguments, WorkTile const& tile, QueryRow const& row) {
-    return row_pointer<Element>(arguments.out, tile, row);
-  }
-
-  __device__ static float* lse_row(ForwardArguments const& arguments, WorkTile const& tile, QueryRow const& row) {
-    RowView const& lse = arguments.lse;
-    return lse.data + tile.batch * lse.stride_batch + row.head * lse.stride_heads + tile.sequence.offset_q + row.query;
-  }
-
-  // This warpgroup's rows see no key: out 0, lse -inf or the sink's logit. Rows past the last sequence have no sink.
   __device__ static void write_masked_rows(ForwardArguments const& arguments, WorkTile const& tile, int warpgroup) {
-    Problem const& problem = arguments.problem;
-    bool const has_sink =
-        problem.sinks != nullptr && !(arguments.schedule.num_items != nullptr && tile.batch == problem.batch);
-    int32_t const vectors = static_cast<int32_t>(problem.head_dim_v) / 8;  // of 16 bytes
-    for (int32_t i = threadIdx.x % kWarpgroupThreads; i < kWarpgroupRows * vectors; i += kWarpgroupThreads) {
-      QueryRow const row = query_row(arguments.schedule, tile, warpgroup * kWarpgroupRows + i / vectors);
-      if (!row.is_valid) continue;
-      float const sink = has_sink ? problem.sinks[row.head] : -INFINITY;
-      // A sink of NaN or infinity makes NaN of every weight; of no weight at all the sum stays 0.
-      bool const is_nan = !(sink < INFINITY) && tile.sequence.seqlen_kv > 0;
-      uint32_t const pair = is_nan ? 0x7fff7fffu : 0u;  // two NaNs in both dtypes
-      *reinterpret_cast<uint4*>(out_row(arguments, tile, row) + i % vectors * 8) = uint4{pair, pair, pair, pair};
-      if (i % vectors == 0 && arguments.lse.data != nullptr) *lse_row(arguments, tile, row) = sink;
-    }
+    sm90::write_masked_rows<Element>(arguments, tile, [&](int32_t row) {
+      return query_row(arguments.schedule, tile, warpgroup * kWarpgroupRows + row);
+    });
   }
 
   // The first query of the warpgroup's rows, within the sequence.
@@ -69,7 +86,6 @@ struct ForwardOutput {
   __device__ static void finish_rows(ForwardArguments const& arguments, WorkTile const& tile,
                                      typename Kernel::RowSoftmax& softmax, int warpgroup, int first_row,
                                      OutputRows& rows) {
-    Problem const& problem = arguments.problem;
     Schedule const& schedule = arguments.schedule;
     // A box may end outside the tensor, but not begin there: that store is an illegal instruction (a load is not).
     int32_t const begin = box_begin(schedule, tile, warpgroup);
@@ -78,11 +94,7 @@ struct ForwardOutput {
         (schedule.num_items == nullptr || begin + kWarpgroupRows / schedule.heads_packed <= tile.sequence.seqlen_q);
     CUTE_UNROLL
     for (int r = 0; r < 2; ++r) {
-      QueryRow const row = query_row(schedule, tile, first_row + 8 * r);
-      float lse;
-      rows.factor[r] =
-          softmax.finish(r, problem.sinks == nullptr || !row.is_valid ? nullptr : problem.sinks + row.head, lse);
-      if (row.is_valid && threadIdx.x % 4 == 0 && arguments.lse.data != nullptr) *lse_row(arguments, tile, row) = lse;
+      rows.factor[r] = finish_row(arguments, tile, query_row(schedule, tile, first_row + 8 * r), softmax, r);
     }
   }
 
@@ -118,10 +130,9 @@ struct ForwardOutput {
     CUTE_UNROLL
     for (int r = 0; r < 2; ++r) {
       QueryRow const row = query_row(schedule, tile, first_row + 8 * r);
-      Element* const out = row.is_valid ? out_row(arguments, tile, row) : nullptr;
-      store_row<Element, Kernel::kColumnsV>(out, rO, r, rows.factor[r],
-                                            Kernel::kColumnsV * cta_rank<Kernel::kNumCtas>(),
-                                            arguments.problem.head_dim_v, threadIdx.x % 4);
+      Element* const out = row.is_valid ? row_pointer<Element>(arguments.out, tile, row) : nullptr;
+      store_row<Element, Kernel::kColumnsV>(out, rO, r, rows.factor[r], 0, arguments.problem.head_dim_v,
+                                            threadIdx.x % 4);
     }
   }
 };

@@ -11,7 +11,7 @@ namespace flashmla::sm90 {
 
 template <int kHeadDimQK, int kHeadDimV, MaskKind kMask, class Element>
 const char* launch(ForwardParams const& params, void* workspace, cudaStream_t stream) {
-  using Kernel = Forward<kHeadDimQK, kHeadDimV, kMask, Element>;
+  using Kernel = ForwardKernel<kHeadDimQK, kHeadDimV, kMask, Element>;
   Problem const& problem = params.problem;
   bool const is_packed = problem.cu_seqlens_q != nullptr;
   int device = 0;
@@ -20,12 +20,13 @@ const char* launch(ForwardParams const& params, void* workspace, cudaStream_t st
   ForwardArguments arguments{};
   int num_ctas = 0;
   if (const char* error = make_forward_schedule(problem, Kernel::kBlockQ, num_sms(device) / Kernel::kNumCtas, workspace,
-                                                stream, arguments.schedule, num_ctas)) {
+                                                stream, arguments.schedule, num_ctas, Kernel::kQueryParts)) {
     return error;
   }
   QueryMaps const maps{problem, arguments.schedule, Kernel::kSwizzleColumns, Kernel::kBlockKV};
   Schedule const& schedule = arguments.schedule;
-  const char* error = maps.make_queries(arguments.q, params.q, problem.head_dim_qk, schedule.rows_per_block);
+  const char* error =
+      maps.make_queries(arguments.q, params.q, problem.head_dim_qk, schedule.rows_per_block / Kernel::kQueryParts);
   if (error == nullptr) error = maps.make_keys(arguments.k, params.k, problem.head_dim_qk);
   if (error == nullptr) error = maps.make_keys(arguments.v, params.v, problem.head_dim_v);
   arguments.can_tma_store = Kernel::kLooksAhead && kWarpgroupRows % schedule.heads_packed == 0;

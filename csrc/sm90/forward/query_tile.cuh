@@ -27,7 +27,7 @@ __device__ void init_query_barriers(typename Kernel::SharedStorage& shared) {
   };
   constexpr int kNumLoaders = 3;  // threads, of Q, K and V; of the consumers each warp arrives
   init(shared.q_full, 1);
-  init(shared.q_empty, Kernel::kNumConsumers);
+  init(shared.q_empty, Kernel::kNumConsumers / Kernel::kQueryParts);
   init(shared.tile_full, 1);
   init(shared.tile_empty, kNumLoaders + kWarpgroupThreads / kWarpThreads * Kernel::kNumConsumers);
   init(shared.k_full, 1);
@@ -54,11 +54,14 @@ __device__ void publish_query_work_tiles(Arguments const& arguments, typename Ke
 }
 
 // Loads a tile's Q (with it, where the kernel has it, dO) as soon as a buffer is free: K and V of the tile before may
-// still be on their way.
+// still be on their way. Two CTAs have a part of the tile's queries each (kQueryParts), or all of them and a part of
+// the columns.
 template <class Kernel, class Arguments>
 __device__ void load_queries(Arguments const& arguments, typename Kernel::SharedStorage& shared) {
   Schedule const& schedule = arguments.schedule;
-  int32_t const rows = schedule.rows_per_block * schedule.heads_packed, rank = cta_rank<Kernel::kNumCtas>();
+  constexpr int kParts = Kernel::kQueryParts;
+  int32_t const queries = schedule.rows_per_block / kParts, rows = queries * schedule.heads_packed;
+  int32_t const rank = cta_rank<Kernel::kNumCtas>();
   Ring<Kernel::kNumQStages> q_ring;
   Ring<kNumQueryTiles> slot;
   for (;; q_ring.advance(), slot.advance()) {
@@ -76,8 +79,10 @@ __device__ void load_queries(Arguments const& arguments, typename Kernel::Shared
       auto load = [&](CUtensorMap const& map, auto& buffer, int head_dim) {
         for (int column = 0; column < head_dim; column += Kernel::kSwizzleColumns) {
           cute::SM90_TMA_LOAD_5D::copy(&map, &q_full, static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVICT_FIRST),
-                                       buffer + column * Kernel::kBlockQ, rank * head_dim + column, 0,
-                                       tile.sequence.offset_q + tile.q_begin, tile.head / schedule.heads_packed, batch);
+                                       buffer + column * (Kernel::kBlockQ / kParts),
+                                       (kParts == 1 ? rank * head_dim : 0) + column, 0,
+                                       tile.sequence.offset_q + tile.q_begin + (kParts == 1 ? 0 : rank * queries),
+                                       tile.head / schedule.heads_packed, batch);
         }
       };
       load(arguments.q, shared.q[q_ring.stage], Kernel::kColumnsQK);
@@ -113,6 +118,38 @@ __device__ void load_keys(Arguments const& arguments, typename Kernel::SharedSto
         cute::SM90_TMA_LOAD_5D::copy(&map, &full[stage], static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVICT_NORMAL),
                                      buffers[stage] + column * Kernel::kBlockKV, first_column + column,
                                      rows.row + kv_block * Kernel::kBlockKV, rows.end, head_kv, rows.outer);
+      }
+    }
+    ClusterBarrier::arrive(&shared.tile_empty[slot.stage]);
+  }
+}
+
+// Loads K for two CTAs of which each needs all of it: in chunks of columns, of each a half to both CTAs (multicast).
+template <class Kernel, class Arguments>
+__device__ void load_key_chunks(Arguments const& arguments, typename Kernel::SharedStorage& shared) {
+  Schedule const& schedule = arguments.schedule;
+  int32_t const group = static_cast<int32_t>(arguments.problem.heads_q / arguments.problem.heads_kv);
+  int32_t const rank = cta_rank<Kernel::kNumCtas>();
+  Ring<Kernel::kNumKStages> ring;
+  Ring<kNumQueryTiles> slot;
+  for (;; slot.advance()) {
+    ClusterBarrier::wait(&shared.tile_full[slot.stage], slot.phase);
+    WorkTile const& tile = shared.tiles[slot.stage];
+    if (tile.head < 0) return;
+    RowCoordinates const rows =
+        row_coordinates(schedule.num_items != nullptr, tile.sequence.offset_kv, tile.sequence.seqlen_kv, tile.batch);
+    int32_t const head_kv = tile.head / group;
+    for (int32_t kv_block = tile.kv_block_end - 1; kv_block >= tile.kv_block_begin; --kv_block) {
+      CUTE_NO_UNROLL
+      for (int chunk = 0; chunk < Kernel::kChunks; ++chunk, ring.advance()) {
+        int const stage = ring.stage;
+        ClusterBarrier::wait(&shared.k_empty[stage], ring.phase ^ 1);
+        ClusterTransactionBarrier::arrive_and_expect_tx(&shared.k_full[stage], sizeof(shared.k[stage]));
+        cute::SM90_TMA_LOAD_MULTICAST_5D::copy(&arguments.k, &shared.k_full[stage], uint16_t{3},
+                                               static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVICT_NORMAL),
+                                               shared.k[stage] + rank * (Kernel::kSwizzleColumns * Kernel::kBlockKV),
+                                               chunk * Kernel::kChunkColumns + rank * Kernel::kSwizzleColumns,
+                                               rows.row + kv_block * Kernel::kBlockKV, rows.end, head_kv, rows.outer);
       }
     }
     ClusterBarrier::arrive(&shared.tile_empty[slot.stage]);

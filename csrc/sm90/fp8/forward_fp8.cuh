@@ -55,7 +55,7 @@ struct Fp8Forward {
   static constexpr int kNumStages = Tiles::kNumStages, kNumQStages = Tiles::kNumQStages;
   static constexpr int kNumConsumers = Tiles::kNumConsumers;
   static constexpr int kSwizzleColumns = kHeadDim % 128 == 0 ? 128 : 64;
-  static constexpr int kNumCtas = 1;
+  static constexpr int kNumCtas = 1, kQueryParts = 1;
   static constexpr int kColumnsQK = kHeadDim, kColumnsV = kHeadDim;  // for query_tile.cuh
   static constexpr bool kHasDOut = false, kLooksAhead = false;
   static_assert(kHeadDim % kSwizzleColumns == 0 && kBlockKV == kRowsOfScale, "a kv_block has one scale");

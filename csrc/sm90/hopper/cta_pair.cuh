@@ -50,6 +50,18 @@ struct PairBuffers {
   }
 };
 
+// Says on the other CTA's `barrier` that this warp has read what that CTA stored here, so that it may store there
+// again. `words`: the bitwise and of one word of each load. An arrival waits for no load that is on its way, and the
+// other CTA's next store has overtaken loads of shared memory that the tensor cores kept waiting (docs/log.md,
+// 2026-11-28): the vote needs what they bring. All bits are never set, neither in probabilities nor in sums, whose NaN
+// is 0x7fffffff.
+__device__ inline void release_to_other(uint64_t& barrier, uint32_t words) {
+  bool const has_all_bits = __any_sync(0xffffffff, words == 0xffffffffu);
+  if (threadIdx.x % kWarpThreads == 0 && !has_all_bits) {
+    ptx::arrive_remote(ptx::address_in(static_cast<uint32_t>(cta_rank<2>()) ^ 1, &barrier));
+  }
+}
+
 // Adds the other CTA's part of a sum whose part this CTA has; both then hold the same bits. `phase` flips from call to
 // call.
 template <int kNumWarpgroups, int kVectors, class Fragment>
@@ -69,13 +81,14 @@ __device__ void add_other_part(Fragment& part, PairBuffers<kVectors, kNumWarpgro
                      part(4 * i + 3));
   }
   ClusterBarrier::wait(&buffers.full[warpgroup], phase);
+  uint32_t words = 0xffffffffu;
   CUTE_UNROLL
   for (int i = 0; i < kVectors; ++i) {
     float4 const x = buffers.vectors[warpgroup][i][thread];
+    words &= __float_as_uint(x.x);
     part(4 * i) += x.x, part(4 * i + 1) += x.y, part(4 * i + 2) += x.z, part(4 * i + 3) += x.w;
   }
-  __syncwarp();
-  if (threadIdx.x % kWarpThreads == 0) ptx::arrive_remote(ptx::address_in(other, &buffers.empty[warpgroup]));
+  release_to_other(buffers.empty[warpgroup], words);
   phase ^= 1;
 }
 

@@ -122,9 +122,10 @@ __device__ inline void store_async(uint32_t address, uint32_t barrier, uint32_t 
   store_async(address, barrier, __uint_as_float(a), __uint_as_float(b), __uint_as_float(c), __uint_as_float(d));
 }
 
-// 9.7.13.15.13, mbarrier.arrive, with release at the CTA's scope; by address_in. It says that this CTA has read its own
-// shared memory, which the CTA's scope orders. At the cluster's scope ptxas has the warp wait for all its writes to
-// memory (MEMBAR.ALL.GPU), a thousand cycles or so; st.async needs none, its bytes are counted where they arrive.
+// 9.7.13.15.13, mbarrier.arrive, with release at the CTA's scope; by address_in. It says that the tensor cores have
+// read this CTA's shared memory; that loads have, release_to_other says. At the cluster's scope ptxas has the warp wait
+// for all its writes to memory (MEMBAR.ALL.GPU), a thousand cycles or so; st.async needs none, its bytes are counted
+// where they arrive.
 __device__ inline void arrive_remote(uint32_t barrier) {
   asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(barrier) : "memory");
 }

@@ -136,12 +136,17 @@ __global__ void __launch_bounds__(kScheduleThreads)
   }
 }
 
+// Queries of a tile of block_q rows, `heads` of each query; each of its parts has whole queries.
+int64_t queries_per_block(int block_q, int64_t heads, int num_parts) {
+  return block_q / num_parts / heads * num_parts;
+}
+
 // How many query heads share a work tile: all of a group, if packing them saves a tenth of the tiles.
-int32_t heads_packed(Problem const& problem, int block_q) {
+int32_t heads_packed(Problem const& problem, int block_q, int num_parts) {
   int64_t const group = problem.heads_q / problem.heads_kv;
-  if (group == 1 || group > block_q) return 1;
+  if (group == 1 || group > block_q / num_parts) return 1;
   int64_t const tiles = ceil_div(problem.seqlen_q, block_q) * group;
-  int64_t const tiles_packed = ceil_div(problem.seqlen_q, block_q / group);
+  int64_t const tiles_packed = ceil_div(problem.seqlen_q, queries_per_block(block_q, group, num_parts));
   return 10 * tiles_packed <= 9 * tiles ? static_cast<int32_t>(group) : 1;
 }
 
@@ -214,8 +219,9 @@ const char* finish_schedule(Problem const& problem, int64_t rows, int64_t pairs_
 
 }  // namespace
 
-int64_t forward_schedule_bytes(Problem const& problem, int block_q) {
-  return schedule_bytes(problem, problem.total_q, block_q / heads_packed(problem, block_q));
+int64_t forward_schedule_bytes(Problem const& problem, int block_q, int num_parts) {
+  int64_t const queries = queries_per_block(block_q, heads_packed(problem, block_q, num_parts), num_parts);
+  return schedule_bytes(problem, problem.total_q, queries);
 }
 
 int64_t backward_schedule_bytes(Problem const& problem, int block_kv) {
@@ -227,13 +233,13 @@ Window window_of(Problem const& problem) {
 }
 
 const char* make_forward_schedule(Problem const& problem, int block_q, int num_sms, void* workspace,
-                                  cudaStream_t stream, Schedule& schedule, int& num_ctas) {
+                                  cudaStream_t stream, Schedule& schedule, int& num_ctas, int num_parts) {
   bool const is_packed = problem.cu_seqlens_q != nullptr;
   schedule.side = Side::kQueries;
   schedule.is_ordered = false;
   schedule.is_backwards = true;  // under a causal mask the last queries see the most
-  schedule.heads_packed = heads_packed(problem, block_q);
-  schedule.rows_per_block = block_q / schedule.heads_packed;
+  schedule.heads_packed = heads_packed(problem, block_q, num_parts);
+  schedule.rows_per_block = static_cast<int32_t>(queries_per_block(block_q, schedule.heads_packed, num_parts));
   schedule.num_heads = static_cast<int32_t>(problem.heads_q / schedule.heads_packed);
   int64_t const bytes_row = 2 * (problem.head_dim_qk + problem.head_dim_v);
   int64_t const rows_kv = std::max<int64_t>(1, is_packed ? problem.total_kv : problem.seqlen_kv);

@@ -81,15 +81,16 @@ struct WorkTile {
 };
 
 // Device memory the schedule of a call needs, in bytes.
-int64_t forward_schedule_bytes(Problem const& problem, int block_q);
+int64_t forward_schedule_bytes(Problem const& problem, int block_q, int num_parts = 1);
 int64_t backward_schedule_bytes(Problem const& problem, int block_kv);
 
 Window window_of(Problem const& problem);
 
 // Both fill `schedule` and `num_ctas`, the CTAs worth launching, and launch the kernel that makes the list.
-// `num_sms` multiprocessors will run them. They return null or a sentence that says what went wrong.
+// `num_sms` multiprocessors will run them. They return null or a sentence that says what went wrong. `num_parts`: into
+// how many parts of whole queries a forward tile's rows can be cut, each block_q / num_parts rows at the most.
 const char* make_forward_schedule(Problem const& problem, int block_q, int num_sms, void* workspace,
-                                  cudaStream_t stream, Schedule& schedule, int& num_ctas);
+                                  cudaStream_t stream, Schedule& schedule, int& num_ctas, int num_parts = 1);
 
 // `num_splits` tiles share the query heads of a group. With problem.deterministic, tiles of a head come in the order of
 // falling keys, whatever they cost: each adds its part of dQ after the one before it.
