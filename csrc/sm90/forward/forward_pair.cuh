@@ -63,6 +63,7 @@ struct ForwardPair {
       cute::GMMA::rs_op_selector<Element, Element, float,
                                  cute::Shape<cute::Int<kRows>, cute::Int<kColumnsV>, cute::Int<kBlockKV>>,
                                  cute::GMMA::Major::K, cute::GMMA::Major::MN>()));
+  static_assert(is_one_wgmma<kBlockKV, MmaS>() && is_one_wgmma<kColumnsV, MmaO>());
   using Layouts = SharedLayouts<Element, kSwizzleColumns>;
   using LayoutQ = typename Layouts::template Rows<kRows, kChunkColumns, kChunks>;
   using LayoutK = typename Layouts::template Rows<kBlockKV, kChunkColumns, kNumKStages>;
