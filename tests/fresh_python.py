@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import json
 import os
 import subprocess
 import sys
@@ -34,3 +36,21 @@ def run_program(program: str, timeout: float = 240, **environment: str) -> str:
 def in_subprocess(module: str, call: str, timeout: float = 120, **environment: str) -> str:
     """:func:`run_program` on ``call``, an expression of the names of the test module ``module``."""
     return run_program(f"import {module} as t; t.{call}", timeout, **environment)
+
+
+@functools.cache
+def answers_of(module: str, calls: tuple[str, ...], timeout: float = 300, **environment: str) -> dict[str, list]:
+    """Of each of ``calls``, expressions of the names of ``module``: [what it returns, the error that it raises or None]. One
+    process runs all of them, for importing torch takes longer than most. What they return is of JSON."""
+    program = f"""
+import json, traceback
+import {module} as t
+found = {{}}
+for call in {calls!r}:
+    try:
+        found[call] = [eval("t." + call), None]
+    except Exception:
+        found[call] = [None, traceback.format_exc()]
+print("found", json.dumps(found))
+"""
+    return json.loads(run_program(program, timeout, **environment).rpartition("found ")[2])

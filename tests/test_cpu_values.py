@@ -10,19 +10,23 @@ import random
 import pytest
 import torch
 from cpu_support import DTYPES, ISAS, kernel, make_inputs, needs_cpu_library
-from fresh_python import in_subprocess
+from fresh_python import answers_of
 
 pytestmark = needs_cpu_library
 
-on_every_isa = pytest.mark.parametrize("isa", ISAS)
+# Of module scope, which groups the tests of an instruction set: one process makes the checks of all.
+on_every_isa = pytest.mark.parametrize("isa", ISAS, scope="module")
+CHECKS = ("check_hidden_values(120)", "check_one_dimension()", "check_a_lone_key()", "check_many_keys()")
 
 
-def run_on(isa, call):
-    """``call`` of this module in a process that uses ``isa``; what it says."""
+def run_on(isa, check):
+    """What ``check``, one of CHECKS, returns in a process that uses ``isa``."""
     best = torch.ops.flashmla.cpu_isa()
     if "FLASHMLA_CPU_ISA" not in os.environ and ISAS.index(isa) > ISAS.index(best):
         pytest.skip(f"this machine offers {best}")
-    return in_subprocess("test_cpu_values", call, 300, FLASHMLA_CPU_ISA=isa)
+    answer, error = answers_of("test_cpu_values", CHECKS, FLASHMLA_CPU_ISA=isa)[check]
+    assert error is None, error
+    return answer
 
 
 def visible_pairs(lengths_q, lengths_kv, total_q, total_kv, window):
@@ -54,7 +58,8 @@ def hide(x, rows, generator):
 
 
 def check_hidden_values(num_trials):
-    """Rows that see nothing of what is not finite are what they are without it, bit for bit; so are gradients of keys."""
+    """Rows that see nothing of what is not finite are what they are without it, bit for bit; so are gradients of keys.
+    Returns how many rows see what is finite alone."""
     generator = random.Random(0)
     spared = 0
     for trial in range(num_trials):
@@ -122,12 +127,12 @@ def check_hidden_values(num_trials):
         spared += int((row_is_spared & sees_any).sum())
         if bad_v and not bad_k and sinks is None:
             assert not found[0][touched].isfinite().all(-1).any(), f"out of rows that see it, {what}"
-    print(spared)
+    return spared
 
 
 @on_every_isa
 def test_values_hidden_from_a_row_never_reach_it(isa):
-    assert int(run_on(isa, "check_hidden_values(120)")) > 1000  # rows beside rows that see what is not finite
+    assert run_on(isa, "check_hidden_values(120)") > 1000  # rows beside rows that see what is not finite
 
 
 def check_one_dimension():

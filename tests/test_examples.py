@@ -1,6 +1,7 @@
 """examples/ run as a user runs them, on a tiny model: their losses are those of eager attention without memory patches.
 
-Each run is a process of its own. A test is skipped if the library of its example is not installed.
+Each run is a process of its own; those that are compared are forked from one that has imported the libraries, which takes
+longer than two steps do. A test is skipped if the library of its example is not installed.
 """
 
 from __future__ import annotations
@@ -74,24 +75,85 @@ def data(tmp_path) -> Path:
     return tmp_path
 
 
-def run(folder: Path, *command: str | Path) -> None:
-    """Runs Python with ``command`` in ``folder``, without a network, and fails if it warns of anything that names us."""
+def environment_of(folder: Path) -> dict[str, str]:
+    """Ours for a run in ``folder``: this checkout, no network, one thread."""
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    environment = {"PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "HF_HOME": str(folder / "hub")}
-    result = subprocess.run(
-        [sys.executable, *map(str, command)], cwd=folder, env=os.environ | environment, capture_output=True, text=True,
-        timeout=200,
-    )  # fmt: skip
-    assert result.returncode == 0, f"exit code {result.returncode}\n{result.stdout[-2000:]}\n{result.stderr[-4000:]}"
-    said = [line for line in result.stderr.splitlines() if " INFO " not in line]
+    ours = {"PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "HF_HOME": str(folder / "hub")}
+    return os.environ | ours
+
+
+def check(exit_code: int, stdout: str, stderr: str) -> None:
+    """Fails if a run failed, or warned of anything that names us."""
+    assert exit_code == 0, f"exit code {exit_code}\n{stdout[-2000:]}\n{stderr[-4000:]}"
+    said = [line for line in stderr.splitlines() if " INFO " not in line]
     ours = [line for line in said if re.search(r"flashmla|flash.?att", line, re.IGNORECASE)]
     assert not ours, f"warnings that name us:\n{ours}"
 
 
-def log_of(script: str, folder: Path, model: Path, *options: str) -> list[dict[str, float]]:
+def run(folder: Path, *command: str | Path) -> None:
+    """Runs Python with ``command`` in ``folder``."""
+    result = subprocess.run(
+        [sys.executable, *map(str, command)], cwd=folder, env=environment_of(folder), capture_output=True, text=True,
+        timeout=200,
+    )  # fmt: skip
+    check(result.returncode, result.stdout, result.stderr)
+
+
+# Imports what the examples import, and not this package. For each line, [folder, script and arguments], it runs the script in
+# a fork, its words in stdout.txt and stderr.txt of the folder, and answers with the exit code.
+FORKING = """
+import importlib.util, json, os, runpy, signal, sys, traceback
+import torch, datasets, peft
+from transformers import Trainer
+if importlib.util.find_spec("trl"):
+    from trl import DPOTrainer, GRPOTrainer, SFTTrainer
+if importlib.util.find_spec("sentence_transformers"):
+    from sentence_transformers import SentenceTransformerTrainer
+answers = os.fdopen(os.dup(1), "w")
+for line in sys.stdin:
+    folder, arguments = json.loads(line)
+    child = os.fork()
+    if child == 0:
+        signal.alarm(200)
+        os.chdir(folder)
+        for number, name in ((1, "stdout.txt"), (2, "stderr.txt")):
+            os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+        sys.argv, sys.path[0], code = arguments, os.path.dirname(arguments[0]), 1
+        try:
+            runpy.run_path(arguments[0], run_name="__main__")
+            code = 0
+        except SystemExit as end:
+            code = end.code if isinstance(end.code, int) else int(end.code is not None)
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush(), sys.stderr.flush()
+            os._exit(code)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), file=answers, flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def forked(tmp_path_factory):
+    """``forked(folder, script, *arguments)`` is :func:`run` in a fork."""
+    environment = environment_of(tmp_path_factory.mktemp("forking"))
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-c", FORKING], env=environment, **pipes) as server:
+
+        def call(folder: Path, *command: str | Path) -> None:
+            print(json.dumps([str(folder), [*map(str, command)]]), file=server.stdin, flush=True)
+            answer = server.stdout.readline()
+            assert answer, "the process that forks has ended"
+            check(int(answer), *((folder / name).read_text() for name in ("stdout.txt", "stderr.txt")))
+
+        yield call
+        server.stdin.close()
+
+
+def log_of(forked, script: str, folder: Path, model: Path, *options: str) -> list[dict[str, float]]:
     """What two steps of an example log."""
     output = folder / ("eager" if "eager" in options else "flashmla")
-    run(
+    forked(
         folder, EXAMPLES / script, "--model_name_or_path", model, "--output_dir", output, "--max_steps", "2",
         "--logging_steps", "1", "--per_device_train_batch_size", "4", "--report_to", "none", "--use_cpu",
         "--learning_rate", "1e-2", "--disable_tqdm", "True", *options,
@@ -101,9 +163,11 @@ def log_of(script: str, folder: Path, model: Path, *options: str) -> list[dict[s
     return [entry for entry in history if "loss" in entry]
 
 
-def assert_same(script: str, folder: Path, model: Path, options: tuple[str, ...], names=("loss", "grad_norm")) -> None:
-    ours = log_of(script, folder, model, *options)
-    eager = log_of(script, folder, model, *options, *WITHOUT_US)
+def assert_same(
+    forked, script: str, folder: Path, model: Path, options: tuple[str, ...], names=("loss", "grad_norm")
+) -> None:
+    ours = log_of(forked, script, folder, model, *options)
+    eager = log_of(forked, script, folder, model, *options, *WITHOUT_US)
     assert len(ours) == len(eager) == 2
     for name in names:
         expected = [entry[name] for entry in eager]
@@ -120,9 +184,9 @@ IN_FLOAT32 = ("--dtype", "float32", "--bf16", "False")
     [("--packing", "--max_length", "64"), ("--padding_free", "--assistant_only_loss")],
     ids=lambda o: o[0][2:],
 )
-def test_trl_sft(options, data, model):
+def test_trl_sft(options, data, model, forked):
     needs("trl")
-    assert_same("trl_sft.py", data, model, ("--dataset", "chats.jsonl", *IN_FLOAT32, *options))
+    assert_same(forked, "trl_sft.py", data, model, ("--dataset", "chats.jsonl", *IN_FLOAT32, *options))
 
 
 @pytest.mark.slow
@@ -144,28 +208,28 @@ def test_without_a_gpu_an_example_needs_no_option_for_it(script, dataset, option
 
 
 @pytest.mark.slow
-def test_trl_dpo(data, model):
+def test_trl_dpo(data, model, forked):
     needs("trl")
-    assert_same("trl_dpo.py", data, model, ("--dataset", "preferences.jsonl", *IN_FLOAT32))
+    assert_same(forked, "trl_dpo.py", data, model, ("--dataset", "preferences.jsonl", *IN_FLOAT32))
 
 
 @pytest.mark.slow
-def test_trl_grpo(data, model):
+def test_trl_grpo(data, model, forked):
     """Its loss is zero in the first step after each generation, by definition; its gradient is not."""
     needs("trl")
     options = ("--dataset", "prompts.jsonl", *IN_FLOAT32, "--num_generations", "2", "--max_completion_length", "8")
-    assert_same("trl_grpo.py", data, model, options, names=("grad_norm", "reward", "entropy"))
+    assert_same(forked, "trl_grpo.py", data, model, options, names=("grad_norm", "reward", "entropy"))
 
 
 @pytest.mark.slow
-def test_transformers_trainer(data, model):
-    assert_same("transformers_trainer.py", data, model, ("--dataset", "texts.jsonl"))
+def test_transformers_trainer(data, model, forked):
+    assert_same(forked, "transformers_trainer.py", data, model, ("--dataset", "texts.jsonl"))
 
 
 @pytest.mark.slow
-def test_embedding_model(data, model):
+def test_embedding_model(data, model, forked):
     needs("sentence_transformers")
-    assert_same("embedding_model.py", data, model, ("--dataset", "pairs.jsonl"))
+    assert_same(forked, "embedding_model.py", data, model, ("--dataset", "pairs.jsonl"))
 
 
 TASKS = {
