@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import sys
+from types import SimpleNamespace
 
 import context_quality
 import documents
 import pytest
-from training_support import ON_PATH
 
-from flashmla_hf.training import machine
+from flashmla_hf.training import finetune, machine
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate_state")
 
@@ -21,8 +22,15 @@ def _quality(folder, output_dir, *more):
     )
 
 
+def _run_here(command):
+    """A run of finetune in this process: importing takes longer than its three steps."""
+    assert command[:3] == [sys.executable, "-m", "flashmla_hf.training.finetune"]
+    finetune.main(command[3:])
+    return SimpleNamespace(returncode=0)
+
+
 def test_the_loss_by_context_stands_beside_eagers_curve(tiny_model, tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("PYTHONPATH", ON_PATH["PYTHONPATH"])
+    monkeypatch.setattr(context_quality, "subprocess", SimpleNamespace(run=_run_here))
     text = " ".join(f"{word} {i}" for i in range(150) for word in ("alpha", "beta", "gamma"))
     monkeypatch.setattr(documents, "standard_library", lambda: {f"{i}.py": text[i:] for i in range(6)})
     monkeypatch.setattr(machine, "fastest_dtype", lambda device: "float32")

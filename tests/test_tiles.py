@@ -31,6 +31,20 @@ def test_the_head_dims_shared_by_columns_have_a_kernel_for_dq():
     assert by_columns == {row["head_dims"][0] for row in sm90_tiles.entries("BackwardQueries")}
 
 
+def test_every_kernel_asserts_that_its_products_are_one_wgmma():
+    """CUTLASS's selector takes several narrower ones in silence, where a source does not ask for the extended shapes."""
+    kernels = {path.name: path.read_text() for path in (ROOT / "csrc/sm90").rglob("*.cuh")}
+    products = {
+        name: set(re.findall(r"using (\w+)\s*=\s*decltype\(cute::make_tiled_mma", text))
+        for name, text in kernels.items()
+    }
+    assert products["forward.cuh"] == {"MmaS", "MmaO"}
+    for name, mmas in products.items():
+        asserted = " ".join(re.findall(r"static_assert\((is_one_wgmma<.*)\);", kernels[name]))
+        # SharedMma and RegisterMma of the backward are MmaDK and MmaDV.
+        assert {mma for mma in mmas if not re.search(rf"\b{mma}\b", asserted)} <= {"SharedMma", "RegisterMma"}, name
+
+
 def test_every_entry_has_a_comment_above_it():
     text = (ROOT / "csrc/sm90/tiles.h").read_text()
     entries = list(re.finditer(r"(.*\n)template <[^>]*>\nstruct \w+Config<[^>]*> {\n", text))
