@@ -44,6 +44,7 @@ struct DecodeArguments {
   float* partial_out;      // [2 * num_ctas, partial_rows, head_dim_v]: not divided by the sum
   float2* partial_sums;    // [2 * num_ctas, partial_rows]: (maximum of the scores, sum of exponentials)
   int32_t cluster_size;    // CTAs of a cluster that share a tile; 1: CTAs have shares of the line of units
+  CUtensorMap q;           // dims (head_dim, heads, rows, sequence); of few rows (few_rows.cuh)
 };
 
 // The keys of a sequence: [begin, end) are seen by some query, [unmasked_begin, unmasked_end) by each of them.
