@@ -11,6 +11,7 @@
 #include <cutlass/arch/barrier.h>
 #include <cutlass/arch/grid_dependency_control.h>
 
+#include <cute/arch/cluster_sm90.hpp>
 #include <cute/arch/copy_sm90_desc.hpp>
 #include <cute/tensor.hpp>
 
@@ -52,7 +53,7 @@ __device__ void load_tiles(DecodeArguments const& arguments, typename Kernel::Sh
   using Element = typename Kernel::Element;
   constexpr int kBlockKV = Kernel::kBlockKV;
   int32_t const lane = threadIdx.x % kWarpThreads;
-  int32_t const rows = arguments.rows_per_box;
+  int32_t const rows = arguments.rows_per_box, num_boxes_of_block = kBlockKV / rows;
   // K and V are read once, unless several tiles share a kv head.
   uint64_t const hint = static_cast<uint64_t>(arguments.tiles_per_head > 1 ? cute::TMA::CacheHintSm90::EVICT_NORMAL
                                                                            : cute::TMA::CacheHintSm90::EVICT_FIRST);
@@ -82,7 +83,7 @@ __device__ void load_tiles(DecodeArguments const& arguments, typename Kernel::Sh
     // Boxes without a key of the sequence are not loaded: the table need not have their pages.
     auto has_keys = [&](int32_t kv_block, int32_t box) {
       int32_t const key = kv_block * kBlockKV + box * rows;
-      return box < kBlockKV / rows && key < keys.end && key + rows > keys.begin;
+      return box < num_boxes_of_block && key < keys.end && key + rows > keys.begin;
     };
     BoxPlace place{0, 0};
     if (walk.blocks.begin < walk.blocks.end && has_keys(walk.blocks.begin, lane)) {
@@ -155,8 +156,11 @@ __device__ void add_parts_of_cluster(DecodeArguments const& arguments, typename 
                                           walk.keys.length > 0, column < arguments.params.problem.head_dim_v,
                                           column == 0);
   }
+  // A CTA that has ended has no shared memory. What the others wait for has been read, and nothing that was written:
+  // with release, the barrier would wait for the output's way to memory.
   __syncwarp();
-  ptx::sync_cluster();  // a CTA that has ended has no shared memory
+  cute::cluster_arrive_relaxed();
+  cute::cluster_wait();
 }
 
 template <class Kernel>

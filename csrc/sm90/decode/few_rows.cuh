@@ -6,10 +6,10 @@
 //
 //   S^T = K Q^T   (keys x rows, K from shared memory)     O^T += V^T P^T   (columns of V x rows, V from shared memory)
 //
-// A thread has kBlockKV / 16 scores where it would have kBlockKV / 2. The keys of a row are spread over lanes and warps:
-// its maximum is exchanged through shared memory in every step, its sum once a tile. P^T goes to shared memory, where
-// the second product's columns have to be. A step's products and softmax follow each other: they are short beside its
-// bytes.
+// A thread has kBlockKV / 16 scores where it would have kBlockKV / 2. The keys of a row are spread over lanes and
+// warps: its maximum is exchanged through shared memory in every step, its sum once a tile. P^T goes to shared memory,
+// where the second product's columns have to be. A step's products and softmax follow each other: they are short beside
+// its bytes.
 //
 // Steps are of 32 KiB of K and V or more. Q comes by TMA as K and V do, some tiles ahead.
 //
@@ -30,15 +30,11 @@
 namespace flashmla::sm90 {
 
 constexpr int kFewRows = 8;  // the narrowest product
-#ifndef FEW_COLUMNS
-#define FEW_COLUMNS 256
-#endif
-constexpr int kMostColumnsOfFewRows = FEW_COLUMNS;
 
-// Head dims that have this kernel.
+// Head dims that have this kernel: those of which two CTAs share a multiprocessor. Wider ones were not measured.
 template <int kHeadDimQK, int kHeadDimV>
 constexpr bool has_few_rows_kernel() {
-  return kHeadDimQK + kHeadDimV <= kMostColumnsOfFewRows;
+  return kHeadDimQK + kHeadDimV <= 256;
 }
 
 // The ring of the tile of 64 rows (tiles.h), in steps of 128 keys where 64 would be less than 32 KiB.
@@ -66,7 +62,8 @@ struct ColumnSoftmax : Softmax<kScores, false> {
   __device__ static float2 reduce_lanes(float2 x, Combine const& combine) {
     CUTE_UNROLL
     for (int lanes = 4; lanes < kWarpThreads; lanes *= 2) {
-      x = {combine(x.x, __shfl_xor_sync(0xffffffff, x.x, lanes)), combine(x.y, __shfl_xor_sync(0xffffffff, x.y, lanes))};
+      x = {combine(x.x, __shfl_xor_sync(0xffffffff, x.x, lanes)),
+           combine(x.y, __shfl_xor_sync(0xffffffff, x.y, lanes))};
     }
     return x;
   }
@@ -172,8 +169,8 @@ struct FewRowsDecode {
     static_assert(kScores == 8 || kScores == 4, "four matrices, or two");
     int const warp = threadIdx.x / kWarpThreads, matrix = threadIdx.x % kWarpThreads / 8, row = threadIdx.x % 8;
     int const chunk = kScores == 8 ? matrix / 2 : 0;  // of two matrices, lanes above 15 give no addresses
-    unsigned char* const address = reinterpret_cast<unsigned char*>(p) + chunk * (kRows * 128) + row * 128 +
-                                   ((2 * warp + matrix % 2) ^ row) * 16;
+    unsigned char* const address =
+        reinterpret_cast<unsigned char*>(p) + chunk * (kRows * 128) + row * 128 + ((2 * warp + matrix % 2) ^ row) * 16;
     auto& target = *reinterpret_cast<cute::uint128_t*>(address);
     if constexpr (kScores == 8) {
       cute::SM90_U16x8_STSM_T::copy(pack<Element>(scores(0), scores(1)), pack<Element>(scores(2), scores(3)),
@@ -212,13 +209,13 @@ struct FewRowsDecode {
   // A tile that this CTA has computed alone.
   template <class Outputs>
   __device__ static void write_rows(DecodeArguments const& arguments, DecodeWalk const& walk, RowSoftmax const& softmax,
-                                    Outputs const& outputs, int first_row, int first_column) {
+                                    Outputs const& outputs, TileRow const (&rows)[2], int first_column) {
     DecodeParams const& params = arguments.params;
     Problem const& problem = params.problem;
     CUTE_UNROLL
     for (int r = 0; r < 2; ++r) {
-      TileRow const row = row_of(arguments, walk.tile, first_row + r);
-      if (!row.is_valid) continue;
+      if (!rows[r].is_valid) continue;
+      TileRow const row{rows[r].query, rows[r].head + walk.tile * arguments.group, true};
       float lse;
       float factor = finish_row(softmax.row_max[r] == -INFINITY ? -INFINITY : softmax.row_max[r] * softmax.scale_log2,
                                 softmax.row_sum[r], problem.sinks == nullptr ? nullptr : problem.sinks + row.head, lse);
@@ -234,13 +231,13 @@ struct FewRowsDecode {
 
   // A part of a tile, as decode_rows.cuh's.
   template <class Outputs>
-  __device__ static void store_part(DecodeArguments const& arguments, int32_t tile, RowSoftmax const& softmax,
-                                    Outputs const& outputs, int first_row, int first_column, float2* rows_sums,
-                                    float* rows_out, int64_t stride, int64_t num_columns) {
+  __device__ static void store_part(RowSoftmax const& softmax, Outputs const& outputs, TileRow const (&rows)[2],
+                                    int first_row, int first_column, float2* rows_sums, float* rows_out, int64_t stride,
+                                    int64_t num_columns) {
     CUTE_UNROLL
     for (int r = 0; r < 2; ++r) {
+      if (!rows[r].is_valid) continue;
       int const row = first_row + r;
-      if (!row_of(arguments, tile, row).is_valid) continue;
       // P was taken against a rounded product of the maximum: what that has left in all of a row's P alike goes here.
       float const factor = softmax.subtracts_first || softmax.row_max[r] == -INFINITY
                                ? 1.0f
@@ -257,6 +254,8 @@ struct FewRowsDecode {
     // A thread's two rows, its first key of each 64 and its first column of each 64 of O.
     int const first_row = 2 * (threadIdx.x % 4), first_line = row_of_thread(0, threadIdx.x);
     Problem const& problem = arguments.params.problem;
+    // A kv head has one tile: its number is the kv head's, and rows are the same in all.
+    TileRow const rows[2] = {row_of(arguments, 0, first_row), row_of(arguments, 0, first_row + 1)};
 
     MmaS mma_s;
     MmaO mma_o;
@@ -288,7 +287,7 @@ struct FewRowsDecode {
 
     for (DecodeWalk walk = begin_walk(arguments); walk.find(); walk.next_tile(), ring_q.advance(), tile_parity ^= 1) {
       SequenceKeys const keys = walk.keys;
-      RowKeys const seen = row_keys<1>(arguments, keys, walk.tile, first_row);
+      RowKeys const seen = row_keys<1>(arguments, keys, 0, first_row);
       // Rows behind the end of a sequence that fills its cache arrive as zeros.
       bool const ends_in_zeros = arguments.params.block_table == nullptr && keys.end == arguments.params.page_size;
       softmax.reset();
@@ -328,14 +327,13 @@ struct FewRowsDecode {
       release(shared.q_empty[ring_q.stage]);
       if (arguments.cluster_size > 1) {
         add_parts_of_cluster<FewRowsDecode>(arguments, shared, walk, arguments.num_rows, [&](auto& part) {
-          store_part(arguments, walk.tile, softmax, rO, first_row, first_line, part.sums, part.out[0], kHeadDimV + 8,
-                     kHeadDimV);
+          store_part(softmax, rO, rows, first_row, first_line, part.sums, part.out[0], kHeadDimV + 8, kHeadDimV);
         });
       } else if (walk.is_whole()) {
-        write_rows(arguments, walk, softmax, rO, first_row, first_line);
+        write_rows(arguments, walk, softmax, rO, rows, first_line);
       } else {
         int64_t const index = int64_t{partial_of(blockIdx.x, walk.unit == walk.tile_begin)} * arguments.partial_rows;
-        store_part(arguments, walk.tile, softmax, rO, first_row, first_line, arguments.partial_sums + index,
+        store_part(softmax, rO, rows, first_row, first_line, arguments.partial_sums + index,
                    arguments.partial_out + index * problem.head_dim_v, problem.head_dim_v, problem.head_dim_v);
       }
     }

@@ -58,6 +58,8 @@ DecodeArguments plan_decode(DecodeParams const& params) {
   arguments.params = params;
   arguments.window = window_of(problem);
   arguments.block_kv = Tiles::kBlockKV;
+  static_assert((Tiles::kBlockKV & (Tiles::kBlockKV - 1)) == 0);
+  while (1 << arguments.block_kv_log2 < Tiles::kBlockKV) ++arguments.block_kv_log2;
   int64_t rows_per_box = Tiles::kBlockKV;
   if (params.block_table != nullptr) {
     while (params.page_size % rows_per_box != 0) rows_per_box /= 2;  // pages are multiples of 16
@@ -242,7 +244,8 @@ const char* launch_decode_kernel(DecodeParams const& params, void* workspace, cu
 // Whether a call has tiles of so few rows that keys are the tensor cores' rows.
 template <int kHeadDimQK, int kHeadDimV>
 bool takes_few_rows(Problem const& problem) {
-  return has_few_rows_kernel<kHeadDimQK, kHeadDimV>() && problem.heads_q / problem.heads_kv * problem.seqlen_q <= kFewRows;
+  return has_few_rows_kernel<kHeadDimQK, kHeadDimV>() &&
+         problem.heads_q / problem.heads_kv * problem.seqlen_q <= kFewRows;
 }
 
 template <int kHeadDimQK, int kHeadDimV>
