@@ -13,7 +13,7 @@ def name_of(record: dict) -> str:
     what = "flashmla" if record["attention"] == "flashmla" else "SDPA"
     if record["kind"] in ("train", "same"):
         what += " + patches" if record["is_patched"] else " + checkpointing" + " + Liger" * record["liger"]
-    where = f" on {record['gpus']}" if record["engine"] != "one" else ""
+    where = f" on {record['gpus']}" if record["gpus"] > 1 or record["engine"] == "fsdp2" else ""
     within = f", in {record['memory_gib']:g} GiB" if (record.get("memory_gib") or WHOLE) < WHOLE else ""
     return f"{engine}{where}, {what}{within}"
 

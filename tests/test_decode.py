@@ -165,6 +165,12 @@ CASES = {
     "head dim 256": DecodeCase(lengths=(300, 5), seqlen_q=2, head_dim_qk=256, page_size=64, **_GQA),
     "head dim 8": DecodeCase(lengths=(300, 5), seqlen_q=2, head_dim_qk=8, page_size=64, **_GQA),
     "a static cache of Transformers": DecodeCase(lengths=(33, 7), capacity=512, layout="transposed", **_GQA),
+    # A GPU has a kernel for up to eight rows of a kv head (csrc/sm90/decode/few_rows.cuh), in steps of 64 or 128 keys.
+    "eight rows": DecodeCase(lengths=(127, 128, 129, 1, 300), seqlen_q=2, **_GQA),
+    "eight rows of 128 columns": DecodeCase(lengths=(63, 64, 65, 0, 300), seqlen_q=2, head_dim_qk=128, **_GQA),
+    "nine rows": DecodeCase(lengths=(127, 128, 129), seqlen_q=3, heads_q=6, heads_kv=2, page_size=16),
+    "seven rows": DecodeCase(lengths=(300, 5), starts=(130, 2), heads_q=14, heads_kv=2, head_dim_qk=128, page_size=48),
+    "one row a tile": DecodeCase(lengths=(100,) * 9, has_lengths=False, heads_q=4, heads_kv=4),
     "many sequences": DecodeCase(lengths=tuple(range(0, 200, 3)), page_size=16, heads_q=2, heads_kv=1),
     "a long cache": DecodeCase(lengths=(20000, 7), page_size=256, heads_q=4, heads_kv=1),
     "a long cache, a short window": DecodeCase(lengths=(20000, 7), window=(100, 0), heads_q=4, heads_kv=1),

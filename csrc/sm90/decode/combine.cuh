@@ -49,8 +49,10 @@ __global__ void __launch_bounds__(kCombineThreads) combine_kernel(__grid_constan
   // One CTA waits in any case: a kernel that ends before the one before it has would let the next begin.
   bool const is_first = blockIdx.x == 0 && blockIdx.y == 0 && blockIdx.z == 0;
   if (has_nothing && !is_first) return;
-  ptx::wait_on_dependent_grids();
+  // The next kernel may set up beside the end of decode_kernel: all CTAs of this one are running or have ended when it
+  // starts, so that it takes no room from them, and it waits until they have ended.
   cutlass::arch::launch_dependent_grids();
+  ptx::wait_on_dependent_grids();
   if (has_nothing) return;
 
   int const lane = threadIdx.x % kWarpThreads, group = lane / kVectors;

@@ -129,17 +129,17 @@ __device__ bool clear_rows(Element* values, SequenceKeys const& keys, int32_t kv
   return true;
 }
 
-// Keys [begin, end) that a thread's two rows see.
+// Keys [begin, end) that a thread's two rows see, first_row and first_row + kApart.
 struct RowKeys {
   int32_t begin[2], end[2];
 };
 
-__device__ inline RowKeys row_keys(DecodeArguments const& arguments, SequenceKeys const& keys, int32_t tile,
-                                   int first_row) {
+template <int kApart = 8>
+__device__ RowKeys row_keys(DecodeArguments const& arguments, SequenceKeys const& keys, int32_t tile, int first_row) {
   RowKeys seen;
   CUTE_UNROLL
   for (int r = 0; r < 2; ++r) {
-    TileRow const row = row_of(arguments, tile, first_row + 8 * r);
+    TileRow const row = row_of(arguments, tile, first_row + kApart * r);
     int32_t const position = keys.length - static_cast<int32_t>(arguments.params.problem.seqlen_q) + row.query;
     VisibleKeys const visible = visible_keys(arguments.window, keys.length, position, position);
     seen.begin[r] = max(visible.begin, keys.start);

@@ -44,6 +44,8 @@ struct DecodeArguments {
   float* partial_out;      // [2 * num_ctas, partial_rows, head_dim_v]: not divided by the sum
   float2* partial_sums;    // [2 * num_ctas, partial_rows]: (maximum of the scores, sum of exponentials)
   int32_t cluster_size;    // CTAs of a cluster that share a tile; 1: CTAs have shares of the line of units
+  CUtensorMap q;           // dims (head_dim, heads, rows, sequence); of few rows (few_rows.cuh)
+  int32_t block_kv_log2;
 };
 
 // The keys of a sequence: [begin, end) are seen by some query, [unmasked_begin, unmasked_end) by each of them.
@@ -74,7 +76,8 @@ struct KVBlocks {
 
 __host__ __device__ inline KVBlocks blocks_of(DecodeArguments const& arguments, SequenceKeys const& keys) {
   if (keys.begin >= keys.end) return {0, 0};
-  return {keys.begin / arguments.block_kv, (keys.end + arguments.block_kv - 1) / arguments.block_kv};
+  // A division by what is not known to the compiler is a chain of 20 instructions, for every tile and warp.
+  return {keys.begin >> arguments.block_kv_log2, (keys.end + arguments.block_kv - 1) >> arguments.block_kv_log2};
 }
 
 __host__ __device__ inline int32_t units_of(DecodeArguments const& arguments, int32_t batch) {

@@ -37,11 +37,13 @@
 
 namespace flashmla::sm90 {
 
-template <int kHeadDimQK, int kHeadDimV, class Element>
+template <int kHeadDimQK, int kHeadDimV, class Element_>
 struct LatentDecode {
+  using Element = Element_;
   using Tiles = DecodeTiles<kHeadDimQK, kHeadDimV>;
+  static constexpr bool kReadsValues = false;
   static constexpr int kBlockKV = Tiles::kBlockKV;
-  static constexpr int kNumStages = Tiles::kNumStages;
+  static constexpr int kNumStages = Tiles::kNumStages, kNumQStages = 0;
   static constexpr int kNumConsumers = Tiles::kNumConsumers;
   static constexpr int kSwizzleColumns = 64;
   static constexpr int kHalf = kHeadDimV / kNumConsumers;  // columns of O in a warpgroup

@@ -1,4 +1,5 @@
-// Host side of the decode kernels: TMA descriptors, shares and launches. One instantiation per head-dim row and dtype.
+// Host side of the decode kernels: TMA descriptors, shares and launches. One instantiation per head-dim row and dtype,
+// with the kernels that the row has.
 #pragma once
 
 #include <algorithm>
@@ -8,6 +9,7 @@
 
 #include "sm90/decode/combine.cuh"
 #include "sm90/decode/decode.cuh"
+#include "sm90/decode/few_rows.cuh"
 #include "sm90/decode/latent.cuh"
 #include "sm90/hopper/device.h"
 #include "sm90/hopper/tensor_map.h"
@@ -17,24 +19,26 @@ namespace flashmla::sm90 {
 
 // What runs a call of the head dims: latents have a kernel of their own, which reads K alone.
 template <int kHeadDimQK, int kHeadDimV, class Element>
-struct DecodeKernel : Decode<kHeadDimQK, kHeadDimV, Element> {
-  static constexpr bool kReadsValues = true;
+struct DecodeKernel {
+  using Type = Decode<kHeadDimQK, kHeadDimV, Element>;
 };
 template <class Element>
-struct DecodeKernel<LatentHeadDims::kHeadDimQK, LatentHeadDims::kHeadDimV, Element>
-    : LatentDecode<LatentHeadDims::kHeadDimQK, LatentHeadDims::kHeadDimV, Element> {
-  static constexpr bool kReadsValues = false;
+struct DecodeKernel<LatentHeadDims::kHeadDimQK, LatentHeadDims::kHeadDimV, Element> {
+  using Type = LatentDecode<LatentHeadDims::kHeadDimQK, LatentHeadDims::kHeadDimV, Element>;
 };
 
-template <int kHeadDimQK, int kHeadDimV, class Element>
-__global__ void __launch_bounds__(DecodeTiles<kHeadDimQK, kHeadDimV>::kNumThreads,
-                                  DecodeTiles<kHeadDimQK, kHeadDimV>::kNumCtas)
+template <class Kernel>
+__global__ void __launch_bounds__(Kernel::Tiles::kNumThreads, Kernel::Tiles::kNumCtas)
     decode_kernel(__grid_constant__ DecodeArguments const arguments) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   // Swizzled tiles need 1,024-byte alignment; the dynamic shared memory of a kernel without any other begins so.
   extern __shared__ __align__(1024) unsigned char memory[];
-  using Kernel = DecodeKernel<kHeadDimQK, kHeadDimV, Element>;
-  Kernel::run(arguments, *reinterpret_cast<typename Kernel::SharedStorage*>(memory));
+  auto& shared = *reinterpret_cast<typename Kernel::SharedStorage*>(memory);
+  if constexpr (Kernel::kReadsValues) {
+    run_decode<Kernel>(arguments, shared);
+  } else {
+    Kernel::run(arguments, shared);
+  }
 #endif
 }
 
@@ -43,9 +47,8 @@ inline int64_t num_tiles(DecodeArguments const& arguments) {
 }
 
 // What follows from the shapes: everything but descriptors and the workspace.
-template <int kHeadDimQK, int kHeadDimV>
+template <class Tiles>
 DecodeArguments plan_decode(DecodeParams const& params) {
-  using Tiles = DecodeTiles<kHeadDimQK, kHeadDimV>;
   Problem const& problem = params.problem;
   int device = 0;
   cudaGetDevice(&device);
@@ -55,6 +58,8 @@ DecodeArguments plan_decode(DecodeParams const& params) {
   arguments.params = params;
   arguments.window = window_of(problem);
   arguments.block_kv = Tiles::kBlockKV;
+  static_assert((Tiles::kBlockKV & (Tiles::kBlockKV - 1)) == 0);
+  while (1 << arguments.block_kv_log2 < Tiles::kBlockKV) ++arguments.block_kv_log2;
   int64_t rows_per_box = Tiles::kBlockKV;
   if (params.block_table != nullptr) {
     while (params.page_size % rows_per_box != 0) rows_per_box /= 2;  // pages are multiples of 16
@@ -115,10 +120,10 @@ cudaError_t allow_large_clusters(int device) {
   return error;
 }
 
-// Units of a CTA in a cluster, at most. A longer call hardly feels its second kernel, and a cluster's CTAs, of which a
-// multiprocessor has one, have less on its way from memory (docs/log.md, 2026-11-28: 4 and 10 units gain 5 and 11 %, 16
-// and 32 lose 9 and 18).
-constexpr int64_t kMostUnitsOfCluster = 12;
+// Keys of a CTA in a cluster, at most. A longer call hardly feels its second kernel, and a cluster's CTAs, of which a
+// multiprocessor has one, have less on its way from memory (docs/log.md, 2026-11-28: 256 and 640 keys gain 5 and 11 %,
+// 1,024 and 2,048 lose 9 and 18).
+constexpr int64_t kMostKeysOfCluster = 768;
 
 // Clusters, one a tile, if they are about as many CTAs as shares would have, and run at once; else size 1. Sequences of
 // lengths that the host does not know are left to shares, unless there is but one.
@@ -134,7 +139,7 @@ Clusters clusters_of(DecodeArguments const& arguments, int device) {
   constexpr int kAloneBytes = 114 * 1024;  // a multiprocessor has no room for two
   for (int size = kMaxClusterSize; size > 1; size /= 2) {
     if (tiles * size > Kernel::Tiles::kNumCtas * sms || size / 2 >= units) continue;
-    if ((tiles * size * 10 < sms * 9 && size < units) || units > kMostUnitsOfCluster * size) break;
+    if ((tiles * size * 10 < sms * 9 && size < units) || units * Kernel::kBlockKV > kMostKeysOfCluster * size) break;
     if (allow_large_clusters<kKernel>(device) != cudaSuccess) break;
     bool const can_be_alone = tiles * size <= sms && Kernel::kSharedBytes < kAloneBytes;
     auto have_room = [&](int bytes, bool is_alone) {
@@ -159,19 +164,19 @@ inline int64_t partial_sums_bytes(DecodeArguments const& arguments) {
   return 2 * int64_t{arguments.num_ctas} * arguments.partial_rows * static_cast<int64_t>(sizeof(float2));
 }
 
-template <int kHeadDimQK, int kHeadDimV>
-int64_t decode_workspace_head_dims(DecodeParams const& params) {
-  DecodeArguments const arguments = plan_decode<kHeadDimQK, kHeadDimV>(params);
+template <class Tiles>
+int64_t decode_workspace_tiles(DecodeParams const& params) {
+  DecodeArguments const arguments = plan_decode<Tiles>(params);
   if (!may_split(arguments)) return 0;
   return partial_sums_bytes(arguments) *
          (1 + params.problem.head_dim_v * static_cast<int64_t>(sizeof(float)) / static_cast<int64_t>(sizeof(float2)));
 }
 
-template <int kHeadDimQK, int kHeadDimV, class Element>
-const char* launch_decode_element(DecodeParams const& params, void* workspace, cudaStream_t stream) {
-  using Kernel = DecodeKernel<kHeadDimQK, kHeadDimV, Element>;
+template <class Kernel>
+const char* launch_decode_kernel(DecodeParams const& params, void* workspace, cudaStream_t stream) {
+  using Element = typename Kernel::Element;
   Problem const& problem = params.problem;
-  DecodeArguments arguments = plan_decode<kHeadDimQK, kHeadDimV>(params);
+  DecodeArguments arguments = plan_decode<typename Kernel::Tiles>(params);
   double const units = std::ceil(static_cast<double>(problem.seqlen_kv) / Kernel::kBlockKV);
   if (static_cast<double>(num_tiles(arguments)) * std::max(1.0, units) > INT32_MAX) {
     return "the cache is too large: expected fewer than 2^31 blocks of keys over all sequences and heads; pass a part "
@@ -185,7 +190,7 @@ const char* launch_decode_element(DecodeParams const& params, void* workspace, c
     if (params.num_pages == 0 || params.page_size == 0) return nullptr;  // nothing is loaded
     return make_tensor_map(
         map, view.data, map_element(problem.dtype),
-        {{head_dim, 1, Kernel::kSwizzleColumns},
+        {{head_dim, 1, kDecodeSwizzleColumns},
          {params.page_size, view.stride_seqlen, arguments.rows_per_box},
          {problem.heads_kv, view.stride_heads, 1},
          {params.num_pages, view.stride_batch, 1}},
@@ -194,11 +199,21 @@ const char* launch_decode_element(DecodeParams const& params, void* workspace, c
   };
   const char* error = make_cache(arguments.k, params.k, problem.head_dim_qk);
   if (error == nullptr && Kernel::kReadsValues) error = make_cache(arguments.v, params.v, problem.head_dim_v);
+  if constexpr (Kernel::kNumQStages > 0) {  // a tile has all queries of a kv head
+    if (error == nullptr) {
+      error = make_tensor_map(arguments.q, params.q.data, map_element(problem.dtype),
+                              {{problem.head_dim_qk, 1, kDecodeSwizzleColumns},
+                               {problem.heads_q, params.q.stride_heads, arguments.group},
+                               {problem.seqlen_q, params.q.stride_seqlen, static_cast<int>(problem.seqlen_q)},
+                               {problem.batch, params.q.stride_batch, 1}},
+                              CU_TENSOR_MAP_L2_PROMOTION_L2_128B);
+    }
+  }
   if (error != nullptr) return error;
 
   int device = 0;
   cudaGetDevice(&device);
-  constexpr auto* kernel = decode_kernel<kHeadDimQK, kHeadDimV, Element>;
+  constexpr auto* kernel = decode_kernel<Kernel>;
   if (cudaError_t const status = allow_shared_memory<kernel>(kMaxSharedBytes, device); status != cudaSuccess) {
     return cudaGetErrorString(status);
   }
@@ -224,6 +239,30 @@ const char* launch_decode_element(DecodeParams const& params, void* workspace, c
   grid.y = std::min(static_cast<unsigned>(arguments.partial_rows), std::max(1u, most));
   return launch_kernel<DecodeArguments>(combine_kernel<Element>, grid, kCombineThreads, 0, stream, Launch::kDependent,
                                         arguments);
+}
+
+// Whether a call has tiles of so few rows that keys are the tensor cores' rows.
+template <int kHeadDimQK, int kHeadDimV>
+bool takes_few_rows(Problem const& problem) {
+  return has_few_rows_kernel<kHeadDimQK, kHeadDimV>() &&
+         problem.heads_q / problem.heads_kv * problem.seqlen_q <= kFewRows;
+}
+
+template <int kHeadDimQK, int kHeadDimV>
+int64_t decode_workspace_head_dims(DecodeParams const& params) {
+  return takes_few_rows<kHeadDimQK, kHeadDimV>(params.problem)
+             ? decode_workspace_tiles<FewRowsTiles<kHeadDimQK, kHeadDimV>>(params)
+             : decode_workspace_tiles<DecodeTiles<kHeadDimQK, kHeadDimV>>(params);
+}
+
+template <int kHeadDimQK, int kHeadDimV, class Element>
+const char* launch_decode_element(DecodeParams const& params, void* workspace, cudaStream_t stream) {
+  if constexpr (has_few_rows_kernel<kHeadDimQK, kHeadDimV>()) {
+    if (takes_few_rows<kHeadDimQK, kHeadDimV>(params.problem)) {
+      return launch_decode_kernel<FewRowsDecode<kHeadDimQK, kHeadDimV, Element>>(params, workspace, stream);
+    }
+  }
+  return launch_decode_kernel<typename DecodeKernel<kHeadDimQK, kHeadDimV, Element>::Type>(params, workspace, stream);
 }
 
 template <int kHeadDimQK, int kHeadDimV>
