@@ -5,12 +5,10 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
+import gloo_processes
 import numpy as np
 import pytest
 import torch
@@ -239,12 +237,7 @@ def test_two_processes_share_a_stream(tiny_model, chats, tmp_path):
     """Each reads all of it and runs its share: the same packs in the same steps as one process that accumulates."""
     shared = {"train_file": chats, "streaming": True, "assistant_only_loss": True, "max_steps": 3}
     finetune.main(options(tiny_model, tmp_path / "one", **shared, gradient_accumulation_steps=2))
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    path = os.pathsep.join([str(Path(__file__).resolve().parent.parent), os.environ.get("PYTHONPATH", "")])
-    subprocess.run(
-        [*launch, "-m", "flashmla_hf.training.finetune", *options(tiny_model, tmp_path / "two", **shared)],
-        env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}, check=True, timeout=400,
-    )  # fmt: skip
+    gloo_processes.run(finetune.main, options(tiny_model, tmp_path / "two", **shared))
     (alone, report), (together, other) = results(tmp_path / "one"), results(tmp_path / "two")
     np.testing.assert_allclose(together, alone, rtol=1e-4)
     for name in ("train_tokens", "train_loss_tokens"):

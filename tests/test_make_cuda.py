@@ -1,10 +1,11 @@
 """`make cuda` (csrc/sm90/check_build.py) prints a table of registers, and fails on what ptxas or a compiler reports."""
 
 import re
+import shlex
 from pathlib import Path
 
 import pytest
-from build_support import PTXAS, toolkit
+from build_support import PTXAS, ROOT, toolkit
 
 
 def test_make_cuda_shows_a_table_and_checks_what_is_up_to_date(package):
@@ -13,6 +14,19 @@ def test_make_cuda_shows_a_table_and_checks_what_is_up_to_date(package):
         assert package.exit_code == 0, stdout + package.stderr
         assert "csrc/sm90/kernel.cu: " in stdout
         assert re.search(r"\n  tiny<64> +168 +0 +0 +1024 +16\n", stdout), stdout
+
+
+def test_make_cuda_takes_what_make_cuda_objects_compiled_beside_other_targets(package):
+    """By the Makefile's own command; it leaves nothing in place that another target might be using."""
+    recipe = re.search(r"^cuda-objects:.*\n\t(\w+=cuda) \$\(RUN\) (.*)$", (ROOT / "Makefile").read_text(), re.M)
+    command = shlex.split(recipe[2].replace("$(CURDIR)", str(package.directory.resolve())))
+    before = sorted(package.directory.glob("flashmla_hf/*"))
+    assert package.build(*command[1:], FLASHMLA_BUILD=recipe[1].partition("=")[2]) != set()
+    assert sorted(package.directory.glob("flashmla_hf/*")) == before
+    stdout = package.run("csrc/sm90/check_build.py")
+    assert package.exit_code == 0, stdout + package.stderr
+    assert " -c " not in stdout
+    assert (package.directory / "flashmla_hf/libflashmla_sm90.so").exists()
 
 
 @pytest.mark.parametrize(
