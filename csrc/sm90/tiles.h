@@ -17,6 +17,8 @@ constexpr int kMaxSharedBytes = 227 * 1024;
 constexpr int kRegistersPerSM = 65536;
 // TMA reads 16 bytes at a time: head dims are multiples of 8 elements of 16 bits.
 constexpr int kHeadDimMultiple = 8;
+// Of e4m3.
+constexpr int kE4m3HeadDimMultiple = 16;
 
 // The comparisons that masked tiles of the score matrix need; exclusive.
 enum class MaskKind : int32_t {
@@ -308,6 +310,33 @@ using LatentHeadDims = HeadDims<576, 512>;
 
 using DecodeHeadDims = HeadDimList<HeadDims<64, 64>, HeadDims<128, 128>, HeadDims<192, 128>, HeadDims<256, 256>>;
 
+// ---- decode from caches of e4m3 -------------------------------------------------------------------------------------
+//
+// kBlockKV: keys of a stage, which is a warp's. kNumCtas: CTAs that share a multiprocessor. kMostRows: query rows of a
+// tile, of which a lane holds O (head_dim * rows / 32 registers), Q (half of that) and S (kStepKeys * rows / 32). The
+// ring of K and V has what shared memory holds beside the parts of four warps.
+
+template <int kHeadDim>
+struct E4m3DecodeConfig;
+
+template <>
+struct E4m3DecodeConfig<64> {
+  static constexpr int kBlockKV = 64, kNumCtas = 2, kMostRows = 16;
+};
+
+template <>
+struct E4m3DecodeConfig<128> {
+  static constexpr int kBlockKV = 64, kNumCtas = 2, kMostRows = 16;
+};
+
+// Of 16 rows O and Q alone would be 192 registers.
+template <>
+struct E4m3DecodeConfig<256> {
+  static constexpr int kBlockKV = 64, kNumCtas = 1, kMostRows = 8;
+};
+
+using E4m3DecodeHeadDims = HeadDimList<HeadDims<64, 64>, HeadDims<128, 128>>;
+
 // ---- what follows from an entry, and what it must satisfy -----------------------------------------------------------
 
 // CTAs that share a work tile: a row of more than 256 columns of fp32 does not fit the registers of two warpgroups.
@@ -355,12 +384,34 @@ struct BackwardQueryTiles : WarpgroupPlan<BackwardQueriesConfig<kHeadDim>> {
 
 template <int kHeadDimQK, int kHeadDimV>
 struct DecodeTiles : DecodeConfig<kHeadDimQK, kHeadDimV> {
+  static constexpr int kRows = kWarpgroupRows;
   static constexpr int kNumThreads = kWarpgroupThreads + kWarpThreads;  // consumers, and a warp that loads
 };
 
 template <>
 struct DecodeTiles<LatentHeadDims::kHeadDimQK, LatentHeadDims::kHeadDimV>
-    : WarpgroupPlan<DecodeConfig<LatentHeadDims::kHeadDimQK, LatentHeadDims::kHeadDimV>> {};
+    : WarpgroupPlan<DecodeConfig<LatentHeadDims::kHeadDimQK, LatentHeadDims::kHeadDimV>> {
+  static constexpr int kRows = kWarpgroupRows;
+};
+
+template <int kHeadDim, int kRows_>
+struct E4m3DecodeTiles : E4m3DecodeConfig<kHeadDim> {
+  using Config = E4m3DecodeConfig<kHeadDim>;
+  static constexpr int kRows = kRows_;
+  static constexpr int kStepKeys = kRows == 8 ? Config::kBlockKV : Config::kBlockKV / 2;  // of one softmax
+  // Consumers, and a warp that loads. Of 16 rows they need registers that a loading warpgroup, of which one warp works,
+  // leaves them.
+  static constexpr bool kMovesRegisters = kRows > 8;
+  static constexpr int kNumThreads = kWarpgroupThreads + (kMovesRegisters ? kWarpgroupThreads : kWarpThreads);
+  static constexpr int kProducerRegisters = 40, kConsumerRegisters = 216;
+  static_assert(!kMovesRegisters ||
+                    (kProducerRegisters + kConsumerRegisters) * kWarpgroupThreads * Config::kNumCtas <= kRegistersPerSM,
+                "setmaxnreg would deadlock: more registers requested than the launch allots");
+  // Parts of four warps, with their padding and sums; a kv_block with its scales; barriers, and what the system keeps.
+  static constexpr int kPartBytes = 4 * kRows * (4 * (kHeadDim + 4) + 8),
+                       kStageBytes = Config::kBlockKV * (2 * kHeadDim + 8);
+  static constexpr int kNumStages = (228 * 1024 / Config::kNumCtas - 1024 - kPartBytes - 512) / kStageBytes;
+};
 
 // The last of a list is the widest.
 template <class First, class... Rest>
@@ -376,5 +427,6 @@ constexpr int kLargestHeadDim = largest_head_dim(ForwardHeadDims{});
 constexpr int kLargestFp8HeadDim = largest_head_dim(Fp8ForwardHeadDims{});
 static_assert(largest_head_dim(BackwardHeadDims{}) == kLargestHeadDim, "what has a forward has a backward");
 constexpr int kLargestDecodeHeadDim = largest_head_dim(DecodeHeadDims{});
+constexpr int kLargestE4m3DecodeHeadDim = largest_head_dim(E4m3DecodeHeadDims{});
 
 }  // namespace flashmla::sm90

@@ -11,7 +11,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 DOCUMENTS = ("README.md", "docs/fp8.md", "docs/inference.md", "docs/limits.md", "docs/kernels.md")
-KIND = r"(Forward|Fp8Forward|Backward|BackwardQueries|Decode)Config"
+KIND = r"(Forward|Fp8Forward|Backward|BackwardQueries|Decode|E4m3Decode)Config"
 
 
 def entries(kind: str, path: Path = HERE / "tiles.h") -> list[dict]:
@@ -42,14 +42,18 @@ def num_ctas(head_dim_v: int, path: Path = HERE / "tiles.h") -> int:
 
 def limits(path: Path = HERE / "tiles.h") -> dict:
     """What the kernels take: head dims that are multiples of the one, up to another: of most calls, of caches, of
-    decoding from latents (qk, v), in fp8."""
-    multiple = int(re.search(r"kHeadDimMultiple = (\d+)", path.read_text())[1])
+    decoding from latents (qk, v), in fp8; and of caches in fp8."""
+    multiple, e4m3_multiple = (
+        int(re.search(rf"int {name} = (\d+)", path.read_text())[1]) for name in ("kHeadDimMultiple", "kE4m3HeadDimMultiple")
+    )
     return {
         "head_dim_multiple": multiple,
         "largest_head_dim": head_dims(path=path)[-1][0],
         "largest_decode_head_dim": head_dims("Decode", path)[-1][0],
         "largest_latent_head_dims": list(head_dims("Latent", path)[0]),
         "largest_fp8_head_dim": head_dims("Fp8Forward", path)[-1][0],
+        "e4m3_head_dim_multiple": e4m3_multiple,
+        "largest_e4m3_decode_head_dim": head_dims("E4m3Decode", path)[-1][0],
     }
 
 

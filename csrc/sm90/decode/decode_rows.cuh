@@ -37,7 +37,7 @@ struct TileRow {
 
 __device__ inline TileRow row_of(DecodeArguments const& arguments, int32_t tile, int32_t row_in_tile) {
   int32_t const head_kv = tile / arguments.tiles_per_head;
-  int32_t const row = (tile - head_kv * arguments.tiles_per_head) * kWarpgroupRows + row_in_tile;
+  int32_t const row = (tile - head_kv * arguments.tiles_per_head) * arguments.rows_per_tile + row_in_tile;
   int32_t const query = row / arguments.group;
   return {query, head_kv * arguments.group + row - query * arguments.group, row < arguments.num_rows};
 }
@@ -51,7 +51,7 @@ __device__ Element* row_pointer(TensorView const& view, int32_t batch, TileRow c
 // Rows of a tile that are queries.
 __device__ inline int32_t num_rows_of(DecodeArguments const& arguments, int32_t tile) {
   int32_t const pass = arguments.tiles_per_head == 1 ? 0 : tile % arguments.tiles_per_head;
-  return min(kWarpgroupRows, arguments.num_rows - pass * kWarpgroupRows);
+  return min(arguments.rows_per_tile, arguments.num_rows - pass * arguments.rows_per_tile);
 }
 
 // Writes the first num_rows rows of Q of a tile, zeros where there is none, to chunks of 64 columns in shared memory
@@ -129,17 +129,17 @@ __device__ bool clear_rows(Element* values, SequenceKeys const& keys, int32_t kv
   return true;
 }
 
-// Keys [begin, end) that a thread's two rows see.
+// Keys [begin, end) that a thread's two rows see, first_row and first_row + kApart.
 struct RowKeys {
   int32_t begin[2], end[2];
 };
 
-__device__ inline RowKeys row_keys(DecodeArguments const& arguments, SequenceKeys const& keys, int32_t tile,
-                                   int first_row) {
+template <int kApart = 8>
+__device__ RowKeys row_keys(DecodeArguments const& arguments, SequenceKeys const& keys, int32_t tile, int first_row) {
   RowKeys seen;
   CUTE_UNROLL
   for (int r = 0; r < 2; ++r) {
-    TileRow const row = row_of(arguments, tile, first_row + 8 * r);
+    TileRow const row = row_of(arguments, tile, first_row + kApart * r);
     int32_t const position = keys.length - static_cast<int32_t>(arguments.params.problem.seqlen_q) + row.query;
     VisibleKeys const visible = visible_keys(arguments.window, keys.length, position, position);
     seen.begin[r] = max(visible.begin, keys.start);

@@ -1,6 +1,6 @@
 // Who computes what of a decode call.
 //
-// A decode tile is up to kWarpgroupRows query rows of one kv head of one sequence, and the kv_blocks these see. Row r
+// A decode tile is up to rows_per_tile query rows of one kv head of one sequence, and the kv_blocks these see. Row r
 // of a sequence's kv head is query r / group of query head r % group of that kv head's. Tiles lie behind each other in
 // units of a kv_block (a tile that sees nothing is one unit), and CTA c of n takes the units from total * c / n on: all
 // have the same to read, whatever the lengths, which are read on the device. So a CTA has the end of one tile, some
@@ -38,12 +38,14 @@ struct DecodeArguments {
   int32_t num_rows;      // query rows of a kv head: group * seqlen_q
   int32_t group;         // query heads of a kv head
   int32_t heads_kv;
-  int32_t tiles_per_head;  // tiles of a kv head of a sequence: the number of passes
-  int32_t num_ctas;        // of decode_kernel; fewer have work if there are fewer units
-  int32_t partial_rows;    // rows of a part in the workspace: min(num_rows, kWarpgroupRows)
-  float* partial_out;      // [2 * num_ctas, partial_rows, head_dim_v]: not divided by the sum
-  float2* partial_sums;    // [2 * num_ctas, partial_rows]: (maximum of the scores, sum of exponentials)
-  int32_t cluster_size;    // CTAs of a cluster that share a tile; 1: CTAs have shares of the line of units
+  int32_t tiles_per_head;      // tiles of a kv head of a sequence: the number of passes
+  int32_t num_ctas;            // of decode_kernel; fewer have work if there are fewer units
+  int32_t partial_rows;        // rows of a part in the workspace: min(num_rows, rows_per_tile)
+  float* partial_out;          // [2 * num_ctas, partial_rows, head_dim_v]: not divided by the sum
+  float2* partial_sums;        // [2 * num_ctas, partial_rows]: (maximum of the scores, sum of exponentials)
+  int32_t cluster_size;        // CTAs of a cluster that share a tile; 1: CTAs have shares of the line of units
+  int32_t rows_per_tile;       // query rows of a tile
+  ScaleView k_scale, v_scale;  // of caches of e4m3
 };
 
 // The keys of a sequence: [begin, end) are seen by some query, [unmasked_begin, unmasked_end) by each of them.

@@ -5,6 +5,7 @@
 #include <atomic>
 #include <cmath>
 #include <cstdint>
+#include <type_traits>
 
 #include "sm90/decode/combine.cuh"
 #include "sm90/decode/decode.cuh"
@@ -26,14 +27,12 @@ struct DecodeKernel<LatentHeadDims::kHeadDimQK, LatentHeadDims::kHeadDimV, Eleme
   static constexpr bool kReadsValues = false;
 };
 
-template <int kHeadDimQK, int kHeadDimV, class Element>
-__global__ void __launch_bounds__(DecodeTiles<kHeadDimQK, kHeadDimV>::kNumThreads,
-                                  DecodeTiles<kHeadDimQK, kHeadDimV>::kNumCtas)
+template <class Kernel>
+__global__ void __launch_bounds__(Kernel::Tiles::kNumThreads, Kernel::Tiles::kNumCtas)
     decode_kernel(__grid_constant__ DecodeArguments const arguments) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   // Swizzled tiles need 1,024-byte alignment; the dynamic shared memory of a kernel without any other begins so.
   extern __shared__ __align__(1024) unsigned char memory[];
-  using Kernel = DecodeKernel<kHeadDimQK, kHeadDimV, Element>;
   Kernel::run(arguments, *reinterpret_cast<typename Kernel::SharedStorage*>(memory));
 #endif
 }
@@ -43,9 +42,8 @@ inline int64_t num_tiles(DecodeArguments const& arguments) {
 }
 
 // What follows from the shapes: everything but descriptors and the workspace.
-template <int kHeadDimQK, int kHeadDimV>
+template <class Tiles>
 DecodeArguments plan_decode(DecodeParams const& params) {
-  using Tiles = DecodeTiles<kHeadDimQK, kHeadDimV>;
   Problem const& problem = params.problem;
   int device = 0;
   cudaGetDevice(&device);
@@ -63,8 +61,9 @@ DecodeArguments plan_decode(DecodeParams const& params) {
   arguments.group = static_cast<int32_t>(problem.heads_q / problem.heads_kv);
   arguments.num_rows = static_cast<int32_t>(arguments.group * problem.seqlen_q);
   arguments.heads_kv = static_cast<int32_t>(problem.heads_kv);
-  arguments.tiles_per_head = static_cast<int32_t>(ceil_div(arguments.num_rows, kWarpgroupRows));
-  arguments.partial_rows = std::min(arguments.num_rows, kWarpgroupRows);
+  arguments.tiles_per_head = static_cast<int32_t>(ceil_div(arguments.num_rows, Tiles::kRows));
+  arguments.rows_per_tile = Tiles::kRows;
+  arguments.partial_rows = std::min(arguments.num_rows, arguments.rows_per_tile);
   int64_t const tiles = num_tiles(arguments);
   int64_t const units = std::max<int64_t>(1, ceil_div(problem.seqlen_kv, Tiles::kBlockKV));
   int64_t most = int64_t{Tiles::kNumCtas} * num_sms(device);
@@ -159,19 +158,24 @@ inline int64_t partial_sums_bytes(DecodeArguments const& arguments) {
   return 2 * int64_t{arguments.num_ctas} * arguments.partial_rows * static_cast<int64_t>(sizeof(float2));
 }
 
-template <int kHeadDimQK, int kHeadDimV>
-int64_t decode_workspace_head_dims(DecodeParams const& params) {
-  DecodeArguments const arguments = plan_decode<kHeadDimQK, kHeadDimV>(params);
+template <class Tiles>
+int64_t decode_workspace_tiles(DecodeParams const& params) {
+  DecodeArguments const arguments = plan_decode<Tiles>(params);
   if (!may_split(arguments)) return 0;
   return partial_sums_bytes(arguments) *
          (1 + params.problem.head_dim_v * static_cast<int64_t>(sizeof(float)) / static_cast<int64_t>(sizeof(float2)));
 }
 
-template <int kHeadDimQK, int kHeadDimV, class Element>
-const char* launch_decode_element(DecodeParams const& params, void* workspace, cudaStream_t stream) {
-  using Kernel = DecodeKernel<kHeadDimQK, kHeadDimV, Element>;
+// Element: of q and out.
+template <class Kernel, class Element, class Params>
+const char* launch_decode_kernel(Params const& params, void* workspace, cudaStream_t stream) {
   Problem const& problem = params.problem;
-  DecodeArguments arguments = plan_decode<kHeadDimQK, kHeadDimV>(params);
+  DecodeArguments arguments = plan_decode<typename Kernel::Tiles>(params);
+  constexpr bool kIsE4m3 = std::is_same_v<Params, E4m3DecodeParams>;
+  if constexpr (kIsE4m3) {
+    arguments.k_scale = params.k_scale;
+    arguments.v_scale = params.v_scale;
+  }
   double const units = std::ceil(static_cast<double>(problem.seqlen_kv) / Kernel::kBlockKV);
   if (static_cast<double>(num_tiles(arguments)) * std::max(1.0, units) > INT32_MAX) {
     return "the cache is too large: expected fewer than 2^31 blocks of keys over all sequences and heads; pass a part "
@@ -181,16 +185,17 @@ const char* launch_decode_element(DecodeParams const& params, void* workspace, c
   arguments.partial_sums = static_cast<float2*>(workspace);
   arguments.partial_out =
       reinterpret_cast<float*>(static_cast<unsigned char*>(workspace) + partial_sums_bytes(arguments));
+  constexpr int64_t kWide = 256 / (kIsE4m3 ? 1 : 2);  // columns
   auto make_cache = [&](CUtensorMap& map, TensorView const& view, int64_t head_dim) -> const char* {
     if (params.num_pages == 0 || params.page_size == 0) return nullptr;  // nothing is loaded
     return make_tensor_map(
-        map, view.data, map_element(problem.dtype),
+        map, view.data, kIsE4m3 ? MapElement::kE4m3 : map_element(problem.dtype),
         {{head_dim, 1, Kernel::kSwizzleColumns},
          {params.page_size, view.stride_seqlen, arguments.rows_per_box},
          {problem.heads_kv, view.stride_heads, 1},
          {params.num_pages, view.stride_batch, 1}},
         // Beside a row of 256 bytes lies the same row of another head, which this CTA does not read.
-        head_dim % 128 == 0 ? CU_TENSOR_MAP_L2_PROMOTION_L2_256B : CU_TENSOR_MAP_L2_PROMOTION_L2_128B);
+        head_dim % kWide == 0 ? CU_TENSOR_MAP_L2_PROMOTION_L2_256B : CU_TENSOR_MAP_L2_PROMOTION_L2_128B);
   };
   const char* error = make_cache(arguments.k, params.k, problem.head_dim_qk);
   if (error == nullptr && Kernel::kReadsValues) error = make_cache(arguments.v, params.v, problem.head_dim_v);
@@ -198,7 +203,7 @@ const char* launch_decode_element(DecodeParams const& params, void* workspace, c
 
   int device = 0;
   cudaGetDevice(&device);
-  constexpr auto* kernel = decode_kernel<kHeadDimQK, kHeadDimV, Element>;
+  constexpr auto* kernel = decode_kernel<Kernel>;
   if (cudaError_t const status = allow_shared_memory<kernel>(kMaxSharedBytes, device); status != cudaSuccess) {
     return cudaGetErrorString(status);
   }
@@ -224,6 +229,16 @@ const char* launch_decode_element(DecodeParams const& params, void* workspace, c
   grid.y = std::min(static_cast<unsigned>(arguments.partial_rows), std::max(1u, most));
   return launch_kernel<DecodeArguments>(combine_kernel<Element>, grid, kCombineThreads, 0, stream, Launch::kDependent,
                                         arguments);
+}
+
+template <int kHeadDimQK, int kHeadDimV>
+int64_t decode_workspace_head_dims(DecodeParams const& params) {
+  return decode_workspace_tiles<DecodeTiles<kHeadDimQK, kHeadDimV>>(params);
+}
+
+template <int kHeadDimQK, int kHeadDimV, class Element>
+const char* launch_decode_element(DecodeParams const& params, void* workspace, cudaStream_t stream) {
+  return launch_decode_kernel<DecodeKernel<kHeadDimQK, kHeadDimV, Element>, Element>(params, workspace, stream);
 }
 
 template <int kHeadDimQK, int kHeadDimV>
