@@ -87,7 +87,9 @@ def outputs_of(operator, q, k, v, dtype_kv, sinks, cache_seqlens, kv_start, bloc
             refuse(
                 operator, "k", f"a page_size (its size 1) that is a multiple of {PAGE_SIZE_MULTIPLE}", f"{page_size}"
             )
-    check_tensor(operator, "k", k, q, dtype_kv, (batch if block_table is None else pages, page_size, heads_kv, head_dim))
+    check_tensor(
+        operator, "k", k, q, dtype_kv, (batch if block_table is None else pages, page_size, heads_kv, head_dim)
+    )
     check_tensor(operator, "v", v, q, dtype_kv, (pages, page_size, heads_kv, v.shape[-1]))
     if guard_or_false(heads_kv == 0) or guard_or_false(heads_q % heads_kv != 0):
         refuse(operator, "q", f"a multiple of the {heads_kv} kv heads", f"{heads_q} heads")

@@ -76,7 +76,9 @@ def test_long_sequences_keep_the_error_rule(dtype, exact_values):  # noqa: F811
         for window in (None, (1500, None), (40, None)):
             for seqlen_q in (1, 3, 16):
                 for num_splits in (0, 1):
-                    changed = replace(case, window=window, page_size=page_size, seqlen_q=seqlen_q, num_splits=num_splits)
+                    changed = replace(
+                        case, window=window, page_size=page_size, seqlen_q=seqlen_q, num_splits=num_splits
+                    )
                     decode_cases.check("sm90", changed, dtype, 0, in_fp8)
 
 
@@ -135,7 +137,9 @@ def test_queries_of_any_size(dtype):
         if not math.isfinite(torch.tensor(scale).float().item()):
             continue
         out, lse = decode_attention(big.to(dtype), k8, v8, scale=scale, return_lse=True, **options)
-        exact, exact_lse = decode_attention(big.to(dtype), k8, v8, scale=scale, return_lse=True, impl="reference", **options)
+        exact, exact_lse = decode_attention(
+            big.to(dtype), k8, v8, scale=scale, return_lse=True, impl="reference", **options
+        )
         torch.testing.assert_close(out, exact, rtol=2 * torch.finfo(dtype).eps, atol=2e-3)
         torch.testing.assert_close(lse, exact_lse.float(), rtol=1e-4, atol=1e-3)
 
@@ -171,7 +175,13 @@ def test_nan_in_a_cache_is_seen_where_it_is_visible(dtype):
 
 
 BATCH = DecodeCase(
-    (300, 1, 64, 0, 2500, 129), starts=(7, 0, 40, 0, 0, 0), seqlen_q=2, heads_q=8, heads_kv=2, head_dim_qk=128, page_size=64
+    (300, 1, 64, 0, 2500, 129),
+    starts=(7, 0, 40, 0, 0, 0),
+    seqlen_q=2,
+    heads_q=8,
+    heads_kv=2,
+    head_dim_qk=128,
+    page_size=64,
 )
 
 
@@ -213,7 +223,14 @@ def test_a_cuda_graph_follows_lengths_tables_and_appended_keys():
         new_k.normal_(), new_v.normal_(), q.normal_()
         graph.replay()
         exact = decode_attention(
-            q, k8, v8, k_descale=k_descale, v_descale=v_descale, block_table=table, cache_seqlens=lengths + 1, impl="reference"
+            q,
+            k8,
+            v8,
+            k_descale=k_descale,
+            v_descale=v_descale,
+            block_table=table,
+            cache_seqlens=lengths + 1,
+            impl="reference",
         )
         torch.testing.assert_close(out, exact, rtol=2e-2, atol=2e-2, msg=f"step {step}")
 
@@ -255,7 +272,8 @@ def test_a_cache_of_more_than_four_gibibytes():
 
 @torch.no_grad()
 @pytest.mark.parametrize(
-    ("family", "options"), [("Llama", {"head_dim": 64}), ("Llama", {"head_dim": 128}), ("Mistral", {"head_dim": 64, "sliding_window": 20})]
+    ("family", "options"),
+    [("Llama", {"head_dim": 64}), ("Llama", {"head_dim": 128}), ("Mistral", {"head_dim": 64, "sliding_window": 20})],
 )
 def test_generate_with_an_fp8_cache_gives_the_emulations_logits(family, options):
     from hf_support import build_causal_lm, random_ids  # Transformers

@@ -335,7 +335,7 @@ struct E4m3DecodeConfig<256> {
   static constexpr int kBlockKV = 64, kNumCtas = 1, kMostRows = 8;
 };
 
-using E4m3DecodeHeadDims = HeadDimList<HeadDims<64, 64>, HeadDims<128, 128>>;
+using E4m3DecodeHeadDims = HeadDimList<HeadDims<64, 64>, HeadDims<128, 128>, HeadDims<256, 256>>;
 
 // ---- what follows from an entry, and what it must satisfy -----------------------------------------------------------
 
@@ -403,7 +403,7 @@ struct E4m3DecodeTiles : E4m3DecodeConfig<kHeadDim> {
   // leaves them.
   static constexpr bool kMovesRegisters = kRows > 8;
   static constexpr int kNumThreads = kWarpgroupThreads + (kMovesRegisters ? kWarpgroupThreads : kWarpThreads);
-  static constexpr int kProducerRegisters = 40, kConsumerRegisters = 216;
+  static constexpr int kProducerRegisters = 56, kConsumerRegisters = 200;
   static_assert(!kMovesRegisters ||
                     (kProducerRegisters + kConsumerRegisters) * kWarpgroupThreads * Config::kNumCtas <= kRegistersPerSM,
                 "setmaxnreg would deadlock: more registers requested than the launch allots");

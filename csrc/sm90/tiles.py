@@ -44,7 +44,8 @@ def limits(path: Path = HERE / "tiles.h") -> dict:
     """What the kernels take: head dims that are multiples of the one, up to another: of most calls, of caches, of
     decoding from latents (qk, v), in fp8; and of caches in fp8."""
     multiple, e4m3_multiple = (
-        int(re.search(rf"int {name} = (\d+)", path.read_text())[1]) for name in ("kHeadDimMultiple", "kE4m3HeadDimMultiple")
+        int(re.search(rf"int {name} = (\d+)", path.read_text())[1])
+        for name in ("kHeadDimMultiple", "kE4m3HeadDimMultiple")
     )
     return {
         "head_dim_multiple": multiple,
@@ -133,6 +134,26 @@ def fp8_table() -> str:
     return "\n".join(lines)
 
 
+def e4m3_decode_table(path: Path = HERE / "tiles.h") -> str:
+    warps, most_bytes = 4, 228 * 1024
+    lines = [
+        "| head dim up to | query rows | keys of a stage | of a softmax | stages | CTAs on a multiprocessor "
+        "| K and V on their way to it, KiB |",
+        "|---" * 7 + "|",
+    ]
+    for row in entries("E4m3Decode", path):
+        (dim,) = row["head_dims"]
+        for rows in dict.fromkeys((8, row["kMostRows"])):
+            keys, ctas = row["kBlockKV"], row["kNumCtas"]
+            parts, stage = warps * rows * (4 * (dim + 4) + 8), keys * (2 * dim + 8)
+            stages = (most_bytes // ctas - 1024 - parts - 512) // stage
+            lines.append(
+                f"| {dim} | {rows} | {keys} | {keys if rows == 8 else keys // 2} | {stages} | {ctas} "
+                f"| {round(ctas * stages * keys * 2 * dim / 1024)} |"
+            )
+    return "\n".join(lines)
+
+
 def texts() -> dict[str, str]:
     limit = limits()
     return {
@@ -140,9 +161,12 @@ def texts() -> dict[str, str]:
         "backward": f"\n{backward_table()}\n",
         "decode": f"\n{decode_table()}\n",
         "fp8": f"\n{fp8_table()}\n",
+        "e4m3 decode": f"\n{e4m3_decode_table()}\n",
         "multiple": f"{limit['head_dim_multiple']}",
         "largest latents": "/".join(map(str, limit["largest_latent_head_dims"])),
         "largest fp8": f"{limit['largest_fp8_head_dim']}",
+        "e4m3 multiple": f"{limit['e4m3_head_dim_multiple']}",
+        "largest e4m3 decode": f"{limit['largest_e4m3_decode_head_dim']}",
         "largest": f"{limit['largest_head_dim']}",
     }
 

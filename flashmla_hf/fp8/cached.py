@@ -11,7 +11,7 @@ Exact attention of the quantised keys and values. The kernel multiplies in fp16,
 with P, to fp16. The others do not round it.
 
 **The operator** ``torch.ops.flashmla.flash_attn_decode_e4m3`` has the arguments of ``flash_attn_decode`` (:mod:`decode_ops`),
-with ``k_descale`` and ``v_descale`` behind v; k and v are float8_e4m3fn, q fp16 or bf16. Any strides of the factors will do, but
+with ``k_descale`` and ``v_descale`` behind v; k and v are float8_e4m3fn, q fp16 or bf16. Any strides of the factors will do;
 where a head's factors lie side by side (as in an Fp8Cache), the kernel reads fewest bytes.
 """
 
