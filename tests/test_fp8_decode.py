@@ -191,8 +191,8 @@ def _tensors(dtype=torch.bfloat16, dim=64, dim_v=None, sliced=False):
     """q, k_cache, v_cache, k_descale, v_descale of a fake GPU."""
     q = torch.empty(2, 1, 4, dim, dtype=dtype, device="cuda")
     k, v = (
-        torch.empty(2, 32, 2, width + 8 * sliced, dtype=DTYPE, device="cuda")[..., :width]
-        for width in (dim, dim_v or dim)
+        torch.empty_strided((2, 32, 2, width), (64 * row, 2 * row, row, 1), dtype=DTYPE, device="cuda")
+        for width, row in ((dim, dim + 8 * sliced), (dim_v or dim, (dim_v or dim) + 8 * sliced))
     )
     return q, k, v, *(torch.empty(2, 32, 2, device="cuda") for _ in range(2))
 

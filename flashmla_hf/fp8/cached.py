@@ -1,7 +1,7 @@
 """Attention to caches of e4m3 keys and values with a scale per token and head: ``decode_attention`` with descales.
 
 =============  =====================================================================================================
-``sm90``       Hopper's kernel (csrc/sm90/decode/decode_e4m3.cuh), for fp16 and bf16 queries
+``sm90``       Hopper's kernel (csrc/sm90/decode/e4m3_decode.cuh), for fp16 and bf16 queries
 ``cpu``        in a stream over blocks of keys: a block is dequantised, attended to in fp32, and forgotten
 ``reference``  the oracle on caches that are dequantised as a whole, in float64
 =============  =====================================================================================================

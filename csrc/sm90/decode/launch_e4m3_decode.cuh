@@ -1,7 +1,7 @@
 // Host side of the decode kernels of e4m3 caches: one instantiation per head dim.
 #pragma once
 
-#include "sm90/decode/decode_e4m3.cuh"
+#include "sm90/decode/e4m3_decode.cuh"
 #include "sm90/decode/launch_decode.cuh"
 
 namespace flashmla::sm90 {
