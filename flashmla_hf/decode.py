@@ -33,8 +33,9 @@ from flashmla_hf.fp8 import cached
 from flashmla_hf.fp8.quantization import quantize_tokens
 from flashmla_hf.notices import log_choice, warn_once
 from flashmla_hf.ops import dtype_name
+from flashmla_hf.scalars import fail, flag
 from flashmla_hf.torch_state import has_transforms, values_are_readable
-from flashmla_hf.validation import DecodeCall, check_tensor, fail, flag, validate_decode, values_in_keys
+from flashmla_hf.validation import DecodeCall, check_tensor, validate_decode, values_in_keys
 
 
 # Longer than 80 lines: the docstring is the contract.
@@ -212,7 +213,10 @@ def append(call: DecodeCall, k: torch.Tensor, v: torch.Tensor | None) -> None:
         (k, k_scale), (v, v_scale) = quantize_tokens(k), quantize_tokens(v)
         writes = [(call.k, k), (call.v, v), (call.k_descale, k_scale), (call.v_descale, v_scale)]
     if _values_are_checked(call):  # then all fit
-        for cache, new in writes:
+        # New rows may be rows of a cache, which the first write would change under the others.
+        caches = {cache.untyped_storage()._cdata for cache, _ in writes}
+        news = [new.clone() if new.untyped_storage()._cdata in caches else new for _, new in writes]
+        for (cache, _), new in zip(writes, news, strict=True):
             cache.index_put_((page, row), new.flatten(0, 1))
         return
     entry = torch.where(fits, torch.arange(batch * seqlen_new, device=device), fits.int().argmax())

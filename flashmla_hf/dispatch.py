@@ -39,7 +39,8 @@ from flashmla_hf.backend import Backend
 from flashmla_hf.backends import aten_flash, cpu, flex, reference, sdpa, sm90
 from flashmla_hf.fp8 import calls as fp8_calls
 from flashmla_hf.notices import log_choice, warn_once
-from flashmla_hf.validation import Call, fail, flag, validate
+from flashmla_hf.scalars import fail, flag
+from flashmla_hf.validation import Call, validate
 
 # Read once: the forward pass reads no environment variable.
 _DETERMINISTIC = os.environ.get("FLASH_ATTENTION_DETERMINISTIC", "0") == "1"
@@ -109,7 +110,8 @@ def attention(
             GPU, and rounds the probability to a multiple of 1/256 (by 5 % at most, or it refuses).
         cu_seqlens_q, cu_seqlens_kv: int32 [num_sequences + 1] boundaries of packed sequences, from 0, never falling;
             both or neither. Sequences may be empty; rows past the last boundary belong to none. On a GPU the values
-            are not read back, so they are not checked.
+            are not read back, so they are not checked; where a CPU's call is traced or transformed, the operator checks them
+            and raises RuntimeError.
         max_seqlen_q, max_seqlen_kv: the length of the longest packed sequence, or any upper bound on it; ``None`` means the
             packed length.
         return_lse: also return the natural logarithm of each softmax denominator, sink included.
@@ -166,7 +168,11 @@ def attention(
     # The checks in Python and torch's dispatcher take longer than a short kernel, and the checks in C++ find the same errors.
     # torch.compile traces nothing of the fast path.
     if not torch.compiler.is_compiling() and attn_mask is None and not notices.LOG_CHOICES:
-        output = direct.attend(request)
+        try:
+            output = direct.attend(request)
+        except RuntimeError:
+            validate(*request, attn_mask)  # a value that the host refuses is the ValueError of this function
+            raise
         if output is not None:
             return output
     call = validate(*request, attn_mask)

@@ -9,8 +9,9 @@ import torch
 
 from flashmla_hf.decode import decode_attention
 from flashmla_hf.dispatch import attention
+from flashmla_hf.scalars import fail, integer
 from flashmla_hf.torch_state import has_transforms, values_are_readable
-from flashmla_hf.validation import check_cached_layout, check_int32, fail, integer
+from flashmla_hf.validation import check_cached_layout, check_int32
 
 # Our names of arguments -> flash-attn's, where they differ.
 _NAMES = {

@@ -11,11 +11,11 @@ visible pairs alone, where ``0 * NaN`` would be NaN (:func:`_product`). Autocast
 from __future__ import annotations
 
 import math
-from itertools import pairwise
 
 import torch
 
 from flashmla_hf.torch_state import has_transforms, is_functionalizing, values_are_readable, without_autocast
+from flashmla_hf.validation import sequence_bounds
 
 
 def visible_keys(
@@ -250,7 +250,8 @@ def attention(
 
 
 def _packed_attention(q, k, v, sinks, cu_seqlens_q, cu_seqlens_kv, options) -> tuple[torch.Tensor, torch.Tensor]:
-    bounds_q, bounds_kv = _sequence_bounds(cu_seqlens_q, q, "q"), _sequence_bounds(cu_seqlens_kv, k, "kv")
+    bounds_q = sequence_bounds("cu_seqlens_q", cu_seqlens_q, q.shape[0])
+    bounds_kv = sequence_bounds("cu_seqlens_kv", cu_seqlens_kv, k.shape[0])
     outs, lses = [], []
     for (q0, q1), (k0, k1) in zip(bounds_q, bounds_kv, strict=True):
         out, lse, _ = _sequence_attention(q[None, q0:q1], k[None, k0:k1], v[None, k0:k1], sinks, None, *options)
@@ -262,16 +263,6 @@ def _packed_attention(q, k, v, sinks, cu_seqlens_q, cu_seqlens_kv, options) -> t
     outs.append(q.new_zeros(rest, q.shape[1], v.shape[2]))
     lses.append(q.new_full((q.shape[1], rest), -math.inf, dtype=lse_dtype))
     return torch.cat(outs), torch.cat(lses, dim=1)
-
-
-def _sequence_bounds(cu_seqlens: torch.Tensor, packed: torch.Tensor, name: str) -> list[tuple[int, int]]:
-    bounds = cu_seqlens.tolist()
-    if bounds[0] != 0 or bounds[-1] > packed.shape[0] or any(a > b for a, b in pairwise(bounds)):
-        raise ValueError(
-            f"flashmla attention: cu_seqlens_{name}: expected boundaries that begin at 0, never fall and end at most at "
-            f"{packed.shape[0]} (the packed length), got {bounds[:8]}{'...' if len(bounds) > 8 else ''}"
-        )
-    return list(pairwise(bounds))
 
 
 def decode_attention(

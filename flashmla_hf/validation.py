@@ -3,17 +3,16 @@ one of :func:`flashmla_hf.decode_attention`, a :class:`DecodeCall`."""
 
 from __future__ import annotations
 
-import numbers
-import operator
-import sys
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from itertools import pairwise
+from typing import Any
 
 import torch
 
 from flashmla_hf import decode_ops, ops
 from flashmla_hf.ops import dtype_name
-from flashmla_hf.torch_state import has_transforms
+from flashmla_hf.scalars import fail, integer, number, resolve_window, scale_and_softcap
+from flashmla_hf.torch_state import has_transforms, values_are_readable
 
 
 @dataclass(slots=True)  # not frozen, as ops.Arguments
@@ -28,10 +27,6 @@ class Call(ops.Arguments):
     @property
     def is_packed(self) -> bool:
         return self.cu_seqlens_q is not None
-
-
-def fail(kind: type[Exception], argument: str, expected: str, got: object) -> NoReturn:
-    raise kind(f"flashmla attention: {argument}: expected {expected}, got {got}")
 
 
 def validate(
@@ -51,9 +46,8 @@ def validate(
         fail(ValueError, name, "none without cu_seqlens", value)
     if scale is None:
         scale = q.shape[-1] ** -0.5
-    softcap, dropout_p, scale = number("softcap", softcap), number("dropout_p", dropout_p), number("scale", scale)
-    if softcap < 0.0:
-        fail(ValueError, "softcap", "0 (none) or a positive number", softcap)
+    scale, softcap = scale_and_softcap(scale, softcap, q)
+    dropout_p = number("dropout_p", dropout_p)
     if not 0.0 <= dropout_p < 1.0:
         fail(ValueError, "dropout_p", "a number in [0, 1)", dropout_p)
     if isinstance(scale, torch.SymFloat):
@@ -68,6 +62,9 @@ def validate(
             fail(ValueError, "attn_mask", "none with packed sequences (cu_seqlens already separate them)", "a mask")
         max_seqlen_q = _max_seqlen("max_seqlen_q", max_seqlen_q, q.shape[0])
         max_seqlen_kv = _max_seqlen("max_seqlen_kv", max_seqlen_kv, k.shape[0])
+        if q.device.type == "cpu" and not has_transforms():  # on a GPU the values are not read back
+            _check_longest("q", cu_seqlens_q, q.shape[0], max_seqlen_q)
+            _check_longest("kv", cu_seqlens_kv, k.shape[0], max_seqlen_kv)
     else:
         max_seqlen_q, max_seqlen_kv = q.shape[1], k.shape[1]
     if attn_mask is not None:
@@ -157,75 +154,6 @@ def check_tensor(name: str, x: object) -> None:
         )
 
 
-def number(name: str, value: object) -> float:
-    """A number of Python's, numpy's, a symbolic one, or one in a tensor, as a float; a symbolic one stays that."""
-    if isinstance(value, torch.Tensor):
-        if value.dim() != 0 or value.dtype == torch.bool or value.is_complex():
-            fail(TypeError, name, "a number", f"a tensor {[*value.shape]} of {dtype_name(value.dtype)}")
-        if value.requires_grad:
-            expected = "a number, for which no gradient is computed (multiply q by it)"
-            fail(TypeError, name, expected, "a tensor that requires one")
-        value = value.item()
-    if not isinstance(value, (int, float)):
-        if isinstance(value, (torch.SymFloat, torch.SymInt)):
-            return torch.sym_float(value)
-        if not isinstance(value, numbers.Real):
-            fail(TypeError, name, "a number", type(value).__name__)
-        value = float(value)
-    if isinstance(value, bool):
-        fail(TypeError, name, "a number", "bool")
-    if not -_LARGEST <= value <= _LARGEST:  # torch.compile traces a comparison, not math.isfinite
-        fail(ValueError, name, "a finite number", value)
-    return float(value)
-
-
-def flag(name: str, value: Any) -> bool:
-    """True or False of Python's or numpy's, a symbolic one, one in a tensor, or 1 or 0. Anything else has a truth, too, but not
-    the one that was meant: ``"no"`` is true."""
-    if isinstance(value, torch.Tensor):
-        if value.dim() != 0 or value.dtype != torch.bool:
-            fail(TypeError, name, "True or False", f"a tensor {[*value.shape]} of {dtype_name(value.dtype)}")
-        return value.item()  # type: ignore[return-value]
-    if isinstance(value, torch.SymBool) or (isinstance(value, int) and value in (0, 1)):
-        return bool(value)
-    if type(value).__name__ not in ("bool", "bool_"):  # numpy's, by the names of its releases 2 and 1
-        fail(TypeError, name, "True or False", repr(value))
-    return bool(value)
-
-
-_LARGEST = sys.float_info.max  # an int may be larger
-
-
-def integer(name: str, value: Any, expected: str) -> int:
-    """An int of Python's, numpy's, a symbolic one, or one in a tensor."""
-    if isinstance(value, torch.Tensor):  # some data collators hand a zero-dimensional tensor
-        if value.dim() != 0 or value.dtype == torch.bool or value.is_floating_point() or value.is_complex():
-            fail(TypeError, name, expected, f"a tensor {[*value.shape]} of {dtype_name(value.dtype)}")
-        return value.item()  # type: ignore[return-value]
-    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
-        if isinstance(value, bool) or not hasattr(type(value), "__index__"):
-            fail(TypeError, name, expected, repr(value))
-        value = operator.index(value)
-    return value
-
-
-def resolve_window(window: object, is_causal: bool) -> tuple[int, int]:
-    if window is None:
-        window = (-1, -1)
-    if not isinstance(window, (tuple, list)) or len(window) != 2:
-        fail(TypeError, "window", "a pair (left, right)", window)
-    bounds = []
-    for side, bound in zip(("left", "right"), window, strict=True):
-        bound = -1 if bound is None else integer(f"window {side}", bound, "an int or None")
-        if bound < -1:
-            fail(ValueError, f"window {side}", "a bound >= 0, or -1 or None for unbounded", bound)
-        bounds.append(min(bound, _FARTHEST))
-    return bounds[0], 0 if is_causal else bounds[1]
-
-
-_FARTHEST = 2**62  # reaches every key, and fits the operators' 64 bits
-
-
 def _check_cu_seqlens(cu_seqlens_q: Any, cu_seqlens_kv: Any, q: torch.Tensor) -> None:
     for name, x in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_kv", cu_seqlens_kv)):
         if x is None:
@@ -243,6 +171,24 @@ def _check_cu_seqlens(cu_seqlens_q: Any, cu_seqlens_kv: Any, q: torch.Tensor) ->
         fail(
             ValueError, "cu_seqlens_kv", f"{cu_seqlens_q.shape[0]} boundaries (as cu_seqlens_q)", cu_seqlens_kv.shape[0]
         )
+
+
+def sequence_bounds(name: str, cu_seqlens: torch.Tensor, total: int) -> list[tuple[int, int]]:
+    """(begin, end) of each packed sequence; raises if the boundaries are not those of ``total`` rows."""
+    bounds = cu_seqlens.tolist()
+    if bounds[0] != 0 or bounds[-1] > total or any(a > b for a, b in pairwise(bounds)):
+        expected = f"boundaries that begin at 0, never fall and end at most at {total} (the packed length)"
+        fail(ValueError, name, expected, f"{bounds[:8]}{'...' if len(bounds) > 8 else ''}")
+    return list(pairwise(bounds))
+
+
+def _check_longest(side: str, cu_seqlens: torch.Tensor, total: int, max_seqlen: int) -> None:
+    """The values of ``cu_seqlens_<side>``, if they can be read: the operators check them again."""
+    if not values_are_readable(cu_seqlens):
+        return
+    longest = max((b - a for a, b in sequence_bounds(f"cu_seqlens_{side}", cu_seqlens, total)), default=0)
+    if max_seqlen < longest:
+        fail(ValueError, f"max_seqlen_{side}", f"at least {longest} (the longest sequence)", max_seqlen)
 
 
 def _max_seqlen(name: str, value: object, bound: int) -> int:
@@ -320,12 +266,11 @@ def validate_decode(
             continue
         check_int32(name, x, q)
         if tuple(x.shape) != (q.shape[0],) or not x.is_contiguous():
-            fail(ValueError, name, f"a contiguous tensor [{q.shape[0]}] (batch of q)", f"shape {[*x.shape]}")
+            got = f"shape {[*x.shape]}, stride {x.stride()}"
+            fail(ValueError, name, f"a contiguous tensor [{q.shape[0]}] (batch of q)", got)
     if scale is None:
         scale = q.shape[-1] ** -0.5
-    softcap, scale = number("softcap", softcap), number("scale", scale)
-    if softcap < 0.0:
-        fail(ValueError, "softcap", "0 (none) or a positive number", softcap)
+    scale, softcap = scale_and_softcap(scale, softcap, q)
     if isinstance(scale, torch.SymFloat):  # as in validate
         q, scale = (q * scale).to(q.dtype), 1.0
     window_left, window_right = resolve_window(window, is_causal)

@@ -56,6 +56,27 @@ def test_new_keys_are_written_and_seen(impl, page_size, layout):
         torch.testing.assert_close(tensors[name], inputs.tensors[name], rtol=0, atol=0, equal_nan=True)
 
 
+@pytest.mark.parametrize(("source", "target"), [(2, 3), (4, 3), (2, 2)])
+def test_new_keys_may_be_rows_of_the_cache(source, target):
+    """They are those from before the append, also where they lie on the rows that it writes."""
+    caches = [torch.randn(1, 16, 2, 8) for _ in range(2)]
+    expected = [cache.clone() for cache in caches]
+    for copy, cache in zip(expected, caches, strict=True):
+        copy[:, target : target + 3] = cache[:, source : source + 3]
+    k, v = (cache[:, source : source + 3] for cache in caches)
+    decode_attention(torch.randn(1, 1, 2, 8), *caches, k=k, v=v, cache_seqlens=int32([target], "cpu"))
+    for cache, copy in zip(caches, expected, strict=True):
+        assert torch.equal(cache, copy)
+
+
+def test_new_values_may_be_keys_of_the_cache_that_the_append_overwrites():
+    k_cache, v_cache = torch.randn(1, 16, 2, 8), torch.randn(1, 16, 2, 8)
+    there = k_cache[:, 3:4].clone()
+    k, v = torch.randn(1, 1, 2, 8), k_cache[:, 3:4]
+    decode_attention(torch.randn(1, 1, 2, 8), k_cache, v_cache, k=k, v=v, cache_seqlens=int32([3], "cpu"))
+    assert torch.equal(v_cache[:, 3:4], there)
+
+
 @each_impl
 def test_no_new_keys_change_nothing(impl):
     inputs = inputs_of(DecodeCase(lengths=(9, 30), page_size=16), dtypes_of(impl)[-1], device_of(impl))
@@ -317,7 +338,7 @@ def test_the_other_names_that_differ_are_flash_attns():
     packed = [q.flatten(0, 1)] * 3
     with pytest.raises(ValueError, match=r"^flashmla attention: cu_seqlens_k: "):
         flashmla_hf.flash_attn_varlen_func(*packed, bounds, bounds[:2], 16, 16)
-    with pytest.raises(RuntimeError, match=r"^flash_attn_forward: max_seqlen_k: "):
+    with pytest.raises(ValueError, match=r"^flashmla attention: max_seqlen_k: "):
         flashmla_hf.flash_attn_varlen_func(*packed, bounds, bounds, 16, 2)
     with pytest.raises(TypeError, match=r"^flashmla attention: return_attn_probs: "):
         flashmla_hf.flash_attn_func(q, q, q, return_attn_probs="no")

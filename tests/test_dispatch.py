@@ -38,6 +38,9 @@ WRONG_CALLS = [
     (qkv(q=x(2, 5, 4, 8).to_sparse()), TypeError, P + "q: expected a dense strided tensor (pack ragged batches with cu_seqlens), got a sparse or nested tensor"),
     (qkv(scale="1"), TypeError, P + "scale: expected a number, got str"),
     (qkv(scale=math.nan), ValueError, P + "scale: expected a finite number, got nan"),
+    (qkv(scale=1e300), ValueError, P + "scale: expected at most 3.4e+38 in magnitude (scores are float32), got 1e+300"),
+    (qkv(softcap=1e-40), ValueError, P + "softcap: expected 0 (none) or from 1.2e-38 to 3.4e+38 (scores are float32), got 1e-40"),
+    (qkv(softcap=1e39), ValueError, P + "softcap: expected 0 (none) or from 1.2e-38 to 3.4e+38 (scores are float32), got 1e+39"),
     (qkv(softcap=-1.0), ValueError, P + "softcap: expected 0 (none) or a positive number, got -1.0"),
     (qkv(softcap=math.inf), ValueError, P + "softcap: expected a finite number, got inf"),
     (qkv(dropout_p=1.0), ValueError, P + "dropout_p: expected a number in [0, 1), got 1.0"),
@@ -96,7 +99,6 @@ def test_wrong_calls_raise_with_the_argument_the_expectation_and_the_value(argum
     assert str(caught.value) == message
 
 
-# The values of cu_seqlens are read where they are used: by the C++ host code, and by the reference.
 WRONG_BOUNDARIES = {
     "does not begin at 0": cu(1, 4, 9),
     "falls": cu(0, 5, 4),
@@ -109,13 +111,24 @@ WRONG_BOUNDARIES = {
 @pytest.mark.parametrize("side", ["q", "kv"])
 @pytest.mark.parametrize("values", WRONG_BOUNDARIES.values(), ids=WRONG_BOUNDARIES.keys())
 def test_wrong_boundaries_raise_instead_of_reading_past_the_end(impl, side, values):
-    with pytest.raises((ValueError, RuntimeError), match=f"cu_seqlens_{side}"):
+    expected = f"{P}cu_seqlens_{side}: expected boundaries that begin at 0, never fall and end at most at 9 (the packed length)"
+    with pytest.raises(ValueError, match=re.escape(f"{expected}, got {values.tolist()}")):
         attention(**packed(**{f"cu_seqlens_{side}": values}, impl=impl))
 
 
-def test_too_small_a_bound_on_the_sequence_length_raises():
-    with pytest.raises(RuntimeError, match="max_seqlen_q"):
-        attention(**packed(max_seqlen_q=4))
+@pytest.mark.parametrize("impl", [None, "cpu", "reference"])
+@pytest.mark.parametrize("side", ["q", "kv"])
+def test_too_small_a_bound_on_the_sequence_length_raises(impl, side):
+    with pytest.raises(
+        ValueError, match=rf"^{P}max_seqlen_{side}: expected at least 5 \(the longest sequence\), got 4$"
+    ):
+        attention(**packed(**{f"max_seqlen_{side}": 4}, impl=impl))
+
+
+def test_numbers_beyond_float32_are_numbers_of_float64_tensors():
+    q, k, v = (x(2, 5, 4, 8, dtype=torch.float64) for _ in "qkv")
+    out = attention(q, k, v, scale=1e-300, softcap=1e300, impl="reference")
+    torch.testing.assert_close(out, v.mean(1, keepdim=True).expand_as(out))
 
 
 def test_a_missing_library_is_refused_with_the_reason_and_the_remedy(monkeypatch):

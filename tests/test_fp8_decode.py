@@ -182,3 +182,59 @@ def test_nan_in_a_cache_is_seen_where_it_is_visible(impl):
     k[0, 48, 1] = math.nan
     out = in_fp8(q, k, v, impl=impl)
     assert torch.equal(out.isnan().any(-1)[0], torch.tensor([[False] * 4] * 2 + [[False, False, True, True]] * 2))
+
+
+# ---- Lengths whose values cannot be read -----------------------------------------------------------------------------
+
+
+def _to_caches(q, k8, v8, k_descale, v_descale, lengths, starts=None):
+    return decode_attention(
+        q, k8, v8, k_descale=k_descale, v_descale=v_descale, cache_seqlens=lengths, kv_start=starts, window=(9, None),
+        return_lse=True,
+    )  # fmt: skip
+
+
+def _caches(capacity, device="cpu"):
+    generator = torch.Generator().manual_seed(capacity)
+    q = torch.randn(2, 1, 4, 16, generator=generator)
+    k8, v8 = (torch.randn(2, capacity, 2, 16, generator=generator).to(DTYPE) for _ in "kv")
+    descales = (torch.rand(2, capacity, 2, generator=generator) + 0.5 for _ in "kv")
+    lengths, starts = int32([capacity, 3], device), int32([0, 2], device)
+    return (*(x.to(device) for x in (q, k8, v8, *descales)), lengths, starts)
+
+
+def test_torch_compile_has_no_graph_breaks_and_the_same_results():
+    torch._dynamo.reset()
+    compiled = torch.compile(_to_caches, fullgraph=True, backend="aot_eager")
+    for capacity in (16, 40, 1100):
+        for got, expected in zip(compiled(*_caches(capacity)), _to_caches(*_caches(capacity)), strict=True):
+            torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_calls_without_values_have_shapes():
+    out, lse = _to_caches(*_caches(40, "meta"))
+    assert out.shape == (2, 1, 4, 16)
+    assert lse.shape == (2, 4, 1)
+    with torch._subclasses.FakeTensorMode() as mode:
+        out, lse = _to_caches(*(mode.from_tensor(x) for x in _caches(40)))
+    assert out.shape == (2, 1, 4, 16)
+    assert lse.shape == (2, 4, 1)
+
+
+def test_lengths_may_be_vmapped():
+    *tensors, _, _ = _caches(40)
+    lengths = int32([[40, 3], [1, 0], [7, 39]], "cpu")
+    outs, lses = torch.func.vmap(lambda x: _to_caches(*tensors, x))(lengths)
+    for out, lse, x in zip(outs, lses, lengths, strict=True):
+        torch.testing.assert_close((out, lse), _to_caches(*tensors, x), rtol=1e-5, atol=1e-6)
+
+
+def test_queries_in_float64_keep_their_precision():
+    q, k8, v8, k_descale, v_descale, lengths, starts = _caches(40)
+    tensors = (q.double(), k8, v8, k_descale, v_descale)
+    got, _ = _to_caches(*tensors, lengths, starts)
+    expected = decode_attention(
+        *tensors[:3], k_descale=k_descale, v_descale=v_descale, cache_seqlens=lengths, kv_start=starts, window=(9, None),
+        impl="reference",
+    )  # fmt: skip
+    torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)

@@ -206,3 +206,33 @@ def test_padded_batches_of_many_lengths_compile_to_two_graphs():
             got, want = (m(input_ids=x, attention_mask=mask, use_cache=False).logits for m in (compiled, eager))
         assert close(got * mask[..., None], want * mask[..., None])
     assert counters["stats"]["unique_graphs"] <= 2
+
+
+FALCON = {
+    "vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "alibi": False,
+    "new_decoder_architecture": True, "num_kv_heads": 2, "initializer_range": 0.3,
+}  # fmt: skip
+
+
+def test_what_transformers_flash_path_does_not_honour_is_refused():
+    """Falcon's layers call it. It takes a 4-D mask for padding, knows packed rows in a batch of one, and has no weights."""
+    eager, ours = pair("FalconForCausalLM", transformers.FalconConfig(**FALCON))
+    x = ids(2, 12)
+    positions = torch.arange(12, device=DEVICE)[None].expand(2, -1).clone()
+    subject = r"^flashmla in FalconFlashAttention2: "
+    with torch.no_grad():
+        with pytest.raises(
+            ValueError, match=subject + r"attention_mask: expected None or 2 dimensions .*, got 4: \[2, 1, 12, 12\]"
+        ):
+            ours(x, attention_mask=torch.zeros(2, 1, 12, 12, device=DEVICE))
+        with pytest.raises(ValueError, match=subject + r"output_attentions: expected False .*, got True"):
+            ours(x, output_attentions=True)
+        assert close(ours(x, position_ids=positions, use_cache=False).logits, eager(x, position_ids=positions).logits)
+        positions[:, 5:] -= 5
+        with pytest.raises(
+            ValueError, match=r"position_ids: expected one packed row .*, got 2 rows of sequences that begin anew"
+        ):
+            ours(x, position_ids=positions, use_cache=False)
+        one = {"position_ids": positions[:1], "use_cache": False}
+        assert close(ours(x[:1], **one).logits, eager(x[:1], **one).logits)
+        assert close(ours(x[:1], **one).logits[:, 5:], eager(x[:1, 5:]).logits)

@@ -23,6 +23,7 @@ LAYERS = [
         "validation",
         "notices",
         "reference",
+        "scalars",
     },
     {
         "ops",

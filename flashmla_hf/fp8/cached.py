@@ -23,8 +23,9 @@ from flashmla_hf import reference
 from flashmla_hf.backends import cpu
 from flashmla_hf.fp8.quantization import DTYPE
 from flashmla_hf.ops import dtype_name
-from flashmla_hf.torch_state import without_autocast
-from flashmla_hf.validation import DecodeCall, check_float32, check_tensor, fail
+from flashmla_hf.scalars import fail
+from flashmla_hf.torch_state import has_transforms, values_are_readable, without_autocast
+from flashmla_hf.validation import DecodeCall, check_float32, check_tensor
 
 NO_KERNEL = "fp8 caches have no kernel for GPUs in this release"
 KEYS_AT_A_TIME = 1024  # a multiple of no page size in particular: pages are gathered row by row
@@ -76,17 +77,15 @@ def _stream(call: DecodeCall) -> tuple[torch.Tensor, torch.Tensor]:
     lengths = _numbers(call.cache_seqlens, batch, call.capacity, device)
     starts = _numbers(call.kv_start, batch, 0, device)
     at = (lengths[:, None] - seqlen_q + torch.arange(seqlen_q, device=device))[:, None, None, :, None]
+    dtype = torch.promote_types(call.q.dtype, torch.float32)
     # [batch, heads_kv, group, seqlen_q, dim]
-    query = call.q.float().unflatten(2, (heads_kv, -1)).permute(0, 2, 3, 1, 4)
+    query = call.q.to(dtype).unflatten(2, (heads_kv, -1)).permute(0, 2, 3, 1, 4)
     row_max = query.new_full((*query.shape[:-1], 1), -math.inf)
     row_sum, out = torch.zeros_like(row_max), query.new_zeros(*query.shape[:-1], call.v.shape[-1])
-    first = int(starts.min()) if batch else 0
-    if call.window_left >= 0 and batch:
-        first = max(first, int(lengths.min()) - seqlen_q - call.window_left)
-    last = int(lengths.max()) if batch and seqlen_q and call.k.shape[0] else 0
+    first, last = _visible_rows(call, lengths, starts)
     for begin in range(first, last, KEYS_AT_A_TIME):
         (k, v, k_scale, v_scale), position = _rows(call, begin, min(begin + KEYS_AT_A_TIME, last))
-        key, value = ((x.float() * s[..., None]).transpose(1, 2)[:, :, None] for x, s in ((k, k_scale), (v, v_scale)))
+        key, value = ((x.to(dtype) * s[..., None]).transpose(1, 2)[:, :, None] for x, s in ((k, k_scale), (v, v_scale)))
         visible = (position < lengths[:, None]) & (position >= starts[:, None])
         visible = visible[:, None, None, None, :]
         if call.window_left >= 0:
@@ -104,7 +103,7 @@ def _stream(call: DecodeCall) -> tuple[torch.Tensor, torch.Tensor]:
         out = correction * out + reference.sum_over_visible(p, value, visible)
         row_max = new_max
     if call.sinks is not None:
-        sink = call.sinks.float().unflatten(0, (heads_kv, -1))[None, :, :, None, None]
+        sink = call.sinks.to(dtype).unflatten(0, (heads_kv, -1))[None, :, :, None, None]
         new_max = torch.maximum(row_max, sink)
         relative_to = new_max.masked_fill(new_max == -math.inf, 0.0)
         correction = torch.exp(row_max - relative_to)
@@ -119,6 +118,19 @@ def _stream(call: DecodeCall) -> tuple[torch.Tensor, torch.Tensor]:
         out.permute(0, 3, 1, 2, 4).reshape(batch, seqlen_q, heads_q, call.v.shape[-1]).to(call.q.dtype),
         lse[..., 0].reshape(batch, heads_q, seqlen_q),
     )
+
+
+def _visible_rows(call: DecodeCall, lengths: torch.Tensor, starts: torch.Tensor) -> tuple[int, int]:
+    """(first, end) of the rows that some query may see: those of all sequences where lengths and starts have no values."""
+    batch, seqlen_q = call.q.shape[:2]
+    if not (batch and seqlen_q and call.k.shape[0]):
+        return 0, 0
+    if not all(values_are_readable(x) for x in (lengths, starts)) or has_transforms():
+        return 0, call.capacity
+    first = int(starts.min())
+    if call.window_left >= 0:
+        first = max(first, int(lengths.min()) - seqlen_q - call.window_left)
+    return first, int(lengths.max())
 
 
 def _numbers(x: torch.Tensor | None, batch: int, default: int, device: torch.device) -> torch.Tensor:

@@ -32,8 +32,9 @@ from flashmla_hf.fp8 import emulation, kernel
 from flashmla_hf.fp8.quantization import BLOCK_ROWS, DTYPE, Quantized, block_of_rows, quantize, rotate
 from flashmla_hf.notices import log_choice
 from flashmla_hf.ops import dtype_name
+from flashmla_hf.scalars import fail
 from flashmla_hf.torch_state import is_transformed_eagerly
-from flashmla_hf.validation import Call, check_float32, fail
+from flashmla_hf.validation import Call, check_float32
 
 Descales = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)

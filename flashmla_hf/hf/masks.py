@@ -217,6 +217,7 @@ def flashmla_mask(
         "device": device,
     }  # fmt: skip
     if transformers_private.attribute(config, "model_type") in transformers_private.LEGACY_FLASH_MODEL_TYPES:
+        transformers_private.refuse_packed_rows(config, mask_function, batch_size)
         return masking_utils.flash_attention_mask(**arguments)
     if use_vmap:
         conditions = None

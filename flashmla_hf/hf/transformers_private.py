@@ -15,7 +15,7 @@ import functools
 import inspect
 import sys
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import torch
 from transformers import masking_utils, modeling_flash_attention_utils, modeling_utils
@@ -347,8 +347,49 @@ def _provide_flash_path(model_class: type) -> None:
         if check.uses_flash_path(cls):
             vars(sys.modules[cls.__module__]).setdefault("_flash_attention_forward", forward)
     for _, classes in _class_dictionaries(model_class):
+        flash_class = classes.get("flash_attention_2")
+        if flash_class is not None and not hasattr(flash_class.forward, "_flashmla_wraps"):
+            flash_class.forward = _wrap_flash_path(flash_class.forward)
         for ours in NAMES:
-            classes.setdefault(ours, classes.get("flash_attention_2", _own_class(classes)))
+            classes.setdefault(ours, flash_class or _own_class(classes))
+
+
+def _wrap_flash_path(original):
+    """Refuses, under our names, what a layer on Transformers' flash path takes and does not honour.
+
+    That path reads a 4-D mask as one of padding, and its layers return their output in place of the weights.
+    """
+    names = [*inspect.signature(original).parameters]
+
+    @functools.wraps(original)
+    def forward(self, *args, **kwargs):
+        if is_ours(attribute(getattr(self, "config", None), "_attn_implementation")):
+            given = dict(zip(names[1:], args, strict=False)) | kwargs
+            mask = given.get("attention_mask")
+            if mask is not None and mask.dim() != 2:
+                _refuse_on_flash_path(self, "attention_mask", "None or 2 dimensions", f"{mask.dim()}: {[*mask.shape]}")
+            if given.get("output_attentions"):
+                _refuse_on_flash_path(self, "output_attentions", "False", "True")
+        return original(self, *args, **kwargs)
+
+    forward._flashmla_wraps = original  # type: ignore[attr-defined]
+    return forward
+
+
+def _refuse_on_flash_path(subject: object, argument: str, expected: str, got: str) -> NoReturn:
+    raise ValueError(
+        f"flashmla in {type(subject).__name__}: {argument}: expected {expected} (this model calls Transformers' flash path, "
+        f'which takes no others), got {got}. Use attn_implementation="eager" or "sdpa"'
+    )
+
+
+def refuse_packed_rows(config, mask_function: Callable, batch_size: int) -> None:
+    """Raises for packed rows in a batch, which the flash path takes for rows that are not packed: it looks at one row alone."""
+    conditions = None if torch.compiler.is_compiling() else conditions_of(mask_function)
+    if batch_size > 1 and conditions is not None and conditions.is_packed:
+        _refuse_on_flash_path(
+            config, "position_ids", "one packed row", f"{batch_size} rows of sequences that begin anew"
+        )
 
 
 # What is replaced in Transformers: (owner, name, what makes the replacement).
