@@ -32,7 +32,7 @@ from torch._dynamo.backends.common import aot_autograd
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from flashmla_hf import decode, direct
+from flashmla_hf import decode, direct, validation
 
 pytestmark = [
     hf_support.needs_kernel,
@@ -194,7 +194,8 @@ def watched(model):
     """A :class:`Layer` for every call of the attention function of ``model`` inside the block."""
     layers, name = [], model.config._attn_implementation
     functions = transformers.AttentionInterface._global_mapping
-    original, was_enabled, check_values = functions[name], direct.enabled, decode._check_values
+    original, was_enabled = functions[name], direct.enabled
+    checks = decode._check_values, validation._check_longest
 
     def attention(module, query, key, value, *args, **options):
         layer = Layer(module.layer_idx, query.shape[0], query.shape[2], key.shape[2])
@@ -203,12 +204,14 @@ def watched(model):
             return original(module, query, key, value, *args, **options)
 
     direct.enabled = False  # it calls the kernels past torch's dispatcher, where nobody watches
-    decode._check_values = lambda *_: None  # reads values on a CPU alone, where it waits for nothing
+    # Both read values on a CPU alone, where it waits for nothing.
+    decode._check_values = validation._check_longest = lambda *_: None
     functions[name] = attention
     try:
         yield layers
     finally:
-        functions[name], direct.enabled, decode._check_values = original, was_enabled, check_values
+        functions[name], direct.enabled = original, was_enabled
+        decode._check_values, validation._check_longest = checks
 
 
 FORWARD, DECODE = "flash_attn_forward", "flash_attn_decode"
