@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -270,6 +271,12 @@ def test_bytes_that_are_not_text_are_a_bad_row(tmp_path):
     with pytest.raises(UserError, match=r"a.jsonl, line 2: not text: byte 10 of the line.*2 bad rows"):
         contents(tmp_path)
     assert contents(tmp_path, skip_bad_rows=True) == ["one", "two"]
+
+
+def test_a_pipe_is_named_as_one(tmp_path):
+    os.mkfifo(tmp_path / "rows.jsonl")
+    with pytest.raises(UserError, match=r"rows\.jsonl: expected a file or a folder, got a pipe or a device"):
+        contents(tmp_path / "rows.jsonl")
 
 
 def test_rows_that_the_wanted_loss_does_not_fit_are_bad(tmp_path):

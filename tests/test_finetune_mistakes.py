@@ -57,6 +57,7 @@ MISTAKES = {  # name: (changed options, file contents to write, what the sentenc
         {},
         "--lora_target_modules nothing_proj",
     ),
+    "endless rate": ({"learning_rate": float("inf")}, {}, "--learning_rate: expected at least 0, and finite, got inf"),
     "zero batch": ({"per_device_train_batch_size": 0}, {}, "expected at least 1, got 0"),
     "bad schedule": ({"lr_scheduler_type": "zigzag"}, {}, "--lr_scheduler_type zigzag"),
     "schedule of measures": (
@@ -65,7 +66,7 @@ MISTAKES = {  # name: (changed options, file contents to write, what the sentenc
         "--lr_scheduler_type reduce_lr_on_plateau",
     ),
     "negative rate": ({"learning_rate": -1}, {}, "--learning_rate: expected at least 0, got -1.0"),
-    "no number": ({"learning_rate": "nan"}, {}, "--learning_rate: expected at least 0, got nan"),
+    "no number": ({"learning_rate": "nan"}, {}, "--learning_rate: expected at least 0, and finite, got nan"),
     "seed too large": ({"seed": 2**33}, {}, "--seed: expected 0 to"),
     "no epochs": ({"num_train_epochs": 0, "max_steps": -1}, {}, "--num_train_epochs: expected more than 0"),
     "keep -1 checkpoints": ({"save_total_limit": -1}, {}, "--save_total_limit: expected at least 1, got -1"),

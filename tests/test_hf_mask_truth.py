@@ -240,3 +240,21 @@ def test_what_transformers_flash_path_does_not_honour_is_refused():
         one = {"position_ids": positions[:1], "use_cache": False}
         assert close(ours(x[:1], **one).logits, eager(x[:1], **one).logits)
         assert close(ours(x[:1], **one).logits[:, 5:], eager(x[:1, 5:]).logits)
+
+
+@pytest.mark.parametrize("is_padded", [False, True], ids=["alike", "left"])
+def test_tokens_beyond_the_end_of_a_padding_mask_are_hidden_keys_and_queries_like_others(is_padded, llamas):
+    """As a loop of decoding has them that does not extend its mask."""
+    x = ids(2, 12)
+    mask = torch.ones(2, 13, dtype=torch.long, device=DEVICE)
+    begin = 3 if is_padded else 0
+    mask[0, :begin] = 0
+    got = []
+    with torch.no_grad():
+        for model in llamas:
+            cache = transformers.DynamicCache(config=model.config)
+            prompt = model(x, attention_mask=mask[:, :9], past_key_values=cache).logits[:, begin:]
+            step = model(x[:, :1], attention_mask=mask[:, :12], past_key_values=cache).logits
+            chunk = model(x[:, :3], attention_mask=mask, past_key_values=cache).logits
+            got.append(torch.cat([prompt, step, chunk], 1))
+    assert close(*got)

@@ -44,6 +44,30 @@ def test_gradients_equal_pefts(name, names, peft_calls):
     assert all(torch.equal(again[1][n], g) for n, g in expected[1].items())
 
 
+def test_the_result_of_a_layer_with_a_bias_may_be_changed_in_place():
+    """Torch's linear layer with a bias returns a view, whose slices Phi rotates. RoCBert adds to its result."""
+    torch.manual_seed(0)
+    layer = torch.nn.Sequential(torch.nn.Linear(8, 8))
+    wrapped = peft.get_peft_model(layer, peft.LoraConfig(r=2, target_modules=["0"], init_lora_weights=False))
+    adapted, x = wrapped.base_model.model[0], torch.randn(2, 5, 8)
+
+    def gradient(forward):
+        y = forward(x)
+        y += 1
+        y[..., :4].mul_(2)
+        return torch.autograd.grad(y.square().sum(), adapted.lora_A["default"].weight)[0]
+
+    torch.testing.assert_close(gradient(flashmla_hf.patches.lora._adapted(adapted)), gradient(adapted))
+
+
+def test_phis_rotation_of_slices_takes_adapters():
+    model = lora(hf_support.build_causal_lm("flashmla", "Phi", partial_rotary_factor=0.5))
+    batch = {"input_ids": hf_support.random_ids(2, 12), "labels": hf_support.random_ids(2, 12)}
+    expected = step(model, batch)
+    flashmla_hf.patch(model, ["lora", "rope"])
+    assert_equal(step(model, batch), expected)
+
+
 def test_the_default_has_patch_lora_only_with_adapters():
     def names(model):
         flashmla_hf.patch(model)

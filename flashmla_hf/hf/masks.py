@@ -272,6 +272,8 @@ def _pattern(conditions: transformers_private.Conditions, arguments: dict) -> Pa
         return None
     if is_positional and not conditions.is_causal and (q_length != kv_length or q_offset != kv_offset):
         return None  # the kernel's queries stand at the last keys
+    if attention_mask is not None and is_positional and attention_mask.shape[-1] < kv_offset + num_keys:
+        return None  # tokens beyond the mask's end are hidden as keys, but they are queries like others: not padding
     padding = None
     if attention_mask is not None:
         padding = _padding(attention_mask, kv_offset, num_keys)

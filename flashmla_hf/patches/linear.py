@@ -68,7 +68,10 @@ class _Linear(torch.autograd.Function):
         ctx.saved, ctx.state, ctx.scaling = saved, state, scaling
         if is_skipped:  # the right shape and dtype over one element of memory
             return x.new_zeros(()).expand(*x.shape[:-1], weight.shape[0] if state is None else state.shape[0])
-        return _product(x, quantized.dense(weight, state, x.dtype), bias, b, low, scaling)
+        out = _product(x, quantized.dense(weight, state, x.dtype), bias, b, low, scaling)
+        # With a bias torch's linear returns a view, and autograd lets nobody write to a view that a function returns: rotation
+        # in place would fail.
+        return torch.ops.aten._unsafe_view(out, out.shape) if out._is_view() else out
 
     @staticmethod
     @gradients.first_derivatives

@@ -311,6 +311,7 @@ def _check_numbers(model_args: ModelArguments, data_args: DataArguments, args: T
         value = given[name]
         if value is not None and not (math.isfinite(value) and least <= value <= most):
             expected = f"at least {least}" if most == math.inf else f"{least} to {most}"
+            expected += "" if math.isfinite(value) or most != math.inf else ", and finite"
             raise UserError(f"--{name}: expected {expected}, got {value}")
     if args.max_steps < 1 and not (math.isfinite(args.num_train_epochs) and args.num_train_epochs > 0):
         raise UserError(f"--num_train_epochs: expected more than 0, got {args.num_train_epochs}")

@@ -71,6 +71,8 @@ def read_files(path: str, choose: Choose, split: str) -> Rows:
             raise UserError(f"the folder {path} holds no files")
     elif root.is_file():
         files = [root]
+    elif root.exists():
+        raise UserError(f"{path}: expected a file or a folder, got a pipe or a device: write what it gives to a file")
     else:
         raise UserError(f"{path}: no such file or folder")
     for file in files:
