@@ -11,7 +11,7 @@
 # make docs      the documentation as a site, from docs/*.md and docstrings; fails on a warning
 # make headers   host code against the headers of every supported torch, and of the oldest CUDA and a new one
 # make test-other-torch           doctor and the operator tests on the oldest torch; OTHER_TORCH=2.12.0 on another one
-# make test-older-transformers    the integration tests on older releases
+# make test-older-transformers    the integration tests on older releases; test-oldest-transformers on the oldest alone
 # make test-kernels               that folder under the package kernels and a release of Transformers that takes it
 # make test-engines               several processes on DeepSpeed: ZeRO and shared sequences, whose tests `make test` skips
 # make test-newest                the integration tests on the newest torch, Transformers, accelerate and peft there are
@@ -72,8 +72,9 @@ test-other-torch: $(VENV)/requirements.stamp
 	$(VENV)/bin/python tests/other_torch.py $(OTHER_TORCH)
 
 OLDER_TARGETS := $(addprefix test-transformers-,$(OLDER_TRANSFORMERS))
-.PHONY: $(OLDER_TARGETS)
+.PHONY: $(OLDER_TARGETS) test-oldest-transformers
 test-older-transformers: $(OLDER_TARGETS)
+test-oldest-transformers: $(firstword $(OLDER_TARGETS))
 $(OLDER_TARGETS): test-transformers-%: $(VENV)/package.stamp build/transformers-%.stamp
 	PYTHONPATH=$(CURDIR)/build/transformers-$* $(VENV)/bin/python -m pytest $(TESTS_$*) $(TEST_OPTIONS)
 
