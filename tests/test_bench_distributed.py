@@ -313,13 +313,13 @@ def test_runs_of_other_names_and_one_turn_become_one_file(tmp_path, capsys):
     alone = [sys.executable, str(Path(bench_distributed.__file__)), *ARGUMENTS, "--output_dir", str(tmp_path)]
     runs = [
         subprocess.Popen([*alone, "--name", name, "--points", number, "--turns", str(tmp_path / "turn")])
-        for name, number in (("a", "0"), ("b", "4"))
+        for name, number in (("a", "0"), ("b", "2"))
     ]
     assert [run.wait(timeout=200) for run in runs] == [0, 0]
     bench_distributed.main([*ARGUMENTS, "--output_dir", str(tmp_path), "--merge", "a", "b", "a", "--name", "both"])
     assert "both.json" in capsys.readouterr().out
     found = json.loads((tmp_path / "both.json").read_text())["points"]
-    assert [(r["engine"], r["documents"], r["status"]) for r in found] == [("one", 4, "ok"), ("one", 1, "ok")]
+    assert [(r["engine"], r["gpus"], r["status"]) for r in found] == [("one", 1, "ok"), ("fsdp2", 1, "ok")]
 
 
 def test_a_failed_point_leaves_what_its_processes_said(monkeypatch, tmp_path):
