@@ -113,7 +113,7 @@ def _forward(shape: Shape, num_sms: int) -> Losses:
     block_q, block_kv = config["kBlockQ"], config["kBlockKV"]
     group = shape.heads_q // shape.heads_kv
     heads_packed = _heads_packed(shape, block_q, group, num_ctas)
-    rows = block_q // num_ctas // heads_packed * num_ctas
+    rows = _queries_per_block(block_q, heads_packed, num_ctas)
     num_heads = shape.heads_q // heads_packed
     entries, longest = (1, shape.lengths()) if shape.is_packed else (shape.batch, shape.lengths()[:1])
     pairs_per_kv_head = max(1, num_heads // shape.heads_kv)
@@ -182,12 +182,17 @@ def backward_plan(shape: Shape, config: dict, num_sms: int = NUM_SMS) -> tuple[i
     return heads_kv, num_splits
 
 
+def _queries_per_block(block_q: int, heads: int, num_parts: int) -> int:
+    """As in csrc/sm90/scheduling/schedule.cu: ``heads`` of each query; each of a tile's parts has whole queries."""
+    return block_q // num_parts // heads * num_parts
+
+
 def _heads_packed(shape: Shape, block_q: int, group: int, num_parts: int) -> int:
     if group == 1 or group > block_q // num_parts:
         return 1
     longest = max(shape.lengths())
     tiles = _ceil_div(longest, block_q) * group
-    packed = _ceil_div(longest, block_q // num_parts // group * num_parts)
+    packed = _ceil_div(longest, _queries_per_block(block_q, group, num_parts))
     return group if 10 * packed <= 9 * tiles else 1
 
 
