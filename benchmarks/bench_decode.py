@@ -103,7 +103,11 @@ def measure_shape(job: Job, device: str, repeats: int, seconds: float, is_timed:
                 **state,
             }
             if mode == "graph":
-                record |= {"copies": len(inputs.caches), "calls": count, "bytes": shape.bytes_read()}
+                record |= {
+                    "copies": len(inputs.caches),
+                    "calls": count,
+                    "bytes": shape.bytes_read(name == "flashmla-fp8"),
+                }
                 record["bytes_per_second"] = record["bytes"] / record["seconds"]
                 if shape.is_latent:
                     record["flops_per_second"] = shape.flops() / record["seconds"]

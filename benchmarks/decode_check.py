@@ -14,6 +14,8 @@ from decode_shapes import DecodeShape
 from peers import Peer
 from shapes import DTYPES
 
+from flashmla_hf.fp8.quantization import quantize_tokens
+
 # Of K and V together: the calls of a series walk through so many bytes before they come back, and no L2 holds them.
 ROTATED_BYTES = {"cuda": 400e6, "cpu": 0}
 MOST_COPIES, MOST_BYTES = 64, 16e9  # windows are small parts of large caches
@@ -55,10 +57,18 @@ class Inputs:
                 return normal(rows[0], *heads, rows[1], dim).transpose(1, 2)
             return normal(*rows, *heads, dim)
 
+        def rounded(x: torch.Tensor) -> torch.Tensor:
+            for part in x:  # a part at a time: what rounding needs beside a large cache would not fit
+                data, scale = quantize_tokens(part)
+                part.copy_(data.float() * scale[..., None])
+            return x
+
         q = normal(shape.batch, shape.seqlen_q, shape.heads_q, shape.head_dim_qk)
 
         k = cache(shape.head_dim_qk)
         v = k[..., : shape.head_dim_v] if shape.is_latent else cache(shape.head_dim_v)
+        if shape.is_e4m3:
+            k, v = rounded(k), rounded(v)
         wanted = math.ceil(ROTATED_BYTES[device] / shape.bytes_read())
         copies = max(1, min(wanted, MOST_COPIES, int(MOST_BYTES / (k.nbytes + v.nbytes))))
         # clone keeps the order of dimensions in memory.

@@ -15,6 +15,7 @@ from decode_shapes import DecodeShape
 from peers import Peer, Unsupported
 
 from flashmla_hf import attention, decode_attention
+from flashmla_hf.fp8.quantization import quantize_tokens
 
 Builder = Callable[[DecodeShape, Inputs, str], Peer]
 
@@ -35,6 +36,28 @@ def _decode(num_splits: int) -> Builder:
         return Peer(lambda q, k, v: decode_attention(q, k, v, **options))
 
     return build
+
+
+def _fp8(shape: DecodeShape, inputs: Inputs, device: str) -> Peer:
+    """Of fp8 caches, whose factors lie side by side for a head, as those of an Fp8Cache."""
+    if not shape.is_e4m3:
+        raise Unsupported("the cache's numbers are not those of e4m3")
+    options = {"cache_seqlens": inputs.cache_seqlens, "block_table": inputs.block_table, "window": _window(shape)}
+
+    def quantized(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        data = torch.empty_like(x, dtype=torch.float8_e4m3fn)  # in the memory layout of x
+        scale = torch.empty(x.shape[0], x.shape[2], x.shape[1], device=x.device).transpose(1, 2)
+        for i, part in enumerate(x):
+            data[i], scale[i] = quantize_tokens(part)
+        return data, scale
+
+    caches = {k.data_ptr(): (quantized(k), quantized(v)) for k, v in inputs.caches}
+
+    def run(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        (k8, k_descale), (v8, v_descale) = caches[k.data_ptr()]
+        return decode_attention(q, k8, v8, k_descale=k_descale, v_descale=v_descale, **options)
+
+    return Peer(run)
 
 
 def _refuse_caches(shape: DecodeShape) -> None:
@@ -74,6 +97,7 @@ def _other(name: str) -> Builder:
 PEERS: dict[str, Builder] = {
     "flashmla": _decode(num_splits=0),
     "flashmla-invariant": _decode(num_splits=1),
+    "flashmla-fp8": _fp8,
     "flashmla-attention": _attention,
     **{name: _other(name) for name in ("sdpa", "sdpa-cudnn", "sdpa-flash", "sdpa-math", "fa4")},
 }

@@ -7,7 +7,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import render_results
-from decode_shapes import EXPANDED, LATENT_ARITHMETIC, LATENT_MEMORY, LATENT_SMALL, PAGE_SIZES, TABLE, DecodeShape
+from decode_shapes import (
+    EXPANDED,
+    FP8_LONG,
+    LATENT_ARITHMETIC,
+    LATENT_MEMORY,
+    LATENT_SMALL,
+    PAGE_SIZES,
+    TABLE,
+    DecodeShape,
+)  # fmt: skip
 from verdicts import Bar, Row, geometric_mean, rows
 
 BEST_AT_LEAST = 0.97  # times the best peer's rate, on each row of the table
@@ -18,6 +27,7 @@ RAGGED_AT_LEAST = 0.90  # times our rate with equal lengths
 WINDOW_AT_LEAST = 0.90  # times our rate of a cache that holds no more than the window
 # Latents: bytes and FLOPs per second, at least and the aim (FlashMLA publishes the aims for an H800); times the expanded way.
 LATENT_BYTES, LATENT_FLOPS, LATENT_GAIN = (2700e9, 3000e9), (550e12, 660e12), 1.3
+FP8_GAIN = 1.7  # of fp8 caches over those of 16 bits
 OURS = "flashmla"
 
 
@@ -32,7 +42,7 @@ def paged_ratios(document: dict) -> dict[DecodeShape, float]:
     pairs = [
         (shape, dataclasses.replace(shape, layout="dense"))
         for shape in mine
-        if shape.page_size and not shape.is_ragged and not shape.is_latent
+        if shape.page_size and not (shape.is_ragged or shape.is_latent or shape.is_e4m3)
     ]
     return {shape: mine[shape] / mine[dense] for shape, dense in pairs if dense in mine}
 
@@ -92,6 +102,7 @@ def bars(document: dict) -> Iterator[Bar]:
     yield from _memory_bars(document)
     yield from _layout_bars(document)
     yield from _latent_bars(document)
+    yield from _fp8_bars(document)
     yield from _host_bars(document)
     yield from _stated(document)
 
@@ -162,6 +173,19 @@ def _latent_bars(document: dict) -> Iterator[Bar]:
                 f"{shape}: at least {LATENT_GAIN}× the speed of our kernel on expanded keys ({expanded})",
                 f"{gain:.2f}×",
                 gain >= LATENT_GAIN,
+            )
+
+
+def _fp8_bars(document: dict) -> Iterator[Bar]:
+    for row in rows(document, "graph"):
+        if row.shape.is_e4m3 and row.ours and "flashmla-fp8" in row.records:
+            gain = row.ours["seconds"] / row.records["flashmla-fp8"]["seconds"]
+            is_judged = dataclasses.replace(row.shape, layout="dense", is_e4m3=False) == FP8_LONG
+            least = f"at least {FP8_GAIN}× " if is_judged else ""
+            yield Bar(
+                f"{row.shape}: {least}the speed of our kernel on the same numbers in 16 bits",
+                f"{gain:.2f}×",
+                gain >= FP8_GAIN if is_judged else None,
             )
 
 

@@ -32,6 +32,8 @@ class DecodeShape:
     is_ragged: bool = False
     dtype: str = "bf16"
     is_latent: bool = False  # values are the first head_dim_v columns of the keys' rows
+    # K and V hold numbers that e4m3 and a power of two for each row and head hold: whoever reads fp8 reads the same ones.
+    is_e4m3: bool = False
 
     def __str__(self) -> str:
         dims = str(self.head_dim_qk) if self.head_dim_qk == self.head_dim_v else f"{self.head_dim_qk}/{self.head_dim_v}"
@@ -41,6 +43,7 @@ class DecodeShape:
         lengths = f"S{self.seqlen_q}/{self.seqlen_kv}"
         return (
             f"{dims} B{self.batch} H{self.heads_q}/{self.heads_kv} {lengths}{window} {self.layout}{ragged} {self.dtype}"
+            f"{' e4m3' if self.is_e4m3 else ''}"
         )
 
     @staticmethod
@@ -48,12 +51,14 @@ class DecodeShape:
         """The inverse of ``str``; raises ValueError with the form that is expected."""
         match = re.fullmatch(
             r"(d|latent)(\d+)(?:/(\d+))? B(\d+) H(\d+)(?:/(\d+))? S(\d+)/(\d+)(?: window(\d+))?"
-            r"(?: (dense|heads-first|paged\d+))?( ragged)?(?: (fp32|bf16|fp16))?",
+            r"(?: (dense|heads-first|paged\d+))?( ragged)?(?: (fp32|bf16|fp16))?( e4m3)?",
             " ".join(text.replace(",", " ").split()),
         )
         if match is None:
             raise ValueError(f"expected a shape like 'd128 B8 H32/8 S1/8192 paged64 bf16', got {text!r}")
-        kind, d_qk, d_v, batch, heads_q, heads_kv, seqlen_q, seqlen_kv, window, layout, ragged, dtype = match.groups()
+        kind, d_qk, d_v, batch, heads_q, heads_kv, seqlen_q, seqlen_kv, window, layout, ragged, dtype, e4m3 = (
+            match.groups()
+        )
         shape = DecodeShape(
             batch=int(batch),
             heads_q=int(heads_q),
@@ -67,6 +72,7 @@ class DecodeShape:
             is_ragged=ragged is not None,
             dtype=dtype or "bf16",
             is_latent=kind == "latent",
+            is_e4m3=e4m3 is not None,
         )
         if shape.heads_q % shape.heads_kv:
             raise ValueError(f"{text!r}: {shape.heads_q} query heads are no multiple of {shape.heads_kv} kv heads")
@@ -92,10 +98,12 @@ class DecodeShape:
             return sum(self.lengths())
         return sum(min(length, self.window + self.seqlen_q) for length in self.lengths())
 
-    def bytes_read(self) -> int:
-        """Those of K and V that must be read, each once; q and the output are left out."""
+    def bytes_read(self, in_fp8: bool = False) -> int:
+        """Those of K and V that must be read, each once; q and the output are left out. ``in_fp8``: of fp8 caches, with two
+        scales a row and head."""
         width = self.head_dim_qk if self.is_latent else self.head_dim_qk + self.head_dim_v
-        return self.keys_read() * self.heads_kv * width * DTYPES[self.dtype].itemsize
+        row = width + 2 * 4 if in_fp8 else width * DTYPES[self.dtype].itemsize
+        return self.keys_read() * self.heads_kv * row
 
     def flops(self) -> int:
         """Of both products with every key that is read; the triangle of a few queries is not taken off."""
@@ -143,6 +151,14 @@ LATENT_ARITHMETIC = [DecodeShape(128, 128, 1, 2, n, 576, 512, is_latent=True) fo
 # Beside each the same heads with expanded keys and values.
 LATENT_SMALL = [DecodeShape(batch, 128, 1, 1, 8192, 576, 512, is_latent=True) for batch in (1, 8, 32)]
 EXPANDED = [DecodeShape(shape.batch, 128, 128, 1, 8192, 192, 128) for shape in LATENT_SMALL]
+FP8_LONG = _shape(8, 131072)
+FP8_SHAPES = [
+    _shape(1, 4096),
+    _shape(1, 131072),
+    _shape(32, 8192),
+    _shape(32, 8192, 64, 8, 64),
+    _shape(32, 8192, seqlen_q=4),
+]
 LONG, WINDOWED_KEYS = 131072, (1024, 4096, 16384, 65536)
 RAGGED = _shape(64, 12800, layout="paged64", is_ragged=True)
 ALL_PEERS = ("flashmla", "flashmla-attention", "sdpa-cudnn", "sdpa-flash")
@@ -186,6 +202,14 @@ SUITES: dict[str, Suite] = {
         + EXPANDED,
         peers=("flashmla",),
     ),
+    # Fp8 caches beside the same numbers in 16 bits.
+    "fp8": Suite(
+        _with(
+            [s for n in ("dense", "heads-first", "paged64") for s in _with([FP8_LONG, *FP8_SHAPES], layout=n)],
+            is_e4m3=True,
+        ),
+        peers=("flashmla", "flashmla-fp8"),
+    ),
     "overhead": Suite(
         [_shape(1, 4096), _shape(8, 4096, layout="heads-first")],
         modes=("host",),
@@ -198,6 +222,7 @@ SUITES: dict[str, Suite] = {
             _shape(2, 96, 4, 2, 64, layout="paged16", dtype="fp32"),
             _shape(2, 96, 4, 2, 64, layout="heads-first", window=31, dtype="fp32"),
             _shape(3, 80, 4, 2, 64, layout="paged16", is_ragged=True, seqlen_q=2, dtype="fp32"),
+            _shape(2, 96, 4, 2, 64, layout="paged16", dtype="fp32", is_e4m3=True),
             DecodeShape(2, 8, 1, 2, 96, 96, 64, dtype="fp32", is_latent=True),
             DecodeShape(3, 8, 1, 1, 80, 96, 64, layout="paged16", is_ragged=True, dtype="fp32", is_latent=True),
         ],

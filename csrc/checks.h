@@ -90,6 +90,8 @@ inline std::string dtype_name(ScalarType dtype) {
       return "int64";
     case ScalarType::Bool:
       return "bool";
+    case ScalarType::Float8_e4m3fn:
+      return "float8_e4m3fn";
     default:
       return torch::headeronly::toString(dtype);
   }
@@ -108,6 +110,8 @@ inline int64_t element_size(ScalarType dtype) {
     case ScalarType::Half:
     case ScalarType::BFloat16:
       return 2;
+    case ScalarType::Float8_e4m3fn:
+      return 1;
     default:
       return 4;
   }
@@ -185,9 +189,10 @@ inline void check_sizes(const char* op, const Call& arguments, const Problem& p)
 }
 
 // q, k and v: the dtype and device of q, the rank of `layouts`, and what every kernel relies on. Fills the dtype.
+// dtype_kv: of k and v, if it is not q's.
 template <class Call>
 inline void check_qkv(const char* op, const Call& arguments, int64_t rank, const char* layout_q, const char* layout_kv,
-                      Problem& p) {
+                      Problem& p, std::optional<ScalarType> dtype_kv = std::nullopt) {
   const TensorInfo& q = arguments.q;
   switch (q.dtype) {
     case ScalarType::Float:
@@ -204,7 +209,12 @@ inline void check_qkv(const char* op, const Call& arguments, int64_t rank, const
   }
   const std::pair<const char*, const TensorInfo*> inputs[] = {{"q", &q}, {"k", &arguments.k}, {"v", &arguments.v}};
   for (const auto& [name, t] : inputs) check_same_device(op, name, *t, q);
-  for (const auto& [name, t] : inputs) check_dtype(op, name, *t, q.dtype, " (that of q)");
+  for (const auto& [name, t] : inputs) {
+    if (t == &q || !dtype_kv)
+      check_dtype(op, name, *t, q.dtype, " (that of q)");
+    else
+      check_dtype(op, name, *t, *dtype_kv, "");
+  }
   for (const auto& [name, t] : inputs) {
     if (t->dim != rank) fail(op, name, t == &q ? layout_q : layout_kv, "shape " + shape_name(t->shape()));
     for (int64_t i = 0; i < rank; ++i)

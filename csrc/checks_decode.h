@@ -44,14 +44,16 @@ inline void check_block_table(const char* op, const TensorInfo& table, const Ten
 }
 
 // Everything of Problem, scalars included. seqlen_kv is the number of rows that a sequence may have.
-inline Problem check_decode_inputs(const char* op, const DecodeArguments& arguments) {
+// dtype_kv: of the caches, if it is not q's.
+inline Problem check_decode_inputs(const char* op, const DecodeArguments& arguments,
+                                   std::optional<ScalarType> dtype_kv = std::nullopt) {
   const TensorInfo &q = arguments.q, &k = arguments.k, &v = arguments.v;
   const bool is_paged = arguments.block_table.has_value();
   Problem p;
   check_qkv(op, arguments, 4, "4 dimensions, [batch, seqlen_q, heads, dim]",
             is_paged ? "4 dimensions, [num_pages, page_size, heads, dim], with block_table"
                      : "4 dimensions, [batch, capacity, heads, dim], without block_table",
-            p);
+            p, dtype_kv);
   if (is_paged) {
     check_block_table(op, *arguments.block_table, q);
     check_shape(op, "k", k, {k.size(0), k.size(1), p.heads_kv, p.head_dim_qk}, "head dimension of q");
@@ -98,6 +100,32 @@ inline DecodeParams decode_params(const Problem& p, const DecodeArguments& argum
   params.page_size = arguments.k.size(1);
   params.can_split = arguments.can_split;
   return params;
+}
+
+// A call on caches of e4m3: k_descale and v_descale, the factors of their rows [num_pages, page_size, heads_kv].
+struct E4m3DecodeArguments : DecodeArguments {
+  TensorInfo k_descale, v_descale;
+};
+
+inline Problem check_e4m3_decode_inputs(const char* op, const E4m3DecodeArguments& arguments) {
+  const Problem p = check_decode_inputs(op, arguments, ScalarType::Float8_e4m3fn);
+  const std::pair<const char*, const TensorInfo*> factors[] = {{"k_descale", &arguments.k_descale},
+                                                               {"v_descale", &arguments.v_descale}};
+  for (const auto& [name, t] : factors) {
+    check_same_device(op, name, *t, arguments.q);
+    check_dtype(op, name, *t, ScalarType::Float, "");
+    check_shape(op, name, *t, {arguments.k.size(0), arguments.k.size(1), p.heads_kv}, "that of k but for the last");
+    check_storage(op, name, *t);
+  }
+  return p;
+}
+
+inline E4m3DecodeParams e4m3_decode_params(const Problem& p, const E4m3DecodeArguments& arguments,
+                                           const TensorInfo& out, const TensorInfo& lse) {
+  auto scales_of = [](const TensorInfo& t) {
+    return ScaleView{static_cast<const float*>(t.data), t.stride(0), t.stride(1), t.stride(2)};
+  };
+  return {decode_params(p, arguments, out, lse), scales_of(arguments.k_descale), scales_of(arguments.v_descale)};
 }
 
 }  // namespace flashmla

@@ -190,24 +190,35 @@ struct Operators<Backend, Arguments(const Tensor&, const Tensor&, const Tensor&,
   }
 };
 
-// flash_attn_decode, in the order of its schema (flashmla_hf/decode_ops.py).
+// The tensors and numbers of a call on caches, in the order of its schema (flashmla_hf/decode_ops.py).
+inline DecodeArguments decode_arguments_of(const Tensor& q, const Tensor& k, const Tensor& v,
+                                           const std::optional<Tensor>& sinks,
+                                           const std::optional<Tensor>& cache_seqlens,
+                                           const std::optional<Tensor>& kv_start,
+                                           const std::optional<Tensor>& block_table, double scale, int64_t window_left,
+                                           int64_t window_right, double softcap, bool can_split) {
+  return {info_of(q),
+          info_of(k),
+          info_of(v),
+          info_of(sinks),
+          info_of(cache_seqlens),
+          info_of(kv_start),
+          info_of(block_table),
+          scale,
+          window_left,
+          window_right,
+          softcap,
+          can_split};
+}
+
+// flash_attn_decode.
 template <class Backend>
 std::tuple<Tensor, Tensor> decode_operator(Tensor q, Tensor k, Tensor v, std::optional<Tensor> sinks,
                                            std::optional<Tensor> cache_seqlens, std::optional<Tensor> kv_start,
                                            std::optional<Tensor> block_table, double scale, int64_t window_left,
                                            int64_t window_right, double softcap, bool can_split) {
-  const DecodeArguments arguments{info_of(q),
-                                  info_of(k),
-                                  info_of(v),
-                                  info_of(sinks),
-                                  info_of(cache_seqlens),
-                                  info_of(kv_start),
-                                  info_of(block_table),
-                                  scale,
-                                  window_left,
-                                  window_right,
-                                  softcap,
-                                  can_split};
+  const DecodeArguments arguments = decode_arguments_of(q, k, v, sinks, cache_seqlens, kv_start, block_table, scale,
+                                                        window_left, window_right, softcap, can_split);
   return with_torch_errors([&] { return Host<Backend>::decode_of("flash_attn_decode", arguments); });
 }
 

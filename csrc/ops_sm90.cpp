@@ -31,14 +31,16 @@ bool has_aligned_data(const TensorInfo& t) {
 // The dimension whose stride TMA cannot read, or -1.
 int64_t unaligned_dimension(const TensorInfo& t) {
   for (int64_t i = 0; t.numel() > 0 && i + 1 < t.dim; ++i)
-    if (t.size(i) > 1 && (t.stride(i) % 8 != 0 || t.stride(i) == 0)) return i;
+    if (t.size(i) > 1 && (t.stride(i) * element_size(t.dtype) % 16 != 0 || t.stride(i) == 0)) return i;
   return -1;
 }
 
 void check_alignment(const char* op, const char* name, const TensorInfo& t) {
   if (!has_aligned_data(t)) fail(op, name, "a data pointer aligned to 16 bytes (call .clone())", "one that is not");
   if (const int64_t i = unaligned_dimension(t); i >= 0)
-    fail(op, name, "strides that are positive multiples of 8 elements (call .contiguous())",
+    fail(op, name,
+         "strides that are positive multiples of " + std::to_string(16 / element_size(t.dtype)) +
+             " elements (call .contiguous())",
          "stride " + std::to_string(t.stride(i)) + " in dimension " + std::to_string(i));
 }
 
@@ -71,15 +73,15 @@ void check_device(const char* op, const TensorInfo& q) {
 // dtypes, head dims, addresses, strides and lengths that no kernel takes.
 template <class Call>
 void check_kernel_limits(const char* op, const Call& arguments, const Problem& p,
-                         int64_t largest_qk = sm90::kLargestHeadDim, int64_t largest_v = sm90::kLargestHeadDim) {
+                         int64_t largest_qk = sm90::kLargestHeadDim, int64_t largest_v = sm90::kLargestHeadDim,
+                         int64_t multiple = sm90::kHeadDimMultiple) {
   if (p.dtype == DType::kFloat32) fail(op, "q", "dtype float16 or bfloat16", "float32");
   const std::tuple<const char*, int64_t, int64_t> head_dims[] = {{"q", p.head_dim_qk, largest_qk},
                                                                  {"v", p.head_dim_v, largest_v}};
   for (const auto& [name, head_dim, largest] : head_dims)
-    if (head_dim % sm90::kHeadDimMultiple != 0 || head_dim > largest)
+    if (head_dim % multiple != 0 || head_dim > largest)
       fail(op, name,
-           "a head dimension that is a multiple of " + std::to_string(sm90::kHeadDimMultiple) + " up to " +
-               std::to_string(largest),
+           "a head dimension that is a multiple of " + std::to_string(multiple) + " up to " + std::to_string(largest),
            head_dim);
   const std::pair<const char*, const TensorInfo*> inputs[] = {
       {"q", &arguments.q}, {"k", &arguments.k}, {"v", &arguments.v}};
@@ -202,6 +204,33 @@ struct Sm90Fp8 : Sm90 {
   }
 };
 
+// flash_attn_decode_e4m3, which this backend alone has (flashmla_hf/fp8/cached.py defines it).
+std::tuple<Tensor, Tensor> decode_e4m3(const char* op, const E4m3DecodeArguments& arguments) {
+  check_device(op, arguments.q);
+  const Problem p = check_e4m3_decode_inputs(op, arguments);
+  check_kernel_limits(op, arguments, p, sm90::kLargestE4m3DecodeHeadDim, sm90::kLargestE4m3DecodeHeadDim,
+                      sm90::kE4m3HeadDimMultiple);
+  const TensorInfo& like = arguments.q;
+  const Tensor out = make_tensor(like, {p.batch, p.seqlen_q, p.heads_q, p.head_dim_v}, like.dtype);
+  const Tensor lse = make_tensor(like, {p.batch, p.heads_q, p.seqlen_q}, ScalarType::Float);
+  if (info_of(out).numel() > 0) {
+    Sm90::launch(op, like, sm90::e4m3_decode_workspace, sm90::launch_e4m3_decode,
+                 e4m3_decode_params(p, arguments, info_of(out), info_of(lse)));
+  }
+  return {out, lse};
+}
+
+std::tuple<Tensor, Tensor> decode_e4m3_operator(Tensor q, Tensor k, Tensor v, Tensor k_descale, Tensor v_descale,
+                                                std::optional<Tensor> sinks, std::optional<Tensor> cache_seqlens,
+                                                std::optional<Tensor> kv_start, std::optional<Tensor> block_table,
+                                                double scale, int64_t window_left, int64_t window_right, double softcap,
+                                                bool can_split) {
+  const E4m3DecodeArguments arguments{decode_arguments_of(q, k, v, sinks, cache_seqlens, kv_start, block_table, scale,
+                                                          window_left, window_right, softcap, can_split),
+                                      info_of(k_descale), info_of(v_descale)};
+  return with_torch_errors([&] { return decode_e4m3("flash_attn_decode_e4m3", arguments); });
+}
+
 std::tuple<Tensor, Tensor> fp8_forward_operator(Tensor q, Tensor k, Tensor v, std::optional<Tensor> sinks,
                                                 std::optional<Tensor> cu_seqlens_q, std::optional<Tensor> cu_seqlens_kv,
                                                 int64_t max_seqlen_q, int64_t max_seqlen_kv, double scale,
@@ -225,6 +254,7 @@ std::tuple<Tensor, Tensor, Tensor> fp8_round_operator(Tensor q, Tensor k, Tensor
 FLASHMLA_HOST(flashmla::Sm90, CUDA)
 
 STABLE_TORCH_LIBRARY_IMPL(flashmla, CUDA, fp8) {
+  fp8.impl("flash_attn_decode_e4m3", TORCH_BOX((&flashmla::decode_e4m3_operator)));
   fp8.impl("flash_attn_fp8_forward", TORCH_BOX((&flashmla::fp8_forward_operator)));
   fp8.impl("flash_attn_fp8_round", TORCH_BOX((&flashmla::fp8_round_operator)));
 }

@@ -32,6 +32,14 @@ struct RowView {
   int64_t stride_heads = 0;
 };
 
+// Factors [batch, seqlen, heads] of a tensor's rows, fp32; strides in elements.
+struct ScaleView {
+  const float* data = nullptr;
+  int64_t stride_batch = 0;
+  int64_t stride_seqlen = 0;
+  int64_t stride_heads = 0;
+};
+
 struct Problem {
   DType dtype = DType::kFloat32;
   int64_t batch = 0;     // number of sequences
@@ -76,6 +84,11 @@ struct DecodeParams {
   int64_t num_pages = 0;
   int64_t page_size = 0;
   bool can_split = true;  // a sequence's keys may be shared among CTAs; if not, its result depends on nothing else
+};
+
+// The same of caches of e4m3, whose rows [num_pages, page_size, heads_kv] have scales. problem.dtype is q's.
+struct E4m3DecodeParams : DecodeParams {
+  ScaleView k_scale, v_scale;
 };
 
 // A forward that rounds Q, K, V and the probabilities to e4m3 on its way (sm90/fp8). `rotates`: Q and K alike, before.

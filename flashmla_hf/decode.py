@@ -10,7 +10,9 @@ multiples of 8 up to 256 (if the values are columns    read its strides or addre
 of the keys, 576 and 512), aligned caches
 fp32, fp16 or bf16 tensors on the CPU                  ``cpu``
 e4m3 caches with descales, on the CPU                  ``cpu``, which dequantises a block of keys at a time
-e4m3 caches on a GPU                                   none: it raises (:mod:`flashmla_hf.fp8.cached`)
+e4m3 caches and fp16 or bf16 queries on a Hopper GPU,  ``sm90``, if its library is built, and copies q as above; other
+head dims of multiples of 16 up to 256, aligned        calls of e4m3 caches on a GPU raise (:mod:`flashmla_hf.fp8.cached`)
+caches
 anything else                                          ``reference``; one warning, since it copies K and V and waits
                                                        for the device
 =====================================================  ===========================================================
@@ -435,14 +437,11 @@ def _choose(call: DecodeCall) -> _Run:
 
 
 def _choose_fp8(call: DecodeCall, name: str) -> _Run:
-    if name not in FP8_IMPLEMENTATIONS:
-        raise RuntimeError(
-            f"flashmla attention: impl={name!r} cannot read the float8_e4m3fn k_cache on {call.q.device}: "
-            f"{cached.NO_KERNEL}: keep the cache in 16 bits (in generate leave Fp8Cache out), or pass impl='reference', which "
-            "dequantises all of it"
-        )
     refusal, run = FP8_IMPLEMENTATIONS[name]
     if (reason := refusal(call)) is not None:
-        raise RuntimeError(f"flashmla attention: impl={name!r} cannot compute this call: {reason}")
+        raise RuntimeError(
+            f"flashmla attention: impl={name!r} cannot read the float8_e4m3fn k_cache: {reason}. Keep the cache in 16 bits (in "
+            "generate leave Fp8Cache out), or pass impl='reference', which dequantises all of it"
+        )
     log_choice(call, name, "fp8 caches")
     return run

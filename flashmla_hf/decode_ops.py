@@ -64,31 +64,38 @@ torch.library.define(f"flashmla::{OPERATOR}", _SCHEMA, tags=(torch.Tag.pt2_compl
 
 
 @torch.library.register_fake(f"flashmla::{OPERATOR}")
-def _decode_fake(q, k, v, sinks, cache_seqlens, kv_start, block_table, *_options):
+def _decode_fake(q, k, v, *others):
+    return outputs_of(OPERATOR, q, k, v, q.dtype, *others)
+
+
+def outputs_of(operator, q, k, v, dtype_kv, sinks, cache_seqlens, kv_start, block_table, *_options):
+    """(out, lse) of a call without its numbers: new tensors like q. Raises for shapes and dtypes that do not fit."""
     from torch.fx.experimental.symbolic_shapes import guard_or_false  # imports sympy, which only traced calls need
 
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.dim() != 4:
-            refuse(OPERATOR, name, "4 dimensions", f"shape {[*x.shape]}")
+            refuse(operator, name, "4 dimensions", f"shape {[*x.shape]}")
     if q.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        refuse(OPERATOR, "q", "dtype float32, float16 or bfloat16", dtype_name(q.dtype))
+        refuse(operator, "q", "dtype float32, float16 or bfloat16", dtype_name(q.dtype))
     batch, seqlen_q, heads_q, head_dim = q.shape
     pages, page_size, heads_kv, _ = k.shape
     if block_table is not None:
         if block_table.dim() != 2:
-            refuse(OPERATOR, "block_table", f"shape [{batch}, pages of a sequence]", f"shape {[*block_table.shape]}")
-        check_tensor(OPERATOR, "block_table", block_table, q, torch.int32, (batch, block_table.shape[1]))
+            refuse(operator, "block_table", f"shape [{batch}, pages of a sequence]", f"shape {[*block_table.shape]}")
+        check_tensor(operator, "block_table", block_table, q, torch.int32, (batch, block_table.shape[1]))
         if guard_or_false(page_size < 1) or guard_or_false(page_size % PAGE_SIZE_MULTIPLE != 0):
             refuse(
-                OPERATOR, "k", f"a page_size (its size 1) that is a multiple of {PAGE_SIZE_MULTIPLE}", f"{page_size}"
+                operator, "k", f"a page_size (its size 1) that is a multiple of {PAGE_SIZE_MULTIPLE}", f"{page_size}"
             )
-    check_tensor(OPERATOR, "k", k, q, q.dtype, (batch if block_table is None else pages, page_size, heads_kv, head_dim))
-    check_tensor(OPERATOR, "v", v, q, q.dtype, (pages, page_size, heads_kv, v.shape[-1]))
+    check_tensor(
+        operator, "k", k, q, dtype_kv, (batch if block_table is None else pages, page_size, heads_kv, head_dim)
+    )
+    check_tensor(operator, "v", v, q, dtype_kv, (pages, page_size, heads_kv, v.shape[-1]))
     if guard_or_false(heads_kv == 0) or guard_or_false(heads_q % heads_kv != 0):
-        refuse(OPERATOR, "q", f"a multiple of the {heads_kv} kv heads", f"{heads_q} heads")
-    check_tensor(OPERATOR, "sinks", sinks, q, torch.float32, (heads_q,))
-    check_tensor(OPERATOR, "cache_seqlens", cache_seqlens, q, torch.int32, (batch,))
-    check_tensor(OPERATOR, "kv_start", kv_start, q, torch.int32, (batch,))
+        refuse(operator, "q", f"a multiple of the {heads_kv} kv heads", f"{heads_q} heads")
+    check_tensor(operator, "sinks", sinks, q, torch.float32, (heads_q,))
+    check_tensor(operator, "cache_seqlens", cache_seqlens, q, torch.int32, (batch,))
+    check_tensor(operator, "kv_start", kv_start, q, torch.int32, (batch,))
     out = q.new_empty((batch, seqlen_q, heads_q, v.shape[-1]))
     return out, q.new_empty((batch, heads_q, seqlen_q), dtype=torch.float32)
 

@@ -24,13 +24,16 @@ def path_of(filename: str) -> Path:
 
 class Sm90Limits(NamedTuple):
     """Head dims of the Hopper kernels are multiples of ``multiple``, up to ``largest``, of caches up to ``largest_decode``, of
-    latents in caches up to ``largest_latent`` (qk, v), and in fp8 up to ``largest_fp8``."""
+    latents in caches up to ``largest_latent`` (qk, v), and in fp8 up to ``largest_fp8``. Those of caches in fp8 are multiples
+    of ``e4m3_multiple`` up to ``largest_e4m3_decode``."""
 
     multiple: int
     largest: int
     largest_decode: int
     largest_latent: tuple[int, int]
     largest_fp8: int
+    e4m3_multiple: int
+    largest_e4m3_decode: int
 
 
 def _sm90_limits() -> Sm90Limits | None:
@@ -40,7 +43,7 @@ def _sm90_limits() -> Sm90Limits | None:
         qk, v = limits["largest_latent_head_dims"]
         return Sm90Limits(
             limits["head_dim_multiple"], limits["largest_head_dim"], limits["largest_decode_head_dim"], (qk, v),
-            limits["largest_fp8_head_dim"],
+            limits["largest_fp8_head_dim"], limits["e4m3_head_dim_multiple"], limits["largest_e4m3_decode_head_dim"],
         )  # fmt: skip
     except (OSError, ValueError, KeyError, TypeError):
         return None

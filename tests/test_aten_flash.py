@@ -411,7 +411,7 @@ def chosen(capability, monkeypatch, **arguments):
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     monkeypatch.setattr(aten_flash, "_IS_BUILT", True)
     monkeypatch.delitem(libraries.unavailable, "sm90", raising=False)
-    monkeypatch.setattr(libraries, "sm90_limits", libraries.Sm90Limits(8, 256, 256, (576, 512), 128))
+    monkeypatch.setattr(libraries, "sm90_limits", libraries.Sm90Limits(8, 256, 256, (576, 512), 128, 16, 256))
     monkeypatch.setattr(aten_flash.torch.version, "hip", None)
     monkeypatch.setattr("flashmla_hf.backends.flex._HAS_TRITON", True)
     return dispatch._choose(call_of(**on_gpu(arguments)))

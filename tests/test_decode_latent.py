@@ -208,7 +208,7 @@ def test_a_hopper_gpu_has_a_kernel_for_latents_up_to_its_width(width, values, is
         major, minor, name = 9, 0, "a Hopper GPU"
 
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Properties)
-    monkeypatch.setattr(libraries, "sm90_limits", Sm90Limits(8, 256, 256, (576, 512), 128))
+    monkeypatch.setattr(libraries, "sm90_limits", Sm90Limits(8, 256, 256, (576, 512), 128, 16, 256))
     monkeypatch.delitem(libraries.unavailable, "sm90", raising=False)
     tensors = _OnGpu(width), _OnGpu(width), _OnGpu(values)
     assert kernel_refusal(*tensors, is_latent=is_latent) == expected

@@ -12,7 +12,9 @@ import pytest
 import torch
 from cpu_support import DTYPES
 from decode_cases import DecodeCase, int32
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+from flashmla_hf import libraries
 from flashmla_hf.decode import decode_attention
 from flashmla_hf.fp8 import cached
 from flashmla_hf.fp8.quantization import DTYPE, quantize_tokens
@@ -147,7 +149,6 @@ REFUSED = {
         {"k_cache": torch.zeros(2, 64, 2, 32), "v_cache": torch.zeros(2, 64, 2, 32)}, ValueError,
         "k_descale: expected none, since the caches are not float8_e4m3fn",
     ),
-    "sm90": ({"impl": "sm90"}, RuntimeError, "impl='sm90' cannot read the float8_e4m3fn k_cache on cpu: fp8 caches have no kernel for GPUs"),
     "an unknown impl": ({"impl": "fast"}, ValueError, "impl: expected one of"),
     "a gradient": ({"q": torch.randn(2, 1, 4, 32, requires_grad=True)}, RuntimeError, "q: expected a tensor that requires no gradient"),
     "new keys in fp8": (
@@ -173,6 +174,71 @@ def test_what_is_not_covered_raises_in_words(name):
     changes, kind, message = REFUSED[name]
     with pytest.raises(kind, match=re.escape(message)):
         call(**changes)
+
+
+# ---- What is refused on a Hopper GPU ---------------------------------------------------------------------------------
+
+
+class _Hopper:
+    major, minor, name = 9, 0, "a Hopper GPU"
+
+
+class _Other:
+    major, minor, name = 8, 0, "another GPU"
+
+
+def _tensors(dtype=torch.bfloat16, dim=64, dim_v=None, sliced=False):
+    """q, k_cache, v_cache, k_descale, v_descale of a fake GPU."""
+    q = torch.empty(2, 1, 4, dim, dtype=dtype, device="cuda")
+    k, v = (
+        torch.empty_strided((2, 32, 2, width), (64 * row, 2 * row, row, 1), dtype=DTYPE, device="cuda")
+        for width, row in ((dim, dim + 8 * sliced), (dim_v or dim, (dim_v or dim) + 8 * sliced))
+    )
+    return q, k, v, *(torch.empty(2, 32, 2, device="cuda") for _ in range(2))
+
+
+ON_A_GPU = {
+    "another GPU": (_Other, {}, "another GPU is not a Hopper GPU (compute capability 9.0). Keep the cache in 16 bits"),
+    "float32": (_Hopper, {"dtype": torch.float32}, "dtype float32: expected float16 or bfloat16. Keep the cache in 16 bits"),
+    "too wide": (_Hopper, {"dim": 272}, "q and k: head_dim 272: expected a multiple of 16 up to 256. Keep"),
+    "too wide values": (_Hopper, {"dim_v": 320}, "v: head_dim 320: expected a multiple of 16 up to 256. Keep"),
+    "no multiple of 16": (_Hopper, {"dim": 72}, "q and k: head_dim 72: expected a multiple of 16 up to 256. Keep"),
+    "rows of 72 bytes": (_Hopper, {"sliced": True}, "k_cache: expected an address and strides in multiples of 16 bytes. Keep"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ON_A_GPU)
+def test_what_the_kernel_does_not_cover_raises_with_the_way_out(name, monkeypatch):
+    """Fake tensors: no GPU is needed to be refused."""
+    properties, tensors, message = ON_A_GPU[name]
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(libraries, "sm90_limits", libraries.Sm90Limits(8, 256, 256, (576, 512), 128, 16, 256))
+    monkeypatch.delitem(libraries.unavailable, "sm90", raising=False)
+    with FakeTensorMode():
+        q, k, v, k_descale, v_descale = _tensors(**tensors)
+        with pytest.raises(
+            RuntimeError, match=re.escape(f"impl='sm90' cannot read the float8_e4m3fn k_cache: {message}")
+        ):
+            decode_attention(q, k, v, k_descale=k_descale, v_descale=v_descale)
+
+
+def test_what_the_kernel_covers_is_its(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: _Hopper)
+    monkeypatch.setattr(libraries, "sm90_limits", libraries.Sm90Limits(8, 256, 256, (576, 512), 128, 16, 256))
+    monkeypatch.delitem(libraries.unavailable, "sm90", raising=False)
+    for tensors in ({}, {"dtype": torch.float16, "dim": 256, "dim_v": 16}):
+        with FakeTensorMode():
+            q, k, v, k_descale, v_descale = _tensors(**tensors)
+            out, lse = decode_attention(q, k, v, k_descale=k_descale, v_descale=v_descale, return_lse=True)
+        assert (out.dtype, [*out.shape], [*lse.shape]) == (q.dtype, [2, 1, 4, v.shape[-1]], [2, 4, 1])
+
+
+def test_without_the_library_a_gpu_says_why(monkeypatch):
+    monkeypatch.setitem(libraries.unavailable, "sm90", "libflashmla_sm90.so was not built")
+    with FakeTensorMode():
+        q, k, v, k_descale, v_descale = _tensors()
+        with pytest.raises(RuntimeError, match=r"k_cache: libflashmla_sm90.so was not built. Keep the cache in 16"):
+            decode_attention(q, k, v, k_descale=k_descale, v_descale=v_descale)
 
 
 @each_impl

@@ -198,7 +198,7 @@ def test_what_the_kernel_does_not_cover_raises_by_name(name, monkeypatch):
     """Fake tensors: no GPU is needed to be refused."""
     properties, tensors, options, message = REFUSED[name]
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
-    monkeypatch.setattr(libraries, "sm90_limits", Sm90Limits(8, 256, 256, (576, 512), 128))
+    monkeypatch.setattr(libraries, "sm90_limits", Sm90Limits(8, 256, 256, (576, 512), 128, 16, 256))
     monkeypatch.delitem(libraries.unavailable, "sm90", raising=False)
     with FakeTensorMode():
         if tensors.get("dtype") == E4M3:

@@ -18,11 +18,12 @@ def test_the_list_of_head_dims_names_every_entry_once_and_each_has_its_instantia
     assert sorted((int(qk), int(v)) for ((qk, v),) in found) == sorted(listed)
 
 
-def test_the_list_of_fp8_names_every_entry_once_and_each_has_its_instantiation():
-    listed = [head_dim for head_dim, _ in sm90_tiles.head_dims("Fp8Forward")]
-    assert listed == sorted(set(listed)) == [row["head_dims"][0] for row in sm90_tiles.entries("Fp8Forward")]
-    files = (ROOT / "csrc/sm90/instantiations").glob("fp8_*.cu")
-    found = [re.findall(r"launch_fp8_head_dim<(\d+)>", path.read_text()) for path in files]
+@pytest.mark.parametrize(("kind", "name"), [("Fp8Forward", "fp8"), ("E4m3Decode", "e4m3_decode")])
+def test_the_lists_of_fp8_name_every_entry_once_and_each_has_its_instantiation(kind, name):
+    listed = [head_dim for head_dim, _ in sm90_tiles.head_dims(kind)]
+    assert listed == sorted(set(listed)) == [row["head_dims"][0] for row in sm90_tiles.entries(kind)]
+    files = (ROOT / "csrc/sm90/instantiations").glob(f"{name}_*.cu")
+    found = [re.findall(rf"launch_{name}_head_dim<(\d+)>", path.read_text()) for path in files]
     assert sorted(int(head_dim) for (head_dim,) in found) == listed
 
 
@@ -49,7 +50,8 @@ def test_every_entry_has_a_comment_above_it():
     text = (ROOT / "csrc/sm90/tiles.h").read_text()
     entries = list(re.finditer(r"(.*\n)template <[^>]*>\nstruct \w+Config<[^>]*> {\n", text))
     assert len(entries) == sum(
-        len(sm90_tiles.entries(kind)) for kind in ("Forward", "Fp8Forward", "Backward", "BackwardQueries", "Decode")
+        len(sm90_tiles.entries(kind))
+        for kind in ("Forward", "Fp8Forward", "Backward", "BackwardQueries", "Decode", "E4m3Decode")
     )
     assert all(entry[1].startswith("//") for entry in entries)
 
@@ -58,7 +60,7 @@ def test_the_limits_are_those_of_the_list_of_head_dims():
     assert sm90_tiles.limits() == {
         "head_dim_multiple": 8, "largest_head_dim": SM90_ROWS[-1][0], "largest_decode_head_dim": 256,
         "largest_latent_head_dims": [576, 512],
-        "largest_fp8_head_dim": 128,
+        "largest_fp8_head_dim": 128, "e4m3_head_dim_multiple": 16, "largest_e4m3_decode_head_dim": 256,
     }  # fmt: skip
     assert max(max(row) for row in SM90_ROWS) == SM90_ROWS[-1][0]
 

@@ -18,6 +18,10 @@ int64_t decode_workspace_head_dims(DecodeParams const& params);
 template <int kHeadDimQK, int kHeadDimV>
 const char* launch_decode_head_dims(DecodeParams const& params, void* workspace, cudaStream_t stream);
 template <int kHeadDim>
+int64_t e4m3_decode_workspace_head_dim(E4m3DecodeParams const& params);
+template <int kHeadDim>
+const char* launch_e4m3_decode_head_dim(E4m3DecodeParams const& params, void* workspace, cudaStream_t stream);
+template <int kHeadDim>
 int64_t fp8_workspace_head_dim(Fp8ForwardParams const& params);
 template <int kHeadDim>
 const char* launch_fp8_head_dim(Fp8ForwardParams const& params, void* workspace, cudaStream_t stream);
@@ -43,6 +47,12 @@ struct DecodeHeadDimConfig {
   int64_t head_dim_qk, head_dim_v;
   int64_t (*workspace)(DecodeParams const& params);
   const char* (*launch)(DecodeParams const& params, void* workspace, cudaStream_t stream);
+};
+
+struct E4m3DecodeHeadDimConfig {
+  int64_t head_dim_qk, head_dim_v;
+  int64_t (*workspace)(E4m3DecodeParams const& params);
+  const char* (*launch)(E4m3DecodeParams const& params, void* workspace, cudaStream_t stream);
 };
 
 struct Fp8HeadDimConfig {
@@ -89,6 +99,16 @@ DecodeHeadDimConfig const& decode_config_for(Problem const& problem, HeadDimList
 }
 
 template <class... Dims>
+E4m3DecodeHeadDimConfig const& e4m3_decode_config_for(Problem const& problem, HeadDimList<Dims...>) {
+  static constexpr E4m3DecodeHeadDimConfig kConfigs[] = {{Dims::kHeadDimQK, Dims::kHeadDimV,
+                                                          e4m3_decode_workspace_head_dim<Dims::kHeadDimQK>,
+                                                          launch_e4m3_decode_head_dim<Dims::kHeadDimQK>}...};
+  E4m3DecodeHeadDimConfig const* config = kConfigs;
+  while (problem.head_dim_qk > config->head_dim_qk || problem.head_dim_v > config->head_dim_v) ++config;
+  return *config;
+}
+
+template <class... Dims>
 Fp8HeadDimConfig const& fp8_config_for(Problem const& problem, HeadDimList<Dims...>) {
   static constexpr Fp8HeadDimConfig kConfigs[] = {
       {Dims::kHeadDimQK, Dims::kHeadDimV, fp8_workspace_head_dim<Dims::kHeadDimQK>,
@@ -111,6 +131,10 @@ DecodeHeadDimConfig const& config_for(DecodeParams const& params) {
       params.problem.head_dim_qk > kLargestDecodeHeadDim || params.problem.head_dim_v > kLargestDecodeHeadDim;
   return is_wide ? decode_config_for(params.problem, HeadDimList<LatentHeadDims>{})
                  : decode_config_for(params.problem, DecodeHeadDims{});
+}
+
+E4m3DecodeHeadDimConfig const& config_for(E4m3DecodeParams const& params) {
+  return e4m3_decode_config_for(params.problem, E4m3DecodeHeadDims{});
 }
 
 Fp8HeadDimConfig const& config_for(Fp8ForwardParams const& params) {
@@ -165,6 +189,14 @@ int64_t decode_workspace(DecodeParams const& params) {
 }
 
 const char* launch_decode(DecodeParams const& params, void* workspace, cudaStream_t stream) {
+  return config_for(params).launch(params, workspace, stream);
+}
+
+int64_t e4m3_decode_workspace(E4m3DecodeParams const& params) {
+  return config_for(params).workspace(params);
+}
+
+const char* launch_e4m3_decode(E4m3DecodeParams const& params, void* workspace, cudaStream_t stream) {
   return config_for(params).launch(params, workspace, stream);
 }
 

@@ -21,6 +21,10 @@ const char* launch_backward(BackwardParams const& params, void* workspace, cudaS
 int64_t decode_workspace(DecodeParams const& params);
 const char* launch_decode(DecodeParams const& params, void* workspace, cudaStream_t stream);
 
+// The same of caches of e4m3.
+int64_t e4m3_decode_workspace(E4m3DecodeParams const& params);
+const char* launch_e4m3_decode(E4m3DecodeParams const& params, void* workspace, cudaStream_t stream);
+
 // The same of the fp8 forward; the workspace holds the quantised operands as well.
 int64_t fp8_forward_workspace(Fp8ForwardParams const& params);
 const char* launch_fp8_forward(Fp8ForwardParams const& params, void* workspace, cudaStream_t stream);

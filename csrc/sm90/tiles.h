@@ -17,6 +17,8 @@ constexpr int kMaxSharedBytes = 227 * 1024;
 constexpr int kRegistersPerSM = 65536;
 // TMA reads 16 bytes at a time: head dims are multiples of 8 elements of 16 bits.
 constexpr int kHeadDimMultiple = 8;
+// Of e4m3.
+constexpr int kE4m3HeadDimMultiple = 16;
 
 // The comparisons that masked tiles of the score matrix need; exclusive.
 enum class MaskKind : int32_t {
@@ -309,6 +311,35 @@ using LatentHeadDims = HeadDims<576, 512>;
 
 using DecodeHeadDims = HeadDimList<HeadDims<64, 64>, HeadDims<128, 128>, HeadDims<192, 128>, HeadDims<256, 256>>;
 
+// ---- decode from caches of e4m3 -------------------------------------------------------------------------------------
+//
+// kBlockKV: keys of a stage, which is a warp's. kNumCtas: CTAs that share a multiprocessor. A tile has as few query
+// rows as a product may have columns, of which a lane holds O (head_dim / 4 registers), Q (half of that) and S
+// (kBlockKV / 4): of 16 rows ptxas spills (docs/log.md, 2026-11-28). The ring of K and V has what shared memory holds
+// beside the parts of four warps.
+
+template <int kHeadDim>
+struct E4m3DecodeConfig;
+
+// Two CTAs, as of 16 bits.
+template <>
+struct E4m3DecodeConfig<64> {
+  static constexpr int kBlockKV = 64, kNumCtas = 2;
+};
+
+// A lane has all of the 168 registers that ten warps leave it.
+template <>
+struct E4m3DecodeConfig<128> {
+  static constexpr int kBlockKV = 64, kNumCtas = 2;
+};
+
+template <>
+struct E4m3DecodeConfig<256> {
+  static constexpr int kBlockKV = 64, kNumCtas = 1;
+};
+
+using E4m3DecodeHeadDims = HeadDimList<HeadDims<64, 64>, HeadDims<128, 128>, HeadDims<256, 256>>;
+
 // ---- what follows from an entry, and what it must satisfy -----------------------------------------------------------
 
 // CTAs that share a work tile: a row of more than 256 columns of fp32 does not fit the registers of two warpgroups.
@@ -354,14 +385,30 @@ struct BackwardQueryTiles : WarpgroupPlan<BackwardQueriesConfig<kHeadDim>> {
   static_assert(Config::kBlockKV % 16 == 0, "the depth of dS K");
 };
 
+// kRows: query rows of a tile.
 template <int kHeadDimQK, int kHeadDimV>
 struct DecodeTiles : DecodeConfig<kHeadDimQK, kHeadDimV> {
+  static constexpr int kRows = kWarpgroupRows;
   static constexpr int kNumThreads = kWarpgroupThreads + kWarpThreads;  // consumers, and a warp that loads
 };
 
 template <>
 struct DecodeTiles<LatentHeadDims::kHeadDimQK, LatentHeadDims::kHeadDimV>
-    : WarpgroupPlan<DecodeConfig<LatentHeadDims::kHeadDimQK, LatentHeadDims::kHeadDimV>> {};
+    : WarpgroupPlan<DecodeConfig<LatentHeadDims::kHeadDimQK, LatentHeadDims::kHeadDimV>> {
+  static constexpr int kRows = kWarpgroupRows;
+};
+
+template <int kHeadDim>
+struct E4m3DecodeTiles : E4m3DecodeConfig<kHeadDim> {
+  using Config = E4m3DecodeConfig<kHeadDim>;
+  static constexpr int kRows = 8;
+  static constexpr int kNumThreads = kWarpgroupThreads + kWarpThreads;  // warps that compute, and one that loads
+  // Parts of four warps, with their padding and sums; a kv_block with its scales; barriers, and what the system keeps.
+  static constexpr int kPartBytes = 4 * kRows * (4 * (kHeadDim + 4) + 8),
+                       kStageBytes = Config::kBlockKV * (2 * kHeadDim + 8);
+  static constexpr int kNumStages = (228 * 1024 / Config::kNumCtas - 1024 - kPartBytes - 512) / kStageBytes;
+  static_assert(kNumStages >= 4, "a warp that waits for a stage knows one phase before its own");
+};
 
 // The last of a list is the widest.
 template <class First, class... Rest>
@@ -377,5 +424,6 @@ constexpr int kLargestHeadDim = largest_head_dim(ForwardHeadDims{});
 constexpr int kLargestFp8HeadDim = largest_head_dim(Fp8ForwardHeadDims{});
 static_assert(largest_head_dim(BackwardHeadDims{}) == kLargestHeadDim, "what has a forward has a backward");
 constexpr int kLargestDecodeHeadDim = largest_head_dim(DecodeHeadDims{});
+constexpr int kLargestE4m3DecodeHeadDim = largest_head_dim(E4m3DecodeHeadDims{});
 
 }  // namespace flashmla::sm90

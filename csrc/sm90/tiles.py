@@ -11,7 +11,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 DOCUMENTS = ("README.md", "docs/fp8.md", "docs/inference.md", "docs/limits.md", "docs/kernels.md")
-KIND = r"(Forward|Fp8Forward|Backward|BackwardQueries|Decode)Config"
+KIND = r"(Forward|Fp8Forward|Backward|BackwardQueries|Decode|E4m3Decode)Config"
 
 
 def entries(kind: str, path: Path = HERE / "tiles.h") -> list[dict]:
@@ -42,14 +42,19 @@ def num_ctas(head_dim_v: int, path: Path = HERE / "tiles.h") -> int:
 
 def limits(path: Path = HERE / "tiles.h") -> dict:
     """What the kernels take: head dims that are multiples of the one, up to another: of most calls, of caches, of
-    decoding from latents (qk, v), in fp8."""
-    multiple = int(re.search(r"kHeadDimMultiple = (\d+)", path.read_text())[1])
+    decoding from latents (qk, v), in fp8; and of caches in fp8."""
+    multiple, e4m3_multiple = (
+        int(re.search(rf"int {name} = (\d+)", path.read_text())[1])
+        for name in ("kHeadDimMultiple", "kE4m3HeadDimMultiple")
+    )
     return {
         "head_dim_multiple": multiple,
         "largest_head_dim": head_dims(path=path)[-1][0],
         "largest_decode_head_dim": head_dims("Decode", path)[-1][0],
         "largest_latent_head_dims": list(head_dims("Latent", path)[0]),
         "largest_fp8_head_dim": head_dims("Fp8Forward", path)[-1][0],
+        "e4m3_head_dim_multiple": e4m3_multiple,
+        "largest_e4m3_decode_head_dim": head_dims("E4m3Decode", path)[-1][0],
     }
 
 
@@ -132,6 +137,22 @@ def fp8_table() -> str:
     return "\n".join(lines)
 
 
+def e4m3_decode_table(path: Path = HERE / "tiles.h") -> str:
+    warps, rows, most_bytes = 4, 8, 228 * 1024
+    lines = [
+        "| head dim up to | query rows | keys of a stage | stages | CTAs on a multiprocessor "
+        "| K and V on their way to it, KiB |",
+        "|---" * 6 + "|",
+    ]
+    for row in entries("E4m3Decode", path):
+        (dim,) = row["head_dims"]
+        keys, ctas = row["kBlockKV"], row["kNumCtas"]
+        parts, stage = warps * rows * (4 * (dim + 4) + 8), keys * (2 * dim + 8)
+        stages = (most_bytes // ctas - 1024 - parts - 512) // stage
+        lines.append(f"| {dim} | {rows} | {keys} | {stages} | {ctas} | {round(ctas * stages * keys * 2 * dim / 1024)} |")
+    return "\n".join(lines)
+
+
 def texts() -> dict[str, str]:
     limit = limits()
     return {
@@ -139,9 +160,12 @@ def texts() -> dict[str, str]:
         "backward": f"\n{backward_table()}\n",
         "decode": f"\n{decode_table()}\n",
         "fp8": f"\n{fp8_table()}\n",
+        "e4m3 decode": f"\n{e4m3_decode_table()}\n",
         "multiple": f"{limit['head_dim_multiple']}",
         "largest latents": "/".join(map(str, limit["largest_latent_head_dims"])),
         "largest fp8": f"{limit['largest_fp8_head_dim']}",
+        "e4m3 multiple": f"{limit['e4m3_head_dim_multiple']}",
+        "largest e4m3 decode": f"{limit['largest_e4m3_decode_head_dim']}",
         "largest": f"{limit['largest_head_dim']}",
     }
 

@@ -31,10 +31,12 @@ def alignment_refusal(call: Call) -> str | None:
     return f"{names[0]}: expected an address and strides in multiples of 16 bytes; pass a contiguous copy (.clone())"
 
 
-def device_refusal(q: torch.Tensor, v: torch.Tensor, largest: tuple[int, int] | None = None) -> str | None:
+def device_refusal(
+    q: torch.Tensor, v: torch.Tensor, largest: tuple[int, int] | None = None, multiple: int | None = None
+) -> str | None:
     """Why no call with this q and v can be computed here, if the library is loaded; ``None`` if it does not rule that out.
 
-    ``largest``: head dims (qk, v) of a kernel that takes others than most.
+    ``largest``: head dims (qk, v) of a kernel that takes others than most; ``multiple``: what they are multiples of there.
     """
     if q.device.type != "cuda":
         return f"the tensors are on {q.device}: expected a Hopper GPU"
@@ -44,7 +46,7 @@ def device_refusal(q: torch.Tensor, v: torch.Tensor, largest: tuple[int, int] | 
     if q.dtype not in (torch.float16, torch.bfloat16):
         return f"dtype {dtype_name(q.dtype)}: expected float16 or bfloat16"
     assert libraries.sm90_limits is not None  # otherwise the library is unavailable
-    multiple = libraries.sm90_limits.multiple
+    multiple = multiple or libraries.sm90_limits.multiple
     largest_qk, largest_v = largest or (libraries.sm90_limits.largest,) * 2
     for name, head_dim, most in (("q and k", q.shape[-1], largest_qk), ("v", v.shape[-1], largest_v)):
         if head_dim % multiple != 0 or head_dim > most:
@@ -61,9 +63,10 @@ def unaligned(call: Call | DecodeCall) -> list[str]:
     names = []
     for name, x in (("q", call.q), ("k", call.k), ("v", call.v)):
         sizes_and_strides = zip(x.shape[:-1], x.stride()[:-1], strict=True)
-        is_unaligned = any(size > 1 and (stride % 8 != 0 or stride == 0) for size, stride in sizes_and_strides)
+        multiple = 16 // x.element_size()
+        is_unaligned = any(size > 1 and (stride % multiple != 0 or stride == 0) for size, stride in sizes_and_strides)
         if not torch.compiler.is_compiling():
-            is_unaligned = is_unaligned or x.storage_offset() % 8 != 0
+            is_unaligned = is_unaligned or x.storage_offset() % multiple != 0
         if is_unaligned and x.numel() > 0:
             names.append(name)
     return names

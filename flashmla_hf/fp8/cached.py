@@ -1,34 +1,72 @@
 """Attention to caches of e4m3 keys and values with a scale per token and head: ``decode_attention`` with descales.
 
 =============  =====================================================================================================
+``sm90``       Hopper's kernel (csrc/sm90/decode/e4m3_decode.cuh), for fp16 and bf16 queries
 ``cpu``        in a stream over blocks of keys: a block is dequantised, attended to in fp32, and forgotten
 ``reference``  the oracle on caches that are dequantised as a whole, in float64
-others         raise: there is no such kernel for GPUs yet
 =============  =====================================================================================================
 
-Exact attention of the quantised keys and values, P not rounded: decoding waits for memory, not for products, so the kernel to
-come multiplies in 16 bits. e4m3 is exact in bf16 and fp16; ``k_descale`` is a factor of a column of scores, ``v_descale`` one
-of a column of P.
+Exact attention of the quantised keys and values. The kernel multiplies in fp16, which holds every e4m3 number, with fp32 sums:
+``k_descale`` is a factor of a column of scores and ``v_descale`` one of a column of P, and what is rounded is their product
+with P, to fp16. The others do not round it.
+
+**The operator** ``torch.ops.flashmla.flash_attn_decode_e4m3`` has the arguments of ``flash_attn_decode`` (:mod:`decode_ops`),
+with ``k_descale`` and ``v_descale`` behind v; k and v are float8_e4m3fn, q fp16 or bf16. Any strides of the factors will do;
+where a head's factors lie side by side (as in an Fp8Cache), the kernel reads fewest bytes.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 
-from flashmla_hf import reference
-from flashmla_hf.backends import cpu
+from flashmla_hf import decode_ops, libraries, reference
+from flashmla_hf.backends import cpu, sm90
 from flashmla_hf.fp8.quantization import DTYPE
-from flashmla_hf.ops import dtype_name
+from flashmla_hf.ops import check_tensor as check_operand
+from flashmla_hf.ops import dtype_name, refuse, schema_arguments
 from flashmla_hf.scalars import fail
 from flashmla_hf.torch_state import has_transforms, values_are_readable, without_autocast
 from flashmla_hf.validation import DecodeCall, check_float32, check_tensor
 
-NO_KERNEL = "fp8 caches have no kernel for GPUs in this release"
 KEYS_AT_A_TIME = 1024  # a multiple of no page size in particular: pages are gathered row by row
+
+
+OPERATOR = "flash_attn_decode_e4m3"
+_DESCALES = ("k_descale", "v_descale")
+_ARGUMENTS = schema_arguments(decode_ops.DecodeArguments)
+_NAMES = tuple(argument.split()[-1] for argument in _ARGUMENTS)
+_SCHEMA = [*_ARGUMENTS[:3], *(f"Tensor {name}" for name in _DESCALES), *_ARGUMENTS[3:]]
+torch.library.define(
+    f"flashmla::{OPERATOR}", f"({', '.join(_SCHEMA)}) -> (Tensor out, Tensor lse)", tags=(torch.Tag.pt2_compliant_tag,)
+)
+
+
+@torch.library.register_fake(f"flashmla::{OPERATOR}")
+def _fake(q, k, v, k_descale, v_descale, *others):
+    for name, x in (("k", k), ("v", v)):
+        if x.dtype != DTYPE:
+            refuse(OPERATOR, name, f"dtype {dtype_name(DTYPE)}", dtype_name(x.dtype))
+    # What it needs of shapes is what the operator of other caches needs.
+    outputs = decode_ops.outputs_of(OPERATOR, q, k, v, DTYPE, *others)
+    for name, x in (("k_descale", k_descale), ("v_descale", v_descale)):
+        check_operand(OPERATOR, name, x, q, torch.float32, tuple(k.shape[:-1]))
+    return outputs
+
+
+def _without_gradients(*inputs):
+    names = (*_NAMES[:3], *_DESCALES, _NAMES[3])
+    decode_ops.refuse_gradients(OPERATOR, zip(names, inputs, strict=False))
+    with torch._C._AutoDispatchBelowAutograd():
+        return torch.ops.flashmla.flash_attn_decode_e4m3.default(*inputs)
+
+
+_library = torch.library.Library("flashmla", "FRAGMENT")
+_library.impl(OPERATOR, _without_gradients, "Autograd")
 
 
 def check_descales(k_cache: Any, v_cache: Any, k_descale: Any, v_descale: Any) -> None:
@@ -149,8 +187,35 @@ def run_reference(call: DecodeCall) -> tuple[torch.Tensor, torch.Tensor]:
     return out.to(call.q.dtype), lse.to(torch.promote_types(call.q.dtype, torch.float32))
 
 
+def _sm90_refusal(call: DecodeCall) -> str | None:
+    if "sm90" in libraries.unavailable:
+        return libraries.unavailable["sm90"]
+    limits = libraries.sm90_limits
+    assert limits is not None  # otherwise the library is unavailable
+    largest = (limits.largest_e4m3_decode,) * 2
+    if (reason := sm90.device_refusal(call.q, call.v, largest, limits.e4m3_multiple)) is not None:
+        return reason
+    cache_names = {"k": "k_cache", "v": "v_cache", "q": "q"}
+    names = [cache_names[name] for name in sm90.unaligned(call) if name != "q" or call.impl == "sm90"]
+    if names:
+        return f"{names[0]}: expected an address and strides in multiples of 16 bytes"
+    return None
+
+
+def run_sm90(call: DecodeCall) -> tuple[torch.Tensor, torch.Tensor]:
+    if "q" in sm90.unaligned(call):
+        call = replace(call, q=call.q.clone(memory_format=torch.contiguous_format))
+    inputs = [getattr(call, name) for name in _NAMES]
+    inputs[3:3] = [call.k_descale, call.v_descale]
+    if torch.compiler.is_compiling() or has_transforms():
+        return torch.ops.flashmla.flash_attn_decode_e4m3(*inputs)
+    with torch._C._AutoDispatchBelowAutograd():
+        return torch.ops.flashmla.flash_attn_decode_e4m3.default(*inputs)
+
+
 Run = Callable[[DecodeCall], tuple[torch.Tensor, torch.Tensor]]
 IMPLEMENTATIONS: dict[str, tuple[Callable[[DecodeCall], str | None], Run]] = {
+    "sm90": (_sm90_refusal, run_sm90),
     "cpu": (lambda call: cpu.device_refusal(call.q), run_cpu),
     "reference": (lambda call: None, run_reference),
 }

@@ -20,7 +20,8 @@ namespace flashmla::sm90 {
 constexpr int kCombineThreads = 128, kCombineColumns = 64;
 constexpr unsigned kCombineCtasPerSm = 32;  // at most: two waves
 
-template <class Element>
+// kTileRows: of decode_kernel's tiles.
+template <class Element, int kTileRows>
 __global__ void __launch_bounds__(kCombineThreads) combine_kernel(__grid_constant__ DecodeArguments const arguments) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   constexpr int kVectors = kCombineColumns / 4 / (kCombineThreads / kWarpThreads);  // of four columns, in a warp
@@ -40,7 +41,7 @@ __global__ void __launch_bounds__(kCombineThreads) combine_kernel(__grid_constan
                                       place % arguments.heads_kv *
                                           (sums.each > 0 ? sums.each : units_of(arguments, place / arguments.heads_kv));
   DecodeWalk const walk(arguments, sums, unit);
-  int32_t const num_rows = num_rows_of(arguments, walk.tile);
+  int32_t const num_rows = num_rows_of<kTileRows>(arguments, walk.tile);
   int32_t const first = static_cast<int32_t>(shares.of(walk.tile_begin));
   int32_t const num_parts = static_cast<int32_t>(shares.of(walk.tile_begin + walk.units - 1)) + 1 - first;
 
@@ -105,7 +106,7 @@ __global__ void __launch_bounds__(kCombineThreads) combine_kernel(__grid_constan
     x = {reduce(x.x, plus), reduce(x.y, plus), reduce(x.z, plus), reduce(x.w, plus)};
 
     // A tile without keys is one unit, and not split.
-    parts.write<Element>(arguments, walk.batch, row_of(arguments, walk.tile, row_in_tile), column, true,
+    parts.write<Element>(arguments, walk.batch, row_of<kTileRows>(arguments, walk.tile, row_in_tile), column, true,
                          group == 0 && has_column, threadIdx.x == 0 && blockIdx.z == 0);
   }
 #endif

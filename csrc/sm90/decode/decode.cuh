@@ -36,7 +36,7 @@ struct Decode {
   using Tiles = DecodeTiles<kHeadDimQK_, kHeadDimV_>;
   static constexpr int kHeadDimQK = kHeadDimQK_, kHeadDimV = kHeadDimV_;
   static constexpr int kRows = kWarpgroupRows;
-  static constexpr bool kReadsValues = true;
+  static constexpr bool kReadsValues = true, kReadsE4m3 = false;
   static constexpr int kBlockKV = Tiles::kBlockKV;
   static constexpr int kNumStages = Tiles::kNumStages, kNumQStages = 0;
   static_assert(kHeadDimQK % kDecodeSwizzleColumns == 0 && kHeadDimV % kDecodeSwizzleColumns == 0);

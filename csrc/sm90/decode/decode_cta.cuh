@@ -1,7 +1,8 @@
 // What the decode kernels' CTAs have in common: how one begins, the warp that loads, and how a cluster adds up.
 //
 // A kernel is a struct with Element, Tiles, kHeadDimQK, kHeadDimV, kBlockKV, kNumStages, kNumQStages (0: its consumers
-// read Q), kRows (the rows of its tiles), SharedStorage, and consume.
+// read Q), kRows (the rows of its products), SharedStorage, and consume; or, of caches of e4m3, load_block and a run of
+// its own.
 //
 // A kernel begins while the one before it in the stream ends: barriers, descriptors and, if the lengths are known to
 // the host, the walk are ready by then.
@@ -77,7 +78,7 @@ __device__ void load_tiles(DecodeArguments const& arguments, typename Kernel::Sh
       ring_q.advance();
     } else if (!is_first) {
       // The consumers are some tiles behind: Q will be near when they ask for it.
-      prefetch_queries<Element>(arguments, walk.batch, walk.tile);
+      prefetch_queries<Element, Kernel::Tiles::kRows>(arguments, walk.batch, walk.tile);
     }
     SequenceKeys const keys = walk.keys;
     // Boxes without a key of the sequence are not loaded: the table need not have their pages.
@@ -96,22 +97,27 @@ __device__ void load_tiles(DecodeArguments const& arguments, typename Kernel::Sh
       if (kv_block + 1 < walk.blocks.end && has_keys(kv_block + 1, lane)) {
         place = box_place<kBlockKV>(arguments, walk.batch, kv_block + 1, lane);  // read while the buffer is waited for
       }
-      auto copy = [&](CUtensorMap const& map, auto& buffer, uint64_t& full, uint64_t& empty, int columns) {
-        ClusterBarrier::wait(&empty, ring.phase ^ 1);
-        if (lane == 0) {
-          ClusterTransactionBarrier::arrive_and_expect_tx(&full, num_boxes * rows * columns * sizeof(Element));
-        }
-        __syncwarp();
-        if (!is_mine) return;
-        for (int column = 0; column < columns; column += kDecodeSwizzleColumns) {
-          cute::SM90_TMA_LOAD_4D::copy(&map, &full, hint,
-                                       buffer + column * kBlockKV + lane * rows * kDecodeSwizzleColumns, column,
-                                       here.row, head_kv, here.page);
-        }
-      };
       int const stage = ring.stage;
-      copy(arguments.k, shared.k[stage], shared.k_full[stage], shared.k_empty[stage], Kernel::kHeadDimQK);
-      copy(arguments.v, shared.v[stage], shared.v_full[stage], shared.v_empty[stage], Kernel::kHeadDimV);
+      if constexpr (Kernel::kReadsE4m3) {
+        ClusterBarrier::wait(&shared.empty[stage], ring.phase ^ 1);
+        Kernel::load_block(arguments, shared, stage, keys, kv_block, here, head_kv, is_mine, num_boxes, hint);
+      } else {
+        auto copy = [&](CUtensorMap const& map, auto& buffer, uint64_t& full, uint64_t& empty, int columns) {
+          ClusterBarrier::wait(&empty, ring.phase ^ 1);
+          if (lane == 0) {
+            ClusterTransactionBarrier::arrive_and_expect_tx(&full, num_boxes * rows * columns * sizeof(Element));
+          }
+          __syncwarp();
+          if (!is_mine) return;
+          for (int column = 0; column < columns; column += kDecodeSwizzleColumns) {
+            cute::SM90_TMA_LOAD_4D::copy(&map, &full, hint,
+                                         buffer + column * kBlockKV + lane * rows * kDecodeSwizzleColumns, column,
+                                         here.row, head_kv, here.page);
+          }
+        };
+        copy(arguments.k, shared.k[stage], shared.k_full[stage], shared.k_empty[stage], Kernel::kHeadDimQK);
+        copy(arguments.v, shared.v[stage], shared.v_full[stage], shared.v_empty[stage], Kernel::kHeadDimV);
+      }
     }
   }
 }
@@ -133,7 +139,10 @@ __device__ void add_parts_of_cluster(DecodeArguments const& arguments, typename 
   int32_t const size = arguments.cluster_size, rank = static_cast<int32_t>(cute::block_rank_in_cluster());
   int32_t const num_vectors = num_rows * kVectors, each = (num_vectors + size - 1) / size;
   int32_t const end = min(num_vectors, (rank + 1) * each);
-  for (int32_t i = rank * each + static_cast<int32_t>(threadIdx.x); i < end; i += kWarpgroupThreads) {
+  // Without a second turn nothing is kept over turns: the kernel of e4m3 has no register for it.
+  constexpr bool kHasOneTurn = Kernel::kReadsE4m3 && Kernel::kRows * kVectors <= 2 * kWarpgroupThreads;
+  for (int32_t i = rank * each + static_cast<int32_t>(threadIdx.x); i < end;
+       i = kHasOneTurn ? end : i + kWarpgroupThreads) {
     int32_t const row_in_tile = i / kVectors, column = i % kVectors * 4;
     float2 sums[kMaxClusterSize];
     float4 out[kMaxClusterSize];
@@ -152,9 +161,9 @@ __device__ void add_parts_of_cluster(DecodeArguments const& arguments, typename 
     SumOfParts parts(arguments.params.problem, row_max);
     CUTE_UNROLL
     for (int c = 0; c < kMaxClusterSize; ++c) parts.add(sums[c], out[c]);
-    parts.write<typename Kernel::Element>(arguments, walk.batch, row_of(arguments, walk.tile, row_in_tile), column,
-                                          walk.keys.length > 0, column < arguments.params.problem.head_dim_v,
-                                          column == 0);
+    TileRow const row = row_of<Kernel::Tiles::kRows>(arguments, walk.tile, row_in_tile);
+    parts.write<typename Kernel::Element>(arguments, walk.batch, row, column, walk.keys.length > 0,
+                                          column < arguments.params.problem.head_dim_v, column == 0);
   }
   // A CTA that has ended has no shared memory. What the others wait for has been read, and nothing that was written:
   // with release, the barrier would wait for the output's way to memory.

@@ -35,9 +35,11 @@ struct TileRow {
   bool is_valid;
 };
 
-__device__ inline TileRow row_of(DecodeArguments const& arguments, int32_t tile, int32_t row_in_tile) {
+// kTileRows: query rows of a tile, where a kv head may have several tiles (Tiles::kRows).
+template <int kTileRows = kWarpgroupRows>
+__device__ TileRow row_of(DecodeArguments const& arguments, int32_t tile, int32_t row_in_tile) {
   int32_t const head_kv = tile / arguments.tiles_per_head;
-  int32_t const row = (tile - head_kv * arguments.tiles_per_head) * kWarpgroupRows + row_in_tile;
+  int32_t const row = (tile - head_kv * arguments.tiles_per_head) * kTileRows + row_in_tile;
   int32_t const query = row / arguments.group;
   return {query, head_kv * arguments.group + row - query * arguments.group, row < arguments.num_rows};
 }
@@ -49,9 +51,10 @@ __device__ Element* row_pointer(TensorView const& view, int32_t batch, TileRow c
 }
 
 // Rows of a tile that are queries.
-__device__ inline int32_t num_rows_of(DecodeArguments const& arguments, int32_t tile) {
+template <int kTileRows = kWarpgroupRows>
+__device__ int32_t num_rows_of(DecodeArguments const& arguments, int32_t tile) {
   int32_t const pass = arguments.tiles_per_head == 1 ? 0 : tile % arguments.tiles_per_head;
-  return min(kWarpgroupRows, arguments.num_rows - pass * kWarpgroupRows);
+  return min(kTileRows, arguments.num_rows - pass * kTileRows);
 }
 
 // Writes the first num_rows rows of Q of a tile, zeros where there is none, to chunks of 64 columns in shared memory
@@ -92,12 +95,12 @@ __device__ void read_queries(DecodeArguments const& arguments, Element* shared_q
 }
 
 // Brings Q of a tile to L2, by a warp.
-template <class Element>
+template <class Element, int kTileRows>
 __device__ void prefetch_queries(DecodeArguments const& arguments, int32_t batch, int32_t tile) {
   constexpr int kLineElements = 128 / static_cast<int>(sizeof(Element));
-  int32_t const num_rows = num_rows_of(arguments, tile);
+  int32_t const num_rows = num_rows_of<kTileRows>(arguments, tile);
   for (int32_t i = threadIdx.x % kWarpThreads; i < num_rows; i += kWarpThreads) {
-    Element const* const q = row_pointer<Element>(arguments.params.q, batch, row_of(arguments, tile, i));
+    Element const* const q = row_pointer<Element>(arguments.params.q, batch, row_of<kTileRows>(arguments, tile, i));
     for (int column = 0; column < arguments.params.problem.head_dim_qk; column += kLineElements) {
       ptx::prefetch_to_l2(q + column);
     }
@@ -134,12 +137,12 @@ struct RowKeys {
   int32_t begin[2], end[2];
 };
 
-template <int kApart = 8>
+template <int kApart = 8, int kTileRows = kWarpgroupRows>
 __device__ RowKeys row_keys(DecodeArguments const& arguments, SequenceKeys const& keys, int32_t tile, int first_row) {
   RowKeys seen;
   CUTE_UNROLL
   for (int r = 0; r < 2; ++r) {
-    TileRow const row = row_of(arguments, tile, first_row + kApart * r);
+    TileRow const row = row_of<kTileRows>(arguments, tile, first_row + kApart * r);
     int32_t const position = keys.length - static_cast<int32_t>(arguments.params.problem.seqlen_q) + row.query;
     VisibleKeys const visible = visible_keys(arguments.window, keys.length, position, position);
     seen.begin[r] = max(visible.begin, keys.start);

@@ -1,6 +1,6 @@
 // Who computes what of a decode call.
 //
-// A decode tile is up to kWarpgroupRows query rows of one kv head of one sequence, and the kv_blocks these see. Row r
+// A decode tile is up to Tiles::kRows query rows of one kv head of one sequence, and the kv_blocks these see. Row r
 // of a sequence's kv head is query r / group of query head r % group of that kv head's. Tiles lie behind each other in
 // units of a kv_block (a tile that sees nothing is one unit), and CTA c of n takes the units from total * c / n on: all
 // have the same to read, whatever the lengths, which are read on the device. So a CTA has the end of one tile, some
@@ -9,7 +9,8 @@
 //
 // Short calls cannot wait for a second kernel. If there are about as many CTAs in clusters, one cluster a tile, as
 // there are multiprocessors, CTA r of c has the r-th part of the tile's units, and the cluster adds its parts up
-// through distributed shared memory (add_parts_of_cluster in decode.cuh). Each CTA has one part, perhaps an empty one.
+// through distributed shared memory (add_parts_of_cluster in decode_cta.cuh). Each CTA has one part, perhaps an empty
+// one.
 //
 // Tiles of the same keys are to be computed at the same time, so that one of them reads the keys from memory and the
 // others from L2. So the line of units is one pass over all sequences and kv heads after the other: pass t has tile t
@@ -40,12 +41,13 @@ struct DecodeArguments {
   int32_t heads_kv;
   int32_t tiles_per_head;  // tiles of a kv head of a sequence: the number of passes
   int32_t num_ctas;        // of decode_kernel; fewer have work if there are fewer units
-  int32_t partial_rows;    // rows of a part in the workspace: min(num_rows, kWarpgroupRows)
+  int32_t partial_rows;    // rows of a part in the workspace: min(num_rows, Tiles::kRows)
   float* partial_out;      // [2 * num_ctas, partial_rows, head_dim_v]: not divided by the sum
   float2* partial_sums;    // [2 * num_ctas, partial_rows]: (maximum of the scores, sum of exponentials)
   int32_t cluster_size;    // CTAs of a cluster that share a tile; 1: CTAs have shares of the line of units
   CUtensorMap q;           // dims (head_dim, heads, rows, sequence); of few rows (few_rows.cuh)
   int32_t block_kv_log2;
+  ScaleView k_scale, v_scale;  // of caches of e4m3 (e4m3_decode.cuh)
 };
 
 // The keys of a sequence: [begin, end) are seen by some query, [unmasked_begin, unmasked_end) by each of them.

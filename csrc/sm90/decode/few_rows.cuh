@@ -37,7 +37,8 @@ constexpr bool has_few_rows_kernel() {
   return kHeadDimQK + kHeadDimV <= 256;
 }
 
-// The ring of the tile of 64 rows (tiles.h), in steps of 128 keys where 64 would be less than 32 KiB.
+// The ring of the tile of 64 rows (tiles.h), in steps of 128 keys where 64 would be less than 32 KiB. A kv head has one
+// tile, so what the plan takes for a tile's rows is nowhere multiplied by anything but 0.
 template <int kHeadDimQK, int kHeadDimV>
 struct FewRowsTiles : DecodeTiles<kHeadDimQK, kHeadDimV> {
   using ManyRows = DecodeTiles<kHeadDimQK, kHeadDimV>;
@@ -131,7 +132,7 @@ struct FewRowsDecode {
   using Tiles = FewRowsTiles<kHeadDimQK_, kHeadDimV_>;
   static constexpr int kHeadDimQK = kHeadDimQK_, kHeadDimV = kHeadDimV_;
   static constexpr int kRows = kFewRows;
-  static constexpr bool kReadsValues = true;
+  static constexpr bool kReadsValues = true, kReadsE4m3 = false;
   static constexpr int kBlockKV = Tiles::kBlockKV;
   static constexpr int kNumStages = Tiles::kNumStages, kNumQStages = 4;
   static_assert(kHeadDimQK % kDecodeSwizzleColumns == 0 && kHeadDimV % kDecodeSwizzleColumns == 0);

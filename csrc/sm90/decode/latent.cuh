@@ -41,7 +41,7 @@ template <int kHeadDimQK, int kHeadDimV, class Element_>
 struct LatentDecode {
   using Element = Element_;
   using Tiles = DecodeTiles<kHeadDimQK, kHeadDimV>;
-  static constexpr bool kReadsValues = false;
+  static constexpr bool kReadsValues = false, kReadsE4m3 = false;
   static constexpr int kBlockKV = Tiles::kBlockKV;
   static constexpr int kNumStages = Tiles::kNumStages, kNumQStages = 0;
   static constexpr int kNumConsumers = Tiles::kNumConsumers;

@@ -34,7 +34,7 @@ __global__ void __launch_bounds__(Kernel::Tiles::kNumThreads, Kernel::Tiles::kNu
   // Swizzled tiles need 1,024-byte alignment; the dynamic shared memory of a kernel without any other begins so.
   extern __shared__ __align__(1024) unsigned char memory[];
   auto& shared = *reinterpret_cast<typename Kernel::SharedStorage*>(memory);
-  if constexpr (Kernel::kReadsValues) {
+  if constexpr (Kernel::kReadsValues && !Kernel::kReadsE4m3) {
     run_decode<Kernel>(arguments, shared);
   } else {
     Kernel::run(arguments, shared);
@@ -68,8 +68,8 @@ DecodeArguments plan_decode(DecodeParams const& params) {
   arguments.group = static_cast<int32_t>(problem.heads_q / problem.heads_kv);
   arguments.num_rows = static_cast<int32_t>(arguments.group * problem.seqlen_q);
   arguments.heads_kv = static_cast<int32_t>(problem.heads_kv);
-  arguments.tiles_per_head = static_cast<int32_t>(ceil_div(arguments.num_rows, kWarpgroupRows));
-  arguments.partial_rows = std::min(arguments.num_rows, kWarpgroupRows);
+  arguments.tiles_per_head = static_cast<int32_t>(ceil_div(arguments.num_rows, Tiles::kRows));
+  arguments.partial_rows = std::min<int32_t>(arguments.num_rows, Tiles::kRows);
   int64_t const tiles = num_tiles(arguments);
   int64_t const units = std::max<int64_t>(1, ceil_div(problem.seqlen_kv, Tiles::kBlockKV));
   int64_t most = int64_t{Tiles::kNumCtas} * num_sms(device);
@@ -172,11 +172,21 @@ int64_t decode_workspace_tiles(DecodeParams const& params) {
          (1 + params.problem.head_dim_v * static_cast<int64_t>(sizeof(float)) / static_cast<int64_t>(sizeof(float2)));
 }
 
-template <class Kernel>
-const char* launch_decode_kernel(DecodeParams const& params, void* workspace, cudaStream_t stream) {
+// Params: DecodeParams, or E4m3DecodeParams where the kernel reads e4m3.
+template <class Kernel, class Params>
+const char* launch_decode_kernel(Params const& params, void* workspace, cudaStream_t stream) {
   using Element = typename Kernel::Element;
   Problem const& problem = params.problem;
   DecodeArguments arguments = plan_decode<typename Kernel::Tiles>(params);
+  MapElement cache_element = map_element(problem.dtype);
+  int cache_chunk = kDecodeSwizzleColumns, cache_bytes = sizeof(Element);
+  if constexpr (Kernel::kReadsE4m3) {
+    arguments.k_scale = params.k_scale;
+    arguments.v_scale = params.v_scale;
+    cache_element = MapElement::kE4m3;
+    cache_chunk = Kernel::kChunk;
+    cache_bytes = 1;
+  }
   double const units = std::ceil(static_cast<double>(problem.seqlen_kv) / Kernel::kBlockKV);
   if (static_cast<double>(num_tiles(arguments)) * std::max(1.0, units) > INT32_MAX) {
     return "the cache is too large: expected fewer than 2^31 blocks of keys over all sequences and heads; pass a part "
@@ -189,13 +199,13 @@ const char* launch_decode_kernel(DecodeParams const& params, void* workspace, cu
   auto make_cache = [&](CUtensorMap& map, TensorView const& view, int64_t head_dim) -> const char* {
     if (params.num_pages == 0 || params.page_size == 0) return nullptr;  // nothing is loaded
     return make_tensor_map(
-        map, view.data, map_element(problem.dtype),
-        {{head_dim, 1, kDecodeSwizzleColumns},
+        map, view.data, cache_element,
+        {{head_dim, 1, cache_chunk},
          {params.page_size, view.stride_seqlen, arguments.rows_per_box},
          {problem.heads_kv, view.stride_heads, 1},
          {params.num_pages, view.stride_batch, 1}},
         // Beside a row of 256 bytes lies the same row of another head, which this CTA does not read.
-        head_dim % 128 == 0 ? CU_TENSOR_MAP_L2_PROMOTION_L2_256B : CU_TENSOR_MAP_L2_PROMOTION_L2_128B);
+        head_dim * cache_bytes % 256 == 0 ? CU_TENSOR_MAP_L2_PROMOTION_L2_256B : CU_TENSOR_MAP_L2_PROMOTION_L2_128B);
   };
   const char* error = make_cache(arguments.k, params.k, problem.head_dim_qk);
   if (error == nullptr && Kernel::kReadsValues) error = make_cache(arguments.v, params.v, problem.head_dim_v);
@@ -237,8 +247,8 @@ const char* launch_decode_kernel(DecodeParams const& params, void* workspace, cu
             static_cast<unsigned>((problem.head_dim_v + kCombineColumns - 1) / kCombineColumns));
   unsigned const most = kCombineCtasPerSm * static_cast<unsigned>(num_sms(device)) / (grid.x * grid.z);
   grid.y = std::min(static_cast<unsigned>(arguments.partial_rows), std::max(1u, most));
-  return launch_kernel<DecodeArguments>(combine_kernel<Element>, grid, kCombineThreads, 0, stream, Launch::kDependent,
-                                        arguments);
+  return launch_kernel<DecodeArguments>(combine_kernel<Element, Kernel::Tiles::kRows>, grid, kCombineThreads, 0, stream,
+                                        Launch::kDependent, arguments);
 }
 
 // Whether a call has tiles of so few rows that keys are the tensor cores' rows.

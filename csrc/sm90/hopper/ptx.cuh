@@ -48,6 +48,33 @@ __device__ inline uint32_t pack_e4m3(float a, float b, float c, float d) {
   return word;
 }
 
+// 9.7.9.22, cvt.f16x2.e4m3x2: four e4m3 numbers as fp16, exactly; the lower two of the word, and the upper two.
+__device__ inline void unpack_e4m3(uint32_t word, uint32_t& low, uint32_t& high) {
+  asm("{ .reg .b16 a, b; mov.b32 {a, b}, %2; cvt.rn.f16x2.e4m3x2 %0, a; cvt.rn.f16x2.e4m3x2 %1, b; }"
+      : "=r"(low), "=r"(high)
+      : "r"(word));
+}
+
+// ---- products of a warp ---------------------------------------------------------------------------------------------
+
+// 9.7.14.5, mma.m16n8k16 of fp16: c += a b, in fp32. Lane 4 g + t has rows g, g + 8 of a at depths 2 t, 2 t + 1 (a[0],
+// a[1]) and 2 t + 8, 2 t + 9 (a[2], a[3]); column g of b at these depths (b[0], b[1]); columns 2 t, 2 t + 1 of c in row
+// g (c[0], c[1]) and g + 8 (c[2], c[3]).
+__device__ inline void multiply_add_m16n8k16(float* c, uint32_t const (&a)[4], uint32_t const (&b)[2]) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, "
+      "%3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+// 9.7.14.5.17, movmatrix: the transpose of an 8 x 8 matrix of 16-bit elements, of which lane 4 g + t has columns 2 t
+// and 2 t + 1 of row g.
+__device__ inline uint32_t transpose_matrix(uint32_t pair) {
+  uint32_t transposed;
+  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(transposed) : "r"(pair));
+  return transposed;
+}
+
 // ---- 8 x 8 matrices of 16-bit elements between registers and shared memory ------------------------------------------
 
 // 9.7.15.5.16, stmatrix: lane l gives the address of row l % 8 of matrix l / 8.
