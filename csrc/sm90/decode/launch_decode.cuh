@@ -188,14 +188,14 @@ const char* launch_decode_kernel(DecodeParams const& params, void* workspace, cu
       reinterpret_cast<float*>(static_cast<unsigned char*>(workspace) + partial_sums_bytes(arguments));
   auto make_cache = [&](CUtensorMap& map, TensorView const& view, int64_t head_dim) -> const char* {
     if (params.num_pages == 0 || params.page_size == 0) return nullptr;  // nothing is loaded
-    return make_tensor_map(
-        map, view.data, map_element(problem.dtype),
-        {{head_dim, 1, kDecodeSwizzleColumns},
-         {params.page_size, view.stride_seqlen, arguments.rows_per_box},
-         {problem.heads_kv, view.stride_heads, 1},
-         {params.num_pages, view.stride_batch, 1}},
-        // Beside a row of 256 bytes lies the same row of another head, which this CTA does not read.
-        head_dim % 128 == 0 ? CU_TENSOR_MAP_L2_PROMOTION_L2_256B : CU_TENSOR_MAP_L2_PROMOTION_L2_128B);
+    return make_tensor_map(map, view.data, map_element(problem.dtype),
+                           {{head_dim, 1, kDecodeSwizzleColumns},
+                            {params.page_size, view.stride_seqlen, arguments.rows_per_box},
+                            {problem.heads_kv, view.stride_heads, 1},
+                            {params.num_pages, view.stride_batch, 1}},
+                           // An H200 reads 10 % less a second with 256 bytes: a copy brings 128 of a row at a time
+                           // (docs/log.md, 2026-11-28).
+                           CU_TENSOR_MAP_L2_PROMOTION_L2_128B);
   };
   const char* error = make_cache(arguments.k, params.k, problem.head_dim_qk);
   if (error == nullptr && Kernel::kReadsValues) error = make_cache(arguments.v, params.v, problem.head_dim_v);
