@@ -1,8 +1,8 @@
 // The Hopper backend's host side: checks, allocates, fills params and launches on the current stream.
 //
-// Registers flash_attn_forward, flash_attn_backward and flash_attn_decode (defined in flashmla_hf/ops.py and
-// decode_ops.py) for CUDA, through torch's stable ABI. Nothing here waits for the device: the values of cu_seqlens are
-// not read back; the kernels clamp them to the tensors.
+// Registers flash_attn_forward, flash_attn_backward, flash_attn_decode and append_to_cache (defined in flashmla_hf/
+// ops.py and decode_ops.py) for CUDA, through torch's stable ABI. Nothing here waits for the device: the values of
+// cu_seqlens are not read back; the kernels clamp them to the tensors.
 #include <cuda_runtime_api.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
@@ -11,6 +11,7 @@
 #include <tuple>
 
 #include "host.h"
+#include "sm90/decode/append.h"
 #include "sm90/hopper/device.h"
 #include "sm90/launch.h"
 #include "sm90/tiles.h"
@@ -51,12 +52,12 @@ cudaStream_t current_stream(const TensorInfo& t) {
 }
 
 // Asked once a device: the two queries take as long as the rest of a call's checks.
-void check_device(const char* op, const TensorInfo& q) {
-  if (q.device_type != aoti_torch_device_type_cuda())
-    fail(op, "q", "a tensor on a Hopper GPU", "one on another device");
+void check_device(const char* op, const char* name, const TensorInfo& t) {
+  if (t.device_type != aoti_torch_device_type_cuda())
+    fail(op, name, "a tensor on a Hopper GPU", "one on another device");
   constexpr int kMaxDevices = 64;
   static std::atomic<int> cache[kMaxDevices];  // 10 * major + minor
-  const int device = q.device_index;
+  const int device = t.device_index;
   int capability = device < kMaxDevices ? cache[device].load() : 0;
   if (capability == 0) {
     int major = 0, minor = 0;
@@ -66,7 +67,7 @@ void check_device(const char* op, const TensorInfo& q) {
     if (device < kMaxDevices) cache[device] = capability;
   }
   if (capability != 90)
-    fail(op, "q", "a tensor on a Hopper GPU (compute capability 9.0)",
+    fail(op, name, "a tensor on a Hopper GPU (compute capability 9.0)",
          "compute capability " + std::to_string(capability / 10) + "." + std::to_string(capability % 10));
 }
 
@@ -106,7 +107,7 @@ struct Sm90 {
   }
 
   static Problem check_up_to(const char* op, const Arguments& arguments, int64_t largest_head_dim) {
-    check_device(op, arguments.q);
+    check_device(op, "q", arguments.q);
     Problem p = check_inputs(op, arguments);
     check_kernel_limits(op, arguments, p, largest_head_dim, largest_head_dim);
     if (p.cu_seqlens_q != nullptr) {
@@ -136,7 +137,7 @@ struct Sm90 {
   }
 
   static Problem check_decode(const char* op, const DecodeArguments& arguments) {
-    check_device(op, arguments.q);
+    check_device(op, "q", arguments.q);
     const Problem p = check_decode_inputs(op, arguments);
     if (are_latents(arguments.k, arguments.v)) {
       using Largest = sm90::LatentHeadDims;
@@ -161,12 +162,20 @@ struct Sm90 {
   template <class Params>
   static void launch(const char* op, const TensorInfo& q, int64_t (*workspace_bytes)(Params const&),
                      const char* (*launch_kernels)(Params const&, void*, cudaStream_t), const Params& params) {
-    const torch::stable::accelerator::DeviceGuard guard(q.device_index);
-    if (const cudaError_t status = sm90::bind_thread(q.device_index); status != cudaSuccess)
-      throw std::runtime_error(std::string(op) + ": cudaSetDevice(" + std::to_string(q.device_index) +
+    on_device(op, q, [&](cudaStream_t stream) {
+      const Tensor workspace = make_tensor(q, {workspace_bytes(params)}, ScalarType::Byte);
+      return launch_kernels(params, workspace.mutable_data_ptr(), stream);
+    });
+  }
+
+  // run(stream) returns null, or a sentence that says what went wrong.
+  template <class Run>
+  static void on_device(const char* op, const TensorInfo& t, const Run& run) {
+    const torch::stable::accelerator::DeviceGuard guard(t.device_index);
+    if (const cudaError_t status = sm90::bind_thread(t.device_index); status != cudaSuccess)
+      throw std::runtime_error(std::string(op) + ": cudaSetDevice(" + std::to_string(t.device_index) +
                                "): " + cudaGetErrorString(status));
-    const Tensor workspace = make_tensor(q, {workspace_bytes(params)}, ScalarType::Byte);
-    const char* error = launch_kernels(params, workspace.mutable_data_ptr(), current_stream(q));
+    const char* error = run(current_stream(t));
     if (error != nullptr) throw std::runtime_error(std::string(op) + ": " + error);
   }
 };
@@ -195,18 +204,14 @@ struct Sm90Fp8 : Sm90 {
     params.rounded_q = q.mutable_data_ptr();
     params.rounded_k = k.mutable_data_ptr();
     params.rounded_v = v.mutable_data_ptr();
-    auto needs_nothing = [](const Fp8RoundingParams&) { return int64_t{0}; };
-    auto launch_rounding = [](const Fp8RoundingParams& params, void*, cudaStream_t stream) {
-      return sm90::launch_fp8_rounding(params, stream);
-    };
-    launch<Fp8RoundingParams>(op, arguments.q, needs_nothing, launch_rounding, params);
+    on_device(op, arguments.q, [&](cudaStream_t stream) { return sm90::launch_fp8_rounding(params, stream); });
     return {q, k, v};
   }
 };
 
 // flash_attn_decode_e4m3, which this backend alone has (flashmla_hf/fp8/cached.py defines it).
 std::tuple<Tensor, Tensor> decode_e4m3(const char* op, const E4m3DecodeArguments& arguments) {
-  check_device(op, arguments.q);
+  check_device(op, "q", arguments.q);
   const Problem p = check_e4m3_decode_inputs(op, arguments);
   check_kernel_limits(op, arguments, p, sm90::kLargestE4m3DecodeHeadDim, sm90::kLargestE4m3DecodeHeadDim,
                       sm90::kE4m3HeadDimMultiple);
@@ -241,6 +246,84 @@ std::tuple<Tensor, Tensor> fp8_forward_operator(Tensor q, Tensor k, Tensor v, st
   return with_torch_errors([&] { return Host<Sm90Fp8>::forward_of("flash_attn_fp8_forward", arguments); });
 }
 
+// append_to_cache, which this backend alone has (flashmla_hf/decode_ops.py defines it).
+struct AppendArguments {
+  TensorInfo k_cache, k, cache_seqlens;
+  std::optional<TensorInfo> v_cache, v, block_table;
+};
+
+void check_rows_of_heads(const char* op, const char* name, const TensorInfo& t, const TensorInfo& k_cache,
+                         std::initializer_list<int64_t> shape, const char* meaning) {
+  check_same_device(op, name, t, k_cache);
+  check_dtype(op, name, t, k_cache.dtype, " (that of k_cache)");
+  check_shape(op, name, t, shape, meaning);
+  check_last_stride(op, name, t);
+  check_storage(op, name, t);
+}
+
+sm90::AppendParams check_append(const char* op, const AppendArguments& arguments) {
+  const TensorInfo &cache = arguments.k_cache, &k = arguments.k;
+  check_device(op, "k_cache", cache);
+  if (cache.dtype != ScalarType::Half && cache.dtype != ScalarType::BFloat16)
+    fail(op, "k_cache", "dtype float16 or bfloat16", dtype_name(cache.dtype));
+  if (cache.dim != 4)
+    fail(op, "k_cache", "4 dimensions, [pages or batch, rows, heads, dim]", "shape " + shape_name(cache.shape()));
+  if (k.dim != 4) fail(op, "k", "4 dimensions, [batch, seqlen_new, heads, dim]", "shape " + shape_name(k.shape()));
+  if (arguments.v_cache.has_value() != arguments.v.has_value())
+    fail(op, "v", "a tensor if v_cache is one, else None", arguments.v ? "a tensor" : "None");
+
+  sm90::AppendParams params;
+  params.batch = k.size(0);
+  params.seqlen_new = k.size(1);
+  params.heads = cache.size(2);
+  params.head_dim_k = cache.size(3);
+  params.num_pages = cache.size(0);
+  params.page_size = cache.size(1);
+  check_rows_of_heads(op, "k_cache", cache, cache, {cache.size(0), cache.size(1), cache.size(2), cache.size(3)}, "");
+  check_rows_of_heads(op, "k", k, cache, {k.size(0), k.size(1), cache.size(2), cache.size(3)},
+                      "heads and dim of k_cache");
+  params.new_k = view_of(k, false);
+  params.k = view_of(cache, false);
+  if (arguments.v) {
+    const TensorInfo &v_cache = *arguments.v_cache, &v = *arguments.v;
+    if (v_cache.dim == 4) params.head_dim_v = v_cache.size(3);
+    check_rows_of_heads(op, "v_cache", v_cache, cache, {cache.size(0), cache.size(1), cache.size(2), params.head_dim_v},
+                        "that of k_cache but for dim");
+    check_rows_of_heads(op, "v", v, cache, {k.size(0), k.size(1), cache.size(2), params.head_dim_v},
+                        "that of k but for dim, which is v_cache's");
+    params.new_v = view_of(v, false);
+    params.v = view_of(v_cache, false);
+  }
+  if (arguments.block_table) {
+    check_block_table(op, *arguments.block_table, k);
+    if (params.page_size < 1) fail(op, "k_cache", "pages of at least one row", params.page_size);
+    params.block_table = static_cast<const int32_t*>(arguments.block_table->data);
+    params.stride_block_table = arguments.block_table->stride(0);
+    params.capacity = arguments.block_table->size(1) * params.page_size;
+  } else {
+    if (cache.size(0) != k.size(0))
+      fail(op, "k_cache", std::to_string(k.size(0)) + " sequences (batch of k)", cache.size(0));
+    params.capacity = params.page_size;
+  }
+  check_numbers_of_sequences(op, "cache_seqlens", arguments.cache_seqlens, k);
+  params.cache_seqlens = static_cast<const int32_t*>(arguments.cache_seqlens.data);
+  return params;
+}
+
+Tensor append_operator(Tensor k_cache, std::optional<Tensor> v_cache, Tensor k, std::optional<Tensor> v,
+                       Tensor cache_seqlens, std::optional<Tensor> block_table) {
+  const char* op = "append_to_cache";
+  const AppendArguments arguments{info_of(k_cache), info_of(k), info_of(cache_seqlens),
+                                  info_of(v_cache), info_of(v), info_of(block_table)};
+  sm90::AppendParams params = check_append(op, arguments);
+  return with_torch_errors([&] {
+    const Tensor lengths = make_tensor(arguments.k, {params.batch}, ScalarType::Int);
+    params.lengths = static_cast<int32_t*>(lengths.mutable_data_ptr());
+    Sm90::on_device(op, arguments.k, [&](cudaStream_t stream) { return sm90::launch_append(params, stream); });
+    return lengths;
+  });
+}
+
 std::tuple<Tensor, Tensor, Tensor> fp8_round_operator(Tensor q, Tensor k, Tensor v, std::optional<Tensor> cu_seqlens_q,
                                                       std::optional<Tensor> cu_seqlens_kv) {
   const Arguments arguments =
@@ -252,6 +335,10 @@ std::tuple<Tensor, Tensor, Tensor> fp8_round_operator(Tensor q, Tensor k, Tensor
 }  // namespace flashmla
 
 FLASHMLA_HOST(flashmla::Sm90, CUDA)
+
+STABLE_TORCH_LIBRARY_IMPL(flashmla, CUDA, append) {
+  append.impl("append_to_cache", TORCH_BOX((&flashmla::append_operator)));
+}
 
 STABLE_TORCH_LIBRARY_IMPL(flashmla, CUDA, fp8) {
   fp8.impl("flash_attn_decode_e4m3", TORCH_BOX((&flashmla::decode_e4m3_operator)));

@@ -65,6 +65,8 @@ inline int32_t dtype_code(ScalarType dtype) {
       return aoti_torch_dtype_bfloat16();
     case ScalarType::Byte:
       return aoti_torch_dtype_uint8();
+    case ScalarType::Int:
+      return aoti_torch_dtype_int32();
     default:
       return aoti_torch_dtype_float32();
   }
@@ -103,8 +105,9 @@ inline void throw_torch_error(int64_t bytes, const TensorInfo& like) {
   Tensor(reinterpret_cast<AtenTensorHandle>(repeated));  // owned, and given back
 }
 
-// A contiguous tensor on the device of `like`, uninitialised; Half, BFloat16, Float or Byte. torch::stable::new_empty
-// goes by way of the dispatcher, boxed, and takes several times as long: on a GPU longer than the launch.
+// A contiguous tensor on the device of `like`, uninitialised; Half, BFloat16, Float, Int or Byte.
+// torch::stable::new_empty goes by way of the dispatcher, boxed, and takes several times as long: on a GPU longer than
+// the launch.
 inline Tensor make_tensor(const TensorInfo& like, const std::vector<int64_t>& shape, ScalarType dtype) {
   std::vector<int64_t> strides(shape.size());
   int64_t stride = 1, count = 1;  // check_sizes keeps both far from overflow

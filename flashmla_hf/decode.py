@@ -159,8 +159,8 @@ def decode_attention(
     if _values_are_checked(call) or (reads_values and _values_are_readable(call)):
         _check_values(call, k.shape[1] if has_new else 0)  # type: ignore[union-attr]
     if has_new:
-        append(call, k, v)  # type: ignore[arg-type]
-        call.cache_seqlens = cache_seqlens + k.shape[1]  # type: ignore[operator, union-attr, assignment]
+        has_kernel_of_append = run is _run_sm90 and not (torch.compiler.is_compiling() or has_transforms())
+        call.cache_seqlens = (_append_by_kernel if has_kernel_of_append else append)(call, k, v)  # type: ignore[arg-type]
     out, lse = run(call)
     return (out, lse) if return_lse else out
 
@@ -188,18 +188,19 @@ def kernel_refusal(
     return IMPLEMENTATIONS[name][0](call)
 
 
-def append(call: DecodeCall, k: torch.Tensor, v: torch.Tensor | None) -> None:
-    """Writes k and v into the caches at the positions ``cache_seqlens[b] ...``, with torch's operators. Without v, the values
-    are columns of k.
+def append(call: DecodeCall, k: torch.Tensor, v: torch.Tensor | None) -> torch.Tensor:
+    """Writes k and v into the caches at the positions ``cache_seqlens[b] ...``, with torch's operators, and returns the new
+    lengths. Without v, the values are columns of k.
 
     The caller has checked the values that can be read. Nothing waits for a GPU: what does not fit is not known here. Such an
     entry repeats the first that fits, or a row of the cache if none does, so that what is written twice is the same.
     """
     batch, seqlen_new = k.shape[:2]
-    if batch * seqlen_new == 0:
-        return
-    device, page_size = call.q.device, call.k.shape[1]
     begin: torch.Tensor = call.cache_seqlens  # type: ignore[assignment]
+    lengths = begin + seqlen_new
+    if batch * seqlen_new == 0:
+        return lengths
+    device, page_size = call.q.device, call.k.shape[1]
     position = begin.long()[:, None] + torch.arange(seqlen_new, device=device)
     fits = (position >= 0) & (position < call.capacity)
     position = position.clamp(0, call.capacity - 1)
@@ -215,16 +216,31 @@ def append(call: DecodeCall, k: torch.Tensor, v: torch.Tensor | None) -> None:
         (k, k_scale), (v, v_scale) = quantize_tokens(k), quantize_tokens(v)
         writes = [(call.k, k), (call.v, v), (call.k_descale, k_scale), (call.v_descale, v_scale)]
     if _values_are_checked(call):  # then all fit
-        # New rows may be rows of a cache, which the first write would change under the others.
-        caches = {cache.untyped_storage()._cdata for cache, _ in writes}
-        news = [new.clone() if new.untyped_storage()._cdata in caches else new for _, new in writes]
-        for (cache, _), new in zip(writes, news, strict=True):
+        caches = [cache for cache, _ in writes]
+        for cache, new in zip(caches, _in_other_memory([new for _, new in writes], caches), strict=True):
             cache.index_put_((page, row), new.flatten(0, 1))
-        return
+        return lengths
     entry = torch.where(fits, torch.arange(batch * seqlen_new, device=device), fits.int().argmax())
     any_fits, page, row = fits.any(), page[entry], row[entry]
     for cache, new in writes:
         cache.index_put_((page, row), torch.where(any_fits, new.flatten(0, 1)[entry], cache[page, row]))
+    return lengths
+
+
+def _append_by_kernel(call: DecodeCall, k: torch.Tensor, v: torch.Tensor | None) -> torch.Tensor:
+    """:func:`append` in one launch, on a Hopper GPU. An entry that does not fit is not written."""
+    caches = [call.k] if v is None else [call.k, call.v]
+    new_k, *new_v = _in_other_memory([k] if v is None else [k, v], caches)
+    v_cache = None if v is None else call.v
+    return decode_ops.append_to_cache(
+        call.k, v_cache, new_k, new_v[0] if new_v else None, call.cache_seqlens, call.block_table
+    )
+
+
+def _in_other_memory(news: list[torch.Tensor], caches: list[torch.Tensor]) -> list[torch.Tensor]:
+    """The new rows, as copies if they may be rows of a cache, which a write would change under the others."""
+    storages = {cache.untyped_storage()._cdata for cache in caches}
+    return [new.clone() if new.untyped_storage()._cdata in storages else new for new in news]
 
 
 # ---- New keys and values ---------------------------------------------------------------------------------------------

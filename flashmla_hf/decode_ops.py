@@ -1,4 +1,4 @@
-"""The operator of attention to caches, ``torch.ops.flashmla.flash_attn_decode``: schema, fake kernel, refusal of gradients.
+"""The operators of caches, ``torch.ops.flashmla.flash_attn_decode`` and ``append_to_cache``: schemas, fake kernels, refusals.
 
 It stands beside those of :mod:`flashmla_hf.ops` and is as strict: arguments are resolved, the C++ host code checks tensors for
 memory safety, and it raises for anything that its backend cannot do. :mod:`flashmla_hf.decode` is the public function.
@@ -22,6 +22,11 @@ lse            [batch, heads_q, seqlen_q]                                       
 ``page_size`` is a multiple of :data:`PAGE_SIZE_MULTIPLE`. ``can_split`` lets CTAs share the keys of a sequence, in a way that
 depends on the rest of the batch; it changes nothing on a CPU. On a GPU the values of the int32 tensors are not read back:
 lengths are clamped to the capacity, and pages outside the cache hold zeros. On a CPU such values raise.
+
+``append_to_cache(k_cache, v_cache, k, v, cache_seqlens, block_table)`` writes row i of k[b] and v[b], [batch, seqlen_new, heads_kv,
+head_dim_...], where key ``cache_seqlens[b] + i`` lies, and returns ``cache_seqlens + seqlen_new``. Hopper GPUs alone have it, for
+fp16 and bf16. A key beyond the rows that a sequence may have, or of a page outside the cache, is not written. v_cache and v are
+None if the values are columns of k. No row of k or v may lie where this call writes.
 """
 
 from __future__ import annotations
@@ -128,6 +133,35 @@ def _decode_without_gradients(*inputs):
 _library = torch.library.Library("flashmla", "FRAGMENT")
 _library.impl(OPERATOR, _decode_without_gradients, "Autograd")
 
+_APPEND = "append_to_cache"
+_APPENDED = (
+    "Tensor(a!) k_cache",
+    "Tensor(b!)? v_cache",
+    "Tensor k",
+    "Tensor? v",
+    "Tensor cache_seqlens",
+    "Tensor? block_table",
+)
+torch.library.define(f"flashmla::{_APPEND}", f"({', '.join(_APPENDED)}) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
+
+
+@torch.library.register_fake(f"flashmla::{_APPEND}")
+def _append_fake(k_cache, v_cache, k, v, cache_seqlens, block_table):
+    return k.new_empty((k.shape[0],), dtype=torch.int32)
+
+
+def _append_without_gradients(k_cache, v_cache, k, v, cache_seqlens, block_table):
+    refuse_gradients(_APPEND, (("k_cache", k_cache), ("v_cache", v_cache), ("k", k), ("v", v)))
+    with torch._C._AutoDispatchBelowAutograd():
+        lengths = torch.ops.flashmla.append_to_cache.default(k_cache, v_cache, k, v, cache_seqlens, block_table)
+    for cache in (k_cache, v_cache):
+        if cache is not None:
+            torch.autograd.graph.increment_version(cache)  # autograd sees that a saved tensor was written
+    return lengths
+
+
+_library.impl(_APPEND, _append_without_gradients, "Autograd")
+
 
 def flash_attn_decode(arguments: DecodeArguments) -> tuple[torch.Tensor, torch.Tensor]:
     """(out, lse) of ``torch.ops.flashmla.flash_attn_decode``. The caller has refused gradients."""
@@ -136,3 +170,15 @@ def flash_attn_decode(arguments: DecodeArguments) -> tuple[torch.Tensor, torch.T
         return torch.ops.flashmla.flash_attn_decode(*inputs)
     with torch._C._AutoDispatchBelowAutograd():
         return torch.ops.flashmla.flash_attn_decode.default(*inputs)
+
+
+def append_to_cache(
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor | None,
+    k: torch.Tensor,
+    v: torch.Tensor | None,
+    cache_seqlens: torch.Tensor | None,
+    block_table: torch.Tensor | None,
+) -> torch.Tensor:
+    """``torch.ops.flashmla.append_to_cache``: the new lengths, [batch]."""
+    return torch.ops.flashmla.append_to_cache(k_cache, v_cache, k, v, cache_seqlens, block_table)

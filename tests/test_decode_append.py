@@ -3,6 +3,8 @@
 import inspect
 import math
 import re
+from dataclasses import replace
+from random import Random
 
 import decode_cases
 import gpu_support
@@ -12,6 +14,7 @@ import torch
 import torch._dynamo.testing
 from decode_cases import DecodeCase, device_of, dtypes_of, each_impl, inputs_of, int32
 from torch._dynamo.testing import CompileCounter
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import flashmla_hf
 from flashmla_hf import decode, flash_attn_with_kvcache
@@ -123,9 +126,12 @@ def unchecked_append(tensors, k, v, page_size, lengths, monkeypatch):
         tensors["q"], tensors["k_cache"], tensors["v_cache"], int32(lengths, k.device), table, None, None, True, None, 0.0, None,
         0, None,
     )  # fmt: skip
-    decode.append(call, k, v)
-    for got, want in zip((tensors["k_cache"], tensors["v_cache"]), expected, strict=True):
-        torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)
+    lengths_after = call.cache_seqlens + k.shape[1]
+    for append in [decode.append] if k.device.type == "cpu" else [decode.append, decode._append_by_kernel]:
+        caches = call.k.clone(), call.v.clone()
+        assert torch.equal(append(replace(call, k=caches[0], v=caches[1]), k, v), lengths_after)
+        for got, want in zip(caches, expected, strict=True):
+            torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)
 
 
 OVERFLOWS = {
@@ -165,6 +171,85 @@ def test_appending_waits_for_nothing(page_size):
         lambda: tensors["q"].copy_(q), lambda: decode_attention(**tensors, k=k, v=v, impl="sm90")
     )
     assert torch.equal(got, expected)
+
+
+class Recorder(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.operators = []
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        self.operators.append(operator._schema.name)
+        return operator(*args, **(kwargs or {}))
+
+
+@gpu_support.needs_sm90
+@gpu_support.on_gpu
+@pytest.mark.parametrize("page_size", [0, 16])
+def test_appending_is_one_launch(page_size):
+    _, tensors, (k, v), expected = appended("sm90", page_size)
+    with Recorder() as recorder:
+        got = decode_attention(**tensors, k=k, v=v)
+    assert torch.equal(got, expected)
+    assert recorder.operators == ["flashmla::append_to_cache", "flashmla::flash_attn_decode"]
+
+
+@gpu_support.needs_sm90
+@gpu_support.on_gpu
+@pytest.mark.parametrize("seed", range(40))
+def test_the_kernel_that_appends_writes_what_torch_writes(seed):
+    """Also into caches and from rows of strides and addresses that are multiples of 2 bytes alone."""
+    random = Random(seed)
+    batch, new, heads = random.randint(1, 9), random.choice([1, 1, 2, 5, 300]), random.randint(1, 9)
+    dim_k, dim_v = random.choice([(64, 64), (128, 128), (192, 128), (256, 8), (72, 40)])
+    page_size, pages = random.choice([(0, batch), (16, 200), (48, 60), (256, 19)])
+    dtype = random.choice([torch.float16, torch.bfloat16])
+
+    def tensor(rows, dim):
+        slack = random.choice([0, 0, 1, 8])
+        is_heads_first = random.random() < 0.5
+        shape = (rows[0], heads, rows[1]) if is_heads_first else (*rows, heads)
+        x = torch.randn(*shape, dim + slack, device="cuda").to(dtype)[..., slack:]
+        return x.transpose(1, 2) if is_heads_first else x
+
+    rows = (pages, page_size or 700)
+    k_cache, v_cache = tensor(rows, dim_k), tensor(rows, dim_v)
+    k, v = tensor((batch, new), dim_k), tensor((batch, new), dim_v)
+    table = None
+    if page_size:
+        each = pages // batch
+        table = torch.randperm(pages)[: batch * each].view(batch, each).int().cuda()
+        table[random.randrange(batch), random.randrange(each)] = random.choice([-1, pages, 2**31 - 1])
+    capacity = 700 if table is None else table.shape[1] * page_size
+    lengths = torch.tensor([random.randint(-2, capacity) for _ in range(batch)], dtype=torch.int32, device="cuda")
+    call = decode.validate_decode(
+        tensor((batch, 1), dim_k), k_cache, v_cache, lengths, table, None, None, True, None, 0.0, None, 0, None
+    )
+    expected = replace(call, k=k_cache.clone(), v=v_cache.clone())
+    assert torch.equal(decode.append(expected, k, v), decode._append_by_kernel(call, k, v))
+    assert torch.equal(k_cache, expected.k) and torch.equal(v_cache, expected.v)
+
+
+@gpu_support.needs_sm90
+@gpu_support.on_gpu
+def test_the_kernel_that_appends_refuses_what_it_would_misread():
+    cache, new = torch.zeros(2, 16, 1, 64, device="cuda").half(), torch.zeros(2, 1, 1, 64, device="cuda").half()
+    lengths = torch.zeros(2, dtype=torch.int32, device="cuda")
+    good = {"k_cache": cache, "v_cache": cache.clone(), "k": new, "v": new, "cache_seqlens": lengths, "block_table": None}
+    for name, value, expected in (
+        ("k_cache", cache.float(), "dtype float16 or bfloat16"),
+        ("k_cache", cache.cpu(), "a tensor on a Hopper GPU"),
+        ("k", new.bfloat16(), "dtype float16"),
+        ("k", new.expand(2, 1, 2, 64), r"shape \[2, 1, 1, 64\]"),
+        ("v", None, "a tensor if v_cache is one"),
+        ("v_cache", cache[:, :8], r"shape \[2, 16, 1, 64\]"),
+        ("cache_seqlens", lengths.long(), "dtype int32"),
+        ("cache_seqlens", lengths[:1], r"shape \[2\]"),
+        ("block_table", lengths, "pages of a sequence"),
+    ):
+        with pytest.raises(RuntimeError, match=f"^append_to_cache: {name}: expected .*{expected}"):
+            torch.ops.flashmla.append_to_cache(*{**good, name: value}.values())
+    assert torch.ops.flashmla.append_to_cache(*{**good, "k": new[:, :0], "v": new[:, :0]}.values()).tolist() == [0, 0]
 
 
 @pytest.mark.parametrize("page_size", [0, 16])
