@@ -23,10 +23,10 @@ lse            [batch, heads_q, seqlen_q]                                       
 depends on the rest of the batch; it changes nothing on a CPU. On a GPU the values of the int32 tensors are not read back:
 lengths are clamped to the capacity, and pages outside the cache hold zeros. On a CPU such values raise.
 
-``append_to_cache(k_cache, v_cache, k, v, cache_seqlens, block_table)`` writes row i of k[b] and v[b], [batch, seqlen_new, heads_kv,
-head_dim_...], where key ``cache_seqlens[b] + i`` lies, and returns ``cache_seqlens + seqlen_new``. Hopper GPUs alone have it, for
-fp16 and bf16. A key beyond the rows that a sequence may have, or of a page outside the cache, is not written. v_cache and v are
-None if the values are columns of k. No row of k or v may lie where this call writes.
+``append_to_cache(k_cache, v_cache, k, v, cache_seqlens, block_table)`` writes row i of k[b] and v[b], [batch, seqlen_new,
+heads_kv, head_dim_...], where key ``cache_seqlens[b] + i`` lies, and returns ``cache_seqlens + seqlen_new``. Hopper GPUs alone
+have it, for fp16 and bf16. A key beyond the rows that a sequence may have, or of a page outside the cache, is not written.
+v_cache and v are None if the values are columns of k. No row of k or v may lie where this call writes.
 """
 
 from __future__ import annotations

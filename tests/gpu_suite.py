@@ -82,6 +82,7 @@ PARTS: dict[str, tuple[Step, ...]] = {
     # Apart: where a test has replaced torch.cuda's functions, torch.compile does not know them later.
     "fp8": (
         Step("fp8", (*PARALLEL, *files("sm90_fp8")), 400),
+        Step("fp8 caches", (*PARALLEL, *files("sm90_fp8_decode", "fp8_decode")), 400),
         Step("fp8 python", (*PARALLEL, *files("fp8_kernel")), 200),
     ),
     "robust": (
@@ -107,6 +108,7 @@ PARTS: dict[str, tuple[Step, ...]] = {
         benchmark("bench-decode-latent", "bench_decode", "--suite", "latent", "--name", "decode-latent"),
     ),
     "bench-fp8": (benchmark("bench-fp8", "bench_attention", "--suite", "fp8", "--name", "attention-fp8"),),
+    "bench-fp8-cache": (benchmark("bench-fp8-cache", "bench_decode", "--suite", "fp8", "--name", "decode-fp8"),),
     "bench-wide": (benchmark("bench-wide", "bench_attention", "--suite", "wide", "--name", "attention-wide"),),
     "bench-generate": (benchmark("bench-generate", "bench_generate"),),
     "bench-latent": (benchmark("bench-latent", "bench_latent_decode"),),
@@ -115,6 +117,7 @@ PARTS: dict[str, tuple[Step, ...]] = {
 }
 NEED_SM90 = (
     "sm90", "decode", "fp8", "robust", "sweep", "hf", "finetune", "sanitize", "bench-decode", "bench-decode-latent", "bench-fp8",
+    "bench-fp8-cache",
     "bench-wide", "bench-generate", "bench-latent", "bench-serving", "profile",
 )  # fmt: skip
 

@@ -16,6 +16,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
@@ -30,7 +31,7 @@ from decode_cases import DecodeCase, DecodeInputs
 
 import flashmla_hf.ops  # noqa: F401 (registers the operators)
 from flashmla_hf import attention, libraries, reference
-from flashmla_hf.fp8.quantization import rotate
+from flashmla_hf.fp8.quantization import quantize_tokens, rotate
 
 # Largest error, relative to the largest value (at least 1): a wrong index, mask or stride is far beyond.
 TOLERANCES = {torch.bfloat16: (2e-2, 5e-2), torch.float16: (3e-3, 8e-3)}  # of out, of gradients
@@ -304,6 +305,44 @@ def run_corrupt_caches(device: str, decode: Callable) -> int:
     return computed
 
 
+E4M3_DIMS = tuple(dim for dim, _ in sm90_tiles.head_dims("E4m3Decode"))
+
+
+def e4m3_cases_of_sweep() -> list[tuple[DecodeCase, torch.dtype]]:
+    """Calls to caches of e4m3: every head dim and kind; then tiles that are split and whole, and a cluster."""
+    found = []
+    for n, (dim, kind) in enumerate(product(E4M3_DIMS, DECODE_KINDS)):
+        dims = {"head_dim_qk": dim - 16 * (n % 3 == 2), "head_dim_v": dim - 16 * (n % 2), "num_splits": n // 2 % 2}
+        found.append((DecodeCase(**dims, **DECODE_KINDS[kind]), (torch.bfloat16, torch.float16)[n % 2]))
+    for dim, options in product(E4M3_DIMS, (
+        {"lengths": (40, 100, 65, 130) * 36, "heads_q": 2},
+        {"lengths": (4500,), "heads_q": 2, "heads_kv": 1, "page_size": 64},
+        {"lengths": (1000,), "heads_q": 8, "heads_kv": 8, "has_lengths": False},
+    )):  # fmt: skip
+        found.append((DecodeCase(head_dim_qk=dim, **options), torch.bfloat16))
+    return found
+
+
+def run_e4m3_decode(case: DecodeCase, dtype: torch.dtype) -> list[str]:
+    """Every difference of one call to e4m3 caches on a GPU from float64 on what they hold; a head's scales lie side by side."""
+    inputs: DecodeInputs = decode_cases.inputs_of(case, dtype, "cpu")
+    host = {name: getattr(inputs, name) for name in DECODE_TENSORS}
+    clean, scales = {}, []
+    for name in ("k", "v"):
+        cache = host[f"{name}_cache"]
+        host[f"{name}_cache"], scale = quantize_tokens(cache)
+        scale = scale.masked_fill(cache.isnan().all(-1), torch.nan)  # of rows that no query sees
+        scales.append(place(scale.transpose(1, 2).contiguous().transpose(1, 2), "cuda"))
+        data, factor = quantize_tokens(getattr(inputs, f"clean_{name}"))
+        clean[f"clean_{name}"] = data.double() * factor.double()[..., None]
+    tensors = placed_cache(host, case, "cuda")
+    got = torch.ops.flashmla.flash_attn_decode_e4m3(*tensors[:3], *scales, *tensors[3:], *decode_numbers(case))
+    truth = decode_cases.truth(case, replace(inputs, **clean))
+    tolerances = (TOLERANCES[dtype][0], LSE_TOLERANCE)
+    found = [difference(*rest) for rest in zip(("out", "lse"), (x.cpu() for x in got), truth, tolerances, strict=True)]
+    return [f"e4m3 {case} {dtype}: {text}" for text in found if text is not None]
+
+
 FP8_ROWS = tuple(sm90_tiles.head_dims("Fp8Forward"))
 FP8_TOLERANCES = (0.15, 0.03)  # of out, of the lse: an element of P beside a boundary falls on either side
 
@@ -357,8 +396,11 @@ def sweep(device: str, forward: Callable | None = None, decode: Callable | None 
     for case, dtype in of_caches:
         wrong += run_decode(case, dtype, device, decode)
     computed_caches = run_corrupt_caches(device, decode)
-    for case, dtype in fp8_cases_of_sweep() if device == "cuda" else ():  # no other device has a kernel
-        wrong += run_fp8(case, dtype)
+    if device == "cuda":  # no other device has a kernel
+        for case, dtype in fp8_cases_of_sweep():
+            wrong += run_fp8(case, dtype)
+        for case, dtype in e4m3_cases_of_sweep():
+            wrong += run_e4m3_decode(case, dtype)
     if device == "cuda" and 0 in (computed, computed_caches):
         wrong.append("no call with corrupt boundaries, or none with a corrupt cache, was computed")
     print(f"{len(cases)} calls and {computed} with corrupt boundaries, forward and backward, {len(of_caches)} to caches and "

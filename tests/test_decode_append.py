@@ -227,7 +227,8 @@ def test_the_kernel_that_appends_writes_what_torch_writes(seed):
     )
     expected = replace(call, k=k_cache.clone(), v=v_cache.clone())
     assert torch.equal(decode.append(expected, k, v), decode._append_by_kernel(call, k, v))
-    assert torch.equal(k_cache, expected.k) and torch.equal(v_cache, expected.v)
+    assert torch.equal(k_cache, expected.k)
+    assert torch.equal(v_cache, expected.v)
 
 
 @gpu_support.needs_sm90
@@ -235,7 +236,14 @@ def test_the_kernel_that_appends_writes_what_torch_writes(seed):
 def test_the_kernel_that_appends_refuses_what_it_would_misread():
     cache, new = torch.zeros(2, 16, 1, 64, device="cuda").half(), torch.zeros(2, 1, 1, 64, device="cuda").half()
     lengths = torch.zeros(2, dtype=torch.int32, device="cuda")
-    good = {"k_cache": cache, "v_cache": cache.clone(), "k": new, "v": new, "cache_seqlens": lengths, "block_table": None}
+    good = {
+        "k_cache": cache,
+        "v_cache": cache.clone(),
+        "k": new,
+        "v": new,
+        "cache_seqlens": lengths,
+        "block_table": None,
+    }
     for name, value, expected in (
         ("k_cache", cache.float(), "dtype float16 or bfloat16"),
         ("k_cache", cache.cpu(), "a tensor on a Hopper GPU"),

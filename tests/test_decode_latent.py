@@ -193,6 +193,7 @@ class _OnGpu:
         self.stride, self.storage_offset, self.untyped_storage, self.numel = (
             x.stride, x.storage_offset, x.untyped_storage, x.numel,
         )  # fmt: skip
+        self.element_size = lambda: self.dtype.itemsize
 
 
 @pytest.mark.parametrize(("width", "values", "is_latent", "expected"), [

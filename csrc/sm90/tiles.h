@@ -333,6 +333,7 @@ struct E4m3DecodeConfig<128> {
   static constexpr int kBlockKV = 64, kNumCtas = 2;
 };
 
+// The parts of four warps and a ring of as many bytes as that of 128 leave no room for a second CTA.
 template <>
 struct E4m3DecodeConfig<256> {
   static constexpr int kBlockKV = 64, kNumCtas = 1;

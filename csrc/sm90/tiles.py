@@ -149,7 +149,9 @@ def e4m3_decode_table(path: Path = HERE / "tiles.h") -> str:
         keys, ctas = row["kBlockKV"], row["kNumCtas"]
         parts, stage = warps * rows * (4 * (dim + 4) + 8), keys * (2 * dim + 8)
         stages = (most_bytes // ctas - 1024 - parts - 512) // stage
-        lines.append(f"| {dim} | {rows} | {keys} | {stages} | {ctas} | {round(ctas * stages * keys * 2 * dim / 1024)} |")
+        lines.append(
+            f"| {dim} | {rows} | {keys} | {stages} | {ctas} | {round(ctas * stages * keys * 2 * dim / 1024)} |"
+        )
     return "\n".join(lines)
 
 
