@@ -408,7 +408,7 @@ struct E4m3DecodeTiles : E4m3DecodeConfig<kHeadDim> {
   static constexpr int kPartBytes = 4 * kRows * (4 * (kHeadDim + 4) + 8),
                        kStageBytes = Config::kBlockKV * (2 * kHeadDim + 8);
   static constexpr int kNumStages = (228 * 1024 / Config::kNumCtas - 1024 - kPartBytes - 512) / kStageBytes;
-  static_assert(kNumStages >= 4, "a warp that waits for a stage knows one phase before its own");
+  static_assert(kNumStages >= 4, "then the block before in a stage is none of those that a warp has yet to come to");
 };
 
 // The last of a list is the widest.

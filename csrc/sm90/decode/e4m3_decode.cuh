@@ -456,9 +456,8 @@ struct E4m3Decode {
       for (int32_t kv_block = blocks.begin + warp; kv_block < blocks.end; kv_block += kNumWarps) {
         uint32_t const number = first_of_tile + static_cast<uint32_t>(kv_block - blocks.begin);
         uint32_t const turns = number / kNumStages, stage = number - turns * kNumStages;
-        // A wait for a phase of one parity passes while the phase before it is not over: of the other parity, it is as
-        // good as the last that was. The stage's kv_block before this one was another warp's, which may wait for it
-        // still.
+        // The block before this one in the stage is another warp's, which may wait for it still. A wait for a phase
+        // knows its parity alone: it would take the phase two before for its own, and pass.
         if constexpr (kNumStages % kNumWarps != 0) ClusterBarrier::wait(&shared.empty[stage], (turns & 1) ^ 1);
         ClusterBarrier::wait(&shared.full[stage], turns & 1);
         __syncwarp();
