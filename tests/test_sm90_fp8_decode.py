@@ -317,12 +317,17 @@ def test_generate_with_an_fp8_cache_gives_the_emulations_logits(family, options)
     given = {"attention_mask": mask, "max_new_tokens": 12, "do_sample": False, "output_logits": True,
              "return_dict_in_generate": True}  # fmt: skip
     expected = model.generate(ids, past_key_values=flashmla_hf.Fp8Cache(), **given)
+    exact = model.generate(ids, **given)
     model = model.to("cuda", torch.float16)
     given["attention_mask"] = mask.cuda()
     got = model.generate(ids.cuda(), past_key_values=flashmla_hf.Fp8Cache(), **given)
-    # Logits as long as the tokens are the same: near a tie half precision may choose another.
-    for step, (a, b) in enumerate(zip(got.logits, expected.logits, strict=True)):
-        assert (a.cpu().float() - b).abs().max() <= 3e-2 * b.abs().max(), step
-        if not torch.equal(got.sequences[:, : 41 + step].cpu(), expected.sequences[:, : 41 + step]):
+    # Numbers of half precision are rounded to e4m3 otherwise than those of fp32: on a CPU that is up to 0.35 of what e4m3 changes.
+    # Logits as long as the tokens are the same.
+    for step, (a, b, c) in enumerate(zip(got.logits, expected.logits, exact.logits, strict=True)):
+        difference, change = ((x - b).square().mean().sqrt() for x in (a.cpu().float(), c))
+        assert difference <= 0.6 * change + 5e-3 * b.abs().max(), step
+        if any(
+            not torch.equal(x.sequences[:, : 41 + step].cpu(), expected.sequences[:, : 41 + step]) for x in (got, exact)
+        ):
             break
     assert step > 0

@@ -469,6 +469,8 @@ struct E4m3Decode {
               hide(scores, arguments, keys, walk.tile, kv_block * kBlockKV);
             },
             scale_log2);
+        // An arrival does not wait for loads of shared memory that are on their way, and TMA writes here next.
+        cutlass::arch::fence_view_async_shared();
         __syncwarp();
         if (lane == 0) ClusterBarrier::arrive(&shared.empty[stage]);
       }
