@@ -131,10 +131,11 @@ def peak_flops(device: str, dtype: str) -> tuple[float, str]:
 def _fastest_product(n: int, dtype: torch.dtype, device: str, known: float = math.inf) -> float:
     """Seconds of the fastest [n, n] x [n, n] product within half a second, at least six of them.
 
-    The first calls choose a routine, and a CPU has other work too. A second product that takes four times ``known``, the seconds
-    of a faster dtype, is the last: without its instructions a product in bfloat16 takes seconds.
+    The first calls choose a routine, and a CPU has other work too. A second product that takes four times ``known``, the
+    seconds of a faster dtype, is the last: without its instructions a product in bfloat16 takes seconds.
     """
-    a = torch.randn(n, n, device=device).to(dtype)
+    # Not of the run's random numbers: what a seed draws must not depend on whether this was measured.
+    a = torch.randn(n, n, device=device, generator=torch.Generator(device).manual_seed(0)).to(dtype)
     seconds: list[float] = []
     begun = time.perf_counter()
     while len(seconds) < 6 or time.perf_counter() - begun < 0.5:
