@@ -16,7 +16,7 @@ import pytest
 import torch
 from training_support import ON_PATH, SCRIPTS, losses, options
 
-from flashmla_hf.training import finetune
+from flashmla_hf.training import finetune, machine
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate_state")
 
@@ -226,6 +226,13 @@ def test_a_disk_that_fills_up_at_a_checkpoint_loses_nothing_saved(tiny_model, co
     assert (tmp_path / "checkpoint-1" / "model.safetensors").read_bytes() == before
     finetune.main(arguments)
     assert len(losses(tmp_path)) == 2
+
+
+def test_measuring_the_device_draws_none_of_the_runs_random_numbers():
+    """A process measures once: its second run of a seed would have other dropout than the first."""
+    before = torch.get_rng_state()
+    assert machine._fastest_product(8, torch.float32, "cpu", least=1, limit=0.0) > 0
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 @pytest.mark.parametrize("damage", ["missing", "cut"])
