@@ -154,6 +154,7 @@ def test_the_name_that_serve_does_not_take_is_refused_at_once(tmp_path):
         pass
 
 
+@pytest.mark.any_release
 def test_the_documented_command_is_the_one_that_is_tested():
     command = f"transformers serve MODEL --attn-implementation {SHAPED} --continuous-batching"
     assert f"```bash\n{command}\n```" in (ROOT / "docs" / "inference.md").read_text()
