@@ -2,7 +2,8 @@
 
 In a fork ``torch`` is not imported, though its submodules are. ``import torch`` then runs what torch's own import ends with, while
 torch counts as being imported: it loads the entry points. So whatever depends on when torch is imported, by whom, and what it
-loads, is as in a fresh process. Transformers, accelerate, peft and this package are not there, and are really imported.
+loads, is as in a fresh process. Transformers, accelerate, peft and this package are not there, and are really imported. A program
+that needs a GPU runs in a fresh process: torch's import may have asked the driver, which then does not work in a fork.
 """
 
 from __future__ import annotations
@@ -14,8 +15,11 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
+
+TESTS = Path(__file__).resolve().parent
 
 # A line of its input is a program to start, answered by the fork's id, or a fork to ask for its exit code (null: it runs).
 _SERVER = """
@@ -138,3 +142,14 @@ class Process:
         """What it wrote to standard output and error, when it has ended."""
         self.wait()
         return tuple(file.read_text() for file in self.said)
+
+
+def run_program(program: str, timeout: int = 240, **environment: str) -> str:
+    """As ``fresh_python.run_program``, in a fork."""
+    with tempfile.TemporaryDirectory() as folder:
+        process = Process(
+            program, Path(folder), [str(TESTS), str(TESTS.parent)], os.environ | environment, limit=timeout
+        )
+        said, errors = process.output()
+    assert process.exit_code == 0, f"exit code {process.exit_code}\n{errors[-4000:]}"
+    return said.strip()

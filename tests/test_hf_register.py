@@ -252,11 +252,11 @@ def test_active_context_parallelism_raises(tmp_path):
 
 def _run(script: str, tmp_path, is_fresh: bool = False, **environment) -> str:
     """Runs a script that never imports this package, with its entry point installed (as a .dist-info of its own). ``is_fresh``:
-    in a process of its own, otherwise in a fork that imports all but torch (forked_python.py)."""
+    in a process of its own, otherwise in a fork that imports all but torch (forked_python.py); with a GPU always in its own."""
     path = [fresh_python.entry_point_folder(tmp_path), str(ROOT)]
     env = {k: v for k, v in os.environ.items() if k != "TORCH_DEVICE_BACKEND_AUTOLOAD"} | environment
     script = textwrap.dedent(script)
-    if is_fresh:
+    if is_fresh or DEVICE.type != "cpu":
         env["PYTHONPATH"] = os.pathsep.join([*path, os.environ.get("PYTHONPATH", "")])
         done = subprocess.run(
             [sys.executable, "-c", script], env=env, cwd=tmp_path, capture_output=True, text=True, timeout=300

@@ -38,7 +38,7 @@ PROMPTS = [
 
 class Server:
     """``transformers serve`` in a process of its own, which never imports this package; ended when the block is left.
-    ``is_fresh``: as a user starts it, otherwise in a fork that has torch's modules (forked_python.py)."""
+    ``is_fresh``: as a user starts it, otherwise in a fork that has torch's modules (forked_python.py), if it needs no GPU."""
 
     def __init__(self, folder: Path, model: Path, *arguments: str, is_fresh: bool = False):
         with socket.socket() as free:
@@ -49,7 +49,10 @@ class Server:
             "serve", str(model), "--attn-implementation", SHAPED, "--device", str(DEVICE), "--host", "127.0.0.1",
             "--port", str(self.port), *arguments,
         ]  # fmt: skip
-        self.path, self.is_fresh = [fresh_python.entry_point_folder(folder), str(ROOT)], is_fresh
+        self.path, self.is_fresh = (
+            [fresh_python.entry_point_folder(folder), str(ROOT)],
+            is_fresh or DEVICE.type != "cpu",
+        )
         environment = {name: value for name, value in os.environ.items() if name != "TORCH_DEVICE_BACKEND_AUTOLOAD"}
         self.environment = environment | {
             "PYTHONPATH": os.pathsep.join([*self.path, os.environ.get("PYTHONPATH", "")]),
