@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
-import sys
-from dataclasses import asdict, replace
+from dataclasses import replace
 
-import gloo_processes
 import measure_model
 import memory_page
 import memory_report
@@ -17,26 +13,13 @@ import records
 import render_results
 import torch
 from measure_model import Measurement, Point
+from measure_support import in_fork
 from training_support import ON_PATH, ROOT
 
 from flashmla_hf.host_memory import GIB
 from flashmla_hf.training import machine
 
 # ---------------------------------------------------------------- memory_report and measure_model
-
-
-def run_program(point: Point) -> str:
-    """What the program says of ``point``, in a process that it may end."""
-    sys.argv = [measure_model.__file__, json.dumps(asdict(point))]
-    with contextlib.redirect_stdout(io.StringIO()) as said:
-        measure_model.main()
-    return said.getvalue()
-
-
-def in_fork(point: Point, timeout: float) -> Measurement:
-    """As ``measure_model.in_subprocess``, in a process that need not import everything again."""
-    (said,) = gloo_processes.run(run_program, point, processes=1, limit=timeout)
-    return Measurement(**json.loads(said.rpartition(measure_model.RESULT_MARK)[2]) | {"point": point})
 
 
 def test_memory_report_measures_in_processes_and_writes_files(tmp_path, monkeypatch, capsys):
