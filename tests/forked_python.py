@@ -89,7 +89,7 @@ def _server() -> subprocess.Popen:
     environment = os.environ | {"TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     server = subprocess.Popen([sys.executable, "-c", _SERVER], env=environment, **pipes)
-    atexit.register(server.stdin.close)
+    atexit.register(server.communicate)  # the end of its input ends it
     return server
 
 
