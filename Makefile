@@ -76,7 +76,7 @@ OLDER_TARGETS := $(addprefix test-transformers-,$(OLDER_TRANSFORMERS))
 test-older-transformers: $(OLDER_TARGETS)
 test-oldest-transformers: $(firstword $(OLDER_TARGETS))
 $(OLDER_TARGETS): test-transformers-%: $(VENV)/package.stamp build/transformers-%.stamp
-	PYTHONPATH=$(CURDIR)/build/transformers-$* $(VENV)/bin/python -m pytest $(TESTS_$*) $(TEST_OPTIONS)
+	PYTHONPATH=$(CURDIR)/build/transformers-$* $(VENV)/bin/python -m pytest $(TESTS_$*) -m "not any_release" $(TEST_OPTIONS)
 
 test-kernels: $(VENV)/package.stamp build/transformers-$(HUB_KERNELS_TRANSFORMERS).stamp build/hub-kernels.stamp
 	PYTHONPATH=$(CURDIR)/build/hub-kernels:$(CURDIR)/build/transformers-$(HUB_KERNELS_TRANSFORMERS) \

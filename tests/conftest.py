@@ -26,8 +26,8 @@ if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, share)))
 
 # Before anything imports them: their assertions explain themselves as those of test files do.
-SUPPORT = ("build", "cpu", "gpu_robust", "patches", "sm90", "training")
-pytest.register_assert_rewrite("fresh_python", *(f"{name}_support" for name in SUPPORT))
+SUPPORT = ("build", "cpu", "gpu_robust", "measure", "patches", "sm90", "training")
+pytest.register_assert_rewrite("fresh_python", "forked_python", *(f"{name}_support" for name in SUPPORT))
 ROOT = Path(__file__).resolve().parent.parent
 
 settings.register_profile("no deadline", deadline=None)

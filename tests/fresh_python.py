@@ -9,6 +9,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import forked_python
+
 TESTS = Path(__file__).resolve().parent
 
 
@@ -33,15 +35,15 @@ def run_program(program: str, timeout: float = 240, **environment: str) -> str:
     return result.stdout.strip()
 
 
-def in_subprocess(module: str, call: str, timeout: float = 120, **environment: str) -> str:
-    """:func:`run_program` on ``call``, an expression of the names of the test module ``module``."""
-    return run_program(f"import {module} as t; t.{call}", timeout, **environment)
+def in_subprocess(module: str, call: str, timeout: float = 120, run=run_program, **environment: str) -> str:
+    """``run``, of this module or of forked_python, on ``call``, an expression of the names of the test module ``module``."""
+    return run(f"import {module} as t; t.{call}", timeout, **environment)
 
 
 @functools.cache
-def answers_of(module: str, calls: tuple[str, ...], timeout: float = 300, **environment: str) -> dict[str, list]:
+def answers_of(module: str, calls: tuple[str, ...], timeout: int = 300, **environment: str) -> dict[str, list]:
     """Of each of ``calls``, expressions of the names of ``module``: [what it returns, the error that it raises or None]. One
-    process runs all of them, for importing torch takes longer than most. What they return is of JSON."""
+    fork (forked_python.py) runs all of them. What they return is of JSON."""
     program = f"""
 import json, traceback
 import {module} as t
@@ -53,4 +55,4 @@ for call in {calls!r}:
         found[call] = [None, traceback.format_exc()]
 print("found", json.dumps(found))
 """
-    return json.loads(run_program(program, timeout, **environment).rpartition("found ")[2])
+    return json.loads(forked_python.run_program(program, timeout, **environment).rpartition("found ")[2])

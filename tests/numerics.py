@@ -15,7 +15,7 @@ import torch
 from cases import Case, Inputs
 
 from flashmla_hf.dispatch import attention
-from flashmla_hf.reference import visible_keys
+from flashmla_hf.reference import repeated, visible_keys
 
 
 @dataclass
@@ -91,7 +91,7 @@ def eager(
 
     left, right = (-1 if bound is None else bound for bound in window or (None, None))
     query = q.transpose(1, 2)
-    key, value = (x.transpose(1, 2).repeat_interleave(q.shape[2] // k.shape[2], dim=1) for x in (k, v))
+    key, value = (repeated(x.transpose(1, 2), q.shape[2] // k.shape[2]) for x in (k, v))
     scores = torch.matmul(query, key.transpose(2, 3)) * (q.shape[-1] ** -0.5 if scale is None else scale)
     if softcap > 0.0:
         scores = torch.tanh(scores / softcap) * softcap
@@ -179,8 +179,14 @@ def tolerance_floor(dtype: torch.dtype, ref: torch.Tensor, largest_lse: float = 
 
 
 def _largest(x: torch.Tensor) -> float:
-    finite = x[x.isfinite()]
-    return finite.abs().max().item() if finite.numel() else 0.0
+    """The largest finite magnitude. Selecting the finite elements would take 25 times as long, and mostly all are."""
+    largest = x.abs().max().item() if x.numel() else 0.0
+    return largest if largest < math.inf else x.nan_to_num(0.0, 0.0, 0.0).abs().max().item()
+
+
+def _is_finite(x: torch.Tensor) -> bool:
+    """Of every element."""
+    return x.numel() == 0 or x.abs().max().item() < math.inf
 
 
 def largest_error(x: torch.Tensor, ref: torch.Tensor) -> float:
@@ -193,8 +199,11 @@ def assert_within(name: str, got: torch.Tensor, like: torch.Tensor, ref: torch.T
     assert got.shape == ref.shape, f"{name}: shape {[*got.shape]}, expected {[*ref.shape]}"
     assert got.dtype == like.dtype, f"{name}: dtype {got.dtype}, expected {like.dtype}"
     got64 = got.double()
-    same_special = torch.where(ref.isfinite(), got64.isfinite(), (got64 == ref) | (got64.isnan() & ref.isnan()))
-    assert same_special.all(), f"{name}: infinities or NaNs at other places: {(~same_special).sum().item()} elements"
+    if not (_is_finite(got64) and _is_finite(ref)):
+        same_special = torch.where(ref.isfinite(), got64.isfinite(), (got64 == ref) | (got64.isnan() & ref.isnan()))
+        assert same_special.all(), (
+            f"{name}: infinities or NaNs at other places: {(~same_special).sum().item()} elements"
+        )
     error = largest_error(got, ref)
     assert error <= allowed, f"{name}: error {error:.3e} against float64, allowed {allowed:.3e}"
 

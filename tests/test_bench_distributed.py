@@ -5,8 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import subprocess
-import sys
+import os
 from pathlib import Path
 
 import bench_distributed
@@ -246,8 +245,9 @@ def test_a_search_finds_each_longest_step_in_few_trials_and_goes_on_where_it_was
         for key, trials in searches.items()
         if key[0] != "ours"
     }
+    args = options()
     for done in range(len(records)):  # at any place the file is what counts
-        following = distributed_points.following(options(), records[:done])
+        following = distributed_points.following(args, records[:done])
         assert dataclasses.asdict(following).items() <= records[done].items()
     numbers = {"seconds": 1.0, "tokens_per_second": 100.0, "mfu": 0.4, "pinned_bytes": 0}
     rates = [{"mfu": 0.6} if r["is_patched"] else {} for r in records]
@@ -308,14 +308,18 @@ def test_steps_that_are_compared_have_the_same_number_of_layers(tmp_path):
     assert {r["layers"] for r in found if r["kind"] == "train" and r["group"] != "longest"} == {16}
 
 
+def run_of_its_own(folder: Path) -> None:
+    """The first process runs as "a", the second as "b", each as if it alone had been started."""
+    name, number = (("a", "0"), ("b", "2"))[int(os.environ["RANK"])]
+    for variable in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        del os.environ[variable]
+    given = ["--output_dir", str(folder), "--turns", str(folder / "turn")]
+    bench_distributed.main([*ARGUMENTS, *given, "--name", name, "--points", number])
+
+
 def test_runs_of_other_names_and_one_turn_become_one_file(tmp_path, capsys):
-    """Really: two runs at once, of which one measures at a time."""
-    alone = [sys.executable, str(Path(bench_distributed.__file__)), *ARGUMENTS, "--output_dir", str(tmp_path)]
-    runs = [
-        subprocess.Popen([*alone, "--name", name, "--points", number, "--turns", str(tmp_path / "turn")])
-        for name, number in (("a", "0"), ("b", "2"))
-    ]
-    assert [run.wait(timeout=200) for run in runs] == [0, 0]
+    """Two runs at once, of which one measures at a time, in processes that really are started."""
+    gloo_processes.run(run_of_its_own, tmp_path, limit=200)
     bench_distributed.main([*ARGUMENTS, "--output_dir", str(tmp_path), "--merge", "a", "b", "a", "--name", "both"])
     assert "both.json" in capsys.readouterr().out
     found = json.loads((tmp_path / "both.json").read_text())["points"]

@@ -12,15 +12,16 @@ import bench_attention
 import bench_model
 import check
 import compare
+import measure_model
 import pytest
 import render_results
 import series
 import timing
 import torch
 from check import Inputs
+from measure_support import in_fork
 from peers import PEERS, Peer, Unsupported
 from shapes import Shape
-from training_support import ON_PATH
 
 from flashmla_hf import attention
 
@@ -253,7 +254,7 @@ def test_a_used_up_time_budget_names_the_shapes_left_out(tmp_path, capsys):
 
 
 def test_bench_model_measures_training_and_decoding(tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("PYTHONPATH", ON_PATH["PYTHONPATH"])
+    monkeypatch.setattr(measure_model, "in_subprocess", in_fork)
     bench_model.main(
         ["--models", "tiny", "--contexts", "256", "--backends", "flashmla", "--device", "cpu", "--repeats", "1",
          "--new_tokens", "4", "--output_dir", str(tmp_path), "--name", "model"]

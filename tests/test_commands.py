@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
+import json
 import sys
 
 import demo
+import gloo_processes
 import measure_model
 import memory_report
 import pytest
-from training_support import ON_PATH
 
-from flashmla_hf.training import finetune, ledger, memory
+from flashmla_hf.training import finetune, ledger, max_length, memory
 
 
 @pytest.mark.parametrize("module", [demo, finetune, memory, ledger, memory_report, measure_model])
@@ -76,13 +79,20 @@ def test_check_reports_a_model_without_its_weights(tiny_model, capsys):
     assert "'./nowhere' cannot be built" in said
 
 
+def said_by_finetune(arguments: list[str]) -> str:
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        finetune.main(arguments)
+    return said.getvalue()
+
+
 def test_memory_is_measured_beside_the_ledger(tiny_model, monkeypatch, capsys):
-    monkeypatch.setenv("PYTHONPATH", ON_PATH["PYTHONPATH"])
-    real = memory.run_trial
+    """A trial is a fork here; test_max_length.py starts its process as run_trial does."""
 
     def limited(argv, length, timeout, *_):
-        out_of_memory = {"length": length, "status": "out_of_memory", "reason": "finetune: out of memory"}
-        return out_of_memory if length > 512 else real(argv, length, timeout)
+        if length > 512:
+            return {"length": length, "status": "out_of_memory", "reason": "finetune: out of memory"}
+        (said,) = gloo_processes.run(said_by_finetune, [*argv, "--trial_length", str(length)], processes=1)
+        return {"length": length, "status": "ok"} | json.loads(said.rpartition(max_length.TRIAL_MARK)[2])
 
     monkeypatch.setattr(memory, "run_trial", limited)
     code, said = _flashmla(

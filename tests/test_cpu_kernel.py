@@ -11,6 +11,7 @@ import os
 import time
 from pathlib import Path
 
+import forked_python
 import pytest
 import torch
 from cpu_support import DTYPES, ISAS, kernel, make_inputs, needs_cpu_library
@@ -94,13 +95,14 @@ def test_every_instruction_set_is_as_exact_as_eager(isa):
     best = torch.ops.flashmla.cpu_isa()
     if "FLASHMLA_CPU_ISA" not in os.environ and ISAS.index(isa) > ISAS.index(best):
         pytest.skip(f"this machine offers {best}")
-    assert in_subprocess("test_cpu_kernel", "check_against_float64()", 300, FLASHMLA_CPU_ISA=isa) == isa
+    call, run = "check_against_float64()", forked_python.run_program
+    assert in_subprocess("test_cpu_kernel", call, 300, run, FLASHMLA_CPU_ISA=isa) == isa
 
 
 def test_an_unknown_instruction_set_is_an_error_at_the_first_call():
     call = "torch.ops.flashmla.cpu_isa()"
     with pytest.raises(AssertionError, match="FLASHMLA_CPU_ISA is not one of baseline, avx2, avx512, avx512_bf16, amx"):
-        in_subprocess("test_cpu_kernel", call, FLASHMLA_CPU_ISA="sse9")
+        in_subprocess("test_cpu_kernel", call, 60, forked_python.run_program, FLASHMLA_CPU_ISA="sse9")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -194,13 +194,15 @@ def test_trl_sft(options, data, model, forked):
     ("script", "dataset", "options"),
     [("trl_sft.py", "chats", ("--packing", "--max_length", "64")), ("transformers_trainer.py", "texts", ("--bf16",))],
 )
-def test_without_a_gpu_an_example_needs_no_option_for_it(script, dataset, options, data, model):
+def test_without_a_gpu_an_example_needs_no_option_for_it(script, dataset, options, data, model, forked):
     """The command of the page, without ``--use_cpu``: Transformers refuses bf16 on a machine without a GPU otherwise."""
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
+    start = forked
     if script.startswith("trl"):
         needs("trl")
-    run(
+        start = run  # one example in a process of its own
+    start(
         data, EXAMPLES / script, "--model_name_or_path", model, "--dataset", f"{dataset}.jsonl", "--output_dir", "out",
         "--max_steps", "1", "--report_to", "none", *options,
     )  # fmt: skip

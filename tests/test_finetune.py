@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 
+import gloo_processes
 import models
 import numpy as np
 import pytest
 import torch
-from training_support import ON_PATH, SCRIPTS, losses, options
+from training_support import losses, options
 
 from flashmla_hf.training import evaluation, finetune
 from flashmla_hf.training.model import keep_adapter_inputs
@@ -84,10 +83,7 @@ def test_two_processes_train_as_two_accumulated_batches(tiny_model, corpus, tmp_
     """The same packs in the same steps: loss and gradients are shares of the whole, whoever computes them."""
     shared = {"max_steps": 3, "validation_split_percentage": 20, "use_peft": True}
     finetune.main(options(tiny_model, corpus, tmp_path / "one", **shared, gradient_accumulation_steps=2))
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    arguments = options(tiny_model, corpus, tmp_path / "two", **shared, save_steps=2)
-    env = ON_PATH | {"OMP_NUM_THREADS": "1"}
-    subprocess.run([*launch, str(SCRIPTS / "finetune.py"), *arguments], env=env, check=True, timeout=200)
+    gloo_processes.run(finetune.main, options(tiny_model, corpus, tmp_path / "two", **shared, save_steps=2))
     torch.testing.assert_close(losses(tmp_path / "two"), losses(tmp_path / "one"), rtol=1e-4, atol=1e-4)
     assert (tmp_path / "two" / "checkpoint-2" / "random_states_1.pkl").exists()
     results = [json.loads((tmp_path / name / "all_results.json").read_text()) for name in ("one", "two")]

@@ -8,12 +8,15 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
+import engine_cases
+import gloo_processes
 import pytest
 import torch
 from training_support import ON_PATH, SCRIPTS, losses, options
 
-from flashmla_hf.training import finetune
+from flashmla_hf.training import finetune, machine
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate_state")
 
@@ -205,23 +208,31 @@ def test_a_patched_run_resumes_with_the_same_losses(tiny_model, corpus, tmp_path
     assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
 
 
+def with_small_files(arguments: list[str], folder: Path) -> dict | str:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
+    return engine_cases.finetune("", arguments, folder)
+
+
 def test_a_disk_that_fills_up_at_a_checkpoint_loses_nothing_saved(tiny_model, corpus, tmp_path):
     """Really: the system refuses files beyond a limit, which the optimizer's state is over."""
     shared = {"save_steps": 1, "lr_scheduler_type": "constant"}
     finetune.main(options(tiny_model, corpus, tmp_path, **shared, max_steps=1))
     before = (tmp_path / "checkpoint-1" / "model.safetensors").read_bytes()
     arguments = options(tiny_model, corpus, tmp_path, **shared, max_steps=2, resume_from_checkpoint="latest")
-    done = subprocess.run(
-        [sys.executable, "-m", "flashmla_hf.training.finetune", *arguments], env=ON_PATH, capture_output=True, text=True,
-        timeout=120, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000)),
-    )  # fmt: skip
-    last = done.stderr.strip().splitlines()[-1]
-    assert last.startswith("finetune: checkpoint-2 could not be written"), done.stderr
-    assert last.endswith("checkpoint-1 is whole: resume from it")
+    (told,) = gloo_processes.run(with_small_files, arguments, tmp_path, processes=1)
+    assert told.startswith("finetune: checkpoint-2 could not be written"), told
+    assert told.endswith("checkpoint-1 is whole: resume from it")
     assert not list(tmp_path.glob("*checkpoint-2"))
     assert (tmp_path / "checkpoint-1" / "model.safetensors").read_bytes() == before
     finetune.main(arguments)
     assert len(losses(tmp_path)) == 2
+
+
+def test_measuring_the_device_draws_none_of_the_runs_random_numbers():
+    """A process measures once: its second run of a seed would have other dropout than the first."""
+    before = torch.get_rng_state()
+    assert machine._fastest_product(8, torch.float32, "cpu", least=1, limit=0.0) > 0
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 @pytest.mark.parametrize("damage", ["missing", "cut"])

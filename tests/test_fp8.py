@@ -7,8 +7,8 @@ import math
 import os
 from dataclasses import replace
 
+import forked_python
 import fp8_cases
-import fresh_python
 import pytest
 import torch
 from cases import CASES, Case, without_pairs
@@ -63,7 +63,7 @@ FIRST_CALLS = {
 
 @pytest.mark.parametrize("name", FIRST_CALLS)
 def test_a_first_call_leaves_nothing_that_a_later_one_cannot_use(name):
-    fresh_python.run_program(f"""
+    forked_python.run_program(f"""
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from flashmla_hf import attention

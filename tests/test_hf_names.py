@@ -11,6 +11,7 @@ import textwrap
 import types
 from pathlib import Path
 
+import forked_python
 import hf_support
 import pytest
 import torch
@@ -189,6 +190,11 @@ def start(script: str, *arguments: str, **environment) -> subprocess.Popen:
     )  # fmt: skip
 
 
+def forked(script: str, folder: Path) -> tuple[str, str]:
+    """Standard output and error of ``script``, in a fork that has torch's modules."""
+    return forked_python.Process(textwrap.dedent(script), folder, [str(ROOT)], dict(os.environ)).output()
+
+
 # ---- models that choose a class, and submodels ---------------------------------------------------------------------
 
 
@@ -250,8 +256,8 @@ FAILED = """
 """
 
 
-def test_a_name_that_could_not_be_registered_raises_with_the_reason():
-    out, errors = start(FAILED).communicate(timeout=240)
+def test_a_name_that_could_not_be_registered_raises_with_the_reason(tmp_path):
+    out, errors = forked(FAILED, tmp_path)
     assert out.splitlines() == ["ModuleNotFoundError True True"] * 9, errors
 
 
@@ -304,8 +310,8 @@ def test_a_modules_classes_are_found_while_names_are_added_to_it(monkeypatch):
     assert check._attention_classes(module.__name__) == list(layers.values())
 
 
-def test_eight_threads_import_register_and_run_their_first_forward_at_once():
+def test_eight_threads_import_register_and_run_their_first_forward_at_once(tmp_path):
     if DEVICE.type != "cpu":
         pytest.skip("runs on the CPU")
-    out, errors = start(THREADS).communicate(timeout=240)
+    out, errors = forked(THREADS, tmp_path)
     assert out.split("\n")[-2:-1] == [str(list(range(8)))], errors

@@ -11,6 +11,7 @@ import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import forked_python
 import fresh_python
 import hf_support
 import pytest
@@ -24,6 +25,7 @@ pytestmark = [
     ),
 ]
 ROOT = Path(__file__).parent.parent
+PROGRAM = "transformers.cli.transformers"
 START_SECONDS, ANSWER_SECONDS = 180, 120
 NEW_TOKENS = 8
 PROMPTS = [
@@ -35,28 +37,40 @@ PROMPTS = [
 
 
 class Server:
-    """``transformers serve`` in a process of its own, which never imports this package; ended when the block is left."""
+    """``transformers serve`` in a process of its own, which never imports this package; ended when the block is left.
+    ``is_fresh``: as a user starts it, otherwise in a fork that has torch's modules (forked_python.py), if it needs no GPU."""
 
-    def __init__(self, folder: Path, model: Path, *arguments: str):
+    def __init__(self, folder: Path, model: Path, *arguments: str, is_fresh: bool = False):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
         self.log, self.model = folder / "log", model
-        self.command = [
-            sys.executable, "-m", "transformers.cli.transformers", "serve", str(model), "--attn-implementation", SHAPED,
-            "--device", str(DEVICE), "--host", "127.0.0.1", "--port", str(self.port), *arguments,
+        self.arguments = [
+            "serve", str(model), "--attn-implementation", SHAPED, "--device", str(DEVICE), "--host", "127.0.0.1",
+            "--port", str(self.port), *arguments,
         ]  # fmt: skip
-        path = [fresh_python.entry_point_folder(folder), str(ROOT), os.environ.get("PYTHONPATH", "")]
+        self.path, self.is_fresh = (
+            [fresh_python.entry_point_folder(folder), str(ROOT)],
+            is_fresh or DEVICE.type != "cpu",
+        )
         environment = {name: value for name, value in os.environ.items() if name != "TORCH_DEVICE_BACKEND_AUTOLOAD"}
         self.environment = environment | {
-            "PYTHONPATH": os.pathsep.join(path),
+            "PYTHONPATH": os.pathsep.join([*self.path, os.environ.get("PYTHONPATH", "")]),
             "FLASHMLA_LOG": "1",
             "HF_HUB_OFFLINE": "1",
         }
 
     def __enter__(self):
-        with self.log.open("w") as log:
-            self.process = subprocess.Popen(self.command, env=self.environment, stdout=log, stderr=log)
+        if self.is_fresh:
+            command = [sys.executable, "-m", PROGRAM, *self.arguments]
+            with self.log.open("w") as log:
+                self.process = subprocess.Popen(command, env=self.environment, stdout=log, stderr=log)
+        else:
+            program = f"import runpy; runpy.run_module({PROGRAM!r}, run_name='__main__', alter_sys=True)"
+            self.process = forked_python.Process(
+                program, self.log.parent, self.path, self.environment, *self.arguments, said=self.log,
+                limit=START_SECONDS + ANSWER_SECONDS,
+            )  # fmt: skip
         try:
             self._wait()
         except BaseException:
@@ -122,7 +136,7 @@ def test_a_client_gets_the_tokens_of_generate(family, options, arguments, tmp_pa
     assert len(set(want)) == len(want), "prompts of one answer prove little"
     if arguments:
         arguments += ("--cb-num-blocks", "8", "--cb-max-batch-tokens", "32", "--no-cb-use-cuda-graph")
-    with Server(tmp_path, model, *arguments) as server:
+    with Server(tmp_path, model, *arguments, is_fresh=not arguments) as server:
         assert [server.ask(prompt) for prompt in PROMPTS] == want, "one after another"
         with ThreadPoolExecutor(len(PROMPTS)) as pool:
             assert list(pool.map(server.ask, PROMPTS)) == want, "together"
@@ -138,11 +152,12 @@ def test_the_name_that_serve_does_not_take_is_refused_at_once(tmp_path):
     save_word_tokenizer(model)
     build_causal_lm("eager").save_pretrained(model)
     server = Server(tmp_path, model)
-    server.command[server.command.index(SHAPED)] = "flashmla"
+    server.arguments[server.arguments.index(SHAPED)] = "flashmla"
     with pytest.raises(AssertionError, match="Unsupported attention implementation: 'flashmla'"), server:
         pass
 
 
+@pytest.mark.any_release
 def test_the_documented_command_is_the_one_that_is_tested():
     command = f"transformers serve MODEL --attn-implementation {SHAPED} --continuous-batching"
     assert f"```bash\n{command}\n```" in (ROOT / "docs" / "inference.md").read_text()

@@ -3,6 +3,7 @@ there. Calls that could end the interpreter run in a child process."""
 
 from __future__ import annotations
 
+import forked_python
 import gpu_support
 import pytest
 import torch
@@ -43,7 +44,7 @@ def test_sizes_whose_products_overflow_are_refused_by_name():
         BACKWARD(q, None, q, k, k, q, lse, None, None, None, 0, 0, *OPTIONS, False, False, True, False)
 
 
-@pytest.mark.parametrize("needs", [(True, False, False), (False, True, False), (False, False, True)])
+@pytest.mark.parametrize("needs", [(True, False, False), (False, True, True)])
 @pytest.mark.parametrize("has_queries", [False, True])
 def test_batches_of_billions_without_keys_or_queries_end_at_once(needs, has_queries):
     n = 2**31 - 1
@@ -54,7 +55,7 @@ def test_batches_of_billions_without_keys_or_queries_end_at_once(needs, has_quer
         return  # its gradient is 8 GiB
     lse = torch.zeros(1).expand(n, 1, q.shape[1])
     grads = BACKWARD(q, None, q, k, k, q, lse, None, None, None, 0, 0, *OPTIONS, *needs, False)
-    assert [x.shape for x, need in zip(grads, needs, strict=False) if need] == [wanted.shape]
+    assert [x.shape for x, need in zip(grads, needs, strict=False) if need] == [wanted.shape] * sum(needs)
 
 
 def check_hostile_calls(num_calls, seed):
@@ -128,7 +129,7 @@ def check_hostile_calls(num_calls, seed):
 
 @pytest.mark.parametrize("seed", range(3))
 def test_hostile_sizes_and_strides_never_end_the_interpreter(seed):
-    answers = int(run_program(f"import test_host as t; t.check_hostile_calls(1500, {seed})"))
+    answers = int(forked_python.run_program(f"import test_host as t; t.check_hostile_calls(1500, {seed})"))
     assert answers > 100
 
 

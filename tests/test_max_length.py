@@ -11,6 +11,8 @@ import sys
 import time
 from pathlib import Path
 
+import engine_cases
+import gloo_processes
 import pytest
 from training_support import ON_PATH, options
 
@@ -184,33 +186,37 @@ def test_a_trial_without_host_memory_counts_as_too_long(tmp_path, monkeypatch):
     assert machine.is_out_of_memory(RuntimeError(said))
 
 
-def test_a_trial_beyond_the_memory_ends_with_the_ledgers_advice(tiny_model, monkeypatch, tmp_path):
-    monkeypatch.setenv("PYTHONPATH", ON_PATH["PYTHONPATH"])
-    program = (
-        "import sys; from flashmla_hf.training import finetune, machine; "
-        "machine.memory_available = lambda device: 3 * 2**30; finetune.main(sys.argv[1:])"
-    )
+def with_little_memory(arguments: list[str], folder: Path) -> dict | str:
+    machine.memory_available = lambda device: 3 * GIB
+    return engine_cases.finetune("", arguments, folder)
+
+
+def test_a_trial_beyond_the_memory_ends_with_the_ledgers_advice(tiny_model, tmp_path):
+    """Really: the system refuses memory beyond the limit of a trial's process."""
     arguments = options(tiny_model, tmp_path, tmp_path, attn_implementation="eager", trial_length=16384)
-    done = subprocess.run(
-        [sys.executable, "-c", program, *arguments], env=ON_PATH, capture_output=True, text=True, timeout=120
-    )
-    last = done.stderr.strip().splitlines()[-1]
-    assert last.startswith("finetune: out of memory; by the ledger"), last
-    assert "are scores of eager attention: use --attn_implementation flashmla" in last
+    (told,) = gloo_processes.run(with_little_memory, arguments, tmp_path, processes=1)
+    assert told.startswith("finetune: out of memory; by the ledger"), told
+    assert "are scores of eager attention: use --attn_implementation flashmla" in told
 
 
 def test_a_trial_on_several_processes_reports_the_fullest_of_them(tiny_model, tmp_path, monkeypatch):
-    """By torchrun, as on several GPUs; the sentence of a process that fails is found beside the launcher's words."""
+    """By torchrun, as on several GPUs."""
     monkeypatch.setenv("PYTHONPATH", ON_PATH["PYTHONPATH"])
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     arguments = options(tiny_model, tmp_path, tmp_path / "out", gpus=2)
     trial = max_length.run_trial(arguments, 64, 90, gpus=2)
     assert trial["status"] == "ok", trial
     assert trial["peak_bytes"] > 2**20
-    told = max_length.run_trial([*arguments, "--sp_size", "2", "--attn_implementation", "sdpa"], 64, 90, gpus=2)
+
+
+def test_the_sentence_of_a_process_that_fails_is_found_beside_the_launchers_words(tmp_path, monkeypatch):
+    """By torchrun; what ends as finetune does stands in for it. test_launch.py has finetune itself say its sentence."""
+    program = tmp_path / "finetune.py"
+    program.write_text("import os, sys\nsys.exit(f'finetune: process {os.environ[\"RANK\"]}: a mistake')\n")
+    monkeypatch.setattr(max_length, "PROGRAM", (str(program),))
+    told = max_length.run_trial([], 64, 90, gpus=2)
     assert told["status"] == "error"
-    assert told["reason"].startswith("finetune: process ")
-    assert "which would attend across documents" in told["reason"]
+    assert told["reason"] in ("finetune: process 0: a mistake", "finetune: process 1: a mistake")
 
 
 def test_gpus_are_an_option_of_the_search_alone(tiny_model, corpus, tmp_path):

@@ -13,6 +13,7 @@ import records
 import render_results
 import torch
 from measure_model import Measurement, Point
+from measure_support import in_fork
 from training_support import ON_PATH, ROOT
 
 from flashmla_hf.host_memory import GIB
@@ -22,12 +23,21 @@ from flashmla_hf.training import machine
 
 
 def test_memory_report_measures_in_processes_and_writes_files(tmp_path, monkeypatch, capsys):
+    """One process is the program as it is started, the other a fork."""
     monkeypatch.setenv("PYTHONPATH", ON_PATH["PYTHONPATH"])
+    started, real = [], measure_model.in_subprocess
+
+    def one_real(point, timeout):
+        started.append(point.attn_implementation)
+        return (real if point.attn_implementation == "flashmla" else in_fork)(point, timeout)
+
+    monkeypatch.setattr(measure_model, "in_subprocess", one_real)
     memory_report.main(
         ["--model", "tiny", "--backends", "eager", "flashmla", "--contexts", "1024", "--device", "cpu",
          "--repeats", "1", "--dtype", "float32", "--output_dir", str(tmp_path)]
     )  # fmt: skip
     document = json.loads((tmp_path / "memory_report.json").read_text())
+    assert sorted(started) == ["eager", "flashmla"]
     eager, flashmla = document["points"]
     assert eager["status"] == flashmla["status"] == "ok", document["points"]
     # Eager holds scores of 4 heads x 1024² x 4 bytes per layer, several times.
@@ -38,9 +48,8 @@ def test_memory_report_measures_in_processes_and_writes_files(tmp_path, monkeypa
     assert (tmp_path / "memory_report.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_point_beyond_the_memory_limit_is_out_of_memory_and_not_a_crash(monkeypatch):
-    monkeypatch.setenv("PYTHONPATH", ON_PATH["PYTHONPATH"])
-    result = measure_model.in_subprocess(Point("tiny", "eager", 8192, memory_limit=3 * 2**30), timeout=120)
+def test_a_point_beyond_the_memory_limit_is_out_of_memory_and_not_a_crash():
+    result = in_fork(Point("tiny", "eager", 8192, memory_limit=3 * 2**30), timeout=120)
     assert (result.status, result.peak_bytes) == ("out_of_memory", None), result
 
 
@@ -88,7 +97,7 @@ def test_a_series_names_a_backend_and_its_switches():
 
 
 def test_patches_take_memory_away_and_a_second_run_measures_only_what_is_new(tmp_path, monkeypatch):
-    monkeypatch.setenv("PYTHONPATH", ON_PATH["PYTHONPATH"])
+    monkeypatch.setattr(measure_model, "in_subprocess", in_fork)
     arguments = [
         "--model", "tiny", "--series", "flashmla", "flashmla+all", "--device", "cpu", "--repeats", "0",
         "--dtype", "float32", "--output_dir", str(tmp_path), "--name", "memory-tiny",
@@ -102,8 +111,7 @@ def test_patches_take_memory_away_and_a_second_run_measures_only_what_is_new(tmp
     assert patched["mfu"] > 0
 
     measured = []
-    real = measure_model.in_subprocess
-    monkeypatch.setattr(measure_model, "in_subprocess", lambda p, t: measured.append(p.context) or real(p, t))
+    monkeypatch.setattr(measure_model, "in_subprocess", lambda p, t: measured.append(p.context) or in_fork(p, t))
     memory_report.main([*arguments, "--contexts", "2048", "4096"])
     assert measured == [2048, 2048]
     second = json.loads((tmp_path / "memory-tiny.json").read_text())

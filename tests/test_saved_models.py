@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from families import FAMILY, build
-from fresh_python import run_program
+from forked_python import run_program
 from training_support import options
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 

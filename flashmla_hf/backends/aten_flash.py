@@ -193,9 +193,13 @@ def _is_deterministic() -> bool:
     return torch.are_deterministic_algorithms_enabled() and not _warns_only()
 
 
-@torch.compiler.assume_constant_result  # guarded with the setting itself: a graph is compiled anew if either changes
 def _warns_only() -> bool:
     return torch.is_deterministic_algorithms_warn_only_enabled()
+
+
+# A constant to torch.compile, guarded with the setting itself: a graph is compiled anew if either changes. It is what
+# torch.compiler.assume_constant_result sets, which would import torch._dynamo, half of what importing this package took.
+_warns_only._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _is_small_gpu(device: torch.device) -> bool:

@@ -96,7 +96,7 @@ class Run:
     max_steps: int
     trained_parameters: int
     ledger: Ledger | None
-    peak_flops: float  # of the device, per second
+    peak_flops: float | None  # of the device, per second; of the main process, which alone tells an MFU
 
     def __post_init__(self):
         self.share = Share.of(self.accelerator, self.args)
@@ -140,9 +140,9 @@ class Run:
 
     @property
     def mfu(self) -> float | None:
-        """The model's own operations per second, as a share of the device's; None for a model that the ledger does not
-        know."""
-        return self.state.flops / self.state.runtime / self.peak_flops if self.state.flops else None
+        """The model's own operations per second, as a share of the device's; None for a model that the ledger does not know,
+        and in other processes than the main one."""
+        return self.state.flops / self.state.runtime / self.peak_flops if self.state.flops and self.peak_flops else None
 
 
 def train(model_args: ModelArguments, data_args: DataArguments, args: TrainingArguments) -> dict:
@@ -200,7 +200,8 @@ def prepare_model(
     if longest := positions_exceeded(model, data_args.max_length):
         accelerator.print(f"max_length={data_args.max_length} is beyond the {longest} positions of the model")
     ledger = ledger_of(model_args, args, model.config)
-    peak_flops, _ = machine.peak_flops(accelerator.device.type, "bfloat16" if args.bf16 else "float32")
+    dtype = "bfloat16" if args.bf16 else "float32"
+    peak_flops = machine.peak_flops(accelerator.device.type, dtype)[0] if accelerator.is_main_process else None
     optimizer = make_optimizer(trainable, args)
     max_steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * data.steps_per_epoch)
     scheduler = _make_schedule(optimizer, args, max_steps)

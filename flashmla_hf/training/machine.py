@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import platform
 import re
@@ -106,32 +107,36 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and OUT_OF_MEMORY_MESSAGE.search(str(error)) is not None
 
 
+@functools.cache
 def peak_flops(device: str, dtype: str) -> tuple[float, str]:
     """Floating-point operations per second of the device in ``dtype``, and the source of the number.
 
-    The data sheet's dense rate if the GPU is known, otherwise the rate of a square matrix product, measured now.
+    The data sheet's dense rate if the GPU is known, otherwise the rate of a square matrix product, measured once in a process.
     """
     if device == "cuda" and dtype != "float32":
         name = torch.cuda.get_device_name()
         for part, rate in DATA_SHEET_FLOPS.items():
             if part in name:
                 return rate, "data sheet"
-    n = 8192 if device == "cuda" else 1024
-    # A CPU without instructions for bfloat16 is as fast as its float32.
-    dtypes = {dtype} if device == "cuda" else {dtype, "float32"}
-    seconds = min(_fastest_product(n, getattr(torch, name), device) for name in dtypes)
+    if device == "cuda":
+        n, seconds = 8192, _fastest_product(8192, getattr(torch, dtype), device)
+    else:
+        # A CPU without instructions for bfloat16 is as fast as its float32.
+        measured = torch.bfloat16 if dtype == "bfloat16" == fastest_dtype(device) else torch.float32
+        n, seconds = 1024, _fastest_product(1024, measured, device)
     return 2 * n**3 / seconds, f"measured, a matrix product of {n}"
 
 
-def _fastest_product(n: int, dtype: torch.dtype, device: str) -> float:
-    """Seconds of the fastest [n, n] x [n, n] product within half a second, at least six of them.
+def _fastest_product(n: int, dtype: torch.dtype, device: str, least: int = 6, limit: float = 0.5) -> float:
+    """Seconds of the fastest [n, n] x [n, n] product within ``limit`` seconds, at least ``least`` of them.
 
     The first calls choose a routine, and a CPU has other work too.
     """
-    a = torch.randn(n, n, device=device).to(dtype)
+    # Not of the run's random numbers: what a seed draws must not depend on whether this was measured.
+    a = torch.randn(n, n, device=device, generator=torch.Generator(device).manual_seed(0)).to(dtype)
     seconds: list[float] = []
     begun = time.perf_counter()
-    while len(seconds) < 6 or time.perf_counter() - begun < 0.5:
+    while len(seconds) < least or time.perf_counter() - begun < limit:
         started = time.perf_counter()
         a @ a
         if device == "cuda":
@@ -140,15 +145,11 @@ def _fastest_product(n: int, dtype: torch.dtype, device: str) -> float:
     return min(seconds)
 
 
+@functools.cache
 def fastest_dtype(device: str) -> str:
     """bfloat16 if matrix products in it are faster than in float32 (GPUs, CPUs with AMX), else float32."""
     if device == "cuda":
         return "bfloat16"
-    seconds = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        a = torch.randn(768, 768).to(dtype)
-        for _ in range(3):  # the first calls choose and build a routine; the fastest of the rest is the routine's
-            started = time.perf_counter()
-            a @ a
-            seconds[dtype] = min(seconds.get(dtype, 1e9), time.perf_counter() - started)
-    return "bfloat16" if seconds[torch.bfloat16] < seconds[torch.float32] else "float32"
+    # Small and few: without its instructions a product in bfloat16 takes a hundred times as long.
+    in_float32, in_bfloat16 = (_fastest_product(512, t, device, 3, 0.0) for t in (torch.float32, torch.bfloat16))
+    return "bfloat16" if in_bfloat16 < in_float32 else "float32"
