@@ -77,7 +77,11 @@ def _lacks_packages(command: str) -> bool:
 def _run_training(command: str, arguments: list[str]) -> int:
     if _lacks_packages(command):
         return 1
-    module = importlib.import_module(_TRAINING[command][0])
+    try:
+        module = importlib.import_module(_TRAINING[command][0])
+    except KeyboardInterrupt:  # torch and Transformers take seconds
+        print(f"flashmla {command}: interrupted before it began; nothing was read or written", file=sys.stderr)
+        return 130
     if command == "max-length":
         module.main(arguments, command)
     else:

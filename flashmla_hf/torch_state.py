@@ -23,6 +23,11 @@ def values_are_readable(x: torch.Tensor) -> bool:
     return not (x.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
+def is_in_backward() -> bool:
+    """Whether this thread runs a backward pass, in which checkpointed layers compute again."""
+    return torch._C._current_graph_task_id() != -1
+
+
 def has_transforms() -> bool:
     """Whether a transform of ``torch.func`` is active.
 

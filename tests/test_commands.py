@@ -45,6 +45,17 @@ def test_every_command_has_a_help(command, capsys):
     assert f"    {command}" in _flashmla(capsys)[1]
 
 
+def test_an_interrupt_before_a_command_begins_is_one_sentence(monkeypatch, capsys):
+    from flashmla_hf import __main__ as program
+
+    def interrupted(name):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(program.importlib, "import_module", interrupted)
+    code, said = _flashmla(capsys, "finetune", "--max_length", 8)
+    assert (code, said) == (130, "flashmla finetune: interrupted before it began; nothing was read or written\n")
+
+
 def test_a_missing_extra_is_named_with_its_command(monkeypatch, capsys):
     from flashmla_hf import training
 

@@ -4,8 +4,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -277,6 +279,59 @@ def test_a_pipe_is_named_as_one(tmp_path):
     os.mkfifo(tmp_path / "rows.jsonl")
     with pytest.raises(UserError, match=r"rows\.jsonl: expected a file or a folder, got a pipe or a device"):
         contents(tmp_path / "rows.jsonl")
+
+
+def test_a_folder_is_read_through_its_links(tmp_path):
+    elsewhere = tmp_path / "elsewhere"
+    for folder in ("notes", "elsewhere/deep"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "notes" / "a.txt").write_text("here")
+    (elsewhere / "deep" / "b.txt").write_text("linked")
+    (tmp_path / "notes" / "more").symlink_to(elsewhere)
+    (elsewhere / "back").symlink_to(tmp_path / "notes")  # which holds the link to elsewhere
+    (elsewhere / "deep" / "itself").symlink_to(".")
+    (tmp_path / "notes" / ".#lock").symlink_to("nothing")
+    assert contents(tmp_path / "notes") == ["here", "linked"]
+
+
+@pytest.mark.parametrize(
+    ("target", "said"),
+    [
+        ("nothing", "a link to nothing: remove it, or give it a name with a leading dot"),
+        ("x.txt", "a link to nothing"),  # to itself
+        ("/dev/null", "a pipe or a device"),
+        ("/proc/self/mem", "x.txt cannot be read: Input/output error"),
+    ],
+)
+def test_what_a_folder_holds_is_read_or_named(target, said, tmp_path):
+    """Data that is left out shows in nothing: the run would train on less than it was given."""
+    (tmp_path / "a.txt").write_text("text")
+    (tmp_path / "x.txt").symlink_to(target)
+    with pytest.raises(UserError, match=said):
+        contents(tmp_path)
+
+
+def test_a_folder_that_may_not_be_read_is_named(tmp_path, monkeypatch):
+    (tmp_path / "closed").mkdir()
+    (tmp_path / "a.txt").write_text("text")
+    inside = Path.iterdir
+
+    def refused(folder):
+        if folder.name == "closed":
+            raise PermissionError(errno.EACCES, "Permission denied", str(folder))
+        return inside(folder)
+
+    monkeypatch.setattr(Path, "iterdir", refused)
+    with pytest.raises(UserError, match="closed cannot be read: Permission denied"):
+        contents(tmp_path)
+
+
+@pytest.mark.parametrize("tools", ["[" + "1" * 5000 + "]", "[" * 100_000])
+def test_tools_that_python_cannot_read_are_a_bad_row(tools, tmp_path):
+    row = {"messages": [{"role": "user", "content": "Hi"}], "tools": tools}
+    (tmp_path / "a.jsonl").write_text(json.dumps(row))
+    with pytest.raises(UserError, match="line 1: the column 'tools' is not JSON: "):
+        contents(tmp_path)
 
 
 def test_rows_that_the_wanted_loss_does_not_fit_are_bad(tmp_path):

@@ -32,6 +32,15 @@ MISTAKES = {  # name: (changed options, file contents to write, what the sentenc
     "empty": ({"train_file": "a.txt"}, {"a.txt": "  \n"}, "holds no text"),
     "not text": ({"train_file": "a.txt"}, {"a.txt": b"\xff\xfe\x00"}, "not text: byte 0 is not UTF-8"),
     "bad json": ({"train_file": "a.jsonl"}, {"a.jsonl": '{"text": "x"}\n{oops'}, "line 2: not a JSON object"),
+    "number of too many digits": (
+        {"train_file": "a.jsonl"},
+        {"a.jsonl": '{"text": "x", "n": ' + "1" * 5000 + "}"},
+        "line 1: not a JSON object: Exceeds the limit",
+    ),
+    "array with such a number": ({"train_file": "a.json"}, {"a.json": f"[{'1' * 5000}]"}, "not a readable JSON array"),
+    "data named by its text": ({"train_file": "word " * 100}, {}, "cannot be read: File name too long"),
+    "model of too long a name": ({"model_name_or_path": "m" * 300}, {}, "File name too long"),
+    "checkpoint of too long a name": ({"resume_from_checkpoint": "c" * 300}, {}, "File name too long"),
     "missing column": (
         {"train_file": "a.jsonl"},
         {"a.jsonl": '{"body": "x"}'},
@@ -71,6 +80,9 @@ MISTAKES = {  # name: (changed options, file contents to write, what the sentenc
     "no epochs": ({"num_train_epochs": 0, "max_steps": -1}, {}, "--num_train_epochs: expected more than 0"),
     "keep -1 checkpoints": ({"save_total_limit": -1}, {}, "--save_total_limit: expected at least 1, got -1"),
     "rank 0": ({"use_peft": True, "lora_r": 0}, {}, "--lora_r: expected at least 1, got 0"),
+    "scale 0": ({"use_peft": True, "lora_alpha": 0}, {}, "--lora_alpha: expected 1 to"),
+    "a scale beyond all floats": ({"use_peft": True, "lora_alpha": "9" * 400}, {}, "--lora_alpha: expected 1 to"),
+    "a length beyond all floats": ({"max_length": "9" * 400}, {}, "--max_length: expected at least 2, and finite"),
     "empty name": ({"train_file": ""}, {}, "--train_file: expected a name"),
     "test split of files": (
         {"dataset_test_split": "test"},

@@ -326,6 +326,51 @@ def test_a_mask_changed_in_place_is_read_again():
 
 
 @needs_kernel
+@pytest.mark.parametrize("kind", ["mask", "positions", "boundaries"])
+def test_what_changed_uncounted_since_the_last_forward_pass_is_read_again(kind):
+    """A collective writes into its buffer without a new version, as ``.data`` does: torch does not count it."""
+    q, k, v = qkv(1, 8, 8)
+    layers = [Layer(), Layer()]
+    values = {
+        "mask": [[1] * 8, [0] * 3 + [1] * 5],
+        "positions": [[*range(8)], [*range(3), *range(5)]],
+        "boundaries": [[0, 5, 8], [0, 3, 8]],
+    }[kind]
+
+    def attend(x):
+        options = {"mask": {"attention_mask": x}, "positions": {"position_ids": x}}
+        given = options.get(kind, {"cu_seq_lens_q": x, "cu_seq_lens_k": x, "max_length_q": 8, "max_length_k": 8})
+        return [forward.attention_forward(layer, q, k, v, **given)[0] for layer in layers]
+
+    wanted = [torch.tensor([x] if kind != "boundaries" else x, device=DEVICE) for x in values]
+    buffer = torch.zeros_like(wanted[0])
+    outs = []
+    for x in wanted:
+        buffer.data.copy_(x)
+        assert buffer._version == 0, "uncounted"
+        outs.append(attend(buffer))
+        assert all(torch.equal(got, expected) for got, expected in zip(outs[-1], attend(x.clone()), strict=True))
+    assert not torch.equal(outs[0][0], outs[1][0])
+
+
+@needs_kernel
+def test_a_pass_that_runs_again_in_backward_reads_nothing_again(reads):
+    q, k, v = (x.requires_grad_() for x in qkv(1, 12, 12))
+    positions = torch.cat([torch.arange(5), torch.arange(7)]).to(DEVICE)[None]
+    layers = [Layer(), Layer()]
+    reads[0] = 0
+    out = q
+    for layer in layers:
+        out = torch.utils.checkpoint.checkpoint(
+            lambda x, layer=layer: forward.attention_forward(layer, x, k, v, position_ids=positions)[0].transpose(1, 2),
+            out, use_reentrant=False,
+        )  # fmt: skip
+    before = reads[0]
+    out.sum().backward()
+    assert before == reads[0] == 2
+
+
+@needs_kernel
 def test_a_mask_kept_from_inference_mode_can_be_trained_with():
     q, k, v = qkv(2, 12, 12)
     mask = padding_mask("left", 12)[:2].clone()

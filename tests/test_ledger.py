@@ -147,7 +147,9 @@ def test_models_that_the_ledger_would_count_wrong_are_refused_by_name(tmp_path):
     ("arguments", "said"),
     [
         (["--tokens", "0"], "expected at least 1, got 0"),
-        (["--memory_gib", "inf"], "expected GiB above 0, got inf"),
+        (["--memory_gib", "inf"], "expected GiB above 0 and at most 8.6e+09, got inf"),
+        (["--memory_gib", "1e300"], "expected GiB above 0 and at most 8.6e+09, got 1e+300"),
+        (["--tokens", "9" * 400], "expected at most 9223372036854775807, got a number of 400 digits"),
     ],
     ids=str,
 )

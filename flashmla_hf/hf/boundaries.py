@@ -18,19 +18,23 @@ The number of sequences depends on shapes alone, so nothing is read back from th
 static graph. FlashAttention's unpadding instead gathers the valid tokens: two copies and a synchronisation in every
 layer.
 
-All layers of a model share one mask tensor, so boundaries are kept with it (:func:`memo`) and a forward pass synchronises at
-most once per mask. Only eager mode synchronises: to find holes (valid keys that are not one range, which boundaries cannot
-express) and to count packed sequences.
+All layers of a model share one mask tensor, so boundaries are kept with it (:func:`memo`), and a forward pass (:func:`enter`)
+synchronises at most once per mask. Only eager mode synchronises: to find holes (valid keys that are not one range, which
+boundaries cannot express) and to count packed sequences.
 """
 
 from __future__ import annotations
 
+import itertools
+import threading
+import weakref
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from flashmla_hf.torch_state import values_are_readable
+from flashmla_hf.torch_state import is_in_backward, values_are_readable
 
 # Under torch.compile the number of packed sequences is data, but the shape of cu_seqlens is not. A graph has room for this many
 # sequences, of which the unused ones are empty. More of them raise an error (see segment_boundaries).
@@ -38,23 +42,62 @@ MIN_COMPILED_SEGMENTS = 256
 MIN_COMPILED_TOKENS_PER_SEGMENT = 16
 
 
+_pass_numbers = itertools.count()
+
+
+class _Pass(threading.local):
+    """The forward pass that this thread is in, and the layers that it has come through."""
+
+    def __init__(self) -> None:
+        self.number = next(_pass_numbers)
+        self.layers: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
+
+
+_pass = _Pass()
+
+
+def enter(layer: torch.nn.Module) -> None:
+    """Says that ``layer`` computes attention. A layer that comes again begins a new forward pass of this thread.
+
+    What runs again in backward belongs to the pass that it repeats.
+    """
+    if torch.compiler.is_compiling() or is_in_backward():
+        return
+    if layer in _pass.layers:
+        _pass.number, _pass.layers = next(_pass_numbers), weakref.WeakSet()
+    _pass.layers.add(layer)
+
+
+class _State(NamedTuple):
+    """What a memo depends on. ``pass_number`` is ``None`` if this package has made the tensor, which nobody else changes."""
+
+    version: int
+    is_inference: bool
+    pass_number: int | None
+
+
 # The dictionaries stand beside the tensors: an attribute would be pickled with a tensor that the user saves. An entry must not
-# be a view of its tensor, or the two would keep each other alive.
+# be a view of its tensor, or the two would keep each other alive. The state of an inference-mode tensor is None.
 _memos = WeakTensorKeyDictionary()
 
 
 def memo(x: torch.Tensor) -> dict:
     """A dictionary that lives as long as the tensor ``x`` and is dropped when ``x`` is changed in place.
 
-    It keeps nothing while compiling, and nothing for a user's inference-mode tensor, which does not count its changes. Entries
-    derived in inference mode are dropped outside of it, since autograd may not save such tensors.
+    Of a user's tensor it is dropped after the forward pass, too: torch does not count the changes by a collective, by
+    ``x.data``, or through numpy. It keeps nothing while compiling, and nothing for a user's inference-mode tensor, which does
+    not count its changes. Entries derived in inference mode are dropped outside of it, since autograd may not save such
+    tensors.
     """
     if torch.compiler.is_compiling():
         return {}
     state, kept = _memos.get(x, (None, None))
     if x.is_inference():
         return {} if kept is None else kept
-    now = (x._version, torch.is_inference_mode_enabled())
+    number = _pass.number
+    if state is not None and (state.pass_number is None or is_in_backward()):
+        number = state.pass_number
+    now = _State(x._version, torch.is_inference_mode_enabled(), number)
     if state != now:
         kept = {}
         _memos[x] = (now, kept)
@@ -62,16 +105,18 @@ def memo(x: torch.Tensor) -> dict:
 
 
 def mark_constant(mask: torch.Tensor) -> torch.Tensor:
-    """Returns ``mask``, which this package has made and nobody changes: inference mode may keep a memo of it."""
-    if not torch.compiler.is_compiling() and mask.is_inference():
-        _memos[mask] = (None, {})
+    """Returns ``mask``, which this package has made and nobody changes: inference mode may keep a memo of it, and passes may
+    share one."""
+    if not torch.compiler.is_compiling():
+        state = None if mask.is_inference() else _State(mask._version, torch.is_inference_mode_enabled(), None)
+        _memos[mask] = (state, {})
     return mask
 
 
 def view_with_memo(mask: torch.Tensor, view: torch.Tensor) -> torch.Tensor:
     """``view``, a reshaping of ``mask`` with the same content, which shares the memo of ``mask``."""
     if not torch.compiler.is_compiling():
-        state = None if view.is_inference() else (view._version, torch.is_inference_mode_enabled())
+        state = None if view.is_inference() else _State(view._version, torch.is_inference_mode_enabled(), None)
         _memos[view] = (state, memo(mask))
     return view
 

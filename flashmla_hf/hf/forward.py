@@ -91,6 +91,7 @@ def attention_forward(
         NotImplementedError: context parallelism is active, an input is a DTensor, or fp8 does not cover the call. It also
         raises everything that :func:`flashmla_hf.attention` raises.
     """
+    boundaries.enter(module)
     precision = kwargs.pop(_PRECISION, None)
     output_attentions = output_attentions or transformers_private.weights_are_recorded()
     if isinstance(key, fp8_cache.Fp8Rows):
@@ -128,8 +129,11 @@ def attention_forward(
 
     is_paged = pages is not None or gathered is not None
     is_causal, window = patterns.without_mask(module, is_causal, sliding_window, is_paged)
-    options: dict[str, Any] = {"scale": scaling, "softcap": float(softcap or 0.0)}
-    options["sinks"] = heads.own_heads(s_aux, q.shape[2])
+    options: dict[str, Any] = {
+        "scale": scaling,
+        "softcap": float(softcap or 0.0),
+        "sinks": heads.own_heads(s_aux, q.shape[2]),
+    }
     if pages is not None:
         refusals.refuse_pages_in_fp8(module, precision)
         return decoding.from_pages(q, pages, k, v, options | {"window": window}), None

@@ -12,7 +12,7 @@ from typing import NoReturn
 import torch
 from transformers import HfArgumentParser
 
-from flashmla_hf.training.options import check_names, set_defaults
+from flashmla_hf.training.options import LARGEST_COUNT, check_names, set_defaults
 
 
 class UserError(ValueError):
@@ -210,6 +210,7 @@ class TrainingArguments:
 # The least and the most that an option may be.
 LIMITS = {
     "lora_r": (1, math.inf),
+    "lora_alpha": (1, 2**31 - 1),  # 0 trains nothing
     "lora_dropout": (0, 0.99),
     "max_length": (2, math.inf),
     "max_train_samples": (1, math.inf),
@@ -309,9 +310,12 @@ def _check_numbers(model_args: ModelArguments, data_args: DataArguments, args: T
     given = vars(model_args) | vars(data_args) | vars(args)
     for name, (least, most) in LIMITS.items():
         value = given[name]
-        if value is not None and not (math.isfinite(value) and least <= value <= most):
+        if value is None:
+            continue
+        is_finite = abs(value) <= LARGEST_COUNT if isinstance(value, int) else math.isfinite(value)
+        if not (is_finite and least <= value <= most):
             expected = f"at least {least}" if most == math.inf else f"{least} to {most}"
-            expected += "" if math.isfinite(value) or most != math.inf else ", and finite"
+            expected += "" if is_finite or most != math.inf else ", and finite"
             raise UserError(f"--{name}: expected {expected}, got {value}")
     if args.max_steps < 1 and not (math.isfinite(args.num_train_epochs) and args.num_train_epochs > 0):
         raise UserError(f"--num_train_epochs: expected more than 0, got {args.num_train_epochs}")

@@ -403,7 +403,9 @@ def main(argv: list[str] | None = None, command: str = "finetune") -> None:
         sys.exit(130)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
+            if error.filename is None or error.strerror is None:
+                raise
+            sys.exit(f"{command}: {error.filename}: {error.strerror}")
         sys.exit(f"{command}: {args.output_dir}: {error.strerror}; make room; {how_to_continue(args)}")
     except (RuntimeError, MemoryError, ValueError) as error:
         who = engines.let_others_speak(error)

@@ -8,11 +8,10 @@ tools                   beside messages: what the chat template is given as tool
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 
 from flashmla_hf.training.arguments import DataArguments
-from flashmla_hf.training.rows import BadRow, Row
+from flashmla_hf.training.rows import BadRow, Row, parse_json
 
 Messages = list[dict]
 SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}  # a role of another name is the same in both
@@ -118,8 +117,8 @@ def _text(value: object, column: str) -> str:
 def _tools(value: object) -> list | None:
     if isinstance(value, str):  # JSON: a column of tools has no one type otherwise
         try:
-            value = json.loads(value) if value.strip() else None
-        except json.JSONDecodeError as error:
+            value = parse_json(value) if value.strip() else None
+        except BadRow as error:
             raise BadRow(f"the column 'tools' is not JSON: {error}") from None
     if value is not None and not isinstance(value, list):
         raise BadRow(f"expected a list of tools, got {type(value).__name__}")

@@ -26,7 +26,7 @@ from dataclasses import dataclass, replace
 
 from flashmla_hf.host_memory import GIB
 from flashmla_hf.training.arguments import parse_patches
-from flashmla_hf.training.options import at_least
+from flashmla_hf.training.options import LARGEST_COUNT, at_least
 from flashmla_hf.training.shape import PUBLISHED, Shape, load_config
 from flashmla_hf.training.step_time import MFU, Cluster, StepTime, step_time
 from flashmla_hf.training.terms import MOMENTS, Switches, Term, terms_of
@@ -226,6 +226,8 @@ def ledger(  # noqa: PLR0913, the switches of a run
     for name, value in numbers:
         if not isinstance(value, int) or value < 1:
             raise ValueError(f"flashmla_hf.ledger: {name}: expected a number of at least 1, got {value!r}")
+        if value > LARGEST_COUNT:
+            raise ValueError(f"flashmla_hf.ledger: {name}: expected at most {LARGEST_COUNT}, got more")
     if gpus % sp:
         raise ValueError(f"flashmla_hf.ledger: sp: expected a divisor of gpus {gpus}, got {sp}")
     shape = _shape_of(model)
@@ -299,8 +301,9 @@ def main(argv: list[str] | None = None) -> None:
         "--memory_gib", type=float, default=80.0, help="memory to find the longest context for (default: 80)"
     )
     args = parser.parse_args(argv)
-    if not 0 < args.memory_gib < math.inf:
-        parser.error(f"--memory_gib: expected GiB above 0, got {args.memory_gib}")
+    if not 0 < args.memory_gib <= LARGEST_COUNT / GIB:
+        expected = f"GiB above 0 and at most {LARGEST_COUNT / GIB:.1e}"
+        parser.error(f"--memory_gib: expected {expected}, got {args.memory_gib}")
     try:
         prediction = ledger(
             args.model,

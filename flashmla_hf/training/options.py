@@ -7,14 +7,18 @@ import difflib
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+LARGEST_COUNT = 2**63 - 1  # of torch; far below what a float takes
+
 
 def at_least(least: int) -> Callable[[str], int]:
-    """For argparse: a whole number of at least ``least``."""
+    """For argparse: a whole number of at least ``least`` that a tensor could have as its size."""
 
     def whole_number(text: str) -> int:
         value = int(text)
         if value < least:
             raise argparse.ArgumentTypeError(f"expected at least {least}, got {value}")
+        if value > LARGEST_COUNT:
+            raise argparse.ArgumentTypeError(f"expected at most {LARGEST_COUNT}, got a number of {len(text)} digits")
         return value
 
     return whole_number

@@ -7,6 +7,7 @@ so that the rows after it can still be read, counted or used.
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -58,25 +59,60 @@ class BadRows:
 def read_files(path: str, choose: Choose, split: str) -> Rows:
     """The rows of a folder, a .jsonl/.json/.parquet file or a text file, in a fixed order.
 
-    ``split`` matters to a folder that ``DatasetDict.save_to_disk`` wrote. Raises UserError if nothing can be read.
+    ``split`` matters to a folder that ``DatasetDict.save_to_disk`` wrote. Raises UserError if something cannot be read.
     """
     root = Path(path)
-    if root.is_dir():
-        if is_saved_dataset(root):
-            yield from _read_dataset_rows(_open_saved(root, split), f"{path}, split {split!r}", choose)
-            return
-        paths = (p for p in root.rglob("*") if not any(part.startswith(".") for part in p.relative_to(root).parts))
-        files = sorted(p for p in paths if p.is_file())
-        if not files:
-            raise UserError(f"the folder {path} holds no files")
-    elif root.is_file():
-        files = [root]
-    elif root.exists():
-        raise UserError(f"{path}: expected a file or a folder, got a pipe or a device: write what it gives to a file")
-    else:
+    with _refusals_named(root):
+        is_folder, is_file, is_there = root.is_dir(), root.is_file(), root.exists()
+    if is_folder and is_saved_dataset(root):
+        yield from _read_dataset_rows(_open_saved(root, split), f"{path}, split {split!r}", choose)
+        return
+    if not is_there:
         raise UserError(f"{path}: no such file or folder")
+    if not is_folder and not is_file:
+        raise UserError(f"{path}: expected a file or a folder, got a pipe or a device: write what it gives to a file")
+    files = [root] if is_file else sorted(_files_in(root, set()))
+    if not files:
+        raise UserError(f"the folder {path} holds no files")
     for file in files:
-        yield from _read_file(file, choose)
+        with _refusals_named(file):
+            yield from _read_file(file, choose)
+
+
+@contextlib.contextmanager
+def _refusals_named(path: Path) -> Iterator[None]:
+    """Makes what the system refuses (no permission, a name that is too long, a broken disk) a UserError that names ``path``."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or first_line(error)}") from None
+
+
+def _files_in(folder: Path, above: set[Path]) -> Iterator[Path]:
+    """The files of ``folder`` and of the folders in it, links followed, without names with a leading dot. What cannot be read
+    raises UserError, because data that is left out shows in nothing.
+
+    ``above``: the folders on the way to this one. A link back to one of them adds no file.
+    """
+    with _refusals_named(folder):
+        entries, place = list(folder.iterdir()), folder.resolve()
+    if place in above:
+        return
+    for entry in entries:
+        if entry.name.startswith("."):
+            continue
+        with _refusals_named(entry):
+            is_folder, is_file = entry.is_dir(), entry.is_file()
+        if is_folder:
+            yield from _files_in(entry, above | {place})
+        elif is_file:
+            yield entry
+        else:
+            got = "a pipe or a device" if entry.exists() else "a link to nothing"
+            raise UserError(
+                f"{entry}: expected a file or a folder, got {got}: remove it, or give it a name with a leading dot, which is "
+                "left out"
+            )
 
 
 def _read_file(file: Path, choose: Choose) -> Rows:
@@ -107,22 +143,31 @@ def _read_lines(file: Path) -> Rows:
                 yield place, _json_object(text)
 
 
+def parse_json(text: str) -> object:
+    """What ``text`` says. Raises BadRow if that is not JSON, or more than Python reads."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise BadRow("it is nested too deeply") from None
+    except ValueError as error:  # a JSONDecodeError, or a number of thousands of digits
+        raise BadRow(first_line(error)) from None
+
+
 def _json_object(text: str) -> dict | BadRow:
     try:
-        row = json.loads(text)
-    except json.JSONDecodeError as error:
+        row = parse_json(text)
+    except BadRow as error:
         return BadRow(f"not a JSON object: {error}")
-    except RecursionError:
-        return BadRow("not a JSON object: it is nested too deeply")
     return row if isinstance(row, dict) else BadRow(f"expected a JSON object, got {type(row).__name__}")
 
 
 def _read_array(file: Path) -> Rows:
     """A .json file that is one array of objects."""
     try:
-        rows = json.loads(file.read_text(encoding="utf-8-sig"))
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        rows = parse_json(file.read_text(encoding="utf-8-sig"))
+    except (UnicodeDecodeError, BadRow) as error:
         raise UserError(f"{file} is not a readable JSON array: {first_line(error)}") from None
+    assert isinstance(rows, list)  # it begins with a bracket
     for number, row in enumerate(rows, start=1):
         expected = BadRow(f"expected a JSON object, got {type(row).__name__}")
         yield Place(str(file), "row", number), row if isinstance(row, dict) else expected
