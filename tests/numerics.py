@@ -264,9 +264,11 @@ def errors_of_delta(case: Case, inputs: Inputs, out: torch.Tensor, truth: Result
     """
     if not truth.grads or not options.get("has_dout", True):
         return {}
-    delta = (
-        ((out.double() - truth.out) * inputs.dout.double()).sum(-1).transpose(-1, -2)
-    )  # [batch, heads, seqlen], as lse
+    of_columns = (out.double() - truth.out) * inputs.dout.double()
+    delta = of_columns.sum(-1).transpose(-1, -2)  # [batch, heads, seqlen], as lse
+    # Both are sums of fp32.
+    magnitude = (truth.out * inputs.dout.double()).abs().sum(-1).transpose(-1, -2)
+    delta = delta + delta.sign() * torch.finfo(torch.float32).eps * magnitude
     only_delta = dataclasses.replace(inputs.to(torch.float64), dlse=-delta)
     errors = run("reference", case, only_delta, **options | {"has_dout": False, "has_dlse": True}).grads
     return {f"d{name}": _largest(error) for name, error in errors.items()}

@@ -317,7 +317,8 @@ def e4m3_cases_of_sweep() -> list[tuple[DecodeCase, torch.dtype]]:
     for dim, options in product(E4M3_DIMS, (
         {"lengths": (40, 100, 65, 130) * 36, "heads_q": 2},
         {"lengths": (4500,), "heads_q": 2, "heads_kv": 1, "page_size": 64},
-        {"lengths": (1000,), "heads_q": 8, "heads_kv": 8, "has_lengths": False},
+        # synccheck loses barriers of 128 CTAs in clusters with 24 each (docs/log.md, 2026-11-28): two clusters.
+        {"lengths": (1000,), "heads_q": 2, "heads_kv": 2, "has_lengths": False},
     )):  # fmt: skip
         found.append((DecodeCase(head_dim_qk=dim, **options), torch.bfloat16))
     return found
