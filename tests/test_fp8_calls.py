@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from flashmla_hf import attention, decode_attention
+from flashmla_hf import attention, decode_attention, libraries
 
 E4M3 = torch.float8_e4m3fn
 
@@ -120,13 +120,14 @@ def test_what_is_not_covered_raises_in_words(name):
         run()
 
 
-def test_a_gpu_has_no_kernel_of_fp8_caches_and_says_so():
+def test_a_gpu_without_the_kernel_of_fp8_caches_says_so(monkeypatch):
     """Fake tensors: no GPU is needed to be refused."""
+    monkeypatch.setitem(libraries.unavailable, "sm90", "it was not built")
     with FakeTensorMode():
         cache, descale = torch.empty(1, 512, 2, 64, dtype=E4M3, device="cuda"), torch.empty(1, 512, 2, device="cuda")
         query = torch.empty(1, 1, 4, 64, dtype=torch.bfloat16, device="cuda")
         with pytest.raises(
-            RuntimeError, match="cannot read the float8_e4m3fn k_cache on cuda:0: fp8 caches have no kernel"
+            RuntimeError, match=r"cannot read the float8_e4m3fn k_cache: it was not built\. Keep the cache in 16 bits"
         ):
             decode_attention(query, cache, cache, k_descale=descale, v_descale=descale)
 
