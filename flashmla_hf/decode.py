@@ -23,7 +23,6 @@ An explicit ``impl`` never falls back.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -217,7 +216,8 @@ def append(call: DecodeCall, k: torch.Tensor, v: torch.Tensor | None) -> torch.T
         writes = [(call.k, k), (call.v, v), (call.k_descale, k_scale), (call.v_descale, v_scale)]
     if _values_are_checked(call):  # then all fit
         caches = [cache for cache, _ in writes]
-        for cache, new in zip(caches, _in_other_memory([new for _, new in writes], caches), strict=True):
+        news = [_in_other_memory(new, caches) for _, new in writes]  # all of them before the first write
+        for cache, new in zip(caches, news, strict=True):
             cache.index_put_((page, row), new.flatten(0, 1))
         return lengths
     entry = torch.where(fits, torch.arange(batch * seqlen_new, device=device), fits.int().argmax())
@@ -229,18 +229,16 @@ def append(call: DecodeCall, k: torch.Tensor, v: torch.Tensor | None) -> torch.T
 
 def _append_by_kernel(call: DecodeCall, k: torch.Tensor, v: torch.Tensor | None) -> torch.Tensor:
     """:func:`append` in one launch, on a Hopper GPU. An entry that does not fit is not written."""
-    caches = [call.k] if v is None else [call.k, call.v]
-    new_k, *new_v = _in_other_memory([k] if v is None else [k, v], caches)
     v_cache = None if v is None else call.v
-    return decode_ops.append_to_cache(
-        call.k, v_cache, new_k, new_v[0] if new_v else None, call.cache_seqlens, call.block_table
-    )
+    caches = [x for x in (call.k, v_cache) if x is not None]
+    new_k, new_v = (None if x is None else _in_other_memory(x, caches) for x in (k, v))
+    return torch.ops.flashmla.append_to_cache(call.k, v_cache, new_k, new_v, call.cache_seqlens, call.block_table)
 
 
-def _in_other_memory(news: list[torch.Tensor], caches: list[torch.Tensor]) -> list[torch.Tensor]:
-    """The new rows, as copies if they may be rows of a cache, which a write would change under the others."""
-    storages = {cache.untyped_storage()._cdata for cache in caches}
-    return [new.clone() if new.untyped_storage()._cdata in storages else new for new in news]
+def _in_other_memory(new: torch.Tensor, caches: list[torch.Tensor]) -> torch.Tensor:
+    """New rows, as a copy if they may be rows of a cache, which a write would change under the others."""
+    storage = new.untyped_storage()._cdata
+    return new.clone() if any(storage == cache.untyped_storage()._cdata for cache in caches) else new
 
 
 # ---- New keys and values ---------------------------------------------------------------------------------------------
@@ -376,13 +374,7 @@ def _sm90_refusal(call: DecodeCall) -> str | None:
     assert limits is not None  # otherwise the library is unavailable
     is_wide = max(call.q.shape[-1], call.v.shape[-1]) > limits.largest_decode
     largest = limits.largest_latent if is_wide and _values_are_columns(call) else (limits.largest_decode,) * 2
-    if (reason := sm90.device_refusal(call.q, call.v, largest)) is not None:
-        return reason
-    cache_names = {"k": "k_cache", "v": "v_cache", "q": "q"}
-    names = [cache_names[name] for name in sm90.unaligned(call) if name != "q" or call.impl == "sm90"]
-    if names:
-        return f"{names[0]}: expected an address and strides in multiples of 16 bytes"
-    return None
+    return sm90.device_refusal(call.q, call.v, largest) or sm90.cache_alignment_refusal(call)
 
 
 def _values_are_columns(call: DecodeCall) -> bool:
@@ -401,9 +393,7 @@ def _cpu_refusal(call: DecodeCall) -> str | None:
 
 
 def _run_sm90(call: DecodeCall) -> tuple[torch.Tensor, torch.Tensor]:
-    if "q" in sm90.unaligned(call):
-        call = replace(call, q=call.q.clone(memory_format=torch.contiguous_format))
-    return decode_ops.flash_attn_decode(call)
+    return decode_ops.flash_attn_decode(sm90.with_readable_query(call))
 
 
 def _run_reference(call: DecodeCall) -> tuple[torch.Tensor, torch.Tensor]:

@@ -170,15 +170,3 @@ def flash_attn_decode(arguments: DecodeArguments) -> tuple[torch.Tensor, torch.T
         return torch.ops.flashmla.flash_attn_decode(*inputs)
     with torch._C._AutoDispatchBelowAutograd():
         return torch.ops.flashmla.flash_attn_decode.default(*inputs)
-
-
-def append_to_cache(
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor | None,
-    k: torch.Tensor,
-    v: torch.Tensor | None,
-    cache_seqlens: torch.Tensor | None,
-    block_table: torch.Tensor | None,
-) -> torch.Tensor:
-    """``torch.ops.flashmla.append_to_cache``: the new lengths, [batch]."""
-    return torch.ops.flashmla.append_to_cache(k_cache, v_cache, k, v, cache_seqlens, block_table)

@@ -72,6 +72,20 @@ def unaligned(call: Call | DecodeCall) -> list[str]:
     return names
 
 
+def cache_alignment_refusal(call: DecodeCall) -> str | None:
+    """As :func:`alignment_refusal`, but automatic dispatch refuses a cache that TMA cannot read as well: it is never copied."""
+    names = {"k": "k_cache", "v": "v_cache"} | ({"q": "q"} if call.impl == "sm90" else {})
+    refused = [names[name] for name in unaligned(call) if name in names]
+    return f"{refused[0]}: expected an address and strides in multiples of 16 bytes" if refused else None
+
+
+def with_readable_query(call: DecodeCall) -> DecodeCall:
+    """``call`` with a copy of q if TMA cannot read it."""
+    if "q" not in unaligned(call):
+        return call
+    return replace(call, q=call.q.clone(memory_format=torch.contiguous_format))
+
+
 def readable(call: CallT) -> CallT:
     """``call`` with copies of what TMA cannot read."""
     names = unaligned(call)

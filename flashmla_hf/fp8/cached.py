@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -193,18 +192,11 @@ def _sm90_refusal(call: DecodeCall) -> str | None:
     limits = libraries.sm90_limits
     assert limits is not None  # otherwise the library is unavailable
     largest = (limits.largest_e4m3_decode,) * 2
-    if (reason := sm90.device_refusal(call.q, call.v, largest, limits.e4m3_multiple)) is not None:
-        return reason
-    cache_names = {"k": "k_cache", "v": "v_cache", "q": "q"}
-    names = [cache_names[name] for name in sm90.unaligned(call) if name != "q" or call.impl == "sm90"]
-    if names:
-        return f"{names[0]}: expected an address and strides in multiples of 16 bytes"
-    return None
+    return sm90.device_refusal(call.q, call.v, largest, limits.e4m3_multiple) or sm90.cache_alignment_refusal(call)
 
 
 def run_sm90(call: DecodeCall) -> tuple[torch.Tensor, torch.Tensor]:
-    if "q" in sm90.unaligned(call):
-        call = replace(call, q=call.q.clone(memory_format=torch.contiguous_format))
+    call = sm90.with_readable_query(call)
     inputs = [getattr(call, name) for name in _NAMES]
     inputs[3:3] = [call.k_descale, call.v_descale]
     if torch.compiler.is_compiling() or has_transforms():
