@@ -248,6 +248,7 @@ def _check_appended(call: DecodeCall, k: Any, v: Any) -> None:
     """The new keys and values of a call: both or neither (latents: k alone), like the caches, no more than fit, and somewhere
     to begin."""
     if call.is_latent and v is not None:
+        check_tensor("v", v)
         fail(ValueError, "v", "none, since head_dim_v is given (the values are columns of k)", f"shape {[*v.shape]}")
     for name, x, cache in (("k", k, call.k), ("v", v, call.v)):
         if call.is_latent and name == "v":

@@ -106,9 +106,9 @@ def outputs_of(operator, q, k, v, dtype_kv, sinks, cache_seqlens, kv_start, bloc
 
 
 def refuse_gradients(subject: str, tensors: typing.Iterable[tuple[str, torch.Tensor | None]]) -> None:
-    """Raises for a tensor that asks for a derivative, which attention to caches does not have."""
+    """Raises for a tensor that asks for a derivative, which attention to caches does not have. Callers refuse other types."""
     for name, x in tensors:
-        if x is None:
+        if not isinstance(x, torch.Tensor):
             continue
         if x.requires_grad and torch.is_grad_enabled():
             raise RuntimeError(

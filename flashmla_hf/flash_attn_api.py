@@ -9,7 +9,7 @@ import torch
 
 from flashmla_hf.decode import decode_attention
 from flashmla_hf.dispatch import attention
-from flashmla_hf.scalars import fail, integer
+from flashmla_hf.scalars import fail, flag, integer
 from flashmla_hf.torch_state import has_transforms, values_are_readable
 from flashmla_hf.validation import check_cached_layout, check_int32
 
@@ -96,7 +96,7 @@ def _flash_attn(q, k, v, alibi_slopes, return_attn_probs, **options):
     if alibi_slopes is not None:
         fail(ValueError, "alibi_slopes", "none (pass the bias to flashmla_hf.attention as attn_mask)", "a tensor")
     # flash-attn's deterministic=False is a default, not a wish: the global switches still count.
-    options["deterministic"] = options["deterministic"] or None
+    options["deterministic"] = flag("deterministic", options["deterministic"]) or None
     try:
         out = attention(q, k, v, return_lse=return_attn_probs, **options)
     except (TypeError, ValueError, RuntimeError) as error:

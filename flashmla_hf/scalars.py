@@ -82,9 +82,12 @@ def integer(name: str, value: Any, expected: str) -> int:
             fail(TypeError, name, expected, f"a tensor {[*value.shape]} of {dtype_name(value.dtype)}")
         return value.item()  # type: ignore[return-value]
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
-        if isinstance(value, bool) or not hasattr(type(value), "__index__"):
+        try:
+            if isinstance(value, bool):
+                raise TypeError
+            value = operator.index(value)
+        except TypeError:  # some arrays have the method, and refuse
             fail(TypeError, name, expected, repr(value))
-        value = operator.index(value)
     return value
 
 

@@ -1,6 +1,7 @@
 """New keys and values of a call on caches, and flash_attn_with_kvcache, which flash-attn 2 gives its signature."""
 
 import inspect
+import itertools
 import math
 import re
 from dataclasses import replace
@@ -400,6 +401,10 @@ def test_what_is_no_tensor_is_refused_by_its_name():
         flash_attn_with_kvcache(None, x.k_cache, x.v_cache, cache_seqlens=3)
     with pytest.raises(ValueError, match=r"^flashmla attention: k_cache: expected \[batch, capacity, heads_kv, dim\] "):
         flash_attn_with_kvcache(x.q, x.k_cache[0], x.v_cache, cache_batch_idx=index)
+    k, latents = x.clean_k[:, :1], {"v_cache": None, "head_dim_v": 8}
+    for name, given in (("k", {"k": 1.0, "v": k}), ("v", {"k": k, "v": "v"}), ("v", {"k": k, "v": [k], **latents})):
+        with pytest.raises(TypeError, match=rf"^flashmla attention: {name}: expected a torch.Tensor, got "):
+            decode_attention(x.q, x.k_cache, **{"v_cache": x.v_cache, "cache_seqlens": x.cache_seqlens, **given})
 
 
 BY_FLASH_ATTNS_NAMES = {
@@ -409,6 +414,7 @@ BY_FLASH_ATTNS_NAMES = {
     "s_aux": (torch.ones(3), ValueError, "s_aux: expected shape [4]"),
     "softcap": (-1.0, ValueError, "softcap: expected 0 (none) or a positive number, got -1.0"),
 }
+FLAGS = (torch.ones(2), np.array([1, 2]), "no")
 
 
 @pytest.mark.parametrize("name", BY_FLASH_ATTNS_NAMES)
@@ -424,6 +430,9 @@ def test_wrong_arguments_are_refused_by_flash_attns_names(name):
     for call in calls:
         with pytest.raises(kind, match=re.escape(f"flashmla attention: {message}")):
             call(**{name: value})
+    for call, flag in itertools.product(calls[1:], FLAGS):
+        with pytest.raises(TypeError, match=r"flashmla attention: deterministic: expected True or False, got "):
+            call(deterministic=flag)
 
 
 def test_the_other_names_that_differ_are_flash_attns():

@@ -5,6 +5,7 @@ import math
 import re
 import warnings
 
+import numpy
 import pytest
 import torch
 from cases import Case
@@ -57,6 +58,8 @@ WRONG_CALLS = [
     (qkv(window=("a", 0)), TypeError, P + "window left: expected an int or None, got 'a'"),
     (qkv(window=(0, True)), TypeError, P + "window right: expected an int or None, got True"),
     (qkv(window=(torch.tensor(1.0), 0)), TypeError, P + "window left: expected an int or None, got a tensor [] of float32"),
+    (qkv(window=(numpy.array([1, 2]), 0)), TypeError, P + "window left: expected an int or None, got array([1, 2])"),
+    (qkv(precision=numpy.array([1, 2])), ValueError, P + "precision: expected None (that of the tensors) or 'fp8', got array([1, 2])"),
     (qkv(window=(torch.tensor([1, 2]), 0)), TypeError, P + "window left: expected an int or None, got a tensor [2] of int64"),
     (qkv(scale=10**400), ValueError, P + f"scale: expected a finite number, got {10**400}"),
     (qkv(scale=1j), TypeError, P + "scale: expected a number, got complex"),

@@ -243,6 +243,67 @@ def test_what_transformers_flash_path_does_not_honour_is_refused():
             assert close(ours(x, position_ids=positions, use_cache=False).logits, want)
 
 
+WIDTHS = {"none": 0, "of the tokens": 12, "of the cache": 30}
+
+
+@pytest.mark.parametrize("columns", WIDTHS.values(), ids=WIDTHS)
+@pytest.mark.parametrize("name", ["flashmla", "fmla"])
+def test_the_flash_path_sees_no_unused_row_of_a_static_cache(name, columns):
+    eager, ours = pair("FalconForCausalLM", transformers.FalconConfig(**FALCON))
+    ours.set_attn_implementation(name)
+    x, got = ids(2, 14), []
+    mask = torch.ones(2, 30, dtype=torch.long, device=DEVICE)
+    with torch.no_grad():
+        for model in (eager, ours):
+            cache = transformers.StaticCache(config=model.config, max_cache_len=30)
+            tokens, logits = 0, []
+            for new in (12, 1, 1):
+                tokens += new
+                mask[:, tokens:] = 0
+                given = {"attention_mask": mask[:, : max(columns, tokens)]} if columns else {}
+                logits.append(model(x[:, tokens - new : tokens], past_key_values=cache, **given).logits)
+                mask[:, tokens:] = 1
+            got.append(torch.cat(logits, 1))
+            tokens = model.generate(
+                x, max_new_tokens=4, do_sample=False, cache_implementation="static", disable_compile=True
+            )
+            got.append(tokens)
+    assert close(got[0], got[2])
+    assert torch.equal(got[1], got[3])
+
+
+def test_the_flash_path_refuses_a_mask_that_says_nothing_of_some_tokens():
+    ours = pair("FalconForCausalLM", transformers.FalconConfig(**FALCON))[1]
+    x, cache = ids(2, 12), transformers.DynamicCache()
+    mask = torch.ones(2, 9, dtype=torch.long, device=DEVICE)
+    with torch.no_grad():
+        ours(x[:, :9], attention_mask=mask, past_key_values=cache)
+        with pytest.raises(
+            ValueError, match=r"attention_mask: expected a 2-D mask with a column for each of the 10 tokens"
+        ):
+            ours(x[:, :1], attention_mask=mask, past_key_values=cache)
+
+
+def test_a_compiled_flash_path_needs_a_column_of_the_mask_for_each_token_in_a_static_cache():
+    eager, ours = pair("FalconForCausalLM", transformers.FalconConfig(**FALCON | {"num_hidden_layers": 1}))
+    x = ids(2, 12)
+    torch._dynamo.reset()
+    compiled = torch.compile(ours, backend="eager")
+    mask = torch.ones(2, 30, dtype=torch.long, device=DEVICE)
+    with torch.no_grad():
+        caches = [transformers.StaticCache(config=ours.config, max_cache_len=30) for _ in range(2)]
+        for model, cache in zip((eager, ours), caches, strict=True):
+            model(x[:, :11], attention_mask=mask[:, :11], past_key_values=cache)
+        want = eager(x[:, 11:], attention_mask=mask[:, :12], past_key_values=caches[0]).logits
+        with pytest.raises(
+            ValueError, match=r"expected a 2-D mask with a column for each of the tokens so far .*, got None"
+        ):
+            compiled(x[:, 11:], past_key_values=caches[1])
+        with pytest.raises(RuntimeError, match=r"expected a column for each token so far"):
+            compiled(x[:, 11:], attention_mask=mask, past_key_values=caches[1])
+        assert close(compiled(x[:, 11:], attention_mask=mask[:, :12], past_key_values=caches[1]).logits, want)
+
+
 @pytest.mark.parametrize("is_padded", [False, True], ids=["alike", "left"])
 def test_tokens_beyond_the_end_of_a_padding_mask_are_hidden_keys_and_queries_like_others(is_padded, llamas):
     """As a loop of decoding has them that does not extend its mask."""

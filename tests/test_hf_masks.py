@@ -211,6 +211,36 @@ def test_a_users_four_dimensional_mask_is_applied_alone():
 
 
 @needs_kernel
+@pytest.mark.parametrize("queries", [1, 3])
+def test_a_users_mask_of_one_column_is_of_every_key(queries):
+    q, k, v = qkv(2, queries, 10)
+    for shape in ((2, 1, 1, 1), (1, 1, queries, 1)):
+        mask = torch.ones(shape, dtype=torch.bool, device=DEVICE)
+        got, _ = forward.attention_forward(Layer(), q, k, v, mask)
+        assert close(got, oracle(q, k, v, mask.expand(2, 1, queries, 10)), 1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float32])
+@pytest.mark.parametrize(
+    "shape", [(2, 1, 1, 9), (2, 1, 1, 11), (2, 1, 3, 9), (2, 1, 3, 11), (2, 1, 2, 10), (2, 3, 3, 10), (3, 1, 3, 10)]
+)
+def test_a_users_mask_of_another_shape_is_refused(shape, dtype):
+    """Eager attention raises, too; nothing says which keys or queries such a mask means."""
+    q, k, v = qkv(2, 3, 10)
+    wanted = (
+        r"attention_mask: expected a 4-D mask that broadcasts to \[2, 4, 3, 10\] \[batch, heads, queries, keys\], got"
+    )
+    with pytest.raises(ValueError, match=wanted):
+        forward.attention_forward(Layer(), q, k, v, torch.ones(shape, dtype=dtype, device=DEVICE))
+
+
+def test_a_padding_mask_of_another_batch_is_refused():
+    q, k, v = qkv(2, 3, 10)
+    with pytest.raises(ValueError, match=r"attention_mask: expected the batch of the queries, 2, got \[3, 10\]"):
+        forward.attention_forward(Layer(), q, k, v, torch.ones(3, 10, dtype=torch.bool, device=DEVICE))
+
+
+@needs_kernel
 @pytest.mark.parametrize("dtype", [torch.bool, torch.float32])
 def test_boundaries_cut_a_four_dimensional_mask(dtype):
     """As that of a model whose images see themselves, in a packed row."""

@@ -55,7 +55,7 @@ class Fp8Call(Call):
 
 def checked(call: Call, precision: Any, descales: tuple[Any, Any, Any]) -> Fp8Call:
     """``call`` as one in fp8; raises for arguments that do not fit."""
-    if precision not in (None, "fp8"):
+    if precision is not None and not (isinstance(precision, str) and precision == "fp8"):
         fail(ValueError, "precision", "None (that of the tensors) or 'fp8'", repr(precision))
     given = dict(zip(("q_descale", "k_descale", "v_descale"), descales, strict=True))
     is_quantized = call.q.dtype == DTYPE

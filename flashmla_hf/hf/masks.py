@@ -218,7 +218,7 @@ def flashmla_mask(
     }  # fmt: skip
     if transformers_private.attribute(config, "model_type") in transformers_private.LEGACY_FLASH_MODEL_TYPES:
         transformers_private.refuse_packed_rows(config, mask_function, batch_size)
-        return masking_utils.flash_attention_mask(**arguments)
+        return _of_flash_path(config, arguments)
     if use_vmap:
         conditions = None
     elif is_tracing():
@@ -248,6 +248,33 @@ def flashmla_mask(
     if pattern is not None:
         setattr(mask, _ATTRIBUTE, pattern)
     return mask
+
+
+def _of_flash_path(config, arguments: dict) -> torch.Tensor | None:
+    """The 2-D mask that Transformers' flash path reads: one column for each token so far, since its width alone says how many
+    rows of a static cache hold keys. ``None``: all rows hold keys, and none is padding."""
+    attention_mask, q_offset = arguments["attention_mask"], arguments["q_offset"]
+    is_counted = isinstance(q_offset, torch.Tensor)  # by a static cache, from its second update on
+    if is_counted and not values_are_readable(q_offset):
+        if attention_mask is None:
+            transformers_private.refuse_width_of_mask(config, "tokens so far", None)
+        if not q_offset.is_meta:
+            torch._assert_async(
+                (q_offset + arguments["q_length"] == attention_mask.shape[1]).all(),
+                "flashmla: attention_mask in a compiled model on Transformers' flash path: expected a column for each token so "
+                "far. Cut it to [:, :tokens so far], or run without torch.compile",
+            )
+        return attention_mask
+    num_keys = int(q_offset) + arguments["q_length"]
+    if attention_mask is not None:
+        if attention_mask.shape[1] < num_keys:
+            transformers_private.refuse_width_of_mask(config, f"{num_keys} tokens", attention_mask)
+        attention_mask = attention_mask[:, :num_keys]
+    elif is_counted or num_keys < arguments["kv_length"]:
+        attention_mask = torch.ones(arguments["batch_size"], num_keys, dtype=torch.bool, device=arguments["device"])
+    if is_counted:
+        return attention_mask  # generate makes the mask of a compiled step, which knows no number of tokens, before it calls it
+    return masking_utils.flash_attention_mask(**arguments | {"attention_mask": attention_mask})
 
 
 def is_tracing() -> bool:

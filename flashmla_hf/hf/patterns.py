@@ -44,7 +44,7 @@ def read_mask(
     mask = _checked_mask(module, mask.dense() if isinstance(mask, masks.LazyMask) else mask, q, seqlen_kv)
     if mask.dim() == 2:
         return default._replace(padding=mask), None
-    if mask.dtype == torch.bool and mask.shape[1] == mask.shape[2] == 1:
+    if mask.dtype == torch.bool and mask.shape[1] == mask.shape[2] == 1 and mask.shape[3] == seqlen_kv:
         # The mask names the keys that every query sees; causality and window do not apply.
         padding = boundaries.view_with_memo(mask, mask[:, 0, 0, :].expand(q.shape[0], -1))
         return masks.Pattern(False, None, padding), None
@@ -66,8 +66,8 @@ def cut_by_positions(pattern: masks.Pattern, position_ids, q, seqlen_kv: int) ->
 
 
 def _checked_mask(module, mask, q: torch.Tensor, seqlen_kv: int) -> torch.Tensor:
-    """The user's ``mask`` as bool [batch, num_keys] or as 4-D mask, for q [batch, seqlen_q, ...] and at most
-    ``seqlen_kv`` keys."""
+    """The user's ``mask`` as bool [batch, num_keys] of at most ``seqlen_kv`` keys, or as a 4-D mask that broadcasts to
+    [batch, heads_q, seqlen_q, seqlen_kv]; q is [batch, seqlen_q, heads_q, ...]."""
     if not isinstance(mask, torch.Tensor) or mask.dim() not in (2, 4):
         actual = f"{mask.dim()} dimensions" if isinstance(mask, torch.Tensor) else type(mask).__name__
         raise ValueError(
@@ -78,9 +78,23 @@ def _checked_mask(module, mask, q: torch.Tensor, seqlen_kv: int) -> torch.Tensor
             f"flashmla in {type(module).__name__}: attention_mask: expected bool (true keeps) or a floating dtype "
             f"(added) for a 4-D mask, got {mask.dtype}"
         )
-    if mask.dim() == 2 and mask.shape[0] != q.shape[0]:
+    if mask.dim() == 4:
+        # Neither cut nor padded: nobody knows which keys the columns of another number of keys mean.
+        shape = (q.shape[0], q.shape[2], q.shape[1], seqlen_kv)
+        if any(mine not in (1, full) for mine, full in zip(mask.shape, shape, strict=True)):
+            raise ValueError(
+                f"flashmla in {type(module).__name__}: attention_mask: expected a 4-D mask that broadcasts to {[*shape]} "
+                f"[batch, heads, queries, keys], got {[*mask.shape]}. A mask of a static cache covers all of its rows"
+            )
+        return mask
+    if mask.shape[0] not in (1, q.shape[0]):
+        raise ValueError(
+            f"flashmla in {type(module).__name__}: attention_mask: expected the batch of the queries, {q.shape[0]}, got "
+            f"{[*mask.shape]}"
+        )
+    if mask.shape[0] != q.shape[0]:
         mask = mask.expand(q.shape[0], -1)
-    if mask.dim() == 2 and mask.dtype != torch.bool:
+    if mask.dtype != torch.bool:
         # Models that skip Transformers' mask layer pass the tokenizer's mask of ones and zeros, in any dtype.
         kept = boundaries.memo(mask)
         if "as bool" not in kept:
@@ -88,10 +102,7 @@ def _checked_mask(module, mask, q: torch.Tensor, seqlen_kv: int) -> torch.Tensor
         mask = kept["as bool"]
     if mask.shape[-1] <= seqlen_kv:
         return mask
-    # A sliding cache holds the last keys of a 2-D mask. A 4-D mask may cover all rows of a static cache.
-    cut = mask[:, -seqlen_kv:] if mask.dim() == 2 else mask[..., :seqlen_kv]
-    if mask.dim() == 4 and mask.shape[2] > 1:
-        return cut
+    cut = mask[:, -seqlen_kv:]  # a sliding cache holds the last keys
     if torch.compiler.is_compiling():
         return cut
     kept, key = boundaries.memo(mask), ("cut", seqlen_kv)

@@ -383,6 +383,12 @@ def _refuse_on_flash_path(subject: object, argument: str, expected: str, got: st
     )
 
 
+def refuse_width_of_mask(config, tokens: str, got: torch.Tensor | None) -> NoReturn:
+    """Raises for a mask that says nothing of some tokens, or none where a compiled graph does not know how many there are."""
+    expected = f"a 2-D mask with a column for each of the {tokens}"
+    _refuse_on_flash_path(config, "attention_mask", expected, "None" if got is None else str([*got.shape]))
+
+
 def refuse_packed_rows(config, mask_function: Callable, batch_size: int) -> None:
     """Raises for packed rows in a batch, which the flash path takes for rows that are not packed: it looks at one row alone."""
     conditions = None if torch.compiler.is_compiling() else conditions_of(mask_function)
