@@ -41,5 +41,8 @@ def kernel_refusal(call: Call) -> str | None:
 
 def dtype_refusal(dtype: torch.dtype) -> str | None:
     if dtype not in KERNEL_DTYPES:
-        return f"dtype {dtype_name(dtype)}: expected float32, float16 or bfloat16 (impl='reference' computes float64)"
+        return (
+            f"dtype {dtype_name(dtype)}: expected float32, float16 or bfloat16 (impl='reference' computes float64; in a model "
+            "attn_implementation='eager')"
+        )
     return None

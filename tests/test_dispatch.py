@@ -85,7 +85,7 @@ WRONG_CALLS = [
     (packed(max_seqlen_kv=2.0), TypeError, P + "max_seqlen_kv: expected an int, got 2.0"),
     (qkv(max_seqlen_q=5), ValueError, P + "max_seqlen_q: expected none without cu_seqlens, got 5"),
     (qkv(impl="cuda"), ValueError, P + "impl: expected one of ['sm90', 'cpu', 'torch_flash', 'flex', 'sdpa', 'reference'] or None, got 'cuda'"),
-    ({name: x(2, 5, 4, 8, dtype=torch.float64) for name in "qkv"}, RuntimeError, P + "no implementation computes this call. cpu: dtype float64: expected float32, float16 or bfloat16 (impl='reference' computes float64)"),
+    ({name: x(2, 5, 4, 8, dtype=torch.float64) for name in "qkv"}, RuntimeError, P + "no implementation computes this call. cpu: dtype float64: expected float32, float16 or bfloat16 (impl='reference' computes float64; in a model attn_implementation='eager')"),
     (qkv(impl="cpu", dropout_p=0.5), RuntimeError, P + "impl='cpu' cannot compute this call: dropout_p=0.5: expected 0 (impl='torch_flash', 'sdpa' and 'reference' compute dropout)"),
     (qkv(impl="cpu", attn_mask=x(5, 6)), RuntimeError, P + "impl='cpu' cannot compute this call: attn_mask is given: expected none (impl='sdpa' and impl='reference' take one)"),
     (qkv(impl="flex"), RuntimeError, P + "impl='flex' cannot compute this call: the tensors are on cpu: expected a GPU"),
