@@ -175,7 +175,7 @@ def _points(args: argparse.Namespace, parser: argparse.ArgumentParser) -> list[P
     except IndexError:
         parser.error(f"--points: expected numbers of --list, got {' '.join(map(str, args.points))}")
     most = max((point.gpus for point in points), default=1) if args.points else args.gpus
-    if not (args.tiny or args.list or args.dry_run) and most > torch.cuda.device_count():
+    if not (args.tiny or args.list or args.dry_run or args.merge) and most > torch.cuda.device_count():
         parser.error(f"--gpus: expected at most the {torch.cuda.device_count()} of this host, got {most}")
     return points
 
