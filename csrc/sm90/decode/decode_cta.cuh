@@ -37,12 +37,32 @@ struct ClusterPart {
   float out[kRows][kHeadDimV + 8];  // 8: rows of a warp begin in different banks
 };
 
+// Brings to L2 what finding the work and the first pages reads: two of the call's few waits for memory, one behind the
+// other. Nothing is known of it yet, so kernels that still write it do no harm. By the whole grid, of the table at most
+// a line a thread.
+__device__ inline void prefetch_lengths(DecodeArguments const& arguments) {
+  DecodeParams const& params = arguments.params;
+  constexpr int kLine = 128 / static_cast<int>(sizeof(int32_t));
+  auto prefetch = [&](int32_t const* x, int64_t line, int64_t count) {
+    if (x != nullptr && line * kLine < count) ptx::prefetch_to_l2(x + line * kLine);
+  };
+  prefetch(params.cache_seqlens, threadIdx.x, params.problem.batch);
+  prefetch(params.kv_start, threadIdx.x, params.problem.batch);
+  int const columns = arguments.pages.div(static_cast<int>(params.problem.seqlen_kv));
+  prefetch(params.block_table, blockIdx.x + int64_t{gridDim.x} * threadIdx.x,
+           (params.problem.batch - 1) * params.stride_block_table + columns);
+}
+
 // From here on this kernel may read what those before it have written. To find the work takes long, and needs no more
 // than lengths.
 __device__ inline DecodeWalk begin_walk(DecodeArguments const& arguments) {
   bool const reads_lengths = !has_equal_lengths(arguments.params);
-  if (reads_lengths) ptx::wait_on_dependent_grids();
-  DecodeWalk const walk(arguments);
+  DecodeWalk walk(arguments);
+  if (reads_lengths) {
+    prefetch_lengths(arguments);
+    ptx::wait_on_dependent_grids();
+  }
+  walk.begin();
   if (!reads_lengths) ptx::wait_on_dependent_grids();
   cutlass::arch::launch_dependent_grids();  // combine_kernel, or the next call's, may set up
   return walk;

@@ -24,9 +24,9 @@ __device__ BoxPlace box_place(DecodeArguments const& arguments, int32_t batch, i
   DecodeParams const& params = arguments.params;
   int32_t const key = kv_block * kBlockKV + box * arguments.rows_per_box;
   if (params.block_table == nullptr) return {batch, key};
-  int32_t const page_size = static_cast<int32_t>(params.page_size);
-  int32_t const index = key / page_size;
-  return {params.block_table[batch * params.stride_block_table + index], key - index * page_size};
+  int index, row;
+  arguments.pages(index, row, key);
+  return {params.block_table[batch * params.stride_block_table + index], row};
 }
 
 // A row of the tile.

@@ -109,7 +109,8 @@ struct LatentDecode {
     uint64_t const hint = static_cast<uint64_t>(arguments.tiles_per_head > 1 ? cute::TMA::CacheHintSm90::EVICT_NORMAL
                                                                              : cute::TMA::CacheHintSm90::EVICT_FIRST);
     Ring<kNumStages> ring;
-    for (DecodeWalk walk(arguments); walk.find(); walk.next_tile()) {
+    DecodeWalk walk(arguments);
+    for (walk.begin(); walk.find(); walk.next_tile()) {
       int32_t const head_kv = walk.tile / arguments.tiles_per_head;
       SequenceKeys const keys = walk.keys;
       // Boxes without a key of the sequence are not loaded: the table need not have their pages.
@@ -187,7 +188,8 @@ struct LatentDecode {
     Ring<kNumStages> ring;
     uint32_t meeting_phase = 0, p_phase = 0;  // of the other warpgroup's P
 
-    for (DecodeWalk walk(arguments); walk.find(); walk.next_tile()) {
+    DecodeWalk walk(arguments);
+    for (walk.begin(); walk.find(); walk.next_tile()) {
       SequenceKeys const keys = walk.keys;
       KVBlocks const blocks = walk.blocks;
       RowKeys const seen = row_keys(arguments, keys, walk.tile, first_row);

@@ -76,6 +76,12 @@ DecodeArguments plan_decode(DecodeParams const& params) {
   if (arguments.tiles_per_head < most) most -= most % arguments.tiles_per_head;  // decode_schedule.cuh says why
   arguments.num_ctas = static_cast<int32_t>(std::min(most, params.can_split ? tiles * units : tiles));
   arguments.cluster_size = 1;
+  // As Shares of tiles that have as many units each.
+  int64_t const ctas_per_tile = arguments.num_ctas / tiles;
+  if (ctas_per_tile * tiles * 10 >= int64_t{arguments.num_ctas} * 9) {
+    arguments.ctas_per_tile = static_cast<int32_t>(ctas_per_tile);
+  }
+  arguments.pages = cutlass::FastDivmod(static_cast<int>(std::max<int64_t>(1, params.page_size)));
   return arguments;
 }
 
