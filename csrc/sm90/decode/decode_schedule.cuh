@@ -52,7 +52,7 @@ struct DecodeArguments {
   int32_t ctas_per_tile;   // whose shares are parts of one tile, if all tiles have as many units; 0: Shares decides
   CUtensorMap q;           // dims (head_dim, heads, rows, sequence); of few rows (few_rows.cuh)
   int32_t block_kv_log2;
-  cutlass::FastDivmod pages;  // divides by page_size
+  cutlass::FastDivmod pages;   // divides by page_size
   ScaleView k_scale, v_scale;  // of caches of e4m3 (e4m3_decode.cuh)
 };
 

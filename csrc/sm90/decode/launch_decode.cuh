@@ -115,17 +115,6 @@ int max_active_clusters(int device, int size, int threads, int shared_bytes, boo
   return count;
 }
 
-// Clusters of more than eight CTAs have to be allowed, once on each device.
-template <auto kKernel>
-cudaError_t allow_large_clusters(int device) {
-  static std::atomic<uint64_t> done{0};  // a bit per device
-  uint64_t const bit = uint64_t{1} << (device % 64);
-  if (device < 64 && (done & bit) != 0) return cudaSuccess;
-  cudaError_t const error = cudaFuncSetAttribute(kKernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
-  if (error == cudaSuccess && device < 64) done |= bit;
-  return error;
-}
-
 // Keys of a CTA in a cluster, at most. A longer call hardly feels its second kernel, and a cluster's CTAs, of which a
 // multiprocessor has one, have less on its way from memory (docs/log.md, 2026-11-28: 256 and 640 keys gain 5 and 11 %,
 // 1,024 and 2,048 lose 9 and 18).
