@@ -325,7 +325,8 @@ def test_new_keys_are_quantised_and_written_in_one_launch(dtype, page_size):
     q = torch.randn(4, 1, 8, 64, device="cuda").to(dtype)
     with Operators() as operators:
         got = decode_attention(q, k8, v8, k=new_k, v=new_v, **options)
-    assert operators.names == ["flashmla::append_to_cache", "flashmla::flash_attn_decode_e4m3"]
+    launched = [name for name in operators.names if name != "aten::unsqueeze"]  # a view, to compare memory
+    assert launched == ["flashmla::append_to_cache", "flashmla::flash_attn_decode_e4m3"]
     options["cache_seqlens"] = options["cache_seqlens"] + 3
     assert torch.equal(got, decode_attention(q, k8, v8, **options))
     written, factors = quantize_tokens(new_k[2])
