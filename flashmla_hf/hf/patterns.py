@@ -66,7 +66,8 @@ def cut_by_positions(pattern: masks.Pattern, position_ids, q, seqlen_kv: int) ->
 
 
 def _checked_mask(module, mask, q: torch.Tensor, seqlen_kv: int) -> torch.Tensor:
-    """The user's ``mask`` for q [batch, seqlen_q, ...]: bool [batch, at most ``seqlen_kv``], or 4-D of ``seqlen_kv`` keys or 1."""
+    """The user's ``mask`` for q [batch, seqlen_q, ...], as bool [batch, num_keys] of at most ``seqlen_kv`` keys, or 4-D of so
+    many or of one for all."""
     if not isinstance(mask, torch.Tensor) or mask.dim() not in (2, 4):
         actual = f"{mask.dim()} dimensions" if isinstance(mask, torch.Tensor) else type(mask).__name__
         raise ValueError(
