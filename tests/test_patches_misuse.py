@@ -126,6 +126,18 @@ def test_dropout_switched_off_before_backward_raises_where_there_is_some():
             loss.backward()
 
 
+@pytest.mark.parametrize("change", ["merge_adapter", "disable_adapter_layers"])
+def test_trained_weights_that_have_no_part_in_a_block_get_no_gradient(change):
+    """As in the model's own backward: a merged adapter is no part of the sum, and what is before it is frozen."""
+    model = lora(model_of("Llama"))
+    getattr(model, change, getattr(model.base_model, change))()
+    for name, p in model.named_parameters():
+        p.requires_grad_("lora_" in name or "lm_head" in name)
+    expected = step(model, batch_of("Llama"))
+    assert_equal(step(patched(model, ["mlp"]), batch_of("Llama")), expected)
+    assert any("lm_head" in name for name in expected[1])
+
+
 def test_weights_exchanged_for_a_call_raise():
     model, batch = patched(model_of("Llama"), ["mlp"]), batch_of("Llama")
     weights = {n: p.detach().clone().requires_grad_() for n, p in model.named_parameters()}
