@@ -146,6 +146,27 @@ def test_weights_exchanged_for_a_call_raise():
         loss.backward()
 
 
+@pytest.mark.parametrize("is_adapted", [False, True], ids=["plain", "lora"])
+def test_gradients_by_torch_func_are_those_without_patches(is_adapted):
+    """Per sample, too: what the patches compute by has no rule for the transforms."""
+    model, batch = model_of("Llama"), batch_of("Llama")
+    model = lora(model) if is_adapted else model
+    weights = {n: p.detach() for n, p in model.named_parameters() if "lora_" in n or "layers.1." in n}
+
+    def loss(weights, ids, labels):
+        given = {"input_ids": ids[None], "labels": labels[None], "use_cache": False}
+        return torch.func.functional_call(model, weights, kwargs=given).loss
+
+    def gradients():
+        found = torch.vmap(torch.func.grad(loss), in_dims=(None, 0, 0))(weights, batch["input_ids"], batch["labels"])
+        return 0.0, {name: grad.detach() for name, grad in found.items()}
+
+    expected = gradients()
+    assert all(grad.abs().max() > 0 for grad in expected[1].values())
+    patched(model)
+    assert_equal(gradients(), expected)
+
+
 def test_a_pass_without_gradients_in_between_is_no_change():
     """A reference pass without the adapter before backward (DPO), with DoRA, whose magnitude needs the base layer's result."""
 

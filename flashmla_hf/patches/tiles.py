@@ -48,7 +48,8 @@ class _Tiles(torch.autograd.Function):
                 if start == 0:
                     gradients.refuse_other_leaves(out, ctx.run.module, [piece, *ctx.parameters])
                 wanted = [piece, *trained] if needs_x else trained
-                grads: list[torch.Tensor | None] = [None] * len(wanted)  # of trained weights without a part in the result
+                # Trained weights may have no part in the result (a merged adapter): they get none.
+                grads: list[torch.Tensor | None] = [None] * len(wanted)
                 if out.requires_grad:
                     grads = [*torch.autograd.grad(out, wanted, grad[rows], allow_unused=True)]
                 del out
