@@ -8,7 +8,7 @@ import itertools
 import pytest
 import torch
 from counting import counted_calls
-from hf_support import DEVICE, close, kernel_calls, needs_kernel
+from hf_support import DEVICE, build_causal_lm, close, kernel_calls, needs_kernel
 from transformers import masking_utils as mu
 
 from flashmla_hf import reference
@@ -421,3 +421,26 @@ def test_boundaries_of_any_padding_cover_every_token_once(batch):
             assert int(kv[-1]) == batch * 6
             assert (q.diff() >= 0).all()
             assert (kv.diff() >= 0).all()
+
+
+@pytest.mark.filterwarnings("ignore:flashmla attention. ")
+def test_a_mask_of_other_keys_than_the_layers_is_refused_and_one_of_one_key_is_broadcast():
+    q, k, v = qkv(3, 6, 9)
+    for shape in ((3, 1, 6, 12), (3, 1, 1, 12), (3, 1, 6, 5), (3, 1, 1, 5)):
+        for mask in (torch.ones(shape, dtype=torch.bool, device=DEVICE), torch.zeros(shape, device=DEVICE)):
+            with pytest.raises(ValueError, match=f"expected a mask of the layer's 9 keys, got one of {shape[-1]}"):
+                forward.attention_forward(Layer(False), q, k, v, mask)
+    everything = torch.ones(3, 1, 1, 1, dtype=torch.bool, device=DEVICE)
+    out, _ = forward.attention_forward(Layer(False), q, k, v, everything)
+    assert close(out, oracle(q, k, v, everything))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_prefix_under_transformers_checkpointing_raises_as_in_eager():
+    # Checkpointed layers leave past_key_values out, and the mask does not: its first columns would show later tokens.
+    model = build_causal_lm("flashmla")
+    ids = torch.arange(1, 9, device=DEVICE)[None]
+    prefix = model(ids[:, :3], use_cache=True).past_key_values
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    with pytest.raises(ValueError, match="Under gradient checkpointing a layer ignores past_key_values"):
+        model.train()(ids, past_key_values=prefix, labels=ids)

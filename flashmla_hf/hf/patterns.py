@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from flashmla_hf.hf import boundaries, masks, transformers_private
+from flashmla_hf.hf import boundaries, masks, refusals, transformers_private
 
 
 def without_mask(
@@ -44,7 +44,7 @@ def read_mask(
     mask = _checked_mask(module, mask.dense() if isinstance(mask, masks.LazyMask) else mask, q, seqlen_kv)
     if mask.dim() == 2:
         return default._replace(padding=mask), None
-    if mask.dtype == torch.bool and mask.shape[1] == mask.shape[2] == 1:
+    if mask.dtype == torch.bool and mask.shape[1] == mask.shape[2] == 1 and mask.shape[3] == seqlen_kv:
         # The mask names the keys that every query sees; causality and window do not apply.
         padding = boundaries.view_with_memo(mask, mask[:, 0, 0, :].expand(q.shape[0], -1))
         return masks.Pattern(False, None, padding), None
@@ -66,8 +66,8 @@ def cut_by_positions(pattern: masks.Pattern, position_ids, q, seqlen_kv: int) ->
 
 
 def _checked_mask(module, mask, q: torch.Tensor, seqlen_kv: int) -> torch.Tensor:
-    """The user's ``mask`` as bool [batch, num_keys] or as 4-D mask, for q [batch, seqlen_q, ...] and at most
-    ``seqlen_kv`` keys."""
+    """The user's ``mask`` for q [batch, seqlen_q, ...], as bool [batch, num_keys] of at most ``seqlen_kv`` keys, or 4-D of so
+    many or of one for all."""
     if not isinstance(mask, torch.Tensor) or mask.dim() not in (2, 4):
         actual = f"{mask.dim()} dimensions" if isinstance(mask, torch.Tensor) else type(mask).__name__
         raise ValueError(
@@ -86,12 +86,14 @@ def _checked_mask(module, mask, q: torch.Tensor, seqlen_kv: int) -> torch.Tensor
         if "as bool" not in kept:
             kept["as bool"] = boundaries.mark_constant(mask != 0)
         mask = kept["as bool"]
+    if mask.dim() == 4:
+        if mask.shape[-1] != seqlen_kv and mask.shape[-1] != 1:
+            refusals.refuse_mask_of_other_keys(module, mask.shape[-1], seqlen_kv)
+        return mask
     if mask.shape[-1] <= seqlen_kv:
         return mask
-    # A sliding cache holds the last keys of a 2-D mask. A 4-D mask may cover all rows of a static cache.
-    cut = mask[:, -seqlen_kv:] if mask.dim() == 2 else mask[..., :seqlen_kv]
-    if mask.dim() == 4 and mask.shape[2] > 1:
-        return cut
+    # A sliding cache holds the last keys of a 2-D mask.
+    cut = mask[:, -seqlen_kv:]
     if torch.compiler.is_compiling():
         return cut
     kept, key = boundaries.memo(mask), ("cut", seqlen_kv)
