@@ -37,7 +37,7 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).resolve().parent
 # A build backend has this folder on no path, nor the folder that it imports from.
 sys.path.insert(0, str(ROOT / "csrc"))
-from flashmla_build.compiling import LOCAL_RUNTIME, CompilerError, Job, compile_all, run  # noqa: E402
+from flashmla_build.compiling import LOCAL_RUNTIME, CompilerError, Job, compile_all, listing_headers, run  # noqa: E402
 from flashmla_build.environment import (  # noqa: E402
     MINIMUM_TORCH,
     find_cxx,
@@ -48,7 +48,6 @@ from flashmla_build.environment import (  # noqa: E402
 from flashmla_build.sources import (  # noqa: E402
     BACKENDS,
     CPU,
-    CSRC,
     DIRECT,
     SM90,
     head_dim_limits,
@@ -155,12 +154,14 @@ class BuildLibraries(build_ext):
         common = macros_and_includes(name, self.torch_dir)
         backend = BACKENDS[name]
         compiler = [*self._nvcc(), "-isystem", str(self.cuda.cutlass)] if name == SM90 else self.cxx
-        files = (*CSRC.glob("*"), *(CSRC / backend).rglob("*"))
-        newest_header = max(path.stat().st_mtime for path in files if path.suffix in {".h", ".inc", ".cuh"})
         objects = Path(self.build_temp) / name
         objects.mkdir(parents=True, exist_ok=True)
         return [
-            Job(source, target, [*compiler, *flags, *common, "-c", str(source), "-o", str(target)], newest_header)
+            Job(
+                source,
+                target,
+                [*compiler, *flags, *common, *listing_headers(target), "-c", str(source), "-o", str(target)],
+            )
             for source, flags in sources_of(backend)
             for target in [objects / f"{source.stem}.o"]
         ]

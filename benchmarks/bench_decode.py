@@ -31,12 +31,13 @@ import statistics
 import decode_results
 import render_results
 import torch
-from decode_check import Inputs, expected, verdict
+from decode_check import ROTATED_BYTES, Inputs, expected, verdict
 from decode_peers import DEFAULT_PEERS, PEERS
-from decode_shapes import DEFAULT_SUITES, MODES, SUITES, DecodeShape
+from decode_results import LARGE
+from decode_shapes import DEFAULT_SUITES, MODES, SUITES, TABLE, DecodeShape
 from peers import Unsupported
 from series import Benchmark, Job
-from timing import Timed, free, gpu_state, interleaved, read_bandwidth, rotation, spread
+from timing import Timed, free, gpu_state, interleaved, read_bandwidth, rotation, short_copy_seconds, spread
 
 from flashmla_hf.training.arguments import first_line
 
@@ -118,8 +119,14 @@ def measure_shape(job: Job, device: str, repeats: int, seconds: float, is_timed:
 
 
 def _ceilings(device: str, shapes: list[DecodeShape]) -> dict:
-    """What the machine's memory gives, beside a copy."""
-    return {"read_bytes_per_second": read_bandwidth(device)}
+    """What the machine's memory gives, beside a copy: at length, and to copies of as many bytes as rows of the table read."""
+    sizes = sorted({shape.bytes_read() for shape in shapes if shape in TABLE and shape.bytes_read() >= LARGE})
+    return {
+        "read_bytes_per_second": read_bandwidth(device),
+        "copy_seconds_of_bytes": {
+            str(size): short_copy_seconds(device, size, ROTATED_BYTES[device], CALLS[device]) for size in sizes
+        },
+    }
 
 
 def summary(results: list[dict]) -> list[str]:

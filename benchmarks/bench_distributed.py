@@ -114,25 +114,6 @@ def predict(args: argparse.Namespace, points: list[Point]) -> None:
     print(f"written: {path}")
 
 
-def merge(args: argparse.Namespace) -> None:
-    """Writes the points of the files of ``args.merge`` into that of ``args.name``, and prints its tables.
-
-    A point that several have is that of the first that measured it.
-    """
-    documents = [json.loads((args.output_dir / f"{name}.json").read_text()) for name in args.merge]
-    if len(devices := {document["environment"]["device"] for document in documents}) > 1:
-        sys.exit(f"{PROGRAM.name}: --merge: expected files of one device, got {', '.join(sorted(devices))}")
-    points: dict[str, dict] = {}
-    for record in itertools.chain.from_iterable(document["points"] for document in documents):
-        key = json.dumps([record[field.name] for field in dataclasses.fields(Point)])
-        if key not in points or (points[key]["status"] not in FINAL and record["status"] in FINAL):
-            points[key] = record
-    document = documents[0] | {"points": list(points.values())}
-    path = args.output_dir / f"{args.name}.json"
-    records.write_json(document, path)
-    print(f"{distributed_results.section(document)}\nwritten: {path}")
-
-
 def main(argv: list[str] | None = None) -> None:
     parser = point_runs.parser_of(__doc__, PROGRAM.kind)
     parser.add_argument("--gpus", type=at_least(2), help="default: those of this host; 2 with --tiny")
@@ -157,7 +138,6 @@ def main(argv: list[str] | None = None) -> None:
         "--starting", type=float, default=STARTING, metavar="S", help="that a point's start is expected to take"
     )
     parser.add_argument("--turns", type=Path, metavar="FILE", help="runs that share it measure one after the other")
-    parser.add_argument("--merge", nargs="+", metavar="NAME", help="measure nothing: join the files of these names")
     parser.add_argument("--gpu_memory", type=float, default=78.0, metavar="GIB", help="of each GPU (default: 78)")
     parser.add_argument("--tiny", action="store_true", help="tiny models on this CPU, over gloo")
     parser.add_argument(
@@ -172,9 +152,6 @@ def main(argv: list[str] | None = None) -> None:
     args.gpus = args.gpus or (2 if args.tiny else max(2, torch.cuda.device_count()))
     args.name = args.name or f"distributed-{'tiny' if args.tiny else f'{args.gpus}gpus'}"
     point_runs.set_defaults(args)
-    if args.merge:
-        merge(args)
-        return
     points = _points(args, parser)
     if args.dry_run:
         predict(args, points)
@@ -198,7 +175,7 @@ def _points(args: argparse.Namespace, parser: argparse.ArgumentParser) -> list[P
     except IndexError:
         parser.error(f"--points: expected numbers of --list, got {' '.join(map(str, args.points))}")
     most = max((point.gpus for point in points), default=1) if args.points else args.gpus
-    if not (args.tiny or args.list or args.dry_run) and most > torch.cuda.device_count():
+    if not (args.tiny or args.list or args.dry_run or args.merge) and most > torch.cuda.device_count():
         parser.error(f"--gpus: expected at most the {torch.cuda.device_count()} of this host, got {most}")
     return points
 

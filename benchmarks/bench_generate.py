@@ -4,6 +4,7 @@
     python benchmarks/bench_generate.py --time_budget 500                  # again: goes on where the file ends
     python benchmarks/bench_generate.py --groups dynamic --contexts 2048 --batch_sizes 1
     python benchmarks/bench_generate.py --groups compiled --contexts 32768 131072 --batch_sizes 1 8 --time_budget 290
+    python benchmarks/bench_generate.py --groups fp8 compiled --attentions flashmla --layers 16   # bf16's cache fits beside
     python benchmarks/bench_generate.py --list                             # the points in their order
 
 Weights are random, made on the device. The cache is filled with random numbers up to the point's length, so a long context
@@ -40,6 +41,7 @@ GROUPS = {
     "eager": ("dynamic", ("eager",)),
     "compiled-eager": ("compiled", ("eager",)),
     "static": ("static", ("flashmla", "sdpa", "eager")),
+    "fp8": ("fp8", ("flashmla",)),  # beside our dynamic and compiled points
 }
 DEFAULT_GROUPS = {"cuda": ("dynamic", "compiled", "eager", "compiled-eager"), "cpu": ("dynamic", "static", "eager")}
 CONTEXTS = {"cuda": (2048, 32768, 131072), "cpu": (128, 512)}
@@ -56,7 +58,7 @@ def points_of(args: argparse.Namespace) -> list[Point]:
     ]
     shapes.sort(key=lambda shape: shape[0] * shape[1])
     points = [
-        Point(args.model, attention, cache, *shape, dtype=args.dtype, tokens=args.tokens)
+        Point(args.model, attention, cache, *shape, dtype=args.dtype, tokens=args.tokens, layers=args.layers)
         for cache, attentions in (GROUPS[name] for name in args.groups)
         for shape in shapes
         for attention in (args.attentions or attentions)
@@ -66,7 +68,7 @@ def points_of(args: argparse.Namespace) -> list[Point]:
 
 
 def start(args: argparse.Namespace):
-    return Generation(args.model, args.dtype, args.device).measure
+    return Generation(args.model, args.dtype, args.device, args.layers).measure
 
 
 def describe(record: dict) -> str:
@@ -90,7 +92,7 @@ def describe(record: dict) -> str:
 def expected_seconds(point: Point) -> float:
     """What a point must find left of the budget to begin. torch.compile takes about as long for every layer: 35 to 46 s for the
     32 of 8B's shape with 16 CPU cores."""
-    layers = models.SHAPES[point.model].num_hidden_layers
+    layers = point.layers or models.SHAPES[point.model].num_hidden_layers
     return 5 + 1.25 * layers if point.cache == "compiled" else point_runs.LEAST_SECONDS
 
 
@@ -106,6 +108,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--batch_sizes", nargs="+", type=at_least(1), metavar="ROWS", help="default: by device")
     parser.add_argument("--padded", nargs="*", type=int, metavar="ROWS", help="batches whose rows differ in length")
     parser.add_argument("--attentions", nargs="+", metavar="NAME", help="of each group's; default: all")
+    parser.add_argument("--layers", type=at_least(1), metavar="N", help="of the model; default: its own")
     parser.add_argument("--tokens", type=at_least(1), default=32, help="timed (default: 32)")
     args = parser.parse_args(argv)
     point_runs.set_defaults(args)

@@ -121,6 +121,17 @@ def _memory_bars(document: dict) -> Iterator[Bar]:
                 f"({least})",
                 shares[least] >= MEMORY_AT_LEAST,
             )
+    copies = {int(size): seconds for size, seconds in document.get("copy_seconds_of_bytes", {}).items()}
+    sizes = {shape: shape.bytes_read() for shape in large if shape.bytes_read() in copies}
+    if short := {shape: large[shape] / size * copies[size] for shape, size in sizes.items()}:
+        yield Bar(
+            "the table, 64 MB of K and V and more: rate over that of a copy of as many bytes, in a graph as ours",
+            ", ".join(
+                f"{shape.batch} × {shape.seqlen_kv:,} d{shape.head_dim_qk} {ratio:.2f}×"
+                for shape, ratio in short.items()
+            ),
+            None,
+        )
 
 
 def _layout_bars(document: dict) -> Iterator[Bar]:

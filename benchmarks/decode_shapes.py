@@ -171,8 +171,11 @@ def _with(shapes: list[DecodeShape], **changes) -> list[DecodeShape]:
 SUITES: dict[str, Suite] = {
     "table": Suite(TABLE, peers=ALL_PEERS),
     "odd": Suite(ODD, peers=ALL_PEERS),
-    # Whoever has no pages is measured in the table.
-    "paged": Suite([s for n in PAGE_SIZES for s in _with(TABLE, layout=f"paged{n}")], peers=("flashmla",)),
+    # Beside each page size the same shapes without pages. Whoever has no pages is measured in the table.
+    "paged": Suite(
+        [s for shape in TABLE for s in (shape, *(_with([shape], layout=f"paged{n}")[0] for n in PAGE_SIZES))],
+        peers=("flashmla",),
+    ),
     "heads-first": Suite(_with(TABLE, layout="heads-first"), peers=ALL_PEERS),
     "ragged": Suite(
         [

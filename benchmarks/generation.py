@@ -15,11 +15,12 @@ import torch._dynamo
 from timing import free, gpu_state, peak_memory, spread
 from transformers import DynamicCache, LogitsProcessor, StaticCache, StoppingCriteria
 
-from flashmla_hf import host_memory
+from flashmla_hf import Fp8Cache, host_memory
 from flashmla_hf.host_memory import GIB
 from flashmla_hf.training import machine
 
-CACHES = ("dynamic", "static", "compiled")  # "compiled": static, and generate() compiles the step, as it does on a GPU
+# "compiled": static, and generate() compiles the step, as it does on a GPU. "fp8": our Fp8Cache.
+CACHES = ("dynamic", "static", "compiled", "fp8")
 # generate() compiles on a GPU by itself, with these options. A CPU must be told.
 COMPILE_OPTIONS = {"cuda": {}, "cpu": {"mode": None}}
 REFERENCE = "eager"
@@ -29,6 +30,7 @@ RESERVE = 2 * GIB  # CUDA's context, workspaces, logits
 # attention in the same dtype, measured in this run, if that is more.
 FLOOR = {"float32": 1e-3, "bfloat16": 1e-2}
 ERRORS = 4.0
+FP8_FLOOR = 0.1  # of points with an fp8 cache, whose numbers are off by 2.6 %; another row's or head's give about 1
 SHORT, SHORT_STEPS = 192, 8  # tokens of the check's rows, and how many of them are decoded
 SHORT_STARTS = {"equal rows": (0, 0), "padded rows": (0, 5, 61, 130)}  # the first real token of each row
 
@@ -46,6 +48,7 @@ class Point:
     dtype: str = "bfloat16"
     tokens: int = 32  # timed
     warmup: int = 8  # before them: what is compiled, captured or chosen
+    layers: int | None = None  # of the model; None: its own
 
     @property
     def rows(self) -> int:
@@ -96,6 +99,8 @@ class Decoding:
         self.mask = (torch.arange(shape[1], device=device)[None] >= starts).long()
         if cache == "dynamic":
             self.cache = DynamicCache(config=model.config)
+        elif cache == "fp8":
+            self.cache = Fp8Cache()
         else:
             self.cache = StaticCache(config=model.config, max_cache_len=point.context)
         for layer in range(model.config.num_hidden_layers):
@@ -133,9 +138,9 @@ class Decoding:
 class Generation:
     """A model that all points share; its attention is switched between them. Random weights, made on the device."""
 
-    def __init__(self, name: str, dtype: str, device: str) -> None:
+    def __init__(self, name: str, dtype: str, device: str, layers: int | None = None) -> None:
         self.dtype, self.device = getattr(torch, dtype), device
-        self.model = models.load(name, REFERENCE, self.dtype, device).requires_grad_(False)
+        self.model = models.load(name, REFERENCE, self.dtype, device, layers=layers).requires_grad_(False)
         # No row ends by itself.
         self.model.generation_config.eos_token_id, self.model.generation_config.pad_token_id = None, 0
         parameters = inspect.signature(self.model.forward).parameters
@@ -162,7 +167,7 @@ class Generation:
         """
         config = self.model.config
         layers, groups = config.num_hidden_layers, config.num_attention_heads // config.num_key_value_heads
-        cache = point.batch_size * point.context * self.bytes_per_token()
+        cache = point.batch_size * point.context * self.bytes_per_token()  # the reference's, if no other
         needed = self.weight_bytes + cache * (1 + (1 + groups) / layers) + RESERVE
         return self.too_large(needed, {"weights": self.weight_bytes, "cache": cache})
 
@@ -174,9 +179,11 @@ class Generation:
         said = ", ".join(f"{size / GIB:.0f} of {name}" for name, size in parts.items())
         return f"would take {needed / GIB:.0f} GiB of {available / GIB:.0f}: {said}"
 
-    def bytes_per_token(self) -> int:
+    def bytes_per_token(self, cache: str = "dynamic") -> int:
+        """Of a cache; in fp8 a row of a head has one scale of four bytes."""
         config = self.model.config
-        return 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * self.dtype.itemsize
+        row = config.head_dim + 4 if cache == "fp8" else config.head_dim * self.dtype.itemsize
+        return 2 * config.num_hidden_layers * config.num_key_value_heads * row
 
     def write_random_rows(self, cache, point: Point, layer: int, generator: torch.Generator) -> None:
         """Random K and V of ``layer``. V's mean differs by row, head and dim: another row or head than the right one shows."""
@@ -198,6 +205,8 @@ class Generation:
         bound = self.bound(point.dtype)
         if problem := _problem(errors, bound):
             return {"status": "wrong", "reason": problem, "errors": errors, "bound": bound}
+        if point.cache == "fp8":
+            bound = max(bound, FP8_FLOOR)
         truth = self._expected(point)
         logits, numbers = self.timed(point)
         errors["these rows"] = relative_error(logits, truth)
@@ -238,7 +247,7 @@ class Generation:
             "all_seconds": [round(s, 7) for s in seconds],
             "first_seconds": first_seconds,
             "peak_bytes": None if beyond is None else in_use + beyond,
-            "cache_bytes": point.batch_size * point.context * self.bytes_per_token(),
+            "cache_bytes": point.batch_size * point.context * self.bytes_per_token(point.cache),
             "weight_bytes": self.weight_bytes,
             **(compiled if point.cache == "compiled" else {}),
             **state,

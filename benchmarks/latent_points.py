@@ -60,7 +60,7 @@ class LatentGeneration(Generation):
         use(self.model, attention)
         self._way = attention
 
-    def bytes_per_token(self) -> int:
+    def bytes_per_token(self, cache: str = "dynamic") -> int:
         config = self.model.config
         return config.num_hidden_layers * (config.kv_lora_rank + config.qk_rope_head_dim) * self.dtype.itemsize
 

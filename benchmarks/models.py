@@ -280,16 +280,22 @@ def config_of(name: str, sliding_window: int | None = None) -> PreTrainedConfig:
 
 
 def load(
-    name: str, attn_implementation: str, dtype: torch.dtype, device: str, sliding_window: int | None = None
+    name: str,
+    attn_implementation: str,
+    dtype: torch.dtype,
+    device: str,
+    sliding_window: int | None = None,
+    layers: int | None = None,
 ) -> PreTrainedModel:
     """The model ``name``: a key of SHAPES (random weights, seed 0), "smollm2" (real), or a folder or hub name.
 
-    ``sliding_window`` is as in ``config_of``.
+    ``sliding_window`` is as in ``config_of``; ``layers`` makes a key of SHAPES as deep as that.
 
     Raises NoModelError if a folder does not hold a model.
     """
     config = config_of(name, sliding_window)
     if name in SHAPES:
+        config.num_hidden_layers = layers or config.num_hidden_layers
         torch.manual_seed(0)
         # Built where it will live: 8B random weights take minutes to draw on a CPU.
         with torch.device(device):

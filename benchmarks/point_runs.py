@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import itertools
 import json
 import signal
 import sys
@@ -76,6 +77,7 @@ def parser_of(description: str, kind: str) -> argparse.ArgumentParser:
         help="measure again the points that the file has with one of these",
     )
     parser.add_argument("--list", action="store_true", help="print the points in their order and end")
+    parser.add_argument("--merge", nargs="+", metavar="NAME", help="measure nothing: join the files of these names")
     records.add_dirty_option(parser)
     return parser
 
@@ -117,6 +119,9 @@ def run(program: Program, points: list, args: argparse.Namespace) -> None:
     if args.list:
         print(*points, sep="\n")
         return
+    if args.merge:
+        merge(program, type(points[0]), args)
+        return
     if args.device == "cuda" and not torch.cuda.is_available():
         sys.exit(f"{program.name}: --device cuda: torch sees no GPU here")
     records.refuse_dirty_tree(program.name, args.output_dir, args.allow_dirty)
@@ -152,6 +157,28 @@ def run(program: Program, points: list, args: argparse.Namespace) -> None:
     print(f"written: {path} and {render_results.write(args.output_dir)}")
     if failed := [r for r in done if r["status"] in FAILED]:
         sys.exit(f"{program.name}: {len(failed)} points failed; first: {program.describe(failed[0])}")
+
+
+def merge(program: Program, point_type: type, args: argparse.Namespace) -> None:
+    """Writes the points of the files of ``args.merge`` into that of ``args.name``, and prints its tables.
+
+    A point that several have is that of the first that measured it. Ends the program without --name, and if the files' devices
+    differ.
+    """
+    if not args.name:
+        sys.exit(f"{program.name}: --merge: expected --name, the file to write")
+    documents = [json.loads((args.output_dir / f"{name}.json").read_text()) for name in args.merge]
+    if len(devices := {document["environment"]["device"] for document in documents}) > 1:
+        sys.exit(f"{program.name}: --merge: expected files of one device, got {', '.join(sorted(devices))}")
+    points: dict[tuple, dict] = {}
+    for record in itertools.chain.from_iterable(document["points"] for document in documents):
+        key = _key(record, point_type)
+        if key not in points or (points[key]["status"] not in program.final and record["status"] in program.final):
+            points[key] = record
+    document = documents[0] | {"points": list(points.values())}
+    path = args.output_dir / f"{args.name}.json"
+    records.write_json(document, path)
+    print(f"{program.section(document)}\nwritten: {path}")
 
 
 def _waiting(

@@ -36,7 +36,7 @@ FIGURE = records.REPOSITORY / "docs" / "memory.png"
 MEMORY = "memory-llama-8b-h200.json"
 ATTENTION = "attention-h200-sm90.json"
 DECODE = "decode-table-h200.json"  # bench_decode.py --suite table odd --name decode-table-h200
-INFERENCE = ("generate-h200.json", "serving-h100.json")  # bench_generate.py and bench_serving.py
+INFERENCE = ("generate-h200.json", "serving-h200.json")  # bench_generate.py and bench_serving.py
 LONGEST = {
     "memory-llama-8b-qlora.json": "Llama-3.1-8B, QLoRA",
     "memory-llama-1b-full-h200.json": "Llama-3.2-1B, all weights",

@@ -175,6 +175,22 @@ def copy_bandwidth(device: str) -> float:
     return 2 * source.numel() / _median_seconds(lambda: target.copy_(source), device)
 
 
+def short_copy_seconds(device: str, num_bytes: int, rotated_bytes: float, calls: int) -> float:
+    """Seconds of a copy of half as many bytes, which reads and writes ``num_bytes``, in series of ``calls`` behind each other
+    as :func:`rotation` makes them. Each has the next of as many buffers as hold ``rotated_bytes``."""
+    peer = Peer(torch.Tensor.copy_)
+    buffers = [
+        torch.ones(2, num_bytes // 2, dtype=torch.uint8, device=device)
+        for _ in range(max(2, math.ceil(rotated_bytes / num_bytes)))
+    ]
+    count = len(buffers) * math.ceil(calls / len(buffers))
+    timed = rotation(peer, [lambda pair=pair: peer.run(*pair) for pair in buffers], count, device)
+    return (
+        statistics.median([start_turn(timed, 3 if device == "cuda" else 1, device, "fwd")() for _ in range(9)][2:])
+        / count
+    )
+
+
 def read_bandwidth(device: str) -> float:
     """Bytes read per second by the faster of two reductions, which write next to nothing."""
     source = torch.ones(2**28 if device == "cuda" else 2**24, dtype=torch.float32, device=device)

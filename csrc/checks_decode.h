@@ -107,25 +107,28 @@ struct E4m3DecodeArguments : DecodeArguments {
   TensorInfo k_descale, v_descale;
 };
 
-inline Problem check_e4m3_decode_inputs(const char* op, const E4m3DecodeArguments& arguments) {
+// The factors of the rows of a cache [num_pages, page_size, heads_kv, head_dim].
+inline void check_factors(const char* op, const char* name, const TensorInfo& t, const TensorInfo& cache) {
+  check_same_device(op, name, t, cache);
+  check_dtype(op, name, t, ScalarType::Float, "");
+  check_shape(op, name, t, {cache.size(0), cache.size(1), cache.size(2)}, "that of the cache but for the last");
+  check_storage(op, name, t);
+}
+
+inline Problem check_decode_inputs(const char* op, const E4m3DecodeArguments& arguments) {
   const Problem p = check_decode_inputs(op, arguments, ScalarType::Float8_e4m3fn);
-  const std::pair<const char*, const TensorInfo*> factors[] = {{"k_descale", &arguments.k_descale},
-                                                               {"v_descale", &arguments.v_descale}};
-  for (const auto& [name, t] : factors) {
-    check_same_device(op, name, *t, arguments.q);
-    check_dtype(op, name, *t, ScalarType::Float, "");
-    check_shape(op, name, *t, {arguments.k.size(0), arguments.k.size(1), p.heads_kv}, "that of k but for the last");
-    check_storage(op, name, *t);
-  }
+  check_factors(op, "k_descale", arguments.k_descale, arguments.k);
+  check_factors(op, "v_descale", arguments.v_descale, arguments.k);
   return p;
 }
 
-inline E4m3DecodeParams e4m3_decode_params(const Problem& p, const E4m3DecodeArguments& arguments,
-                                           const TensorInfo& out, const TensorInfo& lse) {
+inline E4m3DecodeParams decode_params(const Problem& p, const E4m3DecodeArguments& arguments, const TensorInfo& out,
+                                      const TensorInfo& lse) {
   auto scales_of = [](const TensorInfo& t) {
     return ScaleView{static_cast<const float*>(t.data), t.stride(0), t.stride(1), t.stride(2)};
   };
-  return {decode_params(p, arguments, out, lse), scales_of(arguments.k_descale), scales_of(arguments.v_descale)};
+  const DecodeArguments& others = arguments;
+  return {decode_params(p, others, out, lse), scales_of(arguments.k_descale), scales_of(arguments.v_descale)};
 }
 
 }  // namespace flashmla

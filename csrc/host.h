@@ -52,7 +52,8 @@ struct Host {
     return {out, lse};
   }
 
-  static std::tuple<Tensor, Tensor> decode_of(const char* op, const DecodeArguments& arguments) {
+  template <class CacheArguments>
+  static std::tuple<Tensor, Tensor> decode_of(const char* op, const CacheArguments& arguments) {
     const Problem p = Backend::check_decode(op, arguments);
     const TensorInfo& like = arguments.q;
     const Tensor out = make_tensor(like, {p.batch, p.seqlen_q, p.heads_q, p.head_dim_v}, like.dtype);

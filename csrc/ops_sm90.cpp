@@ -210,20 +210,21 @@ struct Sm90Fp8 : Sm90 {
 };
 
 // flash_attn_decode_e4m3, which this backend alone has (flashmla_hf/fp8/cached.py defines it).
-std::tuple<Tensor, Tensor> decode_e4m3(const char* op, const E4m3DecodeArguments& arguments) {
-  check_device(op, "q", arguments.q);
-  const Problem p = check_e4m3_decode_inputs(op, arguments);
-  check_kernel_limits(op, arguments, p, sm90::kLargestE4m3DecodeHeadDim, sm90::kLargestE4m3DecodeHeadDim,
-                      sm90::kE4m3HeadDimMultiple);
-  const TensorInfo& like = arguments.q;
-  const Tensor out = make_tensor(like, {p.batch, p.seqlen_q, p.heads_q, p.head_dim_v}, like.dtype);
-  const Tensor lse = make_tensor(like, {p.batch, p.heads_q, p.seqlen_q}, ScalarType::Float);
-  if (info_of(out).numel() > 0) {
-    Sm90::launch(op, like, sm90::e4m3_decode_workspace, sm90::launch_e4m3_decode,
-                 e4m3_decode_params(p, arguments, info_of(out), info_of(lse)));
+struct Sm90E4m3Cache {
+  static Problem check_decode(const char* op, const E4m3DecodeArguments& arguments) {
+    check_device(op, "q", arguments.q);
+    const Problem p = check_decode_inputs(op, arguments);
+    check_kernel_limits(op, arguments, p, sm90::kLargestE4m3DecodeHeadDim, sm90::kLargestE4m3DecodeHeadDim,
+                        sm90::kE4m3HeadDimMultiple);
+    return p;
   }
-  return {out, lse};
-}
+
+  static void run_decode(const char* op, const E4m3DecodeParams& params, const E4m3DecodeArguments& arguments,
+                         const TensorInfo& out) {
+    if (out.numel() == 0) return;
+    Sm90::launch(op, arguments.q, sm90::e4m3_decode_workspace, sm90::launch_e4m3_decode, params);
+  }
+};
 
 std::tuple<Tensor, Tensor> decode_e4m3_operator(Tensor q, Tensor k, Tensor v, Tensor k_descale, Tensor v_descale,
                                                 std::optional<Tensor> sinks, std::optional<Tensor> cache_seqlens,
@@ -233,7 +234,7 @@ std::tuple<Tensor, Tensor> decode_e4m3_operator(Tensor q, Tensor k, Tensor v, Te
   const E4m3DecodeArguments arguments{decode_arguments_of(q, k, v, sinks, cache_seqlens, kv_start, block_table, scale,
                                                           window_left, window_right, softcap, can_split),
                                       info_of(k_descale), info_of(v_descale)};
-  return with_torch_errors([&] { return decode_e4m3("flash_attn_decode_e4m3", arguments); });
+  return with_torch_errors([&] { return Host<Sm90E4m3Cache>::decode_of("flash_attn_decode_e4m3", arguments); });
 }
 
 std::tuple<Tensor, Tensor> fp8_forward_operator(Tensor q, Tensor k, Tensor v, std::optional<Tensor> sinks,
@@ -249,13 +250,13 @@ std::tuple<Tensor, Tensor> fp8_forward_operator(Tensor q, Tensor k, Tensor v, st
 // append_to_cache, which this backend alone has (flashmla_hf/decode_ops.py defines it).
 struct AppendArguments {
   TensorInfo k_cache, k, cache_seqlens;
-  std::optional<TensorInfo> v_cache, v, block_table;
+  std::optional<TensorInfo> v_cache, v, block_table, k_descale, v_descale;
 };
 
-void check_rows_of_heads(const char* op, const char* name, const TensorInfo& t, const TensorInfo& k_cache,
-                         std::initializer_list<int64_t> shape, const char* meaning) {
-  check_same_device(op, name, t, k_cache);
-  check_dtype(op, name, t, k_cache.dtype, " (that of k_cache)");
+void check_rows_of_heads(const char* op, const char* name, const TensorInfo& t, const TensorInfo& like,
+                         const char* whose, std::initializer_list<int64_t> shape, const char* meaning) {
+  check_same_device(op, name, t, like);
+  check_dtype(op, name, t, like.dtype, whose);
   check_shape(op, name, t, shape, meaning);
   check_last_stride(op, name, t);
   check_storage(op, name, t);
@@ -263,9 +264,14 @@ void check_rows_of_heads(const char* op, const char* name, const TensorInfo& t, 
 
 sm90::AppendParams check_append(const char* op, const AppendArguments& arguments) {
   const TensorInfo &cache = arguments.k_cache, &k = arguments.k;
+  const bool is_e4m3 = cache.dtype == ScalarType::Float8_e4m3fn;
+  const TensorInfo& rows = is_e4m3 ? k : cache;  // whose dtype new rows have
+  const char* const whose = is_e4m3 ? " (that of k)" : " (that of k_cache)";
   check_device(op, "k_cache", cache);
-  if (cache.dtype != ScalarType::Half && cache.dtype != ScalarType::BFloat16)
-    fail(op, "k_cache", "dtype float16 or bfloat16", dtype_name(cache.dtype));
+  if (rows.dtype != ScalarType::Half && rows.dtype != ScalarType::BFloat16) {
+    if (is_e4m3) fail(op, "k", "dtype float16 or bfloat16", dtype_name(k.dtype));
+    fail(op, "k_cache", "dtype float16, bfloat16 or float8_e4m3fn", dtype_name(cache.dtype));
+  }
   if (cache.dim != 4)
     fail(op, "k_cache", "4 dimensions, [pages or batch, rows, heads, dim]", "shape " + shape_name(cache.shape()));
   if (k.dim != 4) fail(op, "k", "4 dimensions, [batch, seqlen_new, heads, dim]", "shape " + shape_name(k.shape()));
@@ -279,20 +285,37 @@ sm90::AppendParams check_append(const char* op, const AppendArguments& arguments
   params.head_dim_k = cache.size(3);
   params.num_pages = cache.size(0);
   params.page_size = cache.size(1);
-  check_rows_of_heads(op, "k_cache", cache, cache, {cache.size(0), cache.size(1), cache.size(2), cache.size(3)}, "");
-  check_rows_of_heads(op, "k", k, cache, {k.size(0), k.size(1), cache.size(2), cache.size(3)},
+  check_rows_of_heads(op, "k_cache", cache, cache, "", {cache.size(0), cache.size(1), cache.size(2), cache.size(3)},
+                      "");
+  check_rows_of_heads(op, "k", k, rows, whose, {k.size(0), k.size(1), cache.size(2), cache.size(3)},
                       "heads and dim of k_cache");
   params.new_k = view_of(k, false);
   params.k = view_of(cache, false);
   if (arguments.v) {
     const TensorInfo &v_cache = *arguments.v_cache, &v = *arguments.v;
     if (v_cache.dim == 4) params.head_dim_v = v_cache.size(3);
-    check_rows_of_heads(op, "v_cache", v_cache, cache, {cache.size(0), cache.size(1), cache.size(2), params.head_dim_v},
+    check_rows_of_heads(op, "v_cache", v_cache, cache, " (that of k_cache)",
+                        {cache.size(0), cache.size(1), cache.size(2), params.head_dim_v},
                         "that of k_cache but for dim");
-    check_rows_of_heads(op, "v", v, cache, {k.size(0), k.size(1), cache.size(2), params.head_dim_v},
+    check_rows_of_heads(op, "v", v, rows, whose, {k.size(0), k.size(1), cache.size(2), params.head_dim_v},
                         "that of k but for dim, which is v_cache's");
     params.new_v = view_of(v, false);
     params.v = view_of(v_cache, false);
+  }
+  const std::pair<const char*, const std::optional<TensorInfo>*> factors[] = {{"k_descale", &arguments.k_descale},
+                                                                              {"v_descale", &arguments.v_descale}};
+  for (const auto& [name, t] : factors) {
+    if (t->has_value() != is_e4m3)
+      fail(op, name, is_e4m3 ? "a tensor, since k_cache is float8_e4m3fn" : "None, since k_cache is not float8_e4m3fn",
+           is_e4m3 ? "None" : "a tensor");
+    if (is_e4m3) check_factors(op, name, **t, cache);
+  }
+  if (is_e4m3) {
+    if (!arguments.v) fail(op, "v", "a tensor, since k_cache is float8_e4m3fn", "None");
+    auto scales_of = [](const TensorInfo& t) { return TensorView{t.data, t.stride(0), t.stride(1), t.stride(2)}; };
+    params.k_scale = scales_of(*arguments.k_descale);
+    params.v_scale = scales_of(*arguments.v_descale);
+    params.dtype = k.dtype == ScalarType::Half ? DType::kFloat16 : DType::kBFloat16;
   }
   if (arguments.block_table) {
     check_block_table(op, *arguments.block_table, k);
@@ -311,10 +334,11 @@ sm90::AppendParams check_append(const char* op, const AppendArguments& arguments
 }
 
 Tensor append_operator(Tensor k_cache, std::optional<Tensor> v_cache, Tensor k, std::optional<Tensor> v,
-                       Tensor cache_seqlens, std::optional<Tensor> block_table) {
+                       Tensor cache_seqlens, std::optional<Tensor> block_table, std::optional<Tensor> k_descale,
+                       std::optional<Tensor> v_descale) {
   const char* op = "append_to_cache";
-  const AppendArguments arguments{info_of(k_cache), info_of(k), info_of(cache_seqlens),
-                                  info_of(v_cache), info_of(v), info_of(block_table)};
+  const AppendArguments arguments{info_of(k_cache), info_of(k),           info_of(cache_seqlens), info_of(v_cache),
+                                  info_of(v),       info_of(block_table), info_of(k_descale),     info_of(v_descale)};
   sm90::AppendParams params = check_append(op, arguments);
   return with_torch_errors([&] {
     const Tensor lengths = make_tensor(arguments.k, {params.batch}, ScalarType::Int);

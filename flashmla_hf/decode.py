@@ -158,7 +158,9 @@ def decode_attention(
     if _values_are_checked(call) or (reads_values and _values_are_readable(call)):
         _check_values(call, k.shape[1] if has_new else 0)  # type: ignore[union-attr]
     if has_new:
-        has_kernel_of_append = run is _run_sm90 and not (torch.compiler.is_compiling() or has_transforms())
+        has_kernel_of_append = run in (_run_sm90, cached.run_sm90) and not (
+            torch.compiler.is_compiling() or has_transforms()
+        )
         call.cache_seqlens = (_append_by_kernel if has_kernel_of_append else append)(call, k, v)  # type: ignore[arg-type]
     out, lse = run(call)
     return (out, lse) if return_lse else out
@@ -232,7 +234,9 @@ def _append_by_kernel(call: DecodeCall, k: torch.Tensor, v: torch.Tensor | None)
     v_cache = None if v is None else call.v
     caches = [x for x in (call.k, v_cache) if x is not None]
     new_k, new_v = (None if x is None else _in_other_memory(x, caches) for x in (k, v))
-    return torch.ops.flashmla.append_to_cache(call.k, v_cache, new_k, new_v, call.cache_seqlens, call.block_table)
+    return torch.ops.flashmla.append_to_cache(
+        call.k, v_cache, new_k, new_v, call.cache_seqlens, call.block_table, call.k_descale, call.v_descale
+    )
 
 
 def _in_other_memory(new: torch.Tensor, caches: list[torch.Tensor]) -> torch.Tensor:

@@ -23,10 +23,12 @@ lse            [batch, heads_q, seqlen_q]                                       
 depends on the rest of the batch; it changes nothing on a CPU. On a GPU the values of the int32 tensors are not read back:
 lengths are clamped to the capacity, and pages outside the cache hold zeros. On a CPU such values raise.
 
-``append_to_cache(k_cache, v_cache, k, v, cache_seqlens, block_table)`` writes row i of k[b] and v[b], [batch, seqlen_new,
-heads_kv, head_dim_...], where key ``cache_seqlens[b] + i`` lies, and returns ``cache_seqlens + seqlen_new``. Hopper GPUs alone
-have it, for fp16 and bf16. A key beyond the rows that a sequence may have, or of a page outside the cache, is not written.
-v_cache and v are None if the values are columns of k. No row of k or v may lie where this call writes.
+``append_to_cache(k_cache, v_cache, k, v, cache_seqlens, block_table, k_descale, v_descale)`` writes row i of k[b] and v[b],
+[batch, seqlen_new, heads_kv, head_dim_...], where key ``cache_seqlens[b] + i`` lies, and returns ``cache_seqlens +
+seqlen_new``. Hopper GPUs alone have it, for fp16 and bf16. A key beyond the rows that a sequence may have, or of a page outside
+the cache, is not written. v_cache and v are None if the values are columns of k. No row of k or v may lie where this call
+writes. Caches of float8_e4m3fn have k_descale and v_descale, fp32 [batch or num_pages, rows, heads_kv]: k and v are quantised
+as :func:`flashmla_hf.fp8.quantization.quantize_tokens` does, and their factors written there. For other caches they are None.
 """
 
 from __future__ import annotations
@@ -141,22 +143,24 @@ _APPENDED = (
     "Tensor? v",
     "Tensor cache_seqlens",
     "Tensor? block_table",
+    "Tensor(c!)? k_descale=None",
+    "Tensor(d!)? v_descale=None",
 )
 torch.library.define(f"flashmla::{_APPEND}", f"({', '.join(_APPENDED)}) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
 
 
 @torch.library.register_fake(f"flashmla::{_APPEND}")
-def _append_fake(k_cache, v_cache, k, v, cache_seqlens, block_table):
+def _append_fake(k_cache, v_cache, k, v, cache_seqlens, block_table, k_descale=None, v_descale=None):
     return k.new_empty((k.shape[0],), dtype=torch.int32)
 
 
-def _append_without_gradients(k_cache, v_cache, k, v, cache_seqlens, block_table):
+def _append_without_gradients(k_cache, v_cache, k, v, *others):
     refuse_gradients(_APPEND, (("k_cache", k_cache), ("v_cache", v_cache), ("k", k), ("v", v)))
     with torch._C._AutoDispatchBelowAutograd():
-        lengths = torch.ops.flashmla.append_to_cache.default(k_cache, v_cache, k, v, cache_seqlens, block_table)
-    for cache in (k_cache, v_cache):
-        if cache is not None:
-            torch.autograd.graph.increment_version(cache)  # autograd sees that a saved tensor was written
+        lengths = torch.ops.flashmla.append_to_cache.default(k_cache, v_cache, k, v, *others)
+    for written in (k_cache, v_cache, *others[2:]):
+        if written is not None:
+            torch.autograd.graph.increment_version(written)  # autograd sees that a saved tensor was written
     return lengths
 
 

@@ -37,6 +37,12 @@ def has_transforms() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is not None
 
 
+def computes_as_written() -> bool:
+    """Whether a module must compute by its own operations: inside a compiled graph and inside a transform of ``torch.func``,
+    which know no autograd function that runs a module again, and no result that is only promised."""
+    return torch.compiler.is_compiling() or has_transforms()
+
+
 def is_transformed_eagerly() -> bool:
     """Whether a transform is active in a call that torch.compile does not trace: dynamo has an interpreter of its own there."""
     return not torch.compiler.is_compiling() and has_transforms()

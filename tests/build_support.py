@@ -107,9 +107,10 @@ class Package:
             "csrc/checks_decode.h": "",
             "csrc/direct/direct.cpp": 'extern "C" int direct() { return FLASHMLA_DIRECT_ABI != 0; }\n',
             "csrc/cpu/cpu.h": "",
-            "csrc/cpu/cpu.cpp": 'extern "C" int cpu() { return 0; }\n',
+            "csrc/cpu/cpu.cpp": '#include "params.h"\nextern "C" int cpu() { return 0; }\n',
             "csrc/sm90/kernel.cuh": "",
-            "csrc/sm90/kernel.cu": 'extern "C" int aoti_torch_get_current_cuda_stream(int, void**);\n'
+            "csrc/sm90/kernel.cu": '#include "params.h"\n#include "sm90/kernel.cuh"\n'
+            'extern "C" int aoti_torch_get_current_cuda_stream(int, void**);\n'
             'extern "C" int sm90() { return aoti_torch_get_current_cuda_stream(0, nullptr); }\n',
             "csrc/sm90/host.cpp": 'extern "C" int host() { return 0; }\n',
         }.items():

@@ -344,6 +344,38 @@ def run_e4m3_decode(case: DecodeCase, dtype: torch.dtype) -> list[str]:
     return [f"e4m3 {case} {dtype}: {text}" for text in found if text is not None]
 
 
+def run_append(page_size: int, dtype: torch.dtype, is_e4m3: bool) -> list[str]:
+    """New rows written into caches on a GPU, also at lengths and in pages that there are not: what is in them afterwards."""
+    rows, heads, dim = page_size or 96, 3, 80
+    batch, pages = (4, 24) if page_size else (4, 4)
+    begins, table = [5, 90, -3, 2**31 - 1], None
+    k, v = (torch.randn(batch, 9, heads, dim).to(dtype) for _ in range(2))
+    caches = [torch.zeros(pages, rows, heads, dim, dtype=torch.float8_e4m3fn if is_e4m3 else dtype) for _ in range(2)]
+    scales = [torch.zeros(pages, heads, rows).transpose(1, 2) for _ in range(2)] if is_e4m3 else [None, None]
+    if page_size:
+        table = torch.arange(pages, dtype=torch.int32).view(batch, -1)
+        table[1, -1] = pages
+    on_gpu = [place(x, "cuda") for x in (*caches, k, v, torch.tensor(begins, dtype=torch.int32), table, *scales)]
+    torch.ops.flashmla.append_to_cache(*on_gpu)
+    capacity = rows if table is None else table.shape[1] * page_size
+    for x, cache, scale in zip((k, v), caches, scales, strict=True):
+        for b, i in product(range(batch), range(9)):
+            key = begins[b] + i
+            if not 0 <= key < capacity:
+                continue
+            page, row = (b, key) if table is None else (int(table[b, key // page_size]), key % page_size)
+            if page >= pages:
+                continue
+            if scale is None:
+                cache[page, row] = x[b, i]
+            else:
+                cache[page, row], scale[page, row] = quantize_tokens(x[b, i])
+    expected = [x for x in (*caches, *scales) if x is not None]
+    written = [x.cpu() for x in (*on_gpu[:2], *on_gpu[6:]) if x is not None]
+    same = all(torch.equal(x.float(), y.float()) for x, y in zip(written, expected, strict=True))
+    return [] if same else [f"append to pages of {page_size}, {dtype}, e4m3 {is_e4m3}: other rows than expected"]
+
+
 FP8_ROWS = tuple(sm90_tiles.head_dims("Fp8Forward"))
 FP8_TOLERANCES = (0.15, 0.03)  # of out, of the lse: an element of P beside a boundary falls on either side
 
@@ -402,6 +434,8 @@ def sweep(device: str, forward: Callable | None = None, decode: Callable | None 
             wrong += run_fp8(case, dtype)
         for case, dtype in e4m3_cases_of_sweep():
             wrong += run_e4m3_decode(case, dtype)
+        for page_size, dtype, is_e4m3 in product((0, 16), (torch.bfloat16, torch.float16), (False, True)):
+            wrong += run_append(page_size, dtype, is_e4m3)
     if device == "cuda" and 0 in (computed, computed_caches):
         wrong.append("no call with corrupt boundaries, or none with a corrupt cache, was computed")
     print(f"{len(cases)} calls and {computed} with corrupt boundaries, forward and backward, {len(of_caches)} to caches and "

@@ -126,6 +126,24 @@ def test_wrong_attention_gets_no_number(wrong, monkeypatch, tmp_path):
     assert f"- sdpa, {cache}, batch 3 padded, 256: wrong: logits" in page.split("Without a number")[1]
 
 
+def test_an_fp8_cache_has_a_bound_of_its_own_that_finds_another_row(monkeypatch, tmp_path):
+    options = ("--groups", "fp8", "dynamic", "--attentions", "flashmla", "--layers", "1")
+    run(tmp_path, *options)
+    fp8, dynamic = points(tmp_path)
+    assert [(r["cache"], r["layers"], r["status"]) for r in (fp8, dynamic)] == [("fp8", 1, "ok"), ("dynamic", 1, "ok")]
+    assert dynamic["errors"]["these rows"] < 1e-5 < fp8["errors"]["these rows"] < generation.FP8_FLOOR
+    assert fp8["cache_bytes"] * 64 == dynamic["cache_bytes"] * 20  # fp32 rows of 16 numbers
+    page = (tmp_path / "RESULTS.md").read_text()
+    assert "### Fp8 cache" in page
+    assert "tiny's shape, 1 layers deep, float32" in page
+
+    update = generation.Fp8Cache.update
+    other_rows = lambda self, k, v, *rest, **options: update(self, k, v.roll(1, 0), *rest, **options)  # noqa: E731
+    monkeypatch.setattr(generation.Fp8Cache, "update", other_rows)
+    with pytest.raises(SystemExit, match="logits of these rows are off by"):
+        run(tmp_path, *options, "--overwrite")
+
+
 def on_a_gpu_of(monkeypatch, memory):
     """The model of 8B's shape as it would be on a GPU of ``memory`` bytes, without its weights."""
     monkeypatch.setattr(generation.machine, "memory_limit", lambda device: memory)

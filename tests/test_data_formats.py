@@ -183,11 +183,18 @@ def test_every_source_gives_the_same_rows(tmp_path):
     write_jsonl(tmp_path / "crlf.jsonl", ["", *table, "   ", ""], end="\r\n")
     (tmp_path / "bom.jsonl").write_bytes(b"\xef\xbb\xbf" + (tmp_path / "a.jsonl").read_bytes())
     (tmp_path / "array.json").write_text(json.dumps(table, indent=1))
+    for kind in ("JSONL", "ndjson", "jsonlines"):
+        (tmp_path / f"a.{kind}").write_bytes((tmp_path / "a.jsonl").read_bytes())
+    (tmp_path / "array.JSON").write_bytes((tmp_path / "array.json").read_bytes())
     dataset = datasets.Dataset.from_list(table)
     dataset.to_parquet(tmp_path / "a.parquet")
+    dataset.to_parquet(tmp_path / "a.Parquet")
     dataset.save_to_disk(tmp_path / "saved")
     datasets.DatasetDict({"train": dataset, "held": dataset.select([1])}).save_to_disk(tmp_path / "splits")
-    for name in ("a.jsonl", "crlf.jsonl", "bom.jsonl", "array.json", "a.parquet", "saved", "splits"):
+    for name in (
+        "a.jsonl", "crlf.jsonl", "bom.jsonl", "a.JSONL", "a.ndjson", "a.jsonlines", "array.json", "array.JSON", "a.parquet",
+        "a.Parquet", "saved", "splits",
+    ):  # fmt: skip
         assert contents(tmp_path / name) == expected, name
         assert contents(tmp_path / name, assistant_only_loss=True) == expected, name
     args = DataArguments(dataset_name=str(tmp_path / "splits"), dataset_test_split="held")

@@ -198,8 +198,10 @@ def test_appending_is_one_launch(page_size):
 @gpu_support.needs_sm90
 @gpu_support.on_gpu
 @pytest.mark.parametrize("seed", range(40))
-def test_the_kernel_that_appends_writes_what_torch_writes(seed):
-    """Also into caches and from rows of strides and addresses that are multiples of 2 bytes alone."""
+@pytest.mark.parametrize("is_fp8", [False, True])
+def test_the_kernel_that_appends_writes_what_torch_writes(seed, is_fp8):
+    """Also into caches and from rows of strides and addresses that are multiples of an element's bytes alone. Fp8: bit for bit,
+    of outliers, zeros, numbers that are denormal or not finite."""
     random = Random(seed)
     batch, new, heads = random.randint(1, 9), random.choice([1, 1, 2, 5, 300]), random.randint(1, 9)
     dim_k, dim_v = random.choice([(64, 64), (128, 128), (192, 128), (256, 8), (72, 40)])
@@ -216,6 +218,16 @@ def test_the_kernel_that_appends_writes_what_torch_writes(seed):
     rows = (pages, page_size or 700)
     k_cache, v_cache = tensor(rows, dim_k), tensor(rows, dim_v)
     k, v = tensor((batch, new), dim_k), tensor((batch, new), dim_v)
+    descales = [None, None]
+    if is_fp8:
+        k_cache, v_cache = (x.to(torch.float8_e4m3fn) for x in (k_cache, v_cache))
+        wide = torch.rand(*rows, heads, 5, device="cuda")
+        descales = [wide[..., 1], wide.transpose(1, 2).contiguous().transpose(1, 2)[..., 2]]
+        for x in (k, v):
+            odd = torch.tensor([0.0, math.nan, math.inf, -math.inf, 3e-39, -6e-8, 6e4, 448.0, 1e30], device="cuda")
+            where = torch.rand_like(x, dtype=torch.float32) < random.choice([0.0, 0.02, 0.9])
+            x.copy_(torch.where(where, odd.to(dtype)[torch.randint(9, x.shape, device="cuda")], x))
+            x.mul_(10.0 ** random.choice([0, 0, -4, -38, 3]))
     table = None
     if page_size:
         each = pages // batch
@@ -224,12 +236,30 @@ def test_the_kernel_that_appends_writes_what_torch_writes(seed):
     capacity = 700 if table is None else table.shape[1] * page_size
     lengths = torch.tensor([random.randint(-2, capacity) for _ in range(batch)], dtype=torch.int32, device="cuda")
     call = decode.validate_decode(
-        tensor((batch, 1), dim_k), k_cache, v_cache, lengths, table, None, None, True, None, 0.0, None, 0, None
+        tensor((batch, 1), dim_k),
+        k_cache,
+        v_cache,
+        lengths,
+        table,
+        None,
+        None,
+        True,
+        None,
+        0.0,
+        None,
+        0,
+        None,
+        False,
+        *descales,
     )
-    expected = replace(call, k=k_cache.clone(), v=v_cache.clone())
+    names = ("k", "v", *(("k_descale", "v_descale") if is_fp8 else ()))
+    expected = replace(call, **{name: getattr(call, name).clone() for name in names})
     assert torch.equal(decode.append(expected, k, v), decode._append_by_kernel(call, k, v))
-    assert torch.equal(k_cache, expected.k)
-    assert torch.equal(v_cache, expected.v)
+    for name in names:
+        written, wanted = getattr(call, name), getattr(expected, name)
+        if written.dtype == torch.float8_e4m3fn:  # NaN may have either sign
+            written, wanted = (torch.where(x.float().isnan(), math.nan, x.float()) for x in (written, wanted))
+        torch.testing.assert_close(written, wanted, rtol=0, atol=0, equal_nan=True, msg=name)
 
 
 @gpu_support.needs_sm90
@@ -246,7 +276,7 @@ def test_the_kernel_that_appends_refuses_what_it_would_misread():
         "block_table": None,
     }
     for name, value, expected in (
-        ("k_cache", cache.float(), "dtype float16 or bfloat16"),
+        ("k_cache", cache.float(), "dtype float16, bfloat16 or float8_e4m3fn"),
         ("k_cache", cache.cpu(), "a tensor on a Hopper GPU"),
         ("k", new.bfloat16(), "dtype float16"),
         ("k", new.expand(2, 1, 2, 64), r"shape \[2, 1, 1, 64\]"),
@@ -259,6 +289,21 @@ def test_the_kernel_that_appends_refuses_what_it_would_misread():
         with pytest.raises(RuntimeError, match=f"^append_to_cache: {name}: expected .*{expected}"):
             torch.ops.flashmla.append_to_cache(*{**good, name: value}.values())
     assert torch.ops.flashmla.append_to_cache(*{**good, "k": new[:, :0], "v": new[:, :0]}.values()).tolist() == [0, 0]
+    factors = torch.ones(2, 16, 1, device="cuda")
+    in_fp8 = {name: good[name].to(torch.float8_e4m3fn) for name in ("k_cache", "v_cache")}
+    fp8 = good | in_fp8 | {"k_descale": factors, "v_descale": factors.clone()}
+    for name, value, expected in (
+        ("k_descale", None, "a tensor, since k_cache is float8_e4m3fn"),
+        ("k_descale", factors[:1], r"shape \[2, 16, 1\]"),
+        ("v_descale", factors.double(), "dtype float32"),
+        ("v_cache", cache, "dtype float8_e4m3fn"),
+        ("k", new.float(), "dtype float16 or bfloat16"),
+        ("v", new.bfloat16(), "dtype float16"),
+    ):
+        with pytest.raises(RuntimeError, match=f"^append_to_cache: {name}: expected .*{expected}"):
+            torch.ops.flashmla.append_to_cache(*{**fp8, name: value}.values())
+    with pytest.raises(RuntimeError, match=r"^append_to_cache: k_descale: expected None"):
+        torch.ops.flashmla.append_to_cache(*{**good, "k_descale": factors}.values())
 
 
 @pytest.mark.parametrize("page_size", [0, 16])

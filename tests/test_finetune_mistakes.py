@@ -112,6 +112,27 @@ MISTAKES = {  # name: (changed options, file contents to write, what the sentenc
         {"out/checkpoint-3/optimizer.bin": "x"},
         "holds checkpoint-3 of an earlier run: continue",
     ),
+    "a checkpoint of elsewhere beside other ones": (
+        {"resume_from_checkpoint": "other/checkpoint-1"},
+        {"out/checkpoint-3/optimizer.bin": "x"},
+        "holds checkpoint-3 of an earlier run: continue",
+    ),
+    "the model's folder as output": (
+        {"model_name_or_path": "out"},
+        {"out/config.json": "{}"},
+        "is the folder of --model_name_or_path, whose weights",
+    ),
+    "output within the data": (
+        {"train_file": "."},
+        {"a.txt": "x"},
+        "lies in --train_file ., of which every file is data",
+    ),
+    "output within held-out data": ({"validation_file": "out"}, {"out/a.txt": "x"}, "lies in --validation_file out"),
+    "a table": (
+        {"train_file": "a.csv"},
+        {"a.csv": "text\nx"},
+        "got a table that would be read as one text. Convert it",
+    ),
     "learning rate too high": (
         {"learning_rate": 1e30, "max_steps": 8, "max_grad_norm": 0},
         {},

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import engine_cases
 import gloo_processes
@@ -17,6 +20,8 @@ import torch
 from training_support import ON_PATH, SCRIPTS, losses, options
 
 from flashmla_hf.training import finetune, machine
+from flashmla_hf.training.arguments import TrainingArguments
+from flashmla_hf.training.checkpoints import TrainerState, save_checkpoint
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate_state")
 
@@ -111,8 +116,6 @@ def test_resuming_with_other_options_is_refused(change, tiny_model, corpus, tmp_
 
 
 def test_resuming_on_another_base_model_or_from_a_damaged_checkpoint_is_refused(tiny_model, corpus, tmp_path):
-    import shutil
-
     from transformers import AutoModelForCausalLM
 
     shared = {"max_steps": 1, "save_steps": 1, "use_peft": True, "resume_from_checkpoint": "latest"}
@@ -137,7 +140,14 @@ def test_resuming_on_another_base_model_or_from_a_damaged_checkpoint_is_refused(
     kept = state.read_text()
     for change, said in (
         ({"packs_per_step": 0}, "an earlier version"),
-        ({"step": "x"}, "step: expected a number, got 'x'"),
+        ({"step": "x"}, "step: expected a count, got 'x'"),
+        ({"step": True}, "step: expected a count, got True"),
+        ({"step": -3}, "step: expected a count, got -3"),
+        ({"runtime": None}, "runtime: expected a number of at least 0, got None"),
+        ({"fingerprint": 5}, "fingerprint: expected a text, got 5"),
+        ({"interval_losses": ["x"]}, "interval_losses: expected a list of numbers"),
+        ({"log_history": [1]}, "log_history: expected a list of entries"),
+        ({"stream": 5}, "stream: expected a place in the data, got 5"),
     ):
         state.write_text(json.dumps(json.loads(kept) | change))
         with pytest.raises(SystemExit, match=said):
@@ -226,6 +236,52 @@ def test_a_disk_that_fills_up_at_a_checkpoint_loses_nothing_saved(tiny_model, co
     assert (tmp_path / "checkpoint-1" / "model.safetensors").read_bytes() == before
     finetune.main(arguments)
     assert len(losses(tmp_path)) == 2
+
+
+def write_checkpoint(folder: Path, step: int, limit: int | None = None) -> None:
+    """A checkpoint of one file that says "new", by a process alone."""
+    alone = SimpleNamespace(is_main_process=True, wait_for_everyone=lambda: None)
+    args = TrainingArguments(output_dir=str(folder), save_total_limit=limit)
+    save_checkpoint(alone, args, TrainerState(step=step), lambda to: (to / "weights").write_text("new"))
+
+
+def test_new_checkpoints_do_not_give_way_to_those_of_before_the_run_went_back(tmp_path):
+    """It goes back because the last one is damaged: the new one is all that there is."""
+    for step in (1, 2, 5):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    write_checkpoint(tmp_path, 3, limit=1)
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-3", "checkpoint-5"}
+
+
+def test_a_checkpoint_that_is_written_again_is_whole_if_removing_the_old_one_is_interrupted(tmp_path, monkeypatch):
+    write_checkpoint(tmp_path, 3)
+    remove = shutil.rmtree
+
+    def interrupted(folder, **how):
+        if (folder / "weights").exists() and (folder / "trainer_state.json").exists():
+            (folder / "weights").unlink()
+            raise KeyboardInterrupt
+        remove(folder, **how)
+
+    monkeypatch.setattr(shutil, "rmtree", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        write_checkpoint(tmp_path, 3)
+    assert (tmp_path / "checkpoint-3" / "weights").read_text() == "new"
+
+
+def test_a_checkpoint_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    """A machine that stops would leave files of zeros otherwise: the format of weights does not tell them from whole ones."""
+    on_disk, flush, rename = set(), os.fsync, os.rename
+
+    def renamed(folder, name):
+        assert {path.stat().st_ino for path in folder.rglob("*")} | {folder.stat().st_ino} <= on_disk
+        rename(folder, name)
+
+    monkeypatch.setattr(os, "fsync", lambda opened: on_disk.add(os.fstat(opened).st_ino) or flush(opened))
+    monkeypatch.setattr(os, "rename", renamed)
+    write_checkpoint(tmp_path, 3)
+    assert (tmp_path / "checkpoint-3").is_dir()
+    assert tmp_path.stat().st_ino in on_disk
 
 
 def test_measuring_the_device_draws_none_of_the_runs_random_numbers():

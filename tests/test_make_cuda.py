@@ -51,7 +51,7 @@ def test_make_cuda_fails_on_what_ptxas_reports(package, tmp_path, ptxas, sentenc
 @pytest.mark.parametrize(
     ("name", "text", "warning"),
     [
-        ("csrc/cpu/cpu.cpp", "static int spare() { return 0; }\n", r"csrc/cpu/cpu.cpp: csrc/cpu/cpu.cpp:2:12: warning: .*spare"),
+        ("csrc/cpu/cpu.cpp", "static int spare() { return 0; }\n", r"csrc/cpu/cpu.cpp: csrc/cpu/cpu.cpp:3:12: warning: .*spare"),
         ("csrc/direct.h", "#warning old\n", r"csrc/direct/direct.cpp: csrc/direct.h:1:2: warning: #warning old"),
         ("csrc/sm90/host.cpp", "#warning old\n", r"csrc/sm90/host.cpp: csrc/sm90/host.cpp:2:2: warning: #warning old"),
     ],

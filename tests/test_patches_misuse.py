@@ -126,12 +126,45 @@ def test_dropout_switched_off_before_backward_raises_where_there_is_some():
             loss.backward()
 
 
+@pytest.mark.parametrize("change", ["merge_adapter", "disable_adapter_layers"])
+def test_trained_weights_that_have_no_part_in_a_block_get_no_gradient(change):
+    """As in the model's own backward: a merged adapter is no part of the sum, and what is before it is frozen."""
+    model = lora(model_of("Llama"))
+    getattr(model, change, getattr(model.base_model, change))()
+    for name, p in model.named_parameters():
+        p.requires_grad_("lora_" in name or "lm_head" in name)
+    expected = step(model, batch_of("Llama"))
+    assert_equal(step(patched(model, ["mlp"]), batch_of("Llama")), expected)
+    assert any("lm_head" in name for name in expected[1])
+
+
 def test_weights_exchanged_for_a_call_raise():
     model, batch = patched(model_of("Llama"), ["mlp"]), batch_of("Llama")
     weights = {n: p.detach().clone().requires_grad_() for n, p in model.named_parameters()}
     loss = torch.func.functional_call(model, weights, kwargs={**batch, "use_cache": False}).loss
     with pytest.raises(PatchError, match="weights changed between"):
         loss.backward()
+
+
+@pytest.mark.parametrize("is_adapted", [False, True], ids=["plain", "lora"])
+def test_gradients_by_torch_func_are_those_without_patches(is_adapted):
+    """Per sample, too: what the patches compute by has no rule for the transforms."""
+    model, batch = model_of("Llama"), batch_of("Llama")
+    model = lora(model) if is_adapted else model
+    weights = {n: p.detach() for n, p in model.named_parameters() if "lora_" in n or "layers.1." in n}
+
+    def loss(weights, ids, labels):
+        given = {"input_ids": ids[None], "labels": labels[None], "use_cache": False}
+        return torch.func.functional_call(model, weights, kwargs=given).loss
+
+    def gradients():
+        found = torch.vmap(torch.func.grad(loss), in_dims=(None, 0, 0))(weights, batch["input_ids"], batch["labels"])
+        return 0.0, {name: grad.detach() for name, grad in found.items()}
+
+    expected = gradients()
+    assert all(grad.abs().max() > 0 for grad in expected[1].values())
+    patched(model)
+    assert_equal(gradients(), expected)
 
 
 def test_a_pass_without_gradients_in_between_is_no_change():

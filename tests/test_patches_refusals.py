@@ -156,6 +156,27 @@ def test_router_logits_are_refused_in_tiles():
     assert model(**batch_of("Mixtral"), output_router_logits=True).aux_loss is not None
 
 
+def test_router_logits_that_the_configuration_asks_for_leave_out_the_tiles():
+    """Also that of the text in a model of images: tiles would give the logits of their last rows alone, without a gradient."""
+    text = {
+        **hf_support.SIZES, "head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24,
+        "output_router_logits": True, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 2, 2]},
+    }  # fmt: skip
+    vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 64}
+    config = transformers.Qwen3VLMoeConfig(
+        text_config=text, vision_config=vision | {"deepstack_visual_indexes": [0]}, image_token_id=90, video_token_id=91
+    )
+    model = transformers.Qwen3VLMoeForConditionalGeneration._from_config(config, attn_implementation="flashmla")
+    assert "output_router_logits: expected False" in message(model, ["mlp"])
+    flashmla_hf.patch(model)
+    assert "output_router_logits: expected False" in flashmla_hf.patch_report(model).left_out["mlp"]
+    flashmla_hf.unpatch(model)
+    config.text_config.output_router_logits = False
+    flashmla_hf.patch(model, ["mlp"], mlp_tile=3)
+    with pytest.raises(flashmla_hf.patches.PatchError, match="output_router_logits"):
+        model(input_ids=torch.arange(1, 9)[None], output_router_logits=True)
+
+
 def test_offload_without_host_memory_is_refused(monkeypatch):
     model = flashmla_hf.patch(model_of("Llama"), ["checkpointing", "offload"])
     monkeypatch.setattr(host_memory, "available_bytes", lambda: 2**30)

@@ -20,10 +20,12 @@ import torch
 from cases import sm90_tiles
 from decode_cases import DecodeCase, int32
 from test_fp8_decode import exact_values  # noqa: F401 (a fixture)
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import flashmla_hf
 from flashmla_hf.decode import decode_attention
 from flashmla_hf.fp8.quantization import DTYPE, quantize_tokens
+from flashmla_hf.hf.fp8_cache import Fp8Layer
 
 pytestmark = [gpu_support.needs_sm90, gpu_support.on_gpu]
 RANDOM_CASES = int(os.environ.get("FLASHMLA_FP8_DECODE_CASES", "1200"))
@@ -297,6 +299,55 @@ def test_a_cache_of_more_than_four_gibibytes():
     ones = torch.ones(2, 300, heads, device="cuda")
     expected = decode_attention(q, small, small, k_descale=ones, v_descale=ones, impl="reference")
     torch.testing.assert_close(out, expected, rtol=2e-2, atol=2e-2)
+
+
+class Operators(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        self.names.append(operator._schema.name)
+        return operator(*args, **(kwargs or {}))
+
+
+@half
+@pytest.mark.parametrize("page_size", [0, 64])
+def test_new_keys_are_quantised_and_written_in_one_launch(dtype, page_size):
+    k, v = caches(4, 256, 2, 64)
+    (k8, k_descale), (v8, v_descale) = quantized(k), quantized(v)
+    options = {"cache_seqlens": int32([5, 64, 200, 0], "cuda")}
+    if page_size:
+        k8, v8, k_descale, v_descale = (x.reshape(16, page_size, *x.shape[2:]) for x in (k8, v8, k_descale, v_descale))
+        options["block_table"] = torch.arange(16, device="cuda").int().view(4, 4)
+    options |= {"k_descale": k_descale, "v_descale": v_descale}
+    new_k, new_v = (torch.randn(4, 3, 2, 64, device="cuda").to(dtype) for _ in range(2))
+    q = torch.randn(4, 1, 8, 64, device="cuda").to(dtype)
+    with Operators() as operators:
+        got = decode_attention(q, k8, v8, k=new_k, v=new_v, **options)
+    launched = [name for name in operators.names if name != "aten::unsqueeze"]  # a view, to compare memory
+    assert launched == ["flashmla::append_to_cache", "flashmla::flash_attn_decode_e4m3"]
+    options["cache_seqlens"] = options["cache_seqlens"] + 3
+    assert torch.equal(got, decode_attention(q, k8, v8, **options))
+    written, factors = quantize_tokens(new_k[2])
+    rows = k8.reshape(-1, *k8.shape[2:])[512 + 200 :][:3], k_descale.reshape(-1, 2)[512 + 200 :][:3]
+    assert torch.equal(rows[0].float(), written.float())
+    assert torch.equal(rows[1], factors)
+
+
+@half
+@pytest.mark.parametrize("new", [1, 5])
+def test_a_layer_of_an_fp8_cache_holds_what_it_holds_on_a_cpu(dtype, new):
+    layers = [Fp8Layer() for _ in range(2)]
+    for rows in (130, new, new):
+        key, value = (torch.randn(3, 2, rows, 64).to(dtype) for _ in range(2))
+        layers[0].update(key, value)
+        with Operators() as operators:
+            layers[1].update(key.cuda(), value.cuda())
+    assert operators.names.count("flashmla::append_to_cache") == 1
+    for name in layers[0]._buffers():
+        on_cpu, on_gpu = (getattr(layer, name)[:, :, : 130 + 2 * new].float() for layer in layers)
+        assert torch.equal(on_cpu, on_gpu.cpu()), name
 
 
 # ---- generate --------------------------------------------------------------------------------------------------------

@@ -30,12 +30,17 @@ class CompilerError(Exception):
 
 @dataclass(frozen=True)
 class Job:
-    """One object. ``object`` with the suffix .json is its record: the command, what the compiler said, and how long."""
+    """One object. ``object`` with the suffix .json is its record: the command, what the compiler said, and how long. With the
+    suffix .d it is the compiler's list of the files that it read."""
 
     source: Path
     object: Path
     command: list[str]
-    newest_header: float
+
+
+def listing_headers(target: Path) -> list[str]:
+    """Options by which g++, clang and nvcc write the list of an object's files, less those of the system."""
+    return ["-MMD", "-MF", str(target.with_suffix(".d"))]
 
 
 def compile_all(jobs: dict[str, list[Job]], dispensable: set[str]) -> dict[str, CompilerError]:
@@ -89,13 +94,23 @@ def show_progress(jobs: dict[Future, Job]) -> None:
 
 def is_up_to_date(job: Job) -> bool:
     """Whether the object is newer than all it is made of and made by the same command."""
-    record = job.object.with_suffix(".json")
-    if not record.exists() or not job.object.exists():
+    record, files = job.object.with_suffix(".json"), files_of(job)
+    if not files or not all(path.exists() for path in (record, job.object, *files)):
         return False
     before = json.loads(record.read_text())
     # The start counts: what was edited during the compilation is not in the object.
-    newest = max(job.newest_header, job.source.stat().st_mtime)
-    return before["command"] == job.command and before["started"] > newest
+    return before["command"] == job.command and before["started"] > max(path.stat().st_mtime for path in files)
+
+
+def files_of(job: Job) -> list[Path]:
+    """The files that the object was compiled from, as its compiler said; none if there is no list."""
+    try:
+        rule = job.object.with_suffix(".d").read_text()
+    except OSError:
+        return []
+    # "object: file file \\": a space within a name has a backslash before it, as has the end of a line.
+    names = re.findall(r"(?:\\[ #]|[^\s\\])+", rule.partition(": ")[2])
+    return [Path(re.sub(r"\\([ #])", r"\1", name)) for name in names]
 
 
 def compile_one(job: Job) -> None:

@@ -30,115 +30,105 @@ const char* launch_fp8_rounding_head_dim(Fp8RoundingParams const& params, cudaSt
 
 namespace {
 
-struct ForwardHeadDimConfig {
+// A row of tiles.h: what it is wide enough for, and its way in.
+template <class Params>
+struct HeadDimConfig {
   int64_t head_dim_qk, head_dim_v;
+  int64_t (*workspace)(Params const& params);
+  const char* (*launch)(Params const& params, void* workspace, cudaStream_t stream);
+
+  bool takes(Problem const& problem) const {
+    return problem.head_dim_qk <= head_dim_qk && problem.head_dim_v <= head_dim_v;
+  }
+};
+
+struct ForwardHeadDimConfig : HeadDimConfig<ForwardParams> {
   int block_q, num_ctas;
-  const char* (*launch)(ForwardParams const& params, void* workspace, cudaStream_t stream);
 };
 
-struct BackwardHeadDimConfig {
-  int64_t head_dim_qk, head_dim_v;
+struct BackwardHeadDimConfig : HeadDimConfig<BackwardParams> {
   bool has_softcap;
-  int64_t (*workspace)(BackwardParams const& params);
-  const char* (*launch)(BackwardParams const& params, void* workspace, cudaStream_t stream);
+
+  bool takes(Problem const& problem) const {
+    return HeadDimConfig::takes(problem) && (problem.softcap <= 0.0f || has_softcap);
+  }
 };
 
-struct DecodeHeadDimConfig {
-  int64_t head_dim_qk, head_dim_v;
-  int64_t (*workspace)(DecodeParams const& params);
-  const char* (*launch)(DecodeParams const& params, void* workspace, cudaStream_t stream);
-};
-
-struct E4m3DecodeHeadDimConfig {
-  int64_t head_dim_qk, head_dim_v;
-  int64_t (*workspace)(E4m3DecodeParams const& params);
-  const char* (*launch)(E4m3DecodeParams const& params, void* workspace, cudaStream_t stream);
-};
-
-struct Fp8HeadDimConfig {
-  int64_t head_dim_qk, head_dim_v;
-  int64_t (*workspace)(Fp8ForwardParams const& params);
-  const char* (*launch)(Fp8ForwardParams const& params, void* workspace, cudaStream_t stream);
+struct Fp8HeadDimConfig : HeadDimConfig<Fp8ForwardParams> {
   const char* (*launch_rounding)(Fp8RoundingParams const& params, cudaStream_t stream);
 };
 
 // The host has checked that no head dim is larger than the last configuration's.
+template <class Config, size_t kCount>
+Config const& first_that_takes(Problem const& problem, Config const (&configs)[kCount]) {
+  Config const* config = configs;
+  while (!config->takes(problem)) ++config;
+  return *config;
+}
+
 template <class... Dims>
-ForwardHeadDimConfig const& forward_config_for(Problem const& problem, HeadDimList<Dims...>) {
+ForwardHeadDimConfig const& config_of(ForwardParams const& params, HeadDimList<Dims...>) {
   static constexpr ForwardHeadDimConfig kConfigs[] = {
-      {Dims::kHeadDimQK, Dims::kHeadDimV, ForwardTiles<Dims::kHeadDimQK, Dims::kHeadDimV, MaskKind::kNone>::kBlockQ,
-       ForwardTiles<Dims::kHeadDimQK, Dims::kHeadDimV, MaskKind::kNone>::kNumCtas,
-       launch_forward_head_dims<Dims::kHeadDimQK, Dims::kHeadDimV>}...};
-  ForwardHeadDimConfig const* config = kConfigs;
-  while (problem.head_dim_qk > config->head_dim_qk || problem.head_dim_v > config->head_dim_v) ++config;
-  return *config;
+      {{Dims::kHeadDimQK, Dims::kHeadDimV, nullptr, launch_forward_head_dims<Dims::kHeadDimQK, Dims::kHeadDimV>},
+       ForwardTiles<Dims::kHeadDimQK, Dims::kHeadDimV, MaskKind::kNone>::kBlockQ,
+       ForwardTiles<Dims::kHeadDimQK, Dims::kHeadDimV, MaskKind::kNone>::kNumCtas}...};
+  return first_that_takes(params.problem, kConfigs);
 }
 
 template <class... Dims>
-BackwardHeadDimConfig const& backward_config_for(Problem const& problem, HeadDimList<Dims...>) {
+BackwardHeadDimConfig const& config_of(BackwardParams const& params, HeadDimList<Dims...>) {
   static constexpr BackwardHeadDimConfig kConfigs[] = {
-      {Dims::kHeadDimQK, Dims::kHeadDimV, BackwardTiles<Dims::kHeadDimQK, Dims::kHeadDimV>::kHasSoftcap,
-       backward_workspace_head_dims<Dims::kHeadDimQK, Dims::kHeadDimV>,
-       launch_backward_head_dims<Dims::kHeadDimQK, Dims::kHeadDimV>}...};
-  BackwardHeadDimConfig const* config = kConfigs;
-  while (problem.head_dim_qk > config->head_dim_qk || problem.head_dim_v > config->head_dim_v ||
-         (problem.softcap > 0.0f && !config->has_softcap)) {
-    ++config;
-  }
-  return *config;
+      {{Dims::kHeadDimQK, Dims::kHeadDimV, backward_workspace_head_dims<Dims::kHeadDimQK, Dims::kHeadDimV>,
+        launch_backward_head_dims<Dims::kHeadDimQK, Dims::kHeadDimV>},
+       BackwardTiles<Dims::kHeadDimQK, Dims::kHeadDimV>::kHasSoftcap}...};
+  return first_that_takes(params.problem, kConfigs);
 }
 
 template <class... Dims>
-DecodeHeadDimConfig const& decode_config_for(Problem const& problem, HeadDimList<Dims...>) {
-  static constexpr DecodeHeadDimConfig kConfigs[] = {{Dims::kHeadDimQK, Dims::kHeadDimV,
-                                                      decode_workspace_head_dims<Dims::kHeadDimQK, Dims::kHeadDimV>,
-                                                      launch_decode_head_dims<Dims::kHeadDimQK, Dims::kHeadDimV>}...};
-  DecodeHeadDimConfig const* config = kConfigs;
-  while (problem.head_dim_qk > config->head_dim_qk || problem.head_dim_v > config->head_dim_v) ++config;
-  return *config;
+HeadDimConfig<DecodeParams> const& config_of(DecodeParams const& params, HeadDimList<Dims...>) {
+  static constexpr HeadDimConfig<DecodeParams> kConfigs[] = {
+      {Dims::kHeadDimQK, Dims::kHeadDimV, decode_workspace_head_dims<Dims::kHeadDimQK, Dims::kHeadDimV>,
+       launch_decode_head_dims<Dims::kHeadDimQK, Dims::kHeadDimV>}...};
+  return first_that_takes(params.problem, kConfigs);
 }
 
 template <class... Dims>
-E4m3DecodeHeadDimConfig const& e4m3_decode_config_for(Problem const& problem, HeadDimList<Dims...>) {
-  static constexpr E4m3DecodeHeadDimConfig kConfigs[] = {{Dims::kHeadDimQK, Dims::kHeadDimV,
-                                                          e4m3_decode_workspace_head_dim<Dims::kHeadDimQK>,
-                                                          launch_e4m3_decode_head_dim<Dims::kHeadDimQK>}...};
-  E4m3DecodeHeadDimConfig const* config = kConfigs;
-  while (problem.head_dim_qk > config->head_dim_qk || problem.head_dim_v > config->head_dim_v) ++config;
-  return *config;
+HeadDimConfig<E4m3DecodeParams> const& config_of(E4m3DecodeParams const& params, HeadDimList<Dims...>) {
+  static constexpr HeadDimConfig<E4m3DecodeParams> kConfigs[] = {{Dims::kHeadDimQK, Dims::kHeadDimV,
+                                                                  e4m3_decode_workspace_head_dim<Dims::kHeadDimQK>,
+                                                                  launch_e4m3_decode_head_dim<Dims::kHeadDimQK>}...};
+  return first_that_takes(params.problem, kConfigs);
 }
 
 template <class... Dims>
-Fp8HeadDimConfig const& fp8_config_for(Problem const& problem, HeadDimList<Dims...>) {
+Fp8HeadDimConfig const& config_of(Fp8ForwardParams const& params, HeadDimList<Dims...>) {
   static constexpr Fp8HeadDimConfig kConfigs[] = {
-      {Dims::kHeadDimQK, Dims::kHeadDimV, fp8_workspace_head_dim<Dims::kHeadDimQK>,
-       launch_fp8_head_dim<Dims::kHeadDimQK>, launch_fp8_rounding_head_dim<Dims::kHeadDimQK>}...};
-  Fp8HeadDimConfig const* config = kConfigs;
-  while (problem.head_dim_qk > config->head_dim_qk || problem.head_dim_v > config->head_dim_v) ++config;
-  return *config;
+      {{Dims::kHeadDimQK, Dims::kHeadDimV, fp8_workspace_head_dim<Dims::kHeadDimQK>,
+        launch_fp8_head_dim<Dims::kHeadDimQK>},
+       launch_fp8_rounding_head_dim<Dims::kHeadDimQK>}...};
+  return first_that_takes(params.problem, kConfigs);
 }
 
 ForwardHeadDimConfig const& config_for(ForwardParams const& params) {
-  return forward_config_for(params.problem, ForwardHeadDims{});
+  return config_of(params, ForwardHeadDims{});
 }
 
 BackwardHeadDimConfig const& config_for(BackwardParams const& params) {
-  return backward_config_for(params.problem, BackwardHeadDims{});
+  return config_of(params, BackwardHeadDims{});
 }
 
-DecodeHeadDimConfig const& config_for(DecodeParams const& params) {
+HeadDimConfig<DecodeParams> const& config_for(DecodeParams const& params) {
   bool const is_wide =
       params.problem.head_dim_qk > kLargestDecodeHeadDim || params.problem.head_dim_v > kLargestDecodeHeadDim;
-  return is_wide ? decode_config_for(params.problem, HeadDimList<LatentHeadDims>{})
-                 : decode_config_for(params.problem, DecodeHeadDims{});
+  return is_wide ? config_of(params, HeadDimList<LatentHeadDims>{}) : config_of(params, DecodeHeadDims{});
 }
 
-E4m3DecodeHeadDimConfig const& config_for(E4m3DecodeParams const& params) {
-  return e4m3_decode_config_for(params.problem, E4m3DecodeHeadDims{});
+HeadDimConfig<E4m3DecodeParams> const& config_for(E4m3DecodeParams const& params) {
+  return config_of(params, E4m3DecodeHeadDims{});
 }
 
 Fp8HeadDimConfig const& config_for(Fp8ForwardParams const& params) {
-  return fp8_config_for(params.problem, Fp8ForwardHeadDims{});
+  return config_of(params, Fp8ForwardHeadDims{});
 }
 
 // A dense forward as attention to a cache that holds a page a sequence, all of it full.

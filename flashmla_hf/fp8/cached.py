@@ -25,7 +25,7 @@ import torch
 
 from flashmla_hf import decode_ops, libraries, reference
 from flashmla_hf.backends import cpu, sm90
-from flashmla_hf.fp8.quantization import DTYPE
+from flashmla_hf.fp8.quantization import DTYPE, quantize_tokens
 from flashmla_hf.ops import check_tensor as check_operand
 from flashmla_hf.ops import dtype_name, refuse, schema_arguments
 from flashmla_hf.scalars import fail
@@ -87,6 +87,27 @@ def check_descales(k_cache: Any, v_cache: Any, k_descale: Any, v_descale: Any) -
             expected = f"fp32 {shape} (a factor for each row and head), since the caches are float8_e4m3fn"
             fail(ValueError, name, f"{expected} (torch.ones for rows without)", None)
         check_float32(name, x, shape, "that of the cache without its last dimension", cache.device, "the cache")
+
+
+def write_rows(
+    k: torch.Tensor, v: torch.Tensor, k_rows: torch.Tensor, v_rows: torch.Tensor, k_factors: torch.Tensor,
+    v_factors: torch.Tensor, begins: torch.Tensor,
+) -> None:  # fmt: skip
+    """Quantises k and v [batch, seqlen_new, heads_kv, dim] into e4m3 rows of those shapes, and factors fp32 [batch, seqlen_new,
+    heads_kv]: on a Hopper GPU in one launch. ``begins``: int32 [batch] zeros."""
+    if _has_kernel_of_writing(k, v):
+        torch.ops.flashmla.append_to_cache(k_rows, v_rows, k.detach(), v.detach(), begins, None, k_factors, v_factors)
+        return
+    for x, rows, factors in ((k, k_rows, k_factors), (v, v_rows, v_factors)):
+        data, scale = quantize_tokens(x)
+        rows.copy_(data)
+        factors.copy_(scale)
+
+
+def _has_kernel_of_writing(k: torch.Tensor, v: torch.Tensor) -> bool:
+    if k.device.type != "cuda" or torch.compiler.is_compiling() or has_transforms() or "sm90" in libraries.unavailable:
+        return False
+    return sm90.device_refusal(k, v, _largest(), 1) is None and k.stride(-1) == v.stride(-1) == 1
 
 
 def _rows(call: DecodeCall, begin: int, end: int) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
@@ -186,13 +207,18 @@ def run_reference(call: DecodeCall) -> tuple[torch.Tensor, torch.Tensor]:
     return out.to(call.q.dtype), lse.to(torch.promote_types(call.q.dtype, torch.float32))
 
 
+def _largest() -> tuple[int, int]:
+    """The head dims, of q and k and of v, that the kernel takes."""
+    assert libraries.sm90_limits is not None  # otherwise the library is unavailable
+    return (libraries.sm90_limits.largest_e4m3_decode,) * 2
+
+
 def _sm90_refusal(call: DecodeCall) -> str | None:
     if "sm90" in libraries.unavailable:
         return libraries.unavailable["sm90"]
-    limits = libraries.sm90_limits
-    assert limits is not None  # otherwise the library is unavailable
-    largest = (limits.largest_e4m3_decode,) * 2
-    return sm90.device_refusal(call.q, call.v, largest, limits.e4m3_multiple) or sm90.cache_alignment_refusal(call)
+    assert libraries.sm90_limits is not None  # otherwise the library is unavailable
+    multiple = libraries.sm90_limits.e4m3_multiple
+    return sm90.device_refusal(call.q, call.v, _largest(), multiple) or sm90.cache_alignment_refusal(call)
 
 
 def run_sm90(call: DecodeCall) -> tuple[torch.Tensor, torch.Tensor]:

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from flashmla_hf.fp8.quantization import DTYPE, quantize_tokens
+from flashmla_hf.fp8 import cached
+from flashmla_hf.fp8.quantization import DTYPE
 
 # Rows by which a full cache grows: one copy of it in so many steps, where DynamicCache makes one in each.
 GROWTH = 128
@@ -68,6 +69,7 @@ class Fp8Layer(CacheLayerMixin):
     def _clear(self) -> None:
         self.keys = self.values = self.key_scales = self.value_scales = None
         self.is_initialized, self._length, self._had_gradients = False, 0, False
+        self._begins: torch.Tensor | None = None
 
     # pickle has no fp8 in torch 2.13.
     def __getstate__(self) -> dict[str, Any]:
@@ -119,10 +121,8 @@ class Fp8Layer(CacheLayerMixin):
         begin = self._length
         end = begin + key_states.shape[-2]
         self._reserve(end)
-        for name, x in (("key", key_states), ("value", value_states)):
-            e4m3, scale = quantize_tokens(x)
-            getattr(self, f"{name}s")[:, :, begin:end] = e4m3
-            getattr(self, f"{name}_scales")[:, :, begin:end] = scale
+        written = (getattr(self, name)[:, :, begin:end].transpose(1, 2) for name in self._buffers())
+        cached.write_rows(key_states.transpose(1, 2), value_states.transpose(1, 2), *written, self._zeros())
         self._length = end
         if begin == 0:
             return key_states, value_states
@@ -130,6 +130,13 @@ class Fp8Layer(CacheLayerMixin):
             Fp8Rows(self.keys[:, :, :end], self.key_scales[:, :, :end], key_states.dtype),
             Fp8Rows(self.values[:, :, :end], self.value_scales[:, :, :end], value_states.dtype),
         )
+
+    def _zeros(self) -> torch.Tensor:
+        """int32 [batch], made once."""
+        batch = self.keys.shape[0]
+        if self._begins is None or self._begins.shape[0] != batch or self._begins.device != self.keys.device:
+            self._begins = torch.zeros(batch, dtype=torch.int32, device=self.keys.device)
+        return self._begins
 
     def _reserve(self, rows: int) -> None:
         capacity = self.keys.shape[2]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from flashmla_hf.hf import boundaries, masks, transformers_private
+from flashmla_hf.hf import boundaries, masks, refusals, transformers_private
 
 
 def without_mask(
@@ -79,12 +79,13 @@ def _checked_mask(module, mask, q: torch.Tensor, seqlen_kv: int) -> torch.Tensor
             f"(added) for a 4-D mask, got {mask.dtype}"
         )
     if mask.dim() == 4:
-        # Neither cut nor padded: nobody knows which keys the columns of another number of keys mean.
-        shape = (q.shape[0], q.shape[2], q.shape[1], seqlen_kv)
-        if any(mine not in (1, full) for mine, full in zip(mask.shape, shape, strict=True)):
+        if mask.shape[3] not in (1, seqlen_kv):
+            refusals.refuse_mask_of_other_keys(module, mask.shape[3], seqlen_kv)
+        shape = (q.shape[0], q.shape[2], q.shape[1])
+        if any(mine not in (1, full) for mine, full in zip(mask.shape[:3], shape, strict=True)):
             raise ValueError(
-                f"flashmla in {type(module).__name__}: attention_mask: expected a 4-D mask that broadcasts to {[*shape]} "
-                f"[batch, heads, queries, keys], got {[*mask.shape]}. A mask of a static cache covers all of its rows"
+                f"flashmla in {type(module).__name__}: attention_mask: expected a 4-D mask that broadcasts to "
+                f"{[*shape, seqlen_kv]} [batch, heads, queries, keys], got {[*mask.shape]}"
             )
         return mask
     if mask.shape[0] not in (1, q.shape[0]):

@@ -33,6 +33,16 @@ def refuse_half_of_boundaries(module: torch.nn.Module, missing: str) -> NoReturn
     )
 
 
+def refuse_mask_of_other_keys(module: torch.nn.Module, masked: int, num_keys: int) -> NoReturn:
+    """Raises for a 4-D mask of more or fewer keys than the layer has, as eager attention and SDPA do: it does not say which of
+    them those are. The first, if a mask is too long; the last, if a layer has left its cache out."""
+    raise ValueError(
+        f"flashmla in {type(module).__name__}: attention_mask: expected a mask of the layer's {num_keys} keys, got one of "
+        f"{masked}. Under gradient checkpointing a layer ignores past_key_values, which peft's prefix tuning passes: train "
+        "without it. A mask of your own must be as long as keys and cache"
+    )
+
+
 def refuse_parallel(module: torch.nn.Module, query: torch.Tensor, precision: str | None = None) -> None:
     subject = f"{'flashmla' if precision is None else 'flashmla_fp8'} in {type(module).__name__}"
     if type(query).__name__ == "DTensor":

@@ -28,6 +28,7 @@ from flashmla_hf import host_memory, recompute_cache
 from flashmla_hf.patches import forwards, gradients, memory, offload, structure
 from flashmla_hf.patches.offload import Offloaded, Offloader
 from flashmla_hf.patches.replacements import Replacements
+from flashmla_hf.torch_state import has_transforms
 
 # What one layer's backward holds per token, in tensors as wide as the hidden states and as the attention's output: residual,
 # two norms' results, their gradients and the projections' (8); q, out, dout, dq if the patches removed the others (4).
@@ -108,6 +109,8 @@ class Checkpointing:
         # The second run would write a cache again. Transformers removes one that has a keyword; some models pass it by
         # position (RecurrentGemma).
         args = tuple(self._caches[index].get(i, x) for i, x in enumerate(args))
+        if has_transforms():  # which know no saved tensors' hooks
+            return function(*args)
         if torch.compiler.is_compiling():
             return checkpoint(function, *args, use_reentrant=False)
         hidden = args[0]

@@ -16,6 +16,7 @@ from torch import nn
 
 from flashmla_hf.patches import forwards, gradients, linear, memory, structure, tiles, weights
 from flashmla_hf.patches.replacements import Replacements
+from flashmla_hf.torch_state import computes_as_written
 
 # A gated MLP's backward holds seven tensors per token: gate, up, activation, product and the gradients of three of them.
 INTERMEDIATES = 7
@@ -32,7 +33,9 @@ _Found = TypeVar("_Found")
 
 def patch_mlp(model: nn.Module, replacements: Replacements, tile: int | None) -> None:
     """Replaces ``forward`` of every decoder layer's token-wise block. ``tile``: tokens, or ``None`` for :func:`auto_tile`."""
-    width = structure.hidden_width(model, "mlp")
+    width, config = structure.hidden_width(model, "mlp"), _config_of_router(model)
+    if _returns_router_logits(config):
+        raise _router_logits(model)
     tried: set[type] = set()
     for layer in structure.decoder_layers(model, "mlp"):
         if layer.mlp is None:
@@ -56,8 +59,7 @@ def patch_mlp(model: nn.Module, replacements: Replacements, tile: int | None) ->
         for child in layer.mlp.children():
             if isinstance(child, nn.Linear) and linear.is_plain(child):
                 replacements.set(child, "forward", linear.skippable(child))
-    if _has_router(model):
-        replacements.hook(structure.decoder(model, "mlp"), _refuse_router_logits(model))
+    replacements.hook(structure.decoder(model, "mlp"), _refuse_router_logits(model, config))
 
 
 def _more_arguments(layer: structure.Layer, width: int | None) -> str | None:
@@ -148,7 +150,7 @@ def _tiled(mlp: Any, name: str, tile: int | None) -> Callable[[torch.Tensor], to
                 f"flashmla_hf.patch: patch 'mlp': {name} ({type(mlp).__name__}): expected a call with hidden states alone, got "
                 f"further arguments. {structure.exclude('mlp')}"
             )
-        if torch.compiler.is_compiling():
+        if computes_as_written():
             return forward(hidden_states)
         shape = hidden_states.shape
         tokens = shape[:-1].numel()
@@ -182,25 +184,31 @@ def auto_tile(tokens: int, bytes_per_token: int, device: torch.device) -> int:
     return max(SMALLEST_TILE, 1 << (most.bit_length() - 1))
 
 
-def _has_router(model: Any) -> bool:
-    return hasattr(model.config, "output_router_logits")
+def _config_of_router(model: Any) -> Any:
+    """The configuration that says whether a call returns router logits by default: the model's, or that of its text (Qwen3-VL).
+    Without routers it is any."""
+    configs = (model.config, model.config.get_text_config())
+    return next((config for config in configs if hasattr(config, "output_router_logits")), model.config)
 
 
-def _refuse_router_logits(model: Any) -> Callable[[nn.Module, tuple, dict[str, Any]], None]:
+def _returns_router_logits(config: Any) -> bool:
+    return bool(getattr(config, "output_router_logits", False))
+
+
+def _refuse_router_logits(model: Any, config: Any) -> Callable[[nn.Module, tuple, dict[str, Any]], None]:
     """A forward pre-hook of the decoder that raises if router logits are requested."""
 
     def check(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         wanted = kwargs.get("output_router_logits")
-        if model.config.output_router_logits if wanted is None else wanted:
-            raise structure.refuse(
-                model,
-                "mlp",
-                "output_router_logits",
-                "False (tiles collect no gradients of router logits)",
-                "True",
-            )
+        if _returns_router_logits(config) if wanted is None else wanted:
+            raise _router_logits(model)
 
     return check
+
+
+def _router_logits(model: Any) -> structure.UnsupportedPatch:
+    expected = "False (tiles collect no gradients of router logits)"
+    return structure.refuse(model, "mlp", "output_router_logits", expected, "True")
 
 
 def patch_norm(model: nn.Module, replacements: Replacements) -> None:
@@ -262,7 +270,7 @@ def _norm_in_tiles(module: Any) -> Callable[[torch.Tensor], torch.Tensor]:
 
     @wraps(forward)
     def norm_forward(hidden_states: torch.Tensor) -> torch.Tensor:
-        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        if computes_as_written() or not torch.is_grad_enabled():
             return forward(hidden_states)
         if (
             eps is not None

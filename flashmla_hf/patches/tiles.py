@@ -48,10 +48,14 @@ class _Tiles(torch.autograd.Function):
                 if start == 0:
                     gradients.refuse_other_leaves(out, ctx.run.module, [piece, *ctx.parameters])
                 wanted = [piece, *trained] if needs_x else trained
-                grads = list(torch.autograd.grad(out, wanted, grad[rows], allow_unused=True))
+                # Trained weights may have no part in the result (a merged adapter): they get none.
+                grads: list[torch.Tensor | None] = [None] * len(wanted)
+                if out.requires_grad:
+                    grads = [*torch.autograd.grad(out, wanted, grad[rows], allow_unused=True)]
                 del out
                 if grad_x is not None:
-                    grad_x[rows] = grads.pop(0)
+                    grad_piece = grads.pop(0)
+                    grad_x[rows] = 0.0 if grad_piece is None else grad_piece
                 add_to(sums, grads, is_only=x.shape[0] <= ctx.tile)
         return (grad_x, None, None, None, *cast_sums(sums, ctx.parameters, needs))
 

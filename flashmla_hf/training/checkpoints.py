@@ -13,8 +13,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -23,11 +25,13 @@ import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from textwrap import shorten
+from typing import Any
 
 from accelerate import Accelerator
 
 from flashmla_hf.training import machine
-from flashmla_hf.training.arguments import ModelArguments, TrainingArguments, UserError, first_line
+from flashmla_hf.training.arguments import DataArguments, ModelArguments, TrainingArguments, UserError, first_line
 from flashmla_hf.training.packing import Pack
 from flashmla_hf.training.shape import load_config
 
@@ -51,6 +55,28 @@ class TrainerState:
     packs_per_step: int = 0  # that all of them read
 
 
+def _is_count(value: object) -> bool:
+    return type(value) is int and value >= 0
+
+
+def _is_number(value: object) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)  # type: ignore[arg-type]
+
+
+# Annotation of a field of TrainerState -> what its values are, in words, and whether one is.
+_KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "int": ("a count", _is_count),
+    "float": ("a number of at least 0", lambda value: _is_number(value) and value >= 0),
+    "str": ("a text", lambda value: isinstance(value, str)),
+    "list[float]": ("a list of numbers", lambda value: isinstance(value, list) and all(map(_is_number, value))),
+    "list[dict]": ("a list of entries", lambda value: isinstance(value, list) and {type(x) for x in value} <= {dict}),
+    "dict | None": (
+        "a place in the data",
+        lambda value: value is None or (isinstance(value, dict) and all(map(_is_count, value.values()))),
+    ),
+}
+
+
 def checkpoints(output_dir: Path) -> list[Path]:
     """The finished checkpoints, oldest first."""
     found = [(int(match.group(1)), path) for path in output_dir.glob("checkpoint-*") if (match := _step_of(path))]
@@ -68,7 +94,7 @@ def find_checkpoint(args: TrainingArguments, use_peft: bool, engine: str = "") -
     """
     if args.resume_from_checkpoint is None:
         return None
-    if args.resume_from_checkpoint.lower() in ("latest", "true"):
+    if _is_latest(args.resume_from_checkpoint):
         found = checkpoints(Path(args.output_dir))
         if not found:
             return None
@@ -81,10 +107,11 @@ def find_checkpoint(args: TrainingArguments, use_peft: bool, engine: str = "") -
         state = TrainerState(**json.loads((path / "trainer_state.json").read_text()))
     except (ValueError, TypeError) as error:
         raise UserError(f"{where}: trainer_state.json is not of flashmla finetune: {first_line(error)}") from None
-    for name in ("step", "processes", "packs_per_step"):
-        if not isinstance(getattr(state, name), int):
-            got = repr(getattr(state, name))
-            raise UserError(f"{where}: trainer_state.json is damaged: {name}: expected a number, got {got}")
+    for name, kind in TrainerState.__annotations__.items():
+        expected, fits = _KINDS[kind]
+        if not fits(getattr(state, name)):
+            got = shorten(repr(getattr(state, name)), 60)
+            raise UserError(f"{where}: trainer_state.json is damaged: {name}: expected {expected}, got {got}")
     if not state.packs_per_step:
         raise UserError(
             f"{where}: an earlier version of flashmla finetune wrote it and did not say how a step was divided: resume with "
@@ -167,10 +194,15 @@ def make_output_dir(model_args: ModelArguments, args: TrainingArguments) -> Path
     if args.find_max_length:
         return output_dir
     found = checkpoints(output_dir)
-    if found and args.resume_from_checkpoint is None:
+    if found and not _is_resumed_here(args):
         raise UserError(
             f"--output_dir {output_dir} holds {found[-1].name} of an earlier run: continue it with --resume_from_checkpoint "
             "latest, or name another --output_dir"
+        )
+    if _is_within(output_dir, Path(model_args.model_name_or_path), or_below=False):
+        raise UserError(
+            f"--output_dir {output_dir} is the folder of --model_name_or_path, whose weights the result would replace: name "
+            "another --output_dir"
         )
     other = "config.json" if model_args.use_peft else "adapter_config.json"
     if (output_dir / other).is_file():
@@ -182,13 +214,43 @@ def make_output_dir(model_args: ModelArguments, args: TrainingArguments) -> Path
     return output_dir
 
 
+def _is_resumed_here(args: TrainingArguments) -> bool:
+    """Whether the run continues a checkpoint of its own ``output_dir``, if there is one."""
+    named = args.resume_from_checkpoint
+    return named is not None and (_is_latest(named) or _is_within(Path(named).parent, Path(args.output_dir), False))
+
+
+def _is_latest(resume_from_checkpoint: str) -> bool:
+    return resume_from_checkpoint.lower() in ("latest", "true")
+
+
+def _is_within(place: Path, folder: Path, or_below: bool = True) -> bool:
+    """Whether ``place`` is ``folder``, an existing one, or with ``or_below`` in it; links followed."""
+    with contextlib.suppress(OSError, ValueError):
+        place, folder = place.resolve(), folder.resolve()
+        return folder.is_dir() and (place == folder or (or_below and folder in place.parents))
+    return False
+
+
+def check_places(data_args: DataArguments, args: TrainingArguments) -> None:
+    """Raises UserError if ``output_dir`` lies in a folder of data: each file in it, also one that the run writes, is a document
+    of the next reading."""
+    for name in ("train_file", "validation_file", "dataset_name"):
+        folder = getattr(data_args, name)
+        if folder is not None and _is_within(Path(args.output_dir), Path(folder)):
+            raise UserError(
+                f"--output_dir {args.output_dir} lies in --{name} {folder}, of which every file is data, so that the run could "
+                "not be resumed: name another --output_dir"
+            )
+
+
 def save_checkpoint(
     accelerator: Accelerator,
     args: TrainingArguments,
     state: TrainerState,
     write: Callable[[Path], None] | None = None,
 ) -> None:
-    """Writes ``checkpoint-<step>``; the name appears by a rename, when everything is written.
+    """Writes ``checkpoint-<step>``; the name appears by a rename, when everything is written and on the disk.
 
     ``write`` writes the tensors into a folder. Without it, accelerate does, and weights by the hook that prepare_model()
     registers, in Transformers' format.
@@ -207,8 +269,15 @@ def save_checkpoint(
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
             (unfinished / "trainer_state.json").write_text(json.dumps(dataclasses.asdict(state), indent=1))
-            shutil.rmtree(final, ignore_errors=True)
+            _flush(unfinished)
+            # Of a run that went back to an earlier one. A removal that is interrupted would leave a part under this name.
+            replaced = final.with_name(f"replaced-{final.name}")
+            shutil.rmtree(replaced, ignore_errors=True)
+            if final.exists():
+                os.rename(final, replaced)
             os.rename(unfinished, final)
+            shutil.rmtree(replaced, ignore_errors=True)
+            _flush_entry(final.parent)
     except Exception as error:  # OSError, and the RuntimeError or SafetensorError torch and safetensors make of it
         shutil.rmtree(unfinished, ignore_errors=True)
         kept = checkpoints(Path(args.output_dir))
@@ -217,9 +286,31 @@ def save_checkpoint(
             + (f"{kept[-1]} is whole: resume from it" if kept else "there is no earlier checkpoint")
         ) from error
     if accelerator.is_main_process and args.save_total_limit:
-        for old in checkpoints(Path(args.output_dir))[: -args.save_total_limit]:
+        # Those beyond this step are from before the run went back to an earlier one. The new ones must not give way to them.
+        found = checkpoints(Path(args.output_dir))
+        for old in found[: found.index(final) + 1][: -args.save_total_limit]:
             shutil.rmtree(old, ignore_errors=True)
     accelerator.wait_for_everyone()
+
+
+def _flush(folder: Path) -> None:
+    """Waits until the content of ``folder`` is on the disk: a machine that stops would leave files of zeros under a name that
+    says that they are whole."""
+    for place, _, files in os.walk(folder):
+        for name in files:
+            _flush_entry(Path(place) / name)
+        _flush_entry(Path(place))
+
+
+def _flush_entry(path: Path) -> None:
+    opened = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # a file system that has no such thing
+            raise
+    finally:
+        os.close(opened)
 
 
 def how_to_continue(args: TrainingArguments) -> str:

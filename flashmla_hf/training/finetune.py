@@ -51,6 +51,7 @@ from flashmla_hf.training.arguments import (
 )
 from flashmla_hf.training.checkpoints import (
     TrainerState,
+    check_places,
     check_random_states,
     check_same_run,
     draws_random_numbers,
@@ -147,8 +148,10 @@ class Run:
 
 def train(model_args: ModelArguments, data_args: DataArguments, args: TrainingArguments) -> dict:
     """The whole run; returns the content of ``all_results.json``. Raises UserError for a mistake that the caller can mend."""
-    # A preview writes nothing.
-    output_dir = Path(args.output_dir) if data_args.preview else make_output_dir(model_args, args)
+    output_dir = Path(args.output_dir)
+    if not data_args.preview:  # which writes nothing
+        check_places(data_args, args)
+        make_output_dir(model_args, args)
     accelerator = engines.make_accelerator(model_args, args)
     set_seed(args.seed)
     engine = engines.engine_of(accelerator)
@@ -260,13 +263,14 @@ def resume(run: Run, checkpoint: Path, saved: TrainerState) -> None:
         )
     try:
         run.load(checkpoint)
-    except (OSError, EOFError, ValueError, KeyError, RuntimeError, pickle.UnpicklingError) as error:
+        place = StreamPlace(**(saved.stream or {}))
+    except (OSError, EOFError, ValueError, KeyError, TypeError, RuntimeError, pickle.UnpicklingError) as error:
         if machine.is_out_of_memory(error):
             raise
         raise UserError(f"{checkpoint} is damaged: {first_line(error)}; resume from an earlier one") from None
     run.state = dataclasses.replace(saved, processes=run.state.processes)
     if isinstance(run.data.train_packs, PackStream):
-        run.data.train_packs.seek(StreamPlace(**(saved.stream or {})))
+        run.data.train_packs.seek(place)
     run.accelerator.print(f"resumed from {checkpoint} at step {saved.step} of {run.max_steps}")
 
 

@@ -36,6 +36,10 @@ Rows = Iterator[tuple[Place, Row]]
 Choose = Callable[[list[str]], list[str]]
 
 
+JSON_LINES = (".jsonl", ".ndjson", ".jsonlines")
+TABLES = (".csv", ".tsv")
+
+
 @dataclass
 class BadRows:
     """The bad rows of a run's data: counted, and skipped if the user asks for it."""
@@ -71,6 +75,11 @@ def read_files(path: str, choose: Choose, split: str) -> Rows:
         raise UserError(f"{path}: no such file or folder")
     if not is_folder and not is_file:
         raise UserError(f"{path}: expected a file or a folder, got a pipe or a device: write what it gives to a file")
+    if is_file and root.suffix.lower() in TABLES:
+        raise UserError(
+            f"{path}: expected rows of JSON or parquet, or a text, got a table that would be read as one text. Convert it: "
+            f"datasets.load_dataset('csv', data_files={path!r})['train'].to_json('data.jsonl')"
+        )
     files = [root] if is_file else sorted(_files_in(root, set()))
     if not files:
         raise UserError(f"the folder {path} holds no files")
@@ -116,12 +125,13 @@ def _files_in(folder: Path, above: set[Path]) -> Iterator[Path]:
 
 
 def _read_file(file: Path, choose: Choose) -> Rows:
-    if file.suffix == ".parquet":
+    kind = file.suffix.lower()
+    if kind == ".parquet":
         yield from _read_parquet(file, choose)
-    elif file.suffix in (".jsonl", ".json"):
+    elif kind in (*JSON_LINES, ".json"):
         with file.open("rb") as opened:
             start = opened.read(4096).decode("utf-8-sig", "ignore").lstrip()
-        yield from _read_array(file) if file.suffix == ".json" and start.startswith("[") else _read_lines(file)
+        yield from _read_array(file) if kind == ".json" and start.startswith("[") else _read_lines(file)
     else:
         try:
             yield Place(str(file)), file.read_text(encoding="utf-8-sig")

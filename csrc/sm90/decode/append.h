@@ -10,7 +10,8 @@
 namespace flashmla::sm90 {
 
 // New row i of sequence b becomes key cache_seqlens[b] + i, which lies where DecodeParams says. A key beyond the rows
-// that a sequence may have, or of a page outside the cache, is not written. Elements have 16 bits.
+// that a sequence may have, or of a page outside the cache, is not written. Elements have 16 bits, unless the caches
+// are of e4m3: then new rows are quantised, each with a scale of its own.
 struct AppendParams {
   int64_t batch = 0, seqlen_new = 0, heads = 0;
   int64_t head_dim_k = 0, head_dim_v = 0;  // head_dim_v: 0 if the values are columns of k
@@ -22,7 +23,9 @@ struct AppendParams {
   int64_t stride_block_table = 0;          // of its rows, in elements
   int64_t num_pages = 0;
   int64_t page_size = 0;
-  int32_t* lengths = nullptr;  // [batch], written: cache_seqlens + seqlen_new
+  TensorView k_scale, v_scale;     // fp32 [num_pages, page_size, heads], of caches of e4m3; else data is null
+  DType dtype = DType::kBFloat16;  // of new_k and new_v
+  int32_t* lengths = nullptr;      // [batch], written: cache_seqlens + seqlen_new
 };
 
 // Returns null, or a sentence that says what went wrong.

@@ -37,12 +37,32 @@ struct ClusterPart {
   float out[kRows][kHeadDimV + 8];  // 8: rows of a warp begin in different banks
 };
 
+// Brings to L2 what finding the work and the first pages reads: two of the call's few waits for memory, one behind the
+// other. Nothing is known of it yet, so kernels that still write it do no harm. By the whole grid, of the table at most
+// a line a thread.
+__device__ inline void prefetch_lengths(DecodeArguments const& arguments) {
+  DecodeParams const& params = arguments.params;
+  constexpr int kLine = 128 / static_cast<int>(sizeof(int32_t));
+  auto prefetch = [&](int32_t const* x, int64_t line, int64_t count) {
+    if (x != nullptr && line * kLine < count) ptx::prefetch_to_l2(x + line * kLine);
+  };
+  prefetch(params.cache_seqlens, threadIdx.x, params.problem.batch);
+  prefetch(params.kv_start, threadIdx.x, params.problem.batch);
+  int const columns = arguments.pages.div(static_cast<int>(params.problem.seqlen_kv));
+  prefetch(params.block_table, blockIdx.x + int64_t{gridDim.x} * threadIdx.x,
+           (params.problem.batch - 1) * params.stride_block_table + columns);
+}
+
 // From here on this kernel may read what those before it have written. To find the work takes long, and needs no more
 // than lengths.
 __device__ inline DecodeWalk begin_walk(DecodeArguments const& arguments) {
   bool const reads_lengths = !has_equal_lengths(arguments.params);
-  if (reads_lengths) ptx::wait_on_dependent_grids();
-  DecodeWalk const walk(arguments);
+  DecodeWalk walk(arguments);
+  if (reads_lengths) {
+    prefetch_lengths(arguments);
+    ptx::wait_on_dependent_grids();
+  }
+  walk.begin();
   if (!reads_lengths) ptx::wait_on_dependent_grids();
   cutlass::arch::launch_dependent_grids();  // combine_kernel, or the next call's, may set up
   return walk;
@@ -54,7 +74,6 @@ __device__ void load_tiles(DecodeArguments const& arguments, typename Kernel::Sh
   using Element = typename Kernel::Element;
   constexpr int kBlockKV = Kernel::kBlockKV;
   int32_t const lane = threadIdx.x % kWarpThreads;
-  int32_t const rows = arguments.rows_per_box, num_boxes_of_block = kBlockKV / rows;
   // K and V are read once, unless several tiles share a kv head.
   uint64_t const hint = static_cast<uint64_t>(arguments.tiles_per_head > 1 ? cute::TMA::CacheHintSm90::EVICT_NORMAL
                                                                            : cute::TMA::CacheHintSm90::EVICT_FIRST);
@@ -63,6 +82,7 @@ __device__ void load_tiles(DecodeArguments const& arguments, typename Kernel::Sh
   [[maybe_unused]] bool is_first = true;
   for (DecodeWalk walk = begin_walk(arguments); walk.find(); walk.next_tile(), is_first = false) {
     int32_t const head_kv = walk.tile / arguments.tiles_per_head;
+    BoxPlaces<kBlockKV> places(arguments, walk);
     if constexpr (Kernel::kNumQStages > 0) {
       uint64_t& full = shared.q_full[ring_q.stage];
       ClusterBarrier::wait(&shared.q_empty[ring_q.stage], ring_q.phase ^ 1);
@@ -80,39 +100,26 @@ __device__ void load_tiles(DecodeArguments const& arguments, typename Kernel::Sh
       // The consumers are some tiles behind: Q will be near when they ask for it.
       prefetch_queries<Element, Kernel::Tiles::kRows>(arguments, walk.batch, walk.tile);
     }
-    SequenceKeys const keys = walk.keys;
-    // Boxes without a key of the sequence are not loaded: the table need not have their pages.
-    auto has_keys = [&](int32_t kv_block, int32_t box) {
-      int32_t const key = kv_block * kBlockKV + box * rows;
-      return box < num_boxes_of_block && key < keys.end && key + rows > keys.begin;
-    };
-    BoxPlace place{0, 0};
-    if (walk.blocks.begin < walk.blocks.end && has_keys(walk.blocks.begin, lane)) {
-      place = box_place<kBlockKV>(arguments, walk.batch, walk.blocks.begin, lane);
-    }
     for (int32_t kv_block = walk.blocks.begin; kv_block < walk.blocks.end; ++kv_block, ring.advance()) {
-      bool const is_mine = has_keys(kv_block, lane);
+      bool const is_mine = places.turn_to(kv_block);
       int const num_boxes = __popc(__ballot_sync(0xffffffff, is_mine));
-      BoxPlace const here = place;
-      if (kv_block + 1 < walk.blocks.end && has_keys(kv_block + 1, lane)) {
-        place = box_place<kBlockKV>(arguments, walk.batch, kv_block + 1, lane);  // read while the buffer is waited for
-      }
       int const stage = ring.stage;
       if constexpr (Kernel::kReadsE4m3) {
         ClusterBarrier::wait(&shared.empty[stage], ring.phase ^ 1);
-        Kernel::load_block(arguments, shared, stage, keys, kv_block, here, head_kv, is_mine, num_boxes, hint);
+        Kernel::load_block(arguments, shared, stage, places, kv_block, head_kv, is_mine, num_boxes, hint);
       } else {
         auto copy = [&](CUtensorMap const& map, auto& buffer, uint64_t& full, uint64_t& empty, int columns) {
           ClusterBarrier::wait(&empty, ring.phase ^ 1);
           if (lane == 0) {
-            ClusterTransactionBarrier::arrive_and_expect_tx(&full, num_boxes * rows * columns * sizeof(Element));
+            ClusterTransactionBarrier::arrive_and_expect_tx(
+                &full, num_boxes * arguments.rows_per_box * columns * static_cast<int32_t>(sizeof(Element)));
           }
           __syncwarp();
           if (!is_mine) return;
           for (int column = 0; column < columns; column += kDecodeSwizzleColumns) {
             cute::SM90_TMA_LOAD_4D::copy(&map, &full, hint,
-                                         buffer + column * kBlockKV + lane * rows * kDecodeSwizzleColumns, column,
-                                         here.row, head_kv, here.page);
+                                         buffer + column * kBlockKV + places.first_row() * kDecodeSwizzleColumns,
+                                         column, places.here.row, head_kv, places.here.page);
           }
         };
         copy(arguments.k, shared.k[stage], shared.k_full[stage], shared.k_empty[stage], Kernel::kHeadDimQK);

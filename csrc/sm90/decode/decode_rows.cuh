@@ -24,10 +24,59 @@ __device__ BoxPlace box_place(DecodeArguments const& arguments, int32_t batch, i
   DecodeParams const& params = arguments.params;
   int32_t const key = kv_block * kBlockKV + box * arguments.rows_per_box;
   if (params.block_table == nullptr) return {batch, key};
-  int32_t const page_size = static_cast<int32_t>(params.page_size);
-  int32_t const index = key / page_size;
-  return {params.block_table[batch * params.stride_block_table + index], key - index * page_size};
+  int index, row;
+  arguments.pages(index, row, key);
+  return {params.block_table[batch * params.stride_block_table + index], row};
 }
+
+// Where the boxes of a part of a tile lie, read from the table for many kv_blocks at once: of a block's 2^n boxes lane
+// l has number l % 2^n, of every block whose number in the part is l / 2^n modulo 32 / 2^n. By a warp, block by block.
+template <int kBlockKV>
+struct BoxPlaces {
+  DecodeArguments const& arguments;
+  SequenceKeys keys;
+  KVBlocks blocks;
+  int32_t batch, boxes_log2, first_lane;  // of the block turned to
+  BoxPlace here, next;
+
+  __device__ BoxPlaces(DecodeArguments const& arguments, DecodeWalk const& walk)
+      : arguments(arguments), keys(walk.keys), blocks(walk.blocks), batch(walk.batch) {
+    boxes_log2 = arguments.block_kv_log2 - (__ffs(arguments.rows_per_box) - 1);
+    here = read(blocks.begin);
+    next = read(blocks.begin + at_once());
+  }
+
+  // Blocks come in their order. Whether the lane's box of this one has a key of the sequence: boxes without are not
+  // loaded, and the table need not have their pages.
+  __device__ bool turn_to(int32_t kv_block) {
+    int32_t const number = (kv_block - blocks.begin) & (at_once() - 1);
+    if (number == 0 && kv_block > blocks.begin) {
+      here = next;
+      next = read(kv_block + at_once());
+    }
+    first_lane = number << boxes_log2;
+    return lane() >> boxes_log2 == number && has_keys(kv_block);
+  }
+
+  // The first row of the lane's box, in its block.
+  __device__ int32_t first_row() const { return (lane() - first_lane) * arguments.rows_per_box; }
+
+ private:
+  __device__ static int32_t lane() { return threadIdx.x % kWarpThreads; }
+  __device__ int32_t at_once() const { return kWarpThreads >> boxes_log2; }
+  __device__ int32_t box() const { return lane() & ((1 << boxes_log2) - 1); }
+
+  __device__ bool has_keys(int32_t kv_block) const {
+    int32_t const key = kv_block * kBlockKV + box() * arguments.rows_per_box;
+    return key < keys.end && key + arguments.rows_per_box > keys.begin;
+  }
+
+  __device__ BoxPlace read(int32_t first_block) const {
+    int32_t const kv_block = first_block + (lane() >> boxes_log2);
+    if (kv_block >= blocks.end || !has_keys(kv_block)) return {0, 0};
+    return box_place<kBlockKV>(arguments, batch, kv_block, box());
+  }
+};
 
 // A row of the tile.
 struct TileRow {

@@ -7,6 +7,9 @@
 // whole ones, and the beginning of another. Parts of tiles leave for the workspace, and combine.cuh adds them up, in
 // order. Without can_split a CTA computes the tiles that begin in its share, each of them alone.
 //
+// If all tiles turn out to have the same units, a tile's CTAs follow from shapes, and each finds its part when it has
+// read one length.
+//
 // Short calls cannot wait for a second kernel. If there are about as many CTAs in clusters, one cluster a tile, as
 // there are multiprocessors, CTA r of c has the r-th part of the tile's units, and the cluster adds its parts up
 // through distributed shared memory (add_parts_of_cluster in decode_cta.cuh). Each CTA has one part, perhaps an empty
@@ -18,6 +21,7 @@
 #pragma once
 
 #include <cuda.h>
+#include <cutlass/fast_math.h>
 
 #include <cstdint>
 
@@ -45,8 +49,10 @@ struct DecodeArguments {
   float* partial_out;      // [2 * num_ctas, partial_rows, head_dim_v]: not divided by the sum
   float2* partial_sums;    // [2 * num_ctas, partial_rows]: (maximum of the scores, sum of exponentials)
   int32_t cluster_size;    // CTAs of a cluster that share a tile; 1: CTAs have shares of the line of units
+  int32_t ctas_per_tile;   // whose shares are parts of one tile, if all tiles have as many units; 0: Shares decides
   CUtensorMap q;           // dims (head_dim, heads, rows, sequence); of few rows (few_rows.cuh)
   int32_t block_kv_log2;
+  cutlass::FastDivmod pages;   // divides by page_size
   ScaleView k_scale, v_scale;  // of caches of e4m3 (e4m3_decode.cuh)
 };
 
@@ -127,7 +133,8 @@ struct Shares {
   __host__ __device__ Shares(uint32_t num_ctas, uint32_t total, uint32_t each)
       : total(total), period(total), count(num_ctas < total ? num_ctas : total) {
     if (each > 0) {
-      uint32_t const tiles = total / each, parts = count / tiles, tiles_per_share = (tiles + count - 1) / count;
+      uint32_t const tiles = total / each, parts = count / tiles;
+      uint32_t const tiles_per_share = parts > 0 ? 0 : (tiles + count - 1) / count;
       uint32_t const busy = parts > 0 ? parts * tiles : (tiles + tiles_per_share - 1) / tiles_per_share;
       if (busy * 10 >= count * 9) {
         count = parts > 0 ? parts : 1;
@@ -166,6 +173,8 @@ struct DecodeWalk {
   int32_t unit, end;            // of the share
   int32_t tile_begin;           // first unit of the tile
   int32_t batch, tile, units;   // the tile within its sequence (head_kv * tiles_per_head + pass), and its units
+  int32_t rank = 0;             // among the CTAs that share the tile
+  bool has_tile = false;        // there are CTAs that have none
   bool has_empty_part = false;  // a cluster waits for this CTA, which has no unit of its tile
   SequenceKeys keys;
   KVBlocks blocks;  // of this part
@@ -173,20 +182,43 @@ struct DecodeWalk {
   // The tile of one unit.
   __device__ DecodeWalk(DecodeArguments const& arguments, UnitSums const& sums, int32_t unit)
       : arguments(arguments), unit(unit), end(unit) {
-    find_tile(sums.pass);
+    find_tile(sums);
   }
 
-  __device__ explicit DecodeWalk(DecodeArguments const& arguments) : arguments(arguments) {
+  // What follows from shapes: the tile, if CTAs have parts of one.
+  __device__ explicit DecodeWalk(DecodeArguments const& arguments) : arguments(arguments), unit(0), end(0) {
+    int32_t const size = arguments.cluster_size > 1 ? arguments.cluster_size : arguments.ctas_per_tile;
+    if (size == 0) return;
+    int32_t const heads = static_cast<int32_t>(arguments.params.problem.batch) * arguments.heads_kv;
+    int32_t const number = blockIdx.x / size;
+    rank = blockIdx.x - number * size;
+    has_tile = number < heads * arguments.tiles_per_head;
+    int32_t const pass = arguments.tiles_per_head == 1 ? 0 : number / heads, place = number - pass * heads;
+    batch = has_tile ? place / arguments.heads_kv : 0;
+    tile = (place - batch * arguments.heads_kv) * arguments.tiles_per_head + pass;
+  }
+
+  // Reads lengths. By every warp.
+  __device__ void begin() {
     if (arguments.cluster_size > 1) {
-      find_part_of_cluster();
+      read_sequence();
+      take_part(arguments.cluster_size);
+      has_empty_part = unit == end;
       return;
+    }
+    if (arguments.ctas_per_tile > 0) {
+      read_sequence();
+      if (units >= arguments.ctas_per_tile && have_all(units)) {
+        if (has_tile) take_part(arguments.ctas_per_tile);
+        return;
+      }
     }
     UnitSums const sums = sum_units(arguments, 0);
     Shares const shares(arguments.num_ctas, sums.pass * arguments.tiles_per_head, sums.each);
     unit = static_cast<int32_t>(shares.begin(blockIdx.x));
     end = static_cast<int32_t>(shares.begin(blockIdx.x + 1));
     if (unit >= end) return;
-    find_tile(sums.pass);
+    find_tile(sums);
     if (!arguments.params.can_split && unit > tile_begin) next_tile();
   }
 
@@ -232,36 +264,41 @@ struct DecodeWalk {
     units = max(1, all.end - all.begin);
   }
 
-  // This CTA's part of its cluster's tile; units are counted from the tile's first.
-  __device__ void find_part_of_cluster() {
-    int32_t const size = arguments.cluster_size, number = blockIdx.x / size, rank = blockIdx.x - number * size;
-    int32_t const heads = static_cast<int32_t>(arguments.params.problem.batch) * arguments.heads_kv;
-    int32_t const pass = arguments.tiles_per_head == 1 ? 0 : number / heads, place = number - pass * heads;
-    batch = place / arguments.heads_kv;
-    tile = (place - batch * arguments.heads_kv) * arguments.tiles_per_head + pass;
+  // Whether the tiles of all sequences have as many units.
+  __device__ bool have_all(int32_t expected) const {
+    int32_t const num_sequences = static_cast<int32_t>(arguments.params.problem.batch);
+    if (has_equal_lengths(arguments.params) || num_sequences == 1) return true;
+    bool is_equal = true;
+    for (int32_t i = threadIdx.x % kWarpThreads; i < num_sequences; i += kWarpThreads) {
+      is_equal = is_equal && units_of(arguments, i) == expected;
+    }
+    return __all_sync(0xffffffff, is_equal);
+  }
+
+  // This CTA's part of a tile that `size` CTAs share; units are counted from the tile's first.
+  __device__ void take_part(int32_t size) {
     tile_begin = 0;
-    read_sequence();
     int32_t const each = units / size, num_larger = units - each * size;
     unit = rank * each + min(rank, num_larger);
     end = unit + each + (rank < num_larger ? 1 : 0);
-    has_empty_part = unit == end;
   }
 
   // The tile that `unit` is of.
-  __device__ void find_tile(int32_t units_of_pass) {
-    int32_t const pass = arguments.tiles_per_head == 1 ? 0 : unit / units_of_pass, pass_begin = pass * units_of_pass;
-    int32_t const sequence_begin = pass_begin + find_sequence(unit - pass_begin);
+  __device__ void find_tile(UnitSums const& sums) {
+    int32_t const pass = arguments.tiles_per_head == 1 ? 0 : unit / sums.pass, pass_begin = pass * sums.pass;
+    int32_t const sequence_begin = pass_begin + find_sequence(unit - pass_begin, sums.each);
     read_sequence();
     int32_t const head_kv = (unit - sequence_begin) / units;
     tile = head_kv * arguments.tiles_per_head + pass;
     tile_begin = sequence_begin + head_kv * units;
   }
 
-  // Sets `batch` to the sequence of a unit of a pass, and returns that sequence's first unit in the pass.
-  __device__ int32_t find_sequence(int32_t unit) {
+  // Sets `batch` to the sequence of a unit of a pass, and returns that sequence's first unit in the pass. `each` as in
+  // UnitSums.
+  __device__ int32_t find_sequence(int32_t unit, int32_t each) {
     int32_t const num_sequences = static_cast<int32_t>(arguments.params.problem.batch);
-    if (has_equal_lengths(arguments.params)) {
-      int32_t const size = arguments.heads_kv * units_of(arguments, 0);
+    if (each > 0) {
+      int32_t const size = arguments.heads_kv * each;
       batch = unit / size;
       return batch * size;
     }

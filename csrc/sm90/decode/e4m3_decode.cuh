@@ -78,8 +78,9 @@ struct E4m3Decode {
 
   // A kv_block into its stage, which is free: `here` is the place of this lane's box, which has a key if `has_box`.
   __device__ static void load_block(DecodeArguments const& arguments, SharedStorage& shared, int stage,
-                                    SequenceKeys const& keys, int32_t kv_block, BoxPlace const& here, int32_t head_kv,
-                                    bool has_box, int num_boxes, uint64_t hint) {
+                                    BoxPlaces<kBlockKV> const& places, int32_t kv_block, int32_t head_kv, bool has_box,
+                                    int num_boxes, uint64_t hint) {
+    SequenceKeys const& keys = places.keys;
     DecodeParams const& params = arguments.params;
     int32_t const lane = threadIdx.x % kWarpThreads, rows = arguments.rows_per_box;
     int32_t const rows_log2 = __ffs(rows) - 1;  // boxes are powers of two
@@ -90,8 +91,9 @@ struct E4m3Decode {
       auto copy = [&](CUtensorMap const& map, unsigned char* buffer) {
         CUTE_UNROLL
         for (int chunk = 0; chunk < kChunks; ++chunk) {
-          cute::SM90_TMA_LOAD_4D::copy(&map, &full, hint, buffer + chunk * kBlockKV * kChunk + lane * rows * kChunk,
-                                       chunk * kChunk, here.row, head_kv, here.page);
+          cute::SM90_TMA_LOAD_4D::copy(&map, &full, hint,
+                                       buffer + chunk * kBlockKV * kChunk + places.first_row() * kChunk, chunk * kChunk,
+                                       places.here.row, head_kv, places.here.page);
         }
       };
       copy(arguments.k, shared.k[stage]);
@@ -101,9 +103,10 @@ struct E4m3Decode {
     // Scales of rows that are no keys of the sequence are 0 and not read.
     CUTE_UNROLL
     for (int i = 0; i < kBlockKV; i += kWarpThreads) {
-      int32_t const key_in_block = i + lane, box = key_in_block >> rows_log2, key = kv_block * kBlockKV + key_in_block;
-      int32_t const page = __shfl_sync(0xffffffff, here.page, box);
-      int32_t const row = __shfl_sync(0xffffffff, here.row, box) + (key_in_block & (rows - 1));
+      int32_t const key_in_block = i + lane, key = kv_block * kBlockKV + key_in_block;
+      int32_t const lane_of_box = places.first_lane + (key_in_block >> rows_log2);
+      int32_t const page = __shfl_sync(0xffffffff, places.here.page, lane_of_box);
+      int32_t const row = __shfl_sync(0xffffffff, places.here.row, lane_of_box) + (key_in_block & (rows - 1));
       bool const has_scale = key >= keys.begin && key < keys.end && page >= 0 && page < params.num_pages;
       auto copy = [&](ScaleView const& scales, float& target) {
         float const* const source =

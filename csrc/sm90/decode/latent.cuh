@@ -105,30 +105,16 @@ struct LatentDecode {
 
   __device__ static void load(DecodeArguments const& arguments, SharedStorage& shared) {
     int32_t const lane = threadIdx.x % kWarpThreads;
-    int32_t const rows = arguments.rows_per_box;
     uint64_t const hint = static_cast<uint64_t>(arguments.tiles_per_head > 1 ? cute::TMA::CacheHintSm90::EVICT_NORMAL
                                                                              : cute::TMA::CacheHintSm90::EVICT_FIRST);
     Ring<kNumStages> ring;
-    for (DecodeWalk walk(arguments); walk.find(); walk.next_tile()) {
+    DecodeWalk walk(arguments);
+    for (walk.begin(); walk.find(); walk.next_tile()) {
       int32_t const head_kv = walk.tile / arguments.tiles_per_head;
-      SequenceKeys const keys = walk.keys;
-      // Boxes without a key of the sequence are not loaded: the table need not have their pages.
-      auto has_keys = [&](int32_t kv_block, int32_t box) {
-        int32_t const key = kv_block * kBlockKV + box * rows;
-        return box < kBlockKV / rows && key < keys.end && key + rows > keys.begin;
-      };
-      BoxPlace place{0, 0};
-      if (walk.blocks.begin < walk.blocks.end && has_keys(walk.blocks.begin, lane)) {
-        place = box_place<kBlockKV>(arguments, walk.batch, walk.blocks.begin, lane);
-      }
+      BoxPlaces<kBlockKV> places(arguments, walk);
       for (int32_t kv_block = walk.blocks.begin; kv_block < walk.blocks.end; ++kv_block, ring.advance()) {
-        bool const is_mine = has_keys(kv_block, lane);
+        bool const is_mine = places.turn_to(kv_block);
         int const num_boxes = __popc(__ballot_sync(0xffffffff, is_mine));
-        BoxPlace const here = place;
-        if (kv_block + 1 < walk.blocks.end && has_keys(kv_block + 1, lane)) {
-          place =
-              box_place<kBlockKV>(arguments, walk.batch, kv_block + 1, lane);  // read while the buffer is waited for
-        }
         // In this order: P lies in part 1, which warpgroup 1 returns, and if P is its own, warpgroup 0 has read it
         // when it returns part 0.
         CUTE_UNROLL
@@ -137,14 +123,16 @@ struct LatentDecode {
           uint64_t& full = shared.full[ring.stage][part];
           ClusterBarrier::wait(&shared.empty[ring.stage][part], ring.phase ^ 1);
           if (lane == 0) {
-            ClusterTransactionBarrier::arrive_and_expect_tx(&full, num_boxes * rows * (end - begin) * sizeof(Element));
+            ClusterTransactionBarrier::arrive_and_expect_tx(
+                &full, num_boxes * arguments.rows_per_box * (end - begin) * static_cast<int32_t>(sizeof(Element)));
           }
           __syncwarp();
           if (!is_mine) continue;
           for (int column = begin; column < end; column += kSwizzleColumns) {
-            cute::SM90_TMA_LOAD_4D::copy(&arguments.k, &full, hint,
-                                         shared.kv[ring.stage] + column * kBlockKV + lane * rows * kSwizzleColumns,
-                                         column, here.row, head_kv, here.page);
+            cute::SM90_TMA_LOAD_4D::copy(
+                &arguments.k, &full, hint,
+                shared.kv[ring.stage] + column * kBlockKV + places.first_row() * kSwizzleColumns, column,
+                places.here.row, head_kv, places.here.page);
           }
         }
       }
@@ -187,7 +175,8 @@ struct LatentDecode {
     Ring<kNumStages> ring;
     uint32_t meeting_phase = 0, p_phase = 0;  // of the other warpgroup's P
 
-    for (DecodeWalk walk(arguments); walk.find(); walk.next_tile()) {
+    DecodeWalk walk(arguments);
+    for (walk.begin(); walk.find(); walk.next_tile()) {
       SequenceKeys const keys = walk.keys;
       KVBlocks const blocks = walk.blocks;
       RowKeys const seen = row_keys(arguments, keys, walk.tile, first_row);

@@ -76,6 +76,12 @@ DecodeArguments plan_decode(DecodeParams const& params) {
   if (arguments.tiles_per_head < most) most -= most % arguments.tiles_per_head;  // decode_schedule.cuh says why
   arguments.num_ctas = static_cast<int32_t>(std::min(most, params.can_split ? tiles * units : tiles));
   arguments.cluster_size = 1;
+  // As Shares of tiles that have as many units each.
+  int64_t const ctas_per_tile = arguments.num_ctas / tiles;
+  if (ctas_per_tile * tiles * 10 >= int64_t{arguments.num_ctas} * 9) {
+    arguments.ctas_per_tile = static_cast<int32_t>(ctas_per_tile);
+  }
+  arguments.pages = cutlass::FastDivmod(static_cast<int>(std::max<int64_t>(1, params.page_size)));
   return arguments;
 }
 
@@ -107,17 +113,6 @@ int max_active_clusters(int device, int size, int threads, int shared_bytes, boo
   }
   if (cached != nullptr) *cached = count + 1;
   return count;
-}
-
-// Clusters of more than eight CTAs have to be allowed, once on each device.
-template <auto kKernel>
-cudaError_t allow_large_clusters(int device) {
-  static std::atomic<uint64_t> done{0};  // a bit per device
-  uint64_t const bit = uint64_t{1} << (device % 64);
-  if (device < 64 && (done & bit) != 0) return cudaSuccess;
-  cudaError_t const error = cudaFuncSetAttribute(kKernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
-  if (error == cudaSuccess && device < 64) done |= bit;
-  return error;
 }
 
 // Keys of a CTA in a cluster, at most. A longer call hardly feels its second kernel, and a cluster's CTAs, of which a

@@ -19,15 +19,27 @@ inline int num_sms(int device) {
   return count;
 }
 
-// Kernels that need more than 48 KiB of shared memory have to ask for it, once on each device.
-template <auto kKernel>
-cudaError_t allow_shared_memory(int bytes, int device) {
+// Sets an attribute of a kernel, always to the same value, once on each device.
+template <auto kKernel, cudaFuncAttribute kAttribute>
+cudaError_t set_attribute(int value, int device) {
   static std::atomic<uint64_t> done{0};  // a bit per device
   uint64_t const bit = uint64_t{1} << (device % 64);
   if (device < 64 && (done & bit) != 0) return cudaSuccess;
-  cudaError_t const error = cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  cudaError_t const error = cudaFuncSetAttribute(kKernel, kAttribute, value);
   if (error == cudaSuccess && device < 64) done |= bit;
   return error;
+}
+
+// Kernels that need more than 48 KiB of shared memory have to ask for it.
+template <auto kKernel>
+cudaError_t allow_shared_memory(int bytes, int device) {
+  return set_attribute<kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize>(bytes, device);
+}
+
+// Kernels whose clusters have more than eight CTAs have to ask for it.
+template <auto kKernel>
+cudaError_t allow_large_clusters(int device) {
+  return set_attribute<kKernel, cudaFuncAttributeNonPortableClusterSizeAllowed>(1, device);
 }
 
 // Makes the device's context current in the calling thread, whose first CUDA work this may be (a new thread,

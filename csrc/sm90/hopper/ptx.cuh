@@ -48,6 +48,13 @@ __device__ inline uint32_t pack_e4m3(float a, float b, float c, float d) {
   return word;
 }
 
+// 9.7.3.3, mul: without the compiler's option that makes zeros of denormal numbers.
+__device__ inline float multiply_denormal(float a, float b) {
+  float product;
+  asm("mul.rn.f32 %0, %1, %2;" : "=f"(product) : "f"(a), "f"(b));
+  return product;
+}
+
 // 9.7.9.22, cvt.f16x2.e4m3x2: four e4m3 numbers as fp16, exactly; the lower two of the word, and the upper two.
 __device__ inline void unpack_e4m3(uint32_t word, uint32_t& low, uint32_t& high) {
   asm("{ .reg .b16 a, b; mov.b32 {a, b}, %2; cvt.rn.f16x2.e4m3x2 %0, a; cvt.rn.f16x2.e4m3x2 %1, b; }"
