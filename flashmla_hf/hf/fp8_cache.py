@@ -121,8 +121,10 @@ class Fp8Layer(CacheLayerMixin):
         begin = self._length
         end = begin + key_states.shape[-2]
         self._reserve(end)
-        written = (getattr(self, name)[:, :, begin:end].transpose(1, 2) for name in self._buffers())
-        cached.write_rows(key_states.transpose(1, 2), value_states.transpose(1, 2), *written, self._zeros())
+        rows = (self.keys, self.values, self.key_scales, self.value_scales)
+        k, v, k_scale, v_scale = (x[:, :, begin:end].transpose(1, 2) for x in rows)
+        new_k, new_v = key_states.transpose(1, 2), value_states.transpose(1, 2)
+        cached.write_rows(new_k, new_v, k, v, k_scale, v_scale, self._zeros())
         self._length = end
         if begin == 0:
             return key_states, value_states
