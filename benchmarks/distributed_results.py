@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from records import commits_of
+
 from flashmla_hf.host_memory import GIB
 
 WHOLE = 78  # GiB of a GPU that points have, unless they name less
@@ -80,7 +82,9 @@ def loss_difference(record: dict, alone: dict) -> float:
 def section(document: dict) -> str:
     """Markdown of the whole file."""
     ok = [r for r in document["points"] if r["status"] == "ok"]
+    commits = commits_of(document)
     parts = [
+        f"Points of several runs{commits}.\n" if commits else "",
         _same(ok),
         _gradients(ok),
         _train(ok),

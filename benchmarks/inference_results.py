@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import render_results
-from records import card
+from records import card, commits_of
 from verdicts import Bar, geometric_mean
 
 from flashmla_hf.host_memory import GIB
@@ -143,7 +143,7 @@ def _generate_section(document: dict) -> str:
         "a cache filled with random numbers. Cells: ms a token (the median of "
         f"{_all_of(points, 'tokens')}), and the peak of memory in GiB, weights and cache included. Tokens are those of the "
         "longest row at the last measured one; padded rows have down to half as many. Every point's logits were compared with "
-        f"eager attention's{_commits(document)}{render_results.gpu_text(document | {'records': points})}.\n",
+        f"eager attention's{commits_of(document)}{render_results.gpu_text(document | {'records': points})}.\n",
         *render_results.bar_table(bars(document)),
     ]
     for cache, title in CACHES.items():
@@ -246,7 +246,7 @@ def _serving_section(document: dict) -> str:
         "Continuous batching with random weights: tokens of the answers a second, from the arrival of all requests to the end "
         "of the last one. Lengths are log-uniform, the same for every attention. What Transformers captures before the first "
         "request is stated apart; memory includes the cache, which Transformers sizes by what is free"
-        f"{_commits(document)}.\n",
+        f"{commits_of(document)}.\n",
         *render_results.bar_table(bars(document)),
     ]
     for key, records in _workloads(document).items():
@@ -308,12 +308,6 @@ def _serving_plot(document: dict, path: Path) -> list[Path]:
 
 def _all_of(points: list[dict], field: str) -> str:
     return ", ".join(dict.fromkeys(str(r[field]) for r in points)) or "no"
-
-
-def _commits(document: dict) -> str:
-    """The commits of the points, if the file's own is not the only one."""
-    commits = sorted({r["commit"] for r in document["points"]})
-    return f"; measured at {', '.join(commits)}" if commits not in ([], [document["environment"]["commit"]]) else ""
 
 
 def _without_number(points: list[dict]) -> list[str]:

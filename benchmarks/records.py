@@ -120,3 +120,10 @@ def _version(package: str) -> str | None:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+def commits_of(document: dict) -> str:
+    """The commits of a file's points, as the end of a sentence, if the file's own is not the only one."""
+    commits = sorted({record["commit"] for record in document["points"] if "commit" in record})
+    own = document.get("environment", {}).get("commit")
+    return f"; measured at {', '.join(commits)}" if commits not in ([], [own]) else ""

@@ -233,10 +233,14 @@ def _append_by_kernel(call: DecodeCall, k: torch.Tensor, v: torch.Tensor | None)
     """:func:`append` in one launch, on a Hopper GPU. An entry that does not fit is not written."""
     v_cache = None if v is None else call.v
     caches = [x for x in (call.k, v_cache) if x is not None]
-    new_k, new_v = (None if x is None else _in_other_memory(x, caches) for x in (k, v))
+    new_k, new_v = (None if x is None else _with_contiguous_rows(_in_other_memory(x, caches)) for x in (k, v))
     return torch.ops.flashmla.append_to_cache(
         call.k, v_cache, new_k, new_v, call.cache_seqlens, call.block_table, call.k_descale, call.v_descale
     )
+
+
+def _with_contiguous_rows(x: torch.Tensor) -> torch.Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _in_other_memory(new: torch.Tensor, caches: list[torch.Tensor]) -> torch.Tensor:

@@ -190,7 +190,7 @@ def test_every_kind_of_cache_holds_the_same_numbers_and_poison_only_in_padding(i
         assert torch.equal(ours.values, theirs.values[:, :, : point.rows])
         poisoned = (ours.values == generation.POISON).all(-1).all(1)
         assert torch.equal(poisoned, dynamic.mask[:, :-1] == 0)
-    assert torch.equal(dynamic.warm_up(), static.warm_up())
+    torch.testing.assert_close(dynamic.warm_up(), static.warm_up())  # other widths of a product may be summed otherwise
 
 
 def test_what_matters_most_comes_first(capsys):

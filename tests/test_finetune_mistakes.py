@@ -128,6 +128,11 @@ MISTAKES = {  # name: (changed options, file contents to write, what the sentenc
         "lies in --train_file ., of which every file is data",
     ),
     "output within held-out data": ({"validation_file": "out"}, {"out/a.txt": "x"}, "lies in --validation_file out"),
+    "a table in a folder": (
+        {"train_file": "data"},
+        {"data/a.txt": "x", "data/b.csv": "text\nx"},
+        "got a table that would be read as one text. Convert it",
+    ),
     "a table": (
         {"train_file": "a.csv"},
         {"a.csv": "text\nx"},

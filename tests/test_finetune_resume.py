@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import resource
@@ -20,8 +21,8 @@ import torch
 from training_support import ON_PATH, SCRIPTS, losses, options
 
 from flashmla_hf.training import finetune, machine
-from flashmla_hf.training.arguments import TrainingArguments
-from flashmla_hf.training.checkpoints import TrainerState, save_checkpoint
+from flashmla_hf.training.arguments import ModelArguments, TrainingArguments, UserError
+from flashmla_hf.training.checkpoints import TrainerState, make_output_dir, save_checkpoint
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate_state")
 
@@ -267,6 +268,58 @@ def test_a_checkpoint_that_is_written_again_is_whole_if_removing_the_old_one_is_
     with pytest.raises(KeyboardInterrupt):
         write_checkpoint(tmp_path, 3)
     assert (tmp_path / "checkpoint-3" / "weights").read_text() == "new"
+
+
+def test_the_newest_checkpoints_are_kept_not_those_of_the_most_steps(tmp_path):
+    for step in (5, 10, 20):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        os.utime(tmp_path / f"checkpoint-{step}", (step, step))  # long before the run went back to 5
+    for step in (6, 9, 12):
+        write_checkpoint(tmp_path, step, limit=2)
+        os.utime(tmp_path / f"checkpoint-{step}", (100 + step, 100 + step))
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-9", "checkpoint-12", "checkpoint-20"}
+
+
+def test_a_checkpoint_that_was_moved_aside_comes_back(tmp_path, monkeypatch):
+    """If the new one cannot have its name; and at the start of the next run, if the process ended in between."""
+    write_checkpoint(tmp_path, 3)
+    (tmp_path / "checkpoint-3" / "weights").write_text("old")
+    rename = os.rename
+
+    def failing(folder, name):
+        if folder.name.startswith("unfinished-"):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        rename(folder, name)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "rename", failing)
+        with pytest.raises(UserError, match=r"No space left on device.*checkpoint-3 is whole: resume from it"):
+            write_checkpoint(tmp_path, 3)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-3"]
+    assert (tmp_path / "checkpoint-3" / "weights").read_text() == "old"
+
+    rename(tmp_path / "checkpoint-3", tmp_path / "replaced-checkpoint-3")
+    shutil.copytree(tmp_path / "replaced-checkpoint-3", tmp_path / "replaced-checkpoint-2")
+    (tmp_path / "checkpoint-2").mkdir()
+    model = ModelArguments(model_name_or_path="elsewhere")
+    make_output_dir(model, TrainingArguments(output_dir=str(tmp_path), resume_from_checkpoint="latest"))
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-2", "checkpoint-3"}
+    assert (tmp_path / "checkpoint-3" / "weights").read_text() == "old"
+    (tmp_path / "current").symlink_to("checkpoint-3")
+    named = str(tmp_path / "current")
+    make_output_dir(model, TrainingArguments(output_dir=str(tmp_path), resume_from_checkpoint=named))
+
+
+def test_a_process_that_fails_leaves_the_others_files(tmp_path):
+    other = SimpleNamespace(is_main_process=False, wait_for_everyone=lambda: None)
+
+    def full(folder):
+        (folder / "of the main process").write_text("x")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(UserError, match="No space left on device"):
+        save_checkpoint(other, TrainingArguments(output_dir=str(tmp_path)), TrainerState(step=3), full)
+    assert (tmp_path / "unfinished-checkpoint-3" / "of the main process").exists()
 
 
 def test_a_checkpoint_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):

@@ -284,6 +284,36 @@ def test_the_flash_path_refuses_a_mask_that_says_nothing_of_some_tokens():
             ours(x[:, :1], attention_mask=mask, past_key_values=cache)
 
 
+@pytest.mark.parametrize(
+    ("model", "config", "expected"),
+    [
+        ("FalconForCausalLM", transformers.FalconConfig(**FALCON), "expected 8 columns, as there are tokens"),
+        (
+            "GPTJForCausalLM",
+            transformers.GPTJConfig(vocab_size=64, n_embd=32, n_layer=2, n_head=4, rotary_dim=4, n_positions=64),
+            "expected a mask of the layer's 8 keys, got one of 12",
+        ),
+    ],
+)
+def test_the_flash_path_refuses_a_mask_of_more_tokens_than_there_are(model, config, expected):
+    """Without a cache nobody knows which they are. The first update of a static cache, of as many rows, knows."""
+    eager, ours = pair(model, config)
+    x, mask = ids(2, 8), torch.ones(2, 12, dtype=torch.long, device=DEVICE)
+    mask[0, :3] = mask[:, 8:] = 0
+    with torch.no_grad():
+        for given in (mask, torch.ones_like(mask)):
+            with pytest.raises(RuntimeError, match="must match the size"):
+                eager(x, attention_mask=given, use_cache=False)
+            with pytest.raises(ValueError, match=f"attention_mask: {expected}"):
+                ours(x, attention_mask=given, use_cache=False)
+        caches = [transformers.StaticCache(config=m.config, max_cache_len=12) for m in (eager, ours)]
+        got, want = (
+            m(x, attention_mask=mask, past_key_values=c).logits for m, c in zip((ours, eager), caches, strict=True)
+        )
+        assert close(got[0, 3:], want[0, 3:])
+        assert close(got[1], want[1])
+
+
 def test_a_compiled_flash_path_needs_a_column_of_the_mask_for_each_token_in_a_static_cache():
     eager, ours = pair("FalconForCausalLM", transformers.FalconConfig(**FALCON | {"num_hidden_layers": 1}))
     x = ids(2, 12)

@@ -265,16 +265,21 @@ def _of_flash_path(config, arguments: dict) -> torch.Tensor | None:
                 "far. Cut it to [:, :tokens so far], or run without torch.compile",
             )
         return attention_mask
-    num_keys = int(q_offset) + arguments["q_length"]
+    num_keys, width = int(q_offset) + arguments["q_length"], None
     if attention_mask is not None:
-        if attention_mask.shape[1] < num_keys:
+        width = attention_mask.shape[1]
+        if width < num_keys:
             transformers_private.refuse_width_of_mask(config, f"{num_keys} tokens", attention_mask)
         attention_mask = attention_mask[:, :num_keys]
     elif is_counted or num_keys < arguments["kv_length"]:
         attention_mask = torch.ones(arguments["batch_size"], num_keys, dtype=torch.bool, device=arguments["device"])
     if is_counted:
         return attention_mask  # generate makes the mask of a compiled step, which knows no number of tokens, before it calls it
-    return masking_utils.flash_attention_mask(**arguments | {"attention_mask": attention_mask})
+    mask = masking_utils.flash_attention_mask(**arguments | {"attention_mask": attention_mask})
+    # The first update of a static cache looks like no cache and a mask of more tokens than there are.
+    if mask is not None and width is not None and num_keys < width == arguments["kv_length"] and not is_tracing():
+        transformers_private.mark_cut(mask, width)
+    return mask
 
 
 def is_tracing() -> bool:

@@ -88,6 +88,9 @@ def _checked_mask(module, mask, q: torch.Tensor, seqlen_kv: int) -> torch.Tensor
                 f"{[*shape, seqlen_kv]} [batch, heads, queries, keys], got {[*mask.shape]}"
             )
         return mask
+    width = transformers_private.width_before_cut(mask)
+    if width is not None and width != seqlen_kv:
+        refusals.refuse_mask_of_other_keys(module, width, seqlen_kv)
     if mask.shape[0] not in (1, q.shape[0]):
         raise ValueError(
             f"flashmla in {type(module).__name__}: attention_mask: expected the batch of the queries, {q.shape[0]}, got "

@@ -368,6 +368,15 @@ def _wrap_flash_path(original):
             mask = given.get("attention_mask")
             if mask is not None and mask.dim() != 2:
                 _refuse_on_flash_path(self, "attention_mask", "None or 2 dimensions", f"{mask.dim()}: {[*mask.shape]}")
+            width = width_before_cut(mask)
+            if (
+                mask is not None
+                and width is not None
+                and all(given.get(name) is None for name in ("layer_past", "past_key_values", "cache"))
+            ):
+                _refuse_on_flash_path(
+                    self, "attention_mask", f"{mask.shape[1]} columns, as there are tokens", str(width)
+                )
             if given.get("output_attentions"):
                 _refuse_on_flash_path(self, "output_attentions", "False", "True")
         return original(self, *args, **kwargs)
@@ -381,6 +390,19 @@ def _refuse_on_flash_path(subject: object, argument: str, expected: str, got: st
         f"flashmla in {type(subject).__name__}: {argument}: expected {expected} (this model calls Transformers' flash path, "
         f'which takes no others), got {got}. Use attn_implementation="eager" or "sdpa"'
     )
+
+
+_WIDTH = "_flashmla_width"
+
+
+def mark_cut(mask: torch.Tensor, width: int) -> None:
+    """Notes how many columns a mask had, of which the tokens so far left fewer: that many rows has a static cache, and without
+    one nobody knows which tokens they are of. Who has the keys finds out."""
+    setattr(mask, _WIDTH, width)
+
+
+def width_before_cut(mask: torch.Tensor | None) -> int | None:
+    return getattr(mask, _WIDTH, None)
 
 
 def refuse_width_of_mask(config, tokens: str, got: torch.Tensor | None) -> NoReturn:

@@ -30,7 +30,7 @@ from typing import Any
 
 from accelerate import Accelerator
 
-from flashmla_hf.training import machine
+from flashmla_hf.training import machine, rows
 from flashmla_hf.training.arguments import DataArguments, ModelArguments, TrainingArguments, UserError, first_line
 from flashmla_hf.training.packing import Pack
 from flashmla_hf.training.shape import load_config
@@ -60,7 +60,7 @@ def _is_count(value: object) -> bool:
 
 
 def _is_number(value: object) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)  # type: ignore[arg-type]
+    return type(value) is int or (type(value) is float and math.isfinite(value))
 
 
 # Annotation of a field of TrainerState -> what its values are, in words, and whether one is.
@@ -75,6 +75,9 @@ _KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
         lambda value: value is None or (isinstance(value, dict) and all(map(_is_count, value.values()))),
     ),
 }
+
+
+_REPLACED = "replaced"  # before the name of a checkpoint that gives way to one of the same step
 
 
 def checkpoints(output_dir: Path) -> list[Path]:
@@ -185,6 +188,16 @@ def check_same_run(path: Path, saved: TrainerState, state: TrainerState, args: T
 def make_output_dir(model_args: ModelArguments, args: TrainingArguments) -> Path:
     """``output_dir``, made and writable. Raises UserError if it holds results that this run's would be mixed with."""
     output_dir = Path(args.output_dir)
+    # Before it is made: an empty folder of the name of a model on the Hub would be taken for that model.
+    if (
+        not args.find_max_length
+        and not model_args.use_peft
+        and _is_within(output_dir, Path(model_args.model_name_or_path), False)
+    ):
+        raise UserError(
+            f"--output_dir {output_dir} is the folder of --model_name_or_path, whose weights the result would replace: name "
+            "another --output_dir"
+        )
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=output_dir) as file:
@@ -193,16 +206,12 @@ def make_output_dir(model_args: ModelArguments, args: TrainingArguments) -> Path
         raise UserError(f"--output_dir {output_dir} cannot be written to: {error.strerror}") from None
     if args.find_max_length:
         return output_dir
+    _end_replacing(output_dir)
     found = checkpoints(output_dir)
     if found and not _is_resumed_here(args):
         raise UserError(
             f"--output_dir {output_dir} holds {found[-1].name} of an earlier run: continue it with --resume_from_checkpoint "
             "latest, or name another --output_dir"
-        )
-    if _is_within(output_dir, Path(model_args.model_name_or_path), or_below=False):
-        raise UserError(
-            f"--output_dir {output_dir} is the folder of --model_name_or_path, whose weights the result would replace: name "
-            "another --output_dir"
         )
     other = "config.json" if model_args.use_peft else "adapter_config.json"
     if (output_dir / other).is_file():
@@ -217,7 +226,9 @@ def make_output_dir(model_args: ModelArguments, args: TrainingArguments) -> Path
 def _is_resumed_here(args: TrainingArguments) -> bool:
     """Whether the run continues a checkpoint of its own ``output_dir``, if there is one."""
     named = args.resume_from_checkpoint
-    return named is not None and (_is_latest(named) or _is_within(Path(named).parent, Path(args.output_dir), False))
+    return named is not None and (
+        _is_latest(named) or _is_within(Path(named).resolve().parent, Path(args.output_dir), False)
+    )
 
 
 def _is_latest(resume_from_checkpoint: str) -> bool:
@@ -225,19 +236,23 @@ def _is_latest(resume_from_checkpoint: str) -> bool:
 
 
 def _is_within(place: Path, folder: Path, or_below: bool = True) -> bool:
-    """Whether ``place`` is ``folder``, an existing one, or with ``or_below`` in it; links followed."""
+    """Whether ``place`` is ``folder``, or with ``or_below`` in it; links followed."""
     with contextlib.suppress(OSError, ValueError):
         place, folder = place.resolve(), folder.resolve()
-        return folder.is_dir() and (place == folder or (or_below and folder in place.parents))
+        return place == folder or (or_below and folder in place.parents)
     return False
 
 
 def check_places(data_args: DataArguments, args: TrainingArguments) -> None:
     """Raises UserError if ``output_dir`` lies in a folder of data: each file in it, also one that the run writes, is a document
-    of the next reading."""
+    of the next reading. Names with a leading dot are not read, and of a saved dataset its own files alone are."""
+    output_dir = Path(args.output_dir)
     for name in ("train_file", "validation_file", "dataset_name"):
         folder = getattr(data_args, name)
-        if folder is not None and _is_within(Path(args.output_dir), Path(folder)):
+        if folder is None or not Path(folder).is_dir() or not _is_within(output_dir, Path(folder)):
+            continue
+        below = output_dir.resolve().relative_to(Path(folder).resolve()).parts
+        if not any(part.startswith(".") for part in below) and not rows.is_saved_dataset(Path(folder)):
             raise UserError(
                 f"--output_dir {args.output_dir} lies in --{name} {folder}, of which every file is data, so that the run could "
                 "not be resumed: name another --output_dir"
@@ -256,7 +271,7 @@ def save_checkpoint(
     registers, in Transformers' format.
     """
     final = Path(args.output_dir) / f"checkpoint-{state.step}"
-    unfinished = final.with_name(f"unfinished-{final.name}")
+    unfinished, replaced = (final.with_name(f"{prefix}-{final.name}") for prefix in ("unfinished", _REPLACED))
     try:
         if accelerator.is_main_process:
             shutil.rmtree(unfinished, ignore_errors=True)
@@ -271,7 +286,6 @@ def save_checkpoint(
             (unfinished / "trainer_state.json").write_text(json.dumps(dataclasses.asdict(state), indent=1))
             _flush(unfinished)
             # Of a run that went back to an earlier one. A removal that is interrupted would leave a part under this name.
-            replaced = final.with_name(f"replaced-{final.name}")
             shutil.rmtree(replaced, ignore_errors=True)
             if final.exists():
                 os.rename(final, replaced)
@@ -279,18 +293,34 @@ def save_checkpoint(
             shutil.rmtree(replaced, ignore_errors=True)
             _flush_entry(final.parent)
     except Exception as error:  # OSError, and the RuntimeError or SafetensorError torch and safetensors make of it
-        shutil.rmtree(unfinished, ignore_errors=True)
+        if accelerator.is_main_process:  # others may fail while it writes
+            shutil.rmtree(unfinished, ignore_errors=True)
+            _end_replacing(final.parent)
         kept = checkpoints(Path(args.output_dir))
         raise UserError(
             f"checkpoint-{state.step} could not be written ({first_line(error)}); "
             + (f"{kept[-1]} is whole: resume from it" if kept else "there is no earlier checkpoint")
         ) from error
     if accelerator.is_main_process and args.save_total_limit:
-        # Those beyond this step are from before the run went back to an earlier one. The new ones must not give way to them.
+        # Those beyond this step are from before the run went back to an earlier one, as are some before it: the new ones must
+        # not give way to them.
         found = checkpoints(Path(args.output_dir))
-        for old in found[: found.index(final) + 1][: -args.save_total_limit]:
+        found = sorted(found[: found.index(final) + 1], key=lambda path: path.stat().st_mtime)
+        for old in found[: -args.save_total_limit]:
             shutil.rmtree(old, ignore_errors=True)
     accelerator.wait_for_everyone()
+
+
+def _end_replacing(output_dir: Path) -> None:
+    """Gives a checkpoint its name back if it was moved aside for one that did not come, and removes one that was replaced.
+    Any process may do it, and another one's having done it is no error."""
+    for replaced in output_dir.glob(f"{_REPLACED}-checkpoint-*"):
+        final = replaced.with_name(replaced.name.removeprefix(f"{_REPLACED}-"))
+        if final.exists():
+            shutil.rmtree(replaced, ignore_errors=True)
+        else:
+            with contextlib.suppress(OSError):
+                os.rename(replaced, final)
 
 
 def _flush(folder: Path) -> None:

@@ -75,11 +75,6 @@ def read_files(path: str, choose: Choose, split: str) -> Rows:
         raise UserError(f"{path}: no such file or folder")
     if not is_folder and not is_file:
         raise UserError(f"{path}: expected a file or a folder, got a pipe or a device: write what it gives to a file")
-    if is_file and root.suffix.lower() in TABLES:
-        raise UserError(
-            f"{path}: expected rows of JSON or parquet, or a text, got a table that would be read as one text. Convert it: "
-            f"datasets.load_dataset('csv', data_files={path!r})['train'].to_json('data.jsonl')"
-        )
     files = [root] if is_file else sorted(_files_in(root, set()))
     if not files:
         raise UserError(f"the folder {path} holds no files")
@@ -126,6 +121,12 @@ def _files_in(folder: Path, above: set[Path]) -> Iterator[Path]:
 
 def _read_file(file: Path, choose: Choose) -> Rows:
     kind = file.suffix.lower()
+    if kind in TABLES:
+        raise UserError(
+            f"{file}: expected rows of JSON or parquet, or a text, got a table that would be read as one text. Convert it: "
+            f"datasets.load_dataset('csv', data_files={str(file)!r})['train'].to_json('data.jsonl'). In a folder, a name "
+            "with a leading dot is left out"
+        )
     if kind == ".parquet":
         yield from _read_parquet(file, choose)
     elif kind in (*JSON_LINES, ".json"):

@@ -7,8 +7,8 @@
 // whole ones, and the beginning of another. Parts of tiles leave for the workspace, and combine.cuh adds them up, in
 // order. Without can_split a CTA computes the tiles that begin in its share, each of them alone.
 //
-// If all tiles turn out to have the same units, a tile's CTAs follow from shapes, and each finds its part when it has
-// read one length.
+// If all tiles turn out to have the same units, a tile's CTAs follow from shapes, and each finds its part from its own
+// sequence's length; the others' are read beside it.
 //
 // Short calls cannot wait for a second kernel. If there are about as many CTAs in clusters, one cluster a tile, as
 // there are multiprocessors, CTA r of c has the r-th part of the tile's units, and the cluster adds its parts up

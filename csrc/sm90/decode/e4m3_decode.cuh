@@ -76,7 +76,7 @@ struct E4m3Decode {
 
   // ---- loading warp -------------------------------------------------------------------------------------------------
 
-  // A kv_block into its stage, which is free: `here` is the place of this lane's box, which has a key if `has_box`.
+  // A kv_block into its stage, which is free: `places.here` is where the lane's box lies, which has a key if `has_box`.
   __device__ static void load_block(DecodeArguments const& arguments, SharedStorage& shared, int stage,
                                     BoxPlaces<kBlockKV> const& places, int32_t kv_block, int32_t head_kv, bool has_box,
                                     int num_boxes, uint64_t hint) {
