@@ -249,7 +249,7 @@ def check_places(data_args: DataArguments, args: TrainingArguments) -> None:
     output_dir = Path(args.output_dir)
     for name in ("train_file", "validation_file", "dataset_name"):
         folder = getattr(data_args, name)
-        if folder is None or not Path(folder).is_dir() or not _is_within(output_dir, Path(folder)):
+        if folder is None or not _is_within(output_dir, Path(folder)) or not Path(folder).is_dir():
             continue
         below = output_dir.resolve().relative_to(Path(folder).resolve()).parts
         if not any(part.startswith(".") for part in below) and not rows.is_saved_dataset(Path(folder)):
