@@ -285,18 +285,19 @@ def test_the_flash_path_refuses_a_mask_that_says_nothing_of_some_tokens():
 
 
 @pytest.mark.parametrize(
-    ("model", "config", "expected"),
+    ("model", "config"),
     [
-        ("FalconForCausalLM", transformers.FalconConfig(**FALCON), "expected 8 columns, as there are tokens"),
+        ("FalconForCausalLM", transformers.FalconConfig(**FALCON)),
         (
             "GPTJForCausalLM",
             transformers.GPTJConfig(vocab_size=64, n_embd=32, n_layer=2, n_head=4, rotary_dim=4, n_positions=64),
-            "expected a mask of the layer's 8 keys, got one of 12",
         ),
     ],
 )
-def test_the_flash_path_refuses_a_mask_of_more_tokens_than_there_are(model, config, expected):
+def test_the_flash_path_refuses_a_mask_of_more_tokens_than_there_are(model, config):
     """Without a cache nobody knows which they are. The first update of a static cache, of as many rows, knows."""
+    # By a layer of that path, or by ours, which GPT-J calls in newer releases.
+    expected = r"attention_mask: expected (8 columns, as there are tokens|a mask of the layer's 8 keys)\b.* got "
     eager, ours = pair(model, config)
     x, mask = ids(2, 8), torch.ones(2, 12, dtype=torch.long, device=DEVICE)
     mask[0, :3] = mask[:, 8:] = 0
@@ -304,7 +305,7 @@ def test_the_flash_path_refuses_a_mask_of_more_tokens_than_there_are(model, conf
         for given in (mask, torch.ones_like(mask)):
             with pytest.raises(RuntimeError, match="must match the size"):
                 eager(x, attention_mask=given, use_cache=False)
-            with pytest.raises(ValueError, match=f"attention_mask: {expected}"):
+            with pytest.raises(ValueError, match=expected):
                 ours(x, attention_mask=given, use_cache=False)
         caches = [transformers.StaticCache(config=m.config, max_cache_len=12) for m in (eager, ours)]
         got, want = (
