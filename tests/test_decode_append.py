@@ -14,8 +14,8 @@ import pytest
 import torch
 import torch._dynamo.testing
 from decode_cases import DecodeCase, device_of, dtypes_of, each_impl, inputs_of, int32
+from operator_names import OperatorNames
 from torch._dynamo.testing import CompileCounter
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import flashmla_hf
 from flashmla_hf import decode, flash_attn_with_kvcache
@@ -174,25 +174,15 @@ def test_appending_waits_for_nothing(page_size):
     assert torch.equal(got, expected)
 
 
-class Recorder(TorchDispatchMode):
-    def __init__(self):
-        super().__init__()
-        self.operators = []
-
-    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
-        self.operators.append(operator._schema.name)
-        return operator(*args, **(kwargs or {}))
-
-
 @gpu_support.needs_sm90
 @gpu_support.on_gpu
 @pytest.mark.parametrize("page_size", [0, 16])
 def test_appending_is_one_launch(page_size):
     _, tensors, (k, v), expected = appended("sm90", page_size)
-    with Recorder() as recorder:
+    with OperatorNames() as operators:
         got = decode_attention(**tensors, k=k, v=v)
     assert torch.equal(got, expected)
-    assert recorder.operators == ["flashmla::append_to_cache", "flashmla::flash_attn_decode"]
+    assert operators.names == ["flashmla::append_to_cache", "flashmla::flash_attn_decode"]
 
 
 @gpu_support.needs_sm90

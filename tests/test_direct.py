@@ -11,8 +11,8 @@ import pytest
 import torch
 from cases import CASES, Case
 from numerics import run
+from operator_names import OperatorNames
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from flashmla_hf import attention, direct, libraries
 
@@ -147,16 +147,6 @@ class Subclass(torch.Tensor):
     pass
 
 
-class SeesOperators(TorchDispatchMode):
-    def __init__(self):
-        super().__init__()
-        self.names = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.names.append(func.name())
-        return func(*args, **(kwargs or {}))
-
-
 class SeesFunctions(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         return func(*args, **(kwargs or {}))
@@ -199,14 +189,14 @@ def profiler():
     return torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU])
 
 
-@pytest.mark.parametrize("watch", [SeesOperators, SeesFunctions, profiler])
+@pytest.mark.parametrize("watch", [OperatorNames, SeesFunctions, profiler])
 def test_torch_modes_see_the_operators_forward_and_backward(watch, spy):
     arguments = tensors(requires_grad=True)
     with watch() as watcher:
         attention(**arguments).float().sum().backward()
     # Of a function mode backward is one function; what is inside is not seen by it anyhow.
     assert spy.done == (["backward"] if watch is SeesFunctions else [])
-    if watch is SeesOperators:
+    if watch is OperatorNames:
         assert {"flashmla::flash_attn_forward", "flashmla::flash_attn_backward"} <= set(watcher.names)
     if watch is profiler:
         names = {event.key for event in watcher.key_averages()}
@@ -215,7 +205,7 @@ def test_torch_modes_see_the_operators_forward_and_backward(watch, spy):
 
 def test_a_mode_around_backward_alone_sees_the_operator(spy):
     out = attention(**tensors(requires_grad=True))
-    with SeesOperators() as watcher:
+    with OperatorNames() as watcher:
         out.float().sum().backward()
     assert "flashmla::flash_attn_backward" in watcher.names
     assert "backward" not in spy.done

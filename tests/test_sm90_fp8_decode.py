@@ -19,8 +19,8 @@ import pytest
 import torch
 from cases import sm90_tiles
 from decode_cases import DecodeCase, int32
+from operator_names import OperatorNames
 from test_fp8_decode import exact_values  # noqa: F401 (a fixture)
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import flashmla_hf
 from flashmla_hf.decode import decode_attention
@@ -301,16 +301,6 @@ def test_a_cache_of_more_than_four_gibibytes():
     torch.testing.assert_close(out, expected, rtol=2e-2, atol=2e-2)
 
 
-class Operators(TorchDispatchMode):
-    def __init__(self):
-        super().__init__()
-        self.names = []
-
-    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
-        self.names.append(operator._schema.name)
-        return operator(*args, **(kwargs or {}))
-
-
 @half
 @pytest.mark.parametrize("page_size", [0, 64])
 def test_new_keys_are_quantised_and_written_in_one_launch(dtype, page_size):
@@ -323,7 +313,7 @@ def test_new_keys_are_quantised_and_written_in_one_launch(dtype, page_size):
     options |= {"k_descale": k_descale, "v_descale": v_descale}
     new_k, new_v = (torch.randn(4, 3, 2, 64, device="cuda").to(dtype) for _ in range(2))
     q = torch.randn(4, 1, 8, 64, device="cuda").to(dtype)
-    with Operators() as operators:
+    with OperatorNames() as operators:
         got = decode_attention(q, k8, v8, k=new_k, v=new_v, **options)
     launched = [name for name in operators.names if name != "aten::unsqueeze"]  # a view, to compare memory
     assert launched == ["flashmla::append_to_cache", "flashmla::flash_attn_decode_e4m3"]
@@ -342,7 +332,7 @@ def test_a_layer_of_an_fp8_cache_holds_what_it_holds_on_a_cpu(dtype, new):
     for rows in (130, new, new):
         key, value = (torch.randn(3, 2, rows, 64).to(dtype) for _ in range(2))
         layers[0].update(key, value)
-        with Operators() as operators:
+        with OperatorNames() as operators:
             layers[1].update(key.cuda(), value.cuda())
     assert operators.names.count("flashmla::append_to_cache") == 1
     for name in layers[0]._buffers():
