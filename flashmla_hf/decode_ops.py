@@ -40,7 +40,7 @@ import torch
 from torch.autograd import forward_ad
 
 from flashmla_hf.ops import check_tensor, dtype_name, refuse, schema_arguments
-from flashmla_hf.torch_state import has_transforms
+from flashmla_hf.torch_state import is_traced_or_transformed
 
 OPERATOR = "flash_attn_decode"
 PAGE_SIZE_MULTIPLE = 16  # csrc/checks_decode.h
@@ -170,7 +170,7 @@ _library.impl(_APPEND, _append_without_gradients, "Autograd")
 def flash_attn_decode(arguments: DecodeArguments) -> tuple[torch.Tensor, torch.Tensor]:
     """(out, lse) of ``torch.ops.flashmla.flash_attn_decode``. The caller has refused gradients."""
     inputs = [getattr(arguments, name) for name in _NAMES]
-    if torch.compiler.is_compiling() or has_transforms():
+    if is_traced_or_transformed():
         return torch.ops.flashmla.flash_attn_decode(*inputs)
     with torch._C._AutoDispatchBelowAutograd():
         return torch.ops.flashmla.flash_attn_decode.default(*inputs)

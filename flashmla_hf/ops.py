@@ -40,7 +40,7 @@ from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 
 from flashmla_hf import direct, recompute_cache
-from flashmla_hf.torch_state import has_transforms
+from flashmla_hf.torch_state import is_traced_or_transformed
 
 
 @dataclass(slots=True)  # not frozen: a frozen one takes three times as long to build, and every call builds one
@@ -260,7 +260,7 @@ _apply_refusal = _without_transforms(_RefuseSecondDerivative)
 def flash_attn(arguments: Arguments) -> tuple[torch.Tensor, torch.Tensor]:
     """(out, lse) of ``torch.ops.flashmla.flash_attn_forward``, with less overhead if nothing is traced."""
     inputs = arguments.in_order()
-    if torch.compiler.is_compiling() or has_transforms():
+    if is_traced_or_transformed():
         return torch.ops.flashmla.flash_attn_forward(*inputs)
     if forward_ad._current_level >= 0:
         refuse_tangents("flash_attn_forward", "q k v sinks", inputs)

@@ -37,9 +37,10 @@ def has_transforms() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is not None
 
 
-def computes_as_written() -> bool:
-    """Whether a module must compute by its own operations: inside a compiled graph and inside a transform of ``torch.func``,
-    which know no autograd function that runs a module again, and no result that is only promised."""
+def is_traced_or_transformed() -> bool:
+    """Whether a call is inside a compiled graph or a transform of ``torch.func``. Operators are then called by all of torch's
+    dispatch, and a module computes by its own operations: neither knows an autograd function that runs a module again, or a
+    result that is only promised."""
     return torch.compiler.is_compiling() or has_transforms()
 
 

@@ -29,7 +29,7 @@ from flashmla_hf.fp8.quantization import DTYPE, quantize_tokens
 from flashmla_hf.ops import check_tensor as check_operand
 from flashmla_hf.ops import dtype_name, refuse, schema_arguments
 from flashmla_hf.scalars import fail
-from flashmla_hf.torch_state import has_transforms, values_are_readable, without_autocast
+from flashmla_hf.torch_state import has_transforms, is_traced_or_transformed, values_are_readable, without_autocast
 from flashmla_hf.validation import DecodeCall, check_float32, check_tensor
 
 KEYS_AT_A_TIME = 1024  # a multiple of no page size in particular: pages are gathered row by row
@@ -105,7 +105,7 @@ def write_rows(
 
 
 def _has_kernel_of_writing(k: torch.Tensor, v: torch.Tensor) -> bool:
-    if k.device.type != "cuda" or torch.compiler.is_compiling() or has_transforms() or "sm90" in libraries.unavailable:
+    if k.device.type != "cuda" or is_traced_or_transformed() or "sm90" in libraries.unavailable:
         return False
     return sm90.device_refusal(k, v, _largest(), 1) is None and k.stride(-1) == v.stride(-1) == 1
 
@@ -225,7 +225,7 @@ def run_sm90(call: DecodeCall) -> tuple[torch.Tensor, torch.Tensor]:
     call = sm90.with_readable_query(call)
     inputs = [getattr(call, name) for name in _NAMES]
     inputs[3:3] = [call.k_descale, call.v_descale]
-    if torch.compiler.is_compiling() or has_transforms():
+    if is_traced_or_transformed():
         return torch.ops.flashmla.flash_attn_decode_e4m3(*inputs)
     with torch._C._AutoDispatchBelowAutograd():
         return torch.ops.flashmla.flash_attn_decode_e4m3.default(*inputs)

@@ -23,7 +23,7 @@ from torch import nn
 from flashmla_hf.hf import boundaries, check, masks
 from flashmla_hf.patches import forwards, gradients, structure, tiles, weights
 from flashmla_hf.patches.replacements import Replacements
-from flashmla_hf.torch_state import computes_as_written
+from flashmla_hf.torch_state import is_traced_or_transformed
 
 CHUNK = 16384
 # Arguments of a block that a chunk gets its part of, or does without; and those that mean the same for a chunk.
@@ -187,7 +187,7 @@ def _chunked(attention: nn.Module, name: str, chunk: int) -> Callable[..., tuple
         kwargs = dict(zip((hidden_name, *names), args, strict=False)) | kwargs
         hidden_states = kwargs.pop(hidden_name)
         position_embeddings, attention_mask = (kwargs.pop(name, None) for name in TENSORS[:2])
-        is_whole = hidden_states.shape[1] <= chunk or not torch.is_grad_enabled() or computes_as_written()
+        is_whole = hidden_states.shape[1] <= chunk or not torch.is_grad_enabled() or is_traced_or_transformed()
         if is_whole:
             return forward(
                 hidden_states,

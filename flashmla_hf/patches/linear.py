@@ -23,7 +23,7 @@ import torch
 from torch import nn
 
 from flashmla_hf.patches import gradients, precision, quantized, weights
-from flashmla_hf.torch_state import computes_as_written, without_autocast
+from flashmla_hf.torch_state import is_traced_or_transformed, without_autocast
 
 
 class _SaveEarly(torch.autograd.Function):
@@ -218,7 +218,7 @@ def skippable(module: nn.Linear) -> Callable[[torch.Tensor], torch.Tensor]:
 
     @wraps(forward)
     def skippable_forward(x: torch.Tensor) -> torch.Tensor:
-        if computes_as_written():
+        if is_traced_or_transformed():
             return forward(x)
         if _thread.skipped is module and weights.unreadable(module, x) is None:
             dtype = product_dtype(x, module)

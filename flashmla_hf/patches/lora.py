@@ -17,7 +17,7 @@ from torch import nn
 
 from flashmla_hf.patches import linear, quantized, structure
 from flashmla_hf.patches.replacements import Replacements
-from flashmla_hf.torch_state import computes_as_written
+from flashmla_hf.torch_state import is_traced_or_transformed
 
 
 def adapted_layers(model: nn.Module) -> list[Any]:
@@ -83,7 +83,7 @@ def _adapted(module: Any) -> Callable[..., torch.Tensor]:
 
     @wraps(forward)
     def adapted_forward(x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        adapter = None if args or kwargs or computes_as_written() else _only_adapter(module)
+        adapter = None if args or kwargs or is_traced_or_transformed() else _only_adapter(module)
         if adapter is None:
             return forward(x, *args, **kwargs)
         base, (a, b) = module.base_layer, (part[adapter].weight for part in (module.lora_A, module.lora_B))

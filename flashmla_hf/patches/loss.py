@@ -26,7 +26,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 
 from flashmla_hf.patches import forwards, gradients, structure, weights
 from flashmla_hf.patches.replacements import Replacements
-from flashmla_hf.torch_state import computes_as_written
+from flashmla_hf.torch_state import is_traced_or_transformed
 
 # Tokens per chunk: [2048, 128256] fp32 are 1 GiB, and a GPU's matrix products are at full speed.
 CHUNK = 2048
@@ -173,7 +173,7 @@ def patch_loss(model: Any, replacements: Replacements, chunk: int | None) -> Non
     def promise(hidden_states: torch.Tensor) -> torch.Tensor | PromisedLogits:
         if _state.loss_of is not None:
             return _state.loss_of(hidden_states)
-        if computes_as_written() or not _state.has_labels:
+        if is_traced_or_transformed() or not _state.has_labels:
             return head_forward(hidden_states)
         _refuse_unreadable(model, head, hidden_states)
         if getattr(head, "_hf_hook", None) is not None:  # accelerate's hook would move the input to the weights
@@ -186,7 +186,7 @@ def patch_loss(model: Any, replacements: Replacements, chunk: int | None) -> Non
     def forward(*args: Any, **kwargs: Any) -> Any:
         if args and args[0] is model:  # accelerate's unwrap_model sets the function that it finds as a bound method
             args = args[1:]
-        if computes_as_written():
+        if is_traced_or_transformed():
             return model_forward(*args, **kwargs)
         before = _state.has_labels
         _state.has_labels = signature.bind_partial(*args, **kwargs).arguments.get("labels") is not None

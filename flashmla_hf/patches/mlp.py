@@ -16,7 +16,7 @@ from torch import nn
 
 from flashmla_hf.patches import forwards, gradients, linear, memory, structure, tiles, weights
 from flashmla_hf.patches.replacements import Replacements
-from flashmla_hf.torch_state import computes_as_written
+from flashmla_hf.torch_state import is_traced_or_transformed
 
 # A gated MLP's backward holds seven tensors per token: gate, up, activation, product and the gradients of three of them.
 INTERMEDIATES = 7
@@ -150,7 +150,7 @@ def _tiled(mlp: Any, name: str, tile: int | None) -> Callable[[torch.Tensor], to
                 f"flashmla_hf.patch: patch 'mlp': {name} ({type(mlp).__name__}): expected a call with hidden states alone, got "
                 f"further arguments. {structure.exclude('mlp')}"
             )
-        if computes_as_written():
+        if is_traced_or_transformed():
             return forward(hidden_states)
         shape = hidden_states.shape
         tokens = shape[:-1].numel()
@@ -270,7 +270,7 @@ def _norm_in_tiles(module: Any) -> Callable[[torch.Tensor], torch.Tensor]:
 
     @wraps(forward)
     def norm_forward(hidden_states: torch.Tensor) -> torch.Tensor:
-        if computes_as_written() or not torch.is_grad_enabled():
+        if is_traced_or_transformed() or not torch.is_grad_enabled():
             return forward(hidden_states)
         if (
             eps is not None

@@ -25,7 +25,7 @@ from torch import nn
 
 from flashmla_hf.patches import forwards, gradients, linear, structure
 from flashmla_hf.patches.replacements import Replacements
-from flashmla_hf.torch_state import computes_as_written
+from flashmla_hf.torch_state import is_traced_or_transformed
 
 FUNCTION = "apply_rotary_pos_emb"
 # Tokens per chunk. The temporaries of a chunk are four halves of it.
@@ -131,7 +131,7 @@ def _dispatching(original: Callable[..., Any]) -> Callable[..., Any]:
 
     @wraps(original)
     def apply_rotary_pos_emb(*args: Any, **kwargs: Any) -> Any:
-        if computes_as_written() or not _state.is_patched_block:
+        if is_traced_or_transformed() or not _state.is_patched_block:
             return original(*args, **kwargs)
         given = inspect.signature(original).bind(*args, **kwargs).arguments
         if given.get("unsqueeze_dim", 1) != 1 or given.get("position_ids") is not None:
@@ -194,7 +194,7 @@ def _marked(attention: nn.Module) -> Callable[..., Any]:
     def marked_forward(*args: Any, **kwargs: Any) -> Any:
         # A compiled graph uses the original. So does a block with a hook: it may hold a projection's result, which must not be
         # overwritten then.
-        if computes_as_written() or any(map(linear.has_hooks, attention.children())):
+        if is_traced_or_transformed() or any(map(linear.has_hooks, attention.children())):
             return forward(*args, **kwargs)
         with _inside_patched_block():
             return forward(*args, **kwargs)
