@@ -17,7 +17,7 @@ from pathlib import Path
 import records
 from records import RESULTS
 from shapes import LAYOUTS
-from verdicts import DIRECTIONS, Bar, Row, bars, geometric_mean, rows, varlen_rates, window_ratios
+from verdicts import DIRECTIONS, Bar, Row, bars, deterministic_ratios, geometric_mean, rows, varlen_rates, window_ratios
 
 from flashmla_hf.host_memory import GIB
 
@@ -191,14 +191,7 @@ def _direction(document: dict, mode: str, peers: list[str], unit: str, factor: f
         parts += _packed_table(groups, mode, unit, factor)
     if windows := window_ratios(document, mode):
         parts += _window_table(document, windows, mode, peers)
-    costs = [
-        [str(row.shape), peer, times(result["seconds"] / row.records[plain]["seconds"])]
-        for row in rows(document, mode)
-        for peer, result in row.records.items()
-        if mode != "fwd"
-        and peer.endswith("-deterministic")
-        and (plain := peer.removesuffix("-deterministic")) in row.records
-    ]
+    costs = [[str(row.shape), peer, times(ratio)] for row, peer, ratio in deterministic_ratios(document, mode)]
     if costs:
         parts += [f"Bitwise reproducible gradients, {mode}: time over the default's.\n"]
         parts.append(table(["shape", "peer", "deterministic / default"], costs))

@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import heapq
 import importlib.util
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from types import ModuleType
@@ -22,7 +23,8 @@ NUM_SMS = 132  # H100 SXM and H200
 # schedule.cu and launch_backward.cuh; tests/test_random_suite.py compares them with the sources.
 FORWARD_SECTION_BYTES = 128 << 20
 BACKWARD_SECTION_BYTES = 24 << 20
-LARGEST_SUMS = 256 << 20
+USUAL_SUMS, LARGEST_SUMS = 256 << 20, 512 << 20
+WORTHWHILE = 0.05
 # Beyond this many tiles per multiprocessor the last wave does not count, and is not simulated.
 MOST_ROUNDS = 64
 
@@ -128,7 +130,7 @@ def _forward(shape: Shape, num_sms: int) -> Losses:
         most = max(1, wanted // pairs_per_kv_head) * pairs_per_kv_head
         section = _ceil_div(_ceil_div(pairs, _ceil_div(pairs, most)), pairs_per_kv_head) * pairs_per_kv_head
     costs = [cost for length in longest for cost in _query_tiles(shape, length, rows, block_kv)]
-    return _losses(shape, padding, [(costs, pairs, section)], block_q * block_kv, num_sms, config["head_dims"])
+    return _losses(shape, padding, costs, [(pairs, section)], block_q * block_kv, num_sms, config["head_dims"])
 
 
 def _backward(shape: Shape, num_sms: int) -> Losses:
@@ -143,7 +145,6 @@ def _backward(shape: Shape, num_sms: int) -> Losses:
     lengths = shape.lengths()
     entries, documents = (1, lengths) if shape.is_packed else (shape.batch, lengths[:1])
     heads_kv, num_splits = backward_plan(shape, config, num_sms)
-    pairs = heads_kv * num_splits * entries
     rows_q = sum(documents) if shape.is_packed else shape.seqlen_q
     rows_kv = sum(documents) if shape.is_packed else shape.seqlen_kv
     group = shape.heads_q // shape.heads_kv
@@ -151,35 +152,59 @@ def _backward(shape: Shape, num_sms: int) -> Losses:
     wanted = max(1, int(BACKWARD_SECTION_BYTES // (rows_q * bytes_row)))
     if shape.is_packed or shape.is_causal:
         wanted = min(max(_ceil_div(4 * num_sms * block_kv, rows_kv), wanted), max(wanted, num_sms // 4))
-    section = _ceil_div(pairs, _ceil_div(pairs, wanted))
     costs = [
         cost * group // num_splits for length in documents for cost in _key_tiles(shape, length, block_q, block_kv)
     ]
-    passes = shape.heads_kv // heads_kv
-    area = block_q * block_kv
-    return _losses(shape, padding, [(costs, pairs, section)] * passes, area, num_sms, config["head_dims"], by_columns)
+    passes = []
+    for first in range(0, shape.heads_kv, heads_kv):
+        pairs = min(heads_kv, shape.heads_kv - first) * num_splits * entries
+        passes.append((pairs, _ceil_div(pairs, _ceil_div(pairs, wanted))))
+    return _losses(shape, padding, costs, passes, block_q * block_kv, num_sms, config["head_dims"], by_columns)
 
 
 def backward_plan(shape: Shape, config: dict, num_sms: int = NUM_SMS) -> tuple[int, int]:
     """(kv heads worked on at a time, tiles that share a group's query heads): plan_backward of launch_backward.cuh."""
-    group = shape.heads_q // shape.heads_kv
+    group, heads_kv = shape.heads_q // shape.heads_kv, shape.heads_kv
     block_q = config["kBlockQ"]
     total = shape.batch * shape.seqlen_q
     blocks = _ceil_div(total, block_q) + shape.batch + 1
     if not shape.is_packed:
         blocks = _ceil_div(shape.seqlen_q, block_q) * shape.batch
-    heads_kv = shape.heads_kv
+    if shape.is_packed:
+        tiles = _ceil_div(total, config["kBlockKV"])
+    else:
+        tiles = shape.batch * _ceil_div(shape.seqlen_kv, config["kBlockKV"])
+
+    def num_splits(heads: int) -> int:
+        splits = 1
+        while not shape.is_packed and 2 * tiles * heads * splits < 3 * num_sms and group % (2 * splits) == 0:
+            splits *= 2
+        return splits
+
+    def time_of_pass(heads: int) -> float:
+        if heads == 0:
+            return 0.0
+        splits = num_splits(heads)
+        rounds = tiles * heads * splits / num_sms
+        is_equal = not shape.is_packed and not shape.is_causal
+        return (math.ceil(rounds) if is_equal else max(2.0, rounds + 0.5)) / splits
+
+    def time(heads: int) -> float:
+        return heads_kv // heads * time_of_pass(heads) + time_of_pass(heads_kv % heads)
+
+    def passes_of(limit: int) -> int:
+        most = min(max(limit // max(1, blocks * group * block_q * config["head_dims"][0] * 4), 1), heads_kv)
+        return _ceil_div(heads_kv, most)
+
+    best = heads_kv
     if not config["kSplitsColumns"]:
-        bytes_kv_head = blocks * group * block_q * config["head_dims"][0] * 4
-        heads_kv = min(max(LARGEST_SUMS // max(1, bytes_kv_head), 1), heads_kv)
-    while shape.heads_kv % heads_kv:
-        heads_kv -= 1
-    num_splits = 1
-    if not shape.is_packed:
-        tiles = shape.batch * heads_kv * _ceil_div(shape.seqlen_kv, config["kBlockKV"])
-        while 2 * tiles * num_splits < 3 * num_sms and group % (2 * num_splits) == 0:
-            num_splits *= 2
-    return heads_kv, num_splits
+        usual = passes_of(USUAL_SUMS)
+        best = _ceil_div(heads_kv, usual)
+        for passes in range(usual - 1, passes_of(LARGEST_SUMS) - 1, -1):
+            heads = _ceil_div(heads_kv, passes)
+            if time(heads) < (1.0 - WORTHWHILE) * time(best):
+                best = heads
+    return best, num_splits(best)
 
 
 def _queries_per_block(block_q: int, heads: int, num_parts: int) -> int:
@@ -222,28 +247,29 @@ def _key_tiles(shape: Shape, length: int, block_q: int, block_kv: int) -> Iterat
 def _losses(
     shape: Shape,
     padding: float,
-    passes: list[tuple[list[int], int, int]],
+    costs: list[int],
+    passes: list[tuple[int, int]],
     area: int,
     num_sms: int,
     kernel: tuple[int, int],
     is_twice: bool = False,
 ) -> Losses:
-    """``passes``: (costs of one pair's tiles, in tiles of ``area`` scores; pairs; pairs per section), all alike."""
-    costs, pairs, section = passes[0]
-    work = sum(costs) * pairs
+    """``costs`` of one pair's tiles, in tiles of ``area`` scores; ``passes``: (pairs, pairs per section)."""
+    work = sum(costs) * sum(pairs for pairs, _ in passes)
+    ends = sum(_makespan(costs, pairs, section, num_sms) for pairs, section in passes)
     visible = shape.visible_pairs() * shape.heads_q
     padding_words = " and ".join(
         [f"head dim {_dims((shape.head_dim_qk, shape.head_dim_v))} in the kernel of {_dims(kernel)}"]
         * ((shape.head_dim_qk, shape.head_dim_v) != kernel)
         + ["scores computed twice"] * is_twice
     )
-    tail_words = f"tail of {len(costs) * pairs:,} tiles on {num_sms} multiprocessors"
+    tail_words = f"tail of {len(costs) * passes[0][0]:,} tiles on {num_sms} multiprocessors"
     if len(passes) > 1:
         tail_words += f", in each of {len(passes)} passes of dQ"
     return Losses(
         padding,
-        max(1.0, len(passes) * work * area / visible),
-        max(1.0, _makespan(costs, pairs, section, num_sms) * num_sms / work),
+        max(1.0, work * area / visible),
+        max(1.0, ends * num_sms / work),
         padding_words,
         tail_words,
     )

@@ -17,6 +17,8 @@ BEST_AT_LEAST = 0.95  # times the best other peer's rate: geometric mean
 # Times the best other peer's rate: geometric mean, and each shape.
 AIMS = {"fwd": (1.05, 0.97), "bwd": (1.10, 1.00), "fwd+bwd": (1.05, 0.97)}
 RAGGED_AT_LEAST = 0.90  # times the equal-length batch's rate
+DETERMINISTIC = "-deterministic"  # ends the name of a peer that is another with reproducible gradients
+DETERMINISTIC_AT_MOST, DETERMINISTIC_FROM = 1.20, 2048  # times the default's time; tokens
 LONG = 1024
 
 
@@ -78,6 +80,7 @@ def bars(document: dict) -> Iterator[Bar]:
     yield from _peer_bars(document)
     yield from _host_bars(document)
     yield from _layout_bars(document)
+    yield from _deterministic_bars(document)
 
 
 def _peer_bars(document: dict) -> Iterator[Bar]:
@@ -138,6 +141,33 @@ def _layout_bars(document: dict) -> Iterator[Bar]:
                     f"{shares[row.ours['peer']]:.3f} of causal's time for {tiles:.3f} of its tiles",
                     None,
                 )
+
+
+def _deterministic_bars(document: dict) -> Iterator[Bar]:
+    for mode in DIRECTIONS:
+        ratios = [
+            ratio
+            for row, peer, ratio in deterministic_ratios(document, mode)
+            if peer.startswith("flashmla") and row.shape.seqlen_q >= DETERMINISTIC_FROM
+        ]
+        if ratios:
+            yield Bar(
+                f"{mode}: bitwise reproducible gradients take at most {DETERMINISTIC_AT_MOST:.2f}× the default's time, "
+                f"≥ {DETERMINISTIC_FROM // 1024}k tokens",
+                f"{min(ratios):.2f} to {max(ratios):.2f}× over {len(ratios)} shapes, "
+                f"{sum(ratio > DETERMINISTIC_AT_MOST for ratio in ratios)} above",
+                max(ratios) <= DETERMINISTIC_AT_MOST,
+            )
+
+
+def deterministic_ratios(document: dict, mode: str) -> list[tuple[Row, str, float]]:
+    """Per shape and peer with reproducible gradients: the time over that of the same peer without."""
+    return [
+        (row, peer, record["seconds"] / row.records[plain]["seconds"])
+        for row in rows(document, mode)
+        for peer, record in row.records.items()
+        if mode != "fwd" and peer.endswith(DETERMINISTIC) and (plain := peer.removesuffix(DETERMINISTIC)) in row.records
+    ]
 
 
 def lines(held: Iterable[Bar]) -> list[str]:

@@ -84,10 +84,18 @@ def test_the_bars_are_judged_and_written(tmp_path):
 def test_a_run_above_every_bar_meets_all():
     document = _gpu_document(
         rates={(LONG_TEXT, "bwd", "flashmla"): 600, (LONG_TEXT, "bwd", "sdpa-cudnn"): 500}
-        | {(LONG_TEXT, "bwd", "flashmla-deterministic"): 500}
+        | {(LONG_TEXT, "bwd", "flashmla-deterministic"): 501}
     )
-    assert [bar.met for bar in verdicts.bars(document)] == [True] * 3
+    assert [bar.met for bar in verdicts.bars(document)] == [True] * 4
     assert "| flashmla-deterministic | 1.20× |" in render_results.attention_section(document)
+
+
+def test_reproducible_gradients_have_a_bar_from_2k_tokens_on():
+    rates = {(text, "bwd", "flashmla"): 600 for text in (LONG_TEXT, DENSE, WINDOW)}
+    rates |= {(text, "bwd", "flashmla-deterministic"): 400 for text in (LONG_TEXT, DENSE)}
+    rates |= {(WINDOW, "bwd", "flashmla-deterministic"): 550, (WINDOW, "bwd", "fa4-deterministic"): 100}
+    (bar,) = [bar for bar in verdicts.bars(_gpu_document(rates=rates)) if "reproducible" in bar.what]
+    assert (bar.measured, bar.met) == ("1.09 to 1.50× over 2 shapes, 1 above", False)
 
 
 def test_first_calls_of_torchs_flash_attention_stand_beside_flexs():

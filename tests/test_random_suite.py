@@ -67,16 +67,18 @@ def test_the_model_has_the_sources_constants():
     for text, name, mine in (
         (schedule, "kForwardSectionBytes", schedule_model.FORWARD_SECTION_BYTES),
         (schedule, "kBackwardSectionBytes", schedule_model.BACKWARD_SECTION_BYTES),
+        (launch, "kUsualSums", schedule_model.USUAL_SUMS),
         (launch, "kLargestSums", schedule_model.LARGEST_SUMS),
     ):
-        number, shift = re.search(rf"{name} = int64_t\{{(\d+)\}} << (\d+);", text).groups()
+        number, shift = re.search(rf"{name} = int64_t\{{(\d+)\}} << (\d+)[,;]", text).groups()
         assert int(number) << int(shift) == mine, name
+    assert float(re.search(r"kWorthwhile = ([\d.]+);", launch)[1]) == schedule_model.WORTHWHILE
 
 
 @pytest.mark.parametrize(
     ("text", "mode", "said"),
     [
-        ("d80 B4 H16/16 S8192 causal bf16", "bwd", r"head dim 80 in the kernel of 128: 1.60×"),
+        ("d80 B4 H16/16 S8192 causal bf16", "bwd", r"head dim 80 in the kernel of 96: 1.20×"),
         ("d80 B4 H16/16 S8192 causal bf16", "fwd", r"head dim 80 in the kernel of 96: 1.20×"),
         ("d192 B4 H16/16 S8192 full bf16", "bwd", r"^scores computed twice: 1.40×"),
         (
@@ -118,8 +120,10 @@ def test_the_models_tiles_are_those_that_hold_a_visible_pair(mode):
 
 def test_passes_and_splits_are_those_of_the_launcher():
     config = {"kBlockQ": 64, "kBlockKV": 128, "kSplitsColumns": False, "head_dims": (128, 128)}
-    shape = Shape.parse("d128 B3 H56/8 S4096 full bf16")  # 42 MiB of dQ a kv head: 6 fit, 4 divide 8
+    shape = Shape.parse("d128 B3 H56/8 S4096 full bf16")  # 42 MiB of dQ a kv head: 6 fit, and 4 are half of 8
     assert schedule_model.backward_plan(shape, config) == (4, 1)
+    assert schedule_model.backward_plan(Shape.parse("d128 B3 H35/5 S4096 causal bf16"), config) == (5, 1)
+    assert schedule_model.backward_plan(Shape.parse("d128 B3 H63/9 S4096 causal bf16"), config) == (9, 1)
     assert schedule_model.backward_plan(Shape.parse("d128 B1 H16/2 S1024 full bf16"), config) == (2, 8)
     assert schedule_model.backward_plan(Shape.parse("d128 B1 H32/8 S131072 full bf16"), config) == (1, 1)
 

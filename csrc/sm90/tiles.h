@@ -177,7 +177,16 @@ struct BackwardConfig<64, 64> {
   static constexpr bool kSplitsColumns = false, kHasSoftcap = false;
 };
 
-// Head dim 96 runs here as well. 16 registers more, and ptxas serializes wgmma: 64 queries (2026-11-24).
+// As 128. A quarter of the products of 72 to 96 columns was of zeros there (2026-11-28, sixth session).
+template <>
+struct BackwardConfig<96, 96> {
+  static constexpr int kBlockQ = 64, kBlockKV = 128;
+  static constexpr int kNumStages = 2, kSwizzleColumns = 32;
+  static constexpr int kNumConsumers = 2, kProducerRegisters = 24, kConsumerRegisters = 240;
+  static constexpr bool kSplitsColumns = false, kHasSoftcap = false;
+};
+
+// 16 registers more, and ptxas serializes wgmma: 64 queries (2026-11-24).
 template <>
 struct BackwardConfig<128, 128> {
   static constexpr int kBlockQ = 64, kBlockKV = 128;
@@ -186,12 +195,12 @@ struct BackwardConfig<128, 128> {
   static constexpr bool kSplitsColumns = false, kHasSoftcap = true;
 };
 
-// Half of 192 columns is no multiple of 64: chunks of 32. dQ leaves by red from the registers: 433 -> 449 TFLOP/s at
-// 4k, 483 -> 500 at 16k (2026-11-26).
+// dQ leaves by red from the registers: 433 -> 449 TFLOP/s at 4k, 483 -> 500 at 16k (2026-11-26). Chunks of 64 columns
+// of Q, V and dO where K has 32: full 464 -> 469, deterministic 4 % faster (2026-11-28, sixth session).
 template <>
 struct BackwardConfig<192, 128> {
   static constexpr int kBlockQ = 64, kBlockKV = 128;
-  static constexpr int kNumStages = 2, kSwizzleColumns = 32;
+  static constexpr int kNumStages = 2, kSwizzleColumns = 64;
   static constexpr int kNumConsumers = 2, kProducerRegisters = 24, kConsumerRegisters = 240;
   static constexpr bool kSplitsColumns = false, kHasSoftcap = false;
 };
@@ -224,8 +233,8 @@ struct BackwardConfig<512, 512> {
   static constexpr bool kSplitsColumns = true, kHasSoftcap = true;
 };
 
-using BackwardHeadDims = HeadDimList<HeadDims<64, 64>, HeadDims<128, 128>, HeadDims<192, 128>, HeadDims<192, 192>,
-                                     HeadDims<256, 256>, HeadDims<512, 512>>;
+using BackwardHeadDims = HeadDimList<HeadDims<64, 64>, HeadDims<96, 96>, HeadDims<128, 128>, HeadDims<192, 128>,
+                                     HeadDims<192, 192>, HeadDims<256, 256>, HeadDims<512, 512>>;
 
 // ---- backward by queries: dQ of the head dims whose dK and dV are shared by columns ---------------------------------
 //
@@ -369,10 +378,19 @@ struct ForwardTiles : WarpgroupPlan<ForwardConfig<kHeadDimQK, kHeadDimV, kMask>>
 template <int kHeadDim>
 struct Fp8ForwardTiles : WarpgroupPlan<Fp8ForwardConfig<kHeadDim>> {};
 
+// The widest chunk, `most` columns or fewer, of which `columns` are a multiple.
+constexpr int swizzle_columns(int columns, int most) {
+  return columns % most == 0 ? most : swizzle_columns(columns, most / 2);
+}
+
 template <int kHeadDimQK, int kHeadDimV>
 struct BackwardTiles : WarpgroupPlan<BackwardConfig<kHeadDimQK, kHeadDimV>> {
   using Config = BackwardConfig<kHeadDimQK, kHeadDimV>;
   static constexpr int kNumCtas = num_ctas(kHeadDimV);
+  // Of K: where the warpgroups share dQ of 64 queries by columns, half of them are whole chunks of K.
+  static constexpr int kSwizzleColumnsK = Config::kBlockQ > kWarpgroupRows
+                                              ? Config::kSwizzleColumns
+                                              : swizzle_columns(kHeadDimQK / 2, Config::kSwizzleColumns);
   static_assert(Config::kNumConsumers == 2 &&
                     Config::kBlockKV == kWarpgroupRows * (Config::kSplitsColumns ? 1 : Config::kNumConsumers),
                 "64 key rows for each of two warpgroups, or for both");

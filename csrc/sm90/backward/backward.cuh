@@ -49,7 +49,7 @@ struct Backward {
   static constexpr int kBlockQ = Tiles::kBlockQ;
   static constexpr int kBlockKV = Tiles::kBlockKV;
   static constexpr int kNumStages = Tiles::kNumStages;
-  static constexpr int kSwizzleColumns = Tiles::kSwizzleColumns;
+  static constexpr int kSwizzleColumns = Tiles::kSwizzleColumns, kSwizzleColumnsK = Tiles::kSwizzleColumnsK;
   static_assert(kBlockKV == 128, "64 key rows for each of two warpgroups");
 
   static constexpr int kScores = kBlockQ / 2;  // per thread
@@ -103,6 +103,8 @@ struct Backward {
   using LayoutRows = typename SharedLayouts<Element, kSwizzleColumns>::template Rows<kRows, kColumns, kDepth>;
   template <int kRows, int kColumns, int kDepth>
   using LayoutColumns = typename SharedLayouts<Element, kSwizzleColumns>::template Columns<kRows, kColumns, kDepth>;
+  using LayoutK = typename SharedLayouts<Element, kSwizzleColumnsK>::template Rows<kBlockKV, kHeadDimQK, 1>;
+  using LayoutKt = typename SharedLayouts<Element, kSwizzleColumnsK>::template Columns<kBlockKV, kHeadDimQK, 1>;
   // dS^T, rows of 64 queries (128 bytes) whatever the head dim; and read as dS.
   using LayoutDSt = typename SharedLayouts<Element, 64>::template Rows<kBlockKV, kBlockQ, kNumDS>;
   using LayoutDS = typename SharedLayouts<Element, 64>::template Columns<kBlockKV, kBlockQ, kNumDS>;
@@ -118,7 +120,7 @@ struct Backward {
     alignas(128) float dq[2][kStagesDQ ? kPartDQ : 4];
     alignas(128) float lse_log2[kNumStages][kBlockQ];
     alignas(128) float delta[kNumStages][kBlockQ];
-    int32_t is_large[kNumStages];
+    int32_t is_large[kNumStages], q_block[kNumStages];
     uint64_t kv_full, kv_empty, work_wanted, tile_full[kNumBackwardTiles], tile_empty[kNumBackwardTiles];
     uint64_t q_full[kNumStages], q_empty[kNumStages], dout_full[kNumStages], dout_empty[kNumStages];
     BlockToClear to_clear[2];  // Q, dO
@@ -152,7 +154,7 @@ struct Backward {
     auto thread_dq = mma_dq.get_slice(warpgroup * kWarpgroupThreads);
     auto rows = [](Element* data, auto layout) { return make_tensor(make_smem_ptr(data), layout); };
     // Descriptors (_, rows / 64 or columns, depth / 16, stages); t: read transposed.
-    Tensor fK = thread_s.partition_fragment_A(rows(shared.k, LayoutRows<kBlockKV, kHeadDimQK, 1>{}));
+    Tensor fK = thread_s.partition_fragment_A(rows(shared.k, LayoutK{}));
     Tensor fV = thread_s.partition_fragment_A(rows(shared.v, LayoutRows<kBlockKV, kHeadDimV, 1>{}));
     Tensor fQ = thread_s.partition_fragment_B(rows(shared.q[0], LayoutRows<kBlockQ, kHeadDimQK, kNumStages>{}));
     Tensor fDO = thread_s.partition_fragment_B(rows(shared.dout[0], LayoutRows<kBlockQ, kHeadDimV, kNumStages>{}));
@@ -162,7 +164,7 @@ struct Backward {
     auto thread_scores = SharedMma<kHeadDimQK>{}.get_slice(warpgroup * kWarpgroupThreads);
     Tensor fDSt = thread_scores.partition_fragment_A(rows(shared.ds[0], LayoutDSt{}));
     Tensor fP = thread_scores.partition_fragment_A(rows(shared.p, LayoutP{}));
-    Tensor fKt = thread_dq.partition_fragment_B(rows(shared.k, LayoutColumns<kBlockKV, kHeadDimQK, 1>{}));
+    Tensor fKt = thread_dq.partition_fragment_B(rows(shared.k, LayoutKt{}));
 
     Tensor rDK = partition_fragment_C(mma_dk, Shape<Int<kBlockKV>, Int<kHeadDimQK>>{});   // fp32, kHeadDimQK/2 a thread
     Tensor rDV = partition_fragment_C(mma_dv, Shape<Int<kBlockKV>, Int<kHeadDimV>>{});    // kHeadDimV/2
@@ -234,7 +236,7 @@ struct Backward {
       if constexpr (kDelaysDQ) multiply_s();
 
       BackwardStep step(tile);
-      for (int32_t i = 0; i < num_steps; ++i, step.advance(tile)) {
+      for (int32_t i = 0; i < num_steps; ++i, step.advance(tile, arguments.rows)) {  // needed where dQ is not staged
         int const stage = ring.stage;
         if constexpr (!kDelaysDQ) multiply_s();
         ColumnValues<kScores, kReadsAhead> lse_log2(shared.lse_log2[stage], quad_lane);
@@ -244,9 +246,9 @@ struct Backward {
         if (i > 0) arrive(shared.q_empty[ring.stage_before()]);
         ClusterBarrier::wait(&shared.dout_full[stage], ring.phase);
         if constexpr (!kSpillsPToShared) multiply_dp(stage);
-        probabilities<Element, kHasSoftcap, kScores>(arguments, tile, step.q_block * kBlockQ, rS, pairs_p, pairs_w,
-                                                     lse_log2, shared.is_large[stage] != 0, warpgroup * kWarpgroupRows,
-                                                     row_in_tile, column_in_block);
+        probabilities<Element, kHasSoftcap, kScores>(arguments, tile, shared.q_block[stage] * kBlockQ, rS, pairs_p,
+                                                     pairs_w, lse_log2, shared.is_large[stage] != 0,
+                                                     warpgroup * kWarpgroupRows, row_in_tile, column_in_block);
         if constexpr (kSpillsPToShared) {
           store_scores<kBlockKV>(shared.p, pairs_p, warpgroup * kWarpgroupRows);
           cutlass::arch::fence_view_async_shared();

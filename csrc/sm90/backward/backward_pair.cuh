@@ -205,13 +205,13 @@ struct BackwardPair {
   __device__ static void produce(BackwardArguments const& arguments, SharedStorage& shared) {
     // Two calls of constants: a choice of each argument would take registers that the thread does not have.
     if (threadIdx.x == 0 && cta_rank<kNumCtas>() == 0) {
-      load_backward_tiles<BackwardPair, kHeadDim>(arguments, shared, arguments.k, arguments.q, arguments.rows.lse_log2,
-                                                  shared.kv, shared.q, shared.statistics, shared.q_full, shared.q_empty,
-                                                  shared.to_clear[0], arguments.rows.is_large);
+      load_backward_tiles<BackwardPair, kHeadDim, kSwizzleColumns>(
+          arguments, shared, arguments.k, arguments.q, arguments.rows.lse_log2, shared.kv, shared.q, shared.statistics,
+          shared.q_full, shared.q_empty, shared.to_clear[0], arguments.rows.is_large);
     } else if (threadIdx.x == 0) {
-      load_backward_tiles<BackwardPair, kHeadDim>(arguments, shared, arguments.v, arguments.dout, arguments.rows.delta,
-                                                  shared.kv, shared.q, shared.statistics, shared.q_full, shared.q_empty,
-                                                  shared.to_clear[0], nullptr);
+      load_backward_tiles<BackwardPair, kHeadDim, kSwizzleColumns>(
+          arguments, shared, arguments.v, arguments.dout, arguments.rows.delta, shared.kv, shared.q, shared.statistics,
+          shared.q_full, shared.q_empty, shared.to_clear[0], nullptr);
     } else if (threadIdx.x == 32) {
       publish_key_work_tiles<BackwardPair>(arguments, shared);
     }

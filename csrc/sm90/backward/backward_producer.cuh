@@ -77,12 +77,21 @@ struct BackwardWorkTile {
   __device__ int32_t num_steps() const { return (q_block_end - q_block_begin) * num_heads; }
 };
 
-// One block of queries of one head.
+// One block of queries of one head. Head follows head, so that tiles of one kv head meet in what they read. But if
+// tiles add to dQ in turns, those of later keys first, the heads of a block follow each other: then each meets a block
+// in the order in which they begin (docs/kernels.md, Deterministic), and what they read is spread wider.
 struct BackwardStep {
   int32_t head, q_block;
   __device__ explicit BackwardStep(BackwardWorkTile const& tile) : head(tile.first_head), q_block(tile.q_block_begin) {}
   __device__ void advance(BackwardWorkTile const& tile) {
     if (++q_block == tile.q_block_end) q_block = tile.q_block_begin, ++head;
+  }
+  __device__ void advance(BackwardWorkTile const& tile, BackwardRows const& rows) {
+    if (rows.dq_semaphore == nullptr) {
+      advance(tile);
+    } else if (++head == tile.first_head + tile.num_heads) {
+      head = tile.first_head, ++q_block;
+    }
   }
 };
 
@@ -175,7 +184,7 @@ __device__ void publish_key_work_tiles(BackwardArguments const& arguments, typen
 
 // A loading thread: one of K and V of every tile, and of every step one of Q with lse and dO with delta. Two threads
 // share that, because one has few registers.
-template <class Kernel, int kHeadDim, class Element, int kSizeKV, int kSizeQ>
+template <class Kernel, int kHeadDim, int kColumnsKV, class Element, int kSizeKV, int kSizeQ>
 __device__ void load_backward_tiles(BackwardArguments const& arguments, typename Kernel::SharedStorage& shared,
                                     CUtensorMap const& map_kv, CUtensorMap const& map_q, float const* statistics,
                                     Element (&kv)[kSizeKV], Element (&q)[Kernel::kNumStages][kSizeQ],
@@ -185,10 +194,10 @@ __device__ void load_backward_tiles(BackwardArguments const& arguments, typename
   constexpr int kBlockQ = Kernel::kBlockQ, kColumns = Kernel::kSwizzleColumns;
   Ring<Kernel::kNumStages> ring;
   Ring<kNumBackwardTiles> slot;
-  auto load = [](CUtensorMap const& map, uint64_t& barrier, Element* target, int rows, RowCoordinates const& from,
-                 int32_t row, int32_t head) {
+  auto load = [](CUtensorMap const& map, uint64_t& barrier, Element* target, int columns, int rows,
+                 RowCoordinates const& from, int32_t row, int32_t head) {
     CUTE_NO_UNROLL
-    for (int column = 0; column < kHeadDim; column += kColumns) {
+    for (int column = 0; column < kHeadDim; column += columns) {
       cute::SM90_TMA_LOAD_5D::copy(&map, &barrier, static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVICT_NORMAL),
                                    target + column * rows, column, from.row + row, from.end, head, from.outer);
     }
@@ -202,25 +211,28 @@ __device__ void load_backward_tiles(BackwardArguments const& arguments, typename
     if (steps > 0) {
       ClusterBarrier::wait(&shared.kv_empty, tile.kv_phase ^ 1);
       ClusterTransactionBarrier::arrive_and_expect_tx(&shared.kv_full, sizeof(kv));
-      load(map_kv, shared.kv_full, kv, Kernel::kBlockKV, tile.keys, tile.kv_begin, tile.head_kv);
+      load(map_kv, shared.kv_full, kv, kColumnsKV, Kernel::kBlockKV, tile.keys, tile.kv_begin, tile.head_kv);
       if (is_first) cutlass::arch::wait_on_dependent_grids();  // the statistics are the preparing kernel's
       is_first = false;
     }
     BackwardStep step(tile);
     CUTE_NO_UNROLL
-    for (; steps > 0; --steps, step.advance(tile), ring.advance()) {
+    for (; steps > 0; --steps, step.advance(tile, arguments.rows), ring.advance()) {
       int const stage = ring.stage;
       ClusterBarrier::wait(&empty[stage], ring.phase ^ 1);
       int32_t const first_query = step.q_block * kBlockQ;
       int64_t const row = step.head * arguments.rows.per_head + tile.first_row + first_query;
-      if (is_large != nullptr) shared.is_large[stage] = is_large[row / kBlockQ];
+      if (is_large != nullptr) {
+        shared.is_large[stage] = is_large[row / kBlockQ];
+        if constexpr (Kernel::kSumsDQ) shared.q_block[stage] = step.q_block;
+      }
       if (first_query >= tile.first_visible_query) {
         ClusterTransactionBarrier::arrive_and_expect_tx(&full[stage], sizeof(q[0]) + sizeof(shared_statistics[0]));
-        load(map_q, full[stage], q[stage], kBlockQ, tile.queries, first_query, step.head);
+        load(map_q, full[stage], q[stage], kColumns, kBlockQ, tile.queries, first_query, step.head);
       } else {
         // Rows that see no key stand before some that do: their P is 0, but not 0 times what they hold, if that is NaN.
         ClusterTransactionBarrier::arrive_and_expect_tx(&to_clear.arrived, sizeof(q[0]));
-        load(map_q, to_clear.arrived, q[stage], kBlockQ, tile.queries, first_query, step.head);
+        load(map_q, to_clear.arrived, q[stage], kColumns, kBlockQ, tile.queries, first_query, step.head);
         ClusterBarrier::wait(&to_clear.arrived, to_clear.phase);
         to_clear.phase ^= 1;
         int32_t const vectors = (tile.first_visible_query - first_query) * (kColumns / 8);
@@ -264,55 +276,58 @@ __device__ int64_t workspace_block_of(BackwardRows const& rows, BackwardWorkTile
 // The thread that has the copy engine add the parts of dQ that consumers have staged in shared memory to the sums
 // (kStagesDQ). If dQ must be the same bits every time, it also keeps the order: a semaphore for each q_block admits the
 // parts in the order of falling keys. That is the order of the schedule, so the tile waited for is running or done.
-// Waiting for other CTAs, and the fence before the next may go on, take this thread's time and not the consumers'.
+// Waiting for other CTAs, and saying that a part is there, take this thread's time and not the consumers'. A step is
+// not longer than the way of a part to memory, a fence and a look at a semaphore one after the other: a part is
+// published when the next is on its way. Who waits, waits for later keys alone, so this holds up nobody for good.
 template <class Kernel>
 __device__ void reduce_dq(BackwardArguments const& arguments, typename Kernel::SharedStorage& shared) {
   BackwardRows const& rows = arguments.rows;
   Ring<Kernel::kNumStages> ring;
   Ring<kNumBackwardTiles> slot;
   cutlass::arch::wait_on_dependent_grids();  // sums and turns are zero now
+  static_assert(Kernel::kNumStages == 2);
+  if constexpr (Kernel::kStagesDQ) ClusterBarrier::arrive(&shared.dq_empty[ring.stage]);
   for (;; slot.advance()) {
     ClusterBarrier::wait(&shared.tile_full[slot.stage], slot.phase);
     BackwardWorkTile const& tile = shared.tiles[slot.stage];
     if (tile.head_kv < 0) return;
     BackwardStep step(tile);
+    [[maybe_unused]] int32_t* unpublished = nullptr;
     CUTE_NO_UNROLL
     for (int32_t steps = Kernel::kStagesDQ || rows.dq_semaphore != nullptr ? tile.num_steps() : 0; steps > 0;
-         --steps, step.advance(tile), ring.advance()) {
+         --steps, step.advance(tile, arguments.rows), ring.advance()) {
       int64_t const block = workspace_block_of<Kernel::kBlockQ>(rows, tile, step);
-      auto wait_for_others = [&] {
-        if (rows.dq_semaphore == nullptr) return;
+      int32_t* const semaphore = rows.dq_semaphore == nullptr ? nullptr : rows.dq_semaphore + block;
+      if (semaphore != nullptr) {
         int32_t const expected = dq_parts_before<Kernel::kBlockQ>(arguments, tile, step.q_block);
-        while (ptx::load_acquire(rows.dq_semaphore + block) < expected) {
+        while (ptx::load_acquire(semaphore) < expected) {
         }
-      };
-      if (!Kernel::kStagesDQ) wait_for_others();
-      ClusterBarrier::arrive(&shared.dq_empty[ring.stage]);
+      }
+      if constexpr (!Kernel::kStagesDQ) ClusterBarrier::arrive(&shared.dq_empty[ring.stage]);
       ClusterBarrier::wait(&shared.dq_full[ring.stage], ring.phase);
       if constexpr (Kernel::kStagesDQ) {
+        constexpr int kPart = Kernel::kPartDQ;
         cutlass::arch::fence_view_async_shared();  // from what consumers wrote to what the copy engine reads
-        wait_for_others();
-        if (rows.dq != nullptr) {
-          CUTE_NO_UNROLL
-          for (int warpgroup = 0; warpgroup < 2; ++warpgroup) {
-            constexpr int kPart = Kernel::kPartDQ;
-            ptx::bulk_reduce_add(rows.dq + (2 * block + warpgroup) * kPart, shared.dq[warpgroup],
-                                 kPart * sizeof(float));
-          }
+        CUTE_NO_UNROLL
+        for (int warpgroup = 0; warpgroup < 2 && rows.dq != nullptr; ++warpgroup) {
+          ptx::bulk_reduce_add(rows.dq + (2 * block + warpgroup) * kPart, shared.dq[warpgroup], kPart * sizeof(float));
         }
         ptx::bulk_commit();
-        if (rows.dq_semaphore != nullptr) {
-          ptx::bulk_wait();
-        } else {
-          ptx::bulk_wait_read();  // the next part may be written there
+        if (unpublished != nullptr) {
+          ptx::bulk_wait<1>();
+          ptx::reduce_release_increment(unpublished);
         }
-      }
-      if (rows.dq_semaphore != nullptr) {
-        __threadfence();
-        ptx::reduce_release_increment(rows.dq_semaphore + block);
+        unpublished = semaphore;
+        ptx::bulk_wait_read();
+        ClusterBarrier::arrive(&shared.dq_empty[ring.stage ^ 1]);  // the next part may be written there
+      } else {
+        ptx::reduce_release_increment(semaphore);
       }
     }
-    if constexpr (Kernel::kStagesDQ) ptx::bulk_wait();
+    if constexpr (Kernel::kStagesDQ) {
+      ptx::bulk_wait<0>();
+      if (unpublished != nullptr) ptx::reduce_release_increment(unpublished);
+    }
     ClusterBarrier::arrive(&shared.tile_empty[slot.stage]);
   }
 }
@@ -323,15 +338,15 @@ __device__ void produce_backward_tiles(BackwardArguments const& arguments, typen
   if constexpr (Kernel::kNumCtas == 2) {
     Kernel::produce(arguments, shared);
   } else if (threadIdx.x == 0) {
-    load_backward_tiles<Kernel, kHeadDimQK>(arguments, shared, arguments.k, arguments.q, arguments.rows.lse_log2,
-                                            shared.k, shared.q, shared.lse_log2, shared.q_full, shared.q_empty,
-                                            shared.to_clear[0], arguments.rows.is_large);
+    load_backward_tiles<Kernel, kHeadDimQK, Kernel::Tiles::kSwizzleColumnsK>(
+        arguments, shared, arguments.k, arguments.q, arguments.rows.lse_log2, shared.k, shared.q, shared.lse_log2,
+        shared.q_full, shared.q_empty, shared.to_clear[0], arguments.rows.is_large);
   } else if (threadIdx.x == 32) {
     publish_key_work_tiles<Kernel>(arguments, shared);
   } else if (threadIdx.x == 64) {
-    load_backward_tiles<Kernel, kHeadDimV>(arguments, shared, arguments.v, arguments.dout, arguments.rows.delta,
-                                           shared.v, shared.dout, shared.delta, shared.dout_full, shared.dout_empty,
-                                           shared.to_clear[1], nullptr);
+    load_backward_tiles<Kernel, kHeadDimV, Kernel::kSwizzleColumns>(
+        arguments, shared, arguments.v, arguments.dout, arguments.rows.delta, shared.v, shared.dout, shared.delta,
+        shared.dout_full, shared.dout_empty, shared.to_clear[1], nullptr);
   } else if (threadIdx.x == 96) {
     if constexpr (Kernel::kSumsDQ) reduce_dq<Kernel>(arguments, shared);
   }

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 
 #include "sm90/backward/backward.cuh"
 #include "sm90/backward/backward_queries.cuh"
@@ -13,17 +14,64 @@
 
 namespace flashmla::sm90 {
 
-// The sums of dQ are held for as many kv heads at a time as fit in this, at least one.
-constexpr int64_t kLargestSums = int64_t{256} << 20;
+// The sums of dQ are held for as many kv heads at a time as fit in kUsualSums, at least one; or for more, up to
+// kLargestSums, if that saves kWorthwhile of the time: each pass ends with multiprocessors that wait for the last.
+constexpr int64_t kUsualSums = int64_t{256} << 20, kLargestSums = int64_t{512} << 20;
+constexpr double kWorthwhile = 0.05;
 
 // How one backward call is cut up, and where its parts lie in the workspace (bytes).
 struct BackwardPlan {
-  int64_t heads_kv;    // worked on at a time
+  int64_t heads_kv;    // worked on at a time, by the last pass perhaps fewer
   int64_t heads_q;     // that they serve
   int64_t blocks;      // of query rows of one head
   int64_t num_splits;  // tiles that share a group's query heads
   int64_t schedule, query_schedule, lse, delta, dq, dq_semaphore, is_large, dsink_parts, parts, bytes;
 };
+
+// Of a call's work tiles, those of one kv head; of packed calls about as many.
+struct TilesOfHead {
+  int64_t count, group;
+  int ctas;
+  bool is_packed, are_equal;  // are_equal: as much work in each
+
+  // Tiles that share the group's query heads, if there are too few for the GPU. (Boundaries are on the device: packed
+  // calls are not split.)
+  int64_t num_splits(int64_t heads_kv) const {
+    int64_t splits = 1;
+    while (!is_packed && 2 * count * heads_kv * splits < 3 * ctas && group % (2 * splits) == 0) splits *= 2;
+    return splits;
+  }
+
+  // Time of a pass over some kv heads, in tiles of one on average. Equal ones end in rounds; under a mask the longest
+  // is two, comes first, and the last ones end half of one apart.
+  double time_of_pass(int64_t heads_kv) const {
+    if (heads_kv == 0) return 0.0;
+    int64_t const splits = num_splits(heads_kv), tiles = count * heads_kv * splits;
+    double const share = static_cast<double>(tiles) / ctas;
+    double const rounds = are_equal ? std::ceil(share) : std::max(2.0, share + 0.5);
+    return rounds / static_cast<double>(splits);
+  }
+
+  double time(int64_t all_heads_kv, int64_t heads_kv) const {
+    return static_cast<double>(all_heads_kv / heads_kv) * time_of_pass(heads_kv) +
+           time_of_pass(all_heads_kv % heads_kv);
+  }
+};
+
+// How many kv heads' sums of dQ are held at a time, of `bytes` each. Passes are as equal as can be.
+inline int64_t heads_of_pass(TilesOfHead const& tiles, int64_t heads_kv, int64_t bytes) {
+  auto passes_of = [&](int64_t limit) {
+    int64_t const most = std::clamp<int64_t>(limit / std::max<int64_t>(1, bytes), 1, heads_kv);
+    return (heads_kv + most - 1) / most;
+  };
+  auto heads_of = [&](int64_t passes) { return (heads_kv + passes - 1) / passes; };
+  int64_t passes = passes_of(kUsualSums), best = heads_of(passes);
+  for (int64_t const fewest = passes_of(kLargestSums); passes > fewest;) {
+    int64_t const heads = heads_of(--passes);
+    if (tiles.time(heads_kv, heads) < (1.0 - kWorthwhile) * tiles.time(heads_kv, best)) best = heads;
+  }
+  return best;
+}
 
 template <int kHeadDimQK, int kHeadDimV>
 BackwardPlan plan_backward(BackwardParams const& params, int num_sms) {
@@ -37,18 +85,13 @@ BackwardPlan plan_backward(BackwardParams const& params, int num_sms) {
                           : ceil_div(problem.seqlen_q, Tiles::kBlockQ) * problem.batch;
   int64_t const group = problem.heads_q / problem.heads_kv;
   int64_t const bytes_kv_head = plan.blocks * group * Tiles::kBlockQ * kHeadDimQK * 4;
-  plan.heads_kv = problem.heads_kv;
-  if (kSumsDQ)
-    plan.heads_kv = std::clamp<int64_t>(kLargestSums / std::max<int64_t>(1, bytes_kv_head), 1, plan.heads_kv);
-  while (problem.heads_kv % plan.heads_kv != 0) --plan.heads_kv;
+  bool const has_equal_tiles = !is_packed && problem.window_left < 0 && problem.window_right < 0;
+  int64_t const kv_blocks = is_packed ? ceil_div(problem.total_kv, Tiles::kBlockKV)
+                                      : problem.batch * ceil_div(problem.seqlen_kv, Tiles::kBlockKV);
+  TilesOfHead const tiles{kv_blocks, group, num_sms / Tiles::kNumCtas, is_packed, has_equal_tiles};
+  plan.heads_kv = kSumsDQ ? heads_of_pass(tiles, problem.heads_kv, bytes_kv_head) : problem.heads_kv;
   plan.heads_q = plan.heads_kv * group;
-  // If there are too few work tiles for the GPU, several share a group's query heads. (Boundaries are on the device:
-  // packed calls are not split.)
-  int64_t const kv_blocks = is_packed ? 0 : ceil_div(problem.seqlen_kv, Tiles::kBlockKV);
-  int64_t const tiles = is_packed ? int64_t{1} << 40 : problem.batch * plan.heads_kv * kv_blocks;
-  plan.num_splits = 1;
-  while (2 * tiles * plan.num_splits < 3 * num_sms / Tiles::kNumCtas && group % (2 * plan.num_splits) == 0)
-    plan.num_splits *= 2;
+  plan.num_splits = tiles.num_splits(plan.heads_kv);
 
   auto take = [&](int64_t bytes) {
     int64_t const offset = plan.bytes;
@@ -66,14 +109,16 @@ BackwardPlan plan_backward(BackwardParams const& params, int num_sms) {
   plan.dq_semaphore = take(kSumsDQ && problem.deterministic ? plan.blocks * plan.heads_q * 4 : 0);
   plan.is_large = take(plan.blocks * plan.heads_q * 4);
   plan.dsink_parts = take(params.dsinks != nullptr ? plan.blocks * plan.heads_q * 4 : 0);
-  plan.parts = take(plan.num_splits > 1 ? tiles * plan.num_splits * Tiles::kBlockKV * (kHeadDimQK + kHeadDimV) * 4 : 0);
+  plan.parts = take(plan.num_splits > 1
+                        ? kv_blocks * plan.heads_kv * plan.num_splits * Tiles::kBlockKV * (kHeadDimQK + kHeadDimV) * 4
+                        : 0);
   return plan;
 }
 
-// The call for kv heads [first, first + plan.heads_kv) alone.
+// The call for kv heads [first, first + plan.heads_kv) alone, or up to the last.
 inline BackwardParams heads_of(BackwardParams params, BackwardPlan const& plan, int64_t first) {
   Problem& problem = params.problem;
-  int64_t const first_q = first * (problem.heads_q / problem.heads_kv);
+  int64_t const group = problem.heads_q / problem.heads_kv, first_q = first * group;
   auto move = [&](TensorView& view, int64_t head) {
     // Every dtype here has two bytes.
     if (view.data != nullptr) view.data = static_cast<uint16_t*>(view.data) + head * view.stride_heads;
@@ -84,8 +129,8 @@ inline BackwardParams heads_of(BackwardParams params, BackwardPlan const& plan, 
   if (params.dlse.data != nullptr) params.dlse.data += first_q * params.dlse.stride_heads;
   if (params.dsinks != nullptr) params.dsinks += first_q;
   if (problem.sinks != nullptr) problem.sinks += first_q;
-  problem.heads_q = plan.heads_q;
-  problem.heads_kv = plan.heads_kv;
+  problem.heads_kv = std::min(plan.heads_kv, problem.heads_kv - first);
+  problem.heads_q = problem.heads_kv * group;
   return params;
 }
 
@@ -154,14 +199,15 @@ const char* launch_heads(BackwardParams const& params, BackwardPlan const& plan,
                                workspace + plan.schedule, stream, arguments.schedule, num_ctas);
   }
   auto make_map = [&](CUtensorMap& map, TensorView const& view, int64_t head_dim, int64_t rows, int64_t heads,
-                      int box_rows) {
+                      int columns, int box_rows) {
     if (error != nullptr) return;
-    error = make_row_map(map, view, problem, head_dim, rows, heads, Tiles::kSwizzleColumns, box_rows);
+    error = make_row_map(map, view, problem, head_dim, rows, heads, columns, box_rows);
   };
-  make_map(arguments.q, params.q, problem.head_dim_qk, rows_q, problem.heads_q, Tiles::kBlockQ);
-  make_map(arguments.dout, params.dout, problem.head_dim_v, rows_q, problem.heads_q, Tiles::kBlockQ);
-  make_map(arguments.k, params.k, problem.head_dim_qk, rows_kv, problem.heads_kv, Tiles::kBlockKV);
-  make_map(arguments.v, params.v, problem.head_dim_v, rows_kv, problem.heads_kv, Tiles::kBlockKV);
+  constexpr int kColumns = Tiles::kSwizzleColumns, kColumnsK = Tiles::kSwizzleColumnsK;
+  make_map(arguments.q, params.q, problem.head_dim_qk, rows_q, problem.heads_q, kColumns, Tiles::kBlockQ);
+  make_map(arguments.dout, params.dout, problem.head_dim_v, rows_q, problem.heads_q, kColumns, Tiles::kBlockQ);
+  make_map(arguments.k, params.k, problem.head_dim_qk, rows_kv, problem.heads_kv, kColumnsK, Tiles::kBlockKV);
+  make_map(arguments.v, params.v, problem.head_dim_v, rows_kv, problem.heads_kv, kColumns, Tiles::kBlockKV);
   if (error != nullptr) return error;
 
   // One dimension: the others end at 65,535.

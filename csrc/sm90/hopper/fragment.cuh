@@ -84,6 +84,17 @@ __device__ void store_row(Element* out, Fragment const& fragment, int r, float f
       *reinterpret_cast<uint4*>(out + column) = uint4{pairs[0], pairs[1], pairs[2], pairs[3]};
     }
   }
+  static_assert(kColumns % 32 == 0 || kColumns % 32 == 16);
+  if constexpr (kColumns % 32 != 0) {  // pairs as they are, each beside its neighbours'
+    CUTE_UNROLL
+    for (int m = 4 * (kColumns / 32); m < kColumns / 8; ++m) {
+      int const element = m * 4 + r * 2, column = first_column + 8 * m + 2 * quad_lane;
+      if (out != nullptr && column < num_columns) {
+        *reinterpret_cast<uint32_t*>(out + column) =
+            pack<Element>(fragment(element) * factor, fragment(element + 1) * factor);
+      }
+    }
+  }
 }
 
 // Writes a warp's 16 rows of the fragment, row r of a quad times factor[r], to rows first_row ... of a tile in shared

@@ -16,10 +16,13 @@ using cutlass::arch::NamedBarrier;
 // reads them. Rows x columns x depth, and the same memory read as columns x rows.
 template <class Element, int kSwizzleColumns>
 struct SharedLayouts {
+  static_assert(kSwizzleColumns == 64 || kSwizzleColumns == 32 || kSwizzleColumns == 16);
   using AtomK = std::conditional_t<kSwizzleColumns == 64, cute::GMMA::Layout_K_SW128_Atom<Element>,
-                                   cute::GMMA::Layout_K_SW64_Atom<Element>>;
+                                   std::conditional_t<kSwizzleColumns == 32, cute::GMMA::Layout_K_SW64_Atom<Element>,
+                                                      cute::GMMA::Layout_K_SW32_Atom<Element>>>;
   using AtomMN = std::conditional_t<kSwizzleColumns == 64, cute::GMMA::Layout_MN_SW128_Atom<Element>,
-                                    cute::GMMA::Layout_MN_SW64_Atom<Element>>;
+                                    std::conditional_t<kSwizzleColumns == 32, cute::GMMA::Layout_MN_SW64_Atom<Element>,
+                                                       cute::GMMA::Layout_MN_SW32_Atom<Element>>>;
   template <int kRows, int kColumns, int kDepth>
   using Rows =
       decltype(cute::tile_to_shape(AtomK{}, cute::Shape<cute::Int<kRows>, cute::Int<kColumns>, cute::Int<kDepth>>{}));

@@ -41,8 +41,8 @@ inline MapElement map_element(DType dtype) {
   return dtype == DType::kFloat16 ? MapElement::kFloat16 : MapElement::kBFloat16;
 }
 
-// `dimensions` from the contiguous one outwards, at most five; its box is one swizzle row (128 bytes, or 64). What lies
-// outside the tensor arrives as zeros. `promotion`: what L2 reads of memory at once. Returns null or a sentence
+// `dimensions` from the contiguous one outwards, at most five; its box is one swizzle row (128, 64 or 32 bytes). What
+// lies outside the tensor arrives as zeros. `promotion`: what L2 reads of memory at once. Returns null or a sentence
 // that says what went wrong.
 inline const char* make_tensor_map(CUtensorMap& map, void* data, MapElement element,
                                    std::initializer_list<MapDimension> dimensions,
@@ -64,7 +64,9 @@ inline const char* make_tensor_map(CUtensorMap& map, void* data, MapElement elem
   auto const type = element == MapElement::kFloat16    ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
                     : element == MapElement::kBFloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
                                                        : CU_TENSOR_MAP_DATA_TYPE_UINT8;
-  auto const swizzle = bytes * boxes[0] == 128 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B;
+  auto const swizzle = bytes * boxes[0] == 128  ? CU_TENSOR_MAP_SWIZZLE_128B
+                       : bytes * boxes[0] == 64 ? CU_TENSOR_MAP_SWIZZLE_64B
+                                                : CU_TENSOR_MAP_SWIZZLE_32B;
   CUresult const result =
       tensor_map_encode()(&map, type, rank, data, extents, strides + 1, boxes, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
                           swizzle, promotion, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);

@@ -206,11 +206,13 @@ const char* finish_schedule(Problem const& problem, int64_t rows, int64_t pairs_
     return launch_kernel<ScheduleArguments>(schedule_kernel, dim3(1), kScheduleThreads, 0, stream, Launch::kAlone,
                                             {schedule, problem, window_of(problem)});
   }
-  if (num_tiles > num_sms &&
-      (schedule.pairs_per_section < schedule.num_pairs || (num_tiles > 3 * num_sms && !schedule.is_ordered))) {
+  bool const has_equal_tiles = problem.window_left < 0 && problem.window_right < 0;
+  if (num_tiles > num_sms && (schedule.pairs_per_section < schedule.num_pairs ||
+                              (schedule.is_ordered ? has_equal_tiles : num_tiles > 3 * num_sms))) {
     // Several sections: each begins with long tiles again, and only a counter balances that. Many tiles: some
     // multiprocessors are faster than others. A few tiles of one section, dealt to and fro, are balanced as they are.
-    // If tiles wait for each other, CTAs that run ahead only wait longer.
+    // If tiles wait for each other, CTAs that run ahead only wait longer; but those of equal length are done in the
+    // order in which they began, and so begin the next.
     schedule.next_tile = words;
     schedule.ticket = new_ticket();
   }
