@@ -276,12 +276,12 @@ __device__ int64_t workspace_block_of(BackwardRows const& rows, BackwardWorkTile
 // The thread that has the copy engine add the parts of dQ that consumers have staged in shared memory to the sums
 // (kStagesDQ). If dQ must be the same bits every time, it also keeps the order: a semaphore for each q_block admits the
 // parts in the order of falling keys. That is the order of the schedule, so the tile waited for is running or done.
-// Waiting for other CTAs, and saying that a part is there, take this thread's time and not the consumers'. A step is
-// not longer than the way of a part to memory, a fence and a look at a semaphore one after the other: a part is
-// published when the next is on its way. Who waits, waits for later keys alone, so this holds up nobody for good.
+// Waiting for other CTAs, and the way of a part to memory before the next may go on, take this thread's time and not
+// the consumers'.
 template <class Kernel>
 __device__ void reduce_dq(BackwardArguments const& arguments, typename Kernel::SharedStorage& shared) {
   BackwardRows const& rows = arguments.rows;
+  bool const has_turns = rows.dq_semaphore != nullptr;
   Ring<Kernel::kNumStages> ring;
   Ring<kNumBackwardTiles> slot;
   cutlass::arch::wait_on_dependent_grids();  // sums and turns are zero now
@@ -292,42 +292,37 @@ __device__ void reduce_dq(BackwardArguments const& arguments, typename Kernel::S
     BackwardWorkTile const& tile = shared.tiles[slot.stage];
     if (tile.head_kv < 0) return;
     BackwardStep step(tile);
-    [[maybe_unused]] int32_t* unpublished = nullptr;
     CUTE_NO_UNROLL
-    for (int32_t steps = Kernel::kStagesDQ || rows.dq_semaphore != nullptr ? tile.num_steps() : 0; steps > 0;
-         --steps, step.advance(tile, arguments.rows), ring.advance()) {
+    for (int32_t steps = Kernel::kStagesDQ || has_turns ? tile.num_steps() : 0; steps > 0;
+         --steps, step.advance(tile, rows), ring.advance()) {
       int64_t const block = workspace_block_of<Kernel::kBlockQ>(rows, tile, step);
-      int32_t* const semaphore = rows.dq_semaphore == nullptr ? nullptr : rows.dq_semaphore + block;
-      if (semaphore != nullptr) {
+      auto wait_for_turn = [&] {
         int32_t const expected = dq_parts_before<Kernel::kBlockQ>(arguments, tile, step.q_block);
-        while (ptx::load_acquire(semaphore) < expected) {
+        while (ptx::load_acquire(rows.dq_semaphore + block) < expected) {
         }
-      }
-      if constexpr (!Kernel::kStagesDQ) ClusterBarrier::arrive(&shared.dq_empty[ring.stage]);
-      ClusterBarrier::wait(&shared.dq_full[ring.stage], ring.phase);
+      };
       if constexpr (Kernel::kStagesDQ) {
         constexpr int kPart = Kernel::kPartDQ;
+        ClusterBarrier::wait(&shared.dq_full[ring.stage], ring.phase);
         cutlass::arch::fence_view_async_shared();  // from what consumers wrote to what the copy engine reads
+        if (has_turns) wait_for_turn();
         CUTE_NO_UNROLL
         for (int warpgroup = 0; warpgroup < 2 && rows.dq != nullptr; ++warpgroup) {
           ptx::bulk_reduce_add(rows.dq + (2 * block + warpgroup) * kPart, shared.dq[warpgroup], kPart * sizeof(float));
         }
         ptx::bulk_commit();
-        if (unpublished != nullptr) {
-          ptx::bulk_wait<1>();
-          ptx::reduce_release_increment(unpublished);
-        }
-        unpublished = semaphore;
         ptx::bulk_wait_read();
-        ClusterBarrier::arrive(&shared.dq_empty[ring.stage ^ 1]);  // the next part may be written there
-      } else {
-        ptx::reduce_release_increment(semaphore);
+        // The next part may be written there, while this one is on its way to memory.
+        ClusterBarrier::arrive(&shared.dq_empty[ring.stage ^ 1]);
+        if (has_turns) ptx::bulk_wait();
+      } else {  // consumers add from registers
+        wait_for_turn();
+        ClusterBarrier::arrive(&shared.dq_empty[ring.stage]);
+        ClusterBarrier::wait(&shared.dq_full[ring.stage], ring.phase);
       }
+      if (has_turns) ptx::reduce_release_increment(rows.dq_semaphore + block);
     }
-    if constexpr (Kernel::kStagesDQ) {
-      ptx::bulk_wait<0>();
-      if (unpublished != nullptr) ptx::reduce_release_increment(unpublished);
-    }
+    if constexpr (Kernel::kStagesDQ) ptx::bulk_wait();
     ClusterBarrier::arrive(&shared.tile_empty[slot.stage]);
   }
 }

@@ -34,11 +34,14 @@ struct TilesOfHead {
   int ctas;
   bool is_packed, are_equal;  // are_equal: as much work in each
 
-  // Tiles that share the group's query heads, if there are too few for the GPU. (Boundaries are on the device: packed
-  // calls are not split.)
+  // Tiles that share the group's query heads, if there are too few for the GPU: the fewest that fill it once and a
+  // half, or as many as there are heads. (Boundaries are on the device: packed calls are not split.)
   int64_t num_splits(int64_t heads_kv) const {
     int64_t splits = 1;
-    while (!is_packed && 2 * count * heads_kv * splits < 3 * ctas && group % (2 * splits) == 0) splits *= 2;
+    while (!is_packed && splits < group && 2 * count * heads_kv * splits < 3 * ctas) {
+      do ++splits;
+      while (group % splits != 0);
+    }
     return splits;
   }
 

@@ -208,11 +208,9 @@ __device__ inline void bulk_commit() {
   asm volatile("cp.async.bulk.commit_group;" ::: "memory");
 }
 
-// 9.7.9.25.3.2, cp.async.bulk.wait_group: until all groups but the last kPending are done, or all have read their
-// sources.
-template <int kPending>
-__device__ void bulk_wait() {
-  asm volatile("cp.async.bulk.wait_group %0;" ::"n"(kPending) : "memory");
+// 9.7.9.25.3.2, cp.async.bulk.wait_group: until all groups are done, or have read their sources.
+__device__ inline void bulk_wait() {
+  asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
 }
 __device__ inline void bulk_wait_read() {
   asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
