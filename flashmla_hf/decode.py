@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 
-from flashmla_hf import decode_ops, direct, libraries, notices, reference
+from flashmla_hf import decode_ops, direct, notices, reference
 from flashmla_hf.backend import dtype_refusal
 from flashmla_hf.backends import cpu, sm90
 from flashmla_hf.fp8 import cached

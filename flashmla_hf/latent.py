@@ -21,9 +21,11 @@ from dataclasses import replace
 
 import torch
 
-from flashmla_hf import latent_ops, reference
+from flashmla_hf import reference
 from flashmla_hf.backend import dtype_refusal
 from flashmla_hf.backends import cpu, sm90
+from flashmla_hf.latent_ops import flash_attn_latent
+from flashmla_hf.latent_stream import Options
 from flashmla_hf.notices import log_choice
 from flashmla_hf.scalars import fail, flag
 from flashmla_hf.validation import Call, first_columns, validate
@@ -80,8 +82,8 @@ def latent_attention(
     is_causal, return_lse = flag("is_causal", is_causal), flag("return_lse", return_lse)
     values = first_columns("k", k, head_dim_v)
     call = validate(
-        q, k, values, scale, is_causal, window, softcap, sinks, 0.0, None, None, None, None, True, impl, return_lse, None
-    )
+        q, k, values, scale, is_causal, window, softcap, sinks, 0.0, None, None, None, None, True, impl, return_lse, None,
+    )  # fmt: skip
     out, lse = _choose(call)(call)
     return (out, lse) if return_lse else out
 
@@ -95,9 +97,8 @@ def _cpu_refusal(call: Call) -> str | None:
 
 
 def _run(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
-    return torch.ops.flashmla.flash_attn_latent(
-        call.q, call.k, call.sinks, call.v.shape[-1], call.scale, call.window_left, call.window_right, call.softcap
-    )
+    options = Options(call.v.shape[-1], call.scale, call.window_left, call.window_right, call.softcap)
+    return flash_attn_latent(call.q, call.k, call.sinks, options)
 
 
 def _run_sm90(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
@@ -106,10 +107,11 @@ def _run_sm90(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _run_reference(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
-    return reference.attention(
+    out, lse = reference.attention(
         call.q, call.k, call.v, sinks=call.sinks, scale=call.scale, window_left=call.window_left,
         window_right=call.window_right, softcap=call.softcap,
     )  # fmt: skip
+    return out, lse
 
 
 _Run = Callable[[Call], tuple[torch.Tensor, torch.Tensor]]

@@ -27,6 +27,7 @@ from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 
 from flashmla_hf import decode_ops, latent_stream
+from flashmla_hf.latent_stream import Options
 from flashmla_hf.ops import (
     check_tensor,
     dtype_name,
@@ -95,7 +96,7 @@ def _forward(q, k, sinks, head_dim_v, *options):
     # The operator of caches checks all else.
     if q.dim() == 4 and k.dim() == 4 and not 1 <= head_dim_v <= k.shape[-1]:
         _refuse_columns(FORWARD, k, head_dim_v)
-    return latent_stream.forward(q, k, sinks, head_dim_v, *options)
+    return latent_stream.forward(q, k, sinks, Options(head_dim_v, *options))
 
 
 def _backward(dout, dlse, q, k, out, lse, sinks, head_dim_v, *options):
@@ -112,7 +113,9 @@ def _backward(dout, dlse, q, k, out, lse, sinks, head_dim_v, *options):
         _refuse_columns(BACKWARD, k, head_dim_v)
     if k.shape[2] == 0 or q.shape[2] % k.shape[2] != 0:
         refuse(BACKWARD, "q", f"a multiple of the {k.shape[2]} kv heads", f"{q.shape[2]} heads")
-    return latent_stream.backward(dout, dlse, q, k, out, lse, sinks, head_dim_v, *options)
+    *numbers, needs_dq, needs_dk, needs_dsinks = options
+    needs = (needs_dq, needs_dk, needs_dsinks)
+    return latent_stream.backward(dout, dlse, q, k, out, lse, sinks, Options(head_dim_v, *numbers), needs)
 
 
 _library = torch.library.Library("flashmla", "FRAGMENT")
@@ -170,3 +173,11 @@ def _differentiable_backward(*inputs):
 
 _library.impl(FORWARD, _differentiable_forward, "Autograd")
 _library.impl(BACKWARD, _differentiable_backward, "Autograd")
+
+
+def flash_attn_latent(
+    q: torch.Tensor, k: torch.Tensor, sinks: torch.Tensor | None, options: Options
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(out, lse) of ``torch.ops.flashmla.flash_attn_latent``."""
+    numbers = (options.head_dim_v, options.scale, options.window_left, options.window_right, options.softcap)
+    return torch.ops.flashmla.flash_attn_latent(q, k, sinks, *numbers)

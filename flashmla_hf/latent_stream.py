@@ -38,6 +38,17 @@ CHUNK_ROWS = 16384
 
 
 @dataclass(frozen=True)
+class Options:
+    """The arguments of the operators that are no tensors, in their order."""
+
+    head_dim_v: int
+    scale: float
+    window_left: int
+    window_right: int
+    softcap: float
+
+
+@dataclass(frozen=True)
 class _Visibility:
     """Which keys queries see: query i, at key position ``i + shift``, those from ``window_left`` before it to ``window_right``
     behind it; a negative bound is unbounded."""
@@ -94,31 +105,28 @@ def _blocks(whole: range, size: int) -> Iterator[range]:
 
 
 def forward(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    sinks: torch.Tensor | None,
-    head_dim_v: int,
-    scale: float,
-    window_left: int,
-    window_right: int,
-    softcap: float,
+    q: torch.Tensor, k: torch.Tensor, sinks: torch.Tensor | None, options: Options
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(out, lse), as ``torch.ops.flashmla.flash_attn_latent`` (:mod:`latent_ops`)."""
     batch, seqlen_q, heads_q, _ = q.shape
+    window_left, window_right = options.window_left, options.window_right
     visibility = _Visibility(seqlen_q, k.shape[1], window_left, window_right)
 
     def attend(q: torch.Tensor, num_keys: int, shift: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Of queries to the first keys. The operator sees them ``shift`` positions further on than they are."""
-        left, right = (bound if bound < 0 else bound + more for bound, more in ((window_left, shift), (window_right, -shift)))
+        left = window_left if window_left < 0 else window_left + shift
+        right = window_right if window_right < 0 else window_right - shift
         rows = k[:, :num_keys]
+        numbers = (options.scale, left, right, options.softcap, True)
         return torch.ops.flashmla.flash_attn_decode(
-            q, rows, rows[..., :head_dim_v], sinks, None, None, None, scale, left, right, softcap, True
+            q, rows, rows[..., : options.head_dim_v], sinks, None, None, None, *numbers
         )
 
     size = max(1, CHUNK_ROWS // max(1, heads_q))
     if seqlen_q <= size or (window_left < 0 and window_right < 0):
         return attend(q, k.shape[1], 0)
-    out, lse = q.new_empty(batch, seqlen_q, heads_q, head_dim_v), q.new_empty(batch, heads_q, seqlen_q, dtype=torch.float32)
+    out = q.new_empty(batch, seqlen_q, heads_q, options.head_dim_v)
+    lse = q.new_empty(batch, heads_q, seqlen_q, dtype=torch.float32)
     first = visibility.first_query
     out[:, :first] = 0.0
     lse[:, :, :first] = -math.inf if sinks is None else sinks[:, None]
@@ -141,17 +149,13 @@ def backward(
     out: torch.Tensor,
     lse: torch.Tensor,
     sinks: torch.Tensor | None,
-    head_dim_v: int,
-    scale: float,
-    window_left: int,
-    window_right: int,
-    softcap: float,
-    needs_dq: bool,
-    needs_dk: bool,
-    needs_dsinks: bool,
+    options: Options,
+    needs: tuple[bool, bool, bool],
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(dq, dk, dsinks), as ``torch.ops.flashmla.flash_attn_latent_backward``; shapes of q, k and sinks, or no elements."""
-    visibility = _Visibility(q.shape[1], k.shape[1], window_left, window_right)
+    """(dq, dk, dsinks), as ``torch.ops.flashmla.flash_attn_latent_backward``: of the shapes of q, k and sinks, or without
+    elements if ``needs`` says so."""
+    needs_dq, needs_dk, needs_dsinks = needs
+    visibility = _Visibility(q.shape[1], k.shape[1], options.window_left, options.window_right)
     group = q.shape[2] // k.shape[2]
     dq = torch.empty(q.shape if needs_dq else 0, dtype=q.dtype, device=q.device)
     dk = torch.empty(k.shape if needs_dk else 0, dtype=k.dtype, device=k.device)
@@ -159,12 +163,11 @@ def backward(
     first = visibility.first_query
     if needs_dq:
         dq[:, :first] = 0.0  # these queries see nothing
-    if needs_dsinks and dlse is not None:
+    if needs_dsinks and dlse is not None and sinks is not None:
         # Their lse is the sink itself; one of -inf is none.
-        of_dead = dlse[:, :, :first].float().sum((0, 2))
-        dsinks += of_dead.masked_fill_(sinks == -math.inf, 0.0)  # type: ignore[operator]
+        dsinks += dlse[:, :, :first].sum((0, 2)).masked_fill_(sinks.isneginf(), 0.0)
     with without_autocast(q.device):
-        stream = _Backward(visibility, group, head_dim_v, scale, softcap, q, (needs_dq, needs_dk, needs_dsinks))
+        stream = _Backward(visibility, group, options, q, needs)
         for b in range(q.shape[0]):
             for head in range(k.shape[2]):
                 heads = slice(head * group, (head + 1) * group)
@@ -181,7 +184,8 @@ def backward(
 
 @dataclass(frozen=True)
 class _Queries:
-    """What a kv head of a sequence is asked: dout, q, out [seqlen_q, group, dim], dlse, lse [group, seqlen_q], sinks [group]."""
+    """The queries of a kv head of a sequence: dout, q, out [seqlen_q, group, dim], dlse, lse [group, seqlen_q], sinks
+    [group]."""
 
     dout: torch.Tensor
     dlse: torch.Tensor | None
@@ -195,27 +199,22 @@ class _Backward:
     """The stream of one kv head of one sequence after the other, through one workspace."""
 
     def __init__(
-        self,
-        visibility: _Visibility,
-        group: int,
-        head_dim_v: int,
-        scale: float,
-        softcap: float,
-        q: torch.Tensor,
-        needs: tuple[bool, bool, bool],
+        self, visibility: _Visibility, group: int, options: Options, q: torch.Tensor, needs: tuple[bool, bool, bool]
     ):
-        self.visibility, self.group, self.head_dim_v = visibility, group, head_dim_v
-        self.scale, self.softcap, self.needs = scale, softcap, needs
+        self.visibility, self.group, self.options, self.needs = visibility, group, options, needs
         rows, keys = BLOCKS[q.device.type]
         self.num_queries = max(1, min(rows // group, visibility.seqlen_q))
         self.num_keys = max(1, min(keys, visibility.seqlen_kv))
         rows = self.num_queries * group
-        statistics = {"dtype": torch.float32, "device": q.device}
-        self.scores = torch.empty(rows * self.num_keys, **statistics)
-        self.capped = torch.empty_like(self.scores) if softcap > 0.0 else None  # tanh(S / softcap)
-        self.p, self.ds = (torch.empty(rows * self.num_keys, dtype=q.dtype, device=q.device) for _ in range(2))
-        self.dq = torch.empty(rows * q.shape[-1] if needs[0] else 0, **statistics)
-        self.dk = torch.empty(visibility.seqlen_kv * q.shape[-1] if needs[1] else 0, **statistics).view(-1, q.shape[-1])
+
+        def empty(size: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+            return torch.empty(size, dtype=dtype, device=q.device)
+
+        self.scores = empty(rows * self.num_keys)
+        self.capped = empty(rows * self.num_keys) if options.softcap > 0.0 else None  # tanh(S / softcap)
+        self.p, self.ds = (empty(rows * self.num_keys, q.dtype) for _ in range(2))
+        self.dq = empty(rows * q.shape[-1] if needs[0] else 0)
+        self.dk = empty(visibility.seqlen_kv * q.shape[-1] if needs[1] else 0).view(-1, q.shape[-1])
 
     def run(
         self,
@@ -227,7 +226,7 @@ class _Backward:
     ) -> None:
         self.dk.zero_()
         whole = range(self.visibility.first_query, self.visibility.seqlen_q)
-        # The last first: under a causal mask they have the most keys, so that the launches of the short ones are queued in time.
+        # The last first: under a causal mask they see the most keys, and a GPU has work while short blocks are launched.
         for queries in reversed([*_blocks(whole, self.num_queries)]):
             rows = slice(queries.start, queries.stop)
             dout, out, q = (_as_rows(x[rows]) for x in (of.dout, of.out, of.q))
@@ -235,6 +234,7 @@ class _Backward:
             if of.dlse is not None:
                 delta -= of.dlse[:, rows].t().reshape(-1)
             lse = of.lse[:, rows].t().reshape(-1)
+            minus_lse, minus_delta = -lse[:, None], -delta[:, None]
             if dsinks is not None and of.sinks is not None:
                 weights = torch.exp(of.sinks - lse.view(-1, self.group))
                 dsinks -= (weights * delta.view(-1, self.group)).sum(0)
@@ -244,7 +244,7 @@ class _Backward:
             if sum_dq is not None:
                 sum_dq.zero_()
             for keys in _blocks(self.visibility.keys(queries), self.num_keys):
-                self._add_block(queries, keys, q, k[keys.start : keys.stop], dout, -lse[:, None], -delta[:, None], sum_dq)
+                self._add_block(queries, keys, q, k[keys.start : keys.stop], dout, minus_lse, minus_delta, sum_dq)
             if dq is not None:
                 dq[rows] = sum_dq.view(dq[rows].shape)  # type: ignore[union-attr]
         if dk is not None:
@@ -262,27 +262,28 @@ class _Backward:
         sum_dq: torch.Tensor | None,  # fp32 [rows, head_dim_qk]
     ) -> None:
         """Adds to dQ and dK what a block of queries has of a block of keys."""
+        scale, softcap = self.options.scale, self.options.softcap
         shape = (q.shape[0], k.shape[0])
         scores, p, ds = (x[: shape[0] * shape[1]].view(shape) for x in (self.scores, self.p, self.ds))
         if self.capped is None:
-            _add_product(scores.copy_(minus_lse.expand(shape)), q, k.t(), self.scale)
+            _add_product(scores.copy_(minus_lse.expand(shape)), q, k.t(), scale)
         else:
             capped = self.capped[: scores.numel()].view(shape).zero_()
-            _add_product(capped, q, k.t(), self.scale / self.softcap).tanh_()
-            torch.add(minus_lse, capped, alpha=self.softcap, out=scores)
+            _add_product(capped, q, k.t(), scale / softcap).tanh_()
+            torch.add(minus_lse, capped, alpha=softcap, out=scores)
         self.visibility.mask_(scores.view(len(queries), self.group, len(keys)), queries, keys)
         torch.exp(scores, out=p)
-        v = k[:, : self.head_dim_v]
+        v = k[:, : self.options.head_dim_v]
         _add_product(scores.copy_(minus_delta.expand(shape)), dout, v.t())  # dP - delta
         if self.capped is not None:
             scores.addcmul_(scores, capped.square_(), value=-1.0)
         torch.mul(p, scores, out=ds)
         if sum_dq is not None:
-            _add_product(sum_dq, ds, k, self.scale)
+            _add_product(sum_dq, ds, k, scale)
         if self.needs[1]:
             sum_dk = self.dk[keys.start : keys.stop]
-            _add_product(sum_dk, ds.t(), q, self.scale)
-            _add_product(sum_dk[:, : self.head_dim_v], p.t(), dout)
+            _add_product(sum_dk, ds.t(), q, scale)
+            _add_product(sum_dk[:, : self.options.head_dim_v], p.t(), dout)
 
 
 def _as_rows(x: torch.Tensor) -> torch.Tensor:
@@ -297,8 +298,7 @@ def _add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor, alpha: f
         # Of the matrix products whose result is wider than their operands, the batched one adds in place in every torch; addmm
         # gives one row to cuBLASLt as a bias.
         batch = total.unsqueeze(0)
-        torch.ops.aten.baddbmm.dtype_out(
-            batch, a.unsqueeze(0), b.unsqueeze(0), torch.float32, beta=1.0, alpha=alpha, out=batch
-        )
+        product = (a.unsqueeze(0), b.unsqueeze(0))
+        torch.ops.aten.baddbmm.dtype_out(batch, *product, torch.float32, beta=1.0, alpha=alpha, out=batch)
         return total
     return total.addmm_(a.float(), b.float(), alpha=alpha)
