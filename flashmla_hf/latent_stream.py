@@ -29,9 +29,9 @@ import torch
 
 from flashmla_hf.torch_state import without_autocast
 
-# Rows (queries times heads) and keys of a block of the backward, by device. A GPU's block is 256 MiB of workspace: many times
-# longer than Python takes to launch its kernels, and enough tiles of a product for all multiprocessors. A CPU's stays in cache.
-BLOCKS = {"cuda": (8192, 4096), "cpu": (256, 512)}
+# Rows (queries times heads) and keys of a block of the backward, by device. A GPU's block is 256 MiB of workspace: it takes
+# longer to compute than Python takes to launch its kernels, and its products have tiles for all multiprocessors.
+BLOCKS = {"cuda": (8192, 4096), "cpu": (1024, 512)}
 
 # Rows of a chunk of the forward: 256 tiles of 64 rows, two for nearly each of a Hopper GPU's multiprocessors.
 CHUNK_ROWS = 16384

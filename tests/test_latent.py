@@ -432,7 +432,7 @@ def test_long_calls_on_a_gpu(heads, seqlen, dtype):
 
 @on_sm90
 @pytest.mark.parametrize("softcap", [0.0, 20.0])
-def test_a_gpu_needs_no_more_memory_for_longer_sequences(softcap):
+def test_memory_on_a_gpu_does_not_grow_with_the_scores(softcap):
     """Beyond inputs and results: the sum of dK, the lse, and a workspace of a constant size."""
     mib = 2**20
     for seqlen in (4096, 16384):
@@ -448,7 +448,7 @@ def test_a_gpu_needs_no_more_memory_for_longer_sequences(softcap):
 
 
 @on_sm90
-def test_a_gpu_is_never_waited_for():
+def test_nothing_is_waited_for_on_a_gpu():
     case = Case(seqlen_q=700, heads_q=16, is_causal=True, has_sinks=True, **DIMS)
     inputs = case.inputs(torch.bfloat16, "cuda")
     expected = numerics.run(ours("sm90"), case, inputs)
