@@ -66,9 +66,16 @@ def blocks(monkeypatch):
 
 
 def random_latent_case(source: random.Random, impl: str) -> Case:
-    rows = [(576, 512), (576, 512), (96, 64), (192, 128)] if impl == "sm90" else None
-    case = cases.random_case(source.randint, source.choice, is_packed=False, max_head_dim=72, rows=rows)
+    rows = {"sm90": [(576, 512), (576, 512), (96, 64), (192, 128)], "cpu": [(96, 64), (72, 64), (40, 40)]}[impl]
+    case = cases.random_case(source.randint, source.choice, is_packed=False, rows=rows)
     dims = sorted((case.head_dim_qk, case.head_dim_v))
+    # Values are as large as keys here: of 4 and more, every softmax has one key, for which eager makes no error.
+    case = dataclasses.replace(case, magnitude=min(case.magnitude, 2.0))
+    if impl == "cpu":
+        case = dataclasses.replace(
+            case, outliers=1.0
+        )  # in fp32 they are large against the error of sums in another order
+        dims = sorted(max(1, dim - source.choice([0, source.randint(0, 7)])) for dim in dims)
     heads_kv = source.choice([1, 1, 1, 2])
     case = dataclasses.replace(
         case, head_dim_qk=dims[1], head_dim_v=dims[0], heads_kv=heads_kv,
