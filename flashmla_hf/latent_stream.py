@@ -122,12 +122,11 @@ def forward(
             q, rows, rows[..., : options.head_dim_v], sinks, None, None, None, *numbers
         )
 
-    size = max(1, CHUNK_ROWS // max(1, heads_q))
-    if seqlen_q <= size or (window_left < 0 and window_right < 0):
+    first, size = visibility.first_query, max(1, CHUNK_ROWS // max(1, heads_q))
+    if first < seqlen_q and (seqlen_q <= size or (window_left < 0 and window_right < 0)):
         return attend(q, k.shape[1], 0)
     out = q.new_empty(batch, seqlen_q, heads_q, options.head_dim_v)
     lse = q.new_empty(batch, heads_q, seqlen_q, dtype=torch.float32)
-    first = visibility.first_query
     out[:, :first] = 0.0
     lse[:, :, :first] = -math.inf if sinks is None else sinks[:, None]
     for queries in _blocks(range(first, seqlen_q), size):
@@ -205,14 +204,14 @@ class _Backward:
         rows, keys = BLOCKS[q.device.type]
         self.num_queries = max(1, min(rows // group, visibility.seqlen_q))
         self.num_keys = max(1, min(keys, visibility.seqlen_kv))
-        rows = self.num_queries * group
+        rows, columns = self.num_queries * group, _aligned(self.num_keys)
 
         def empty(size: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
             return torch.empty(size, dtype=dtype, device=q.device)
 
-        self.scores = empty(rows * self.num_keys)
-        self.capped = empty(rows * self.num_keys) if options.softcap > 0.0 else None  # tanh(S / softcap)
-        self.p, self.ds = (empty(rows * self.num_keys, q.dtype) for _ in range(2))
+        self.scores = empty(rows * columns)
+        self.capped = empty(rows * columns) if options.softcap > 0.0 else None  # tanh(S / softcap)
+        self.p, self.ds = (empty(rows * columns, q.dtype) for _ in range(2))
         self.dq = empty(rows * q.shape[-1] if needs[0] else 0)
         self.dk = empty(visibility.seqlen_kv * q.shape[-1] if needs[1] else 0).view(-1, q.shape[-1])
 
@@ -264,14 +263,14 @@ class _Backward:
         """Adds to dQ and dK what a block of queries has of a block of keys."""
         scale, softcap = self.options.scale, self.options.softcap
         shape = (q.shape[0], k.shape[0])
-        scores, p, ds = (x[: shape[0] * shape[1]].view(shape) for x in (self.scores, self.p, self.ds))
+        scores, p, ds = (_matrix(x, *shape) for x in (self.scores, self.p, self.ds))
         if self.capped is None:
             _add_product(scores.copy_(minus_lse.expand(shape)), q, k.t(), scale)
         else:
-            capped = self.capped[: scores.numel()].view(shape).zero_()
+            capped = _matrix(self.capped, *shape).zero_()
             _add_product(capped, q, k.t(), scale / softcap).tanh_()
             torch.add(minus_lse, capped, alpha=softcap, out=scores)
-        self.visibility.mask_(scores.view(len(queries), self.group, len(keys)), queries, keys)
+        self.visibility.mask_(scores.unflatten(0, (len(queries), self.group)), queries, keys)
         torch.exp(scores, out=p)
         v = k[:, : self.options.head_dim_v]
         _add_product(scores.copy_(minus_delta.expand(shape)), dout, v.t())  # dP - delta
@@ -284,6 +283,17 @@ class _Backward:
             sum_dk = self.dk[keys.start : keys.stop]
             _add_product(sum_dk, ds.t(), q, scale)
             _add_product(sum_dk[:, : self.options.head_dim_v], p.t(), dout)
+
+
+def _aligned(columns: int) -> int:
+    """Elements from one row to the next: a multiple of 16 bytes, which the fast products of cuBLAS want."""
+    return -(-columns // 8) * 8
+
+
+def _matrix(buffer: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
+    """A matrix in the memory of a buffer."""
+    stride = _aligned(columns)
+    return buffer[: rows * stride].view(rows, stride)[:, :columns]
 
 
 def _as_rows(x: torch.Tensor) -> torch.Tensor:
