@@ -68,14 +68,16 @@ def latent_attention(
 
     Gradients are bitwise equal if the call is repeated. Beyond its results the backward needs
     ``4 * seqlen_kv * head_dim_qk`` bytes and up to 320 MiB on a GPU, 448 with softcap. Nothing waits for the device. A row
-    that no query sees does not matter, even NaN; one that some queries see must be finite, with ``"reference"`` for those
-    alone. First derivatives work, ``torch.func``'s included; second and forward-mode ones raise (``"reference"`` computes
-    them). Autocast changes nothing: the result has q's dtype. Packed sequences, masks and dropout are
-    :func:`flashmla_hf.attention`'s: it takes ``attention(q, k, k[..., :head_dim_v])`` on CPUs.
+    that no query sees does not matter, even NaN. A row that is hidden from some queries and not from others must be finite:
+    NaN in it may reach those too, except with ``"reference"``. First derivatives work, ``torch.func``'s included; second and
+    forward-mode ones raise (``"reference"`` computes them). Autocast changes nothing: the result has q's dtype. Packed
+    sequences, masks and dropout are :func:`flashmla_hf.attention`'s, which takes ``attention(q, k, k[..., :head_dim_v])`` on
+    CPUs.
 
     Raises:
-        TypeError: an argument has the wrong type or dtype. ValueError: it has a wrong shape or value. RuntimeError: the
-        implementation cannot compute this call; the message names the reason and a remedy.
+        TypeError: an argument has the wrong type or dtype.
+        ValueError: an argument has a wrong shape or value.
+        RuntimeError: the implementation cannot compute this call; the message names the reason and a remedy.
 
     Source: DeepSeek-AI, arXiv 2405.04434, section 2.1; Dao, arXiv 2307.08691, algorithm 2.
     """
