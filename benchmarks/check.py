@@ -21,12 +21,17 @@ CHECKED_ROWS = 64
 
 @dataclass
 class Inputs:
-    """Dense [batch, seqlen, heads, dim] or packed [batch * seqlen, heads, dim]."""
+    """Dense [batch, seqlen, heads, dim] or packed [batch * seqlen, heads, dim]. Of latents v is a view of k, and no leaf."""
 
     q: torch.Tensor
     k: torch.Tensor
     v: torch.Tensor
     dout: torch.Tensor
+
+    @property
+    def leaves(self) -> tuple[torch.Tensor, ...]:
+        """What has a gradient: q, k, and v unless it is a view."""
+        return tuple(x for x in (self.q, self.k, self.v) if x.is_leaf)
 
     @staticmethod
     def random(shape: Shape, device: str) -> Inputs:
@@ -36,20 +41,20 @@ class Inputs:
             rows = (shape.batch * seqlen,) if shape.is_packed else (shape.batch, seqlen)
             return torch.randn(*rows, heads, dim, generator=generator, device=device).to(DTYPES[shape.dtype])
 
-        return Inputs(
-            normal(shape.seqlen_q, shape.heads_q, shape.head_dim_qk).requires_grad_(),
-            normal(shape.seqlen_kv, shape.heads_kv, shape.head_dim_qk).requires_grad_(),
-            normal(shape.seqlen_kv, shape.heads_kv, shape.head_dim_v).requires_grad_(),
-            normal(shape.seqlen_q, shape.heads_q, shape.head_dim_v),
-        )
+        q = normal(shape.seqlen_q, shape.heads_q, shape.head_dim_qk).requires_grad_()
+        k = normal(shape.seqlen_kv, shape.heads_kv, shape.head_dim_qk).requires_grad_()
+        if shape.is_latent:
+            v = k[..., : shape.head_dim_v]
+        else:
+            v = normal(shape.seqlen_kv, shape.heads_kv, shape.head_dim_v).requires_grad_()
+        return Inputs(q, k, v, normal(shape.seqlen_q, shape.heads_q, shape.head_dim_v))
 
     def arranged(self, peer: Peer) -> Inputs:
         """The same memory in the order of dimensions that the peer takes."""
         if not peer.is_heads_first:
             return self
-        return Inputs(
-            *(x.detach().transpose(1, 2).requires_grad_() for x in (self.q, self.k, self.v)), self.dout.transpose(1, 2)
-        )
+        q, k, *v = (x.detach().transpose(1, 2).requires_grad_() for x in self.leaves)
+        return Inputs(q, k, v[0] if v else k[..., : self.v.shape[-1]], self.dout.transpose(1, 2))
 
 
 def _blocks(seqlen: int) -> list[slice]:
@@ -124,6 +129,9 @@ def _expected(shape: Shape, inputs: Inputs, index: int | slice, needs_gradients:
         for i, kv_block in enumerate(kv_blocks):
             result.dk[i] += scale * torch.einsum("grk,grd->kd", ds[..., kv_block], q[:, block])
             result.dv[i] += torch.einsum("grk,grd->kd", p[..., kv_block], dout[:, block])
+    if shape.is_latent:
+        for dk, dv in zip(result.dk, result.dv, strict=True):
+            dk[:, : shape.head_dim_v] += dv
     return result
 
 
@@ -145,8 +153,8 @@ def verdict(
             return f"the output has shape {tuple(out.shape)}, expected {tuple(mine.dout.shape)}", {}
         found = {"O": out.detach()}
         if training:
-            gradients = torch.autograd.grad(out, (q, k, v), mine.dout)
-            found |= dict(zip(("dQ", "dK", "dV"), gradients, strict=True))
+            gradients = torch.autograd.grad(out, mine.leaves, mine.dout)
+            found |= dict(zip(("dQ", "dK", "dV"), gradients, strict=False))
     errors, problem = {}, None
     for name, tensor in found.items():
         if peer.is_heads_first:

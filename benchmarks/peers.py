@@ -65,6 +65,17 @@ def _flashmla(impl: str | None, deterministic: bool | None = None, precision: st
     return build
 
 
+def _flashmla_latent(shape: Shape, device: str) -> Peer:
+    from flashmla_hf import latent_attention
+
+    if not shape.is_latent:
+        raise Unsupported("latent_attention takes values that are columns of the keys: a shape with the word latent")
+    options = {"head_dim_v": shape.head_dim_v, "is_causal": shape.is_causal}
+    if shape.window is not None:
+        options["window"] = (shape.window, 0)
+    return Peer(lambda q, k, v: latent_attention(q, k, **options))
+
+
 def _flashmla_operator(shape: Shape, device: str) -> Peer:
     """The operator without the public function above it: the difference is the cost of checks and dispatch in Python."""
     import flashmla_hf  # noqa: F401  (defines the operator)
@@ -222,6 +233,7 @@ PEERS: dict[str, Builder] = {
     "flashmla-torch-flash": _flashmla("torch_flash"),
     "flashmla-deterministic": _flashmla(None, deterministic=True),
     "flashmla-fp8": _flashmla(None, precision="fp8"),
+    "flashmla-latent": _flashmla_latent,
     "flashmla-operator": _flashmla_operator,
     "sdpa": _sdpa(None),
     "sdpa-flash": _sdpa("flash"),

@@ -38,7 +38,7 @@ class Shape:
     window: int | None = None  # causal, and this many keys to the left, the query's own not counted
     dtype: str = "bf16"
     # dense: [batch, seqlen, heads, dim]. packed: the same documents behind each other with cu_seqlens. ragged: packed,
-    # batch * seqlen tokens in batch documents of unequal lengths.
+    # batch * seqlen tokens in batch documents of unequal lengths. latent: dense, the values are the first columns of the keys.
     layout: str = "dense"
 
     def __str__(self) -> str:
@@ -53,7 +53,7 @@ class Shape:
         """The inverse of ``str``; raises ValueError with the form that is expected."""
         match = re.fullmatch(
             r"d(\d+)(?:/(\d+))? B(\d+) H(\d+)(?:/(\d+))? S(\d+)(?:/(\d+))? (full|causal|window(\d+))"
-            r"(?: (packed|ragged))?(?: (fp32|bf16|fp16))?",
+            r"(?: (packed|ragged|latent))?(?: (fp32|bf16|fp16))?",
             " ".join(text.replace(",", " ").split()),
         )
         if match is None:
@@ -74,13 +74,19 @@ class Shape:
         )
         if shape.heads_q % shape.heads_kv:
             raise ValueError(f"{text!r}: {shape.heads_q} query heads are no multiple of {shape.heads_kv} kv heads")
+        if shape.is_latent and shape.head_dim_v > shape.head_dim_qk:
+            raise ValueError(f"{text!r}: {shape.head_dim_v} columns of {shape.head_dim_qk} are no values")
         if shape.is_packed and shape.seqlen_q != shape.seqlen_kv:
             raise ValueError(f"{text!r}: a {shape.layout} shape has one length for queries and keys")
         return shape
 
     @property
     def is_packed(self) -> bool:
-        return self.layout != "dense"
+        return self.layout in ("packed", "ragged")
+
+    @property
+    def is_latent(self) -> bool:
+        return self.layout == "latent"
 
     def lengths(self) -> list[int]:
         """Query tokens of each document (batch entry). Ragged: drawn with a fixed seed, log-uniform over a factor of 64,
@@ -138,9 +144,9 @@ class Shape:
         return self.batch * self.heads_q * self.seqlen_q * self.seqlen_kv * DTYPES[self.dtype].itemsize
 
     def output_bytes(self, mode: str) -> int:
-        """The output, and with a backward the gradients of q, k and v: every implementation needs them."""
+        """The output, and with a backward the gradients of q, k and v (latents: q and k): every implementation needs them."""
         queries, keys = self.batch * self.seqlen_q * self.heads_q, self.batch * self.seqlen_kv * self.heads_kv
-        gradients = (queries + keys) * self.head_dim_qk + keys * self.head_dim_v
+        gradients = (queries + keys) * self.head_dim_qk + keys * self.head_dim_v * (not self.is_latent)
         return (queries * self.head_dim_v + gradients * (mode != "fwd")) * DTYPES[self.dtype].itemsize
 
 
@@ -209,6 +215,15 @@ SUITES: dict[str, Suite] = {
         ],
         modes=("fwd", "bwd"),
         peers=("flashmla", "flex", "sdpa-efficient"),
+    ),
+    # DeepSeek-V3's heads, and a sixteenth of them, in training on latents.
+    "latent-training": Suite(
+        [
+            *(Shape(1, 128, 1, s, s, 576, 512, True, layout="latent") for s in (4096, 8192)),
+            Shape(1, 16, 1, 16384, 16384, 576, 512, True, layout="latent"),
+        ],
+        modes=("fwd", "bwd"),
+        peers=("flashmla-latent", "sdpa-efficient", "eager"),
     ),
     # What answers on GPUs that are not Hopper's: torch's FlashAttention 2, built ahead of time, and compiled FlexAttention. On
     # a Hopper they run by these names alone.

@@ -36,10 +36,10 @@ def timed_call(peer: Peer, inputs: Inputs, mode: str) -> Timed:
     if mode in ("fwd", "host", "host+grad"):
         return Timed(peer, lambda: peer.run(q, k, v))
     if mode == "fwd+bwd":
-        return Timed(peer, lambda: torch.autograd.grad(peer.run(q, k, v), (q, k, v), mine.dout))
+        return Timed(peer, lambda: torch.autograd.grad(peer.run(q, k, v), mine.leaves, mine.dout))
     with peer.context():
         out = peer.run(q, k, v)
-    return Timed(peer, lambda: torch.autograd.grad(out, (q, k, v), mine.dout, retain_graph=True))
+    return Timed(peer, lambda: torch.autograd.grad(out, mine.leaves, mine.dout, retain_graph=True))
 
 
 def rotation(peer: Peer, calls: list[Callable[[], object]], count: int, device: str) -> Timed:

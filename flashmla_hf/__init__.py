@@ -15,6 +15,7 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "attention": "flashmla_hf.dispatch",
     "decode_attention": "flashmla_hf.decode",
+    "latent_attention": "flashmla_hf.latent",
     "flash_attn_func": "flashmla_hf.flash_attn_api",
     "flash_attn_varlen_func": "flashmla_hf.flash_attn_api",
     "flash_attn_with_kvcache": "flashmla_hf.flash_attn_api",
@@ -32,6 +33,7 @@ _PUBLIC = {
 _WITHOUT_TRANSFORMERS = {
     "flashmla_hf.dispatch",
     "flashmla_hf.decode",
+    "flashmla_hf.latent",
     "flashmla_hf.flash_attn_api",
     "flashmla_hf.hf.check",
 }

@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 
-from flashmla_hf import decode_ops, direct, libraries, notices, reference
+from flashmla_hf import decode_ops, direct, notices, reference
 from flashmla_hf.backend import dtype_refusal
 from flashmla_hf.backends import cpu, sm90
 from flashmla_hf.fp8 import cached
@@ -375,13 +375,8 @@ def _numbers(name: str, x: torch.Tensor | None, batch: int, default: int, most: 
 
 
 def _sm90_refusal(call: DecodeCall) -> str | None:
-    if "sm90" in libraries.unavailable:
-        return libraries.unavailable["sm90"]
-    limits = libraries.sm90_limits
-    assert limits is not None  # otherwise the library is unavailable
-    is_wide = max(call.q.shape[-1], call.v.shape[-1]) > limits.largest_decode
-    largest = limits.largest_latent if is_wide and _values_are_columns(call) else (limits.largest_decode,) * 2
-    return sm90.device_refusal(call.q, call.v, largest) or sm90.cache_alignment_refusal(call)
+    are_columns = lambda: _values_are_columns(call)  # noqa: E731
+    return sm90.rows_refusal(call.q, call.v, are_columns) or sm90.cache_alignment_refusal(call)
 
 
 def _values_are_columns(call: DecodeCall) -> bool:

@@ -115,7 +115,8 @@ def refuse_gradients(subject: str, tensors: typing.Iterable[tuple[str, torch.Ten
         if x.requires_grad and torch.is_grad_enabled():
             raise RuntimeError(
                 f"{subject}: {name}: expected a tensor that requires no gradient, got one that does: attention to a cache has "
-                "no derivative. Call it under torch.no_grad(), or call flashmla_hf.attention on k and v"
+                "no derivative. Call it under torch.no_grad(), or call flashmla_hf.attention on k and v (on latents, "
+                "latent_attention)"
             )
         # dynamo does not trace unpack_dual; the operator checks again.
         is_tracing = torch.compiler.is_compiling()

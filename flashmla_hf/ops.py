@@ -234,27 +234,29 @@ def _load_or_compute(inputs: tuple) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 class _RefuseSecondDerivative(torch.autograd.Function):
-    """Returns ``gradients``. Its backward raises: without a formula autograd would pass zeros back, with a warning."""
+    """Returns ``gradients``, of the operator of that name. Its backward raises: without a formula autograd would pass zeros
+    back, with a warning."""
 
     @staticmethod
-    def forward(ctx, gradients, *tensors):
+    def forward(ctx, operator, gradients, *tensors):
+        ctx.operator = operator
         return gradients
 
     @staticmethod
     def backward(ctx, *_):
         raise RuntimeError(
-            "flash_attn_backward: has no derivative: expected a first-order loss, got a gradient of a gradient (as in gradient "
+            f"{ctx.operator}: has no derivative: expected a first-order loss, got a gradient of a gradient (as in gradient "
             "penalties). Use impl='reference'"
         )
 
 
-def _without_transforms(function: type[torch.autograd.Function]) -> typing.Callable:
+def without_transforms(function: type[torch.autograd.Function]) -> typing.Callable:
     """``function.apply`` without its check for torch.func: for code that runs below every transform."""
     return super(torch.autograd.Function, function).apply  # type: ignore[misc]
 
 
-_apply_attention = _without_transforms(_FlashAttention)
-_apply_refusal = _without_transforms(_RefuseSecondDerivative)
+_apply_attention = without_transforms(_FlashAttention)
+_apply_refusal = without_transforms(_RefuseSecondDerivative)
 
 
 def flash_attn(arguments: Arguments) -> tuple[torch.Tensor, torch.Tensor]:
@@ -303,14 +305,21 @@ def _differentiable_forward(*inputs):
 
 
 def _differentiable_backward(*inputs):
+    names = "dout dlse q k v out lse sinks"
+    return without_second_derivative(torch.ops.flashmla.flash_attn_backward.default, names, inputs)
+
+
+def without_second_derivative(overload: torch._ops.OpOverload, names: str, inputs: tuple) -> tuple:
+    """The gradients of an operator, whose own derivatives raise. ``names``: of its tensors, the first inputs."""
+    operator, tensors = overload._schema.name.removeprefix("flashmla::"), inputs[: len(names.split())]
     if forward_ad._current_level >= 0:
-        refuse_tangents("flash_attn_backward", "dout dlse q k v out lse sinks", inputs)
+        refuse_tangents(operator, names, inputs)
     with torch._C._AutoDispatchBelowAutograd():
-        gradients = torch.ops.flashmla.flash_attn_backward.default(*inputs)
-    if not needs_graph(inputs[:8]):
+        gradients = overload(*inputs)
+    if not needs_graph(tensors):
         return gradients
     with enable_single_level_autograd_function():
-        return _apply_refusal(gradients, *inputs[:8])
+        return _apply_refusal(operator, gradients, *tensors)
 
 
 _library = torch.library.Library("flashmla", "FRAGMENT")

@@ -294,20 +294,21 @@ def values_in_keys(k_cache: Any, v_cache: Any, head_dim_v: Any) -> torch.Tensor:
         fail(TypeError, "v_cache", expected, "None without head_dim_v")
     if v_cache is not None:
         fail(ValueError, "head_dim_v", "none, since v_cache is given (the values are either)", head_dim_v)
+    return first_columns("k_cache", k_cache, head_dim_v)
+
+
+def first_columns(name: str, rows: Any, head_dim_v: Any) -> torch.Tensor:
+    """The first ``head_dim_v`` columns of ``rows``, the keys of that name: a view."""
     head_dim_v = integer("head_dim_v", head_dim_v, "an int")
-    check_tensor("k_cache", k_cache)
-    if k_cache.dim() != 4:
-        return k_cache  # refused by its layout
-    if k_cache.dtype == torch.float8_e4m3fn:
-        fail(
-            TypeError,
-            "k_cache",
-            "16 or 32 bits with head_dim_v (fp8 has no attention to latents)",
-            dtype_name(k_cache.dtype),
-        )
-    if head_dim_v < 1 or head_dim_v > k_cache.shape[-1]:
-        fail(ValueError, "head_dim_v", f"from 1 to {k_cache.shape[-1]} (the columns of k_cache)", head_dim_v)
-    return k_cache[..., :head_dim_v]
+    check_tensor(name, rows)
+    if rows.dim() != 4:
+        return rows  # refused by its layout
+    if rows.dtype == torch.float8_e4m3fn:
+        expected = "16 or 32 bits with head_dim_v (fp8 has no attention to latents)"
+        fail(TypeError, name, expected, dtype_name(rows.dtype))
+    if head_dim_v < 1 or head_dim_v > rows.shape[-1]:
+        fail(ValueError, "head_dim_v", f"from 1 to {rows.shape[-1]} (the columns of {name})", head_dim_v)
+    return rows[..., :head_dim_v]
 
 
 def check_int32(name: str, x: Any, q: torch.Tensor) -> None:

@@ -25,11 +25,12 @@ SM90_ROWS = tuple(sm90_tiles.head_dims())
 @dataclass(frozen=True)
 class Inputs:
     """The tensors of one call: q, k, v, sinks, cu_seqlens as in :func:`flashmla_hf.attention`; and what flows
-    back: dout like out (dtype of q), dlse like lse (fp32; float64 for float64 inputs)."""
+    back: dout like out (dtype of q), dlse like lse (fp32; float64 for float64 inputs). v is ``None`` if the values are columns
+    of k."""
 
     q: torch.Tensor
     k: torch.Tensor
-    v: torch.Tensor
+    v: torch.Tensor | None
     sinks: torch.Tensor | None
     cu_seqlens_q: torch.Tensor | None
     cu_seqlens_kv: torch.Tensor | None
@@ -41,7 +42,7 @@ class Inputs:
         statistics = torch.promote_types(torch.float32, dtype)
         return replace(
             self,
-            **{name: getattr(self, name).to(dtype) for name in ("q", "k", "v", "dout")},
+            **{name: x.to(dtype) for name in ("q", "k", "v", "dout") if (x := getattr(self, name)) is not None},
             sinks=None if self.sinks is None else self.sinks.to(statistics),
             dlse=self.dlse.to(statistics),
         )
@@ -70,6 +71,7 @@ class Case:
     rest_q: int = 0
     rest_kv: int = 0
     layout: str = "contiguous"
+    is_latent: bool = False  # the values are the first columns of k
     magnitude: float = 1.0  # standard deviation of q and k; large values make the softmax peak
     outliers: float = 1.0  # every seventh query is this many times larger: peaked rows beside flat ones in one tile
 
@@ -138,7 +140,7 @@ class Case:
         return Inputs(
             q=normal(*rows_q, self.heads_q, self.head_dim_qk, std=self.magnitude, outliers=self.outliers),
             k=normal(*rows_kv, self.heads_kv, self.head_dim_qk, std=self.magnitude),
-            v=normal(*rows_kv, self.heads_kv, self.head_dim_v),
+            v=None if self.is_latent else normal(*rows_kv, self.heads_kv, self.head_dim_v),
             sinks=normal(self.heads_q, is_sequence=False, to=statistics) if self.has_sinks else None,
             cu_seqlens_q=cu_seqlens_q,
             cu_seqlens_kv=cu_seqlens_kv,

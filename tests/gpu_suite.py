@@ -79,6 +79,7 @@ PARTS: dict[str, tuple[Step, ...]] = {
         Step("sm90 contract", (*PARALLEL, *files("gpu", "direct", "aten_flash"), "-k", "sm90 or not flex"), 240),
     ),
     "decode": (Step("decode", (*PARALLEL, *DECODE), 400),),
+    "latent": (Step("latent", (*PARALLEL, *files("latent"), "-k", "sm90 or on_a_gpu"), 400),),
     # Apart: where a test has replaced torch.cuda's functions, torch.compile does not know them later.
     "fp8": (
         Step("fp8", (*PARALLEL, *files("sm90_fp8")), 400),
@@ -110,15 +111,20 @@ PARTS: dict[str, tuple[Step, ...]] = {
     "bench-fp8": (benchmark("bench-fp8", "bench_attention", "--suite", "fp8", "--name", "attention-fp8"),),
     "bench-fp8-cache": (benchmark("bench-fp8-cache", "bench_decode", "--suite", "fp8", "--name", "decode-fp8"),),
     "bench-wide": (benchmark("bench-wide", "bench_attention", "--suite", "wide", "--name", "attention-wide"),),
+    "bench-latent-training": (
+        benchmark(
+            "bench-latent-training", "bench_attention", "--suite", "latent-training", "--name", "attention-latent"
+        ),
+    ),
     "bench-generate": (benchmark("bench-generate", "bench_generate"),),
     "bench-latent": (benchmark("bench-latent", "bench_latent_decode"),),
     "bench-serving": (benchmark("bench-serving", "bench_serving", "--requests", "64"),),
     "profile": (Step("profile", ("benchmarks/profile_attention.py", "--output_dir", "build/gpu/bench"), 200),),
 }
 NEED_SM90 = (
-    "sm90", "decode", "fp8", "robust", "sweep", "hf", "finetune", "sanitize", "bench-decode", "bench-decode-latent", "bench-fp8",
+    "sm90", "decode", "latent", "fp8", "robust", "sweep", "hf", "finetune", "sanitize", "bench-decode", "bench-decode-latent", "bench-fp8",
     "bench-fp8-cache",
-    "bench-wide", "bench-generate", "bench-latent", "bench-serving", "profile",
+    "bench-wide", "bench-generate", "bench-latent", "bench-latent-training", "bench-serving", "profile",
 )  # fmt: skip
 
 

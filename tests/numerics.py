@@ -118,7 +118,8 @@ def run(
     has_dlse: bool = True,
 ) -> Result:
     """One forward and backward of ``case``. ``impl`` is the name of an implementation, ``"eager"``, or a function with
-    the arguments of :func:`flashmla_hf.attention` that returns ``(out, lse)``. ``wants`` names the wanted gradients."""
+    the arguments of :func:`flashmla_hf.attention` that returns ``(out, lse)``. ``wants`` names the wanted gradients. Values that
+    are columns of k are a view of it, and have no gradient of their own."""
     leaves = {
         name: x.detach().requires_grad_(name in wants)
         for name in ("q", "k", "v", "sinks")
@@ -131,8 +132,10 @@ def run(
         function = impl
     else:
         function, extra = attention, {"impl": impl}
+    views = {"v": leaves["k"][..., : case.head_dim_v]} if inputs.v is None else {}
     out, lse = function(
         **leaves,
+        **views,
         cu_seqlens_q=inputs.cu_seqlens_q,
         cu_seqlens_kv=inputs.cu_seqlens_kv,
         return_lse=True,
@@ -266,9 +269,9 @@ def errors_of_delta(case: Case, inputs: Inputs, out: torch.Tensor, truth: Result
         return {}
     of_columns = (out.double() - truth.out) * inputs.dout.double()
     delta = of_columns.sum(-1).transpose(-1, -2)  # [batch, heads, seqlen], as lse
-    # Both are sums of fp32.
+    # Both are sums of fp32, in orders of their own: a row of one key has an exact out, and yet dP - delta is not 0.
     magnitude = (truth.out * inputs.dout.double()).abs().sum(-1).transpose(-1, -2)
-    delta = delta + delta.sign() * torch.finfo(torch.float32).eps * magnitude
+    delta = delta + torch.finfo(torch.float32).eps * magnitude.copysign(delta)
     only_delta = dataclasses.replace(inputs.to(torch.float64), dlse=-delta)
     errors = run("reference", case, only_delta, **options | {"has_dout": False, "has_dlse": True}).grads
     return {f"d{name}": _largest(error) for name, error in errors.items()}

@@ -72,7 +72,14 @@ def test_shapes_read_back_as_they_are_printed(suite):
 
 
 @pytest.mark.parametrize(
-    "text", ["d64", "d64 B1 H3/2 S8 causal", "d64 B1 H2 S8 sideways", "d64 B2 H2 S8/9 causal ragged"]
+    "text",
+    [
+        "d64",
+        "d64 B1 H3/2 S8 causal",
+        "d64 B1 H2 S8 sideways",
+        "d64 B2 H2 S8/9 causal ragged",
+        "d64/72 B1 H2/1 S8 full latent",
+    ],
 )
 def test_a_text_that_names_no_shape_is_refused_with_the_expected_form(text):
     with pytest.raises(SystemExit, match="--shape"):

@@ -399,7 +399,7 @@ def test_a_tensor_that_requires_a_gradient_is_refused_except_without_grad(impl, 
         decode_attention(**tensors, impl=impl)
     assert str(error.value) == (
         f"flashmla attention: {name}: expected a tensor that requires no gradient, got one that does: attention to a cache has no "
-        "derivative. Call it under torch.no_grad(), or call flashmla_hf.attention on k and v"
+        "derivative. Call it under torch.no_grad(), or call flashmla_hf.attention on k and v (on latents, latent_attention)"
     )
     with torch.no_grad():
         decode_attention(**tensors, impl=impl)

@@ -77,4 +77,7 @@ def test_exit_codes_and_words_become_verdicts(tmp_path):
 def test_an_unknown_part_is_refused_with_the_known_ones(capsys):
     with pytest.raises(SystemExit):
         gpu_suite.main(["sm91"])
-    assert "unknown part 'sm91': expected some of doctor, sm90, decode, fp8, robust, sweep" in capsys.readouterr().err
+    assert (
+        "unknown part 'sm91': expected some of doctor, sm90, decode, latent, fp8, robust, sweep"
+        in capsys.readouterr().err
+    )

@@ -15,6 +15,7 @@ LAYERS = [
     {
         "dispatch",
         "decode",
+        "latent",
         "flash_attn_api",
         "fp8",
         "torch_flash",
@@ -28,6 +29,8 @@ LAYERS = [
     {
         "ops",
         "decode_ops",
+        "latent_ops",
+        "latent_stream",
         "direct",
         "recompute_cache",
         "libraries",

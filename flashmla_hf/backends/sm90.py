@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import TypeVar
 
@@ -52,6 +53,20 @@ def device_refusal(
         if head_dim % multiple != 0 or head_dim > most:
             return f"{name}: head_dim {head_dim}: expected a multiple of {multiple} up to {most}"
     return None
+
+
+def rows_refusal(q: torch.Tensor, v: torch.Tensor, values_are_columns: Callable[[], bool]) -> str | None:
+    """Why no kernel of caches computes calls with this q and v; ``None`` if it does not rule that out.
+
+    ``values_are_columns``: whether v is the first columns of the keys, asked if only the kernel of such rows is wide enough.
+    """
+    if "sm90" in libraries.unavailable:
+        return libraries.unavailable["sm90"]
+    limits = libraries.sm90_limits
+    assert limits is not None  # otherwise the library is unavailable
+    is_wide = max(q.shape[-1], v.shape[-1]) > limits.largest_decode
+    largest = limits.largest_latent if is_wide and values_are_columns() else (limits.largest_decode,) * 2
+    return device_refusal(q, v, largest)
 
 
 def unaligned(call: Call | DecodeCall) -> list[str]:
