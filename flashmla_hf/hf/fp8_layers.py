@@ -291,8 +291,8 @@ class StaticFp8Layer(_Layer):
         """Quantises and appends key_states and value_states [batch, heads_kv, new, head_dim].
 
         Returns them as they are if the cache was empty, else all ``max_cache_len`` rows as :class:`Fp8Rows`, through which no
-        gradient goes. Raises ValueError for more rows than there are, and so does a compiled step, as a RuntimeError from the
-        running graph (on a GPU a device assertion).
+        gradient goes. Raises ValueError for more rows than there are; a compiled step RuntimeError, from the running graph (on a GPU
+        a device assertion).
         """
         was_empty, new = self._is_empty, key_states.shape[-2]
         self._check(key_states, value_states, is_read=not was_empty)
@@ -309,43 +309,48 @@ class StaticFp8Layer(_Layer):
 
     def _count(self, new: int) -> None:
         """Raises if ``new`` rows more do not fit."""
-        if not values_are_readable(self.lengths):
-            # Not read before it is written: a graph would hold for one number alone.
-            self._known = None
-            if not torch.compiler.is_compiling():
-                self._is_captured = True  # and may be replayed, of which Python learns nothing
-            torch._assert_async(
-                (self.lengths <= self.max_cache_len - new).all(),
-                f"Fp8Cache: max_cache_len: expected room for the tokens of this step, got {self.max_cache_len}, which are used "
-                "up. Make the cache with more, or generate fewer tokens",
-            )
+        if values_are_readable(self.lengths):
+            self._known = self._length_with(new)
             return
+        # Not read before it is written: a graph would hold for one number alone.
+        self._known = None
+        if not torch.compiler.is_compiling():
+            self._is_captured = True  # and may be replayed, of which Python learns nothing
+        torch._assert_async(
+            (self.lengths <= self.max_cache_len - new).all(),
+            f"Fp8Cache: max_cache_len: expected room for the tokens of this step, got {self.max_cache_len}, which are used up. "
+            "Make the cache with more, or generate fewer tokens",
+        )
+
+    def _length_with(self, new: int) -> int:
+        """The rows in use after ``new`` ones more; raises ValueError if they do not fit."""
         length = self._length()
         if length + new > self.max_cache_len:
             raise ValueError(
                 f"Fp8Cache: max_cache_len: expected at least {length + new} (it holds {length} tokens, and {new} come), got "
-                f"{self.max_cache_len}. Fp8Cache(model.config, max_cache_len={length + new}) has room for them; reset() empties "
-                "this one"
+                f"{self.max_cache_len}. Make the cache with more, or generate fewer tokens; reset() empties it"
             )
-        self._known = length + new
+        return length + new
 
     def _length(self) -> int:
-        """The number in ``lengths``; waits for the device if a compiled step has changed it."""
+        """The number in ``lengths``, which is read from the device if Python does not know it."""
         if self._known is None or self._is_captured:
             self._known = int(self.lengths[0])
         return self._known
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """The rows that ``update`` hands on, and 0. Raises ValueError if the new ones do not fit: generate() makes the mask of a
+        compiled step before it, when it has waited for the step before, so that reading a number costs little."""
+        if self.is_initialized and values_are_readable(self.lengths):
+            self._length_with(query_length)
         # An empty layer hands the new keys on, and nothing else.
         return (query_length if self._is_empty else self.max_cache_len), 0
 
     def get_seq_length(self) -> int | torch.Tensor:
-        """int32 [] if Python does not know it, or if a graph must not know it."""
+        """int32 [] in a graph, where it changes from step to step."""
         if not self.is_initialized:
             return 0
-        if torch.compiler.is_compiling() or self._is_captured or self._known is None:
-            return self.lengths[0]
-        return self._known
+        return self._length() if values_are_readable(self.lengths) else self.lengths[0]
 
     def get_max_length(self) -> int:
         return self.max_cache_len
