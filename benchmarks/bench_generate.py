@@ -4,7 +4,7 @@
     python benchmarks/bench_generate.py --time_budget 500                  # again: goes on where the file ends
     python benchmarks/bench_generate.py --groups dynamic --contexts 2048 --batch_sizes 1
     python benchmarks/bench_generate.py --groups compiled --contexts 32768 131072 --batch_sizes 1 8 --time_budget 290
-    python benchmarks/bench_generate.py --groups fp8 --layers 16 --contexts 131072 --batch_sizes 1 8   # bf16's cache fits beside
+    python benchmarks/bench_generate.py --groups fp8 --layers 16 --contexts 131072 --batch_sizes 8 --padded   # bf16's too fits
     python benchmarks/bench_generate.py --list                             # the points in their order
 
 Weights are random, made on the device. The cache is filled with random numbers up to the point's length, so a long context
@@ -36,8 +36,8 @@ from point_runs import Program
 from flashmla_hf.host_memory import GIB
 from flashmla_hf.training.options import at_least
 
-# What is measured first is what matters most. Of each group: kinds of cache, one after the other at a shape, and the attentions,
-# which take turns.
+# What is measured first is what matters most. Of each group: the kinds of cache, one after the other for each shape, and the
+# attentions, which take turns.
 GROUPS = {
     "dynamic": (("dynamic",), ("flashmla", "sdpa")),
     "compiled": (("compiled",), ("flashmla", "sdpa")),
@@ -77,7 +77,9 @@ def start(args: argparse.Namespace):
 
 def describe(record: dict) -> str:
     padded = " padded" if record["is_padded"] else ""
-    head = f"{record['cache']:<12} B{record['batch_size']:<3}{record['context']:>7,}{padded:<7} {record['attention']:<9}"
+    head = (
+        f"{record['cache']:<12} B{record['batch_size']:<3}{record['context']:>7,}{padded:<7} {record['attention']:<9}"
+    )
     if record["status"] != "ok":
         return f"{head} {record['status'].replace('_', ' ')}: {record['reason']}"
     memory = "" if record["peak_bytes"] is None else f", {record['peak_bytes'] / GIB:.2f} GiB"

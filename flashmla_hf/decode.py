@@ -242,9 +242,9 @@ def _with_contiguous_rows(x: torch.Tensor) -> torch.Tensor:
 
 
 def _in_other_memory(new: torch.Tensor, caches: list[torch.Tensor]) -> torch.Tensor:
-    """New rows, as a copy if they may be rows of a cache, which a write would change under the others. A graph does not know."""
+    """New rows, as a copy if they may be rows of a cache, which a write would change under the others."""
     if torch.compiler.is_compiling():
-        return new.clone()
+        return new.clone()  # a graph does not know whose memory it is
     storage = new.untyped_storage()._cdata
     return new.clone() if any(storage == cache.untyped_storage()._cdata for cache in caches) else new
 

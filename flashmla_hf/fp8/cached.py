@@ -93,7 +93,7 @@ def write_rows(
     k: torch.Tensor, v: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, k_factors: torch.Tensor,
     v_factors: torch.Tensor, begins: torch.Tensor,
 ) -> None:  # fmt: skip
-    """Quantises k and v [batch, seqlen_new, heads_kv, dim] into rows ``begins[b]`` and following of e4m3 caches [batch, capacity,
+    """Quantises k and v [batch, seqlen_new, heads_kv, dim] into the rows from ``begins[b]`` on of e4m3 caches [batch, capacity,
     heads_kv, dim], and their factors into fp32 [batch, capacity, heads_kv]: on a Hopper GPU in one launch. ``begins``: int32
     [batch], the same for every sequence. The caller knows that the rows are there."""
     if _has_kernel_of_writing(k, v):

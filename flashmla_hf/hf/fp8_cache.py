@@ -31,9 +31,9 @@ class Fp8Cache(Cache):
     The model needs ``attn_implementation="flashmla"`` (attention exact but for the rounding of the cache) or
     ``"flashmla_fp8"``; others raise at the first token that they read from it. It is not exact: docs/fp8.md says what it costs.
     Beams, assisted decoding (``crop``), left padding and sliding windows work; a sliding layer keeps all its rows, which
-    DynamicCache and StaticCache drop. On a GPU a Hopper's kernel reads it, of models in fp16 and bf16 with head dims of multiples
-    of 16 up to 256; others raise. A padding mask with holes, ``output_attentions``, gradients, and models with other states than
-    keys and values (Mamba), raise.
+    Transformers' caches drop. On a GPU a Hopper's kernel reads it, of models in fp16 and bf16 with head dims of multiples of 16
+    up to 256; others raise. A padding mask with holes, ``output_attentions``, gradients, and models with other states than keys
+    and values (Mamba), raise.
 
     Args:
         config: the configuration of the model, which says how many layers a static cache has.

@@ -142,9 +142,12 @@ class _Layer(CacheLayerMixin):
 
     _another: str  # how to take other shapes
 
-    def _rows(self) -> tuple[torch.Tensor, ...]:
+    def _rows(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """keys, values [batch, capacity, heads_kv, head_dim] and their scales [batch, capacity, heads_kv]."""
-        return tuple(x.transpose(1, 2) for x in (self.keys, self.values, self.key_scales, self.value_scales))
+        k, v, k_scale, v_scale = (
+            x.transpose(1, 2) for x in (self.keys, self.values, self.key_scales, self.value_scales)
+        )
+        return k, v, k_scale, v_scale
 
     def get_max_cache_shape(self) -> int:
         return self.get_max_length()
@@ -194,7 +197,9 @@ class Fp8Layer(_Layer):
         """Buffers without rows. key_states and value_states [batch, heads_kv, any, head_dim]."""
         self._allocate(key_states, value_states, 0)
 
-    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Any, Any]:
         """Quantises and appends key_states and value_states [batch, heads_kv, new, head_dim].
 
         Returns them as they are if the cache was empty, else all rows as :class:`Fp8Rows`, through which no gradient goes.
@@ -287,12 +292,14 @@ class StaticFp8Layer(_Layer):
             for name in self._buffers():
                 torch._dynamo.mark_static_address(getattr(self, name))
 
-    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Any, Any]:
         """Quantises and appends key_states and value_states [batch, heads_kv, new, head_dim].
 
         Returns them as they are if the cache was empty, else all ``max_cache_len`` rows as :class:`Fp8Rows`, through which no
-        gradient goes. Raises ValueError for more rows than there are; a compiled step RuntimeError, from the running graph (on a GPU
-        a device assertion).
+        gradient goes. Raises ValueError for more rows than there are; a compiled step raises RuntimeError from the running
+        graph (on a GPU a device assertion).
         """
         was_empty, new = self._is_empty, key_states.shape[-2]
         self._check(key_states, value_states, is_read=not was_empty)
@@ -318,8 +325,9 @@ class StaticFp8Layer(_Layer):
             self._is_captured = True  # and may be replayed, of which Python learns nothing
         torch._assert_async(
             (self.lengths <= self.max_cache_len - new).all(),
-            f"Fp8Cache: max_cache_len: expected room for the tokens of this step, got {self.max_cache_len}, which are used up. "
-            "Make the cache with more, or generate fewer tokens",
+            # Constants alone: a graph of dynamic shapes formats no length.
+            "Fp8Cache: max_cache_len: expected room for the tokens of a compiled step, got a cache that is full. Make it with "
+            "more, or generate fewer tokens",
         )
 
     def _length_with(self, new: int) -> int:
@@ -339,8 +347,8 @@ class StaticFp8Layer(_Layer):
         return self._known
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """The rows that ``update`` hands on, and 0. Raises ValueError if the new ones do not fit: generate() makes the mask of a
-        compiled step before it, when it has waited for the step before, so that reading a number costs little."""
+        """The rows that ``update`` hands on, and 0. Raises ValueError if the new ones do not fit: generate() asks before a
+        compiled step, when it has waited for the step before, so that to read a number costs little."""
         if self.is_initialized and values_are_readable(self.lengths):
             self._length_with(query_length)
         # An empty layer hands the new keys on, and nothing else.
