@@ -231,7 +231,14 @@ def _append_by_kernel(call: DecodeCall, k: torch.Tensor, v: torch.Tensor | None)
     """:func:`append` in one launch, on a Hopper GPU. An entry that does not fit is not written."""
     v_cache = None if v is None else call.v
     caches = [x for x in (call.k, v_cache) if x is not None]
-    new_k, new_v = (None if x is None else _with_contiguous_rows(_in_other_memory(x, caches)) for x in (k, v))
+    if torch.compiler.is_compiling():
+        # A graph does not know whose memory the new rows are. Inductor drops a clone of them, but not what depends on data: no row
+        # of a sequence that begins there has a place.
+        has_rows = (call.cache_seqlens != -(2**31))[:, None, None, None]  # type: ignore[index]
+        new_k, new_v = (None if x is None else torch.where(has_rows, x, 0) for x in (k, v))
+    else:
+        new_k, new_v = (None if x is None else _in_other_memory(x, caches) for x in (k, v))
+    new_k, new_v = (None if x is None else _with_contiguous_rows(x) for x in (new_k, new_v))
     return torch.ops.flashmla.append_to_cache(
         call.k, v_cache, new_k, new_v, call.cache_seqlens, call.block_table, call.k_descale, call.v_descale
     )
@@ -243,8 +250,6 @@ def _with_contiguous_rows(x: torch.Tensor) -> torch.Tensor:
 
 def _in_other_memory(new: torch.Tensor, caches: list[torch.Tensor]) -> torch.Tensor:
     """New rows, as a copy if they may be rows of a cache, which a write would change under the others."""
-    if torch.compiler.is_compiling():
-        return new.clone()  # a graph does not know whose memory it is
     storage = new.untyped_storage()._cdata
     return new.clone() if any(storage == cache.untyped_storage()._cdata for cache in caches) else new
 
