@@ -245,6 +245,20 @@ def test_beams_assisted_decoding_and_chunks_of_a_prompt():
         assert torch.equal(generated(model, static(model, 100), *given, **options), expected), options
 
 
+def test_compiled_chunks_of_a_prompt_and_drafts():
+    model = build_causal_lm("flashmla")
+    ids, mask = prompts(2, padded=True)
+    text = torch.cat([ids[:1]] * 2, 1)
+    for given, options in (
+        ((ids, mask), {"prefill_chunk_size": 16}),
+        ((text, torch.ones_like(text)), {"prompt_lookup_num_tokens": 3}),
+    ):
+        expected = generated(model, flashmla_hf.Fp8Cache(), *given, **options)
+        forget_graphs()
+        assert torch.equal(generated(model, static(model, 100), *given, **options, **compiling("eager")), expected)
+        assert 1 < graphs_made() <= 4
+
+
 def test_beams_are_reordered_where_they_lie():
     model = build_causal_lm("flashmla")
     ids, mask = prompts(2)
