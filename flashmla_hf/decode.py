@@ -232,7 +232,7 @@ def _append_by_kernel(call: DecodeCall, k: torch.Tensor, v: torch.Tensor | None)
     v_cache = None if v is None else call.v
     caches = [x for x in (call.k, v_cache) if x is not None]
     if torch.compiler.is_compiling():
-        # A graph does not know whose memory the new rows are. Inductor drops a clone of them, but nothing that depends on data: no
+        # A graph does not know whose memory the new rows are. Inductor drops a clone of them, not what depends on data: no
         # row of a sequence that begins at this number has a place.
         has_rows = (call.cache_seqlens != -(2**31))[:, None, None, None]  # type: ignore[index]
         new_k, new_v = (None if x is None else torch.where(has_rows, x, 0) for x in (k, v))
