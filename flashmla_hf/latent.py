@@ -67,7 +67,7 @@ def latent_attention(
         A query that sees no key has out 0, lse -inf (with sinks: the sink's logit) and gradients 0.
 
     Gradients are bitwise equal if the call is repeated. Beyond its results the backward needs
-    ``4 * seqlen_kv * head_dim_qk`` bytes and up to 320 MiB on a GPU, 448 with softcap. Nothing waits for the device. A row
+    ``4 * seqlen_kv * head_dim_qk`` bytes and up to 384 MiB on a GPU, 512 with softcap. Nothing waits for the device. A row
     that no query sees does not matter, even NaN. A row that is hidden from some queries and not from others must be finite:
     NaN in it may reach those too, except with ``"reference"``. First derivatives work, ``torch.func``'s included; second and
     forward-mode ones raise (``"reference"`` computes them). Autocast changes nothing: the result has q's dtype. Packed

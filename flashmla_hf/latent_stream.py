@@ -30,8 +30,9 @@ import torch
 from flashmla_hf.torch_state import without_autocast
 
 # Rows (queries times heads) and keys of a block of the backward, by device. A GPU's block is 256 MiB of workspace: it takes
-# longer to compute than Python takes to launch its kernels, and its products have tiles for all multiprocessors.
-BLOCKS = {"cuda": (8192, 4096), "cpu": (1024, 512)}
+# longer to compute than Python takes to launch its kernels, and its products have tiles for all multiprocessors. Of 128 heads
+# and 4,096 tokens 190 TFLOP/s, where (8192, 4096) has 136 (docs/log.md, 2026-11-28, sixth session).
+BLOCKS = {"cuda": (16384, 2048), "cpu": (1024, 512)}
 
 # Rows of a chunk of the forward: 256 tiles of 64 rows, two for nearly each of a Hopper GPU's multiprocessors.
 CHUNK_ROWS = 16384

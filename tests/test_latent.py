@@ -451,7 +451,7 @@ def test_memory_on_a_gpu_does_not_grow_with_the_scores(softcap):
         run()  # the workspace of cuBLAS
         results = sum(x.numel() * 2 for x in leaves)
         needed = gpu_support.peak_bytes(run) - results - 4 * seqlen * 576
-        assert needed <= (320 + 128 * (softcap > 0.0)) * mib, f"{seqlen} keys: {needed / mib:.0f} MiB"
+        assert needed <= (384 + 128 * (softcap > 0.0)) * mib, f"{seqlen} keys: {needed / mib:.0f} MiB"
 
 
 @on_sm90
