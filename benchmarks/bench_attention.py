@@ -39,6 +39,7 @@ a kind pays. Compilers' caches on the disk shorten it: state it from a fresh mac
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import importlib.util
 import statistics
@@ -116,7 +117,16 @@ def measure_shape(job: Job, device: str, repeats: int, seconds: float) -> list[d
                 refuse(name, "unsupported", f"{mode}: {first_line(error)[:200]}")
             free(device)
         halfway = lambda state=state: state.update(gpu_state(device))  # noqa: E731
-        for name, times in interleaved(calls, device, mode, repeats, seconds, halfway).items():
+        while True:
+            with contextlib.suppress(torch.OutOfMemoryError):
+                measured = interleaved(calls, device, mode, repeats, seconds, halfway)
+                break
+            # Each had the memory to itself before; in turns, all keep what their backward needs.
+            largest = max(calls, key=lambda name, memory=memory: memory.get(name, 0))
+            refuse(largest, "out_of_memory", f"{mode}: the GPU's memory does not suffice beside the other peers")
+            del calls[largest]
+            free(device)
+        for name, times in measured.items():
             record = {
                 "shape": str(shape),
                 "peer": name,

@@ -16,6 +16,7 @@ import pytest
 import random_shapes
 import render_results
 import schedule_model
+import torch
 from check import Inputs
 from peers import PEERS, Peer, Unsupported
 from shapes import Shape
@@ -250,6 +251,26 @@ def test_the_gpus_records_carry_the_schedule(monkeypatch):
     job = bench_attention.Job(shape, {"fwd": ["flashmla"]})
     (record,) = bench_attention.measure_shape(job, "cuda", repeats=2, seconds=0.01)
     assert record["schedule"] == schedule_model.losses(shape, "fwd").record()
+
+
+def test_what_does_not_fit_beside_the_others_costs_the_largest_of_them(monkeypatch):
+    shape, peaks = Shape.parse("d64 B1 H2/1 S64 causal bf16"), iter((5, 9))
+    taken = []
+
+    def interleaved(calls, *rest):
+        taken.append([*calls])
+        if len(calls) > 1:
+            raise torch.OutOfMemoryError("32 GiB")
+        return {name: [1.0, 1.0] for name in calls}
+
+    monkeypatch.setattr(bench_attention, "peak_memory", lambda call, device: next(peaks))
+    monkeypatch.setattr(bench_attention, "interleaved", interleaved)
+    for name in ("flashmla", "sdpa"):
+        monkeypatch.setitem(bench_attention.PEERS, name, lambda s, d: Peer(lambda *x: attention(*x, is_causal=True)))
+    job = bench_attention.Job(shape, {"bwd": ["flashmla", "sdpa"]})
+    found = bench_attention.measure_shape(job, "cpu", repeats=2, seconds=0.01)
+    assert taken == [["flashmla", "sdpa"], ["flashmla"]]
+    assert [(r["peer"], r["status"]) for r in found] == [("sdpa", "out_of_memory"), ("flashmla", "ok")]
 
 
 # ---- Peers -----------------------------------------------------------------------------------------------------------
