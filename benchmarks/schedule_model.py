@@ -178,7 +178,10 @@ def backward_plan(shape: Shape, config: dict, num_sms: int = NUM_SMS) -> tuple[i
     def num_splits(heads: int) -> int:
         splits = 1
         while not shape.is_packed and splits < group and 2 * tiles * heads * splits < 3 * num_sms:
-            splits = next(n for n in range(splits + 1, group + 1) if group % n == 0)
+            more = next(n for n in range(splits + 1, group + 1) if group % n == 0)
+            if tiles * heads * more * config["kBlockKV"] * sum(config["head_dims"]) * 4 > USUAL_SUMS:
+                break
+            splits = more
         return splits
 
     def time_of_pass(heads: int) -> float:

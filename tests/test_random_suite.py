@@ -129,6 +129,11 @@ def test_passes_and_splits_are_those_of_the_launcher():
     assert schedule_model.backward_plan(Shape.parse("d128 B1 H32/8 S131072 full bf16"), config) == (1, 1)
     assert schedule_model.backward_plan(Shape.parse("d128 B4 H14/2 S2215 causal bf16"), config) == (2, 7)
     assert schedule_model.backward_plan(Shape.parse("d128 B1 H12/2 S2048 causal bf16"), config) == (2, 6)
+    assert schedule_model.backward_plan(Shape.parse("d128 B1 H71/1 S2048 causal bf16"), config) == (1, 71)
+    assert schedule_model.backward_plan(Shape.parse("d128 B10 H71/1 S2048 causal bf16"), config) == (
+        1,
+        1,
+    )  # 1.4 GiB of parts
 
 
 def test_there_is_no_model_of_what_the_hopper_kernels_do_not_run(monkeypatch):

@@ -30,17 +30,21 @@ struct BackwardPlan {
 
 // Of a call's work tiles, those of one kv head; of packed calls about as many.
 struct TilesOfHead {
-  int64_t count, group;
+  int64_t count, group, bytes_of_part;  // of the part of dK and dV that a tile leaves if it is split
   int ctas;
   bool is_packed, are_equal;  // are_equal: as much work in each
 
   // Tiles that share the group's query heads, if there are too few for the GPU: the fewest that fill it once and a
-  // half, or as many as there are heads. (Boundaries are on the device: packed calls are not split.)
+  // half, or as many as there are heads, if their parts fit in kUsualSums. (Boundaries are on the device: packed calls
+  // are not split.)
   int64_t num_splits(int64_t heads_kv) const {
+    int64_t const tiles = count * heads_kv;
     int64_t splits = 1;
-    while (!is_packed && splits < group && 2 * count * heads_kv * splits < 3 * ctas) {
-      do ++splits;
-      while (group % splits != 0);
+    while (!is_packed && splits < group && 2 * tiles * splits < 3 * ctas) {
+      int64_t next = splits + 1;
+      while (group % next != 0) ++next;
+      if (tiles * next * bytes_of_part > kUsualSums) break;  // 71 heads have no divisor but 71
+      splits = next;
     }
     return splits;
   }
@@ -91,7 +95,8 @@ BackwardPlan plan_backward(BackwardParams const& params, int num_sms) {
   bool const has_equal_tiles = !is_packed && problem.window_left < 0 && problem.window_right < 0;
   int64_t const kv_blocks = is_packed ? ceil_div(problem.total_kv, Tiles::kBlockKV)
                                       : problem.batch * ceil_div(problem.seqlen_kv, Tiles::kBlockKV);
-  TilesOfHead const tiles{kv_blocks, group, num_sms / Tiles::kNumCtas, is_packed, has_equal_tiles};
+  constexpr int64_t kBytesOfPart = int64_t{Tiles::kBlockKV} * (kHeadDimQK + kHeadDimV) * 4;
+  TilesOfHead const tiles{kv_blocks, group, kBytesOfPart, num_sms / Tiles::kNumCtas, is_packed, has_equal_tiles};
   plan.heads_kv = kSumsDQ ? heads_of_pass(tiles, problem.heads_kv, bytes_kv_head) : problem.heads_kv;
   plan.heads_q = plan.heads_kv * group;
   plan.num_splits = tiles.num_splits(plan.heads_kv);
@@ -112,9 +117,7 @@ BackwardPlan plan_backward(BackwardParams const& params, int num_sms) {
   plan.dq_semaphore = take(kSumsDQ && problem.deterministic ? plan.blocks * plan.heads_q * 4 : 0);
   plan.is_large = take(plan.blocks * plan.heads_q * 4);
   plan.dsink_parts = take(params.dsinks != nullptr ? plan.blocks * plan.heads_q * 4 : 0);
-  plan.parts = take(plan.num_splits > 1
-                        ? kv_blocks * plan.heads_kv * plan.num_splits * Tiles::kBlockKV * (kHeadDimQK + kHeadDimV) * 4
-                        : 0);
+  plan.parts = take(plan.num_splits > 1 ? kv_blocks * plan.heads_kv * plan.num_splits * kBytesOfPart : 0);
   return plan;
 }
 
