@@ -40,10 +40,11 @@ a kind pays. Compilers' caches on the disk shorten it: state it from a fresh mac
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import importlib.util
 import statistics
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import distribution
 import random_shapes
@@ -57,11 +58,40 @@ from compile_ahead import COMPILED, compile_ahead
 from peers import DEFAULT_PEERS, PEERS, Unsupported
 from series import Benchmark, Job
 from shapes import DEFAULT_SUITES, MODES, SUITES, Shape, Suite
-from timing import first_call_seconds, free, gpu_state, interleaved, matmul_ceiling, peak_memory, spread, timed_call
+from timing import (
+    Timed,
+    first_call_seconds,
+    free,
+    gpu_state,
+    interleaved,
+    matmul_ceiling,
+    peak_memory,
+    spread,
+    timed_call,
+)
 
 from flashmla_hf.training.arguments import first_line
 
 # ---------------------------------------------------------------- one shape
+
+
+def in_turns(
+    calls: dict[str, Timed],
+    memory: dict[str, int],
+    refuse: Callable[[str, str], None],
+    measure: Callable[[], dict[str, list[float]]],
+) -> dict[str, list[float]]:
+    """``measure()``, without those whose memory does not suffice: each had it to itself before, now all keep what they need."""
+    while True:
+        with contextlib.suppress(torch.OutOfMemoryError):
+            return measure()
+        largest = max(
+            reversed(list(calls)), key=lambda name: memory.get(name, 0)
+        )  # of equal ones not ours, which is first
+        where = " beside the other peers" if len(calls) > 1 else ""
+        refuse(largest, f"the GPU's memory does not suffice{where}")
+        del calls[largest]
+        gc.collect()
 
 
 # "bwd" repeats the backward of one kept forward, which compiled graphs that give their buffers away refuse.
@@ -117,16 +147,9 @@ def measure_shape(job: Job, device: str, repeats: int, seconds: float) -> list[d
                 refuse(name, "unsupported", f"{mode}: {first_line(error)[:200]}")
             free(device)
         halfway = lambda state=state: state.update(gpu_state(device))  # noqa: E731
-        while True:
-            with contextlib.suppress(torch.OutOfMemoryError):
-                measured = interleaved(calls, device, mode, repeats, seconds, halfway)
-                break
-            # Each had the memory to itself before; in turns, all keep what their backward needs.
-            largest = max(calls, key=lambda name, memory=memory: memory.get(name, 0))
-            refuse(largest, "out_of_memory", f"{mode}: the GPU's memory does not suffice beside the other peers")
-            del calls[largest]
-            free(device)
-        for name, times in measured.items():
+        full = lambda name, why, mode=mode: refuse(name, "out_of_memory", f"{mode}: {why}")  # noqa: E731
+        turns = functools.partial(interleaved, calls, device, mode, repeats, seconds, halfway)
+        for name, times in in_turns(calls, memory, full, turns).items():
             record = {
                 "shape": str(shape),
                 "peer": name,

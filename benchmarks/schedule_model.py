@@ -82,7 +82,7 @@ class Losses:
 def losses(shape: Shape, mode: str, num_sms: int = NUM_SMS) -> Losses | None:
     """Of "fwd" or "bwd"; ``None`` if the Hopper kernels do not run the shape, or their sources are not there."""
     tiles = tiles_of_sm90()
-    if mode not in ("fwd", "bwd") or shape.dtype == "fp32" or tiles is None:
+    if mode not in ("fwd", "bwd") or shape.dtype == "fp32" or shape.is_latent or tiles is None:
         return None
     limits = tiles.limits()
     for head_dim in (shape.head_dim_qk, shape.head_dim_v):

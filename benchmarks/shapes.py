@@ -216,7 +216,7 @@ SUITES: dict[str, Suite] = {
         modes=("fwd", "bwd"),
         peers=("flashmla", "flex", "sdpa-efficient"),
     ),
-    # DeepSeek-V3's heads, and a sixteenth of them, in training on latents.
+    # DeepSeek-V3's heads, and DeepSeek-V2-Lite's, in training on latents.
     "latent-training": Suite(
         [
             *(Shape(1, 128, 1, s, s, 576, 512, True, layout="latent") for s in (4096, 8192)),

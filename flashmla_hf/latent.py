@@ -66,13 +66,14 @@ def latent_attention(
         out [batch, seqlen_q, heads_q, head_dim_v] in q's dtype; with ``return_lse`` also lse fp32 [batch, heads_q, seqlen_q].
         A query that sees no key has out 0, lse -inf (with sinks: the sink's logit) and gradients 0.
 
-    Gradients are bitwise equal if the call is repeated. Beyond its results the backward needs
-    ``4 * seqlen_kv * head_dim_qk`` bytes and up to 384 MiB on a GPU, 512 with softcap. Nothing waits for the device. A row
-    that no query sees does not matter, even NaN. A row that is hidden from some queries and not from others must be finite:
-    NaN in it may reach those too, except with ``"reference"``. First derivatives work, ``torch.func``'s included; second and
-    forward-mode ones raise (``"reference"`` computes them). Autocast changes nothing: the result has q's dtype. Packed
-    sequences, masks and dropout are :func:`flashmla_hf.attention`'s, which takes ``attention(q, k, k[..., :head_dim_v])`` on
-    CPUs.
+    Gradients are bitwise equal if the call is repeated and cuBLAS repeats itself (it promises that on one stream). Beyond its
+    results the backward needs ``4 * seqlen_kv * head_dim_qk`` bytes and up to 384 MiB on a GPU, 512 with softcap. Nothing waits
+    for the device. A row that no query sees does not matter, even NaN. A row that is hidden from some queries and not from
+    others must be finite: NaN in it may reach those too, except with ``"reference"``. Scores beyond some thousands cost digits
+    of gradients, which stay finite (docs/kernels.md, Training on latents). First derivatives work, ``torch.func``'s included;
+    second and forward-mode ones raise (``"reference"`` computes them). Autocast changes nothing: the result has q's dtype.
+    Packed sequences, masks and dropout are :func:`flashmla_hf.attention`'s, which on CPUs takes ``attention(q, k,
+    k[..., :head_dim_v])``.
 
     Raises:
         TypeError: an argument has the wrong type or dtype.

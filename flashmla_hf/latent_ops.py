@@ -93,9 +93,14 @@ def _refuse_columns(operator: str, k: torch.Tensor, head_dim_v: int) -> typing.N
 
 
 def _forward(q, k, sinks, head_dim_v, *options):
-    # The operator of caches checks all else.
-    if q.dim() == 4 and k.dim() == 4 and not 1 <= head_dim_v <= k.shape[-1]:
+    for name, x in (("q", q), ("k", k)):
+        if x.dim() != 4:
+            refuse(FORWARD, name, "4 dimensions", f"shape {[*x.shape]}")
+    if not 1 <= head_dim_v <= k.shape[-1]:
         _refuse_columns(FORWARD, k, head_dim_v)
+    # The operator of caches checks all else, if there is something to compute.
+    if q.numel() == 0 or k.numel() == 0:
+        decode_ops.outputs_of(FORWARD, q, k, k[..., :head_dim_v], q.dtype, sinks, None, None, None)
     return latent_stream.forward(q, k, sinks, Options(head_dim_v, *options))
 
 

@@ -230,11 +230,11 @@ class _Backward:
         for queries in reversed([*_blocks(whole, self.num_queries)]):
             rows = slice(queries.start, queries.stop)
             dout, out, q = (_as_rows(x[rows]) for x in (of.dout, of.out, of.q))
-            delta = (dout * out.float()).sum(-1, dtype=torch.float32)
+            delta = _row_products(dout, out)
             if of.dlse is not None:
                 delta -= of.dlse[:, rows].t().reshape(-1)
             lse = of.lse[:, rows].t().reshape(-1)
-            minus_lse, minus_delta = -lse[:, None], -delta[:, None]
+            minus_lse, minus_delta = -_lowered(lse)[:, None], -delta[:, None]
             if dsinks is not None and of.sinks is not None:
                 weights = torch.exp(of.sinks - lse.view(-1, self.group))
                 dsinks -= (weights * delta.view(-1, self.group)).sum(0)
@@ -272,7 +272,7 @@ class _Backward:
             _add_product(capped, q, k.t(), scale / softcap).tanh_()
             torch.add(minus_lse, capped, alpha=softcap, out=scores)
         self.visibility.mask_(scores.unflatten(0, (len(queries), self.group)), queries, keys)
-        torch.exp(scores, out=p)
+        torch.exp(scores, out=p).clamp_(max=1.0)  # a large score is rounded by more than P bears
         v = k[:, : self.options.head_dim_v]
         _add_product(scores.copy_(minus_delta.expand(shape)), dout, v.t())  # dP - delta
         if self.capped is not None:
@@ -284,6 +284,22 @@ class _Backward:
             sum_dk = self.dk[keys.start : keys.stop]
             _add_product(sum_dk, ds.t(), q, scale)
             _add_product(sum_dk[:, : self.options.head_dim_v], p.t(), dout)
+
+
+def _row_products(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """The sum of a * b in each row, fp32 [rows]; some rows at a time, since the products take twice the operands' memory."""
+    sums = torch.empty(a.shape[0], dtype=torch.float32, device=a.device)
+    for rows in _blocks(range(a.shape[0]), 4096):
+        part = slice(rows.start, rows.stop)
+        torch.sum(a[part].float() * b[part], -1, out=sums[part])
+    return sums
+
+
+def _lowered(lse: torch.Tensor) -> torch.Tensor:
+    """The lse, where it is so large that its rounding moves P, a little less than it is: then the largest P of a row, cut to 1,
+    is right, and not 0. As csrc/sm90/backward/backward_rows.cuh, with its bounds."""
+    is_large = (lse.abs() >= 2.0**24 / math.log2(math.e)) & lse.isfinite()
+    return torch.where(is_large, lse - lse.abs() * 2.0**-21, lse)
 
 
 def _aligned(columns: int) -> int:

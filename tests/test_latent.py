@@ -132,7 +132,9 @@ def test_cases_keep_the_error_rule(impl, case, blocks):
     check(impl, case, DTYPES[impl][-1])
 
 
-@pytest.mark.parametrize("lost", ["the row as a value", "the row as a key", "a block of keys", "delta"])
+@pytest.mark.parametrize(
+    "lost", ["the row as a value", "the row as a key", "a block of keys", "the edge of a mask", "delta"]
+)
 def test_the_cases_find_what_is_lost(lost, monkeypatch, blocks):
     add_product, hide = latent_stream._add_product, latent_stream._hide
 
@@ -150,12 +152,25 @@ def test_the_cases_find_what_is_lost(lost, monkeypatch, blocks):
         monkeypatch.setattr(
             latent_stream._Visibility, "keys", lambda self, queries: range(keys(self, queries).start, 16)
         )
+    elif lost == "delta":
+        monkeypatch.setattr(latent_stream, "_row_products", lambda a, b: a.new_zeros(a.shape[0], dtype=torch.float32))
     else:
         monkeypatch.setattr(
             latent_stream, "_hide", lambda scores, diagonal, is_above: hide(scores, diagonal + 1, is_above)
         )
     with pytest.raises(AssertionError):
         check("cpu", CASES[0], torch.float32)
+
+
+@each_impl
+def test_gradients_of_huge_scores_are_finite(impl):
+    """Scores of up to 1e7, rounded by more than P bears: P is at most 1, so no gradient is larger than that of one key a row."""
+    for magnitude in (60.0, 600.0, 1900.0):
+        case = Case(seqlen_q=64, heads_q=4, is_causal=True, magnitude=magnitude, **DIMS)
+        found = numerics.run(ours(impl), case, case.inputs(DTYPES[impl][-1], DEVICES[impl]))
+        dk = found.grads["k"].float()
+        assert dk.isfinite().all()
+        assert dk.abs().max() < 64 * 4 * 40 * magnitude
 
 
 @each_impl

@@ -83,10 +83,10 @@ def test_every_head_dim_with_softcap_and_sinks_keeps_the_error_rule(dims, dtype)
 
 
 @rows
-@pytest.mark.parametrize("group", [1, 2, 4, 7, 8])
+@pytest.mark.parametrize("group", [1, 2, 3, 4, 6, 7, 8, 11])
 def test_the_heads_of_a_group_are_summed_with_few_keys_and_with_many(row, group):
-    """Few tiles of keys for a GPU: its blocks share out the heads of a group, as far as powers of 2 divide them, and their
-    sums are merged. 2 heads and up to 6 tiles are few, 16 and 8 some (two blocks a group), 50 sequences many."""
+    """Few tiles of keys for a GPU: its blocks share out the heads of a group, as a divisor of their number says, and their
+    sums are merged. 2 heads and up to 6 tiles are few, 16 and 8 some (two blocks an even group), 50 sequences many."""
     dtype = HALF[group % 2]
     dims = {"head_dim_qk": row[0], "head_dim_v": row[1]}
     for case in (
@@ -390,6 +390,26 @@ def test_calls_without_keys_give_zero_gradients_and_the_sink_that_of_lse(has_sin
 
 
 # ---- Memory, and addresses beyond 2^31 elements ----------------------------------------------------------------------
+
+
+@on_gpu
+def test_kv_heads_in_unequal_passes_are_those_of_a_call_each():
+    """128 MiB of dQ a kv head: two, two and one at a time. Of one kv head there are tiles enough, so that none is split."""
+    seqlen, group = 32768, 8
+    case = Case(seqlen_q=seqlen, heads_q=5 * group, heads_kv=5, head_dim_qk=128, is_causal=True)
+    q, k, v, dout = (torch.randn(1, seqlen, h, 128, device=DEVICE, dtype=torch.bfloat16) for h in (40, 5, 5, 40))
+    dlse = torch.randn(1, 40, seqlen, device=DEVICE)
+
+    def gradients_of(first, last):
+        heads = slice(first * group, last * group)
+        inputs = [q[:, :, heads], k[:, :, first:last], v[:, :, first:last]]
+        leaves = [x.detach().requires_grad_() for x in inputs]
+        out, lse = attention(*leaves, is_causal=case.is_causal, deterministic=True, return_lse=True, impl=IMPL)
+        return torch.autograd.grad([out, lse], leaves, [dout[:, :, heads], dlse[:, heads]])
+
+    whole, parts = gradients_of(0, 5), [gradients_of(i, i + 1) for i in range(5)]
+    for all_heads, of_heads in zip(whole, zip(*parts, strict=True), strict=True):
+        assert torch.equal(all_heads, torch.cat(of_heads, 2))
 
 
 @on_gpu

@@ -177,7 +177,7 @@ struct BackwardConfig<64, 64> {
   static constexpr bool kSplitsColumns = false, kHasSoftcap = false;
 };
 
-// As 128. A quarter of the products of 72 to 96 columns was of zeros there (2026-11-28, sixth session).
+// As 128, where a quarter or more of the products of 72 to 96 columns was of zeros (2026-11-28, sixth session).
 template <>
 struct BackwardConfig<96, 96> {
   static constexpr int kBlockQ = 64, kBlockKV = 128;

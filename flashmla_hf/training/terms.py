@@ -243,7 +243,8 @@ def _mlp_backward(s: Switches, size: _Sizes) -> list[Term]:
 def _attention_backward(shape: Shape, s: Switches, size: _Sizes) -> list[Term]:
     # Normed input and the residual's gradient 2h; q, k, v as projected q + 2kv, q and k as rotated q + kv; output and its
     # gradient 2q; gradients of q, k, v q + 2kv; log-sum-exp and delta; the fp32 sums of dq, which our Hopper kernels hold
-    # for as many kv heads at a time as fit in 256 MiB: for one, if it matters.
+    # for some kv heads at a time: for one, where that is more than 256 MiB. Of shorter sequences they are at most 512 MiB
+    # for some more, and are counted for one.
     sums = shape.head_dim * FP32 * (shape.heads_q // shape.heads_kv if s.is_ours else shape.heads_q)
     attention = 2 * size.h + 5 * size.q + 5 * size.kv + 2 * size.lse + sums
     if "rope" in s.patches or s.liger:

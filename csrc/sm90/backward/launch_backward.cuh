@@ -65,7 +65,7 @@ struct TilesOfHead {
   }
 };
 
-// How many kv heads' sums of dQ are held at a time, of `bytes` each. Passes are as equal as can be.
+// How many kv heads' sums of dQ are held at a time, of `bytes` each. Passes are of equal size but the last.
 inline int64_t heads_of_pass(TilesOfHead const& tiles, int64_t heads_kv, int64_t bytes) {
   auto passes_of = [&](int64_t limit) {
     int64_t const most = std::clamp<int64_t>(limit / std::max<int64_t>(1, bytes), 1, heads_kv);
