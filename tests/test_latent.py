@@ -17,6 +17,7 @@ import numerics
 import pytest
 import torch
 from cases import Case
+from latent_support import DEVICES, DIMS, DTYPES, check, ours
 from peak_elements import LargestResult
 from torch import func
 
@@ -26,29 +27,11 @@ from flashmla_hf.libraries import Sm90Limits
 SEED = int(os.environ.get("FLASHMLA_FUZZ_SEED", "0"))
 RANDOM_CASES = {"sm90": 1200, "cpu": 300}
 RANDOM_CASES = {name: int(os.environ.get("FLASHMLA_LATENT_CASES", count)) for name, count in RANDOM_CASES.items()}
-DTYPES = {"sm90": gpu_support.HALF, "cpu": (torch.float32, *gpu_support.HALF)}
-DEVICES = {"sm90": "cuda", "cpu": "cpu"}
-DIMS = {"head_dim_qk": 576, "head_dim_v": 512, "heads_kv": 1, "is_latent": True}
 FORWARD = torch.ops.flashmla.flash_attn_latent.default
 BACKWARD = torch.ops.flashmla.flash_attn_latent_backward.default
 
 sm90 = pytest.param("sm90", marks=pytest.mark.skipif(gpu_support.sm90_missing() is not None, reason="needs sm90"))
 each_impl = pytest.mark.parametrize("impl", [sm90, "cpu"])
-
-
-def ours(impl):
-    """``latent_attention`` with the arguments of ``attention``, whose v says how wide the values are."""
-
-    def function(*, v, cu_seqlens_q, cu_seqlens_kv, **arguments):
-        assert cu_seqlens_q is None
-        assert cu_seqlens_kv is None
-        return latent_attention(head_dim_v=v.shape[-1], impl=impl, **arguments)
-
-    return function
-
-
-def check(impl, case, dtype, seed=0, **options):
-    return numerics.check(ours(impl), case, dtype, DEVICES[impl], seed, **options)
 
 
 @pytest.fixture
@@ -431,59 +414,3 @@ def test_gradients_that_lie_as_they_like():
         )
         assert all(torch.equal(x, y) for x, y in zip(got, expected, strict=True))
         assert all(x.abs().max() > 0 for x in got)
-
-
-# ---- A GPU -----------------------------------------------------------------------------------------------------------
-
-needs_kernel = [gpu_support.needs_sm90, gpu_support.on_gpu]
-
-
-def on_sm90(test):
-    for mark in needs_kernel:
-        test = mark(test)
-    return test
-
-
-@on_sm90
-@gpu_support.half
-@pytest.mark.parametrize(("heads", "seqlen"), [(16, 1001), (128, 333), (1, 2049), (20, 4097)])
-def test_long_calls_on_a_gpu(heads, seqlen, dtype):
-    for options in ({"is_causal": True}, {"window": (200, 0)}, {"softcap": 20.0, "is_causal": True, "has_sinks": True}):
-        check("sm90", Case(seqlen_q=seqlen, heads_q=heads, **options, **DIMS), dtype)
-
-
-@on_sm90
-@pytest.mark.parametrize("softcap", [0.0, 20.0])
-def test_memory_on_a_gpu_does_not_grow_with_the_scores(softcap):
-    """Beyond inputs and results: the sum of dK, the lse, and a workspace of a constant size."""
-    mib = 2**20
-    for seqlen in (4096, 16384):
-        case = Case(seqlen_q=seqlen, heads_q=16, is_causal=True, softcap=softcap, **DIMS)
-        inputs = case.inputs(torch.bfloat16, "cuda")
-        leaves = [x.requires_grad_() for x in (inputs.q, inputs.k)]
-        out = latent_attention(*leaves, head_dim_v=512, is_causal=True, softcap=softcap)
-        run = functools.partial(torch.autograd.grad, out, leaves, inputs.dout, retain_graph=True)
-        run()  # the workspace of cuBLAS
-        results = sum(x.numel() * 2 for x in leaves)
-        needed = gpu_support.peak_bytes(run) - results - 4 * seqlen * 576
-        assert needed <= (384 + 128 * (softcap > 0.0)) * mib, f"{seqlen} keys: {needed / mib:.0f} MiB"
-
-
-@on_sm90
-def test_nothing_is_waited_for_on_a_gpu():
-    case = Case(seqlen_q=700, heads_q=16, is_causal=True, has_sinks=True, **DIMS)
-    inputs = case.inputs(torch.bfloat16, "cuda")
-    expected = numerics.run(ours("sm90"), case, inputs)
-    later = torch.zeros_like(inputs.q)
-    changed = dataclasses.replace(inputs, q=later)
-
-    def call():
-        leaves = [x.detach().requires_grad_() for x in (changed.q, changed.k, changed.sinks)]
-        out, _ = latent_attention(
-            *leaves[:2], head_dim_v=512, sinks=leaves[2], is_causal=True, return_lse=True, impl="sm90"
-        )
-        return out, *torch.autograd.grad(out, leaves, changed.dout)
-
-    got = gpu_support.run_behind_other_work(lambda: later.copy_(inputs.q), call)
-    assert torch.equal(got[0], expected.out)
-    assert all(x.isfinite().all() for x in got)
