@@ -379,8 +379,8 @@ template <int kHeadDim>
 struct Fp8ForwardTiles : WarpgroupPlan<Fp8ForwardConfig<kHeadDim>> {};
 
 // The widest chunk, `most` columns or fewer, of which `columns` are a multiple.
-constexpr int swizzle_columns(int columns, int most) {
-  return columns % most == 0 ? most : swizzle_columns(columns, most / 2);
+constexpr int widest_chunk(int columns, int most) {
+  return columns % most == 0 ? most : widest_chunk(columns, most / 2);
 }
 
 template <int kHeadDimQK, int kHeadDimV>
@@ -390,7 +390,7 @@ struct BackwardTiles : WarpgroupPlan<BackwardConfig<kHeadDimQK, kHeadDimV>> {
   // Of K: where the warpgroups share dQ of 64 queries by columns, half of them are whole chunks of K.
   static constexpr int kSwizzleColumnsK = Config::kBlockQ > kWarpgroupRows
                                               ? Config::kSwizzleColumns
-                                              : swizzle_columns(kHeadDimQK / 2, Config::kSwizzleColumns);
+                                              : widest_chunk(kHeadDimQK / 2, Config::kSwizzleColumns);
   static_assert(Config::kNumConsumers == 2 &&
                     Config::kBlockKV == kWarpgroupRows * (Config::kSplitsColumns ? 1 : Config::kNumConsumers),
                 "64 key rows for each of two warpgroups, or for both");
