@@ -78,6 +78,7 @@ from flashmla_hf.training.arguments import first_line
 def in_turns(
     calls: dict[str, Timed],
     memory: dict[str, int],
+    device: str,
     refuse: Callable[[str, str], None],
     measure: Callable[[], dict[str, list[float]]],
 ) -> dict[str, list[float]]:
@@ -85,13 +86,12 @@ def in_turns(
     while True:
         with contextlib.suppress(torch.OutOfMemoryError):
             return measure()
-        largest = max(
-            reversed(list(calls)), key=lambda name: memory.get(name, 0)
-        )  # of equal ones not ours, which is first
+        # Of equal ones not ours, which is first.
+        largest = max(reversed(list(calls)), key=lambda name: memory.get(name, 0))
         where = " beside the other peers" if len(calls) > 1 else ""
         refuse(largest, f"the GPU's memory does not suffice{where}")
         del calls[largest]
-        gc.collect()
+        free(device)
 
 
 # "bwd" repeats the backward of one kept forward, which compiled graphs that give their buffers away refuse.
@@ -149,7 +149,7 @@ def measure_shape(job: Job, device: str, repeats: int, seconds: float) -> list[d
         halfway = lambda state=state: state.update(gpu_state(device))  # noqa: E731
         full = lambda name, why, mode=mode: refuse(name, "out_of_memory", f"{mode}: {why}")  # noqa: E731
         turns = functools.partial(interleaved, calls, device, mode, repeats, seconds, halfway)
-        for name, times in in_turns(calls, memory, full, turns).items():
+        for name, times in in_turns(calls, memory, device, full, turns).items():
             record = {
                 "shape": str(shape),
                 "peer": name,

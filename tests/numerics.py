@@ -258,6 +258,14 @@ def check(
     return got
 
 
+def assert_rule_was_kept(failures: list[str], before: Looks, calls: int) -> None:
+    """Of so many random calls, checked since :data:`looks` was ``before``: none failed, all were judged, few by a second look."""
+    assert not failures, f"{len(failures)} calls break the rule:\n" + "\n".join(failures[:12])
+    judged = looks - before
+    assert judged.calls == calls
+    assert judged.second <= max(2, MOST_SECOND_LOOKS * judged.calls), judged
+
+
 def errors_of_delta(case: Case, inputs: Inputs, out: torch.Tensor, truth: Result, options: dict) -> dict[str, float]:
     """The largest errors that gradients ("dq", ...) get from delta, the row sums of dout times ``out``, if all else is exact.
 

@@ -51,9 +51,7 @@ def test_random_calls_keep_the_error_rule(impl):
     for dtype in dtypes:
         failures = sweep(impl, dtype, random_cases(impl, dtype, count, SEED))
         assert not failures, f"{len(failures)} calls of {count} break the rule:\n" + "\n".join(failures)
-    judged = numerics.looks - before
-    assert judged.calls == count * len(dtypes)
-    assert judged.second <= max(2, numerics.MOST_SECOND_LOOKS * judged.calls), judged
+    numerics.assert_rule_was_kept([], before, count * len(dtypes))
 
 
 @each_impl

@@ -84,10 +84,7 @@ def test_random_calls_keep_the_error_rule(impl, blocks):
                 check(impl, case, dtype, seed, wants=wants, has_dlse=source.choice([True, False]))
             except (AssertionError, RuntimeError) as error:
                 failures.append(f"{str(error).splitlines()[0]}\n  {case} {dtype} seed={seed} {sizes=} {wants=}")
-    assert not failures, f"{len(failures)} calls break the rule:\n" + "\n".join(failures[:12])
-    judged = numerics.looks - before
-    assert judged.calls == count * len(dtypes)
-    assert judged.second <= max(2, numerics.MOST_SECOND_LOOKS * judged.calls), judged
+    numerics.assert_rule_was_kept(failures, before, count * len(dtypes))
 
 
 CASES = [

@@ -38,11 +38,6 @@
 
 namespace flashmla::sm90 {
 
-// Columns of a swizzled chunk: 96 are three of 32.
-constexpr int swizzle_columns(int head_dim_qk, int head_dim_v) {
-  return head_dim_qk % 64 == 0 && head_dim_v % 64 == 0 ? 64 : 32;
-}
-
 template <int kHeadDimQK, int kHeadDimV, MaskKind kMask, class Element>
 struct Forward {
   using Tiles = ForwardTiles<kHeadDimQK, kHeadDimV, kMask>;
@@ -51,7 +46,8 @@ struct Forward {
   static constexpr int kNumStages = Tiles::kNumStages;
   static constexpr int kNumQStages = Tiles::kNumQStages;
   static constexpr int kNumConsumers = Tiles::kNumConsumers;
-  static constexpr int kSwizzleColumns = swizzle_columns(kHeadDimQK, kHeadDimV);
+  // 96 columns are three chunks of 32.
+  static constexpr int kSwizzleColumns = widest_chunk(kHeadDimV, widest_chunk(kHeadDimQK, 64));
   static constexpr int kNumCtas = Tiles::kNumCtas;
   static_assert(kNumCtas == 1);                                                          // others: forward_pair.cuh
   static constexpr int kColumnsQK = kHeadDimQK, kColumnsV = kHeadDimV, kQueryParts = 1;  // for query_tile.cuh
