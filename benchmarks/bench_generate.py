@@ -4,7 +4,7 @@
     python benchmarks/bench_generate.py --time_budget 500                  # again: goes on where the file ends
     python benchmarks/bench_generate.py --groups dynamic --contexts 2048 --batch_sizes 1
     python benchmarks/bench_generate.py --groups compiled --contexts 32768 131072 --batch_sizes 1 8 --time_budget 290
-    python benchmarks/bench_generate.py --groups fp8 compiled --attentions flashmla --layers 16   # bf16's cache fits beside
+    python benchmarks/bench_generate.py --groups fp8 --layers 16 --contexts 131072 --batch_sizes 8 --padded   # bf16's too fits
     python benchmarks/bench_generate.py --list                             # the points in their order
 
 Weights are random, made on the device. The cache is filled with random numbers up to the point's length, so a long context
@@ -14,7 +14,9 @@ lengths, padded on the left.
 How it measures. A first call makes 8 tokens: it compiles, captures and chooses, and its peak memory is the one reported,
 weights and cache included. A second call makes the timed tokens. generate() waits for the device at every token, so the time
 between two of its stopping checks is a token's time; the median is reported. "compiled" is a static cache with the step
-compiled by generate() itself, as it does on a GPU: torch.compile with CUDA graphs. "static" is the same cache without.
+compiled by generate() itself, as it does on a GPU: torch.compile with CUDA graphs. "static" is the same cache without. The
+group "fp8" has our Fp8Cache, static and compiled ("compiled-fp8") beside a compiled 16-bit cache, and growing ("fp8") beside a
+dynamic one.
 
 No number without right logits: those of short rows, prefilled and decoded, are compared with eager attention in float32, and
 those of the point's own first tokens, which are given, with eager attention in the point's dtype. The bound is four times
@@ -28,20 +30,21 @@ import argparse
 import inference_results
 import models
 import point_runs
-from generation import Generation, Point
+from generation import COMPILED, Generation, Point
 from point_runs import Program
 
 from flashmla_hf.host_memory import GIB
 from flashmla_hf.training.options import at_least
 
-# What is measured first is what matters most. Of each group: the kind of cache and the attentions, which take turns.
+# What is measured first is what matters most. Of each group: the kinds of cache, one after the other for each shape, and the
+# attentions, which take turns.
 GROUPS = {
-    "dynamic": ("dynamic", ("flashmla", "sdpa")),
-    "compiled": ("compiled", ("flashmla", "sdpa")),
-    "eager": ("dynamic", ("eager",)),
-    "compiled-eager": ("compiled", ("eager",)),
-    "static": ("static", ("flashmla", "sdpa", "eager")),
-    "fp8": ("fp8", ("flashmla",)),  # beside our dynamic and compiled points
+    "dynamic": (("dynamic",), ("flashmla", "sdpa")),
+    "compiled": (("compiled",), ("flashmla", "sdpa")),
+    "eager": (("dynamic",), ("eager",)),
+    "compiled-eager": (("compiled",), ("eager",)),
+    "static": (("static",), ("flashmla", "sdpa", "eager")),
+    "fp8": (("compiled-fp8", "compiled", "fp8", "dynamic"), ("flashmla",)),
 }
 DEFAULT_GROUPS = {"cuda": ("dynamic", "compiled", "eager", "compiled-eager"), "cpu": ("dynamic", "static", "eager")}
 CONTEXTS = {"cuda": (2048, 32768, 131072), "cpu": (128, 512)}
@@ -59,8 +62,9 @@ def points_of(args: argparse.Namespace) -> list[Point]:
     shapes.sort(key=lambda shape: shape[0] * shape[1])
     points = [
         Point(args.model, attention, cache, *shape, dtype=args.dtype, tokens=args.tokens, layers=args.layers)
-        for cache, attentions in (GROUPS[name] for name in args.groups)
+        for caches, attentions in (GROUPS[name] for name in args.groups)
         for shape in shapes
+        for cache in caches
         for attention in (args.attentions or attentions)
         if attention in attentions
     ]
@@ -73,7 +77,9 @@ def start(args: argparse.Namespace):
 
 def describe(record: dict) -> str:
     padded = " padded" if record["is_padded"] else ""
-    head = f"{record['cache']:<9}B{record['batch_size']:<3}{record['context']:>7,}{padded:<7} {record['attention']:<9}"
+    head = (
+        f"{record['cache']:<12} B{record['batch_size']:<3}{record['context']:>7,}{padded:<7} {record['attention']:<9}"
+    )
     if record["status"] != "ok":
         return f"{head} {record['status'].replace('_', ' ')}: {record['reason']}"
     memory = "" if record["peak_bytes"] is None else f", {record['peak_bytes'] / GIB:.2f} GiB"
@@ -93,7 +99,7 @@ def expected_seconds(point: Point) -> float:
     """What a point must find left of the budget to begin. torch.compile takes about as long for every layer: 35 to 46 s for the
     32 of 8B's shape with 16 CPU cores."""
     layers = point.layers or models.SHAPES[point.model].num_hidden_layers
-    return 5 + 1.25 * layers if point.cache == "compiled" else point_runs.LEAST_SECONDS
+    return 5 + 1.25 * layers if point.cache in COMPILED else point_runs.LEAST_SECONDS
 
 
 PROGRAM = Program(

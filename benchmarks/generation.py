@@ -19,8 +19,10 @@ from flashmla_hf import Fp8Cache, host_memory
 from flashmla_hf.host_memory import GIB
 from flashmla_hf.training import machine
 
-# "compiled": static, and generate() compiles the step, as it does on a GPU. "fp8": our Fp8Cache.
-CACHES = ("dynamic", "static", "compiled", "fp8")
+# "compiled": static, and generate() compiles the step, as it does on a GPU. "fp8": our Fp8Cache, which grows; "compiled-fp8":
+# the static one, compiled.
+CACHES = ("dynamic", "static", "compiled", "fp8", "compiled-fp8")
+COMPILED, IN_FP8 = ("compiled", "compiled-fp8"), ("fp8", "compiled-fp8")
 # generate() compiles on a GPU by itself, with these options. A CPU must be told.
 COMPILE_OPTIONS = {"cuda": {}, "cpu": {"mode": None}}
 REFERENCE = "eager"
@@ -101,6 +103,8 @@ class Decoding:
             self.cache = DynamicCache(config=model.config)
         elif cache == "fp8":
             self.cache = Fp8Cache()
+        elif cache == "compiled-fp8":
+            self.cache = Fp8Cache(model.config, max_cache_len=point.context)
         else:
             self.cache = StaticCache(config=model.config, max_cache_len=point.context)
         for layer in range(model.config.num_hidden_layers):
@@ -109,7 +113,7 @@ class Decoding:
     def _generate(self, count: int, **options) -> None:
         """``count`` tokens more, the first by a step that is not compiled: generate() takes it for the prefill."""
         before = self.ids.shape[1]
-        if self.kind == "compiled":
+        if self.kind in COMPILED:
             compiling = self.generation.compile_options
         else:
             compiling = {"disable_compile": True}
@@ -182,7 +186,7 @@ class Generation:
     def bytes_per_token(self, cache: str = "dynamic") -> int:
         """Of a cache; in fp8 a row of a head has one scale of four bytes."""
         config = self.model.config
-        row = config.head_dim + 4 if cache == "fp8" else config.head_dim * self.dtype.itemsize
+        row = config.head_dim + 4 if cache in IN_FP8 else config.head_dim * self.dtype.itemsize
         return 2 * config.num_hidden_layers * config.num_key_value_heads * row
 
     def write_random_rows(self, cache, point: Point, layer: int, generator: torch.Generator) -> None:
@@ -205,7 +209,7 @@ class Generation:
         bound = self.bound(point.dtype)
         if problem := _problem(errors, bound):
             return {"status": "wrong", "reason": problem, "errors": errors, "bound": bound}
-        if point.cache == "fp8":
+        if point.cache in IN_FP8:
             bound = max(bound, FP8_FLOOR)
         truth = self._expected(point)
         logits, numbers = self.timed(point)
@@ -249,7 +253,7 @@ class Generation:
             "peak_bytes": None if beyond is None else in_use + beyond,
             "cache_bytes": point.batch_size * point.context * self.bytes_per_token(point.cache),
             "weight_bytes": self.weight_bytes,
-            **(compiled if point.cache == "compiled" else {}),
+            **(compiled if point.cache in COMPILED else {}),
             **state,
         }
 

@@ -35,7 +35,7 @@ from flashmla_hf.fp8.quantization import quantize_tokens
 from flashmla_hf.notices import log_choice, warn_once
 from flashmla_hf.ops import dtype_name
 from flashmla_hf.scalars import fail, flag
-from flashmla_hf.torch_state import has_transforms, is_traced_or_transformed, values_are_readable
+from flashmla_hf.torch_state import has_transforms, values_are_readable
 from flashmla_hf.validation import DecodeCall, check_tensor, validate_decode, values_in_keys
 
 
@@ -158,7 +158,7 @@ def decode_attention(
     if _values_are_checked(call) or (reads_values and _values_are_readable(call)):
         _check_values(call, k.shape[1] if has_new else 0)  # type: ignore[union-attr]
     if has_new:
-        has_kernel_of_append = run in (_run_sm90, cached.run_sm90) and not is_traced_or_transformed()
+        has_kernel_of_append = run in (_run_sm90, cached.run_sm90) and not has_transforms()
         call.cache_seqlens = (_append_by_kernel if has_kernel_of_append else append)(call, k, v)  # type: ignore[arg-type]
     out, lse = run(call)
     return (out, lse) if return_lse else out
@@ -231,7 +231,14 @@ def _append_by_kernel(call: DecodeCall, k: torch.Tensor, v: torch.Tensor | None)
     """:func:`append` in one launch, on a Hopper GPU. An entry that does not fit is not written."""
     v_cache = None if v is None else call.v
     caches = [x for x in (call.k, v_cache) if x is not None]
-    new_k, new_v = (None if x is None else _with_contiguous_rows(_in_other_memory(x, caches)) for x in (k, v))
+    if torch.compiler.is_compiling():
+        # A graph does not know whose memory the new rows are. Inductor drops a clone of them, not what depends on data: no
+        # row of a sequence that begins at this number has a place.
+        has_rows = (call.cache_seqlens != -(2**31))[:, None, None, None]  # type: ignore[index]
+        new_k, new_v = (None if x is None else torch.where(has_rows, x, 0) for x in (k, v))
+    else:
+        new_k, new_v = (None if x is None else _in_other_memory(x, caches) for x in (k, v))
+    new_k, new_v = (None if x is None else _with_contiguous_rows(x) for x in (new_k, new_v))
     return torch.ops.flashmla.append_to_cache(
         call.k, v_cache, new_k, new_v, call.cache_seqlens, call.block_table, call.k_descale, call.v_descale
     )

@@ -87,6 +87,8 @@ PARTS: dict[str, tuple[Step, ...]] = {
     "fp8": (
         Step("fp8", (*PARALLEL, *files("sm90_fp8")), 400),
         Step("fp8 caches", (*PARALLEL, *files("sm90_fp8_decode", "fp8_decode")), 400),
+        # Inductor's processes beside those of pytest-xdist would share the cores.
+        Step("fp8 compiled", (*PYTEST, *files("sm90_fp8_static")), 300),
         Step("fp8 python", (*PARALLEL, *files("fp8_kernel")), 200),
     ),
     "robust": (

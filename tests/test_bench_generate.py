@@ -127,14 +127,20 @@ def test_wrong_attention_gets_no_number(wrong, monkeypatch, tmp_path):
 
 
 def test_an_fp8_cache_has_a_bound_of_its_own_that_finds_another_row(monkeypatch, tmp_path):
-    options = ("--groups", "fp8", "dynamic", "--attentions", "flashmla", "--layers", "1")
+    monkeypatch.setitem(generation.COMPILE_OPTIONS, "cpu", {"mode": None, "backend": "eager"})
+    options = ("--groups", "fp8", "--layers", "1")
     run(tmp_path, *options)
-    fp8, dynamic = points(tmp_path)
-    assert [(r["cache"], r["layers"], r["status"]) for r in (fp8, dynamic)] == [("fp8", 1, "ok"), ("dynamic", 1, "ok")]
-    assert dynamic["errors"]["these rows"] < 1e-5 < fp8["errors"]["these rows"] < generation.FP8_FLOOR
-    assert fp8["cache_bytes"] * 64 == dynamic["cache_bytes"] * 20  # fp32 rows of 16 numbers
+    records = points(tmp_path)
+    assert [r["cache"] for r in records] == ["compiled-fp8", "compiled", "fp8", "dynamic"]
+    assert {(r["attention"], r["layers"], r["status"]) for r in records} == {("flashmla", 1, "ok")}
+    for fp8, exact in (records[:2], records[2:]):
+        assert exact["errors"]["these rows"] < 1e-5 < fp8["errors"]["these rows"] < generation.FP8_FLOOR
+        assert fp8["cache_bytes"] * 64 == exact["cache_bytes"] * 20  # fp32 rows of 16 numbers
+    for record in records[:2]:
+        assert (record["graphs"], record["graph_breaks"]) == (1, 0)
     page = (tmp_path / "RESULTS.md").read_text()
     assert "### Fp8 cache" in page
+    assert "### Static fp8 cache, the step compiled by generate()" in page
     assert "tiny's shape, 1 layers deep, float32" in page
 
     update = generation.Fp8Cache.update

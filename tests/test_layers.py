@@ -41,7 +41,7 @@ LAYERS = [
     },
 ]
 MAY_IMPORT_TRANSFORMERS = {
-    "check_command", "training", "hf.fp8_cache", "hf.masks", "hf.paged", "hf.register", "hf.transformers_private", "patches",
+    "check_command", "training", "hf.fp8_cache", "hf.fp8_layers", "hf.masks", "hf.paged", "hf.register", "hf.transformers_private", "patches",
 }  # fmt: skip
 
 

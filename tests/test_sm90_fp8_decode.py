@@ -25,7 +25,7 @@ from test_fp8_decode import exact_values  # noqa: F401 (a fixture)
 import flashmla_hf
 from flashmla_hf.decode import decode_attention
 from flashmla_hf.fp8.quantization import DTYPE, quantize_tokens
-from flashmla_hf.hf.fp8_cache import Fp8Layer
+from flashmla_hf.hf.fp8_layers import Fp8Layer
 
 pytestmark = [gpu_support.needs_sm90, gpu_support.on_gpu]
 RANDOM_CASES = int(os.environ.get("FLASHMLA_FP8_DECODE_CASES", "1200"))

@@ -90,22 +90,25 @@ def check_descales(k_cache: Any, v_cache: Any, k_descale: Any, v_descale: Any) -
 
 
 def write_rows(
-    k: torch.Tensor, v: torch.Tensor, k_rows: torch.Tensor, v_rows: torch.Tensor, k_factors: torch.Tensor,
+    k: torch.Tensor, v: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, k_factors: torch.Tensor,
     v_factors: torch.Tensor, begins: torch.Tensor,
 ) -> None:  # fmt: skip
-    """Quantises k and v [batch, seqlen_new, heads_kv, dim] into e4m3 rows of those shapes, and factors fp32 [batch, seqlen_new,
-    heads_kv]: on a Hopper GPU in one launch. ``begins``: int32 [batch] zeros."""
+    """Quantises k and v [batch, seqlen_new, heads_kv, dim] into the rows from ``begins[b]`` on of e4m3 caches [batch, capacity,
+    heads_kv, dim], and their factors into fp32 [batch, capacity, heads_kv]: on a Hopper GPU in one launch. ``begins``: int32
+    [batch], the same for every sequence. The caller knows that the rows are there."""
     if _has_kernel_of_writing(k, v):
-        torch.ops.flashmla.append_to_cache(k_rows, v_rows, k.detach(), v.detach(), begins, None, k_factors, v_factors)
+        torch.ops.flashmla.append_to_cache(k_cache, v_cache, k.detach(), v.detach(), begins, None, k_factors, v_factors)
         return
-    for x, rows, factors in ((k, k_rows, k_factors), (v, v_rows, v_factors)):
+    row = torch.arange(k.shape[1], device=k.device) + begins[:1]
+    for x, cache, factors in ((k, k_cache, k_factors), (v, v_cache, v_factors)):
         data, scale = quantize_tokens(x)
-        rows.copy_(data)
-        factors.copy_(scale)
+        # Bits: torch copies no rows of fp8 by an index.
+        cache.view(torch.uint8).index_copy_(1, row, data.view(torch.uint8))
+        factors.index_copy_(1, row, scale)
 
 
 def _has_kernel_of_writing(k: torch.Tensor, v: torch.Tensor) -> bool:
-    if k.device.type != "cuda" or is_traced_or_transformed() or "sm90" in libraries.unavailable:
+    if k.device.type != "cuda" or has_transforms() or "sm90" in libraries.unavailable:
         return False
     return sm90.device_refusal(k, v, _largest(), 1) is None and k.stride(-1) == v.stride(-1) == 1
 

@@ -15,7 +15,7 @@ from flashmla_hf.dispatch import attention, drops_in_a_fused_kernel
 from flashmla_hf.hf import (
     boundaries,
     decoding,
-    fp8_cache,
+    fp8_layers,
     heads,
     masks,
     paged,
@@ -61,7 +61,7 @@ def attention_forward(
         query: [batch, heads_q, seqlen_q, head_dim_qk], any strides; float32, float16 or bfloat16. Under autocast query, key
             and value may differ in dtype.
         key, value: [batch, heads_kv, seqlen_kv, head_dim_qk or head_dim_v]; heads not repeated. A static cache passes all
-            its rows, an Fp8Cache :class:`fp8_cache.Fp8Rows`. ``None`` as value: key holds latents (:class:`decoding.Latents`),
+            its rows, an Fp8Cache :class:`fp8_layers.Fp8Rows`. ``None`` as value: key holds latents (:class:`decoding.Latents`),
             from a layer of the patch "mla_decode".
         attention_mask: a mask of :mod:`masks`, or a user's [batch, 1 or heads_q, seqlen_q, seqlen_kv], boolean (true
             keeps) or additive. Either defines the visible keys alone: no causal mask or window is added. Or key padding
@@ -94,7 +94,7 @@ def attention_forward(
     boundaries.enter(module)
     precision = kwargs.pop(_PRECISION, None)
     output_attentions = output_attentions or transformers_private.weights_are_recorded()
-    if isinstance(key, fp8_cache.Fp8Rows):
+    if isinstance(key, fp8_layers.Fp8Rows):
         default = masks.Pattern(*patterns.without_mask(module, is_causal, sliding_window, False))
         if output_attentions or position_bias is not None or dropout > 0.0:
             refusals.refuse_dense(module, *_FP8_CACHE, dropout, position_bias, output_attentions)
@@ -255,17 +255,22 @@ def _from_fp8_cache(
     pattern, _ = patterns.read_mask(module, attention_mask, default, q, key.shape[2])
     if pattern is None or pattern.segments is not None:
         refusals.refuse_dense(module, *_FP8_CACHE, 0.0, None, False)
-    lengths = starts = None
+    # int32 [batch], the keys of each sequence; None: all rows. Of a static cache Python does not know it.
+    in_use = lengths = key.lengths
+    starts = None
     if pattern.padding is not None:
         ranges = boundaries.key_ranges(pattern.padding)
         num_keys = key.shape[2]
-        if pattern.is_causal and not ranges.has_holes and ranges.common_end != num_keys:
+        if pattern.is_causal and not ranges.has_holes and (in_use is not None or ranges.common_end != num_keys):
             # Padding at a causal row's end is seen by no token, and a row may have no key yet.
-            ranges = ranges.up_to(num_keys)
-        lengths, starts = ranges.end, ranges.start
+            ranges = ranges.up_to(num_keys if in_use is None else in_use)
         queries_are_keys = pattern.is_causal or pattern.window is not None
-        if ranges.has_holes or (queries_are_keys and ranges.common_end != key.shape[2]):
+        ends_together = ranges.common_end == num_keys or (pattern.is_causal and in_use is not None)
+        if ranges.has_holes or (queries_are_keys and not ends_together):
             refusals.refuse_dense(module, *_FP8_CACHE, 0.0, None, False)
+        lengths, starts = ranges.end, ranges.start
+        if in_use is not None and not pattern.is_causal:
+            lengths = torch.minimum(lengths, in_use)
     if isinstance(options["scale"], torch.Tensor):
         q, options = q * options["scale"].to(q.dtype), options | {"scale": 1.0}
     k, v = (x.e4m3.transpose(1, 2) for x in (key, value))
