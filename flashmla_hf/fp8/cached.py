@@ -29,7 +29,13 @@ from flashmla_hf.fp8.quantization import DTYPE, quantize_tokens
 from flashmla_hf.ops import check_tensor as check_operand
 from flashmla_hf.ops import dtype_name, refuse, schema_arguments
 from flashmla_hf.scalars import fail
-from flashmla_hf.torch_state import has_transforms, is_transformed_eagerly, values_are_readable, without_autocast
+from flashmla_hf.torch_state import (
+    has_transforms,
+    is_traced_or_transformed,
+    is_transformed_eagerly,
+    values_are_readable,
+    without_autocast,
+)
 from flashmla_hf.validation import DecodeCall, check_float32, check_tensor
 
 KEYS_AT_A_TIME = 1024  # a multiple of no page size in particular: pages are gathered row by row
