@@ -35,7 +35,7 @@ from flashmla_hf.fp8.quantization import quantize_tokens
 from flashmla_hf.notices import log_choice, warn_once
 from flashmla_hf.ops import dtype_name
 from flashmla_hf.scalars import fail, flag
-from flashmla_hf.torch_state import has_transforms, values_are_readable
+from flashmla_hf.torch_state import has_transforms, is_transformed_eagerly, values_are_readable
 from flashmla_hf.validation import DecodeCall, check_tensor, validate_decode, values_in_keys
 
 
@@ -158,7 +158,7 @@ def decode_attention(
     if _values_are_checked(call) or (reads_values and _values_are_readable(call)):
         _check_values(call, k.shape[1] if has_new else 0)  # type: ignore[union-attr]
     if has_new:
-        has_kernel_of_append = run in (_run_sm90, cached.run_sm90) and not has_transforms()
+        has_kernel_of_append = run in (_run_sm90, cached.run_sm90) and not is_transformed_eagerly()
         call.cache_seqlens = (_append_by_kernel if has_kernel_of_append else append)(call, k, v)  # type: ignore[arg-type]
     out, lse = run(call)
     return (out, lse) if return_lse else out

@@ -29,7 +29,13 @@ from flashmla_hf.fp8.quantization import DTYPE, quantize_tokens
 from flashmla_hf.ops import check_tensor as check_operand
 from flashmla_hf.ops import dtype_name, refuse, schema_arguments
 from flashmla_hf.scalars import fail
-from flashmla_hf.torch_state import has_transforms, is_traced_or_transformed, values_are_readable, without_autocast
+from flashmla_hf.torch_state import (
+    has_transforms,
+    is_traced_or_transformed,
+    is_transformed_eagerly,
+    values_are_readable,
+    without_autocast,
+)
 from flashmla_hf.validation import DecodeCall, check_float32, check_tensor
 
 KEYS_AT_A_TIME = 1024  # a multiple of no page size in particular: pages are gathered row by row
@@ -108,7 +114,7 @@ def write_rows(
 
 
 def _has_kernel_of_writing(k: torch.Tensor, v: torch.Tensor) -> bool:
-    if k.device.type != "cuda" or has_transforms() or "sm90" in libraries.unavailable:
+    if k.device.type != "cuda" or is_transformed_eagerly() or "sm90" in libraries.unavailable:
         return False
     return sm90.device_refusal(k, v, _largest(), 1) is None and k.stride(-1) == v.stride(-1) == 1
 
