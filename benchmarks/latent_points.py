@@ -174,7 +174,7 @@ class LatentLayer:
             out, _ = attention(
                 hidden_states=hidden, position_embeddings=embeddings, attention_mask=None, **{name: cache}
             )
-            cache.crop(-1)
+            cache.layers[0].cumulative_length.sub_(1)  # no crop before Transformers 5.24
             return out
 
         return call

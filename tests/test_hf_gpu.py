@@ -29,6 +29,7 @@ from gpu_support import DEVICE, IMPL, needs_sm90
 from hf_support import direct, dispatch
 
 from flashmla_hf import reference
+from flashmla_hf.hf import boundaries
 
 pytestmark = needs_sm90
 # How many of a family's attention calls without padding are the kernel's, from the recorded results of the parity suite.
@@ -234,3 +235,19 @@ def test_static_caches_decode_on_sm90(name, is_compiled, monkeypatch):
         assert calls == {IMPL: 6 * family.layers}
     first, second = (torch.stack(out.logits[:2]).float() for out in (got, want))  # later ones may follow other tokens
     assert (first - second).square().mean().sqrt() <= 0.05 * second.square().mean().sqrt()
+
+
+@gpu_support.on_gpu
+def test_padding_of_any_length_compiles():
+    """One graph for all lengths, the short and the long ones, which inductor reduces in a loop."""
+
+    def ranges(mask):
+        found = boundaries.key_ranges(mask)
+        return found.start, found.end
+
+    torch._dynamo.reset()
+    compiled = torch.compile(ranges, dynamic=True, fullgraph=True)
+    for length in (40, 5000, 70_001):
+        mask = torch.arange(length, device=DEVICE) >= torch.tensor([[7], [0], [length - 1]], device=DEVICE)
+        start, end = compiled(mask)
+        assert (start.tolist(), end.tolist()) == ([7, 0, length - 1], [length] * 3)

@@ -441,6 +441,28 @@ def test_boundaries_of_any_padding_cover_every_token_once(batch):
             assert (kv.diff() >= 0).all()
 
 
+def test_ranges_in_a_graph_of_any_length_are_reduced_in_the_dtype_of_lengths():
+    """int64: torch 2.11 compiles a reduction of int32 beside a symbolic length into Triton code of two types, which fails (see
+    tests/test_hf_gpu.py)."""
+    reduced = []
+
+    def look(graph, _):
+        reduced.extend(
+            node.meta["example_value"].dtype for node in graph.graph.nodes if node.target in ("amin", "amax")
+        )
+        return graph.forward
+
+    def ranges(mask):
+        found = boundaries.key_ranges(mask)
+        return found.start, found.end
+
+    torch._dynamo.reset()
+    mask = torch.arange(12, device=DEVICE) >= torch.tensor([[3], [0]], device=DEVICE)
+    start, end = torch.compile(ranges, backend=look, dynamic=True, fullgraph=True)(mask)
+    assert (start.tolist(), end.tolist()) == ([3, 0], [12, 12])
+    assert reduced == [torch.int64] * 2
+
+
 @pytest.mark.filterwarnings("ignore:flashmla attention. ")
 def test_a_mask_of_other_keys_than_the_layers_is_refused_and_one_of_one_key_is_broadcast():
     q, k, v = qkv(3, 6, 9)

@@ -7,6 +7,7 @@ import torch
 from decode_cases import int32
 from hf_support import build_causal_lm, random_ids
 from torch._inductor.utils import run_and_get_code
+from transformers import DynamicCache
 
 import flashmla_hf
 from flashmla_hf.decode import decode_attention
@@ -70,18 +71,36 @@ def test_a_compiled_append_of_rows_of_the_cache_writes_what_was_there(source, ta
         assert torch.equal(cache, copy)
 
 
+def largest_difference(got, expected):
+    """Of logits, relative to the largest, and the last step compared: the one whose tokens differ, or the last of all."""
+    largest = 0.0
+    for step, (a, b) in enumerate(zip(got.logits, expected.logits, strict=True)):
+        largest = max(largest, float((a - b).abs().max() / b.abs().max()))
+        seen = got.sequences.shape[1] - len(got.logits) + step + 1
+        if not torch.equal(got.sequences[:, :seen], expected.sequences[:, :seen]):
+            break  # a tie, after which the tokens are others
+    return largest, step
+
+
 @torch.no_grad()
 @pytest.mark.parametrize(
     ("family", "options"), [("Llama", {"head_dim": 128}), ("Mistral", {"head_dim": 64, "sliding_window": 20})]
 )
 def test_generate_captures_a_static_fp8_cache_in_one_graph(family, options):
     """By itself, as for a StaticCache: no breaks, nothing that CUDA graphs skip, no copy of the cache, and nothing compiled again
-    for another prompt. What does not fit raises from Python, and the device goes on."""
+    for another prompt. What does not fit raises from Python, and the device goes on.
+
+    Uncompiled it gives a growing cache's bits. A compiled step rounds in other places, and where that puts a key or a value on the
+    other side of a boundary of e4m3, it is another by a sixteenth: logits may differ by as much as a growing cache's from exact ones."""
     model = build_causal_lm("flashmla", family, **options).to("cuda", torch.float16)
     room = 32 * 1024
     cache = flashmla_hf.Fp8Cache(model.config, max_cache_len=room)
     given = {"max_new_tokens": 12, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
     counters, addresses = torch._dynamo.utils.counters, None
+
+    def generated(cache, **more):
+        return model.generate(ids, past_key_values=cache, **given, **more)
+
     torch._dynamo.reset()
     counters.clear()
     for seed, padding in ((0, 0), (1, 7), (2, 0)):
@@ -89,14 +108,15 @@ def test_generate_captures_a_static_fp8_cache_in_one_graph(family, options):
         given["attention_mask"] = (
             torch.arange(40, device="cuda") >= torch.tensor([[padding], [0]], device="cuda")
         ).long()
-        expected = model.generate(ids, past_key_values=flashmla_hf.Fp8Cache(), **given)
+        growing = generated(flashmla_hf.Fp8Cache())
+        uncompiled = generated(flashmla_hf.Fp8Cache(model.config, max_cache_len=room), disable_compile=True)
+        assert all(torch.equal(a, b) for a, b in zip(uncompiled.logits, growing.logits, strict=True))
+        allowed, _ = largest_difference(growing, generated(DynamicCache()))
+        assert 0 < allowed < 0.5, allowed
         kept = []
-        peak = gpu_support.peak_bytes(lambda: kept.append(model.generate(ids, past_key_values=cache, **given)))  # noqa: B023
-        got = kept[0]
-        for step, (a, b) in enumerate(zip(got.logits, expected.logits, strict=True)):
-            assert (a - b).abs().max() <= 5e-2 * b.abs().max(), (seed, step)
-            if not torch.equal(got.sequences[:, : 41 + step], expected.sequences[:, : 41 + step]):
-                break  # a tie, after which the tokens are others
+        peak = gpu_support.peak_bytes(lambda: kept.append(generated(cache)))  # noqa: B023
+        difference, step = largest_difference(kept[0], growing)
+        assert difference <= allowed, (seed, difference, allowed)
         assert step > 0
         assert cache.get_seq_length() == 51
         assert counters["stats"]["unique_graphs"] == 1
@@ -114,5 +134,5 @@ def test_generate_captures_a_static_fp8_cache_in_one_graph(family, options):
     with pytest.raises(
         ValueError, match=r"max_cache_len: expected at least 46 \(it holds 45 tokens, and 1 come\), got 45"
     ):
-        model.generate(ids, past_key_values=small, **given)
-    assert torch.isfinite(model.generate(ids, past_key_values=cache, **given).logits[-1]).all()
+        generated(small)
+    assert torch.isfinite(generated(cache).logits[-1]).all()

@@ -154,7 +154,8 @@ def key_ranges(valid: torch.Tensor) -> KeyRanges:
     if "ranges" in kept:
         return kept["ranges"]
     seqlen = valid.shape[1]
-    position = torch.arange(seqlen, device=valid.device, dtype=torch.int32)
+    # int64, as the length is in a graph of dynamic shapes: torch 2.11 compiles no reduction of int32 beside it.
+    position = torch.arange(seqlen, device=valid.device)
     start = torch.where(valid, position, seqlen).amin(dim=1).to(torch.int32)
     end = torch.where(valid, position + 1, 0).amax(dim=1).to(torch.int32)
     start = torch.minimum(start, end)  # a row without valid keys: 0 ... 0
