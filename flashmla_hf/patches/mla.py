@@ -86,12 +86,11 @@ class Absorption:
         attention = self.attention
         if rows.shape[2] > decoding.MOST_QUERIES or attention.training or not structure.uses_flashmla(attention):
             return False
-        needs_gradients = (
+        if torch.is_grad_enabled() and (
             rows.requires_grad or kept.requires_grad or any(p.requires_grad for p in attention.parameters())
-        )
-        if torch.is_grad_enabled() and needs_gradients:
+        ):
             return False
-        if not self._is_readable(rows) and kept.shape[2] <= self.head_dim_v:
+        if kept.shape[2] <= self.head_dim_v and not self._is_readable(rows):
             return False  # its matrix costs as many rows as there are latent columns
         reason = no_kernel(kept, self.head_dim_v, self.heads, rows.shape[2])
         if reason is not None:
