@@ -81,7 +81,7 @@ def captured(run):
 
 
 def run_behind_other_work(write, call):
-    """Queues a tenth of a second of work on a new stream, then ``write()`` and ``call()``. Returns the results of ``call()``.
+    """Queues half a second of work on a new stream, then ``write()`` and ``call()``. Returns the results of ``call()``.
     Fails if ``call()`` returns after that work is done: it must wait for nothing. Its results show whether it ran on that
     stream, because only there it sees what ``write()`` wrote."""
     torch.cuda.synchronize()
@@ -89,7 +89,7 @@ def run_behind_other_work(write, call):
     torch.cuda.set_sync_debug_mode("error")
     try:
         with torch.cuda.stream(stream):
-            torch.cuda._sleep(200_000_000)  # a tenth of a second
+            torch.cuda._sleep(1_000_000_000)  # half a second: other processes may share the CPU
             write()
             results = call()
             done.record()
