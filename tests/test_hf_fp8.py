@@ -265,6 +265,11 @@ def test_crop_forgets_and_reset_empties():
     model(random_ids(3, 20), past_key_values=cache)
 
 
+def bytes_of(cache):
+    names = [n for n in ("keys", "values", "key_scales", "value_scales") if hasattr(cache.layers[0], n)]
+    return sum(getattr(layer, name).untyped_storage().nbytes() for layer in cache.layers for name in names)
+
+
 @torch.no_grad()
 def test_the_cache_takes_half_the_memory():
     options = {"head_dim": 128}
@@ -276,34 +281,37 @@ def test_the_cache_takes_half_the_memory():
         for token in random_ids(3, 2, 1):
             model(token, past_key_values=cache)
 
-    def bytes_of(layer):
-        names = [n for n in ("keys", "values", "key_scales", "value_scales") if hasattr(layer, n)]
-        return sum(getattr(layer, name).untyped_storage().nbytes() for name in names)
-
-    ours, theirs = (sum(map(bytes_of, cache.layers)) for cache in caches)
+    ours, theirs = map(bytes_of, caches)
     assert ours == (0.5 + 4 / 256) * theirs  # a scale of 4 bytes for 128 numbers of 2
     assert caches[0].layers[0].keys.dtype == E4M3
 
 
+of_each_kind = pytest.mark.parametrize(
+    "new_cache",
+    [lambda model: flashmla_hf.Fp8Cache(), lambda model: flashmla_hf.Fp8Cache(model.config, max_cache_len=51)],
+    ids=["growing", "static"],
+)
+
+
 @torch.no_grad()
-def test_the_batch_of_a_cache_can_be_repeated_and_selected():
-    model = build_causal_lm("flashmla")
-    cache = flashmla_hf.Fp8Cache()
-    ids = random_ids(2, 20)
+@of_each_kind
+def test_the_batch_of_a_cache_can_be_repeated_and_selected(new_cache):
+    model, ids = build_causal_lm("flashmla"), random_ids(2, 20)
+    cache, swapped = new_cache(model), new_cache(model)
     model(ids, past_key_values=cache)
     cache.batch_repeat_interleave(2)
     cache.batch_select_indices(torch.tensor([3, 0]))
-    swapped = flashmla_hf.Fp8Cache()
     model(ids.flip(0), past_key_values=swapped)
     token = random_ids(2, 1, seed=4)
     assert torch.equal(model(token, past_key_values=cache).logits, model(token, past_key_values=swapped).logits)
 
 
 @torch.no_grad()
+@of_each_kind
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda cache: pickle.loads(pickle.dumps(cache))])
-def test_a_copy_of_a_cache_goes_on_as_it_would(copied):
+def test_a_copy_of_a_cache_goes_on_as_it_would(copied, new_cache):
     model, ids = build_causal_lm("flashmla"), random_ids(2, 12)
-    cache = flashmla_hf.Fp8Cache()
+    cache = new_cache(model)
     model(ids[:, :8], past_key_values=cache)
     other = copied(cache)
     got = model(ids[:, 8:], past_key_values=other).logits
@@ -324,10 +332,12 @@ def test_rows_of_another_batch_are_refused_before_anything_is_written(first, sec
     assert cache.get_seq_length() == (0 if is_cropped else 8)
 
 
-@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
-def test_another_attention_cannot_read_the_cache(implementation):
+@pytest.mark.parametrize(
+    ("implementation", "operation"), [("eager", "indexing"), ("sdpa", "scaled_dot_product_attention")]
+)
+def test_another_attention_cannot_read_the_cache(implementation, operation):
     model, cache = build_causal_lm(implementation), flashmla_hf.Fp8Cache()
-    message = r'Fp8Cache: its keys and values are in fp8, and .* was called on them: .* Load the model with attn_implementation="flashmla"'
+    message = rf'Fp8Cache: its keys and values are in fp8, and {operation} was called on them: .* Load the model with attn_implementation="flashmla"'
     with pytest.raises(RuntimeError, match=message):
         model.generate(random_ids(1, 9), past_key_values=cache, max_new_tokens=3)
 

@@ -1,7 +1,6 @@
 """A static ``Fp8Cache``: the tokens of the growing one, a compiled step that is one graph for all steps, and its limits."""
 
 import copy
-import pickle
 import re
 
 import pytest
@@ -10,7 +9,7 @@ import transformers
 from counting import counted_calls
 from fp8_cases import E4M3
 from hf_support import DEVICE, build_causal_lm, needs_kernel, random_ids
-from test_hf_fp8 import FAMILIES, each_family, rounding_cache
+from test_hf_fp8 import FAMILIES, bytes_of, each_family, rounding_cache
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import flashmla_hf
@@ -260,14 +259,15 @@ def test_compiled_chunks_of_a_prompt_and_drafts():
         assert least <= graphs_made() <= 4
 
 
-def test_beams_are_reordered_where_they_lie():
+@pytest.mark.parametrize(("rows", "options"), [(2, {}), (4, {"num_beams": 2})], ids=["", "beams"])
+def test_buffers_are_made_early_and_beams_are_reordered_where_they_lie(rows, options):
     model = build_causal_lm("flashmla")
     ids, mask = prompts(2)
     cache = static(model)
-    cache.early_initialization(4, 2, 16, torch.float32, torch.device("cpu"))
+    cache.early_initialization(rows, 2, 16, torch.float32, torch.device("cpu"))
     addresses = [x.data_ptr() for x in cache.layers[1]._rows()]
-    expected = generated(model, flashmla_hf.Fp8Cache(), ids, mask, num_beams=2)
-    assert torch.equal(generated(model, cache, ids, mask, num_beams=2), expected)
+    expected = generated(model, flashmla_hf.Fp8Cache(), ids, mask, **options)
+    assert torch.equal(generated(model, cache, ids, mask, **options), expected)
     assert [x.data_ptr() for x in cache.layers[1]._rows()] == addresses
 
 
@@ -295,51 +295,15 @@ def test_crop_forgets_and_reset_empties_and_neither_moves_the_buffers():
 
 
 @torch.no_grad()
-def test_the_batch_of_a_cache_can_be_repeated_and_selected():
-    model, ids = build_causal_lm("flashmla"), random_ids(2, 20)
-    cache, swapped = static(model), static(model)
-    model(ids, past_key_values=cache)
-    cache.batch_repeat_interleave(2)
-    cache.batch_select_indices(torch.tensor([3, 0]))
-    model(ids.flip(0), past_key_values=swapped)
-    token = random_ids(2, 1, seed=4)
-    assert torch.equal(model(token, past_key_values=cache).logits, model(token, past_key_values=swapped).logits)
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("copied", [copy.deepcopy, lambda cache: pickle.loads(pickle.dumps(cache))])
-def test_a_copy_of_a_cache_goes_on_as_it_would(copied):
-    model, ids = build_causal_lm("flashmla"), random_ids(2, 12)
-    cache = static(model)
-    model(ids[:, :8], past_key_values=cache)
-    other = copied(cache)
-    got = model(ids[:, 8:], past_key_values=other).logits
-    assert cache.get_seq_length() == 8
-    assert torch.equal(got, model(ids[:, 8:], past_key_values=cache).logits)
-
-
-@torch.no_grad()
 def test_the_cache_takes_half_the_memory_of_a_static_one():
     model, ids = build_causal_lm("flashmla", head_dim=128).to(torch.bfloat16), random_ids(2, 9)
     caches = static(model), transformers.StaticCache(config=model.config, max_cache_len=ROOM)
-    sizes = []
     for cache in caches:
         model(ids, past_key_values=cache)
-        names = [name for name in ("keys", "values", "key_scales", "value_scales") if hasattr(cache.layers[0], name)]
-        sizes.append(sum(getattr(layer, name).untyped_storage().nbytes() for layer in cache.layers for name in names))
-    assert sizes[0] == (0.5 + 4 / 256) * sizes[1]
+    ours, theirs = map(bytes_of, caches)
+    assert ours == (0.5 + 4 / 256) * theirs
     assert caches[0].layers[0].keys.dtype == E4M3
     assert caches[0].get_max_cache_shape() == ROOM if hasattr(caches[0], "get_max_cache_shape") else True
-
-
-def test_early_initialization_makes_the_buffers():
-    model = build_causal_lm("flashmla")
-    ids, mask = prompts(2)
-    cache = static(model)
-    cache.early_initialization(2, 2, 16, torch.float32, torch.device("cpu"))
-    addresses = [x.data_ptr() for x in cache.layers[1]._rows()]
-    assert torch.equal(generated(model, cache, ids, mask), generated(model, flashmla_hf.Fp8Cache(), ids, mask))
-    assert [x.data_ptr() for x in cache.layers[1]._rows()] == addresses
 
 
 def test_encoder_decoder_models_take_it():
