@@ -97,6 +97,12 @@ inline std::string dtype_name(ScalarType dtype) {
   }
 }
 
+inline ScalarType scalar_type_of(DType dtype) {
+  return dtype == DType::kFloat32   ? ScalarType::Float
+         : dtype == DType::kFloat16 ? ScalarType::Half
+                                    : ScalarType::BFloat16;
+}
+
 inline std::string shape_name(const std::vector<int64_t>& shape) {
   std::ostringstream text;
   text << "[";
@@ -189,10 +195,10 @@ inline void check_sizes(const char* op, const Call& arguments, const Problem& p)
 }
 
 // q, k and v: the dtype and device of q, the rank of `layouts`, and what every kernel relies on. Fills the dtype.
-// dtype_kv: of k and v, if it is not q's.
+// dtype_kv: of k and v, if it is not q's. takes_e4m3: q may be float8_e4m3fn, whose result is bfloat16.
 template <class Call>
 inline void check_qkv(const char* op, const Call& arguments, int64_t rank, const char* layout_q, const char* layout_kv,
-                      Problem& p, std::optional<ScalarType> dtype_kv = std::nullopt) {
+                      Problem& p, std::optional<ScalarType> dtype_kv = std::nullopt, bool takes_e4m3 = false) {
   const TensorInfo& q = arguments.q;
   switch (q.dtype) {
     case ScalarType::Float:
@@ -204,6 +210,12 @@ inline void check_qkv(const char* op, const Call& arguments, int64_t rank, const
     case ScalarType::BFloat16:
       p.dtype = DType::kBFloat16;
       break;
+    case ScalarType::Float8_e4m3fn:
+      if (takes_e4m3) {
+        p.dtype = DType::kBFloat16;
+        break;
+      }
+      [[fallthrough]];
     default:
       fail(op, "q", "dtype float32, float16 or bfloat16", dtype_name(q.dtype));
   }
@@ -249,7 +261,7 @@ inline void check_sinks(const char* op, const std::optional<TensorInfo>& sinks, 
 }
 
 // q, k, v and sinks; fills everything of Problem but the scalars, and for the packed layout the sequence lengths.
-inline Problem check_inputs(const char* op, const Arguments& arguments) {
+inline Problem check_inputs(const char* op, const Arguments& arguments, bool takes_e4m3 = false) {
   const TensorInfo &q = arguments.q, &k = arguments.k, &v = arguments.v;
   Problem p;
   const bool is_packed = arguments.cu_seqlens_q.has_value();
@@ -257,7 +269,7 @@ inline Problem check_inputs(const char* op, const Arguments& arguments) {
     fail(op, is_packed ? "cu_seqlens_kv" : "cu_seqlens_q", "a tensor, since the other cu_seqlens is one", "None");
   const char* layout = is_packed ? "3 dimensions, [total, heads, dim], with cu_seqlens"
                                  : "4 dimensions, [batch, seqlen, heads, dim], without cu_seqlens";
-  check_qkv(op, arguments, is_packed ? 3 : 4, layout, layout, p);
+  check_qkv(op, arguments, is_packed ? 3 : 4, layout, layout, p, std::nullopt, takes_e4m3);
   const char *k_meaning = is_packed ? "head dimension of q" : "batch and head dimension of q",
              *v_meaning = "that of k but for the head dimension";
   if (is_packed) {

@@ -36,13 +36,14 @@ struct Host {
     bool needs_dq, needs_dk, needs_dv, needs_dsinks;
   };
 
-  static std::tuple<Tensor, Tensor> forward_of(const char* op, const Arguments& arguments) {
+  template <class CallArguments>
+  static std::tuple<Tensor, Tensor> forward_of(const char* op, const CallArguments& arguments) {
     const Problem p = Backend::check(op, arguments);
     const TensorInfo& like = arguments.q;
     const bool is_packed = p.cu_seqlens_q != nullptr;
     std::vector<int64_t> out_shape = like.shape();
     out_shape.back() = p.head_dim_v;
-    const Tensor out = make_tensor(like, out_shape, like.dtype);
+    const Tensor out = make_tensor(like, out_shape, scalar_type_of(p.dtype));
     const Tensor lse = make_tensor(
         like,
         is_packed ? std::vector<int64_t>{p.heads_q, p.total_q} : std::vector<int64_t>{p.batch, p.heads_q, p.seqlen_q},

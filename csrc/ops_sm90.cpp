@@ -106,10 +106,12 @@ struct Sm90 {
     return check_up_to(op, arguments, sm90::kLargestHeadDim);
   }
 
-  static Problem check_up_to(const char* op, const Arguments& arguments, int64_t largest_head_dim) {
+  static Problem check_up_to(const char* op, const Arguments& arguments, int64_t largest_head_dim,
+                             bool is_e4m3 = false) {
     check_device(op, "q", arguments.q);
-    Problem p = check_inputs(op, arguments);
-    check_kernel_limits(op, arguments, p, largest_head_dim, largest_head_dim);
+    Problem p = check_inputs(op, arguments, is_e4m3);
+    check_kernel_limits(op, arguments, p, largest_head_dim, largest_head_dim,
+                        is_e4m3 ? sm90::kE4m3HeadDimMultiple : sm90::kHeadDimMultiple);
     if (p.cu_seqlens_q != nullptr) {
       check_flag_number(op, "max_seqlen_q", arguments.max_seqlen_q, 0);
       check_flag_number(op, "max_seqlen_kv", arguments.max_seqlen_kv, 0);
@@ -180,8 +182,8 @@ struct Sm90 {
   }
 };
 
-// flash_attn_fp8_forward and flash_attn_fp8_round, which this backend alone has (flashmla_hf/fp8/kernel.py defines
-// them).
+// flash_attn_fp8_forward, flash_attn_fp8_round and flash_attn_e4m3_forward, which this backend alone has
+// (flashmla_hf/fp8/kernel.py defines them).
 struct Sm90Fp8 : Sm90 {
   static Problem check(const char* op, const Arguments& arguments) {
     return check_up_to(op, arguments, sm90::kLargestFp8HeadDim);
@@ -206,6 +208,38 @@ struct Sm90Fp8 : Sm90 {
     params.rounded_v = v.mutable_data_ptr();
     on_device(op, arguments.q, [&](cudaStream_t stream) { return sm90::launch_fp8_rounding(params, stream); });
     return {q, k, v};
+  }
+};
+
+// flash_attn_e4m3_forward: tensors that are e4m3, with a factor for each sequence and kv head.
+struct E4m3Arguments : Arguments {
+  TensorInfo q_descale, k_descale, v_descale;
+};
+
+struct Sm90E4m3 {
+  static Problem check(const char* op, const E4m3Arguments& arguments) {
+    const Problem p = Sm90::check_up_to(op, arguments, sm90::kLargestFp8HeadDim, true);
+    check_dtype(op, "q", arguments.q, ScalarType::Float8_e4m3fn, "");
+    const std::pair<const char*, const TensorInfo*> factors[] = {
+        {"q_descale", &arguments.q_descale}, {"k_descale", &arguments.k_descale}, {"v_descale", &arguments.v_descale}};
+    for (const auto& [name, t] : factors) {
+      check_same_device(op, name, *t, arguments.q);
+      check_dtype(op, name, *t, ScalarType::Float, "");
+      check_shape(op, name, *t, {p.batch, p.heads_kv}, "sequences, kv heads");
+      check_storage(op, name, *t);
+    }
+    return p;
+  }
+
+  static void run_forward(const char* op, const ForwardParams& params, const E4m3Arguments& arguments,
+                          const TensorInfo& out) {
+    if (out.numel() == 0) return;
+    auto factors_of = [](const TensorInfo& t) {
+      return ScaleView{static_cast<const float*>(t.data), t.stride(0), 0, t.stride(1)};
+    };
+    Sm90::launch(op, arguments.q, sm90::fp8_forward_workspace, sm90::launch_fp8_forward,
+                 Fp8ForwardParams{params, false, factors_of(arguments.q_descale), factors_of(arguments.k_descale),
+                                  factors_of(arguments.v_descale)});
   }
 };
 
@@ -245,6 +279,18 @@ std::tuple<Tensor, Tensor> fp8_forward_operator(Tensor q, Tensor k, Tensor v, st
   const Arguments arguments = arguments_of(q, k, v, sinks, cu_seqlens_q, cu_seqlens_kv, max_seqlen_q, max_seqlen_kv,
                                            scale, window_left, window_right, softcap, deterministic);
   return with_torch_errors([&] { return Host<Sm90Fp8>::forward_of("flash_attn_fp8_forward", arguments); });
+}
+
+std::tuple<Tensor, Tensor> e4m3_forward_operator(Tensor q, Tensor k, Tensor v, Tensor q_descale, Tensor k_descale,
+                                                 Tensor v_descale, std::optional<Tensor> sinks,
+                                                 std::optional<Tensor> cu_seqlens_q,
+                                                 std::optional<Tensor> cu_seqlens_kv, int64_t max_seqlen_q,
+                                                 int64_t max_seqlen_kv, double scale, int64_t window_left,
+                                                 int64_t window_right, double softcap, bool deterministic) {
+  const E4m3Arguments arguments{arguments_of(q, k, v, sinks, cu_seqlens_q, cu_seqlens_kv, max_seqlen_q, max_seqlen_kv,
+                                             scale, window_left, window_right, softcap, deterministic),
+                                info_of(q_descale), info_of(k_descale), info_of(v_descale)};
+  return with_torch_errors([&] { return Host<Sm90E4m3>::forward_of("flash_attn_e4m3_forward", arguments); });
 }
 
 // append_to_cache, which this backend alone has (flashmla_hf/decode_ops.py defines it).
@@ -366,6 +412,7 @@ STABLE_TORCH_LIBRARY_IMPL(flashmla, CUDA, append) {
 
 STABLE_TORCH_LIBRARY_IMPL(flashmla, CUDA, fp8) {
   fp8.impl("flash_attn_decode_e4m3", TORCH_BOX((&flashmla::decode_e4m3_operator)));
+  fp8.impl("flash_attn_e4m3_forward", TORCH_BOX((&flashmla::e4m3_forward_operator)));
   fp8.impl("flash_attn_fp8_forward", TORCH_BOX((&flashmla::fp8_forward_operator)));
   fp8.impl("flash_attn_fp8_round", TORCH_BOX((&flashmla::fp8_round_operator)));
 }

@@ -92,8 +92,10 @@ struct E4m3DecodeParams : DecodeParams {
 };
 
 // A forward that rounds Q, K, V and the probabilities to e4m3 on its way (sm90/fp8). `rotates`: Q and K alike, before.
+// Or of tensors that are e4m3: then problem.dtype is that of out, and they have factors [batch, 1, heads_kv].
 struct Fp8ForwardParams : ForwardParams {
   bool rotates = false;
+  ScaleView q_descale, k_descale, v_descale;  // data may be null
 };
 
 // What that forward makes of Q, K and V, as bf16 numbers, which hold an e4m3 number times a power of two: contiguous,

@@ -97,6 +97,8 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 # ---- Fake kernels ----------------------------------------------------------------------------------------------------
 
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
 
 def _lse_shape(q: torch.Tensor, cu_seqlens_q: torch.Tensor | None) -> tuple:
     if cu_seqlens_q is None:
@@ -128,7 +130,7 @@ def check_tensor(
         refuse(operator, name, f"shape {[*shape]}", f"shape {[*x.shape]}")
 
 
-def _check_inputs(operator: str, q, k, v, sinks, cu_seqlens_q, cu_seqlens_kv):
+def _check_inputs(operator: str, q, k, v, sinks, cu_seqlens_q, cu_seqlens_kv, dtypes=_DTYPES):
     from torch.fx.experimental.symbolic_shapes import guard_or_false
 
     if (cu_seqlens_q is None) != (cu_seqlens_kv is None):
@@ -138,8 +140,8 @@ def _check_inputs(operator: str, q, k, v, sinks, cu_seqlens_q, cu_seqlens_kv):
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.dim() != rank:
             refuse(operator, name, f"{rank} dimensions", f"shape {[*x.shape]}")
-    if q.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        refuse(operator, "q", "dtype float32, float16 or bfloat16", dtype_name(q.dtype))
+    if q.dtype not in dtypes:
+        refuse(operator, "q", f"dtype {', '.join(map(dtype_name, dtypes))}", dtype_name(q.dtype))
     rows = (q.shape[0], k.shape[1]) if rank == 4 else (k.shape[0],)
     heads_q, heads_kv = q.shape[-2], k.shape[-2]
     check_tensor(operator, "k", k, q, q.dtype, (*rows, heads_kv, q.shape[-1]))
@@ -152,10 +154,13 @@ def _check_inputs(operator: str, q, k, v, sinks, cu_seqlens_q, cu_seqlens_kv):
         check_tensor(operator, "cu_seqlens_kv", cu_seqlens_kv, q, torch.int32, (cu_seqlens_q.shape[0],))
 
 
-def forward_outputs(operator: str, q, k, v, sinks, cu_seqlens_q, cu_seqlens_kv) -> tuple[torch.Tensor, torch.Tensor]:
+def forward_outputs(
+    operator: str, q, k, v, sinks, cu_seqlens_q, cu_seqlens_kv, dtypes: tuple[torch.dtype, ...] = _DTYPES
+) -> tuple[torch.Tensor, torch.Tensor]:
     """out and lse of a fake call of a forward operator; raises what its host would."""
-    _check_inputs(operator, q, k, v, sinks, cu_seqlens_q, cu_seqlens_kv)
-    out = q.new_empty((*q.shape[:-1], v.shape[-1]))
+    _check_inputs(operator, q, k, v, sinks, cu_seqlens_q, cu_seqlens_kv, dtypes)
+    out_dtype = torch.bfloat16 if q.dtype == torch.float8_e4m3fn else q.dtype
+    out = q.new_empty((*q.shape[:-1], v.shape[-1]), dtype=out_dtype)
     return out, q.new_empty(_lse_shape(q, cu_seqlens_q), dtype=torch.float32)
 
 

@@ -170,10 +170,10 @@ def random_cases(count: int, seed: int) -> list[tuple[Case, int]]:
 
 
 def kernel_cases(count: int, seed: int) -> list[tuple[Case, int]]:
-    """As :func:`random_cases`, of head dims that the Hopper kernel takes: multiples of 8, a part of them up to 128."""
+    """As :func:`random_cases`, of head dims that the Hopper kernel takes: multiples of 8, parts of them up to 128 and 256."""
     source, cases = random.Random(f"kernel {seed}"), []
     for case, values in random_cases(count, seed):
-        wider = source.choice([0, 0, 56])
+        wider = source.choice([0, 0, 56, 184])
         dims = {name: -(-getattr(case, name) // 8) * 8 + wider for name in ("head_dim_qk", "head_dim_v")}
         cases.append((replace(case, **dims), values))
     return cases

@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from flashmla_hf import attention, libraries
 from flashmla_hf.backend import Backend
 from flashmla_hf.fp8 import calls, emulation, kernel
-from flashmla_hf.fp8.quantization import BLOCK_ROWS, quantize, rotate
+from flashmla_hf.fp8.quantization import block_rows, quantize, rotate
 from flashmla_hf.libraries import Sm90Limits
 from flashmla_hf.ops import Arguments
 
@@ -25,7 +25,7 @@ E4M3 = torch.float8_e4m3fn
 
 def _quantized(q, k, v, cu_seqlens_q, cu_seqlens_kv):
     pairs = ((rotate(q, False), cu_seqlens_q), (rotate(k, True), cu_seqlens_kv), (v, cu_seqlens_kv))
-    return [quantize(x, bounds, block_rows=BLOCK_ROWS) for x, bounds in pairs]
+    return [quantize(x, bounds, block_rows=block_rows(q.shape[-1], v.shape[-1])) for x, bounds in pairs]
 
 
 def _forward(*inputs):
@@ -56,7 +56,7 @@ def sm90(monkeypatch):
     """The implementation "sm90" of fp8, on the CPU, with the limits of head dims."""
 
     def refusal(call):
-        wide = max(call.q.shape[-1], call.v.shape[-1]) > 128
+        wide = max(call.q.shape[-1], call.v.shape[-1]) > 256
         return "too wide" if wide else None
 
     monkeypatch.setitem(calls.IMPLEMENTATIONS, "sm90", Backend(refusal, kernel.run))
@@ -180,15 +180,15 @@ def _tensors(dtype=torch.bfloat16, dim=64, dim_v=None):
 
 REFUSED = {
     "another GPU": (_Other, {}, {}, "sm90: another GPU is not a Hopper GPU (compute capability 9.0): pass precision=None"),
-    "float32": (_Hopper, {"dtype": torch.float32}, {}, "sm90: dtype float32: expected float16 or bfloat16: pass precision=None"),
-    "too wide": (_Hopper, {"dim": 192, "dim_v": 128}, {}, "sm90: q and k: head_dim 192: expected a multiple of 8 up to 128"),
-    "too wide values": (_Hopper, {"dim_v": 136}, {}, "sm90: v: head_dim 136: expected a multiple of 8 up to 128"),
-    "no multiple of 8": (_Hopper, {"dim": 60}, {}, "sm90: q and k: head_dim 60: expected a multiple of 8 up to 128"),
+    "float32": (_Hopper, {"dtype": torch.float32}, {}, "sm90: dtype float32: expected float16 or bfloat16 or float8_e4m3fn: pass"),
+    "too wide": (_Hopper, {"dim": 320, "dim_v": 128}, {}, "sm90: q and k: head_dim 320: expected a multiple of 8 up to 256"),
+    "too wide values": (_Hopper, {"dim_v": 264}, {}, "sm90: v: head_dim 264: expected a multiple of 8 up to 256"),
+    "no multiple of 8": (_Hopper, {"dim": 60}, {}, "sm90: q and k: head_dim 60: expected a multiple of 8 up to 256"),
     "dropout": (_Hopper, {}, {"dropout_p": 0.1}, "dropout_p=0.1: expected none in fp8; precision=None"),
     "flex": (_Hopper, {}, {"impl": "flex"}, "impl='flex' cannot compute this call in fp8: pass precision=None"),
-    "fp8 tensors": (
-        _Hopper, {"dtype": E4M3}, {"precision": None}, "sm90: dtype float8_e4m3fn: expected float16 or bfloat16, which the kernel "
-        "quantises itself: pass tensors of float16 or bfloat16 for the exact kernels",
+    "narrow fp8 tensors": (
+        _Hopper, {"dtype": E4M3, "dim": 40}, {"precision": None}, "sm90: q and k: head_dim 40: expected a multiple of 16 up to "
+        "256: pass tensors of float16 or bfloat16 for the exact kernels",
     ),
 }  # fmt: skip
 
@@ -198,7 +198,7 @@ def test_what_the_kernel_does_not_cover_raises_by_name(name, monkeypatch):
     """Fake tensors: no GPU is needed to be refused."""
     properties, tensors, options, message = REFUSED[name]
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
-    monkeypatch.setattr(libraries, "sm90_limits", Sm90Limits(8, 256, 256, (576, 512), 128, 16, 256))
+    monkeypatch.setattr(libraries, "sm90_limits", Sm90Limits(8, 256, 256, (576, 512), 256, 16, 256))
     monkeypatch.delitem(libraries.unavailable, "sm90", raising=False)
     with FakeTensorMode():
         if tensors.get("dtype") == E4M3:

@@ -33,19 +33,24 @@ def alignment_refusal(call: Call) -> str | None:
 
 
 def device_refusal(
-    q: torch.Tensor, v: torch.Tensor, largest: tuple[int, int] | None = None, multiple: int | None = None
+    q: torch.Tensor,
+    v: torch.Tensor,
+    largest: tuple[int, int] | None = None,
+    multiple: int | None = None,
+    dtypes: tuple[torch.dtype, ...] = (torch.float16, torch.bfloat16),
 ) -> str | None:
     """Why no call with this q and v can be computed here, if the library is loaded; ``None`` if it does not rule that out.
 
     ``largest``: head dims (qk, v) of a kernel that takes others than most; ``multiple``: what they are multiples of there.
+    ``dtypes``: of q there.
     """
     if q.device.type != "cuda":
         return f"the tensors are on {q.device}: expected a Hopper GPU"
     properties = torch.cuda.get_device_properties(q.device)  # a constant to torch.compile
     if (properties.major, properties.minor) != (9, 0):
         return f"{properties.name} is not a Hopper GPU (compute capability 9.0)"
-    if q.dtype not in (torch.float16, torch.bfloat16):
-        return f"dtype {dtype_name(q.dtype)}: expected float16 or bfloat16"
+    if q.dtype not in dtypes:
+        return f"dtype {dtype_name(q.dtype)}: expected {' or '.join(map(dtype_name, dtypes))}"
     assert libraries.sm90_limits is not None  # otherwise the library is unavailable
     multiple = multiple or libraries.sm90_limits.multiple
     largest_qk, largest_v = largest or (libraries.sm90_limits.largest,) * 2

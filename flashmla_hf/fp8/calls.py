@@ -2,7 +2,7 @@
 
 =============  =====================================================================================================
 ``cpu``        exact attention, in fp32, of the quantised q, k and v: P is not rounded
-``sm90``       the Hopper kernel (:mod:`~flashmla_hf.fp8.kernel`): quantises q, k and v of 16 bits, head dims up to 128
+``sm90``       the Hopper kernel (:mod:`~flashmla_hf.fp8.kernel`): quantises q, k and v of 16 bits, or takes them in fp8
 ``reference``  the emulation of the kernel (:mod:`~flashmla_hf.fp8.emulation`): P is rounded as there, sums are exact
 others         raise
 =============  =====================================================================================================
@@ -20,6 +20,7 @@ gradients as ever.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -29,7 +30,7 @@ from flashmla_hf import ops, reference
 from flashmla_hf.backend import Backend
 from flashmla_hf.backends import cpu
 from flashmla_hf.fp8 import emulation, kernel
-from flashmla_hf.fp8.quantization import BLOCK_ROWS, DTYPE, Quantized, block_of_rows, quantize, rotate
+from flashmla_hf.fp8.quantization import DTYPE, Quantized, block_of_rows, block_rows, quantize, rotate
 from flashmla_hf.notices import log_choice
 from flashmla_hf.ops import dtype_name
 from flashmla_hf.scalars import fail
@@ -154,18 +155,30 @@ def quantized(call: Fp8Call) -> tuple[tuple[Quantized, torch.Tensor], ...]:
             for (x, cu_seqlens), descale, count in zip(tensors, call.descales, heads, strict=True)
         )
     rotated = (rotate(call.q, is_key=False), rotate(call.k, is_key=True), call.v)
+    rows = block_rows(call.q.shape[-1], call.v.shape[-1])
     return tuple(
-        (quantize(x, cu_seqlens, block_rows=BLOCK_ROWS), x) for x, (_, cu_seqlens) in zip(rotated, tensors, strict=True)
+        (quantize(x, cu_seqlens, block_rows=rows), x) for x, (_, cu_seqlens) in zip(rotated, tensors, strict=True)
     )
 
 
 def _from_descale(x: torch.Tensor, descale: torch.Tensor, heads: int, cu_seqlens) -> Quantized:
-    """``descale`` [batch, heads_kv] for the e4m3 tensor x: a block for each sequence."""
-    scales = descale.repeat_interleave(heads // descale.shape[1], dim=1)[..., None]  # [batch, heads, 1]
-    if cu_seqlens is not None:
-        scales = torch.nn.functional.pad(scales[..., 0], (0, 0, 0, 1), value=1.0).T  # [heads, batch + 1]
+    """``descale`` [batch, heads_kv] for the e4m3 tensor x: a block for each sequence.
+
+    A scale is finite and not negative: a negative factor becomes the sign of the numbers, another makes them NaN.
+    """
+    is_finite = descale.isfinite()
+    sign = torch.where(is_finite, torch.where(descale.signbit(), -1.0, 1.0), math.nan)
+    descale = torch.where(is_finite, descale.abs(), 1.0)
+
+    def by_block(factor: torch.Tensor) -> torch.Tensor:
+        factors = factor.repeat_interleave(heads // factor.shape[1], dim=1)[..., None]  # [batch, heads, 1]
+        if cu_seqlens is None:
+            return factors
+        return torch.nn.functional.pad(factors[..., 0], (0, 0, 0, 1), value=1.0).T  # [heads, batch + 1]
+
     block, _ = block_of_rows(x.shape[-3], cu_seqlens, None, x.device)
-    return Quantized(x, scales, block)
+    signs = Quantized(x, by_block(sign), block).row_scales()
+    return Quantized((x.float() * signs[..., None]).to(DTYPE), by_block(descale), block)
 
 
 def _dequantized(call: Fp8Call, tensors: tuple[tuple[Quantized, torch.Tensor], ...], dtype: torch.dtype) -> Fp8Call:

@@ -2,8 +2,9 @@
 
 ``flash_attn_fp8_forward(q, k, v, ...) -> (out, lse)`` rotates and quantises q, k and v of 16 bits (:mod:`quantization`), and
 attends to them as :mod:`emulation` says. Arguments, shapes and dtypes are those of ``flash_attn_forward`` (:mod:`ops`).
-``flash_attn_fp8_round(q, k, v, ...)`` gives what that forward multiplied, in bf16, which holds it exactly: contiguous, the
-shapes of q, k and v. Neither operator has a derivative of its own: :func:`run` has.
+``flash_attn_e4m3_forward(q, k, v, q_descale, k_descale, v_descale, ...)`` attends to tensors that are e4m3, of factors fp32
+[batch, heads_kv]; out is bf16, and there is no backward. ``flash_attn_fp8_round(q, k, v, ...)`` gives what that forward multiplied, in bf16, which holds it exactly: contiguous, the
+shapes of q, k and v. No operator has a derivative of its own: :func:`run` has.
 
 **Backward.** The bf16 backward kernel at the rounded q, k and v, which are rounded once more instead of kept: the bits are the
 same. It takes P from the lse, which has summed P before its rounding, so P is exact, and the sums over keys of P times dP from
@@ -24,16 +25,22 @@ from flashmla_hf.fp8.quantization import DTYPE, rotation
 from flashmla_hf.torch_state import without_autocast
 from flashmla_hf.validation import Call
 
-FORWARD, ROUND = "flash_attn_fp8_forward", "flash_attn_fp8_round"
-_TENSORS = ("q", "k", "v", "sinks")
+FORWARD, ROUND, E4M3_FORWARD = "flash_attn_fp8_forward", "flash_attn_fp8_round", "flash_attn_e4m3_forward"
+_DIFFERENTIABLE = {
+    FORWARD: ("q", "k", "v", "sinks"),
+    ROUND: ("q", "k", "v"),
+    E4M3_FORWARD: ("q", "k", "v", "q_descale", "k_descale", "v_descale", "sinks"),
+}
 _NUM_TENSORS = 6  # these and the boundaries, which come first among the arguments
 
 _ARGUMENTS = ops.schema_arguments(ops.Arguments)
 _ROUNDED = [
     argument for argument in _ARGUMENTS if argument.split()[-1] in ("q", "k", "v", "cu_seqlens_q", "cu_seqlens_kv")
 ]
+_FACTORS = [f"Tensor {name}_descale" for name in "qkv"]
 for _operator, _schema in {
     FORWARD: f"({', '.join(_ARGUMENTS)}) -> (Tensor out, Tensor lse)",
+    E4M3_FORWARD: f"({', '.join([*_ARGUMENTS[:3], *_FACTORS, *_ARGUMENTS[3:]])}) -> (Tensor out, Tensor lse)",
     ROUND: f"({', '.join(_ROUNDED)}) -> (Tensor q, Tensor k, Tensor v)",
 }.items():
     torch.library.define(f"flashmla::{_operator}", _schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -42,6 +49,15 @@ for _operator, _schema in {
 @torch.library.register_fake(f"flashmla::{FORWARD}")
 def _forward_fake(q, k, v, sinks, cu_seqlens_q, cu_seqlens_kv, *_options):
     return ops.forward_outputs(FORWARD, q, k, v, sinks, cu_seqlens_q, cu_seqlens_kv)
+
+
+@torch.library.register_fake(f"flashmla::{E4M3_FORWARD}")
+def _e4m3_forward_fake(q, k, v, q_descale, k_descale, v_descale, sinks, cu_seqlens_q, cu_seqlens_kv, *_options):
+    outputs = ops.forward_outputs(E4M3_FORWARD, q, k, v, sinks, cu_seqlens_q, cu_seqlens_kv, dtypes=(DTYPE,))
+    sequences = q.shape[0] if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1
+    for name, factor in (("q_descale", q_descale), ("k_descale", k_descale), ("v_descale", v_descale)):
+        ops.check_tensor(E4M3_FORWARD, name, factor, q, torch.float32, (sequences, k.shape[-2]))
+    return outputs
 
 
 @torch.library.register_fake(f"flashmla::{ROUND}")
@@ -55,7 +71,7 @@ def _below_autograd(operator: str):
     overload = getattr(torch.ops.flashmla, operator).default
 
     def call(*inputs):
-        decode_ops.refuse_gradients(operator, zip(_TENSORS[: 4 if operator == FORWARD else 3], inputs, strict=False))
+        decode_ops.refuse_gradients(operator, zip(_DIFFERENTIABLE[operator], inputs, strict=False))
         with torch._C._AutoDispatchBelowAutograd():
             return overload(*inputs)
 
@@ -63,7 +79,7 @@ def _below_autograd(operator: str):
 
 
 _library = torch.library.Library("flashmla", "FRAGMENT")
-for _operator in (FORWARD, ROUND):
+for _operator in _DIFFERENTIABLE:
     _library.impl(_operator, _below_autograd(_operator), "Autograd")
 
 
@@ -74,17 +90,22 @@ def refusal(call: Call) -> str | None:
     """Why the kernel does not compute this call in fp8, beyond what no implementation of fp8 does; ``None`` if it does."""
     if "sm90" in libraries.unavailable:
         return libraries.unavailable["sm90"]
-    if call.q.dtype == DTYPE:
-        return "dtype float8_e4m3fn: expected float16 or bfloat16, which the kernel quantises itself"
-    assert libraries.sm90_limits is not None  # otherwise the library is unavailable
-    largest = libraries.sm90_limits.largest_fp8
-    return sm90.device_refusal(call.q, call.v, (largest, largest)) or sm90.alignment_refusal(call)
+    limits = libraries.sm90_limits
+    assert limits is not None  # otherwise the library is unavailable
+    is_e4m3 = call.q.dtype == DTYPE
+    multiple = limits.e4m3_multiple if is_e4m3 else limits.multiple
+    largest = (limits.largest_fp8, limits.largest_fp8)
+    return sm90.device_refusal(
+        call.q, call.v, largest, multiple, (torch.float16, torch.bfloat16, DTYPE)
+    ) or sm90.alignment_refusal(call)
 
 
 def run(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
     """(out, lse), differentiable in q, k, v and sinks."""
     call = sm90.readable(call)
     inputs = call.in_order()
+    if call.descales is not None:
+        return torch.ops.flashmla.flash_attn_e4m3_forward(*inputs[:3], *call.descales, *inputs[3:])
     tensors, options = inputs[:_NUM_TENSORS], inputs[_NUM_TENSORS:]
     if ops.needs_graph(tensors):
         return _Attention.apply(*tensors, options)

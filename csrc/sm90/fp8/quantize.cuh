@@ -1,5 +1,7 @@
 // Q, K and V as e4m3 numbers and scales (operands.h), in one pass over each; bit for bit those of
-// flashmla_hf/fp8/quantization.py, which says why.
+// flashmla_hf/fp8/quantization.py, which says why. Tensors that are e4m3 keep their numbers, and their factors are the
+// scales of all their blocks; a negative factor becomes the sign of the numbers, and one that is not finite makes them
+// NaN, since the kernel's scales are neither.
 //
 // A scale is the smallest power of two that is at least amax / 448. NaN and infinity become NaN, and do not enter amax.
 // With `rotates`, rows of Q and K are multiplied by random signs and then Hadamard matrices of the powers of two that
@@ -19,11 +21,10 @@
 
 namespace flashmla::sm90 {
 
-constexpr int kQuantizeWarps = 8, kQuantizeThreads = kQuantizeWarps * kWarpThreads;
-
 struct QuantizeArguments {
   Problem problem;
   TensorView q, k, v;
+  ScaleView q_descale, k_descale, v_descale;  // of e4m3 tensors, [batch, 1, heads_kv]
   Fp8Operands operands;
   bool rotates;
 };
@@ -33,11 +34,14 @@ struct QuantizeArguments {
 // are one word of V transposed (key_of_place).
 template <int kHeadDim>
 struct QuantizeLayout {
-  static constexpr int kLanesOfRow = 8, kRowsOfWarp = kRowsOfScale / kQuantizeWarps;
-  static constexpr int kRows = 4;                // of a lane
-  static constexpr int kChunks = kHeadDim / 64;  // of 64 columns
-  static constexpr int kValues = kChunks * 8;    // of a row in a lane
-  static_assert(kRowsOfWarp == kRows * kWarpThreads / kLanesOfRow && kRowsOfWarp == 16);
+  static constexpr int kRowsOfScale = Fp8ForwardTiles<kHeadDim>::kRowsOfScale;
+  static constexpr int kLanesOfRow = 8, kRowsOfWarp = 16;
+  static constexpr int kNumWarps = kRowsOfScale / kRowsOfWarp, kNumThreads = kNumWarps * kWarpThreads;
+  static constexpr int kNumCtas = kHeadDim > 128 ? 1 : 2;  // of a multiprocessor: what a lane's numbers leave room for
+  static constexpr int kRows = 4;                          // of a lane
+  static constexpr int kChunks = kHeadDim / 64;            // of 64 columns
+  static constexpr int kValues = kChunks * 8;              // of a row in a lane
+  static_assert(kRowsOfWarp == kRows * kWarpThreads / kLanesOfRow && kRowsOfScale % kRowsOfWarp == 0);
 
   __device__ static int lane() { return threadIdx.x % kLanesOfRow; }
   __device__ static int group() { return threadIdx.x % kWarpThreads / kLanesOfRow; }
@@ -88,12 +92,14 @@ struct Rotation {
 
 // The rows of a block: those of a sequence from first_row on, as far as it goes.
 struct BlockRows {
+  int32_t sequence;  // the number of sequences, for rows that are in none
   int64_t batch, first_row;
   int32_t begin, count;  // of the sequence's rows
 };
 
 // Of block `block`, of queries or keys. `count` is not positive if no tile reads it.
-__device__ inline BlockRows rows_of_block(Problem const& problem, Side side, int32_t block) {
+template <int kRowsOfScale>
+__device__ BlockRows rows_of_block(Problem const& problem, Side side, int32_t block) {
   bool const is_packed = problem.cu_seqlens_q != nullptr, is_q = side == Side::kQueries;
   int64_t const seqlen = is_q ? problem.seqlen_q : problem.seqlen_kv;
   auto sequence_of = [&](int32_t number) {
@@ -104,15 +110,15 @@ __device__ inline BlockRows rows_of_block(Problem const& problem, Side side, int
   int32_t low = 0, high = static_cast<int32_t>(problem.batch) - (is_packed ? 0 : 1);
   while (low < high) {
     int32_t const middle = (low + high + 1) / 2;
-    if (first_fp8_block(problem, seqlen, middle, sequence_of(middle).x) <= block) {
+    if (first_fp8_block<kRowsOfScale>(problem, seqlen, middle, sequence_of(middle).x) <= block) {
       low = middle;
     } else {
       high = middle - 1;
     }
   }
   int2 const sequence = sequence_of(low);
-  int32_t const begin = (block - first_fp8_block(problem, seqlen, low, sequence.x)) * kRowsOfScale;
-  return {is_packed ? 0 : low, int64_t{sequence.x} + begin, begin, min(kRowsOfScale, sequence.y - begin)};
+  int32_t const begin = (block - first_fp8_block<kRowsOfScale>(problem, seqlen, low, sequence.x)) * kRowsOfScale;
+  return {low, is_packed ? 0 : low, int64_t{sequence.x} + begin, begin, min(kRowsOfScale, sequence.y - begin)};
 }
 
 template <class Element>
@@ -122,7 +128,8 @@ __device__ Element const* row_of(TensorView const& view, BlockRows const& rows, 
 }
 
 // The largest of a CTA's numbers.
-__device__ inline float largest_of_block(float x, float (&of_warps)[kQuantizeWarps]) {
+template <int kNumWarps>
+__device__ float largest_of_block(float x, float (&of_warps)[kNumWarps]) {
   x = largest_of_warp(x);
   if (threadIdx.x % kWarpThreads == 0) of_warps[threadIdx.x / kWarpThreads] = x;
   __syncthreads();
@@ -140,8 +147,35 @@ struct QuantizedBlock {
   Scale scale;
   bool has_infinity;  // of the block
 
+  // Of a tensor that is e4m3.
+  __device__ QuantizedBlock(TensorView const& view, BlockRows const& rows, int32_t head, int head_dim, float descale) {
+    bool const is_finite = fabsf(descale) < INFINITY;
+    float const sign = is_finite ? copysignf(1.0f, descale) : NAN;
+    CUTE_UNROLL
+    for (int i = 0; i < kRows; ++i) {
+      Element const* const row = row_of<Element>(view, rows, head, Layout::row(i));
+      CUTE_UNROLL
+      for (int chunk = 0; chunk < kChunks; ++chunk) {
+        int const column = Layout::column(chunk);
+        uint2 bytes = {};
+        if (Layout::row(i) < rows.count && column < head_dim) bytes = *reinterpret_cast<uint2 const*>(row + column);
+        uint32_t pairs[4];
+        ptx::unpack_e4m3(bytes.x, pairs[0], pairs[1]);
+        ptx::unpack_e4m3(bytes.y, pairs[2], pairs[3]);
+        CUTE_UNROLL
+        for (int c = 0; c < 4; ++c) {
+          float2 const pair = unpack<cutlass::half_t>(pairs[c]);
+          x[i][chunk * 8 + 2 * c] = sign * pair.x;
+          x[i][chunk * 8 + 2 * c + 1] = sign * pair.y;
+        }
+      }
+    }
+    scale = {is_finite ? fabsf(descale) : 1.0f, 1.0f};
+    has_infinity = false;
+  }
+
   __device__ QuantizedBlock(TensorView const& view, BlockRows const& rows, int32_t head, int head_dim, bool rotates,
-                            bool is_key, float (&of_warps)[kQuantizeWarps]) {
+                            bool is_key, float (&of_warps)[Layout::kNumWarps]) {
     // All are on their way before the first is looked at. What a row or the block lacks is 0.
     uint4 words[kRows][kChunks];
     CUTE_UNROLL
@@ -235,9 +269,14 @@ struct QuantizedBlock {
         of_row[i] = is_apart ? of_row[i] : __fmaf_rn(of_row[i], sign, other);
       }
     }
-    if constexpr (kIsWhole && kChunks == 2) {
+    CUTE_UNROLL
+    for (int chunks = 1; chunks < kChunks; chunks *= 2) {
       CUTE_UNROLL
-      for (int i = 0; i < 8; ++i) butterfly(of_row[i], of_row[i + 8]);
+      for (int i = 0; i < kValues; ++i) {
+        if ((i & chunks * 8) == 0 && (kIsWhole || chunks * 64 < rotation.size[i / 8])) {
+          butterfly(of_row[i], of_row[i + chunks * 8]);
+        }
+      }
     }
   }
 
@@ -255,11 +294,13 @@ struct QuantizedBlock {
 
 // A CTA for each block and head: of Q, then of K, then of V, neighbouring heads side by side.
 template <int kHeadDim, class Element>
-__global__ void __launch_bounds__(kQuantizeThreads, 2) quantize_kernel(QuantizeArguments const arguments) {
+__global__ void __launch_bounds__(QuantizeLayout<kHeadDim>::kNumThreads, QuantizeLayout<kHeadDim>::kNumCtas)
+    quantize_kernel(QuantizeArguments const arguments) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   using Layout = QuantizeLayout<kHeadDim>;
   using Block = QuantizedBlock<kHeadDim, Element>;
-  __shared__ float of_warps[kQuantizeWarps];
+  static constexpr int kRowsOfScale = Layout::kRowsOfScale;
+  __shared__ float of_warps[Layout::kNumWarps];
   __shared__ alignas(16) uint32_t columns[kHeadDim * kRowsOfScale / 4];  // of V transposed
 
   Problem const& problem = arguments.problem;
@@ -271,13 +312,22 @@ __global__ void __launch_bounds__(kQuantizeThreads, 2) quantize_kernel(QuantizeA
   bool const is_query = index < of_q, is_key = !is_query && index < of_q + of_k;
   index -= is_query ? 0 : is_key ? of_q : of_q + of_k;
   int32_t const heads = is_query ? heads_q : heads_kv, head = index % heads, block = index / heads;
-  BlockRows const rows = rows_of_block(problem, is_query ? Side::kQueries : Side::kKeys, block);
+  BlockRows const rows = rows_of_block<kRowsOfScale>(problem, is_query ? Side::kQueries : Side::kKeys, block);
   if (rows.count <= 0) return;
-  Block const x(is_query ? arguments.q
-                : is_key ? arguments.k
-                         : arguments.v,
-                rows, head, static_cast<int>(is_query || is_key ? problem.head_dim_qk : problem.head_dim_v),
-                arguments.rotates && (is_query || is_key), is_key, of_warps);
+  TensorView const& view = is_query ? arguments.q : is_key ? arguments.k : arguments.v;
+  int const head_dim = static_cast<int>(is_query || is_key ? problem.head_dim_qk : problem.head_dim_v);
+  Block const x = [&] {
+    if constexpr (cute::is_same_v<Element, cutlass::float_e4m3_t>) {
+      ScaleView const& descale = is_query ? arguments.q_descale : is_key ? arguments.k_descale : arguments.v_descale;
+      int32_t const head_kv = is_query ? head / (heads_q / heads_kv) : head;
+      return Block(view, rows, head, head_dim,
+                   rows.sequence < problem.batch
+                       ? descale.data[rows.sequence * descale.stride_batch + head_kv * descale.stride_heads]
+                       : 1.0f);
+    } else {
+      return Block(view, rows, head, head_dim, arguments.rotates && (is_query || is_key), is_key, of_warps);
+    }
+  }();
   if (threadIdx.x == 0) {
     (is_query ? operands.q_scales + head * operands.blocks_q
      : is_key ? operands.k_scales + head * operands.blocks
@@ -326,7 +376,7 @@ __global__ void __launch_bounds__(kQuantizeThreads, 2) quantize_kernel(QuantizeA
   __syncthreads();
   uint8_t* const vt = static_cast<uint8_t*>(operands.vt) + int64_t{head} * kHeadDim * places + place;
   CUTE_UNROLL
-  for (int i = threadIdx.x; i < kHeadDim * kWords / 4; i += kQuantizeThreads) {
+  for (int i = threadIdx.x; i < kHeadDim * kWords / 4; i += Layout::kNumThreads) {
     int const column = i / (kWords / 4), word = i % (kWords / 4) * 4;
     *reinterpret_cast<uint4*>(vt + column * places + word * 4) =
         *reinterpret_cast<uint4 const*>(columns + word_of(column, word));
@@ -347,14 +397,15 @@ struct RoundingArguments {
 // Rounds as the kernel above does, so that the backward multiplies what the forward has. A CTA for each block of rows
 // and head.
 template <int kHeadDim, class Element>
-__global__ void __launch_bounds__(kQuantizeThreads) round_kernel(RoundingArguments const arguments) {
+__global__ void __launch_bounds__(QuantizeLayout<kHeadDim>::kNumThreads)
+    round_kernel(RoundingArguments const arguments) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   using Layout = QuantizeLayout<kHeadDim>;
   using Block = QuantizedBlock<kHeadDim, Element>;
-  __shared__ float of_warps[kQuantizeWarps];
+  __shared__ float of_warps[Layout::kNumWarps];
   Problem const& problem = arguments.problem;
   int32_t const head = blockIdx.y;
-  BlockRows const rows = rows_of_block(problem, arguments.side, blockIdx.x);
+  BlockRows const rows = rows_of_block<Layout::kRowsOfScale>(problem, arguments.side, blockIdx.x);
   if (rows.count <= 0) return;
   Block const x(arguments.x, rows, head, static_cast<int>(arguments.head_dim), arguments.rotates, arguments.is_key,
                 of_warps);

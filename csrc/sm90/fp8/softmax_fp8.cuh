@@ -9,19 +9,42 @@
 
 namespace flashmla::sm90 {
 
+// The scales of V's blocks, of which O has one: the largest so far. They are powers of two, or all the same.
+struct ValueScale {
+  float reference;  // O is in units of it
+  float shrinkage;  // what O of before is to be multiplied by, now that `reference` may have grown
+  float log_ratio;  // of the block's scale to `reference`, in base 2: 0 or negative
+  float inverse;    // of that ratio
+
+  __device__ explicit ValueScale(float scale) : reference(scale), shrinkage(1.0f), log_ratio(0.0f), inverse(1.0f) {}
+
+  // P of the next block carries what its scale is smaller by. Below 2^-32 e4m3 makes 0 of it, and the row's sum needs
+  // no more.
+  __device__ void advance(float scale) {
+    int const bits = __float_as_int(scale), before = __float_as_int(reference), largest = max(bits, before);
+    int const log = max((bits - largest) >> 23, -32);
+    reference = __int_as_float(largest);
+    shrinkage = power_of_two(max((before - largest) >> 23, -127));
+    log_ratio = static_cast<float>(log);
+    inverse = power_of_two(-log);
+  }
+
+ private:
+  __device__ static float power_of_two(int exponent) { return __int_as_float((127 + exponent) << 23); }
+};
+
 // The online softmax of scores that have scales: row_max is that of S in base 2, not of what the product gave.
 template <int kScores>
 struct Fp8Softmax {
   static constexpr float kLogLargest = 8.0f;        // of P, in base 2
   static constexpr float kLeastFactor = 0x1p-126f;  // a normal number
 
-  float row_max[2], row_sum[2], row_scale[2];  // row_scale: q_scale * scale * log2 e of the row
+  float row_max[2], row_sum[2], row_scale[2];  // row_scale: what makes S of a product of the row, but for k_scale
 
-  __device__ void reset(float first_scale, float second_scale) {
-    row_max[0] = row_max[1] = -INFINITY;
-    row_sum[0] = row_sum[1] = 0.0f;
-    row_scale[0] = first_scale;
-    row_scale[1] = second_scale;
+  __device__ void reset(int row, float scale) {
+    row_max[row] = -INFINITY;
+    row_sum[row] = 0.0f;
+    row_scale[row] = scale;
   }
 
   // What the exponent of a row's scores is: score * factor - against, of scores of one tile.
@@ -54,13 +77,14 @@ struct Fp8Softmax {
 
   // Begins a tile's row, whose largest score in this thread is `largest`. What was summed before is to be multiplied by
   // `correction`. True if the row has a new maximum.
-  __device__ bool begin(int row, float largest, float tile_scale, Exponent& exponent, float& correction) {
+  __device__ bool begin(int row, float largest, float factor, ValueScale const& value_scale, Exponent& exponent,
+                        float& correction) {
     largest = fmaxf(largest, __shfl_xor_sync(0xffffffff, largest, 1));
     largest = fmaxf(largest, __shfl_xor_sync(0xffffffff, largest, 2));
     // Not negative (finish_scores), and not 0 where scales of zeros underflow: -inf * 0 is NaN.
-    exponent.factor = fmaxf(row_scale[row] * tile_scale, kLeastFactor);
+    exponent.factor = fmaxf(factor, kLeastFactor);
     float const new_max = fmaxf(row_max[row], largest * exponent.factor);
-    exponent.against = (new_max == -INFINITY ? 0.0f : new_max) - kLogLargest;
+    exponent.against = (new_max == -INFINITY ? 0.0f : new_max) - (kLogLargest + value_scale.log_ratio);
     correction = new_max == -INFINITY ? 1.0f : exp2f(row_max[row] - new_max);
     bool const grows = new_max > row_max[row];
     row_max[row] = new_max;
@@ -78,15 +102,20 @@ struct Fp8Softmax {
     }
   }
 
-  __device__ void end(int row, float correction, float const (&sum)[2]) {
-    row_sum[row] = row_sum[row] * correction + (sum[0] + sum[1]);
+  __device__ void end(int row, float correction, ValueScale const& value_scale, float const (&sum)[2]) {
+    row_sum[row] = __fmaf_rn(row_sum[row], correction, (sum[0] + sum[1]) * value_scale.inverse);
+  }
+
+  // Of the four lanes of a row, so far.
+  __device__ float whole_sum(int row) const {
+    float sum = row_sum[row];
+    sum += __shfl_xor_sync(0xffffffff, sum, 1);
+    return sum + __shfl_xor_sync(0xffffffff, sum, 2);
   }
 
   // The four lanes of a row add their parts. Returns the factor on O; lse is natural.
   __device__ float finish(int row, float const* sink, float& lse) {
-    float sum = row_sum[row];
-    sum += __shfl_xor_sync(0xffffffff, sum, 1);
-    sum += __shfl_xor_sync(0xffffffff, sum, 2);
+    float const sum = whole_sum(row);
     return finish_row(row_max[row] == -INFINITY ? -INFINITY : row_max[row] - kLogLargest, sum, sink, lse);
   }
 };
