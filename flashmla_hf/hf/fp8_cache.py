@@ -31,7 +31,7 @@ class Fp8Cache(Cache):
     The model needs ``attn_implementation="flashmla"`` (attention exact but for the rounding of the cache) or
     ``"flashmla_fp8"``; others raise at the first token that they read from it. It is not exact: docs/fp8.md says what it costs.
     Beams, assisted decoding (``crop``), left padding and sliding windows work; a sliding layer keeps all its rows, which
-    Transformers' caches drop. A model with cross-attention takes ``EncoderDecoderCache(Fp8Cache(), DynamicCache())``. After a
+    Transformers' caches drop. An encoder-decoder model takes ``EncoderDecoderCache(Fp8Cache(), DynamicCache())``. After a
     forward pass that raised, layers hold different numbers of tokens, and the next pass raises until ``cache.reset()``.
 
     On a GPU a Hopper's kernel reads it, of models in fp16 and bf16 with head dims of multiples of 16 up to 256; others raise. A
@@ -77,7 +77,8 @@ class Fp8Cache(Cache):
         if length is not None and others is not None and others not in (length, length + new):
             raise RuntimeError(
                 f"Fp8Cache: layer {layer_idx}: expected {others - new} tokens in it, as the layer before it had, got {length}. "
-                f"If a forward pass raised or was interrupted, reset() empties the cache. {_CROSS_ATTENTION}"
+                f"If a forward pass raised or was interrupted, reset() empties the cache. {_CROSS_ATTENTION}. Other models "
+                "whose layers cache different tokens take DynamicCache"
             )
 
     def update_conv_state(self, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -105,7 +106,7 @@ class Fp8Cache(Cache):
 
 
 _CROSS_ATTENTION = (
-    "A model with cross-attention takes transformers.EncoderDecoderCache(Fp8Cache(), DynamicCache()), which holds the "
+    "An encoder-decoder model takes transformers.EncoderDecoderCache(Fp8Cache(), DynamicCache()), which holds the "
     "encoder's keys and values apart"
 )
 

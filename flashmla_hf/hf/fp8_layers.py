@@ -53,6 +53,9 @@ class Fp8Rows:
     def size(self, dim: int | None = None) -> torch.Size | int:
         return self.shape if dim is None else self.shape[dim]
 
+    def numel(self) -> int:
+        return self.e4m3.numel()
+
     def __repr__(self) -> str:
         return f"Fp8Rows({[*self.shape]}, {self.dtype}, {self.device})"
 
