@@ -222,6 +222,24 @@ def test_a_cache_that_an_exception_left_uneven_is_refused_until_it_is_emptied(ne
 
 @torch.no_grad()
 @of_each_kind
+def test_crop_takes_whole_numbers_of_tokens(new_cache):
+    """A float would be a length that no tensor has."""
+    model, ids = build_causal_lm("flashmla"), random_ids(2, 12)
+    cache = new_cache(model)
+    model(ids, past_key_values=cache)
+    for wrong in (-1.0, None, "3"):
+        with pytest.raises(
+            TypeError, match=r"Fp8Cache.crop: tokens_to_remove: expected a negative number .*, an int, got"
+        ):
+            cache.crop(wrong)
+    cache.crop(torch.tensor(-4))
+    lengths = [layer.get_seq_length() for layer in cache.layers]
+    assert lengths == [8, 8]
+    assert all(type(length) is int for length in lengths)
+
+
+@torch.no_grad()
+@of_each_kind
 def test_what_a_model_reads_of_a_layer_itself_is_no_bits(new_cache):
     """Loops over layers do (Dory), which would compute with e4m3 numbers without their scales."""
     model, ids = build_causal_lm("flashmla"), random_ids(2, 12)

@@ -13,6 +13,7 @@ the device, so that one compiled graph, at the same addresses, is every decoding
 from __future__ import annotations
 
 import contextlib
+import operator
 from typing import Any, NoReturn
 
 import torch
@@ -91,7 +92,7 @@ class _Layer(CacheLayerMixin):
     value_data: Any
     key_scales: Any
     value_scales: Any
-    dtype: torch.dtype  # of the keys and values that came
+    dtype: torch.dtype  # of the keys that came first
 
     def __init__(self) -> None:  # not the parent's, which sets keys and values
         self._clear()
@@ -102,14 +103,14 @@ class _Layer(CacheLayerMixin):
 
     @property
     def keys(self) -> Fp8Rows | None:
-        return self._read("key") if self.is_initialized else None
+        return self._read("key", self.dtype) if self.is_initialized else None
 
     @property
     def values(self) -> Fp8Rows | None:
-        return self._read("value") if self.is_initialized else None
+        return self._read("value", self.dtype) if self.is_initialized else None
 
-    def _read(self, name: str) -> Fp8Rows:
-        """What is read of the buffers of ``name``, "key" or "value"."""
+    def _read(self, name: str, dtype: torch.dtype) -> Fp8Rows:
+        """What is read of the buffers of ``name``, "key" or "value", by a model of ``dtype``."""
         raise NotImplementedError
 
     # pickle has no fp8 in torch 2.13.
@@ -205,10 +206,16 @@ def _outside_inference_mode() -> contextlib.AbstractContextManager:
 
 def _removed(tokens_to_remove: int) -> int:
     """How many tokens ``crop`` forgets, which Transformers' caches take as a negative number, or 0."""
-    if tokens_to_remove > 0:
-        expected = "a negative number (of tokens to forget) or 0"
-        raise ValueError(f"Fp8Cache.crop: tokens_to_remove: expected {expected}, got {tokens_to_remove}")
-    return -tokens_to_remove
+    expected = "a negative number (of tokens to forget) or 0"
+    try:
+        count = operator.index(tokens_to_remove)
+    except TypeError:
+        raise TypeError(
+            f"Fp8Cache.crop: tokens_to_remove: expected {expected}, an int, got {tokens_to_remove!r}"
+        ) from None
+    if count > 0:
+        raise ValueError(f"Fp8Cache.crop: tokens_to_remove: expected {expected}, got {count}")
+    return -count
 
 
 class Fp8Layer(_Layer):
@@ -244,11 +251,13 @@ class Fp8Layer(_Layer):
         new_k, new_v = key_states.transpose(1, 2), value_states.transpose(1, 2)
         cached.write_rows(new_k, new_v, k, v, k_scale, v_scale, self._zeros())
         self._length = end
-        return (key_states, value_states) if begin == 0 else (self._read("key"), self._read("value"))
+        if begin == 0:
+            return key_states, value_states
+        return self._read("key", key_states.dtype), self._read("value", value_states.dtype)
 
-    def _read(self, name: str) -> Fp8Rows:
+    def _read(self, name: str, dtype: torch.dtype) -> Fp8Rows:
         data, scales = (getattr(self, f"{name}_{part}")[:, :, : self._length] for part in ("data", "scales"))
-        return Fp8Rows(data, scales, self.dtype)
+        return Fp8Rows(data, scales, dtype)
 
     def _zeros(self) -> torch.Tensor:
         """int32 [batch], made once."""
@@ -346,10 +355,10 @@ class StaticFp8Layer(_Layer):
         if was_empty:
             self._is_empty = new == 0
             return key_states, value_states
-        return self._read("key"), self._read("value")
+        return self._read("key", key_states.dtype), self._read("value", value_states.dtype)
 
-    def _read(self, name: str) -> Fp8Rows:
-        return Fp8Rows(getattr(self, f"{name}_data"), getattr(self, f"{name}_scales"), self.dtype, self.lengths)
+    def _read(self, name: str, dtype: torch.dtype) -> Fp8Rows:
+        return Fp8Rows(getattr(self, f"{name}_data"), getattr(self, f"{name}_scales"), dtype, self.lengths)
 
     def _count(self, new: int) -> None:
         """Raises if ``new`` rows more do not fit."""
