@@ -9,7 +9,8 @@ import transformers
 from counting import counted_calls
 from fp8_cases import E4M3
 from hf_support import DEVICE, build_causal_lm, needs_kernel, random_ids
-from test_hf_fp8 import FAMILIES, bytes_of, each_family, rounding_cache
+from test_hf_fp8 import FAMILIES, each_family
+from test_hf_fp8_cache import bytes_of
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import flashmla_hf
@@ -206,7 +207,7 @@ def test_rows_that_are_not_in_use_are_read_by_no_mask():
     for c in (cache, grown):
         model(ids[:, :11], past_key_values=c)
     for layer in cache.layers:
-        layer.keys[:, :, 12:] = layer.values[:, :, 12:] = torch.nan
+        layer.key_data[:, :, 12:] = layer.value_data[:, :, 12:] = torch.nan
         layer.key_scales[:, :, 12:] = layer.value_scales[:, :, 12:] = torch.nan
     expected = model(ids[:, 11:], past_key_values=grown).logits
     for mask in (None, torch.ones(2, 12, dtype=torch.long), torch.ones(2, 1, 1, 30, dtype=torch.bool)):
@@ -302,30 +303,8 @@ def test_the_cache_takes_half_the_memory_of_a_static_one():
         model(ids, past_key_values=cache)
     ours, theirs = map(bytes_of, caches)
     assert ours == (0.5 + 4 / 256) * theirs
-    assert caches[0].layers[0].keys.dtype == E4M3
+    assert caches[0].layers[0].key_data.dtype == E4M3
     assert caches[0].get_max_cache_shape() == ROOM if hasattr(caches[0], "get_max_cache_shape") else True
-
-
-def test_encoder_decoder_models_take_it():
-    config = transformers.BartConfig(
-        vocab_size=96, d_model=32, encoder_layers=1, decoder_layers=2, encoder_attention_heads=4, decoder_attention_heads=4,
-        encoder_ffn_dim=32, decoder_ffn_dim=32, max_position_embeddings=64, pad_token_id=0, bos_token_id=1, eos_token_id=2,
-        decoder_start_token_id=2, forced_eos_token_id=None, init_std=0.5,
-    )  # fmt: skip
-    tokens = []
-    for implementation, make in (
-        ("flashmla", lambda: flashmla_hf.Fp8Cache(config, max_cache_len=9)),
-        ("eager", rounding_cache),
-    ):
-        torch.manual_seed(0)
-        model = transformers.BartForConditionalGeneration._from_config(
-            config, attn_implementation=implementation
-        ).eval()
-        cache = transformers.EncoderDecoderCache(make(), transformers.DynamicCache())
-        tokens.append(
-            model.generate(random_ids(2, 12), past_key_values=cache, max_new_tokens=8, do_sample=False, num_beams=1)
-        )
-    assert torch.equal(*tokens)
 
 
 # ---- Refusals --------------------------------------------------------------------------------------------------------
@@ -348,6 +327,17 @@ def test_encoder_decoder_models_take_it():
 def test_arguments_that_make_no_cache_raise(given, message):
     with pytest.raises(ValueError, match=re.escape(f"Fp8Cache: {message}")):
         flashmla_hf.Fp8Cache(**given)
+
+
+def test_what_is_no_configuration_and_layers_that_are_unknown_are_refused():
+    with pytest.raises(TypeError, match=r"config: expected the configuration of a model \(model.config\), got Linear"):
+        flashmla_hf.Fp8Cache(torch.nn.Linear(2, 2), max_cache_len=10)
+    config = transformers.LlamaConfig(num_hidden_layers=2)
+    config.layer_types = ["full_attention", "heavily_compressed_attention"]
+    with pytest.raises(
+        NotImplementedError, match=r"config: .* got one of type 'heavily_compressed_attention'. Use Dyn"
+    ):
+        flashmla_hf.Fp8Cache(config, max_cache_len=10)
 
 
 def test_a_model_with_other_states_than_keys_and_values_is_refused():

@@ -31,9 +31,11 @@ class Fp8Cache(Cache):
     The model needs ``attn_implementation="flashmla"`` (attention exact but for the rounding of the cache) or
     ``"flashmla_fp8"``; others raise at the first token that they read from it. It is not exact: docs/fp8.md says what it costs.
     Beams, assisted decoding (``crop``), left padding and sliding windows work; a sliding layer keeps all its rows, which
-    Transformers' caches drop. On a GPU a Hopper's kernel reads it, of models in fp16 and bf16 with head dims of multiples of 16
-    up to 256; others raise. A padding mask with holes, ``output_attentions``, gradients, and models with other states than keys
-    and values (Mamba), raise.
+    Transformers' caches drop. An encoder-decoder model takes ``EncoderDecoderCache(Fp8Cache(), DynamicCache())``. After a
+    forward pass that raised, layers hold different numbers of tokens, and the next pass raises until ``cache.reset()``.
+
+    On a GPU a Hopper's kernel reads it, of models in fp16 and bf16 with head dims of multiples of 16 up to 256; others raise. A
+    padding mask with holes, ``output_attentions``, gradients, and models with other states than keys and values (Mamba), raise.
 
     Args:
         config: the configuration of the model, which says how many layers a static cache has.
@@ -46,6 +48,38 @@ class Fp8Cache(Cache):
             super().__init__(layer_class_to_replicate=Fp8Layer)
         else:
             super().__init__(layers=_static_layers(config, max_cache_len))
+        self._last: Fp8Layer | StaticFp8Layer | None = None  # the layer that was updated last
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Any, Any]:
+        """Quantises and appends key_states and value_states [batch, heads_kv, new, head_dim] to layer ``layer_idx``.
+
+        Returns what its attention reads. Raises RuntimeError if the layers hold different numbers of tokens.
+        """
+        if torch.compiler.is_compiling():
+            return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        self._check_length(layer_idx, key_states.shape[-2])
+        result = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        if isinstance(layer := self.layers[layer_idx], (Fp8Layer, StaticFp8Layer)):
+            self._last = layer
+        return result
+
+    def _check_length(self, layer_idx: int, new: int) -> None:
+        """Raises if the layers of a model do not cache the same tokens: keys would meet the mask and positions of others.
+
+        A layer either has what the one before it had at its turn, or begins another pass.
+        """
+        layer = self.layers[layer_idx] if layer_idx < len(self.layers) else Fp8Layer()
+        if self._last is None or not isinstance(layer, (Fp8Layer, StaticFp8Layer)):
+            return
+        length, others = layer.known_length(), self._last.known_length()
+        if length is not None and others is not None and others not in (length, length + new):
+            raise RuntimeError(
+                f"Fp8Cache: layer {layer_idx}: expected {others - new} tokens in it, as the layer before it had, got {length}. "
+                f"If a forward pass raised or was interrupted, reset() empties the cache. {_CROSS_ATTENTION}. Other models "
+                "whose layers cache different tokens take DynamicCache"
+            )
 
     def update_conv_state(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         raise _no_states("convolutional")
@@ -53,12 +87,28 @@ class Fp8Cache(Cache):
     def update_recurrent_state(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         raise _no_states("recurrent")
 
+    def update_indexer(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        raise _no_states("indexer's")
+
     # Some models ask for states before they write any.
     def get_conv_state(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         raise _no_states("convolutional")
 
     def get_recurrent_state(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         raise _no_states("recurrent")
+
+    @property
+    def self_attention_cache(self) -> Any:
+        raise AttributeError(f"Fp8Cache: expected a cache of two parts, got one. {_CROSS_ATTENTION}")
+
+    # What else models ask an EncoderDecoderCache for.
+    cross_attention_cache = is_updated = self_attention_cache
+
+
+_CROSS_ATTENTION = (
+    "An encoder-decoder model takes transformers.EncoderDecoderCache(Fp8Cache(), DynamicCache()), which holds the "
+    "encoder's keys and values apart"
+)
 
 
 def _no_states(kind: str) -> NotImplementedError:
@@ -79,8 +129,17 @@ def _static_layers(config: Any, max_cache_len: Any) -> list[Any]:
         length = 0
     if length < 1:
         raise ValueError(f"Fp8Cache: max_cache_len: expected a positive int (of tokens), got {max_cache_len!r}")
+    if not hasattr(config, "get_text_config"):
+        expected = "the configuration of a model (model.config)"
+        raise TypeError(f"Fp8Cache: config: expected {expected}, got {type(config).__name__}")
+    try:
+        like = StaticCache(config=config, max_cache_len=length).layers
+    except KeyError as unknown:
+        raise NotImplementedError(
+            f"Fp8Cache: config: expected layers that StaticCache has, got one of type {unknown}. Use DynamicCache"
+        ) from unknown
     layers: list[Any] = []
-    for layer in StaticCache(config=config, max_cache_len=length).layers:
+    for layer in like:
         if type(layer) in (StaticLayer, StaticSlidingWindowLayer):
             layers.append(StaticFp8Layer(length))
         elif isinstance(layer, (CacheLayerMixin, LinearAttentionCacheLayerMixin)):

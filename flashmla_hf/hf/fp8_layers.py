@@ -3,7 +3,8 @@
 A layer holds data e4m3 [batch, heads_kv, capacity, head_dim] and a scale for each token and head, fp32 [batch,
 heads_kv, capacity]. It hands an attention layer :class:`Fp8Rows` in place of keys and values, which only our attention reads
 (``flashmla_hf.decode_attention`` with descales). The keys and values of the first forward pass are handed on as they came: the
-prompt attends to itself in the precision of the model, and to a cache in fp8 from then on.
+prompt attends to itself in the precision of the model, and to a cache in fp8 from then on. ``keys`` and ``values`` of a layer,
+which some models read themselves (cross-attention, loops over layers), are Fp8Rows too: bits without their scales mean nothing.
 
 :class:`Fp8Layer` grows, and Python knows how many rows it has. :class:`StaticFp8Layer` is allocated once and counts its rows on
 the device, so that one compiled graph, at the same addresses, is every decoding step.
@@ -11,6 +12,8 @@ the device, so that one compiled graph, at the same addresses, is every decoding
 
 from __future__ import annotations
 
+import contextlib
+import operator
 from typing import Any, NoReturn
 
 import torch
@@ -51,6 +54,9 @@ class Fp8Rows:
     def size(self, dim: int | None = None) -> torch.Size | int:
         return self.shape if dim is None else self.shape[dim]
 
+    def numel(self) -> int:
+        return self.e4m3.numel()
+
     def __repr__(self) -> str:
         return f"Fp8Rows({[*self.shape]}, {self.dtype}, {self.device})"
 
@@ -71,7 +77,7 @@ def _refuse_operation(name: Any) -> NoReturn:
     raise RuntimeError(
         f"Fp8Cache: its keys and values are in fp8, and {name} was called on them: expected the attention of flashmla_hf "
         'alone to read them. Load the model with attn_implementation="flashmla" (or "flashmla_fp8"). If it is, the model '
-        "computes with its cache itself (latent attention, encoder-decoder): use DynamicCache. flashmla_hf.check(model) "
+        "computes with its cache itself (latent attention, loops over layers): use DynamicCache. flashmla_hf.check(model) "
         "lists the layers that call our attention"
     )
 
@@ -82,39 +88,52 @@ class _Layer(CacheLayerMixin):
     is_sliding = False
     is_croppable = True
     # e4m3 [batch, heads_kv, capacity, head_dim] and fp32 [batch, heads_kv, capacity]; None in an empty cache.
-    keys: Any
-    values: Any
+    key_data: Any
+    value_data: Any
     key_scales: Any
     value_scales: Any
+    dtype: torch.dtype  # of the keys that came first
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self) -> None:  # not the parent's, which sets keys and values
         self._clear()
 
     def _clear(self) -> None:
-        self.keys = self.values = self.key_scales = self.value_scales = None
+        self.key_data = self.value_data = self.key_scales = self.value_scales = None
         self.is_initialized, self._had_gradients = False, False
+
+    @property
+    def keys(self) -> Fp8Rows | None:
+        return self._read("key", self.dtype) if self.is_initialized else None
+
+    @property
+    def values(self) -> Fp8Rows | None:
+        return self._read("value", self.dtype) if self.is_initialized else None
+
+    def _read(self, name: str, dtype: torch.dtype) -> Fp8Rows:
+        """What is read of the buffers of ``name``, "key" or "value", by a model of ``dtype``."""
+        raise NotImplementedError
 
     # pickle has no fp8 in torch 2.13.
     def __getstate__(self) -> dict[str, Any]:
-        bits = {name: getattr(self, name).view(torch.uint8) for name in self._buffers() if name in ("keys", "values")}
+        bits = {name: getattr(self, name).view(torch.uint8) for name in self._buffers() if name.endswith("_data")}
         return self.__dict__ | bits
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         for name in self._buffers():
-            if name in ("keys", "values"):
+            if name.endswith("_data"):
                 setattr(self, name, getattr(self, name).view(DTYPE))
+        self._apply(lambda x: x.clone() if x.is_inference() else x)
 
     def _buffers(self) -> tuple[str, ...]:
-        return ("keys", "values", "key_scales", "value_scales") if self.is_initialized else ()
+        return ("key_data", "value_data", "key_scales", "value_scales") if self.is_initialized else ()
 
     def _allocate(self, key_states: torch.Tensor, value_states: torch.Tensor, rows: int) -> None:
         """Buffers of ``rows`` rows. key_states and value_states [batch, heads_kv, any, head_dim]."""
-        self.device = key_states.device
+        self.device, self.dtype = key_states.device, key_states.dtype
         for name, x in (("key", key_states), ("value", value_states)):
             batch, heads, _, dim = x.shape
-            setattr(self, f"{name}s", torch.empty(batch, heads, rows, dim, dtype=DTYPE, device=x.device))
+            setattr(self, f"{name}_data", torch.empty(batch, heads, rows, dim, dtype=DTYPE, device=x.device))
             setattr(self, f"{name}_scales", torch.empty(batch, heads, rows, dtype=torch.float32, device=x.device))
         self.is_initialized = True
 
@@ -131,12 +150,12 @@ class _Layer(CacheLayerMixin):
             self._had_gradients = True
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        for name, x in (("keys", key_states), ("values", value_states)):
-            batch, heads, _, dim = getattr(self, name).shape
+        for name, x in (("key", key_states), ("value", value_states)):
+            batch, heads, _, dim = getattr(self, f"{name}_data").shape
             expected = [batch, heads, key_states.shape[-2], dim]
             if [*x.shape] != expected:  # an assignment to a slice would broadcast a row
                 raise ValueError(
-                    f"Fp8Cache: {name}: expected shape {expected} [batch, heads_kv, new, head_dim], as the cache has it, got "
+                    f"Fp8Cache: {name}s: expected shape {expected} [batch, heads_kv, new, head_dim], as the cache has it, got "
                     f"{[*x.shape]}. batch_select_indices and batch_repeat_interleave change the cache's batch, {self._another}"
                 )
 
@@ -145,16 +164,21 @@ class _Layer(CacheLayerMixin):
     def _rows(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """keys, values [batch, capacity, heads_kv, head_dim] and their scales [batch, capacity, heads_kv]."""
         k, v, k_scale, v_scale = (
-            x.transpose(1, 2) for x in (self.keys, self.values, self.key_scales, self.value_scales)
+            x.transpose(1, 2) for x in (self.key_data, self.value_data, self.key_scales, self.value_scales)
         )
         return k, v, k_scale, v_scale
 
     def get_max_cache_shape(self) -> int:
         return self.get_max_length()
 
+    def known_length(self) -> int | None:
+        """The number of rows in use, the same for every sequence; ``None`` if Python may not read it now."""
+        raise NotImplementedError
+
     def _apply(self, function) -> None:
-        for name in self._buffers():
-            setattr(self, name, function(getattr(self, name)))
+        with _outside_inference_mode():
+            for name in self._buffers():
+                setattr(self, name, function(getattr(self, name)))
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         self._apply(lambda x: x.index_select(0, beam_idx.to(x.device)))
@@ -172,16 +196,30 @@ class _Layer(CacheLayerMixin):
         self._apply(lambda x: x.to(self.device, non_blocking=True))
 
 
+def _outside_inference_mode() -> contextlib.AbstractContextManager:
+    """A context in which buffers are made. Those that inference mode makes could not be written to outside of it, and the next
+    prompt may come under ``torch.no_grad()``, as generate() computes."""
+    if torch.compiler.is_compiling() or not torch.is_inference_mode_enabled():
+        return contextlib.nullcontext()
+    return torch.inference_mode(False)
+
+
 def _removed(tokens_to_remove: int) -> int:
     """How many tokens ``crop`` forgets, which Transformers' caches take as a negative number, or 0."""
-    if tokens_to_remove > 0:
-        expected = "a negative number (of tokens to forget) or 0"
-        raise ValueError(f"Fp8Cache.crop: tokens_to_remove: expected {expected}, got {tokens_to_remove}")
-    return -tokens_to_remove
+    expected = "a negative number (of tokens to forget) or 0"
+    try:
+        count = operator.index(tokens_to_remove)
+    except TypeError:
+        raise TypeError(
+            f"Fp8Cache.crop: tokens_to_remove: expected {expected}, an int, got {tokens_to_remove!r}"
+        ) from None
+    if count > 0:
+        raise ValueError(f"Fp8Cache.crop: tokens_to_remove: expected {expected}, got {count}")
+    return -count
 
 
 class Fp8Layer(_Layer):
-    """One layer of an Fp8Cache that grows, by :data:`GROWTH` rows. ``keys`` and ``values`` are e4m3, unused rows included."""
+    """One layer of an Fp8Cache that grows, by :data:`GROWTH` rows. Its buffers have unused rows, ``keys`` has none."""
 
     _another = "reset empties it"
 
@@ -195,7 +233,8 @@ class Fp8Layer(_Layer):
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Buffers without rows. key_states and value_states [batch, heads_kv, any, head_dim]."""
-        self._allocate(key_states, value_states, 0)
+        with _outside_inference_mode():
+            self._allocate(key_states, value_states, 0)
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
@@ -214,33 +253,39 @@ class Fp8Layer(_Layer):
         self._length = end
         if begin == 0:
             return key_states, value_states
-        return (
-            Fp8Rows(self.keys[:, :, :end], self.key_scales[:, :, :end], key_states.dtype),
-            Fp8Rows(self.values[:, :, :end], self.value_scales[:, :, :end], value_states.dtype),
-        )
+        return self._read("key", key_states.dtype), self._read("value", value_states.dtype)
+
+    def _read(self, name: str, dtype: torch.dtype) -> Fp8Rows:
+        data, scales = (getattr(self, f"{name}_{part}")[:, :, : self._length] for part in ("data", "scales"))
+        return Fp8Rows(data, scales, dtype)
 
     def _zeros(self) -> torch.Tensor:
         """int32 [batch], made once."""
-        batch = self.keys.shape[0]
-        if self._begins is None or self._begins.shape[0] != batch or self._begins.device != self.keys.device:
-            self._begins = torch.zeros(batch, dtype=torch.int32, device=self.keys.device)
+        batch = self.key_data.shape[0]
+        if self._begins is None or self._begins.shape[0] != batch or self._begins.device != self.key_data.device:
+            self._begins = torch.zeros(batch, dtype=torch.int32, device=self.key_data.device)
         return self._begins
 
     def _reserve(self, rows: int) -> None:
-        capacity = self.keys.shape[2]
+        capacity = self.key_data.shape[2]
         if rows <= capacity:
             return
         wanted = -(-rows // GROWTH) * GROWTH
-        for name in self._buffers():
-            old = getattr(self, name)
-            new = old.new_empty(*old.shape[:2], wanted, *old.shape[3:])
-            new[:, :, : self._length] = old[:, :, : self._length]
-            setattr(self, name, new)
+        self._apply(lambda old: self._longer(old, wanted))
+
+    def _longer(self, old: torch.Tensor, rows: int) -> torch.Tensor:
+        """A copy of the buffer ``old`` with room for so many ``rows``."""
+        new = old.new_empty(*old.shape[:2], rows, *old.shape[3:])
+        new[:, :, : self._length] = old[:, :, : self._length]
+        return new
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self._length + query_length, 0
 
     def get_seq_length(self) -> int:
+        return self._length
+
+    def known_length(self) -> int:
         return self._length
 
     def get_max_length(self) -> int:
@@ -282,8 +327,9 @@ class StaticFp8Layer(_Layer):
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """All buffers, without a number in them. key_states and value_states [batch, heads_kv, any, head_dim]."""
-        self._allocate(key_states, value_states, self.max_cache_len)
-        self.lengths = torch.zeros(key_states.shape[0], dtype=torch.int32, device=key_states.device)
+        with _outside_inference_mode():
+            self._allocate(key_states, value_states, self.max_cache_len)
+            self.lengths = torch.zeros(key_states.shape[0], dtype=torch.int32, device=key_states.device)
         self._mark_static()
 
     def _mark_static(self) -> None:
@@ -309,10 +355,10 @@ class StaticFp8Layer(_Layer):
         if was_empty:
             self._is_empty = new == 0
             return key_states, value_states
-        return (
-            Fp8Rows(self.keys, self.key_scales, key_states.dtype, self.lengths),
-            Fp8Rows(self.values, self.value_scales, value_states.dtype, self.lengths),
-        )
+        return self._read("key", key_states.dtype), self._read("value", value_states.dtype)
+
+    def _read(self, name: str, dtype: torch.dtype) -> Fp8Rows:
+        return Fp8Rows(getattr(self, f"{name}_data"), getattr(self, f"{name}_scales"), dtype, self.lengths)
 
     def _count(self, new: int) -> None:
         """Raises if ``new`` rows more do not fit."""
@@ -359,6 +405,11 @@ class StaticFp8Layer(_Layer):
         if not self.is_initialized:
             return 0
         return self._length() if values_are_readable(self.lengths) else self.lengths[0]
+
+    def known_length(self) -> int | None:
+        if not self.is_initialized:
+            return 0
+        return self._length() if values_are_readable(self.lengths) else None
 
     def get_max_length(self) -> int:
         return self.max_cache_len

@@ -39,7 +39,8 @@ def refuse_mask_of_other_keys(module: torch.nn.Module, masked: int, num_keys: in
     raise ValueError(
         f"flashmla in {type(module).__name__}: attention_mask: expected a mask of the layer's {num_keys} keys, got one of "
         f"{masked}. Under gradient checkpointing a layer ignores past_key_values, which peft's prefix tuning passes: train "
-        "without it. A mask of your own must be as long as keys and cache"
+        "without it. A mask of your own must be as long as keys and cache. A forward pass that raised leaves a cache of uneven "
+        "layers: begin with an empty one"
     )
 
 

@@ -1,0 +1,393 @@
+"""``Fp8Cache``, growing, and what both kinds of it do, against Transformers' own cache of numbers that went to fp8 and back."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+import transformers
+from counting import counted_calls
+from fp8_cases import E4M3
+from hf_support import DEVICE, build_causal_lm, close, needs_kernel, random_ids
+from test_hf_fp8 import assert_same_rounding, each_family, ours_and_rounding
+from transformers.cache_utils import Cache, DynamicLayer
+
+import flashmla_hf
+from flashmla_hf.fp8.quantization import quantize_tokens
+from flashmla_hf.hf import fp8_layers
+
+pytestmark = [
+    pytest.mark.usefixtures("recompile_limit_is_put_back"),
+    needs_kernel, pytest.mark.skipif(DEVICE.type != "cpu", reason="compares with the CPU's exact probabilities"),
+    pytest.mark.filterwarnings("ignore:.past_key_values. is deprecated:FutureWarning"),
+]  # fmt: skip
+
+
+class RoundingLayer(DynamicLayer):
+    """Transformers' own cache, of numbers that went to fp8 and back; the first tokens are handed on as they came."""
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        was_empty = self.get_seq_length() == 0
+        keys, values = (
+            (data.float() * scale[..., None]).to(x.dtype)
+            for x, (data, scale) in ((x, quantize_tokens(x)) for x in (key_states, value_states))
+        )
+        kept = super().update(keys, values)
+        return (key_states, value_states) if was_empty else kept
+
+
+def rounding_cache():
+    return Cache(layer_class_to_replicate=RoundingLayer)
+
+
+@each_family
+def test_generate_reads_the_cache_of_rounded_numbers(family):
+    model, eager = ours_and_rounding(family, "flashmla")
+    ids = random_ids(2, 40)
+    mask = torch.ones_like(ids)
+    mask[1, :9] = 0
+    options = {
+        "attention_mask": mask, "max_new_tokens": 12, "do_sample": False, "output_logits": True, "return_dict_in_generate": True,
+    }  # fmt: skip
+    with counted_calls() as calls:
+        got = model.generate(ids, past_key_values=flashmla_hf.Fp8Cache(), **options)
+    assert calls == {"cpu": 2, "fp8 cpu": 2 * 11}
+    expected = eager.generate(ids, past_key_values=rounding_cache(), **options)
+    assert torch.equal(got.sequences, expected.sequences)
+    longer = torch.nn.functional.pad(mask, (0, 11), value=1)
+    exact = eager.generate(got.sequences[:, :-1], **options | {"attention_mask": longer, "max_new_tokens": 1})
+    assert close(got.logits[0], expected.logits[0])
+    assert_same_rounding(got.logits[-1], expected.logits[-1], exact.logits[0])
+
+
+def test_beams_and_assisted_decoding():
+    model, eager = build_causal_lm("flashmla"), build_causal_lm("eager")
+    ids = random_ids(2, 30)
+    options = {"max_new_tokens": 10, "do_sample": False}
+    beams = model.generate(ids, past_key_values=flashmla_hf.Fp8Cache(), num_beams=3, **options)
+    assert torch.equal(beams, eager.generate(ids, past_key_values=rounding_cache(), num_beams=3, **options))
+    text = torch.cat([ids[:1], ids[:1]], 1)
+    plain = model.generate(text, past_key_values=flashmla_hf.Fp8Cache(), **options)
+    assert torch.equal(plain, eager.generate(text, past_key_values=rounding_cache(), **options))
+    cropped = model.generate(text, past_key_values=flashmla_hf.Fp8Cache(), prompt_lookup_num_tokens=3, **options)
+    assert torch.equal(plain, cropped)
+
+
+@torch.no_grad()
+def test_a_long_second_prompt_reads_the_cache():
+    model, eager = build_causal_lm("flashmla"), build_causal_lm("eager")
+    ids = random_ids(1, 300)
+    logits = []
+    for m, cache in ((model, flashmla_hf.Fp8Cache()), (eager, rounding_cache())):
+        m(ids[:, :120], past_key_values=cache)
+        logits.append(m(ids[:, 120:], past_key_values=cache).logits)
+        assert cache.get_seq_length() == 300
+    assert close(*logits)
+
+
+@torch.no_grad()
+def test_crop_forgets_and_reset_empties():
+    model = build_causal_lm("flashmla")
+    ids = random_ids(1, 50)
+    cache, straight = flashmla_hf.Fp8Cache(), flashmla_hf.Fp8Cache()
+    model(ids[:, :20], past_key_values=cache)
+    model(random_ids(1, 30, seed=9), past_key_values=cache)
+    cache.crop(-30)
+    assert cache.get_seq_length() == 20
+    got = model(ids[:, 20:], past_key_values=cache).logits
+    model(ids[:, :20], past_key_values=straight)
+    assert torch.equal(got, model(ids[:, 20:], past_key_values=straight).logits)
+    with pytest.raises(ValueError, match="tokens_to_remove: expected a negative number"):
+        cache.crop(10)
+    cache.reset()
+    assert cache.get_seq_length() == 0
+    model(random_ids(3, 20), past_key_values=cache)
+
+
+def bytes_of(cache):
+    is_fp8 = isinstance(cache, flashmla_hf.Fp8Cache)
+    names = ("key_data", "value_data", "key_scales", "value_scales") if is_fp8 else ("keys", "values")
+    return sum(getattr(layer, name).untyped_storage().nbytes() for layer in cache.layers for name in names)
+
+
+@torch.no_grad()
+def test_the_cache_takes_half_the_memory():
+    options = {"head_dim": 128}
+    model = build_causal_lm("flashmla", **options).to(torch.bfloat16)
+    caches = flashmla_hf.Fp8Cache(), transformers.DynamicCache()
+    ids = random_ids(2, 2 * fp8_layers.GROWTH - 3)
+    for cache in caches:
+        model(ids, past_key_values=cache)
+        for token in random_ids(3, 2, 1):
+            model(token, past_key_values=cache)
+
+    ours, theirs = map(bytes_of, caches)
+    assert ours == (0.5 + 4 / 256) * theirs  # a scale of 4 bytes for 128 numbers of 2
+    assert caches[0].layers[0].key_data.dtype == E4M3
+
+
+of_each_kind = pytest.mark.parametrize(
+    "new_cache",
+    [lambda model: flashmla_hf.Fp8Cache(), lambda model: flashmla_hf.Fp8Cache(model.config, max_cache_len=51)],
+    ids=["growing", "static"],
+)
+
+
+@torch.no_grad()
+@of_each_kind
+def test_the_batch_of_a_cache_can_be_repeated_and_selected(new_cache):
+    model, ids = build_causal_lm("flashmla"), random_ids(2, 20)
+    cache, swapped = new_cache(model), new_cache(model)
+    model(ids, past_key_values=cache)
+    cache.batch_repeat_interleave(2)
+    cache.batch_select_indices(torch.tensor([3, 0]))
+    model(ids.flip(0), past_key_values=swapped)
+    token = random_ids(2, 1, seed=4)
+    assert torch.equal(model(token, past_key_values=cache).logits, model(token, past_key_values=swapped).logits)
+
+
+@torch.no_grad()
+@of_each_kind
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda cache: pickle.loads(pickle.dumps(cache))])
+def test_a_copy_of_a_cache_goes_on_as_it_would(copied, new_cache):
+    model, ids = build_causal_lm("flashmla"), random_ids(2, 12)
+    cache = new_cache(model)
+    model(ids[:, :8], past_key_values=cache)
+    other = copied(cache)
+    got = model(ids[:, 8:], past_key_values=other).logits
+    assert cache.get_seq_length() == 8
+    assert torch.equal(got, model(ids[:, 8:], past_key_values=cache).logits)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda cache: pickle.loads(pickle.dumps(cache))])
+def test_a_copy_of_a_static_cache_says_that_its_addresses_stay(copied):
+    """Otherwise CUDA graphs of torch.compile skip the step that writes to it."""
+    model, ids = build_causal_lm("flashmla"), random_ids(2, 12)
+    cache = flashmla_hf.Fp8Cache(model.config, max_cache_len=20)
+    model(ids, past_key_values=cache)
+    for c in (cache, copied(cache)):
+        for layer in c.layers:
+            assert all(hasattr(getattr(layer, name), "_dynamo_static_input_type") for name in layer._buffers())
+
+
+@of_each_kind
+def test_a_cache_of_inference_mode_is_written_outside_of_it(new_cache):
+    """generate() computes under no_grad(). Copies that inference mode made, and what it reordered, too."""
+    model, ids = build_causal_lm("flashmla"), random_ids(2, 40)
+    options = {"max_new_tokens": 6, "do_sample": False}
+    caches = [new_cache(model) for _ in range(3)]
+    with torch.inference_mode():
+        for cache in caches:
+            model(ids[:, :20], past_key_values=cache)
+            model(ids[:, 20:30], past_key_values=cache)
+            cache.reorder_cache(torch.tensor([1, 0]))
+            cache.batch_select_indices(torch.tensor([1, 0]))
+            cache.crop(-10)
+        caches[1] = copy.deepcopy(caches[1])
+        caches[2] = pickle.loads(pickle.dumps(caches[2]))
+    for cache in caches:
+        straight = new_cache(model)
+        with torch.no_grad():
+            model(ids[:, :20], past_key_values=straight)
+        expected = model.generate(ids, past_key_values=straight, **options)
+        assert torch.equal(model.generate(ids, past_key_values=cache, **options), expected)
+        cache.reset()
+        assert torch.equal(
+            model.generate(ids, past_key_values=cache, **options),
+            model.generate(ids, past_key_values=new_cache(model), **options),
+        )
+
+
+@torch.no_grad()
+@of_each_kind
+def test_a_cache_that_an_exception_left_uneven_is_refused_until_it_is_emptied(new_cache):
+    """The layers in front of the exception have its tokens, those behind it have not: positions and masks are those of the first."""
+    model, ids = build_causal_lm("flashmla"), random_ids(2, 30)
+    cache = new_cache(model)
+    model(ids[:, :20], past_key_values=cache)
+    with pytest.raises(NotImplementedError, match="output_attentions=True"):
+        model(ids[:, 20:23], past_key_values=cache, output_attentions=True)
+    for tokens in (23, 24):
+        message = f"layer 1: expected {tokens} tokens in it, as the layer before it had, got 20. .* reset\\(\\) empties"
+        with pytest.raises(RuntimeError, match=message):
+            model(ids[:, :1], past_key_values=cache)
+    cache.reset()
+    fresh = new_cache(model)
+    for c in (cache, fresh):
+        model(ids, past_key_values=c)
+    token = random_ids(2, 1, seed=4)
+    assert torch.equal(model(token, past_key_values=cache).logits, model(token, past_key_values=fresh).logits)
+
+
+@torch.no_grad()
+@of_each_kind
+def test_crop_takes_whole_numbers_of_tokens(new_cache):
+    """A float would be a length that no tensor has."""
+    model, ids = build_causal_lm("flashmla"), random_ids(2, 12)
+    cache = new_cache(model)
+    model(ids, past_key_values=cache)
+    for wrong in (-1.0, None, "3"):
+        with pytest.raises(
+            TypeError, match=r"Fp8Cache.crop: tokens_to_remove: expected a negative number .*, an int, got"
+        ):
+            cache.crop(wrong)
+    cache.crop(torch.tensor(-4))
+    lengths = [layer.get_seq_length() for layer in cache.layers]
+    assert lengths == [8, 8]
+    assert all(type(length) is int for length in lengths)
+
+
+@torch.no_grad()
+@of_each_kind
+def test_what_a_model_reads_of_a_layer_itself_is_no_bits(new_cache):
+    """Loops over layers do (Dory), which would compute with e4m3 numbers without their scales."""
+    model, ids = build_causal_lm("flashmla"), random_ids(2, 12)
+    cache = new_cache(model)
+    assert [layer.keys for layer in cache.layers] == [None] * len(cache.layers)
+    model(ids, past_key_values=cache)
+    for rows in (cache.layers[1].keys, cache.layers[1].values):
+        assert isinstance(rows, fp8_layers.Fp8Rows)
+        assert (rows.dtype, rows.shape[2]) == (torch.float32, 12 if cache.get_max_length() < 0 else 51)
+        assert rows.numel() == rows.shape.numel()  # models ask whether there are any (Mllama)
+        with pytest.raises(RuntimeError, match="Fp8Cache: its keys and values are in fp8, and cat was called on them"):
+            torch.cat([rows, torch.zeros(2, 2, 1, 16)], dim=-2)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("first", "second"), [(3, 1), (1, 3)])
+@pytest.mark.parametrize("is_cropped", [False, True])
+def test_rows_of_another_batch_are_refused_before_anything_is_written(first, second, is_cropped):
+    model, ids = build_causal_lm("flashmla"), random_ids(3, 12)
+    cache = flashmla_hf.Fp8Cache()
+    model(ids[:first, :8], past_key_values=cache)
+    cache.crop(-8 if is_cropped else 0)
+    with pytest.raises(ValueError, match=rf"Fp8Cache: keys: expected shape \[{first}, .*, got \[{second}, "):
+        model(ids[:second, 8:], past_key_values=cache)
+    assert cache.get_seq_length() == (0 if is_cropped else 8)
+
+
+@pytest.mark.parametrize(
+    ("implementation", "operation"), [("eager", "indexing"), ("sdpa", "scaled_dot_product_attention")]
+)
+def test_another_attention_cannot_read_the_cache(implementation, operation):
+    model, cache = build_causal_lm(implementation), flashmla_hf.Fp8Cache()
+    message = rf'Fp8Cache: its keys and values are in fp8, and {operation} was called on them: .* Load the model with attn_implementation="flashmla"'
+    with pytest.raises(RuntimeError, match=message):
+        model.generate(random_ids(1, 9), past_key_values=cache, max_new_tokens=3)
+
+
+def test_what_the_cache_does_not_cover_raises_in_words():
+    model, ids = build_causal_lm("flashmla"), random_ids(1, 20)
+
+    def read(**options):
+        cache = flashmla_hf.Fp8Cache()
+        with torch.no_grad():
+            model(ids, past_key_values=cache)
+            model(ids, past_key_values=cache, **options)
+
+    holes = torch.ones(1, 40, dtype=torch.long)
+    holes[0, 5] = 0
+    for options, got in (
+        ({"output_attentions": True}, "output_attentions=True"),
+        ({"attention_mask": holes}, "a mask that is not"),
+    ):
+        with pytest.raises(
+            NotImplementedError, match=f"Fp8Cache in LlamaAttention: expected a call that fp8 covers, got {got}"
+        ):
+            read(**options)
+    cache = flashmla_hf.Fp8Cache()
+    model(ids, past_key_values=cache)
+    with pytest.raises(RuntimeError, match="expected keys and values that require no gradient"):
+        model(ids, past_key_values=cache)
+    for access, kind in (
+        (cache.update_conv_state, "convolutional"),
+        (cache.get_conv_state, "convolutional"),
+        (cache.update_indexer, "indexer's"),
+    ):
+        with pytest.raises(NotImplementedError, match=f"one with {kind} states. Use DynamicCache"):
+            access(ids, 0)
+
+
+@pytest.mark.parametrize("through", ["the prompt", "the step"])
+def test_gradients_through_the_cache_raise_also_if_queries_have_none(through):
+    """A frozen model and a prompt that is learned, or a step whose keys and values alone have a gradient."""
+    model, ids = build_causal_lm("flashmla").requires_grad_(False), random_ids(1, 6)
+    cache, embedded = flashmla_hf.Fp8Cache(), model.get_input_embeddings()(ids).detach()
+    model(inputs_embeds=embedded.clone().requires_grad_(through == "the prompt"), past_key_values=cache)
+    with torch.no_grad():
+        model(ids[:, :2], past_key_values=cache)  # reading without gradients stays possible
+    if through == "the step":
+        model.model.layers[0].self_attn.v_proj.requires_grad_(True)
+    with pytest.raises(RuntimeError, match="expected keys and values that require no gradient"):
+        model(ids[:, :2], past_key_values=cache)
+
+
+def test_the_cache_reads_padded_rows_in_chunks_and_padding_at_the_end():
+    """A row that has no key yet, and a step whose last token is padding, are no holes."""
+    model, ids = build_causal_lm("flashmla"), random_ids(2, 12)
+    mask = torch.ones_like(ids)
+    mask[0, :8] = 0
+    settings = {"attention_mask": mask, "max_new_tokens": 4, "do_sample": False}
+    whole = model.generate(ids, past_key_values=flashmla_hf.Fp8Cache(), **settings)
+    chunks = model.generate(ids, past_key_values=flashmla_hf.Fp8Cache(), prefill_chunk_size=5, **settings)
+    assert chunks.shape == whole.shape
+    cache = flashmla_hf.Fp8Cache()
+    trailing = torch.cat((mask, torch.tensor([[1, 1], [1, 0]])), 1)
+    with torch.no_grad():
+        model(ids, attention_mask=mask, past_key_values=cache)
+        padded = model(ids[:, :2], attention_mask=trailing, past_key_values=cache).logits[1, 0]
+        alone = flashmla_hf.Fp8Cache()
+        model(ids[1:], past_key_values=alone)
+        expected = model(ids[1:, :1], past_key_values=alone).logits[0, 0]
+    torch.testing.assert_close(padded, expected, rtol=1e-4, atol=1e-4)
+
+
+def bart(implementation):
+    config = transformers.BartConfig(
+        vocab_size=96, d_model=32, encoder_layers=1, decoder_layers=2, encoder_attention_heads=4, decoder_attention_heads=4,
+        encoder_ffn_dim=32, decoder_ffn_dim=32, max_position_embeddings=64, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+        decoder_start_token_id=2, forced_eos_token_id=None, init_std=0.5,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    return transformers.BartForConditionalGeneration._from_config(config, attn_implementation=implementation).eval()
+
+
+@pytest.mark.parametrize("crosses_in_fp8", [False, True])
+@pytest.mark.parametrize("kind", ["growing", "static"])
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3}], ids=["", "beams"])
+def test_encoder_decoder_models_take_it(kind, crosses_in_fp8, options):
+    """The encoder's keys and values may be in fp8, too: a decoder reads them from their layers."""
+    model, eager, ids = bart("flashmla"), bart("eager"), random_ids(2, 12)
+    mask = torch.ones_like(ids)
+    mask[1, 9:] = 0
+
+    def new(room):
+        return flashmla_hf.Fp8Cache(model.config, max_cache_len=room) if kind == "static" else flashmla_hf.Fp8Cache()
+
+    crosses = (
+        (new(12), rounding_cache()) if crosses_in_fp8 else (transformers.DynamicCache(), transformers.DynamicCache())
+    )
+    settings = {
+        "attention_mask": mask, "max_new_tokens": 8, "do_sample": False, "output_logits": True, "return_dict_in_generate": True,
+    } | options  # fmt: skip
+    got, expected = (
+        m.generate(ids, past_key_values=transformers.EncoderDecoderCache(cache, cross), **settings)
+        for m, cache, cross in zip((model, eager), (new(9), rounding_cache()), crosses, strict=True)
+    )
+    assert torch.equal(got.sequences, expected.sequences)
+    for ours, theirs in zip(got.logits, expected.logits, strict=True):
+        assert close(ours, theirs)
+
+
+@of_each_kind
+def test_encoder_decoder_models_are_told_which_cache_they_take(new_cache):
+    """Of one cache alone they write both attentions' keys into one layer. Others ask it for its parts."""
+    model = bart("flashmla")
+    cache, way_out = new_cache(model), r"takes transformers.EncoderDecoderCache\(Fp8Cache\(\), DynamicCache\(\)\)"
+    with pytest.raises(RuntimeError, match=rf"Fp8Cache: layer 1: expected 12 tokens .* {way_out}"):
+        model.generate(random_ids(2, 12), past_key_values=cache, max_new_tokens=8)
+    for name in ("self_attention_cache", "cross_attention_cache", "is_updated"):
+        assert not hasattr(cache, name)
+        with pytest.raises(AttributeError, match=way_out):
+            getattr(cache, name)
