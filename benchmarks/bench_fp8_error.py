@@ -32,7 +32,7 @@ from transformers.modeling_utils import AttentionInterface
 
 import flashmla_hf
 from flashmla_hf.fp8 import emulation
-from flashmla_hf.fp8.quantization import block_rows, quantize, rotate
+from flashmla_hf.fp8.quantization import BLOCK_ROWS, quantize, rotate
 
 PAGE = records.REPOSITORY / "docs" / "fp8.md"
 # Head dim, length, heads, causal.
@@ -41,13 +41,13 @@ SHAPES = [
     (128, 4096, 1, False), (128, 4096, 1, True),
 ]  # fmt: skip
 DISTRIBUTIONS = ("normal", "outliers")
-# The ways to quantise: is there a rotation, are there blocks (if not, a head is one), is the scale a power of two.
-WAYS: dict[str, tuple[bool, bool, bool]] = {
-    "plain": (False, False, False),
-    "blocks": (False, True, False),
-    "rotation": (True, False, False),
-    "rotation, blocks": (True, True, False),
-    "ours": (True, True, True),
+# The ways to quantise: is there a rotation, rows of a block (None: all of a head), is the scale a power of two.
+WAYS: dict[str, tuple[bool, int | None, bool]] = {
+    "plain": (False, None, False),
+    "blocks": (False, BLOCK_ROWS, False),
+    "rotation": (True, None, False),
+    "rotation, blocks": (True, BLOCK_ROWS, False),
+    "ours": (True, BLOCK_ROWS, True),
 }
 CONTEXTS = (512, 8192)
 TOKENS = 8192  # of each context's loss
@@ -80,10 +80,9 @@ def errors(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, is_causal: bool) -
         cu_seqlens_q=None, window_left=-1, window_right=0 if is_causal else -1, scale=q.shape[-1] ** -0.5, softcap=0.0,
         sinks=None,
     )  # fmt: skip
-    for name, (is_rotated, has_blocks, power_of_two) in WAYS.items():
+    for name, (is_rotated, block_rows, power_of_two) in WAYS.items():
         rotated = (rotate(q, False), rotate(k, True)) if is_rotated else (q, k)
-        rows = block_rows(q.shape[-1], v.shape[-1]) if has_blocks else None
-        tensors = [quantize(x, block_rows=rows, power_of_two=power_of_two) for x in (*rotated, v)]
+        tensors = [quantize(x, block_rows=block_rows, power_of_two=power_of_two) for x in (*rotated, v)]
         found[name] = rms(emulation.attention(*tensors, call).to(torch.bfloat16).double() - truth)
     return found
 

@@ -19,7 +19,7 @@ fp16 or bf16 tensors on a GPU of compute capability    ``torch_flash``, torch's 
 tensors on a GPU, anything else                        ``flex``
 tensors on the CPU                                     ``cpu``
 ``precision="fp8"``, or fp8 tensors, on the CPU        ``cpu``: quantised q, k and v, exact probabilities
-``precision="fp8"`` on a Hopper GPU, fp16 or bf16      ``sm90``, head dims of multiples of 8 up to 128
+``precision="fp8"`` on a Hopper GPU, fp16 or bf16      ``sm90``, head dims of multiples of 8 up to 256
 fp8 on a GPU, anything else                            none: it raises (:mod:`flashmla_hf.fp8`)
 =====================================================  ===========================================================
 

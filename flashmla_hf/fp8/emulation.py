@@ -1,8 +1,7 @@
 """What the Hopper kernel computes, in plain PyTorch: its tiles, their order, its roundings, and otherwise exact sums.
 
 A kernel agrees with this to the rounding of its fp32 sums: an element of P that falls on the other side of a rounding boundary
-moves one weight by 1/16 of itself. For one head and one tile of keys (:func:`~flashmla_hf.fp8.quantization.block_rows`), the last visible tile first
-(docs/kernels.md):
+moves one weight by 1/16 of itself. For one head and one tile of 128 keys, the last visible tile first (docs/kernels.md):
 
 ```
 S = Q8 K8ᵀ                                              wgmma, e4m3 x e4m3 -> fp32
@@ -12,12 +11,11 @@ m' = max(m, max over keys of t)                         per row; -inf while the 
 a = exp2(m - m')
 P = exp2(t - m' + 8)                                    fp32, in [0, 256]
 l = a * l + sum of P                                    fp32, before P is rounded
-r' = max(r, v_scale[tile])                              the unit of O: the largest scale of V's so far
-P8 = e4m3(P * v_scale[tile] / r')                       to nearest, saturating; the quotient is a power of two
-O = a * r / r' * O + P8 V8                              wgmma, added up in the tensor cores
+P8 = e4m3(P)                                            to nearest, saturating
+O = a * O + v_scale[tile] * (P8 V8)                     wgmma into an accumulator of the tile, promoted by one fp32 FMA
 ```
 
-and at the end ``out = r O / (l + exp2(sink * log2(e) - m + 8))`` and ``lse = (m - 8) / log2(e) + ln(l + ...)``.
+and at the end ``out = O / (l + exp2(sink * log2(e) - m + 8))`` and ``lse = (m - 8) / log2(e) + ln(l + ...)``.
 
 **Why 256.** ``exp2`` takes the factor as an addition of 8, so it costs nothing, rounds nothing and leaves the lse exact. 448
 would only move the end of the range, weights of 2**-17 of the largest, by 0.8 binades; 256 leaves that room to an ``exp2`` that
@@ -25,10 +23,9 @@ errs upwards.
 **Why the running maximum itself**, and not a power of two above it, which would make every ``a`` exact: the largest weight of
 a row is then exactly 256 and has no rounding error. Where a few keys dominate, that weight's error would be most of P's.
 **Why l sums P before rounding:** the lse stays that of the quantised scores, which backward recomputes P from.
-**Why a unit of O.** The scale of V differs by tile. A power of two on P rounds nothing, but where it makes P small against what
-a tile of larger values has, and P times those values is the smaller there.
-**What is left out:** Hopper aligns the products of an fp8 sum to about 14 bits of the largest, so that a sum loses a little with
-each. After about 1,024 keys the kernel takes it out of the tensor cores and begins another; the sums here are exact.
+**Why the promotion.** The scale of V differs by tile, so each tile's product needs a factor of its own. The FMA that applies it
+also takes the sum out of the tensor core after 128 keys: Hopper aligns the products of an fp8 sum to about 14 bits of the
+largest.
 """
 
 from __future__ import annotations
@@ -39,12 +36,11 @@ from itertools import pairwise
 import torch
 
 from flashmla_hf import reference
-from flashmla_hf.fp8.quantization import Quantized, block_rows, round_to_e4m3
+from flashmla_hf.fp8.quantization import BLOCK_ROWS, Quantized, round_to_e4m3
 from flashmla_hf.torch_state import without_autocast
 from flashmla_hf.validation import Call
 
 P_FACTOR_LOG2 = 8  # P is held as 2**8 times the weight relative to the largest
-_LEAST_RATIO = 2.0**-32  # of a scale of V to the largest: P is 0 there
 _LOG2_E = math.log2(math.e)
 
 
@@ -80,10 +76,8 @@ def _dense(call: Call, q8, q_scale, k8, k_scale, v8, v_scale) -> torch.Tensor:
 
     row_max = query.new_full((*query.shape[:3], 1), -math.inf)
     row_sum, out = torch.zeros_like(row_max), query.new_zeros(*query.shape[:3], value.shape[3])
-    unit = torch.zeros_like(row_max)  # of a row's `out`
-    rows = block_rows(q8.shape[3], v8.shape[3])
-    for start in reversed(range(0, seqlen_kv, rows)):
-        tile = slice(start, start + rows)
+    for start in reversed(range(0, seqlen_kv, BLOCK_ROWS)):
+        tile = slice(start, start + BLOCK_ROWS)
         seen = None if visible is None else visible[:, tile]
         t = query @ key[:, :, tile].mT * (q_scale[..., None] * k_scale[:, :, None, tile] * call.scale)
         if call.softcap > 0.0:
@@ -98,17 +92,9 @@ def _dense(call: Call, q8, q_scale, k8, k_scale, v8, v_scale) -> torch.Tensor:
         correction = torch.exp2(row_max - relative_to)
         p = torch.exp2(t - relative_to + P_FACTOR_LOG2)
         row_sum = correction * row_sum + p.sum(-1, keepdim=True)
-        tile_scale = v_scale[:, :, start, None, None].expand_as(unit)
-        is_seen = (
-            torch.ones_like(unit, dtype=torch.bool) if seen is None else seen.any(-1, keepdim=True).expand_as(unit)
-        )
-        new_unit = torch.where(is_seen, torch.maximum(unit, tile_scale), unit)
-        divisor = new_unit.masked_fill(new_unit == 0.0, 1.0)
-        ratio = torch.where(tile_scale == new_unit, 1.0, tile_scale / divisor).clamp(_LEAST_RATIO, 1.0)
-        product = reference.sum_over_visible(round_to_e4m3(p * ratio).double(), value[:, :, tile], seen)
-        out = correction * (unit / divisor) * out + product
-        row_max, unit = new_max, new_unit
-    out = out * unit
+        product = reference.sum_over_visible(round_to_e4m3(p).double(), value[:, :, tile], seen)
+        out = correction * out + v_scale[:, :, start, None, None] * product
+        row_max = new_max
     if call.sinks is not None:
         sink = call.sinks.double()[None, :, None, None] * _LOG2_E
         relative_to = torch.maximum(row_max, sink)

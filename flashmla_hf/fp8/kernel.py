@@ -3,8 +3,9 @@
 ``flash_attn_fp8_forward(q, k, v, ...) -> (out, lse)`` rotates and quantises q, k and v of 16 bits (:mod:`quantization`), and
 attends to them as :mod:`emulation` says. Arguments, shapes and dtypes are those of ``flash_attn_forward`` (:mod:`ops`).
 ``flash_attn_e4m3_forward(q, k, v, q_descale, k_descale, v_descale, ...)`` attends to tensors that are e4m3, of factors fp32
-[batch, heads_kv]; out is bf16, and there is no backward. ``flash_attn_fp8_round(q, k, v, ...)`` gives what that forward multiplied, in bf16, which holds it exactly: contiguous, the
-shapes of q, k and v. No operator has a derivative of its own: :func:`run` has.
+[batch, heads_kv]; out is bf16, and there is no backward. ``flash_attn_fp8_round(q, k, v, ...)`` gives what
+``flash_attn_fp8_forward`` multiplied, in bf16, which holds it exactly: contiguous, the shapes of q, k and v. No operator has
+a derivative of its own: :func:`run` has.
 
 **Backward.** The bf16 backward kernel at the rounded q, k and v, which are rounded once more instead of kept: the bits are the
 same. It takes P from the lse, which has summed P before its rounding, so P is exact, and the sums over keys of P times dP from

@@ -3,7 +3,7 @@
 **e4m3** (``torch.float8_e4m3fn``) has 4 exponent and 3 mantissa bits: values up to 448, no infinities, one NaN. A value keeps a
 relative error of at most 1/16, 2.6 % root mean square, over 15 binades below the largest; smaller ones lose bits, then vanish.
 
-**Scales.** A block is :func:`block_rows` rows of one head of one sequence, counted from the sequence's first row; the last one
+**Scales.** A block is :data:`BLOCK_ROWS` rows of one head of one sequence, counted from the sequence's first row; the last one
 may be shorter. Its scale is the smallest power of two that is at least ``amax / 448``, amax being the largest finite magnitude
 in the block, and at least 2**-126. A power of two costs nothing against ``amax / 448`` itself (docs/fp8.md measures both), and
 buys three things: ``data * scale`` is exact in bf16 and fp32, so a kernel of those dtypes sees the very values that the fp8
@@ -36,6 +36,8 @@ from flashmla_hf.torch_state import without_autocast
 
 DTYPE = torch.float8_e4m3fn
 LARGEST = 448.0
+# Rows of a block of q, k and v, and keys of a tile of the kernel: the scales of K and V are constants of a tile.
+BLOCK_ROWS = 128
 _SMALLEST_EXPONENT = -126
 # The first 256 bits behind the point of π: the sign of entry i of a row is that of bit i % 256, the highest first.
 _PI = 0x243F6A8885A308D313198A2E03707344A4093822299F31D0082EFA98EC4E6C89
@@ -61,12 +63,6 @@ class Quantized:
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """``data * scale`` in ``dtype``, the shape of data. Exact in fp32 and bf16 if the scales are powers of two."""
         return self.data.to(dtype) * self.row_scales().to(dtype)[..., None]
-
-
-def block_rows(head_dim_qk: int, head_dim_v: int) -> int:
-    """Rows of a block of q, k and v of these head dims: the keys of a tile of the kernel (csrc/sm90/tiles.h, the e4m3 forward),
-    so that the scales of K and V are constants of a tile."""
-    return 96 if 64 < max(head_dim_qk, head_dim_v) <= 128 else 128
 
 
 def block_of_rows(
@@ -95,7 +91,7 @@ def quantize(
     x: torch.Tensor,
     cu_seqlens: torch.Tensor | None = None,
     *,
-    block_rows: int | None = 128,
+    block_rows: int | None = BLOCK_ROWS,
     power_of_two: bool = True,
 ) -> Quantized:
     """x [batch, seqlen, heads, dim], or packed [total, heads, dim] with ``cu_seqlens``, in fp8; any floating dtype.

@@ -1,22 +1,22 @@
 // Hopper forward attention of e4m3 operands: half the bytes, twice the products a second.
 //
-//   S = q_scale k_scale scale Q K^T (softcap), masked;   P = 2^8 exp(S - row_max) v_scale / v_ref, rounded to e4m3;
-//   O = sum P V, rescaled when row_max or v_ref grows;   out = v_ref O / row_sum
+//   S = q_scale k_scale scale Q K^T (softcap), masked;   P = 2^8 exp(S - row_max), rounded to e4m3;
+//   O = sum_tiles v_scale P V, rescaled when row_max grows;   out = O / row_sum
 //
 // The schedule is that of forward.cuh, without its look ahead, for the kv_blocks n of a work tile, from the last to the
 // first:
 //
-//   issue S(n-1) = Q K(n-1)^T | issue O += P(n) V(n) | wait S | row 0: exponentials, row 1's maximum beside them |
-//   wait O | row 1: exponentials, beside them P(n-1) to e4m3
+//   issue S(n-1) = Q K(n-1)^T | issue PV (+)= P(n) V(n) | wait S | row 0: exponentials, row 1's maximum beside them |
+//   wait PV | row 1: exponentials, beside them O += PV and P(n-1) to e4m3
 //
-// (A thread has two rows.) What differs:
-//   - scales: of blocks of queries, keys and values (operands.h), multiplied in where they cost nothing, into the
-//     exponent. v_ref is the largest of V's so far, so P carries what a tile's values are smaller by. That is a power
-//     of two (or 1), which rounds nothing but what is below 2^-14 of the largest weight;
-//   - promotion: Hopper adds fp8 products with about 14 bits (DeepSeek-V3, arXiv 2412.19437, section 3.3.2), and loses
-//   a
-//     part of a sum with each product that joins it. After kBlocksOfSum kv_blocks O is parked (ParkedOutput), and the
-//     tensor cores begin another sum;
+// (A thread has two rows.) With kPingPong a warpgroup waits for its turn before the products, and passes it on in the
+// middle of row 0's exponentials. What differs:
+//   - scales: of blocks of 128 queries, keys and values (operands.h), multiplied in where they cost nothing:
+//     into the factor of the exponent, and where a tile's P V joins O;
+//   - promotion: Hopper adds fp8 products with about 14 bits (DeepSeek-V3, arXiv 2412.19437, section 3.3.2), and each
+//     that joins a sum costs it some. P V is a product apart from O, and joins it in fp32 after one tile, or after two
+//     whose values have the same scale. Where registers have no room for it (kParksOutput), the tensor cores add
+//     kBlocksOfSum tiles to O in a unit of its own (Fp8Softmax), then O is parked and they begin another sum;
 //   - P lies between 0 and 2^8, where e4m3 has its range, and is never above: every new maximum counts;
 //   - V arrives transposed, its keys in the order of P's registers (operands.h).
 //
@@ -57,19 +57,17 @@ struct Fp8Forward {
   static constexpr int kBlockQ = Tiles::kBlockQ, kBlockKV = Tiles::kBlockKV;
   static constexpr int kNumStages = Tiles::kNumStages, kNumQStages = Tiles::kNumQStages;
   static constexpr int kNumConsumers = Tiles::kNumConsumers;
-  static constexpr int kSwizzleColumns = widest_chunk(kHeadDim, 128);
-  static constexpr int kSwizzleKeys = widest_chunk(kBlockKV, 128);  // of V transposed
+  static constexpr int kSwizzleColumns = kHeadDim % 128 == 0 ? 128 : 64;
   static constexpr int kNumCtas = 1, kQueryParts = 1;
   static constexpr int kColumnsQK = kHeadDim, kColumnsV = kHeadDim;  // for query_tile.cuh
-  static constexpr bool kHasDOut = false, kLooksAhead = false;
-  static constexpr int kRowsOfScale = Tiles::kRowsOfScale;
-  static_assert(kRowsOfScale == kBlockKV, "a kv_block has one scale");
+  static constexpr bool kHasDOut = false, kLooksAhead = false, kParksOutput = Tiles::kParksOutput;
+  static constexpr int kBlocksOfSum = 512 / kBlockKV;  // O loses 0.2 % of sums of one sign
+  static_assert(kHeadDim % kSwizzleColumns == 0 && kBlockKV == kRowsOfScale, "a kv_block has one scale");
 
   static constexpr int kScores = kBlockKV / 2, kOutputs = kHeadDim / 2;  // per thread
   using Output = ForwardOutput<Fp8Forward, OutputElement>;
-  using RowSoftmax = Fp8Softmax<kScores>;
-  using Parked = ParkedOutput<kOutputs>;
-  static constexpr int kBlocksOfSum = 1024 / kBlockKV;  // 0.1 % of a sum is what 32 products of 32 keys lose of it
+  using RowSoftmax = Fp8Softmax<kScores, kParksOutput>;
+  using Parked = ParkedOutput<kParksOutput ? kOutputs : 0>;
 
   using BlockShapeS = cute::Shape<cute::Int<kBlockQ>, cute::Int<kBlockKV>, cute::Int<kHeadDim>>;
   using BlockShapeO = cute::Shape<cute::Int<kBlockQ>, cute::Int<kHeadDim>, cute::Int<kBlockKV>>;
@@ -80,11 +78,10 @@ struct Fp8Forward {
       decltype(cute::make_tiled_mma(cute::GMMA::rs_op_selector<Element, Element, float, BlockShapeO>(), Warpgroups{}));
   static_assert(is_one_wgmma<kBlockKV, MmaS>() && is_one_wgmma<kHeadDim, MmaO>());
 
-  // Swizzle rows of columns for Q and K, of keys for V.
+  // Rows of one swizzle row: of head_dim columns for Q and K, of 128 keys for V.
   template <int kColumns>
   using AtomOf = std::conditional_t<kColumns % 128 == 0, cute::GMMA::Layout_K_SW128_Atom<Element>,
-                                    std::conditional_t<kColumns % 64 == 0, cute::GMMA::Layout_K_SW64_Atom<Element>,
-                                                       cute::GMMA::Layout_K_SW32_Atom<Element>>>;
+                                    cute::GMMA::Layout_K_SW64_Atom<Element>>;
   template <int kRows, int kColumns, int kDepth>
   using Rows = decltype(cute::tile_to_shape(AtomOf<kColumns>{},
                                             cute::Shape<cute::Int<kRows>, cute::Int<kColumns>, cute::Int<kDepth>>{}));
@@ -100,12 +97,12 @@ struct Fp8Forward {
     uint64_t k_full[kNumStages], k_empty[kNumStages], v_full[kNumStages], v_empty[kNumStages];
     uint64_t tile_full[kNumQueryTiles], tile_empty[kNumQueryTiles];
     WorkTile tiles[kNumQueryTiles];
-    typename Parked::Storage parked[kNumConsumers];
+    typename Parked::Storage parked[kParksOutput ? kNumConsumers : 1];
   };
   static constexpr int kSharedBytes = sizeof(SharedStorage);
   static_assert(kSharedBytes <= kMaxSharedBytes);
-  static constexpr int kOwnBarrier =
-      1;  // of the named barriers: 0 is __syncthreads, then each warpgroup's own threads'
+  // Named barriers: 0 is __syncthreads; then each warpgroup's own threads', then the turns.
+  static constexpr int kOwnBarrier = 1, kTurnBarrier = kOwnBarrier + kNumConsumers;
 
   // ---- producer -----------------------------------------------------------------------------------------------------
 
@@ -122,8 +119,8 @@ struct Fp8Forward {
       WorkTile const& tile = shared.tiles[slot.stage];
       if (tile.head < 0) return;
       int32_t const head_kv = tile.head / group;
-      int32_t const first = first_fp8_block<kRowsOfScale>(arguments.problem, arguments.problem.seqlen_kv, tile.batch,
-                                                          tile.sequence.offset_kv);
+      int32_t const first =
+          first_fp8_block(arguments.problem, arguments.problem.seqlen_kv, tile.batch, tile.sequence.offset_kv);
       for (int32_t kv_block = tile.kv_block_end - 1; kv_block >= tile.kv_block_begin; --kv_block, ring.advance()) {
         int const stage = ring.stage;
         int32_t const place = (first + kv_block) * kBlockKV;
@@ -135,9 +132,7 @@ struct Fp8Forward {
                                        row, head_kv);
         };
         if (is_transposed) {
-          for (int key = 0; key < kBlockKV; key += kSwizzleKeys) {
-            copy(buffers[stage] + key * kHeadDim, place + key, 0);
-          }
+          copy(buffers[stage], place, 0);
         } else {
           for (int column = 0; column < kHeadDim; column += kSwizzleColumns) {
             copy(buffers[stage] + column * kBlockKV, column, place);
@@ -179,7 +174,9 @@ struct Fp8Forward {
     Tensor fK = thread_s.partition_fragment_B(sK);   // (_, 1, kHeadDim/32, kNumStages)
     Tensor fV = thread_o.partition_fragment_B(sVt);  // (_, _, kBlockKV/32, kNumStages)
     Tensor rS = partition_fragment_C(mma_s, Shape<Int<kBlockQ>, Int<kBlockKV>>{});
+    Tensor rTile = partition_fragment_C(mma_o, Shape<Int<kBlockQ>, Int<kHeadDim>>{});  // unused with kParksOutput
     Tensor rO = partition_fragment_C(mma_o, Shape<Int<kBlockQ>, Int<kHeadDim>>{});
+    auto& rPV = kParksOutput ? rO : rTile;
     Tensor rP = make_tensor<Element>(partition_shape_A(mma_o, Shape<Int<kBlockQ>, Int<kBlockKV>>{}));
     static_assert(decltype(size(rS))::value == kScores && decltype(size(rO))::value == kOutputs &&
                   decltype(size(rP))::value == kScores);
@@ -193,7 +190,7 @@ struct Fp8Forward {
     auto issue_s = [&] { multiply(mma_s, fQ(_, _, _, q_ring.stage), fK(_, _, _, ring.stage), rS, false); };
     auto issue_o = [&](int stage, bool is_sum) {
       warpgroup_fence_operand(rP);
-      multiply(mma_o, rP, fV(_, _, _, stage), rO, is_sum);
+      multiply(mma_o, rP, fV(_, _, _, stage), rPV, is_sum);
     };
     // A k step of 32 columns takes four registers of four numbers: rows r = 0, 1 of its first sixteen columns, then of
     // the others. Accumulators of eight columns each are j, j + 1.
@@ -201,6 +198,13 @@ struct Fp8Forward {
       int const i = j / 4 * 4 + j % 4 / 2 * 2 + row, first = j * 4 + row * 2;
       reinterpret_cast<uint32_t*>(rP.data())[i] =
           ptx::pack_e4m3(rS(first), rS(first + 1), rS(first + 4), rS(first + 5));
+    };
+    auto wait_turn = [&] {
+      if constexpr (Tiles::kPingPong) NamedBarrier::sync(2 * kWarpgroupThreads, kTurnBarrier + warpgroup);
+    };
+    auto pass_turn = [&] {
+      if constexpr (Tiles::kPingPong)
+        NamedBarrier::arrive(2 * kWarpgroupThreads, kTurnBarrier + (warpgroup + 1) % kNumConsumers);
     };
     auto release = [&](uint64_t& barrier) {
       if (threadIdx.x % kWarpgroupThreads == 0) ClusterBarrier::arrive(&barrier);
@@ -212,6 +216,8 @@ struct Fp8Forward {
     auto sync_warpgroup = [&] { NamedBarrier::sync(kWarpgroupThreads, kOwnBarrier + warpgroup); };
     auto skip_kv_block = [&] {
       ClusterBarrier::wait(&shared.k_full[ring.stage], ring.phase);
+      wait_turn();
+      pass_turn();
       ClusterBarrier::wait(&shared.v_full[ring.stage], ring.phase);
       sync_warpgroup();
       release(shared.k_empty[ring.stage]);
@@ -233,23 +239,30 @@ struct Fp8Forward {
       }
     };
 
+    if (Tiles::kPingPong && warpgroup == kNumConsumers - 1) pass_turn();  // the first turn is warpgroup 0's
     RowSoftmax softmax;
     while (find_tile()) {
       WorkTile const& tile = shared.tiles[slot.stage];
       // In registers if there is room.
-      std::conditional_t<(kHeadDim > 128), VisibleBlocks const&, VisibleBlocks const> visible = tile.visible[warpgroup];
+      std::conditional_t<kParksOutput, VisibleBlocks const&, VisibleBlocks const> visible = tile.visible[warpgroup];
       int32_t const head_kv = tile.head / static_cast<int32_t>(problem.heads_q / problem.heads_kv);
-      int64_t const first_scale =
-          int64_t{head_kv} * arguments.blocks +
-          first_fp8_block<kRowsOfScale>(problem, problem.seqlen_kv, tile.batch, tile.sequence.offset_kv);
-      int32_t const first_block_q =
-          first_fp8_block<kRowsOfScale>(problem, problem.seqlen_q, tile.batch, tile.sequence.offset_q);
+      int64_t const first_scale = int64_t{head_kv} * arguments.blocks +
+                                  first_fp8_block(problem, problem.seqlen_kv, tile.batch, tile.sequence.offset_kv);
+      int32_t const first_block_q = first_fp8_block(problem, problem.seqlen_q, tile.batch, tile.sequence.offset_q);
+      float row_scale[2];
+      int32_t position[2];
       CUTE_UNROLL
       for (int r = 0; r < 2; ++r) {
         QueryRow const row = query_row(schedule, tile, first_row + 8 * r);
         int32_t const block = first_block_q + row.query / kRowsOfScale;
         float const scale = row.is_valid ? arguments.q_scales[int64_t{row.head} * arguments.blocks_q + block] : 1.0f;
-        softmax.reset(r, has_transform ? scale * problem.scale : scale * problem.scale * kLog2e);
+        row_scale[r] = has_transform ? scale * problem.scale : scale * problem.scale * kLog2e;
+        position[r] = row.query + tile.sequence.seqlen_kv - tile.sequence.seqlen_q;
+        softmax.reset(r, has_transform ? kLog2e : row_scale[r]);
+      }
+      if constexpr (!kParksOutput) {
+        CUTE_UNROLL
+        for (int i = 0; i < kOutputs; ++i) rO(i) = 0.0f;
       }
       for (int32_t kv_block = tile.kv_block_end - 1; kv_block >= visible.end; --kv_block) skip_kv_block();
 
@@ -258,113 +271,142 @@ struct Fp8Forward {
         if (has_transform) {
           CUTE_UNROLL
           for (int i = 0; i < kScores; ++i) {
-            float x = rS(i) * (softmax.row_scale[i / 2 % 2] * k_scale);
+            float x = rS(i) * (row_scale[i / 2 % 2] * k_scale);
             if (problem.softcap > 0.0f) x = ptx::tanh_approx(x / problem.softcap) * problem.softcap;
             rS(i) = x;
           }
         }
         if (kv_block < visible.unmasked_begin || kv_block >= visible.unmasked_end) {
-          int32_t const shift = tile.sequence.seqlen_kv - tile.sequence.seqlen_q;
-          int32_t const position[2] = {query_row(schedule, tile, first_row).query + shift,
-                                       query_row(schedule, tile, first_row + 8).query + shift};
           mask_scores<kMask, kScores>(rS, arguments.window, tile.sequence.seqlen_kv, kv_block * kBlockKV, position);
         }
       };
       constexpr int kPairs = kScores / 4;  // of a row
-      typename RowSoftmax::Exponent exponent[2];
-      float correction[2];
+      typename RowSoftmax::TileRow rows_of_tile[2];
       // Row 0's exponentials, beside them row 1's maximum. True if O is to be rescaled for some row of this warp.
-      auto exponentiate_first = [&](float k_scale, ValueScale const& value_scale) {
-        auto factor = [&](int row) { return has_transform ? kLog2e : softmax.row_scale[row] * k_scale; };
+      auto exponentiate_first = [&](float k_scale, float v_scale) {
+        float const tile_scale = has_transform ? 1.0f : k_scale;
         float const largest_first = RowSoftmax::largest_of(rS, 0);
-        bool has_grown = softmax.begin(0, largest_first, factor(0), value_scale, exponent[0], correction[0]);
+        bool has_grown = softmax.begin(0, largest_first, tile_scale, v_scale, rows_of_tile[0]);
         float sum[2] = {0.0f, 0.0f};
         float const largest_second = RowSoftmax::largest_of(rS, 1);
         CUTE_UNROLL
-        for (int j = 0; j < kPairs / 2; ++j) RowSoftmax::exponentiate(rS, 0, j, exponent[0], sum);
-        has_grown |= softmax.begin(1, largest_second, factor(1), value_scale, exponent[1], correction[1]);
+        for (int j = 0; j < kPairs / 2; ++j) RowSoftmax::exponentiate(rS, 0, j, rows_of_tile[0], sum);
+        has_grown |= softmax.begin(1, largest_second, tile_scale, v_scale, rows_of_tile[1]);
+        pass_turn();
         CUTE_UNROLL
-        for (int j = kPairs / 2; j < kPairs; ++j) RowSoftmax::exponentiate(rS, 0, j, exponent[0], sum);
-        softmax.end(0, correction[0], value_scale, sum);
+        for (int j = kPairs / 2; j < kPairs; ++j) RowSoftmax::exponentiate(rS, 0, j, rows_of_tile[0], sum);
+        softmax.end(0, rows_of_tile[0], sum);
         return __any_sync(0xffffffff, has_grown);
       };
-      // Row 1's exponentials, beside them P of both rows as e4m3.
-      auto exponentiate_second = [&](ValueScale const& value_scale) {
+      // Row 1's exponentials, beside them P of both rows as e4m3 and, with has_product, the promotion of rPV, which has
+      // to be there.
+      auto exponentiate_second = [&](auto has_product, float const(&scale)[2]) {
         float sum[2] = {0.0f, 0.0f};
         CUTE_UNROLL
         for (int j = 0; j < kPairs; ++j) {
-          RowSoftmax::exponentiate(rS, 1, j, exponent[1], sum);
+          RowSoftmax::exponentiate(rS, 1, j, rows_of_tile[1], sum);
+          if constexpr (has_product()) {
+            CUTE_UNROLL
+            for (int i = j * kOutputs / kPairs; i < (j + 1) * kOutputs / kPairs; ++i) {
+              rO(i) = __fmaf_rn(rPV(i), scale[i / 2 % 2], rO(i));
+            }
+          }
           if (j % 2 == 1) {
             convert_pairs(0, j - 1);
             convert_pairs(1, j - 1);
           }
         }
-        softmax.end(1, correction[1], value_scale, sum);
+        softmax.end(1, rows_of_tile[1], sum);
       };
 
       float k_scale = arguments.k_scales[first_scale + kv_block];
-      ValueScale value_scale(arguments.v_scales[first_scale + kv_block]);
-      Parked parked(shared.parked[warpgroup]);
+      float v_scale = arguments.v_scales[first_scale + kv_block];
       ClusterBarrier::wait(&shared.k_full[ring.stage], ring.phase);
+      wait_turn();
       issue_s();
       warpgroup_wait<0>();
       warpgroup_fence_operand(rS);
       release(shared.k_empty[ring.stage]);
       if (kv_block == visible.begin) release(shared.q_empty[q_ring.stage]);
       finish_scores(k_scale);
-      exponentiate_first(k_scale, value_scale);
-      exponentiate_second(value_scale);
-      int blocks_of_sum = 0;  // whose products rO holds
+      exponentiate_first(k_scale, v_scale);
+      float const no_scale[2] = {};
+      exponentiate_second(std::false_type{}, no_scale);
+      Parked parked(shared.parked[kParksOutput ? warpgroup : 0]);
+      int blocks_of_sum = 0;  // tiles whose product is in rO, with kParksOutput
+      bool is_sum = false;    // rPV holds a product that has not joined O, or all of O, and the next is added to it
       for (--kv_block; kv_block >= visible.begin; --kv_block) {
         Ring<kNumStages> const ring_o = ring;
         ring.advance();
+        float const v_scale_o = v_scale;
         k_scale = arguments.k_scales[first_scale + kv_block];
-        float const v_scale = arguments.v_scales[first_scale + kv_block];
+        v_scale = arguments.v_scales[first_scale + kv_block];
         ClusterBarrier::wait(&shared.k_full[ring.stage], ring.phase);
+        wait_turn();
         issue_s();
         ClusterBarrier::wait(&shared.v_full[ring_o.stage], ring_o.phase);
-        issue_o(ring_o.stage, blocks_of_sum > 0);
+        issue_o(ring_o.stage, is_sum);
+        if constexpr (!kParksOutput) is_sum = !is_sum && v_scale == v_scale_o;
         warpgroup_wait<1>();
         warpgroup_fence_operand(rS);
         release(shared.k_empty[ring.stage]);
         if (kv_block == visible.begin) release(shared.q_empty[q_ring.stage]);
         finish_scores(k_scale);
-        value_scale.advance(v_scale);
-        bool const has_grown = exponentiate_first(k_scale, value_scale) || value_scale.shrinkage != 1.0f;
-        ptx::keep_before(softmax.row_sum[0]);  // half of the exponentials, before the wait for O
-        warpgroup_wait<0>();
-        warpgroup_fence_operand(rO);
-        release(shared.v_empty[ring_o.stage]);
-        if (has_grown) {
-          float const factor[2] = {correction[0] * value_scale.shrinkage, correction[1] * value_scale.shrinkage};
+        bool const has_grown = exponentiate_first(k_scale, v_scale);
+        float const rescale[2] = {rows_of_tile[0].correction * rows_of_tile[0].shrinkage,
+                                  rows_of_tile[1].correction * rows_of_tile[1].shrinkage};
+        if (!kParksOutput && has_grown) {
           CUTE_UNROLL
-          for (int i = 0; i < kOutputs; ++i) rO(i) *= factor[i / 2 % 2];
+          for (int i = 0; i < kOutputs; ++i) rO(i) *= rescale[i / 2 % 2];
         }
-        exponentiate_second(value_scale);
-        if (++blocks_of_sum == kBlocksOfSum) {
-          parked.park(rO, softmax, value_scale);
-          blocks_of_sum = 0;
+        ptx::keep_before(softmax.row_sum[0]);  // half of the exponentials, before the wait for P V
+        warpgroup_wait<0>();
+        warpgroup_fence_operand(rPV);
+        release(shared.v_empty[ring_o.stage]);
+        if (kParksOutput || is_sum) {
+          if (has_grown) {
+            CUTE_UNROLL
+            for (int i = 0; i < kOutputs; ++i) rPV(i) *= rescale[i / 2 % 2];
+          }
+          exponentiate_second(std::false_type{}, no_scale);
+        } else if constexpr (!kParksOutput) {
+          float const scale[2] = {v_scale_o * rescale[0], v_scale_o * rescale[1]};
+          exponentiate_second(std::true_type{}, scale);
+        }
+        if constexpr (kParksOutput) {
+          is_sum = ++blocks_of_sum < kBlocksOfSum;
+          if (!is_sum) {
+            parked.park(rO, softmax);
+            blocks_of_sum = 0;
+          }
         }
       }
       ClusterBarrier::wait(&shared.v_full[ring.stage], ring.phase);
-      issue_o(ring.stage, blocks_of_sum > 0);
+      issue_o(ring.stage, is_sum);
       warpgroup_wait<0>();
-      warpgroup_fence_operand(rO);
+      warpgroup_fence_operand(rPV);
       release(shared.v_empty[ring.stage]);
       ring.advance();
-      parked.join(rO, softmax, value_scale);
-
       OutputRows rows;
       Output::finish_rows(arguments, tile, softmax, warpgroup, first_row, rows);
-      CUTE_UNROLL
-      for (int i = 0; i < kOutputs; ++i) rO(i) *= rows.factor[i / 2 % 2];  // a mean, before its units may overflow
-      rows.factor[0] = rows.factor[1] = value_scale.reference;
+      if constexpr (kParksOutput) {
+        parked.join(rO, softmax);
+        CUTE_UNROLL
+        for (int i = 0; i < kOutputs; ++i) rO(i) *= rows.factor[i / 2 % 2];  // a mean, before its unit is multiplied in
+        rows.factor[0] = softmax.unit[0];
+        rows.factor[1] = softmax.unit[1];
+      } else {
+        CUTE_UNROLL
+        for (int i = 0; i < kOutputs; ++i) rO(i) = __fmaf_rn(rPV(i), v_scale, rO(i));
+      }
       Output::write(arguments, shared, tile, rows, rO, warpgroup, first_row, 0);
       for (; kv_block >= tile.kv_block_begin; --kv_block) skip_kv_block();  // it is visible.begin - 1
       release_tile(slot.stage);
       slot.advance();
       q_ring.advance();
     }
+    // Takes the last turn: a barrier left half-arrived would hang the CTA's exit.
+    if (Tiles::kPingPong && warpgroup == 0) wait_turn();
   }
 
   __device__ static void run(Fp8ForwardArguments const& arguments, SharedStorage& shared) {

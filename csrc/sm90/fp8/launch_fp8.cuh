@@ -33,9 +33,8 @@ Fp8Workspace fp8_workspace_of(Problem const& problem, void* workspace) {
   };
   int64_t const rows = problem.cu_seqlens_q != nullptr ? problem.total_q : problem.batch * problem.seqlen_q;
   Fp8Operands operands;
-  constexpr int kRowsOfScale = Fp8ForwardTiles<kHeadDim>::kRowsOfScale;
-  operands.blocks_q = num_fp8_blocks<kRowsOfScale>(problem, problem.seqlen_q, problem.total_q);
-  operands.blocks = num_fp8_blocks<kRowsOfScale>(problem, problem.seqlen_kv, problem.total_kv);
+  operands.blocks_q = num_fp8_blocks(problem, problem.seqlen_q, problem.total_q);
+  operands.blocks = num_fp8_blocks(problem, problem.seqlen_kv, problem.total_kv);
   int64_t const keys = problem.heads_kv * operands.blocks * kRowsOfScale;
   operands.q = take(rows * problem.heads_q * kHeadDim);
   operands.k = take(keys * kHeadDim);
@@ -55,8 +54,7 @@ int64_t fp8_workspace_head_dim(Fp8ForwardParams const& params) {
 template <int kHeadDim, class Element>
 const char* quantize(Fp8ForwardParams const& params, Fp8Operands const& operands, cudaStream_t stream) {
   Problem const& problem = params.problem;
-  using Layout = QuantizeLayout<kHeadDim>;
-  if (std::max(operands.blocks, operands.blocks_q) > INT32_MAX / Layout::kRowsOfScale) {
+  if (std::max(operands.blocks, operands.blocks_q) > INT32_MAX / kRowsOfScale) {
     return kTooManyRows;
   }
   QuantizeArguments const arguments{problem,          params.q,         params.k, params.v,      params.q_descale,
@@ -65,7 +63,7 @@ const char* quantize(Fp8ForwardParams const& params, Fp8Operands const& operands
   if (ctas > INT32_MAX) return kTooManyRows;
   if (ctas == 0) return nullptr;
   return launch_kernel<QuantizeArguments>(quantize_kernel<kHeadDim, Element>, dim3(static_cast<unsigned>(ctas)),
-                                          Layout::kNumThreads, 0, stream, Launch::kAlone, arguments);
+                                          kQuantizeThreads, 0, stream, Launch::kAlone, arguments);
 }
 
 // Element: of out.
@@ -92,7 +90,7 @@ const char* launch_fp8(Fp8ForwardParams const& params, void* workspace, cudaStre
   bool const is_packed = problem.cu_seqlens_q != nullptr;
   int64_t const packed = schedule.heads_packed, batch = is_packed ? 1 : problem.batch;
   int64_t const rows = is_packed ? problem.total_q : problem.seqlen_q;
-  int64_t const places = operands.blocks * Kernel::kBlockKV;
+  int64_t const places = operands.blocks * kRowsOfScale;
   const char* error = make_tensor_map(arguments.q, operands.q, MapElement::kE4m3,
                                       {{kHeadDim, 1, Kernel::kSwizzleColumns},
                                        {packed, kHeadDim, static_cast<int>(packed)},
@@ -108,7 +106,7 @@ const char* launch_fp8(Fp8ForwardParams const& params, void* workspace, cudaStre
   if (error == nullptr && places > 0) {
     error = make_tensor_map(
         arguments.vt, operands.vt, MapElement::kE4m3,
-        {{places, 1, Kernel::kSwizzleKeys}, {kHeadDim, places, kHeadDim}, {problem.heads_kv, places * kHeadDim, 1}});
+        {{places, 1, Kernel::kBlockKV}, {kHeadDim, places, kHeadDim}, {problem.heads_kv, places * kHeadDim, 1}});
   }
   if (error != nullptr) return error;
   arguments.out = params.out;
@@ -146,20 +144,19 @@ const char* launch_fp8_head_dim(Fp8ForwardParams const& params, void* workspace,
 
 template <int kHeadDim, class Element>
 const char* launch_fp8_rounding_element(Fp8RoundingParams const& params, cudaStream_t stream) {
-  using Layout = QuantizeLayout<kHeadDim>;
   Problem const& problem = params.problem;
   auto launch = [&](TensorView const& x, void* out, int64_t blocks, int64_t heads, int64_t head_dim, Side side,
                     bool rotates, bool is_key) -> const char* {
-    if (blocks > INT32_MAX / Layout::kRowsOfScale) return kTooManyRows;
+    if (blocks > INT32_MAX / kRowsOfScale) return kTooManyRows;
     if (blocks == 0) return nullptr;
     RoundingArguments const arguments{problem, x,     static_cast<cutlass::bfloat16_t*>(out), heads, head_dim, side,
                                       rotates, is_key};
     return launch_kernel<RoundingArguments>(round_kernel<kHeadDim, Element>,
                                             dim3(static_cast<unsigned>(blocks), static_cast<unsigned>(heads)),
-                                            Layout::kNumThreads, 0, stream, Launch::kAlone, arguments);
+                                            kQuantizeThreads, 0, stream, Launch::kAlone, arguments);
   };
-  int64_t const blocks_q = num_fp8_blocks<Layout::kRowsOfScale>(problem, problem.seqlen_q, problem.total_q);
-  int64_t const blocks = num_fp8_blocks<Layout::kRowsOfScale>(problem, problem.seqlen_kv, problem.total_kv);
+  int64_t const blocks_q = num_fp8_blocks(problem, problem.seqlen_q, problem.total_q);
+  int64_t const blocks = num_fp8_blocks(problem, problem.seqlen_kv, problem.total_kv);
   const char* error = launch(params.q, params.rounded_q, blocks_q, problem.heads_q, problem.head_dim_qk, Side::kQueries,
                              params.rotates, false);
   if (error == nullptr) {

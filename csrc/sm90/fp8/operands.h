@@ -1,10 +1,10 @@
 // The quantised operands of an fp8 call: what quantize.cuh writes and forward_fp8.cuh reads.
 //
 // e4m3 numbers times fp32 scales, powers of two: flashmla_hf/fp8/quantization.py says which. A scale is that of a block
-// of rows (Fp8ForwardTiles::kRowsOfScale), which begin with their sequence, so that a kv_block of the kernel has one
-// scale of K and one of V. A sequence's blocks begin at first_fp8_block, and what its last block lacks of keys is zero.
-// V lies transposed, because wgmma takes fp8 operands with their depth contiguous, and its keys in the order in which a
-// thread's probabilities lie in its registers (key_of_place).
+// of kRowsOfScale rows, which begin with their sequence, so that a kv_block of the kernel has one scale of K and one of
+// V. A sequence's blocks begin at first_fp8_block, and what its last block lacks of keys is zero. V lies transposed,
+// because wgmma takes fp8 operands with their depth contiguous, and its keys in the order in which a thread's
+// probabilities lie in its registers (key_of_place).
 #pragma once
 
 #include <cstdint>
@@ -13,18 +13,19 @@
 
 namespace flashmla::sm90 {
 
+constexpr int kRowsOfScale = 128;
+
 struct Fp8Operands {
   void* q;          // [rows of Q, heads_q, head_dim_qk]
-  void* k;          // [heads_kv, blocks * rows of a block, head_dim_qk]
-  void* vt;         // [heads_kv, head_dim_v, blocks * rows of a block]
+  void* k;          // [heads_kv, blocks * kRowsOfScale, head_dim_qk]
+  void* vt;         // [heads_kv, head_dim_v, blocks * kRowsOfScale]
   float* q_scales;  // [heads_q, blocks_q]
   float* k_scales;  // [heads_kv, blocks]
   float* v_scales;  // [heads_kv, blocks]
   int64_t blocks_q, blocks;
 };
 
-template <int kRowsOfScale>
-int64_t num_fp8_blocks(Problem const& problem, int64_t seqlen, int64_t total) {
+inline int64_t num_fp8_blocks(Problem const& problem, int64_t seqlen, int64_t total) {
   // Packed, rows behind the last boundary are one sequence more.
   return problem.cu_seqlens_q != nullptr ? total / kRowsOfScale + problem.batch + 1
                                          : problem.batch * ((seqlen + kRowsOfScale - 1) / kRowsOfScale);
@@ -32,11 +33,10 @@ int64_t num_fp8_blocks(Problem const& problem, int64_t seqlen, int64_t total) {
 
 // The first block of sequence `number`, whose rows begin at row `offset` of a packed tensor, or are `seqlen` of their
 // own.
-template <int kRowsOfScale>
 #if defined(__CUDACC__)
 __host__ __device__
 #endif
-    int32_t first_fp8_block(Problem const& problem, int64_t seqlen, int32_t number, int32_t offset) {
+    inline int32_t first_fp8_block(Problem const& problem, int64_t seqlen, int32_t number, int32_t offset) {
   return problem.cu_seqlens_q != nullptr ? offset / kRowsOfScale + number
                                          : number * static_cast<int32_t>((seqlen + kRowsOfScale - 1) / kRowsOfScale);
 }

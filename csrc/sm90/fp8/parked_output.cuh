@@ -18,28 +18,29 @@ namespace flashmla::sm90 {
 // row.
 template <int kOutputs>
 class ParkedOutput {
-  static constexpr int kVectors = kOutputs / 8;  // of 16 bytes
+  static constexpr int kVectors = kOutputs / 8;  // of 16 bytes; 0 if the kernel parks nothing
 
  public:
   struct Storage {
-    uint4 outputs[kVectors][kWarpgroupThreads];
-    float sums[kWarpgroupRows], maxima[kWarpgroupRows], references[kWarpgroupRows];
+    static constexpr int kRows = kVectors > 0 ? kWarpgroupRows : 1;
+    uint4 outputs[kVectors > 0 ? kVectors : 1][kVectors > 0 ? kWarpgroupThreads : 1];
+    float sums[kRows], maxima[kRows], units[kRows];
   };
 
   __device__ explicit ParkedOutput(Storage& storage) : storage_(storage), has_parked_(false) {}
 
   // Adds rO, which is free then.
   template <class Outputs, class Softmax>
-  __device__ void park(Outputs const& rO, Softmax const& softmax, ValueScale const& value_scale) {
+  __device__ void park(Outputs const& rO, Softmax const& softmax) {
     float before[2], factor[2];
     CUTE_UNROLL
     for (int r = 0; r < 2; ++r) {
       float const sum = softmax.whole_sum(r);
       factor[r] = sum == 0.0f ? 0.0f : 1.0f / sum;
-      before[r] = weight(r, softmax, value_scale) * factor[r];
+      before[r] = weight(r, softmax) * factor[r];
       storage_.sums[row(r)] = sum;
       storage_.maxima[row(r)] = softmax.row_max[r];
-      storage_.references[row(r)] = value_scale.reference;
+      storage_.units[row(r)] = softmax.unit[r];
     }
     CUTE_UNROLL
     for (int i = 0; i < kVectors; ++i) {
@@ -61,9 +62,9 @@ class ParkedOutput {
 
   // rO += what is parked.
   template <class Outputs, class Softmax>
-  __device__ void join(Outputs& rO, Softmax const& softmax, ValueScale const& value_scale) const {
+  __device__ void join(Outputs& rO, Softmax const& softmax) const {
     if (!has_parked_) return;
-    float const factor[2] = {weight(0, softmax, value_scale), weight(1, softmax, value_scale)};
+    float const factor[2] = {weight(0, softmax), weight(1, softmax)};
     CUTE_UNROLL
     for (int i = 0; i < kVectors; ++i) {
       float2 parked[4];
@@ -84,11 +85,11 @@ class ParkedOutput {
 
   // Of a parked mean in rO's units.
   template <class Softmax>
-  __device__ float weight(int r, Softmax const& softmax, ValueScale const& value_scale) const {
+  __device__ float weight(int r, Softmax const& softmax) const {
     if (!has_parked_) return 0.0f;
     float const sum = storage_.sums[row(r)];
     if (sum == 0.0f) return 0.0f;  // no key was seen, and there was no maximum
-    int const shift = (__float_as_int(storage_.references[row(r)]) - __float_as_int(value_scale.reference)) >> 23;
+    int const shift = (__float_as_int(storage_.units[row(r)]) - __float_as_int(softmax.unit[r])) >> 23;
     return sum * exp2f(storage_.maxima[row(r)] - softmax.row_max[r] + static_cast<float>(shift));
   }
 

@@ -21,6 +21,8 @@
 
 namespace flashmla::sm90 {
 
+constexpr int kQuantizeWarps = 8, kQuantizeThreads = kQuantizeWarps * kWarpThreads;
+
 struct QuantizeArguments {
   Problem problem;
   TensorView q, k, v;
@@ -34,14 +36,11 @@ struct QuantizeArguments {
 // are one word of V transposed (key_of_place).
 template <int kHeadDim>
 struct QuantizeLayout {
-  static constexpr int kRowsOfScale = Fp8ForwardTiles<kHeadDim>::kRowsOfScale;
-  static constexpr int kLanesOfRow = 8, kRowsOfWarp = 16;
-  static constexpr int kNumWarps = kRowsOfScale / kRowsOfWarp, kNumThreads = kNumWarps * kWarpThreads;
-  static constexpr int kNumCtas = kHeadDim > 128 ? 1 : 2;  // of a multiprocessor: what a lane's numbers leave room for
-  static constexpr int kRows = 4;                          // of a lane
-  static constexpr int kChunks = kHeadDim / 64;            // of 64 columns
-  static constexpr int kValues = kChunks * 8;              // of a row in a lane
-  static_assert(kRowsOfWarp == kRows * kWarpThreads / kLanesOfRow && kRowsOfScale % kRowsOfWarp == 0);
+  static constexpr int kLanesOfRow = 8, kRowsOfWarp = kRowsOfScale / kQuantizeWarps;
+  static constexpr int kRows = 4;                // of a lane
+  static constexpr int kChunks = kHeadDim / 64;  // of 64 columns
+  static constexpr int kValues = kChunks * 8;    // of a row in a lane
+  static_assert(kRowsOfWarp == kRows * kWarpThreads / kLanesOfRow && kRowsOfWarp == 16);
 
   __device__ static int lane() { return threadIdx.x % kLanesOfRow; }
   __device__ static int group() { return threadIdx.x % kWarpThreads / kLanesOfRow; }
@@ -98,8 +97,7 @@ struct BlockRows {
 };
 
 // Of block `block`, of queries or keys. `count` is not positive if no tile reads it.
-template <int kRowsOfScale>
-__device__ BlockRows rows_of_block(Problem const& problem, Side side, int32_t block) {
+__device__ inline BlockRows rows_of_block(Problem const& problem, Side side, int32_t block) {
   bool const is_packed = problem.cu_seqlens_q != nullptr, is_q = side == Side::kQueries;
   int64_t const seqlen = is_q ? problem.seqlen_q : problem.seqlen_kv;
   auto sequence_of = [&](int32_t number) {
@@ -110,14 +108,14 @@ __device__ BlockRows rows_of_block(Problem const& problem, Side side, int32_t bl
   int32_t low = 0, high = static_cast<int32_t>(problem.batch) - (is_packed ? 0 : 1);
   while (low < high) {
     int32_t const middle = (low + high + 1) / 2;
-    if (first_fp8_block<kRowsOfScale>(problem, seqlen, middle, sequence_of(middle).x) <= block) {
+    if (first_fp8_block(problem, seqlen, middle, sequence_of(middle).x) <= block) {
       low = middle;
     } else {
       high = middle - 1;
     }
   }
   int2 const sequence = sequence_of(low);
-  int32_t const begin = (block - first_fp8_block<kRowsOfScale>(problem, seqlen, low, sequence.x)) * kRowsOfScale;
+  int32_t const begin = (block - first_fp8_block(problem, seqlen, low, sequence.x)) * kRowsOfScale;
   return {low, is_packed ? 0 : low, int64_t{sequence.x} + begin, begin, min(kRowsOfScale, sequence.y - begin)};
 }
 
@@ -128,8 +126,7 @@ __device__ Element const* row_of(TensorView const& view, BlockRows const& rows, 
 }
 
 // The largest of a CTA's numbers.
-template <int kNumWarps>
-__device__ float largest_of_block(float x, float (&of_warps)[kNumWarps]) {
+__device__ inline float largest_of_block(float x, float (&of_warps)[kQuantizeWarps]) {
   x = largest_of_warp(x);
   if (threadIdx.x % kWarpThreads == 0) of_warps[threadIdx.x / kWarpThreads] = x;
   __syncthreads();
@@ -175,7 +172,7 @@ struct QuantizedBlock {
   }
 
   __device__ QuantizedBlock(TensorView const& view, BlockRows const& rows, int32_t head, int head_dim, bool rotates,
-                            bool is_key, float (&of_warps)[Layout::kNumWarps]) {
+                            bool is_key, float (&of_warps)[kQuantizeWarps]) {
     // All are on their way before the first is looked at. What a row or the block lacks is 0.
     uint4 words[kRows][kChunks];
     CUTE_UNROLL
@@ -294,13 +291,12 @@ struct QuantizedBlock {
 
 // A CTA for each block and head: of Q, then of K, then of V, neighbouring heads side by side.
 template <int kHeadDim, class Element>
-__global__ void __launch_bounds__(QuantizeLayout<kHeadDim>::kNumThreads, QuantizeLayout<kHeadDim>::kNumCtas)
+__global__ void __launch_bounds__(kQuantizeThreads, kHeadDim > 128 ? 1 : 2)
     quantize_kernel(QuantizeArguments const arguments) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   using Layout = QuantizeLayout<kHeadDim>;
   using Block = QuantizedBlock<kHeadDim, Element>;
-  static constexpr int kRowsOfScale = Layout::kRowsOfScale;
-  __shared__ float of_warps[Layout::kNumWarps];
+  __shared__ float of_warps[kQuantizeWarps];
   __shared__ alignas(16) uint32_t columns[kHeadDim * kRowsOfScale / 4];  // of V transposed
 
   Problem const& problem = arguments.problem;
@@ -312,7 +308,7 @@ __global__ void __launch_bounds__(QuantizeLayout<kHeadDim>::kNumThreads, Quantiz
   bool const is_query = index < of_q, is_key = !is_query && index < of_q + of_k;
   index -= is_query ? 0 : is_key ? of_q : of_q + of_k;
   int32_t const heads = is_query ? heads_q : heads_kv, head = index % heads, block = index / heads;
-  BlockRows const rows = rows_of_block<kRowsOfScale>(problem, is_query ? Side::kQueries : Side::kKeys, block);
+  BlockRows const rows = rows_of_block(problem, is_query ? Side::kQueries : Side::kKeys, block);
   if (rows.count <= 0) return;
   TensorView const& view = is_query ? arguments.q : is_key ? arguments.k : arguments.v;
   int const head_dim = static_cast<int>(is_query || is_key ? problem.head_dim_qk : problem.head_dim_v);
@@ -376,7 +372,7 @@ __global__ void __launch_bounds__(QuantizeLayout<kHeadDim>::kNumThreads, Quantiz
   __syncthreads();
   uint8_t* const vt = static_cast<uint8_t*>(operands.vt) + int64_t{head} * kHeadDim * places + place;
   CUTE_UNROLL
-  for (int i = threadIdx.x; i < kHeadDim * kWords / 4; i += Layout::kNumThreads) {
+  for (int i = threadIdx.x; i < kHeadDim * kWords / 4; i += kQuantizeThreads) {
     int const column = i / (kWords / 4), word = i % (kWords / 4) * 4;
     *reinterpret_cast<uint4*>(vt + column * places + word * 4) =
         *reinterpret_cast<uint4 const*>(columns + word_of(column, word));
@@ -397,15 +393,14 @@ struct RoundingArguments {
 // Rounds as the kernel above does, so that the backward multiplies what the forward has. A CTA for each block of rows
 // and head.
 template <int kHeadDim, class Element>
-__global__ void __launch_bounds__(QuantizeLayout<kHeadDim>::kNumThreads)
-    round_kernel(RoundingArguments const arguments) {
+__global__ void __launch_bounds__(kQuantizeThreads) round_kernel(RoundingArguments const arguments) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   using Layout = QuantizeLayout<kHeadDim>;
   using Block = QuantizedBlock<kHeadDim, Element>;
-  __shared__ float of_warps[Layout::kNumWarps];
+  __shared__ float of_warps[kQuantizeWarps];
   Problem const& problem = arguments.problem;
   int32_t const head = blockIdx.y;
-  BlockRows const rows = rows_of_block<Layout::kRowsOfScale>(problem, arguments.side, blockIdx.x);
+  BlockRows const rows = rows_of_block(problem, arguments.side, blockIdx.x);
   if (rows.count <= 0) return;
   Block const x(arguments.x, rows, head, static_cast<int>(arguments.head_dim), arguments.rotates, arguments.is_key,
                 of_warps);

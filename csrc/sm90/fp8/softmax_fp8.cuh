@@ -9,47 +9,28 @@
 
 namespace flashmla::sm90 {
 
-// The scales of V's blocks, of which O has one: the largest so far. They are powers of two, or all the same.
-struct ValueScale {
-  float reference;  // O is in units of it
-  float shrinkage;  // what O of before is to be multiplied by, now that `reference` may have grown
-  float log_ratio;  // of the block's scale to `reference`, in base 2: 0 or negative
-  float inverse;    // of that ratio
-
-  __device__ explicit ValueScale(float scale) : reference(scale), shrinkage(1.0f), log_ratio(0.0f), inverse(1.0f) {}
-
-  // P of the next block carries what its scale is smaller by. Below 2^-32 e4m3 makes 0 of it, and the row's sum needs
-  // no more.
-  __device__ void advance(float scale) {
-    int const bits = __float_as_int(scale), before = __float_as_int(reference), largest = max(bits, before);
-    int const log = max((bits - largest) >> 23, -32);
-    reference = __int_as_float(largest);
-    shrinkage = power_of_two(max((before - largest) >> 23, -127));
-    log_ratio = static_cast<float>(log);
-    inverse = power_of_two(-log);
-  }
-
- private:
-  __device__ static float power_of_two(int exponent) { return __int_as_float((127 + exponent) << 23); }
-};
-
-// The online softmax of scores that have scales: row_max is that of S in base 2, not of what the product gave.
-template <int kScores>
+// The online softmax of scores that have scales: row_max is that of S in base 2, not of what the product gave. With
+// kHasUnit O has a unit, which is the largest scale of V's blocks of which the row has seen a key, and P carries what
+// the scale of a tile is smaller by. Scales are powers of two, or all the same.
+template <int kScores, bool kHasUnit>
 struct Fp8Softmax {
   static constexpr float kLogLargest = 8.0f;        // of P, in base 2
   static constexpr float kLeastFactor = 0x1p-126f;  // a normal number
 
-  float row_max[2], row_sum[2], row_scale[2];  // row_scale: what makes S of a product of the row, but for k_scale
+  float row_max[2], row_sum[2], row_scale[2];  // row_scale: q_scale * scale * log2 e of the row
+  float unit[2];
 
   __device__ void reset(int row, float scale) {
     row_max[row] = -INFINITY;
     row_sum[row] = 0.0f;
     row_scale[row] = scale;
+    unit[row] = 0.0f;
   }
 
-  // What the exponent of a row's scores is: score * factor - against, of scores of one tile.
-  struct Exponent {
-    float factor, against;
+  // A row of one tile. The exponent of its scores is score * factor - against; what was summed before is to be
+  // multiplied by `correction`, O in its former unit by `shrinkage` too, and the tile's sum of P by `inverse`.
+  struct TileRow {
+    float factor, against, correction, shrinkage, inverse;
   };
 
   // The largest score of a row in this thread. The bits of positive floats are ordered as the floats are, and above
@@ -75,35 +56,44 @@ struct Fp8Softmax {
     return most;
   }
 
-  // Begins a tile's row, whose largest score in this thread is `largest`. What was summed before is to be multiplied by
-  // `correction`. True if the row has a new maximum.
-  __device__ bool begin(int row, float largest, float factor, ValueScale const& value_scale, Exponent& exponent,
-                        float& correction) {
+  // Begins a tile's row, whose largest score in this thread is `largest`. True if O is to be rescaled.
+  __device__ bool begin(int row, float largest, float tile_scale, float v_scale, TileRow& tile) {
     largest = fmaxf(largest, __shfl_xor_sync(0xffffffff, largest, 1));
     largest = fmaxf(largest, __shfl_xor_sync(0xffffffff, largest, 2));
     // Not negative (finish_scores), and not 0 where scales of zeros underflow: -inf * 0 is NaN.
-    exponent.factor = fmaxf(factor, kLeastFactor);
-    float const new_max = fmaxf(row_max[row], largest * exponent.factor);
-    exponent.against = (new_max == -INFINITY ? 0.0f : new_max) - (kLogLargest + value_scale.log_ratio);
-    correction = new_max == -INFINITY ? 1.0f : exp2f(row_max[row] - new_max);
-    bool const grows = new_max > row_max[row];
+    tile.factor = fmaxf(row_scale[row] * tile_scale, kLeastFactor);
+    float const new_max = fmaxf(row_max[row], largest * tile.factor);
+    tile.correction = new_max == -INFINITY ? 1.0f : exp2f(row_max[row] - new_max);
+    bool const has_grown = new_max > row_max[row];
     row_max[row] = new_max;
-    return grows;
+
+    tile.shrinkage = tile.inverse = 1.0f;
+    tile.against = (new_max == -INFINITY ? 0.0f : new_max) - kLogLargest;
+    if constexpr (!kHasUnit) return has_grown;
+    int const bits = __float_as_int(v_scale), before = __float_as_int(unit[row]);
+    int const new_unit = largest == -INFINITY ? before : max(bits, before);
+    // Below 2^-32 e4m3 makes 0 of P, and the sum needs no more. If no key is seen P is 0, and the scale may be larger.
+    int const log = min(max((bits - new_unit) >> 23, -32), 0);
+    unit[row] = __int_as_float(new_unit);
+    tile.shrinkage = power_of_two(max((before - new_unit) >> 23, -127));
+    tile.inverse = power_of_two(-log);
+    tile.against -= static_cast<float>(log);
+    return has_grown || new_unit != before;
   }
 
   // Pair j of a row's scores becomes P and joins `sum`.
   template <class Scores>
-  __device__ static void exponentiate(Scores& scores, int row, int j, Exponent const& exponent, float (&sum)[2]) {
+  __device__ static void exponentiate(Scores& scores, int row, int j, TileRow const& tile, float (&sum)[2]) {
     CUTE_UNROLL
     for (int c = 0; c < 2; ++c) {
       float& score = scores(j * 4 + row * 2 + c);
-      score = exp2f(__fmaf_rn(score, exponent.factor, -exponent.against));
+      score = exp2f(__fmaf_rn(score, tile.factor, -tile.against));
       sum[c] += score;
     }
   }
 
-  __device__ void end(int row, float correction, ValueScale const& value_scale, float const (&sum)[2]) {
-    row_sum[row] = __fmaf_rn(row_sum[row], correction, (sum[0] + sum[1]) * value_scale.inverse);
+  __device__ void end(int row, TileRow const& tile, float const (&sum)[2]) {
+    row_sum[row] = row_sum[row] * tile.correction + (sum[0] + sum[1]) * tile.inverse;
   }
 
   // Of the four lanes of a row, so far.
@@ -118,6 +108,9 @@ struct Fp8Softmax {
     float const sum = whole_sum(row);
     return finish_row(row_max[row] == -INFINITY ? -INFINITY : row_max[row] - kLogLargest, sum, sink, lse);
   }
+
+ private:
+  __device__ static float power_of_two(int exponent) { return __int_as_float((127 + exponent) << 23); }
 };
 
 }  // namespace flashmla::sm90
