@@ -242,7 +242,7 @@ SUITES: dict[str, Suite] = {
     "fp8": Suite(
         [
             Shape(batch, 2048 // d, 2048 // d, s, s, d, d, is_causal)
-            for d in (128, 64)
+            for d in (128, 64, 256)
             for batch, s in ((4, 4096), (1, 16384), (1, 32768))
             for is_causal in (False, True)
         ],
