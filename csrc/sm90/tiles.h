@@ -129,8 +129,8 @@ using ForwardHeadDims = HeadDimList<HeadDims<64, 64>, HeadDims<96, 96>, HeadDims
 // ---- forward of e4m3 operands ---------------------------------------------------------------------------------------
 //
 // As the forward's. A thread holds S (kBlockKV/2 registers), P (kBlockKV/8), O and the product of a tile that joins it
-// (head_dim/2 each). kParksOutput: there is no such product; shared memory holds O once more, as fp16. A kv_block is the
-// block of keys that has one scale. A turn is passed on in the middle of a row's exponentials.
+// (head_dim/2 each). kParksOutput: there is no such product; shared memory holds O once more, as fp16. A kv_block is
+// the block of keys that has one scale. A turn is passed on in the middle of a row's exponentials.
 
 template <int kHeadDim>
 struct Fp8ForwardConfig;

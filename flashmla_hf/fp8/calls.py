@@ -213,8 +213,12 @@ def sm90_refusal(call: Fp8Call) -> str | None:
     return reason
 
 
+def run_sm90(call: Fp8Call) -> tuple[torch.Tensor, torch.Tensor]:
+    return kernel.run(call) if call.descales is None else kernel.run_e4m3(call, call.descales)
+
+
 IMPLEMENTATIONS: dict[str, Backend] = {
-    "sm90": Backend(sm90_refusal, kernel.run),  # type: ignore[arg-type]
+    "sm90": Backend(sm90_refusal, run_sm90),  # type: ignore[arg-type]
     "cpu": Backend(cpu_refusal, run_cpu),  # type: ignore[arg-type]
     "reference": Backend(_refusal, run_reference),  # type: ignore[arg-type]
 }

@@ -105,12 +105,16 @@ def run(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
     """(out, lse), differentiable in q, k, v and sinks."""
     call = sm90.readable(call)
     inputs = call.in_order()
-    if call.descales is not None:
-        return torch.ops.flashmla.flash_attn_e4m3_forward(*inputs[:3], *call.descales, *inputs[3:])
     tensors, options = inputs[:_NUM_TENSORS], inputs[_NUM_TENSORS:]
     if ops.needs_graph(tensors):
         return _Attention.apply(*tensors, options)
     return torch.ops.flashmla.flash_attn_fp8_forward(*inputs)
+
+
+def run_e4m3(call: Call, descales: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, torch.Tensor]:
+    """(out, lse) of tensors that are e4m3, whose factors are ``descales``, fp32 [batch, heads_kv] each."""
+    inputs = sm90.readable(call).in_order()
+    return torch.ops.flashmla.flash_attn_e4m3_forward(*inputs[:3], *descales, *inputs[3:])
 
 
 class _Attention(torch.autograd.Function):
