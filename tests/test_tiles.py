@@ -60,7 +60,7 @@ def test_the_limits_are_those_of_the_list_of_head_dims():
     assert sm90_tiles.limits() == {
         "head_dim_multiple": 8, "largest_head_dim": SM90_ROWS[-1][0], "largest_decode_head_dim": 256,
         "largest_latent_head_dims": [576, 512],
-        "largest_fp8_head_dim": 128, "e4m3_head_dim_multiple": 16, "largest_e4m3_decode_head_dim": 256,
+        "largest_fp8_head_dim": 256, "e4m3_head_dim_multiple": 16, "largest_e4m3_decode_head_dim": 256,
     }  # fmt: skip
     assert max(max(row) for row in SM90_ROWS) == SM90_ROWS[-1][0]
 
