@@ -192,7 +192,8 @@ struct Sm90Fp8 : Sm90 {
   static void run_forward(const char* op, const ForwardParams& params, const Arguments& arguments,
                           const TensorInfo& out) {
     if (out.numel() == 0) return;
-    launch(op, arguments.q, sm90::fp8_forward_workspace, sm90::launch_fp8_forward, Fp8ForwardParams{params, true});
+    launch(op, arguments.q, sm90::fp8_forward_workspace, sm90::launch_fp8_forward,
+           Fp8ForwardParams{params, true, {}, {}, {}});
   }
 
   static std::tuple<Tensor, Tensor, Tensor> round(const char* op, const Arguments& arguments) {
