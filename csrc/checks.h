@@ -156,6 +156,15 @@ inline void check_last_stride(const char* op, const char* name, const TensorInfo
     fail(op, name, "a contiguous last dimension (stride 1)", "stride " + std::to_string(t.stride(last)));
 }
 
+// Factors of e4m3 numbers.
+inline void check_factors(const char* op, const char* name, const TensorInfo& t, const TensorInfo& like,
+                          std::initializer_list<int64_t> shape, const char* meaning) {
+  check_same_device(op, name, t, like);
+  check_dtype(op, name, t, ScalarType::Float, "");
+  check_shape(op, name, t, shape, meaning);
+  check_storage(op, name, t);
+}
+
 inline void check_flag_number(const char* op, const char* name, int64_t value, int64_t least) {
   if (value < least) fail(op, name, "at least " + std::to_string(least), value);
 }

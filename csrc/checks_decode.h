@@ -108,17 +108,15 @@ struct E4m3DecodeArguments : DecodeArguments {
 };
 
 // The factors of the rows of a cache [num_pages, page_size, heads_kv, head_dim].
-inline void check_factors(const char* op, const char* name, const TensorInfo& t, const TensorInfo& cache) {
-  check_same_device(op, name, t, cache);
-  check_dtype(op, name, t, ScalarType::Float, "");
-  check_shape(op, name, t, {cache.size(0), cache.size(1), cache.size(2)}, "that of the cache but for the last");
-  check_storage(op, name, t);
+inline void check_row_factors(const char* op, const char* name, const TensorInfo& t, const TensorInfo& cache) {
+  check_factors(op, name, t, cache, {cache.size(0), cache.size(1), cache.size(2)},
+                "that of the cache but for the last");
 }
 
 inline Problem check_decode_inputs(const char* op, const E4m3DecodeArguments& arguments) {
   const Problem p = check_decode_inputs(op, arguments, ScalarType::Float8_e4m3fn);
-  check_factors(op, "k_descale", arguments.k_descale, arguments.k);
-  check_factors(op, "v_descale", arguments.v_descale, arguments.k);
+  check_row_factors(op, "k_descale", arguments.k_descale, arguments.k);
+  check_row_factors(op, "v_descale", arguments.v_descale, arguments.k);
   return p;
 }
 

@@ -223,12 +223,8 @@ struct Sm90E4m3 {
     check_dtype(op, "q", arguments.q, ScalarType::Float8_e4m3fn, "");
     const std::pair<const char*, const TensorInfo*> factors[] = {
         {"q_descale", &arguments.q_descale}, {"k_descale", &arguments.k_descale}, {"v_descale", &arguments.v_descale}};
-    for (const auto& [name, t] : factors) {
-      check_same_device(op, name, *t, arguments.q);
-      check_dtype(op, name, *t, ScalarType::Float, "");
-      check_shape(op, name, *t, {p.batch, p.heads_kv}, "sequences, kv heads");
-      check_storage(op, name, *t);
-    }
+    for (const auto& [name, t] : factors)
+      check_factors(op, name, *t, arguments.q, {p.batch, p.heads_kv}, "sequences, kv heads");
     return p;
   }
 
@@ -355,7 +351,7 @@ sm90::AppendParams check_append(const char* op, const AppendArguments& arguments
     if (t->has_value() != is_e4m3)
       fail(op, name, is_e4m3 ? "a tensor, since k_cache is float8_e4m3fn" : "None, since k_cache is not float8_e4m3fn",
            is_e4m3 ? "None" : "a tensor");
-    if (is_e4m3) check_factors(op, name, **t, cache);
+    if (is_e4m3) check_row_factors(op, name, **t, cache);
   }
   if (is_e4m3) {
     if (!arguments.v) fail(op, "v", "a tensor, since k_cache is float8_e4m3fn", "None");

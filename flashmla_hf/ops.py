@@ -95,6 +95,12 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+def dtype_names(dtypes: tuple[torch.dtype, ...]) -> str:
+    """``"float32, float16 or bfloat16"``, as the host code says it."""
+    *others, last = map(dtype_name, dtypes)
+    return f"{', '.join(others)} or {last}" if others else last
+
+
 # ---- Fake kernels ----------------------------------------------------------------------------------------------------
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -141,7 +147,7 @@ def _check_inputs(operator: str, q, k, v, sinks, cu_seqlens_q, cu_seqlens_kv, dt
         if x.dim() != rank:
             refuse(operator, name, f"{rank} dimensions", f"shape {[*x.shape]}")
     if q.dtype not in dtypes:
-        refuse(operator, "q", f"dtype {', '.join(map(dtype_name, dtypes))}", dtype_name(q.dtype))
+        refuse(operator, "q", f"dtype {dtype_names(dtypes)}", dtype_name(q.dtype))
     rows = (q.shape[0], k.shape[1]) if rank == 4 else (k.shape[0],)
     heads_q, heads_kv = q.shape[-2], k.shape[-2]
     check_tensor(operator, "k", k, q, q.dtype, (*rows, heads_kv, q.shape[-1]))

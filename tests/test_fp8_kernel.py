@@ -180,7 +180,7 @@ def _tensors(dtype=torch.bfloat16, dim=64, dim_v=None):
 
 REFUSED = {
     "another GPU": (_Other, {}, {}, "sm90: another GPU is not a Hopper GPU (compute capability 9.0): pass precision=None"),
-    "float32": (_Hopper, {"dtype": torch.float32}, {}, "sm90: dtype float32: expected float16 or bfloat16 or float8_e4m3fn: pass"),
+    "float32": (_Hopper, {"dtype": torch.float32}, {}, "sm90: dtype float32: expected float16, bfloat16 or float8_e4m3fn: pass"),
     "too wide": (_Hopper, {"dim": 320, "dim_v": 128}, {}, "sm90: q and k: head_dim 320: expected a multiple of 8 up to 256"),
     "too wide values": (_Hopper, {"dim_v": 264}, {}, "sm90: v: head_dim 264: expected a multiple of 8 up to 256"),
     "no multiple of 8": (_Hopper, {"dim": 60}, {}, "sm90: q and k: head_dim 60: expected a multiple of 8 up to 256"),

@@ -85,12 +85,8 @@ def test_a_long_second_prompt_reads_the_cache():
     assert close(*logits)
 
 
-@torch.no_grad()
-def test_crop_forgets_and_reset_empties():
-    model = build_causal_lm("flashmla")
-    ids = random_ids(1, 50)
-    cache, straight = flashmla_hf.Fp8Cache(), flashmla_hf.Fp8Cache()
-    model(ids[:, :20], past_key_values=cache)
+def assert_crop_forgets(model, cache, straight, ids):
+    """``cache`` holds the first 20 of ids [1, 50], ``straight`` none: 30 others are forgotten by crop."""
     model(random_ids(1, 30, seed=9), past_key_values=cache)
     cache.crop(-30)
     assert cache.get_seq_length() == 20
@@ -99,6 +95,15 @@ def test_crop_forgets_and_reset_empties():
     assert torch.equal(got, model(ids[:, 20:], past_key_values=straight).logits)
     with pytest.raises(ValueError, match="tokens_to_remove: expected a negative number"):
         cache.crop(10)
+
+
+@torch.no_grad()
+def test_crop_forgets_and_reset_empties():
+    model = build_causal_lm("flashmla")
+    ids = random_ids(1, 50)
+    cache, straight = flashmla_hf.Fp8Cache(), flashmla_hf.Fp8Cache()
+    model(ids[:, :20], past_key_values=cache)
+    assert_crop_forgets(model, cache, straight, ids)
     cache.reset()
     assert cache.get_seq_length() == 0
     model(random_ids(3, 20), past_key_values=cache)

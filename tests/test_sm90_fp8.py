@@ -71,8 +71,7 @@ def test_quantising_packed_sequences_is_that_of_quantization_py(dtype, dim):
         x[::50] *= 8
     got = torch.ops.flashmla.flash_attn_fp8_round(q, k, v, bounds, bounds)
     for name, x, like in zip("qkv", got, (rotate(q, False), rotate(k, True), v), strict=True):
-        want = quantize(like, bounds).dequantize(torch.bfloat16)
-        assert torch.equal(x, want), name
+        assert torch.equal(x, quantize(like, bounds).dequantize(torch.bfloat16)), name
 
 
 @half
@@ -253,7 +252,8 @@ def e4m3(*shape, seed=0):
 @pytest.mark.parametrize("options", [{}, {"is_causal": True}, {"window": (200, 0)}, {"softcap": 10.0}], ids=str)
 @pytest.mark.parametrize("is_packed", [False, True])
 def test_tensors_that_are_fp8(dim, options, is_packed):
-    lead, sequences = ((700,), 3) if is_packed else ((3, 700), 3)
+    sequences = 3
+    lead = (700,) if is_packed else (sequences, 700)
     tensors = [e4m3(*lead, heads, dim, seed=n) for n, heads in enumerate((6, 2, 2))]
     factors = {f"{x}_descale": normal(sequences, 2, seed=n + 7, dtype=torch.float32) for n, x in enumerate("qkv")}
     if is_packed:

@@ -11,7 +11,7 @@ import torch
 from flashmla_hf import libraries, ops
 from flashmla_hf.backend import Backend, kernel_refusal
 from flashmla_hf.notices import log_choice
-from flashmla_hf.ops import dtype_name
+from flashmla_hf.ops import dtype_name, dtype_names
 from flashmla_hf.validation import Call, DecodeCall
 
 CallT = TypeVar("CallT", bound=Call)
@@ -50,7 +50,7 @@ def device_refusal(
     if (properties.major, properties.minor) != (9, 0):
         return f"{properties.name} is not a Hopper GPU (compute capability 9.0)"
     if q.dtype not in dtypes:
-        return f"dtype {dtype_name(q.dtype)}: expected {' or '.join(map(dtype_name, dtypes))}"
+        return f"dtype {dtype_name(q.dtype)}: expected {dtype_names(dtypes)}"
     assert libraries.sm90_limits is not None  # otherwise the library is unavailable
     multiple = multiple or libraries.sm90_limits.multiple
     largest_qk, largest_v = largest or (libraries.sm90_limits.largest,) * 2
