@@ -245,7 +245,7 @@ struct E4m3Decode {
           ptx::unpack_e4m3(high_words[w], a[1], a[3]);
           CUTE_UNROLL
           for (int n = 0; n < kRowTiles; ++n) {
-            ptx::multiply_add_m16n8k16(&scores(score_at(n, m, 0)), a, queries.pairs[n][i * 4 + w]);
+            ptx::multiply_add_m16n8k16<cutlass::half_t>(&scores(score_at(n, m, 0)), a, queries.pairs[n][i * 4 + w]);
           }
         }
       }
@@ -285,7 +285,8 @@ struct E4m3Decode {
             ptx::unpack_e4m3(__byte_perm(words[2][w], words[3][w], selector), a[2], a[3]);
             CUTE_UNROLL
             for (int n = 0; n < kRowTiles; ++n) {
-              ptx::multiply_add_m16n8k16(state.out[n][chunk * (kColumns / 2) + 2 * w + half], a, pairs[n][m]);
+              ptx::multiply_add_m16n8k16<cutlass::half_t>(state.out[n][chunk * (kColumns / 2) + 2 * w + half], a,
+                                                          pairs[n][m]);
             }
           }
         }

@@ -6,6 +6,7 @@
 
 #include "sm90/fp8/forward_fp8.cuh"
 #include "sm90/fp8/quantize.cuh"
+#include "sm90/fp8/round.cuh"
 #include "sm90/hopper/device.h"
 #include "sm90/hopper/tensor_map.h"
 #include "sm90/launch.h"
@@ -52,18 +53,24 @@ int64_t fp8_workspace_head_dim(Fp8ForwardParams const& params) {
 
 // Element: of q, k and v.
 template <int kHeadDim, class Element>
-const char* quantize(Fp8ForwardParams const& params, Fp8Operands const& operands, cudaStream_t stream) {
+const char* quantize(Fp8ForwardParams const& params, Fp8Operands const& operands, int device, cudaStream_t stream) {
   Problem const& problem = params.problem;
   if (std::max(operands.blocks, operands.blocks_q) > INT32_MAX / kRowsOfScale) {
     return kTooManyRows;
   }
   QuantizeArguments const arguments{problem,          params.q,         params.k, params.v,      params.q_descale,
                                     params.k_descale, params.v_descale, operands, params.rotates};
-  int64_t const ctas = operands.blocks_q * problem.heads_q + 2 * operands.blocks * problem.heads_kv;
-  if (ctas > INT32_MAX) return kTooManyRows;
-  if (ctas == 0) return nullptr;
-  return launch_kernel<QuantizeArguments>(quantize_kernel<kHeadDim, Element>, dim3(static_cast<unsigned>(ctas)),
-                                          kQuantizeThreads, 0, stream, Launch::kAlone, arguments);
+  int64_t const blocks = operands.blocks_q * problem.heads_q + 2 * operands.blocks * problem.heads_kv;
+  if (blocks > INT32_MAX) return kTooManyRows;
+  if (blocks == 0) return nullptr;
+  constexpr auto* kernel = quantize_kernel<kHeadDim, Element>;
+  constexpr int kSharedBytes = sizeof(QuantizeShared<kHeadDim, Element>);
+  if (cudaError_t const status = allow_shared_memory<kernel>(kSharedBytes, device); status != cudaSuccess) {
+    return cudaGetErrorString(status);
+  }
+  int64_t const ctas = std::min<int64_t>(blocks, num_sms(device) * kQuantizeCtas<kHeadDim>);
+  return launch_kernel<QuantizeArguments>(kernel, dim3(static_cast<unsigned>(ctas)), kQuantizeThreads, kSharedBytes,
+                                          stream, Launch::kAlone, arguments);
 }
 
 // Element: of out.
@@ -75,8 +82,8 @@ const char* launch_fp8(Fp8ForwardParams const& params, void* workspace, cudaStre
   cudaGetDevice(&device);
   Fp8Operands const operands = fp8_workspace_of<kHeadDim>(problem, workspace).operands;
   if (const char* error = params.q_descale.data != nullptr
-                              ? quantize<kHeadDim, cutlass::float_e4m3_t>(params, operands, stream)
-                              : quantize<kHeadDim, Element>(params, operands, stream)) {
+                              ? quantize<kHeadDim, cutlass::float_e4m3_t>(params, operands, device, stream)
+                              : quantize<kHeadDim, Element>(params, operands, device, stream)) {
     return error;
   }
 
@@ -145,15 +152,21 @@ const char* launch_fp8_head_dim(Fp8ForwardParams const& params, void* workspace,
 template <int kHeadDim, class Element>
 const char* launch_fp8_rounding_element(Fp8RoundingParams const& params, cudaStream_t stream) {
   Problem const& problem = params.problem;
+  int device = 0;
+  cudaGetDevice(&device);
+  constexpr auto* kernel = round_kernel<kHeadDim, Element>;
+  constexpr int kSharedBytes = sizeof(QuantizeShared<kHeadDim, Element>);
+  if (cudaError_t const status = allow_shared_memory<kernel>(kSharedBytes, device); status != cudaSuccess) {
+    return cudaGetErrorString(status);
+  }
   auto launch = [&](TensorView const& x, void* out, int64_t blocks, int64_t heads, int64_t head_dim, Side side,
                     bool rotates, bool is_key) -> const char* {
     if (blocks > INT32_MAX / kRowsOfScale) return kTooManyRows;
     if (blocks == 0) return nullptr;
     RoundingArguments const arguments{problem, x,     static_cast<cutlass::bfloat16_t*>(out), heads, head_dim, side,
                                       rotates, is_key};
-    return launch_kernel<RoundingArguments>(round_kernel<kHeadDim, Element>,
-                                            dim3(static_cast<unsigned>(blocks), static_cast<unsigned>(heads)),
-                                            kQuantizeThreads, 0, stream, Launch::kAlone, arguments);
+    return launch_kernel<RoundingArguments>(kernel, dim3(static_cast<unsigned>(blocks), static_cast<unsigned>(heads)),
+                                            kQuantizeThreads, kSharedBytes, stream, Launch::kAlone, arguments);
   };
   int64_t const blocks_q = num_fp8_blocks(problem, problem.seqlen_q, problem.total_q);
   int64_t const blocks = num_fp8_blocks(problem, problem.seqlen_kv, problem.total_kv);

@@ -4,8 +4,8 @@
 // NaN, since the kernel's scales are neither.
 //
 // A scale is the smallest power of two that is at least amax / 448. NaN and infinity become NaN, and do not enter amax.
-// With `rotates`, rows of Q and K are multiplied by random signs and then Hadamard matrices of the powers of two that
-// the head dim is the sum of, which leaves Q K^T as it is and spreads what stands out.
+// With `rotates`, rows of Q and K are rotated first (rotation.cuh), which leaves Q K^T as it is and spreads what stands
+// out.
 //
 // Source: FlashAttention-3 (arXiv 2407.08608, section 3.3: blocks and "incoherent processing").
 #pragma once
@@ -14,6 +14,7 @@
 
 #include "params.h"
 #include "sm90/fp8/operands.h"
+#include "sm90/fp8/rotation.cuh"
 #include "sm90/fp8/scale.cuh"
 #include "sm90/hopper/fragment.cuh"
 #include "sm90/hopper/ptx.cuh"
@@ -31,68 +32,27 @@ struct QuantizeArguments {
   bool rotates;
 };
 
-// A CTA quantises a block of rows of a head, and a warp 16 of them. Eight lanes share a row: lane l of them has the
-// columns from 8 l on of every 64, 16 bytes of each chunk. Lanes of group g (of 8) have four rows, those whose numbers
-// are one word of V transposed (key_of_place).
+// How the threads of a CTA have a block of rows, of whose 128 a warp has 16: a lane has kRows rows, and of each chunk
+// of their columns kColumnsOfLane, 16 bytes.
 template <int kHeadDim>
-struct QuantizeLayout {
-  static constexpr int kLanesOfRow = 8, kRowsOfWarp = kRowsOfScale / kQuantizeWarps;
-  static constexpr int kRows = 4;                // of a lane
-  static constexpr int kChunks = kHeadDim / 64;  // of 64 columns
-  static constexpr int kValues = kChunks * 8;    // of a row in a lane
-  static_assert(kRowsOfWarp == kRows * kWarpThreads / kLanesOfRow && kRowsOfWarp == 16);
-
-  __device__ static int lane() { return threadIdx.x % kLanesOfRow; }
-  __device__ static int group() { return threadIdx.x % kWarpThreads / kLanesOfRow; }
-  __device__ static int warp() { return threadIdx.x / kWarpThreads; }
-  __device__ static int row(int i) { return warp() * kRowsOfWarp + key_of_place(group() * kRows + i); }
-  __device__ static int column(int chunk) { return chunk * 64 + lane() * 8; }
+struct RowLayout {  // that of products: rotation.cuh
+  static constexpr int kRows = 2, kChunks = kHeadDim / kColumnsOfChunk;
+  __device__ static int row(int i) { return threadIdx.x / kWarpThreads * 16 + threadIdx.x % kWarpThreads / 4 + 8 * i; }
+  __device__ static int column(int chunk) { return chunk * kColumnsOfChunk + threadIdx.x % 4 * kColumnsOfLane; }
 };
 
-// Signs, and Hadamard matrices of the powers of two that the head dim is the sum of, the largest first. A head dim is a
-// multiple of 8, so the eight columns of a chunk are in one of them.
 template <int kHeadDim>
-struct Rotation {
-  using Layout = QuantizeLayout<kHeadDim>;
-  static constexpr int kChunks = Layout::kChunks;
-  uint32_t signs[kChunks * 4];  // to be added to the sign bits of pairs
-  float magnitude[kChunks];
-  int size[kChunks];
-
-  __device__ Rotation(int head_dim, bool is_key) {
-    CUTE_UNROLL
-    for (int chunk = 0; chunk < kChunks; ++chunk) {
-      int const first = Layout::column(chunk);
-      int begin = 0;
-      size[chunk] = kHeadDim;
-      while (size[chunk] > 8 && !((head_dim & size[chunk]) != 0 && first < begin + size[chunk])) {
-        begin += head_dim & size[chunk];
-        size[chunk] /= 2;
-      }
-      int const log2 = 31 - __clz(size[chunk]), halvings = is_key ? log2 / 2 : log2 - log2 / 2;
-      magnitude[chunk] = __uint_as_float(static_cast<uint32_t>(127 - halvings) << 23);
-      CUTE_UNROLL
-      for (int i = 0; i < 4; ++i) {
-        signs[chunk * 4 + i] = sign_of(first + 2 * i) >> 16 | sign_of(first + 2 * i + 1);
-      }
-    }
-  }
-
-  // The sign bit of a column: the first 256 bits behind the point of pi, the highest first; 1 is positive.
-  __device__ static uint32_t sign_of(int column) {
-    constexpr uint32_t kPi[] = {0x243f6a88, 0x85a308d3, 0x13198a2e, 0x03707344,
-                                0xa4093822, 0x299f31d0, 0x082efa98, 0xec4e6c89};
-    uint32_t word = 0;
-    CUTE_UNROLL
-    for (int i = 0; i < 8; ++i) word = column / 32 == i ? kPi[i] : word;  // no array in memory
-    return ~(word << column % 32) & 0x80000000u;
-  }
+struct TransposedLayout {  // four rows, whose numbers are one word of V transposed
+  static constexpr int kRows = 4, kChunks = kHeadDim / (8 * kColumnsOfLane);
+  __device__ static int word() { return threadIdx.x / 8; }  // in a column
+  __device__ static int row(int i) { return key_of_place(word() * kRows + i); }
+  __device__ static int column(int chunk) { return (chunk * 8 + threadIdx.x % 8) * kColumnsOfLane; }
 };
 
 // The rows of a block: those of a sequence from first_row on, as far as it goes.
 struct BlockRows {
   int32_t sequence;  // the number of sequences, for rows that are in none
-  int64_t batch, first_row;
+  int32_t batch, first_row;
   int32_t begin, count;  // of the sequence's rows
 };
 
@@ -116,13 +76,13 @@ __device__ inline BlockRows rows_of_block(Problem const& problem, Side side, int
   }
   int2 const sequence = sequence_of(low);
   int32_t const begin = (block - first_fp8_block(problem, seqlen, low, sequence.x)) * kRowsOfScale;
-  return {low, is_packed ? 0 : low, int64_t{sequence.x} + begin, begin, min(kRowsOfScale, sequence.y - begin)};
+  return {low, is_packed ? 0 : low, sequence.x + begin, begin, min(kRowsOfScale, sequence.y - begin)};
 }
 
 template <class Element>
 __device__ Element const* row_of(TensorView const& view, BlockRows const& rows, int32_t head, int row) {
   return static_cast<Element const*>(view.data) + rows.batch * view.stride_batch + head * view.stride_heads +
-         (rows.first_row + row) * view.stride_seqlen;
+         (int64_t{rows.first_row} + row) * view.stride_seqlen;
 }
 
 // The largest of a CTA's numbers.
@@ -135,225 +95,283 @@ __device__ inline float largest_of_block(float x, float (&of_warps)[kQuantizeWar
   return x;
 }
 
-// A thread's part of a block of rows: read, rotated where `rotation` is given, and with the scale of the whole block.
+// Where a thread's words of a block of rows lie in shared memory, from when their copies begin until they are read.
+// They are those of no other thread, and take no registers meanwhile.
 template <int kHeadDim, class Element>
-struct QuantizedBlock {
-  using Layout = QuantizeLayout<kHeadDim>;
-  static constexpr int kRows = Layout::kRows, kChunks = Layout::kChunks, kValues = Layout::kValues;
-  float x[kRows][kValues];
-  Scale scale;
-  bool has_infinity;  // of the block
+class Staged {
+ public:
+  using Word = cute::conditional_t<sizeof(Element) == 1, uint2, uint4>;  // kColumnsOfLane numbers
 
-  // Of a tensor that is e4m3.
-  __device__ QuantizedBlock(TensorView const& view, BlockRows const& rows, int32_t head, int head_dim, float descale) {
-    bool const is_finite = fabsf(descale) < INFINITY;
-    float const sign = is_finite ? copysignf(1.0f, descale) : NAN;
+  // What a row or the block lacks becomes 0.
+  template <class Layout>
+  __device__ void copy(TensorView const& view, BlockRows const& rows, int32_t head, int head_dim) {
+    using Copy = cute::conditional_t<sizeof(Element) == 1, cute::SM80_CP_ASYNC_CACHEALWAYS_ZFILL<Word>,
+                                     cute::SM80_CP_ASYNC_CACHEGLOBAL_ZFILL<Word>>;
     CUTE_UNROLL
-    for (int i = 0; i < kRows; ++i) {
-      Element const* const row = row_of<Element>(view, rows, head, Layout::row(i));
+    for (int i = 0; i < Layout::kRows; ++i) {
+      bool const has_row = Layout::row(i) < rows.count;
+      Element const* const row = row_of<Element>(view, rows, head, has_row ? Layout::row(i) : 0);
       CUTE_UNROLL
-      for (int chunk = 0; chunk < kChunks; ++chunk) {
-        int const column = Layout::column(chunk);
-        uint2 bytes = {};
-        if (Layout::row(i) < rows.count && column < head_dim) bytes = *reinterpret_cast<uint2 const*>(row + column);
-        uint32_t pairs[4];
-        ptx::unpack_e4m3(bytes.x, pairs[0], pairs[1]);
-        ptx::unpack_e4m3(bytes.y, pairs[2], pairs[3]);
-        CUTE_UNROLL
-        for (int c = 0; c < 4; ++c) {
-          float2 const pair = unpack<cutlass::half_t>(pairs[c]);
-          x[i][chunk * 8 + 2 * c] = sign * pair.x;
-          x[i][chunk * 8 + 2 * c + 1] = sign * pair.y;
-        }
+      for (int chunk = 0; chunk < Layout::kChunks; ++chunk) {
+        bool const has_column = Layout::column(chunk) < head_dim;
+        Copy::copy(*reinterpret_cast<Word const*>(row + (has_column ? Layout::column(chunk) : 0)),
+                   words_[i * Layout::kChunks + chunk][threadIdx.x], has_row && has_column);
       }
     }
-    scale = {is_finite ? fabsf(descale) : 1.0f, 1.0f};
-    has_infinity = false;
   }
 
-  __device__ QuantizedBlock(TensorView const& view, BlockRows const& rows, int32_t head, int head_dim, bool rotates,
-                            bool is_key, float (&of_warps)[kQuantizeWarps]) {
-    // All are on their way before the first is looked at. What a row or the block lacks is 0.
-    uint4 words[kRows][kChunks];
-    CUTE_UNROLL
-    for (int i = 0; i < kRows; ++i) {
-      Element const* const row = row_of<Element>(view, rows, head, Layout::row(i));
+  template <class Layout>
+  __device__ Word word(int i, int chunk) const {
+    return words_[i * Layout::kChunks + chunk][threadIdx.x];
+  }
+
+ private:
+  Word words_[kHeadDim / 16][kQuantizeThreads];
+};
+
+// A thread's part of a block of rows, and the scale of the whole block.
+template <class Layout>
+struct QuantizedBlock {
+  static constexpr int kRows = Layout::kRows, kChunks = Layout::kChunks, kValues = kChunks * kColumnsOfLane;
+  float x[kRows][kValues];
+  Scale scale;
+
+  // Of e4m3 numbers.
+  template <class Words>
+  __device__ void take_e4m3(Words const& words, float descale) {
+    bool const is_finite = fabsf(descale) < INFINITY;
+    float const sign = is_finite ? copysignf(1.0f, descale) : NAN;
+    for_each_chunk([&](int i, int chunk, float* values) {
+      uint2 const bytes = words(i, chunk);
+      uint32_t pairs[4];
+      ptx::unpack_e4m3(bytes.x, pairs[0], pairs[1]);
+      ptx::unpack_e4m3(bytes.y, pairs[2], pairs[3]);
       CUTE_UNROLL
-      for (int chunk = 0; chunk < kChunks; ++chunk) {
-        int const column = Layout::column(chunk);
-        words[i][chunk] = {};
-        if (Layout::row(i) < rows.count && column < head_dim) {
-          words[i][chunk] = *reinterpret_cast<uint4 const*>(row + column);
-        }
-      }
-    }
-    if (rotates) {
-      Rotation<kHeadDim> const rotation(head_dim, is_key);
+      for (int c = 0; c < kColumnsOfLane; ++c) values[c] = sign * part(unpack<cutlass::half_t>(pairs[c / 2]), c);
+    });
+    scale = {is_finite ? fabsf(descale) : 1.0f, 1.0f};
+  }
+
+  // Of 16-bit numbers: as they are.
+  template <class Element, class Words>
+  __device__ void take(Words const& words) {
+    for_each_chunk([&](int i, int chunk, float* values) {
+      uint4 const word = words(i, chunk);
+      uint32_t const pairs[4] = {word.x, word.y, word.z, word.w};
       CUTE_UNROLL
-      for (int i = 0; i < kRows; ++i) {
+      for (int c = 0; c < kColumnsOfLane; ++c) values[c] = part(unpack<Element>(pairs[c / 2]), c);
+    });
+  }
+
+  // For all threads of a CTA. `of_warps` is not that of the call before.
+  __device__ void find_scale(float (&of_warps)[kQuantizeWarps]) {
+    float largest = largest_of_block(largest_of_thread(), of_warps);
+    if (largest == INFINITY) {  // for all threads alike: infinity becomes NaN, which is no maximum
+      for_each_chunk([&](int, int, float* values) {
         CUTE_UNROLL
-        for (int chunk = 0; chunk < kChunks; ++chunk) set(i, chunk, words[i][chunk], &rotation);
-        if (head_dim == kHeadDim) {
-          rotate<true>(i, rotation);
-        } else {
-          rotate<false>(i, rotation);
-        }
-      }
-    } else {
-      CUTE_UNROLL
-      for (int i = 0; i < kRows; ++i) {
-        CUTE_UNROLL
-        for (int chunk = 0; chunk < kChunks; ++chunk) set(i, chunk, words[i][chunk], nullptr);
-      }
-    }
-    float largest = largest_of_block(largest_of([](float value) { return fabsf(value); }), of_warps);
-    has_infinity = largest == INFINITY;
-    if (has_infinity) {  // for all threads alike
+        for (int c = 0; c < kColumnsOfLane; ++c) values[c] = fabsf(values[c]) == INFINITY ? NAN : values[c];
+      });
       __syncthreads();
-      largest = largest_of_block(largest_of([](float value) { return fabsf(value) < INFINITY ? fabsf(value) : 0.0f; }),
-                                 of_warps);
+      largest = largest_of_block(largest_of_thread(), of_warps);
     }
     scale = scale_of(largest);
   }
 
-  // The eight numbers of row i and a chunk as e4m3, the first in the lowest byte. Infinity is to become NaN, not 448.
+  // The eight numbers of row i and a chunk as e4m3, the first in the lowest byte.
   __device__ uint2 quantized(int i, int chunk) const {
+    float const* const values = &x[i][chunk * kColumnsOfLane];
     auto word = [&](int first) {
-      auto scaled = [&](int c) {
-        float const value = x[i][chunk * 8 + first + c];
-        return has_infinity && fabsf(value) == INFINITY ? NAN : value * scale.inverse;
-      };
-      return ptx::pack_e4m3(scaled(0), scaled(1), scaled(2), scaled(3));
+      return ptx::pack_e4m3(values[first] * scale.inverse, values[first + 1] * scale.inverse,
+                            values[first + 2] * scale.inverse, values[first + 3] * scale.inverse);
     };
     return {word(0), word(4)};
   }
 
  private:
-  __device__ void set(int i, int chunk, uint4 const& words, Rotation<kHeadDim> const* rotation) {
-    uint32_t const pairs[4] = {words.x, words.y, words.z, words.w};
+  template <class Visit>
+  __device__ void for_each_chunk(Visit const& visit) {
     CUTE_UNROLL
-    for (int c = 0; c < 4; ++c) {
-      float2 const pair = unpack<Element>(rotation != nullptr ? pairs[c] ^ rotation->signs[chunk * 4 + c] : pairs[c]);
-      float const factor = rotation != nullptr ? rotation->magnitude[chunk] : 1.0f;
-      x[i][chunk * 8 + 2 * c] = pair.x * factor;
-      x[i][chunk * 8 + 2 * c + 1] = pair.y * factor;
+    for (int i = 0; i < kRows; ++i) {
+      CUTE_UNROLL
+      for (int chunk = 0; chunk < kChunks; ++chunk) visit(i, chunk, &x[i][chunk * kColumnsOfLane]);
     }
   }
 
-  // kIsWhole: the head dim is kHeadDim, one matrix.
-  template <bool kIsWhole>
-  __device__ void rotate(int row, Rotation<kHeadDim> const& rotation) {
-    auto butterfly = [](float& a, float& b) {
-      float const sum = a + b;
-      b = a - b;
-      a = sum;
-    };
-    float (&of_row)[kValues] = x[row];
-    CUTE_UNROLL
-    for (int distance = 1; distance < 8; distance *= 2) {
-      CUTE_UNROLL
-      for (int i = 0; i < kValues; ++i) {
-        if ((i & distance) == 0) butterfly(of_row[i], of_row[i + distance]);
-      }
-    }
-    CUTE_UNROLL
-    for (int lanes = 1; lanes < Layout::kLanesOfRow; lanes *= 2) {
-      float const sign = (Layout::lane() & lanes) != 0 ? -1.0f : 1.0f;
-      CUTE_UNROLL
-      for (int i = 0; i < kValues; ++i) {
-        float const other = __shfl_xor_sync(0xffffffff, of_row[i], lanes);
-        bool const is_apart = !kIsWhole && lanes * 8 >= rotation.size[i / 8];
-        of_row[i] = is_apart ? of_row[i] : __fmaf_rn(of_row[i], sign, other);
-      }
-    }
-    CUTE_UNROLL
-    for (int chunks = 1; chunks < kChunks; chunks *= 2) {
-      CUTE_UNROLL
-      for (int i = 0; i < kValues; ++i) {
-        if ((i & chunks * 8) == 0 && (kIsWhole || chunks * 64 < rotation.size[i / 8])) {
-          butterfly(of_row[i], of_row[i + chunks * 8]);
-        }
-      }
-    }
-  }
+  __device__ static float part(float2 pair, int c) { return c % 2 == 0 ? pair.x : pair.y; }
 
-  template <class Magnitude>
-  __device__ float largest_of(Magnitude const& magnitude) const {
+  __device__ float largest_of_thread() const {
     float most = 0.0f;
     CUTE_UNROLL
     for (int i = 0; i < kRows; ++i) {
       CUTE_UNROLL
-      for (int c = 0; c < kValues; ++c) most = fmaxf(most, magnitude(x[i][c]));
+      for (int c = 0; c < kValues; ++c) most = fmaxf(most, fabsf(x[i][c]));
     }
     return most;
   }
 };
 
-// A CTA for each block and head: of Q, then of K, then of V, neighbouring heads side by side.
+// What a CTA has in shared memory.
 template <int kHeadDim, class Element>
-__global__ void __launch_bounds__(kQuantizeThreads, kHeadDim > 128 ? 1 : 2)
-    quantize_kernel(QuantizeArguments const arguments) {
-#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-  using Layout = QuantizeLayout<kHeadDim>;
-  using Block = QuantizedBlock<kHeadDim, Element>;
-  __shared__ float of_warps[kQuantizeWarps];
-  __shared__ alignas(16) uint32_t columns[kHeadDim * kRowsOfScale / 4];  // of V transposed
+struct QuantizeShared {
+  static constexpr int kWordsOfColumn = kRowsOfScale / 4;
+  Staged<kHeadDim, Element> staged[2];
+  Rotation<kHeadDim, Element> rotation;
+  uint4 columns[kHeadDim * kWordsOfColumn / 4];  // of V transposed
+  float of_warps[2][kQuantizeWarps];
 
-  Problem const& problem = arguments.problem;
-  Fp8Operands const& operands = arguments.operands;
-  int32_t const heads_q = static_cast<int32_t>(problem.heads_q), heads_kv = static_cast<int32_t>(problem.heads_kv);
-  int32_t const of_q = static_cast<int32_t>(operands.blocks_q) * heads_q;
-  int32_t const of_k = static_cast<int32_t>(operands.blocks) * heads_kv;
-  int32_t index = blockIdx.x;
-  bool const is_query = index < of_q, is_key = !is_query && index < of_q + of_k;
-  index -= is_query ? 0 : is_key ? of_q : of_q + of_k;
-  int32_t const heads = is_query ? heads_q : heads_kv, head = index % heads, block = index / heads;
-  BlockRows const rows = rows_of_block(problem, is_query ? Side::kQueries : Side::kKeys, block);
-  if (rows.count <= 0) return;
-  TensorView const& view = is_query ? arguments.q : is_key ? arguments.k : arguments.v;
-  int const head_dim = static_cast<int>(is_query || is_key ? problem.head_dim_qk : problem.head_dim_v);
-  Block const x = [&] {
-    if constexpr (cute::is_same_v<Element, cutlass::float_e4m3_t>) {
-      ScaleView const& descale = is_query ? arguments.q_descale : is_key ? arguments.k_descale : arguments.v_descale;
-      int32_t const head_kv = is_query ? head / (heads_q / heads_kv) : head;
-      return Block(view, rows, head, head_dim,
-                   rows.sequence < problem.batch
-                       ? descale.data[rows.sequence * descale.stride_batch + head_kv * descale.stride_heads]
-                       : 1.0f);
-    } else {
-      return Block(view, rows, head, head_dim, arguments.rotates && (is_query || is_key), is_key, of_warps);
-    }
-  }();
-  if (threadIdx.x == 0) {
-    (is_query ? operands.q_scales + head * operands.blocks_q
-     : is_key ? operands.k_scales + head * operands.blocks
-              : operands.v_scales + head * operands.blocks)[block] = x.scale.scale;
-  }
-  int64_t const place = int64_t{block} * kRowsOfScale, places = operands.blocks * kRowsOfScale;
-  if (is_query || is_key) {
-    int64_t const first_row = is_query ? rows.batch * problem.seqlen_q + rows.first_row : head * places + place;
-    uint8_t* const target = static_cast<uint8_t*>(is_query ? operands.q : operands.k);
-    CUTE_UNROLL
-    for (int i = 0; i < Block::kRows; ++i) {
-      if (is_query && Layout::row(i) >= rows.count) continue;
-      int64_t const row = first_row + Layout::row(i);
-      CUTE_UNROLL
-      for (int chunk = 0; chunk < Block::kChunks; ++chunk) {
-        *reinterpret_cast<uint2*>(target + (is_query ? row * heads_q + head : row) * kHeadDim + Layout::column(chunk)) =
-            x.quantized(i, chunk);
-      }
-    }
-    return;
-  }
   // Word w of column c lies at 32 c + (w + 4 (c / 8)) % 32: a warp that writes a word of eight columns of each lane's,
   // or reads whole columns, meets every bank once.
-  constexpr int kWords = kRowsOfScale / 4;  // of a column
-  auto word_of = [&](int column, int word) { return column * kWords + (word + column / 8 * 4) % kWords; };
-  CUTE_UNROLL
-  for (int chunk = 0; chunk < Block::kChunks; ++chunk) {
-    uint2 of_rows[Block::kRows];
+  __device__ uint32_t* word_of_column(int column, int word) {
+    return reinterpret_cast<uint32_t*>(columns) + column * kWordsOfColumn + (word + column / 8 * 4) % kWordsOfColumn;
+  }
+};
+
+// A block of Q, then of K, then of V, neighbouring heads side by side.
+struct QuantizeTask {
+  Side side;
+  bool is_value;
+  int32_t head, heads, block;
+  BlockRows rows;  // none, behind the last
+
+  __device__ QuantizeTask(Problem const& problem, Fp8Operands const& operands, int64_t index) {
+    int32_t const heads_q = static_cast<int32_t>(problem.heads_q), heads_kv = static_cast<int32_t>(problem.heads_kv);
+    int32_t const of_q = static_cast<int32_t>(operands.blocks_q) * heads_q;
+    int32_t const of_k = static_cast<int32_t>(operands.blocks) * heads_kv;
+    is_value = index >= of_q + of_k;
+    side = index < of_q ? Side::kQueries : Side::kKeys;
+    heads = is_query() ? heads_q : heads_kv;
+    int32_t const number = static_cast<int32_t>(index - (is_query() ? 0 : is_value ? of_q + of_k : of_q));
+    head = number % heads;
+    block = number / heads;
+    rows = index < of_q + 2 * int64_t{of_k} ? rows_of_block(problem, side, block) : BlockRows{};
+  }
+
+  __device__ bool is_query() const { return side == Side::kQueries; }
+
+  template <class T>
+  __device__ T const& of(T const& q, T const& k, T const& v) const {
+    return is_value ? v : is_query() ? q : k;
+  }
+};
+
+// What a CTA does with its blocks.
+template <int kHeadDim, class Element>
+class Quantizer {
+ public:
+  using Shared = QuantizeShared<kHeadDim, Element>;
+  using Transposed = TransposedLayout<kHeadDim>;
+  using Rows = RowLayout<kHeadDim>;
+
+  __device__ Quantizer(QuantizeArguments const& arguments, Shared& shared)
+      : arguments_(arguments), problem_(arguments.problem), operands_(arguments.operands), shared_(shared) {}
+
+  // Has the numbers of a block copied to a stage.
+  __device__ void copy(QuantizeTask const& task, int stage) {
+    TensorView const& view = task.of(arguments_.q, arguments_.k, arguments_.v);
+    int const head_dim = static_cast<int>(task.is_value ? problem_.head_dim_v : problem_.head_dim_qk);
+    if (task.is_value) {
+      shared_.staged[stage].template copy<Transposed>(view, task.rows, task.head, head_dim);
+    } else {
+      shared_.staged[stage].template copy<Rows>(view, task.rows, task.head, head_dim);
+    }
+    cute::cp_async_fence();
+  }
+
+  // Q and K.
+  __device__ void quantize_rows(QuantizeTask const& task, int stage) {
+    QuantizedBlock<Rows> x;
+    take(x, task, stage);
+    uint8_t* const target = static_cast<uint8_t*>(task.is_query() ? operands_.q : operands_.k);
     CUTE_UNROLL
-    for (int i = 0; i < Block::kRows; ++i) of_rows[i] = x.quantized(i, chunk);
+    for (int i = 0; i < Rows::kRows; ++i) {
+      if (task.is_query() && Rows::row(i) >= task.rows.count) continue;
+      int64_t const row =
+          task.is_query()
+              ? (task.rows.batch * problem_.seqlen_q + task.rows.first_row + Rows::row(i)) * task.heads + task.head
+              : first_place(task) + Rows::row(i);
+      CUTE_UNROLL
+      for (int chunk = 0; chunk < Rows::kChunks; ++chunk) {
+        *reinterpret_cast<uint2*>(target + row * kHeadDim + Rows::column(chunk)) = x.quantized(i, chunk);
+      }
+    }
+  }
+
+  // V, by way of shared memory.
+  __device__ void quantize_transposed(QuantizeTask const& task, int stage) {
+    QuantizedBlock<Transposed> x;
+    take(x, task, stage);
+    CUTE_UNROLL
+    for (int chunk = 0; chunk < Transposed::kChunks; ++chunk) write_columns(x, chunk);
+    __syncthreads();
+    int64_t const places = operands_.blocks * kRowsOfScale;
+    uint8_t* const vt = static_cast<uint8_t*>(operands_.vt) + int64_t{task.head} * kHeadDim * places +
+                        int64_t{task.block} * kRowsOfScale;
+    constexpr int kQuarters = kRowsOfScale / 16;  // uint4s of a column
+    CUTE_UNROLL
+    for (int i = threadIdx.x; i < kHeadDim * kQuarters; i += kQuantizeThreads) {
+      *reinterpret_cast<uint4*>(vt + i / kQuarters * places + i % kQuarters * 16) =
+          *reinterpret_cast<uint4 const*>(shared_.word_of_column(i / kQuarters, i % kQuarters * 4));
+    }
+    if constexpr (kIsE4m3) __syncthreads();  // no maximum stands between this block and the next
+  }
+
+ private:
+  static constexpr bool kIsE4m3 = cute::is_same_v<Element, cutlass::float_e4m3_t>;
+
+  QuantizeArguments const& arguments_;
+  Problem const& problem_;
+  Fp8Operands const& operands_;
+  Shared& shared_;
+  int turn_ = 0;       // of the maxima: those of the last block may still be read
+  int rotation_ = -1;  // the side that shared_.rotation is of
+
+  __device__ int64_t first_place(QuantizeTask const& task) const {
+    return (task.head * operands_.blocks + task.block) * kRowsOfScale;
+  }
+
+  // The numbers of a block and its scale, which is written.
+  template <class Layout>
+  __device__ void take(QuantizedBlock<Layout>& x, QuantizeTask const& task, int stage) {
+    cute::cp_async_wait<1>();  // the next block's may be on their way
+    auto const words = [&](int i, int chunk) { return shared_.staged[stage].template word<Layout>(i, chunk); };
+    if constexpr (kIsE4m3) {
+      ScaleView const& descale = task.of(arguments_.q_descale, arguments_.k_descale, arguments_.v_descale);
+      int64_t const head = task.is_query() ? task.head / (problem_.heads_q / problem_.heads_kv) : task.head;
+      bool const has_factor = task.rows.sequence < problem_.batch;
+      x.take_e4m3(words, has_factor
+                             ? descale.data[task.rows.sequence * descale.stride_batch + head * descale.stride_heads]
+                             : 1.0f);
+    } else {
+      if (!task.is_value && arguments_.rotates) {
+        if constexpr (cute::is_same_v<Layout, Rows>) rotate(x, task, words);
+      } else {
+        x.template take<Element>(words);
+      }
+      x.find_scale(shared_.of_warps[turn_]);
+      turn_ ^= 1;
+    }
+    if (threadIdx.x == 0) {
+      float* const scales = task.of(operands_.q_scales, operands_.k_scales, operands_.v_scales);
+      scales[task.head * (task.is_query() ? operands_.blocks_q : operands_.blocks) + task.block] = x.scale.scale;
+    }
+  }
+
+  template <class Words>
+  __device__ void rotate(QuantizedBlock<Rows>& x, QuantizeTask const& task, Words const& words) {
+    if (rotation_ != static_cast<int>(task.side)) {  // for all threads alike, at most twice
+      rotation_ = static_cast<int>(task.side);
+      __syncthreads();
+      shared_.rotation.set(static_cast<int>(problem_.head_dim_qk), !task.is_query());
+      __syncthreads();
+    }
+    shared_.rotation.rotate(x.x, words);
+  }
+
+  // The four keys of a chunk's columns that a thread has, a word of each column.
+  __device__ void write_columns(QuantizedBlock<Transposed> const& x, int chunk) {
+    uint2 of_rows[Transposed::kRows];
+    CUTE_UNROLL
+    for (int i = 0; i < Transposed::kRows; ++i) of_rows[i] = x.quantized(i, chunk);
     CUTE_UNROLL
     for (int half = 0; half < 2; ++half) {
       uint32_t words[4];
@@ -363,65 +381,45 @@ __global__ void __launch_bounds__(kQuantizeThreads, kHeadDim > 128 ? 1 : 2)
       for (int pair = 0; pair < 2; ++pair) {  // columns 2 pair and 2 pair + 1 of four
         uint32_t const low = __byte_perm(words[0], words[1], pair == 0 ? 0x5140 : 0x7362);
         uint32_t const high = __byte_perm(words[2], words[3], pair == 0 ? 0x5140 : 0x7362);
-        int const column = Layout::column(chunk) + half * 4 + pair * 2, word = Layout::warp() * 4 + Layout::group();
-        columns[word_of(column, word)] = __byte_perm(low, high, 0x5410);
-        columns[word_of(column + 1, word)] = __byte_perm(low, high, 0x7632);
+        int const column = Transposed::column(chunk) + half * 4 + pair * 2;
+        *shared_.word_of_column(column, Transposed::word()) = __byte_perm(low, high, 0x5410);
+        *shared_.word_of_column(column + 1, Transposed::word()) = __byte_perm(low, high, 0x7632);
       }
     }
   }
-  __syncthreads();
-  uint8_t* const vt = static_cast<uint8_t*>(operands.vt) + int64_t{head} * kHeadDim * places + place;
-  CUTE_UNROLL
-  for (int i = threadIdx.x; i < kHeadDim * kWords / 4; i += kQuantizeThreads) {
-    int const column = i / (kWords / 4), word = i % (kWords / 4) * 4;
-    *reinterpret_cast<uint4*>(vt + column * places + word * 4) =
-        *reinterpret_cast<uint4 const*>(columns + word_of(column, word));
-  }
-#endif
-}
-
-// One of Q, K and V, as bf16 numbers: contiguous, [rows, heads, head_dim].
-struct RoundingArguments {
-  Problem problem;
-  TensorView x;
-  cutlass::bfloat16_t* out;
-  int64_t heads, head_dim;
-  Side side;
-  bool rotates, is_key;
 };
 
-// Rounds as the kernel above does, so that the backward multiplies what the forward has. A CTA for each block of rows
-// and head.
+template <int kHeadDim>
+constexpr int kQuantizeCtas = kHeadDim > 128  ? 1
+                              : kHeadDim > 64 ? 2
+                                              : 3;  // on a multiprocessor
+
+// Each CTA takes blocks a grid apart. The next one's numbers are on their way while it computes.
 template <int kHeadDim, class Element>
-__global__ void __launch_bounds__(kQuantizeThreads) round_kernel(RoundingArguments const arguments) {
+__global__ void __launch_bounds__(kQuantizeThreads, kQuantizeCtas<kHeadDim>)
+    quantize_kernel(__grid_constant__ QuantizeArguments const arguments) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-  using Layout = QuantizeLayout<kHeadDim>;
-  using Block = QuantizedBlock<kHeadDim, Element>;
-  __shared__ float of_warps[kQuantizeWarps];
+  extern __shared__ __align__(16) unsigned char quantize_memory[];
   Problem const& problem = arguments.problem;
-  int32_t const head = blockIdx.y;
-  BlockRows const rows = rows_of_block(problem, arguments.side, blockIdx.x);
-  if (rows.count <= 0) return;
-  Block const x(arguments.x, rows, head, static_cast<int>(arguments.head_dim), arguments.rotates, arguments.is_key,
-                of_warps);
-  int64_t const seqlen = arguments.side == Side::kQueries ? problem.seqlen_q : problem.seqlen_kv;
-  CUTE_UNROLL
-  for (int i = 0; i < Block::kRows; ++i) {
-    if (Layout::row(i) >= rows.count) continue;
-    int64_t const row = rows.batch * seqlen + rows.first_row + Layout::row(i);
-    CUTE_UNROLL
-    for (int chunk = 0; chunk < Block::kChunks; ++chunk) {
-      if (Layout::column(chunk) >= arguments.head_dim) continue;
-      uint2 const bytes = x.quantized(i, chunk);
-      auto rounded = [&](int c) {
-        uint32_t const word = c < 4 ? bytes.x : bytes.y;
-        return static_cast<float>(cutlass::float_e4m3_t::bitcast(static_cast<uint8_t>(word >> 8 * (c % 4)))) *
-               x.scale.scale;
-      };
-      auto pair = [&](int c) { return pack<cutlass::bfloat16_t>(rounded(c), rounded(c + 1)); };
-      *reinterpret_cast<uint4*>(arguments.out + (row * arguments.heads + head) * arguments.head_dim +
-                                Layout::column(chunk)) = uint4{pair(0), pair(2), pair(4), pair(6)};
+  Fp8Operands const& operands = arguments.operands;
+  Quantizer<kHeadDim, Element> quantizer(arguments,
+                                         *reinterpret_cast<QuantizeShared<kHeadDim, Element>*>(quantize_memory));
+  int64_t const count = operands.blocks_q * problem.heads_q + 2 * operands.blocks * problem.heads_kv;
+  QuantizeTask task(problem, operands, blockIdx.x);
+  quantizer.copy(task, 0);
+  int stage = 0;
+  for (int64_t index = blockIdx.x; index < count; index += gridDim.x) {
+    QuantizeTask const next(problem, operands, index + gridDim.x);
+    quantizer.copy(next, stage ^ 1);
+    if (task.rows.count > 0) {  // else no tile reads it
+      if (task.is_value) {
+        quantizer.quantize_transposed(task, stage);
+      } else {
+        quantizer.quantize_rows(task, stage);
+      }
     }
+    task = next;
+    stage ^= 1;
   }
 #endif
 }

@@ -64,14 +64,22 @@ __device__ inline void unpack_e4m3(uint32_t word, uint32_t& low, uint32_t& high)
 
 // ---- products of a warp ---------------------------------------------------------------------------------------------
 
-// 9.7.14.5, mma.m16n8k16 of fp16: c += a b, in fp32. Lane 4 g + t has rows g, g + 8 of a at depths 2 t, 2 t + 1 (a[0],
-// a[1]) and 2 t + 8, 2 t + 9 (a[2], a[3]); column g of b at these depths (b[0], b[1]); columns 2 t, 2 t + 1 of c in row
-// g (c[0], c[1]) and g + 8 (c[2], c[3]).
-__device__ inline void multiply_add_m16n8k16(float* c, uint32_t const (&a)[4], uint32_t const (&b)[2]) {
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, "
-      "%3};"
-      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+// 9.7.14.5, mma.m16n8k16 of fp16 or bf16: c += a b, in fp32. Lane 4 g + t has rows g, g + 8 of a at depths 2 t, 2 t + 1
+// (a[0], a[1]) and 2 t + 8, 2 t + 9 (a[2], a[3]); column g of b at these depths (b[0], b[1]); columns 2 t, 2 t + 1 of c
+// in row g (c[0], c[1]) and g + 8 (c[2], c[3]).
+template <class Element>
+__device__ void multiply_add_m16n8k16(float* c, uint32_t const (&a)[4], uint32_t const (&b)[2]) {
+  if constexpr (std::is_same_v<Element, cutlass::half_t>) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, "
+        "%3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+  } else {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, "
+        "%2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+  }
 }
 
 // 9.7.14.5.17, movmatrix: the transpose of an 8 x 8 matrix of 16-bit elements, of which lane 4 g + t has columns 2 t
