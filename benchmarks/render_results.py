@@ -24,14 +24,6 @@ from flashmla_hf.host_memory import GIB
 MIB = 2**20
 TORCH_FLASH, FLEX = "flashmla-torch-flash", "flashmla-flex"
 # ncu's name -> column. Shares are of the most the hardware sustains, over the whole kernel.
-SHARES = {
-    "sm__pipe_tensor_op_hmma_cycles_active.avg.pct_of_peak_sustained_elapsed": "tensor cores",
-    "l1tex__data_pipe_lsu_wavefronts.avg.pct_of_peak_sustained_elapsed": "shared memory",
-    "sm__inst_executed_pipe_xu.avg.pct_of_peak_sustained_elapsed": "exponentials",
-    "sm__inst_issued.avg.pct_of_peak_sustained_elapsed": "instruction issue",
-    "lts__throughput.avg.pct_of_peak_sustained_elapsed": "L2",
-    "dram__throughput.avg.pct_of_peak_sustained_elapsed": "DRAM",
-}
 # Apart for colour-blind readers too (Okabe and Ito).
 COLOURS = ("#009E73", "#0072B2", "#56B4E9", "#D55E00", "#E69F00", "#CC79A7", "#999999", "#F0E442")
 
@@ -85,7 +77,9 @@ def _section(document: dict, path: Path, page: Path) -> str | None:
     if kind == "memory":
         return memory_section(path, page)
     if kind == "profile":
-        return profile_section(document)
+        import profile_results
+
+        return profile_results.section(document)
     if kind == "context_quality":
         import context_quality
 
@@ -375,22 +369,6 @@ def bar_plot(
     figure.savefig(target, dpi=100, metadata={"Software": None})
     plt.close(figure)
     return [target]
-
-
-def profile_section(document: dict) -> str:
-    """A row per kernel: how busy it keeps each part of the GPU, the busiest in bold."""
-    mask = "causal" if document["is_causal"] else "full"
-    lines = [
-        f"Share of what the hardware sustains, by Nsight Compute: {document['seqlen']:,} tokens a sequence, {mask}, bf16, one "
-        "run of each kernel. The busiest is in bold. Head dims are the kernel's: calls of 96 run backward in that of 128.\n",
-        "| kernel | head dims (qk/v) | cycles | " + " | ".join(SHARES.values()) + " |",
-        "|---|---|---|" + "---|" * len(SHARES),
-    ]
-    for record in document["records"]:
-        busiest = max(record["shares"].values())
-        cells = [f"**{s:.0%}**" if s == busiest else f"{s:.0%}" for s in record["shares"].values()]
-        lines.append(f"| {record['kernel']} | {record['head_dims']} | {record['cycles']:,} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
 
 
 # ---------------------------------------------------------------- models

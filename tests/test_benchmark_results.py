@@ -137,11 +137,12 @@ def test_stored_results_still_render(tmp_path):
 
 def test_a_profile_is_read_from_what_ncu_prints():
     import profile_attention
+    import profile_results
 
-    columns = [*render_results.SHARES, profile_attention.CYCLES, profile_attention.SECONDS]
+    columns = [*profile_results.SHARES, profile_attention.CYCLES, profile_attention.SECONDS]
     head = '"ID","Kernel Name",' + ",".join(f'"{column}"' for column in columns)
-    units = '"","",' + ",".join(['"%"'] * len(render_results.SHARES) + ['"cycle"', '"ns"'])
-    numbers = ",".join(f'"{10 * (i + 1)}.0"' for i in range(len(render_results.SHARES))) + ',"4,089,644","2,830,000"'
+    units = '"","",' + ",".join(['"%"'] * len(profile_results.SHARES) + ['"cycle"', '"ns"'])
+    numbers = ",".join(f'"{10 * (i + 1)}.0"' for i in range(len(profile_results.SHARES))) + ',"4,089,644","2,830,000"'
     kernels = (
         "void forward_kernel<192, 128, 1, bfloat16_t>(ForwardArguments)",
         "void flashmla::sm90::backward_queries_kernel<(int)256, cutlass::bfloat16_t>(flashmla::sm90::Arguments)",
@@ -152,8 +153,12 @@ def test_a_profile_is_read_from_what_ncu_prints():
     assert records[0]["cycles"] == 4_089_644
     assert records[0]["seconds"] == pytest.approx(2.83e-3)
     assert records[0]["shares"]["tensor cores"] == pytest.approx(0.1)
-    table = render_results.profile_section({"seqlen": 4096, "is_causal": False, "records": records})
+    table = profile_results.section({"seqlen": 4096, "is_causal": False, "records": records})
     assert "| forward | 192/128 | 4,089,644 | 10% | 20% | 30% | 40% | 50% | **60%** |" in table
+    of_decoding = profile_attention.parse(f"{head}\n{units}\n{rows}\n", profile_attention.LATENTS)
+    assert [r["shape"] for r in of_decoding] == list(map(str, profile_attention.LATENTS))
+    table = profile_results.section({"records": of_decoding})
+    assert f"| forward | {profile_attention.LATENTS[0]} | 4,089,644 |" in table
 
 
 def test_a_result_names_its_command_and_commit(monkeypatch):
