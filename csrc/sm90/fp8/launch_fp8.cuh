@@ -131,7 +131,7 @@ const char* launch_fp8(Fp8ForwardParams const& params, void* workspace, cudaStre
     return cudaGetErrorString(status);
   }
   return launch_kernel<Fp8ForwardArguments>(kernel, dim3(static_cast<unsigned>(num_ctas)), Kernel::Tiles::kNumThreads,
-                                            Kernel::kSharedBytes, stream, Launch::kAlone, arguments);
+                                            Kernel::kSharedBytes, stream, Launch::kDependent, arguments);
 }
 
 template <int kHeadDim, class Element>

@@ -10,6 +10,8 @@
 // Source: FlashAttention-3 (arXiv 2407.08608, section 3.3: blocks and "incoherent processing").
 #pragma once
 
+#include <cutlass/arch/grid_dependency_control.h>
+
 #include <cute/tensor.hpp>
 
 #include "params.h"
@@ -400,6 +402,7 @@ __global__ void __launch_bounds__(kQuantizeThreads, kQuantizeCtas<kHeadDim>)
     quantize_kernel(__grid_constant__ QuantizeArguments const arguments) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   extern __shared__ __align__(16) unsigned char quantize_memory[];
+  cutlass::arch::launch_dependent_grids();  // the forward may set up where a CTA has ended
   Problem const& problem = arguments.problem;
   Fp8Operands const& operands = arguments.operands;
   Quantizer<kHeadDim, Element> quantizer(arguments,
