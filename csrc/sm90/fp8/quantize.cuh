@@ -1,7 +1,7 @@
-// Q, K and V as e4m3 numbers and scales (operands.h), in one pass over each; bit for bit those of
-// flashmla_hf/fp8/quantization.py, which says why. Tensors that are e4m3 keep their numbers, and their factors are the
-// scales of all their blocks; a negative factor becomes the sign of the numbers, and one that is not finite makes them
-// NaN, since the kernel's scales are neither.
+// Q, K and V as e4m3 numbers and scales (operands.h), in one pass over each; those of
+// flashmla_hf/fp8/quantization.py, which says why, bit for bit but for the order of a rotation's sums. Tensors that are
+// e4m3 keep their numbers, and their factors are the scales of all their blocks; a negative factor becomes the sign of
+// the numbers, and one that is not finite makes them NaN, since the kernel's scales are neither.
 //
 // A scale is the smallest power of two that is at least amax / 448. NaN and infinity become NaN, and do not enter amax.
 // With `rotates`, rows of Q and K are rotated first (rotation.cuh), which leaves Q K^T as it is and spreads what stands
@@ -391,10 +391,11 @@ class Quantizer {
   }
 };
 
+// On a multiprocessor.
 template <int kHeadDim>
 constexpr int kQuantizeCtas = kHeadDim > 128  ? 1
                               : kHeadDim > 64 ? 2
-                                              : 3;  // on a multiprocessor
+                                              : 3;
 
 // Each CTA takes blocks a grid apart. The next one's numbers are on their way while it computes.
 template <int kHeadDim, class Element>
@@ -424,6 +425,7 @@ __global__ void __launch_bounds__(kQuantizeThreads, kQuantizeCtas<kHeadDim>)
     task = next;
     stage ^= 1;
   }
+  cute::cp_async_wait<0>();  // shared memory is written until then
 #endif
 }
 

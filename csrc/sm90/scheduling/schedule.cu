@@ -41,6 +41,48 @@ struct ScheduleArguments {
   Window window;
 };
 
+constexpr int kNumChunks = 16, kNumCosts = 64;  // buckets of the sort
+static_assert(kNumChunks * kNumCosts == kScheduleThreads, "one bucket a thread");
+using Scan = cub::BlockScan<int32_t, kScheduleThreads>;
+
+// The items of a sequence side by side, from the last row_block to the first; sequences that have many rows of the
+// other side first, so that the walk ends with short ones. A warp writes those of a sequence. `bucket_end` is 0.
+__device__ void write_ordered_items(ScheduleArguments const& arguments, int32_t (&bucket_end)[kScheduleThreads],
+                                    Scan::TempStorage& scan_storage, int32_t num_sequences, int32_t num_items,
+                                    int32_t longest) {
+  Schedule const& schedule = arguments.schedule;
+  int32_t const thread = threadIdx.x;
+  auto bucket_of = [&](int32_t number) {
+    Sequence const sequence = sequence_at(arguments.problem, number, schedule.side);
+    int64_t const rows = schedule.side == Side::kQueries ? sequence.seqlen_kv : sequence.seqlen_q;
+    return kScheduleThreads - 1 -
+           static_cast<int32_t>(max(int64_t{0}, rows) * (kScheduleThreads - 1) / max(1, longest));
+  };
+  auto end_of = [&](int32_t number) {
+    return number + 1 < num_sequences ? schedule.first_item[number + 1] : num_items;
+  };
+  auto count_of = [&](int32_t number) { return max(0, end_of(number) - schedule.first_item[number]); };
+  for (int32_t number = thread; number < num_sequences; number += kScheduleThreads) {
+    atomicAdd(&bucket_end[bucket_of(number)], count_of(number));
+  }
+  __syncthreads();
+  int32_t begin;
+  Scan(scan_storage).ExclusiveSum(bucket_end[thread], begin);
+  __syncthreads();
+  bucket_end[thread] = begin;
+  __syncthreads();
+  int32_t const lane = thread % kWarpThreads;
+  for (int32_t number = thread / kWarpThreads; number < num_sequences; number += kScheduleThreads / kWarpThreads) {
+    int32_t const count = count_of(number);
+    int32_t first = 0;
+    if (lane == 0) first = atomicAdd(&bucket_end[bucket_of(number)], count);
+    first = __shfl_sync(0xffffffff, first, 0);
+    for (int32_t i = lane; i < count && first + i < num_items; i += kWarpThreads) {
+      schedule.items[first + i] = int2{number, count - 1 - i};
+    }
+  }
+}
+
 // Counting sort of the items: by chunk of the other side's rows that fits in L2, then by how many of them are visible,
 // most first. Equal ones stay in no particular order; a tile's result does not depend on its place.
 __global__ void __launch_bounds__(kScheduleThreads)
@@ -48,9 +90,6 @@ __global__ void __launch_bounds__(kScheduleThreads)
   Schedule const& schedule = arguments.schedule;
   Problem const& problem = arguments.problem;
   Window const window = arguments.window;
-  constexpr int kNumChunks = 16, kNumCosts = 64;  // buckets of the sort
-  static_assert(kNumChunks * kNumCosts == kScheduleThreads, "one bucket a thread");
-  using Scan = cub::BlockScan<int32_t, kScheduleThreads>;
   __shared__ typename Scan::TempStorage scan_storage;
   __shared__ int32_t bucket_end[kScheduleThreads];
   __shared__ int32_t longest;  // of the other side
@@ -98,9 +137,7 @@ __global__ void __launch_bounds__(kScheduleThreads)
     return int2{low, index - schedule.first_item[low]};
   };
   if (schedule.is_ordered) {
-    for (int32_t index = thread; index < num_items; index += kScheduleThreads) {
-      schedule.items[num_items - 1 - index] = item_at(index);
-    }
+    write_ordered_items(arguments, bucket_end, scan_storage, num_sequences, num_items, longest);
     return;
   }
   auto bucket_of = [&](int2 item) {
@@ -276,10 +313,14 @@ const char* make_backward_schedule(Problem const& problem, int block_kv, int num
   int64_t const pairs = is_packed ? schedule.num_heads : schedule.num_heads * problem.batch;
   int64_t const most = num_sms / 4;  // as in the forward
   int64_t wanted = std::max<int64_t>(1, kBackwardSectionBytes / (rows_q * bytes_row));
+  bool const is_equal = !is_packed && problem.window_left < 0 && problem.window_right < 0;
   if (problem.deterministic) {
-    // Few tiles of one head at a time: each waits for the one before it.
-    wanted = most;
-  } else if (is_packed || problem.window_left >= 0 || problem.window_right >= 0) {
+    // Tiles of one head wait for each other, those of many share less in L2. But if tiles are few, and the longest come
+    // last, one section is balanced better (next_index).
+    constexpr int64_t kManyRounds = 8;
+    bool const is_many = pairs * ceil_div(rows_kv, block_kv) >= kManyRounds * num_sms;
+    wanted = is_equal || is_many ? std::max<int64_t>(1, most / 4) : std::max<int64_t>(1, pairs);
+  } else if (!is_equal) {
     // A section ends with short tiles and the next begins with long ones: sections need rounds enough to make up for
     // it.
     wanted = std::clamp(ceil_div(4 * num_sms * block_kv, rows_kv), wanted, std::max(wanted, most));

@@ -48,7 +48,7 @@ enum class Side : int32_t { kQueries, kKeys };
 
 struct Schedule {
   Side side;
-  bool is_ordered;    // packed: items stay in the order of rows, from the last to the first, instead of sorted
+  bool is_ordered;    // tiles of a sequence come in the order of rows, from the last to the first
   bool is_backwards;  // dense: row_blocks are walked from the last to the first
   int32_t num_heads;  // tiles side by side of one row_block: heads_q / heads_packed, or heads_kv * num_splits
   int32_t num_pairs;  // dense: heads times batch; packed: heads

@@ -147,18 +147,22 @@ __device__ inline void open_counter(Schedule const& schedule) {
 }
 
 // The number of the tile that this CTA takes in its round `round`; kNumCtas neighbours take it together, dealt out
-// statically. Dealt out statically, rounds run to and fro, so that
-// the CTA with the longest tile of one round has the shortest of the next; otherwise CTAs take the next tile by
-// counter.
+// statically. Dealt out statically, rounds run to and fro, so that the CTA with the longest tile of one round has the
+// shortest of the next; otherwise CTAs take the next tile by counter.
 template <int kNumCtas = 1>
 __device__ int32_t next_index(Schedule const& schedule, int32_t round) {
-  int32_t const num_ctas = gridDim.x;
-  if constexpr (kNumCtas > 1) {
-    int32_t const number = blockIdx.x / kNumCtas, count = num_ctas / kNumCtas;
-    return round * count + (round % 2 == 0 ? number : count - 1 - number);
+  int32_t const num_ctas = gridDim.x / kNumCtas, number = blockIdx.x / kNumCtas;
+  auto to_and_fro = [&](int32_t round) { return round % 2 == 0 ? number : num_ctas - 1 - number; };
+  if (kNumCtas > 1 || (schedule.next_tile == nullptr && !schedule.is_ordered)) {
+    return round * num_ctas + to_and_fro(round);
   }
   if (schedule.next_tile == nullptr) {
-    return round * num_ctas + (round % 2 == 0 ? blockIdx.x : num_ctas - 1 - blockIdx.x);
+    // The longest tiles come last. Dealt out from them on, so that it is the shortest that not every CTA gets one more
+    // of, but begun with the shortest.
+    int32_t const num_tiles = schedule.num_pairs * schedule.num_row_blocks, whole_rounds = num_tiles / num_ctas;
+    int32_t const rounds = whole_rounds + (to_and_fro(whole_rounds) < num_tiles % num_ctas ? 1 : 0);
+    int32_t const left = rounds - 1 - round;
+    return left < 0 ? num_tiles : num_tiles - 1 - (left * num_ctas + to_and_fro(left));
   }
   if (round == 0) return blockIdx.x;
   if (schedule.ticket != 0 && round == 1) {
