@@ -378,3 +378,17 @@ def test_boundaries_of_packed_sequences_are_refused_by_a_pass_that_reads_the_cac
             NotImplementedError, match=r"Fp8Cache in LlamaAttention: .* got cu_seq_lens_q .* Use DynamicC"
         ):
             model(ids[:, 20:], past_key_values=cache, **given)
+
+
+@torch.no_grad()
+def test_a_graph_that_meets_an_uneven_growing_cache_raises():
+    """It is a graph for each length, and compares the layers as Python does."""
+    model, ids, cache = build_causal_lm("flashmla"), random_ids(2, 30), flashmla_hf.Fp8Cache()
+    torch._dynamo.reset()
+    compiled = torch.compile(model.forward, backend="eager")
+    model(ids[:, :20], past_key_values=cache)
+    compiled(input_ids=ids[:, 20:21], past_key_values=cache)
+    with pytest.raises(NotImplementedError, match="output_attentions=True"):
+        model(ids[:, 21:23], past_key_values=cache, output_attentions=True)
+    with pytest.raises(RuntimeError, match="layer 1: expected 23 tokens in it, as the layer before it had, got 21"):
+        compiled(input_ids=ids[:, 23:24], past_key_values=cache)

@@ -65,24 +65,20 @@ class Fp8Cache(Cache):
 
         Returns what its attention reads. Raises RuntimeError if the layers hold different numbers of tokens.
         """
-        if torch.compiler.is_compiling():
-            return self._update_in_a_graph(key_states, value_states, layer_idx, *args, **kwargs)
+        is_compiling = torch.compiler.is_compiling()
+        if is_compiling and layer_idx < len(self.layers) and isinstance(self.layers[layer_idx], StaticFp8Layer):
+            return self._update_in_a_graph(key_states, value_states, self.layers[layer_idx], *args, **kwargs)
         self._check_length(layer_idx, key_states.shape[-2])
         result = super().update(key_states, value_states, layer_idx, *args, **kwargs)
         if isinstance(layer := self.layers[layer_idx], (Fp8Layer, StaticFp8Layer)):
-            if isinstance(rows := result[0], Fp8Rows):
+            if isinstance(rows := result[0], Fp8Rows) and not is_compiling:
                 rows.is_second = layer is self._last and not self._was_asked
             self._last, self._was_asked = layer, False
         return result
 
-    def _update_in_a_graph(
-        self, key_states, value_states, layer_idx: int, *args: Any, **kwargs: Any
-    ) -> tuple[Any, Any]:
+    def _update_in_a_graph(self, key_states, value_states, layer: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         """As :meth:`update`; Python knows no lengths, so the graph compares them."""
-        layer, last = (self.layers[layer_idx] if layer_idx < len(self.layers) else None), self._last
-        if not isinstance(layer, StaticFp8Layer):
-            return super().update(key_states, value_states, layer_idx, *args, **kwargs)
-        self._last = layer
+        last, self._last = self._last, layer
         beside = last if isinstance(last, StaticFp8Layer) and last is not layer and last.is_initialized else None
         return layer.update(key_states, value_states, *args, beside=beside, **kwargs)
 
