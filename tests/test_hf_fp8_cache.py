@@ -214,7 +214,7 @@ def test_a_cache_that_an_exception_left_uneven_is_refused_until_it_is_emptied(ne
     with pytest.raises(NotImplementedError, match="output_attentions=True"):
         model(ids[:, 20:23], past_key_values=cache, output_attentions=True)
     for tokens in (23, 24):
-        message = f"layer 1: expected {tokens} tokens in it, as the layer before it had, got 20. .* reset\\(\\) empties"
+        message = f"layer 1: expected {tokens + 1} tokens with the 1 that come, as the layer before it has, got 21. .* reset\\("
         with pytest.raises(RuntimeError, match=message):
             model(ids[:, :1], past_key_values=cache)
     cache.reset()
@@ -390,5 +390,5 @@ def test_a_graph_that_meets_an_uneven_growing_cache_raises():
     compiled(input_ids=ids[:, 20:21], past_key_values=cache)
     with pytest.raises(NotImplementedError, match="output_attentions=True"):
         model(ids[:, 21:23], past_key_values=cache, output_attentions=True)
-    with pytest.raises(RuntimeError, match="layer 1: expected 23 tokens in it, as the layer before it had, got 21"):
+    with pytest.raises(RuntimeError, match=r"layer 1: expected 24 tokens with the 1 that come, .* got 22"):
         compiled(input_ids=ids[:, 23:24], past_key_values=cache)

@@ -130,3 +130,92 @@ def test_a_window_that_no_mask_says_is_refused_once_it_hides_a_key():
         NotImplementedError, match=r"sliding window of 12 tokens, got 13 keys .* Use DynamicCache\(config="
     ):
         model(ids[:, 12:13], past_key_values=cache)
+
+
+def mllama(implementation):
+    text = {
+        "vocab_size": 96, "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2,
+        "intermediate_size": 96, "cross_attention_layers": [1], "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None,
+        "max_position_embeddings": 128, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+    }  # fmt: skip
+    vision = {
+        "hidden_size": 32, "num_hidden_layers": 1, "num_global_layers": 1, "attention_heads": 4, "intermediate_size": 48,
+        "vision_output_dim": 64, "image_size": 16, "patch_size": 8, "max_num_tiles": 2, "intermediate_layers_indices": [0],
+        "supported_aspect_ratios": [[1, 1], [1, 2], [2, 1]],
+    }  # fmt: skip
+    torch.manual_seed(0)
+    config = transformers.MllamaConfig(text_config=text, vision_config=vision, image_token_index=95)
+    model = transformers.MllamaForConditionalGeneration._from_config(config, attn_implementation=implementation)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "gate" in name:  # of the cross-attention, closed by the initialisation
+                parameter.fill_(1.0)
+            elif parameter.dim() >= 2:
+                parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+    return model.eval()
+
+
+def images_and_text():
+    """Two rows of one image each, of two tiles and of one."""
+    ids = random_ids(2, 9)
+    ids[:, 0] = 95
+    return {
+        "input_ids": ids, "attention_mask": torch.ones_like(ids), "aspect_ratio_ids": torch.tensor([[2], [1]]),
+        "pixel_values": torch.randn(2, 1, 2, 3, 16, 16, generator=torch.Generator().manual_seed(3)),
+        "aspect_ratio_mask": torch.tensor([[[1, 1]], [[1, 0]]]),
+        "cross_attention_mask": torch.tensor([[1, 1], [1, 0]]).view(2, 1, 1, 2).repeat(1, 9, 1, 1),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 2}], ids=["", "beams"])
+def test_layers_of_cross_attention_among_the_others_cache_what_they_see(options):
+    """Mllama's hold the keys of images, of another number, and mask them by a floating mask of one query."""
+    given = images_and_text() | {
+        "max_new_tokens": 6, "do_sample": False, "output_logits": True, "return_dict_in_generate": True,
+    }  # fmt: skip
+    cache = flashmla_hf.Fp8Cache()
+    got = mllama("flashmla").generate(**given, **options, past_key_values=cache)
+    expected = mllama("eager").generate(**given, **options, past_key_values=rounding_cache())
+    assert torch.equal(got.sequences, expected.sequences)
+    for ours, theirs in zip(got.logits, expected.logits, strict=True):
+        assert close(ours, theirs)
+    assert [layer.get_seq_length() for layer in cache.layers] == [14, 2 * 5, 14]
+
+
+@torch.no_grad()
+def test_the_other_layers_of_such_a_model_hold_the_same_tokens():
+    model, given, cache = mllama("flashmla"), images_and_text(), flashmla_hf.Fp8Cache()
+    model(**given, past_key_values=cache)
+    with pytest.raises(NotImplementedError, match="output_attentions=True"):
+        model(given["input_ids"][:, :2], past_key_values=cache, output_attentions=True)
+    with pytest.raises(RuntimeError, match=r"layer 2: expected 12 tokens with the 1 that come, .* got 10"):
+        model(given["input_ids"][:, :1], past_key_values=cache)
+    static = flashmla_hf.Fp8Cache(model.config, max_cache_len=40)
+    with pytest.raises(RuntimeError, match=r"layer 1: expected 9 tokens .* got 10\. .* take Fp8Cache\(\), which grows"):
+        model(**given, past_key_values=static)
+
+
+@torch.no_grad()
+@of_each_kind
+def test_a_floating_mask_of_one_query_is_read_if_it_hides_keys_and_weighs_none(new_cache):
+    model, ids = build_causal_lm("flashmla"), random_ids(2, 21)
+    visible = torch.ones(2, 1, 1, 21, dtype=torch.bool)
+    visible[0, ..., :4] = False
+    for value in (torch.finfo(torch.float32).min, -torch.inf, -1.0):
+        cache, plain = new_cache(model), new_cache(model)
+        for c in (cache, plain):
+            model(ids[:, :20], past_key_values=c)
+        rows = 21 if cache.get_max_length() < 0 else 51
+        hides = torch.nn.functional.pad(visible, (0, rows - 21))
+        added = torch.where(hides, 0.0, value)
+        if value == -1.0:
+            with pytest.raises(NotImplementedError, match="a mask that is not one of padding"):
+                model(ids[:, 20:], attention_mask=added, past_key_values=cache)
+            continue
+        got = model(ids[:, 20:], attention_mask=added, past_key_values=cache).logits
+        assert torch.equal(got, model(ids[:, 20:], attention_mask=hides, past_key_values=plain).logits)
+    cache = new_cache(model)
+    model(ids[:, :20], past_key_values=cache)
+    with pytest.raises(NotImplementedError, match="a mask that is not one of padding"):
+        model(ids[:, 20:], attention_mask=torch.full_like(added, -torch.inf), past_key_values=cache)

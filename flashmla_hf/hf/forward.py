@@ -251,7 +251,9 @@ def _from_fp8_cache(
     if key.is_second:
         refusals.refuse_cache_of_both_attentions(module)
     q = query.to(_common_dtype(query, value)).transpose(1, 2)
-    pattern, _ = patterns.read_mask(module, attention_mask, default, q, key.shape[2])
+    pattern, mask = patterns.read_mask(module, attention_mask, default, q, key.shape[2])
+    if pattern is None and mask is not None:
+        pattern = patterns.of_added_mask(mask, q.shape[0])
     if pattern is None or pattern.segments is not None:
         refusals.refuse_dense(module, *refusals.FP8_CACHE, 0.0, None, False)
     if pattern.is_causal and pattern.window is None:

@@ -55,8 +55,10 @@ class Fp8Cache(Cache):
         else:
             super().__init__(layers=_static_layers(config, max_cache_len))
         self._last: Fp8Layer | StaticFp8Layer | None = None  # the layer that was updated last
+        self._index = -1  # the layer, of any kind, that was updated last
         # Whether the cache was asked for its length since: models ask at the beginning of a pass.
         self._was_asked = False
+        self._new = 0  # the tokens of the pass
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -68,12 +70,19 @@ class Fp8Cache(Cache):
         is_compiling = torch.compiler.is_compiling()
         if is_compiling and layer_idx < len(self.layers) and isinstance(self.layers[layer_idx], StaticFp8Layer):
             return self._update_in_a_graph(key_states, value_states, self.layers[layer_idx], *args, **kwargs)
-        self._check_length(layer_idx, key_states.shape[-2])
+        new = key_states.shape[-2]
+        if self._was_asked or layer_idx <= self._index:
+            self._new = new
+        # A layer of cross-attention (Mllama's) is given others. A static cache has room for the same tokens in each layer.
+        is_of_pass = new == self._new or self.layer_class_to_replicate is None
+        if is_of_pass:
+            self._check_length(layer_idx, new)
         result = super().update(key_states, value_states, layer_idx, *args, **kwargs)
         if isinstance(layer := self.layers[layer_idx], (Fp8Layer, StaticFp8Layer)):
             if isinstance(rows := result[0], Fp8Rows) and not is_compiling:
                 rows.is_second = layer is self._last and not self._was_asked
-            self._last, self._was_asked = layer, False
+            self._last, self._was_asked = (layer if is_of_pass else self._last), False
+        self._index = layer_idx
         return result
 
     def _update_in_a_graph(self, key_states, value_states, layer: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
@@ -96,7 +105,7 @@ class Fp8Cache(Cache):
 
     def reset(self) -> None:
         """Empties all layers. A static cache keeps its buffers."""
-        self._last = None  # so that the graph of another prompt is that of the first
+        self._last, self._index = None, -1  # so that the graph of another prompt is that of the first
         super().reset()
 
     def _check_length(self, layer_idx: int, new: int) -> None:
@@ -110,9 +119,10 @@ class Fp8Cache(Cache):
         length, others = layer.known_length(), self._last.known_length()
         if length is not None and others is not None and others not in (length, length + new):
             raise RuntimeError(
-                f"Fp8Cache: layer {layer_idx}: expected {others - new} tokens in it, as the layer before it had, got {length}. "
-                f"If a forward pass raised or was interrupted, reset() empties the cache. {CROSS_ATTENTION}. Other models "
-                "whose layers cache different tokens take DynamicCache"
+                f"Fp8Cache: layer {layer_idx}: expected {others} tokens with the {new} that come, as the layer before it has, "
+                f"got {length + new}. After a forward pass that raised or was interrupted reset() empties it. "
+                f"{CROSS_ATTENTION}. Other models whose layers cache different tokens (of images) take Fp8Cache(), which "
+                "grows, or DynamicCache"
             )
 
     def update_conv_state(self, *args: Any, **kwargs: Any) -> torch.Tensor:
