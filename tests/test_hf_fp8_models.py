@@ -27,9 +27,10 @@ def bart(implementation, decoder_layers=2):
 @pytest.mark.parametrize("crosses_in_fp8", [False, True])
 @pytest.mark.parametrize("kind", ["growing", "static"])
 @pytest.mark.parametrize("options", [{}, {"num_beams": 3}], ids=["", "beams"])
-def test_encoder_decoder_models_take_it(kind, crosses_in_fp8, options):
+@pytest.mark.parametrize("layers", [1, 2])
+def test_encoder_decoder_models_take_it(kind, crosses_in_fp8, options, layers):
     """The encoder's keys and values may be in fp8, too: a decoder reads them from their layers."""
-    model, eager, ids = bart("flashmla"), bart("eager"), random_ids(2, 12)
+    model, eager, ids = bart("flashmla", layers), bart("eager", layers), random_ids(2, 12)
     mask = torch.ones_like(ids)
     mask[1, 9:] = 0
 
@@ -219,3 +220,17 @@ def test_a_floating_mask_of_one_query_is_read_if_it_hides_keys_and_weighs_none(n
     model(ids[:, :20], past_key_values=cache)
     with pytest.raises(NotImplementedError, match="a mask that is not one of padding"):
         model(ids[:, 20:], attention_mask=torch.full_like(added, -torch.inf), past_key_values=cache)
+
+
+@torch.no_grad()
+def test_a_graph_compares_no_layers_of_two_devices():
+    """A model on several devices has its cache there, too."""
+    cache = flashmla_hf.Fp8Cache(build_causal_lm("flashmla").config, max_cache_len=8)
+
+    def step(here, there):
+        return cache.update(here, here, 0)[0].shape, cache.update(there, there, 1)[0].shape
+
+    here, there = torch.randn(2, 2, 1, 16), torch.randn(2, 2, 1, 16, device="meta")
+    torch._dynamo.reset()
+    step(here, there)
+    assert torch.compile(step, backend="eager")(here, there) == ((2, 2, 8, 16),) * 2

@@ -88,16 +88,19 @@ class Fp8Cache(Cache):
     def _update_in_a_graph(self, key_states, value_states, layer: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         """As :meth:`update`; Python knows no lengths, so the graph compares them."""
         last, self._last = self._last, layer
-        beside = last if isinstance(last, StaticFp8Layer) and last is not layer and last.is_initialized else None
+        is_other = isinstance(last, StaticFp8Layer) and last is not layer and last.is_initialized
+        beside: Any = last if is_other else None
+        if beside is not None and beside.device != key_states.device:
+            beside = None
         return layer.update(key_states, value_states, *args, beside=beside, **kwargs)
 
-    def get_seq_length(self, layer_idx: int = 0) -> Any:
+    def get_seq_length(self, *args: Any, **kwargs: Any) -> Any:
         self._ask()
-        return super().get_seq_length(layer_idx)
+        return super().get_seq_length(*args, **kwargs)
 
-    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+    def get_mask_sizes(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
         self._ask()
-        return super().get_mask_sizes(query_length, layer_idx)
+        return super().get_mask_sizes(*args, **kwargs)
 
     def _ask(self) -> None:
         if not torch.compiler.is_compiling():
