@@ -227,6 +227,21 @@ def test_a_cache_that_an_exception_left_uneven_is_refused_until_it_is_emptied(ne
 
 @torch.no_grad()
 @of_each_kind
+def test_an_uneven_cache_is_refused_also_where_nobody_asks_for_its_length(new_cache):
+    """With positions and a mask of their own models ask no cache, so that only the layers say where a pass begins."""
+    model, ids = build_causal_lm("flashmla"), random_ids(2, 30)
+    cache = new_cache(model)
+    model(ids[:, :20], past_key_values=cache)
+    rows = 24 if cache.get_max_length() < 0 else 51
+    with pytest.raises(NotImplementedError, match="output_attentions=True"):
+        model(ids[:, 20:23], past_key_values=cache, output_attentions=True)
+    given = {"position_ids": torch.tensor([[23]]), "attention_mask": torch.ones(2, 1, 1, rows, dtype=torch.bool)}
+    with pytest.raises(RuntimeError, match="layer 1: expected 24 tokens"):
+        model(ids[:, 23:24], past_key_values=cache, **given)
+
+
+@torch.no_grad()
+@of_each_kind
 def test_crop_takes_whole_numbers_of_tokens(new_cache):
     """A float would be a length that no tensor has."""
     model, ids = build_causal_lm("flashmla"), random_ids(2, 12)

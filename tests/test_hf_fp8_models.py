@@ -62,6 +62,13 @@ def test_encoder_decoder_models_are_told_which_cache_they_take(new_cache, layers
     for given in (cache, transformers.EncoderDecoderCache(both := new_cache(model), both)):
         with pytest.raises(RuntimeError, match=message):
             model.generate(random_ids(2, 12), past_key_values=given, max_new_tokens=8)
+    if layers > 1:  # a configuration that does not say it
+        unsaid = bart("flashmla", layers)
+        unsaid.model.decoder.config.is_encoder_decoder = False
+        for attention in (layer.encoder_attn for layer in unsaid.model.decoder.layers):
+            attention.config = unsaid.model.decoder.config
+        with torch.no_grad(), pytest.raises(RuntimeError, match=rf"layer 1: expected 15 tokens .* {way_out}"):
+            unsaid(random_ids(2, 12), decoder_input_ids=random_ids(2, 3), past_key_values=new_cache(model))
     for name in ("self_attention_cache", "cross_attention_cache", "is_updated"):
         assert not hasattr(cache, name)
         with pytest.raises(AttributeError, match=way_out):

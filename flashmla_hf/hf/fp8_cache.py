@@ -58,7 +58,7 @@ class Fp8Cache(Cache):
         self._index = -1  # the layer, of any kind, that was updated last
         # Whether the cache was asked for its length since: models ask at the beginning of a pass.
         self._was_asked = False
-        self._new = 0  # the tokens of the pass
+        self._new: int | None = 0  # the tokens of the pass; None: unknown
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -71,10 +71,13 @@ class Fp8Cache(Cache):
         if is_compiling and layer_idx < len(self.layers) and isinstance(self.layers[layer_idx], StaticFp8Layer):
             return self._update_in_a_graph(key_states, value_states, self.layers[layer_idx], *args, **kwargs)
         new = key_states.shape[-2]
-        if self._was_asked or layer_idx <= self._index:
+        if self._was_asked or layer_idx < self._index:
             self._new = new
+        elif layer_idx == self._index:
+            # Another pass of the only layer, or after one that raised; or the cross-attention of the layer.
+            self._new = None
         # A layer of cross-attention (Mllama's) is given others. A static cache has room for the same tokens in each layer.
-        is_of_pass = new == self._new or self.layer_class_to_replicate is None
+        is_of_pass = self._new in (None, new) or self.layer_class_to_replicate is None
         if is_of_pass:
             self._check_length(layer_idx, new)
         result = super().update(key_states, value_states, layer_idx, *args, **kwargs)
