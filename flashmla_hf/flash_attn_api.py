@@ -9,6 +9,7 @@ import torch
 
 from flashmla_hf.decode import decode_attention
 from flashmla_hf.dispatch import attention
+from flashmla_hf.fp8.quantization import DTYPE
 from flashmla_hf.scalars import fail, flag, integer
 from flashmla_hf.torch_state import has_transforms, values_are_readable
 from flashmla_hf.validation import check_cached_layout, check_int32
@@ -33,6 +34,13 @@ def _raise_under_its_names(error: Exception, **names: str) -> NoReturn:
     if found is None or found[2] not in names:
         raise error
     raise type(error)(found[1] + names[found[2]] + found[3]) from None
+
+
+def _refuse_fp8(way_out: str, **tensors: torch.Tensor) -> None:
+    """Under the name that the caller gave: their factors are arguments that these functions have not."""
+    for name, x in tensors.items():
+        if getattr(x, "dtype", None) == DTYPE:
+            fail(TypeError, name, f"dtype float32, float16 or bfloat16 (for fp8 {way_out})", "float8_e4m3fn")
 
 
 def flash_attn_func(
@@ -95,6 +103,7 @@ def flash_attn_varlen_func(
 def _flash_attn(q, k, v, alibi_slopes, return_attn_probs, **options):
     if alibi_slopes is not None:
         fail(ValueError, "alibi_slopes", "none (pass the bias to flashmla_hf.attention as attn_mask)", "a tensor")
+    _refuse_fp8("call flashmla_hf.attention, with q_descale, k_descale and v_descale", q=q, k=k, v=v)
     # flash-attn's deterministic=False is a default, not a wish: the global switches still count.
     options["deterministic"] = flag("deterministic", options["deterministic"]) or None
     try:
@@ -141,6 +150,8 @@ def flash_attn_with_kvcache(
             fail(ValueError, name, "none (rotate q and k before the call)", "a tensor")
     if alibi_slopes is not None:
         fail(ValueError, "alibi_slopes", "none (pass the bias to flashmla_hf.attention as attn_mask)", "a tensor")
+    way_out = "call flashmla_hf.decode_attention with caches in fp8, k_descale and v_descale"
+    _refuse_fp8(way_out, q=q, k_cache=k_cache, v_cache=v_cache)
     check_cached_layout(q, k_cache, v_cache, block_table)
     if cache_seqlens is not None and not isinstance(cache_seqlens, (torch.Tensor, list, tuple)):
         length = integer("cache_seqlens", cache_seqlens, "an int, or a torch.Tensor int32 [batch]")

@@ -259,7 +259,7 @@ FAMILIES = (
     Family("GPT-J", "GPTJForCausalLM",
            _config("GPTJConfig", {**GPT2, "rotary_dim": 4}), packs=False,
            wrong=("zeros", "half scale", "causal flipped"),
-           note="through Transformers' own flash path"),
+           note="through Transformers' own flash path before 5.24"),
     Family("Llama 4 text", "Llama4ForCausalLM",
            _config("Llama4TextConfig", HEADS_8, num_local_experts=2, attention_chunk_size=8, intermediate_size_mlp=48,
                    layer_types=["chunked_attention", "full_attention"], no_rope_layers=[1, 0], moe_layers=[0]),

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from flashmla_hf import attention, decode_attention, libraries
+from flashmla_hf import attention, decode_attention, flash_attn_func, flash_attn_varlen_func, libraries
+from flashmla_hf.flash_attn_api import flash_attn_with_kvcache
 
 E4M3 = torch.float8_e4m3fn
 
@@ -139,3 +140,21 @@ def test_meta_tensors_have_the_shapes():
     )
     out, lse = attention(q, k, k, precision="fp8", return_lse=True)
     assert (out.shape, out.dtype, lse.shape) == (q.shape, torch.bfloat16, (2, 4, 150))
+
+
+def test_functions_without_factors_name_those_that_have_them():
+    """flash-attn's arguments have none, so an error that asks for one would be no way out."""
+    (q, k, v), _ = fp8_tensors()
+    wide, bounds = q.float(), torch.tensor([0, 150, 300], dtype=torch.int32)
+    for name, function, way_out in (
+        ("q", lambda: flash_attn_func(q, k, v), "attention, with q_descale, k_descale and v_descale"),
+        ("k", lambda: flash_attn_func(wide, k, v), "attention, with q_descale, k_descale and v_descale"),
+        (
+            "q", lambda: flash_attn_varlen_func(*(x.flatten(0, 1) for x in (q, k, v)), bounds, bounds, 150, 150),
+            "attention, with q_descale, k_descale and v_descale",
+        ),
+        ("k_cache", lambda: flash_attn_with_kvcache(wide, k, v), "decode_attention with caches in fp8, k_descale and v_descale"),
+    ):  # fmt: skip
+        message = rf"{name}: expected dtype float32, float16 or bfloat16 \(for fp8 call flashmla_hf\.{way_out}\), got float8_e4m3fn"
+        with pytest.raises(TypeError, match=message):
+            function()

@@ -200,6 +200,35 @@ def test_a_compiled_step_beyond_the_room_raises_from_the_graph():
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("fullgraph", [True, False])
+def test_a_compiled_step_of_layers_that_an_exception_left_uneven_raises_from_the_graph(fullgraph):
+    """Python knows no lengths there, so the graph compares them; a step of even layers goes on in it."""
+    model, ids = build_causal_lm("flashmla"), random_ids(2, 30)
+    torch._dynamo.reset()
+    compiled = torch.compile(model.forward, backend="aot_eager", fullgraph=fullgraph)
+    cache, straight = static(model), flashmla_hf.Fp8Cache()
+    for begin in (20, 21, 22):
+        given = {"position_ids": torch.tensor([[begin]]), "use_cache": True}
+        for c in (cache, straight) if begin == 20 else ():
+            model(ids[:, :20], past_key_values=c)
+        got = compiled(input_ids=ids[:, begin : begin + 1], past_key_values=cache, **given).logits
+        expected = model(ids[:, begin : begin + 1], past_key_values=straight, **given).logits
+        torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
+    with pytest.raises(NotImplementedError, match="output_attentions=True"):
+        model(ids[:, 23:25], past_key_values=cache, output_attentions=True)
+    given = {"position_ids": torch.tensor([[25]]), "use_cache": True}
+    with pytest.raises(RuntimeError, match=r"in layers that hold the same tokens, got .*reset\(\) empties it"):
+        compiled(input_ids=ids[:, 25:26], past_key_values=cache, **given)
+    cache.reset()
+    fresh = flashmla_hf.Fp8Cache()
+    for c in (cache, fresh):
+        model(ids[:, :25], past_key_values=c)
+    got = compiled(input_ids=ids[:, 25:26], past_key_values=cache, **given).logits
+    expected = model(ids[:, 25:26], past_key_values=fresh, **given).logits
+    torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
 def test_rows_that_are_not_in_use_are_read_by_no_mask():
     """One that a user wrote says nothing of them, and they hold anything."""
     model, ids = build_causal_lm("flashmla"), random_ids(2, 12)

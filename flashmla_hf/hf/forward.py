@@ -15,7 +15,7 @@ from flashmla_hf.dispatch import attention, drops_in_a_fused_kernel
 from flashmla_hf.hf import (
     boundaries,
     decoding,
-    fp8_layers,
+    fp8_rows,
     heads,
     masks,
     paged,
@@ -61,7 +61,7 @@ def attention_forward(
         query: [batch, heads_q, seqlen_q, head_dim_qk], any strides; float32, float16 or bfloat16. Under autocast query, key
             and value may differ in dtype.
         key, value: [batch, heads_kv, seqlen_kv, head_dim_qk or head_dim_v]; heads not repeated. A static cache passes all
-            its rows, an Fp8Cache :class:`fp8_layers.Fp8Rows`. ``None`` as value: key holds latents (:class:`decoding.Latents`),
+            its rows, an Fp8Cache :class:`fp8_rows.Fp8Rows`. ``None`` as value: key holds latents (:class:`decoding.Latents`),
             from a layer of the patch "mla_decode".
         attention_mask: a mask of :mod:`masks`, or a user's [batch, 1 or heads_q, seqlen_q, seqlen_kv], boolean (true
             keeps) or additive. Either defines the visible keys alone: no causal mask or window is added. Or key padding
@@ -94,11 +94,12 @@ def attention_forward(
     boundaries.enter(module)
     precision = kwargs.pop(_PRECISION, None)
     output_attentions = output_attentions or transformers_private.weights_are_recorded()
-    if isinstance(key, fp8_layers.Fp8Rows):
+    if isinstance(key, fp8_rows.Fp8Rows):
+        refusals.refuse_beyond_fp8_cache(
+            module, dropout, position_bias, output_attentions, (cu_seq_lens_q, cu_seq_lens_k)
+        )
         default = masks.Pattern(*patterns.without_mask(module, is_causal, sliding_window, False))
-        if output_attentions or position_bias is not None or dropout > 0.0:
-            refusals.refuse_dense(module, *_FP8_CACHE, dropout, position_bias, output_attentions)
-        given = {"scale": scaling, "softcap": float(softcap or 0.0), "sinks": s_aux}
+        given: dict[str, Any] = {"scale": scaling, "softcap": float(softcap or 0.0), "sinks": s_aux}
         return _from_fp8_cache(module, query, key, value, attention_mask, default, given, kwargs), None
     latents = decoding.latents_of(module) if value is None else None
     if latents is not None:
@@ -152,11 +153,6 @@ def attention_forward(
     return (out if latents is None else expand(out)), weights
 
 
-# The subject of a refusal and the way out.
-_FP8 = ("flashmla_fp8", 'attn_implementation="flashmla"')
-_FP8_CACHE = ("Fp8Cache", "DynamicCache")
-
-
 def fp8_forward(module: torch.nn.Module, *tensors, **kwargs) -> tuple[torch.Tensor, torch.Tensor | None]:
     """:func:`attention_forward`, in fp8, for ``attn_implementation="flashmla_fp8"``."""
     given: dict[str, Any] = kwargs | {_PRECISION: "fp8"}
@@ -187,7 +183,7 @@ def _attend(module, q, k, v, pattern, mask, packed, dense, options, are_latents)
             if out is not None:
                 return out, None
     if options["precision"] is not None:
-        refusals.refuse_dense(module, *_FP8, dropout, position_bias, wants_weights)
+        refusals.refuse_dense(module, *refusals.FP8, dropout, position_bias, wants_weights)
     if pattern is not None and pattern.end is not None:
         pattern = None  # the mask says the same
     return _dense(module, q, k, v, pattern, mask, position_bias, dropout, wants_weights, options)
@@ -251,10 +247,17 @@ def _from_fp8_cache(
 ) -> torch.Tensor:
     """Attention to rows of an Fp8Cache. query [batch, heads_q, seqlen_q, dim] -> [batch, seqlen_q, heads_q, head_dim_v]."""
     refusals.refuse_unknown(module, others)
-    q = query.transpose(1, 2)
-    pattern, _ = patterns.read_mask(module, attention_mask, default, q, key.shape[2])
+    refusals.refuse_parallel(module, query)
+    if key.is_second:
+        refusals.refuse_cache_of_both_attentions(module)
+    q = query.to(_common_dtype(query, value)).transpose(1, 2)
+    pattern, mask = patterns.read_mask(module, attention_mask, default, q, key.shape[2])
+    if pattern is None and mask is not None:
+        pattern = patterns.of_added_mask(mask, q.shape[0])
     if pattern is None or pattern.segments is not None:
-        refusals.refuse_dense(module, *_FP8_CACHE, 0.0, None, False)
+        refusals.refuse_dense(module, *refusals.FP8_CACHE, 0.0, None, False)
+    if pattern.is_causal and pattern.window is None:
+        refusals.refuse_window_of_cache(module, key.shape[2])
     # int32 [batch], the keys of each sequence; None: all rows. Of a static cache Python does not know it.
     in_use = lengths = key.lengths
     starts = None
@@ -267,7 +270,7 @@ def _from_fp8_cache(
         queries_are_keys = pattern.is_causal or pattern.window is not None
         ends_together = ranges.common_end == num_keys or (pattern.is_causal and in_use is not None)
         if ranges.has_holes or (queries_are_keys and not ends_together):
-            refusals.refuse_dense(module, *_FP8_CACHE, 0.0, None, False)
+            refusals.refuse_dense(module, *refusals.FP8_CACHE, 0.0, None, False)
         lengths, starts = ranges.end, ranges.start
         if in_use is not None and not pattern.is_causal:
             lengths = torch.minimum(lengths, in_use)
@@ -376,17 +379,20 @@ def _segments_from_boundaries(module, q, k, cu_seqlens_q, cu_seqlens_kv) -> torc
 
 
 def _one_dtype(query, key, value):
-    """query, key and value in one dtype. Autocast mixes dtypes: rotary embeddings and norms give fp32, projections bf16.
+    dtype = _common_dtype(query, value)
+    return query.to(dtype), key.to(dtype), value.to(dtype)
+
+
+def _common_dtype(query, value) -> torch.dtype:
+    """The one dtype of query, key and value. Autocast mixes dtypes: rotary embeddings and norms give fp32, projections bf16.
 
     The dtype is autocast's under autocast, as for any matrix product. Otherwise it is that of ``value``, which no norm or
     rotation has changed.
     """
     device_type = query.device.type
     if device_type != "meta" and torch.is_autocast_enabled(device_type) and query.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(device_type)
-    else:
-        dtype = value.dtype
-    return query.to(dtype), key.to(dtype), value.to(dtype)
+        return torch.get_autocast_dtype(device_type)
+    return value.dtype
 
 
 def _as_int(length: int | torch.Tensor | None) -> int | None:

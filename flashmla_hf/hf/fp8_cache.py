@@ -15,7 +15,8 @@ from transformers.cache_utils import (
     StaticSlidingWindowLayer,
 )
 
-from flashmla_hf.hf.fp8_layers import Fp8Layer, StaticFp8Layer
+from flashmla_hf.hf.fp8_layers import CROSS_ATTENTION, Fp8Layer, StaticFp8Layer
+from flashmla_hf.hf.fp8_rows import Fp8Rows
 
 
 class Fp8Cache(Cache):
@@ -43,12 +44,21 @@ class Fp8Cache(Cache):
             new ones but the last. More raise. Both or neither: without them the cache grows.
     """
 
-    def __init__(self, config: Any = None, max_cache_len: int | None = None) -> None:
+    def __init__(self, config: Any = None, max_cache_len: int | None = None, **others: Any) -> None:
+        if others:  # T5Gemma makes another cache of the class that it is given
+            raise TypeError(
+                f"Fp8Cache: expected config and max_cache_len, or nothing, got {', '.join(others)}. A model that makes the "
+                "cache of its cross-attention itself takes transformers.EncoderDecoderCache(Fp8Cache(), DynamicCache())"
+            )
         if config is None and max_cache_len is None:
             super().__init__(layer_class_to_replicate=Fp8Layer)
         else:
             super().__init__(layers=_static_layers(config, max_cache_len))
         self._last: Fp8Layer | StaticFp8Layer | None = None  # the layer that was updated last
+        self._index = -1  # the layer, of any kind, that was updated last
+        # Whether the cache was asked for its length since: models ask at the beginning of a pass.
+        self._was_asked = False
+        self._new: int | None = 0  # the tokens of the pass; None: unknown
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -57,13 +67,52 @@ class Fp8Cache(Cache):
 
         Returns what its attention reads. Raises RuntimeError if the layers hold different numbers of tokens.
         """
-        if torch.compiler.is_compiling():
-            return super().update(key_states, value_states, layer_idx, *args, **kwargs)
-        self._check_length(layer_idx, key_states.shape[-2])
+        is_compiling = torch.compiler.is_compiling()
+        if is_compiling and layer_idx < len(self.layers) and isinstance(self.layers[layer_idx], StaticFp8Layer):
+            return self._update_in_a_graph(key_states, value_states, self.layers[layer_idx], *args, **kwargs)
+        new = key_states.shape[-2]
+        if self._was_asked or layer_idx < self._index:
+            self._new = new
+        elif layer_idx == self._index:
+            # Another pass of the only layer, or after one that raised; or the cross-attention of the layer.
+            self._new = None
+        # A layer of cross-attention (Mllama's) is given others. A static cache has room for the same tokens in each layer.
+        is_of_pass = self._new in (None, new) or self.layer_class_to_replicate is None
+        if is_of_pass:
+            self._check_length(layer_idx, new)
         result = super().update(key_states, value_states, layer_idx, *args, **kwargs)
         if isinstance(layer := self.layers[layer_idx], (Fp8Layer, StaticFp8Layer)):
-            self._last = layer
+            if isinstance(rows := result[0], Fp8Rows) and not is_compiling:
+                rows.is_second = layer is self._last and not self._was_asked
+            self._last, self._was_asked = (layer if is_of_pass else self._last), False
+        self._index = layer_idx
         return result
+
+    def _update_in_a_graph(self, key_states, value_states, layer: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        """As :meth:`update`; Python knows no lengths, so the graph compares them."""
+        last, self._last = self._last, layer
+        is_other = isinstance(last, StaticFp8Layer) and last is not layer and last.is_initialized
+        beside: Any = last if is_other else None
+        if beside is not None and beside.device != key_states.device:
+            beside = None
+        return layer.update(key_states, value_states, *args, beside=beside, **kwargs)
+
+    def get_seq_length(self, *args: Any, **kwargs: Any) -> Any:
+        self._ask()
+        return super().get_seq_length(*args, **kwargs)
+
+    def get_mask_sizes(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
+        self._ask()
+        return super().get_mask_sizes(*args, **kwargs)
+
+    def _ask(self) -> None:
+        if not torch.compiler.is_compiling():
+            self._was_asked = True
+
+    def reset(self) -> None:
+        """Empties all layers. A static cache keeps its buffers."""
+        self._last, self._index = None, -1  # so that the graph of another prompt is that of the first
+        super().reset()
 
     def _check_length(self, layer_idx: int, new: int) -> None:
         """Raises if the layers of a model do not cache the same tokens: keys would meet the mask and positions of others.
@@ -76,9 +125,10 @@ class Fp8Cache(Cache):
         length, others = layer.known_length(), self._last.known_length()
         if length is not None and others is not None and others not in (length, length + new):
             raise RuntimeError(
-                f"Fp8Cache: layer {layer_idx}: expected {others - new} tokens in it, as the layer before it had, got {length}. "
-                f"If a forward pass raised or was interrupted, reset() empties the cache. {_CROSS_ATTENTION}. Other models "
-                "whose layers cache different tokens take DynamicCache"
+                f"Fp8Cache: layer {layer_idx}: expected {others} tokens with the {new} that come, as the layer before it has, "
+                f"got {length + new}. After a forward pass that raised or was interrupted reset() empties it. "
+                f"{CROSS_ATTENTION}. Other models whose layers cache different tokens (of images) take Fp8Cache(), which "
+                "grows, or DynamicCache"
             )
 
     def update_conv_state(self, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -99,16 +149,10 @@ class Fp8Cache(Cache):
 
     @property
     def self_attention_cache(self) -> Any:
-        raise AttributeError(f"Fp8Cache: expected a cache of two parts, got one. {_CROSS_ATTENTION}")
+        raise AttributeError(f"Fp8Cache: expected a cache of two parts, got one. {CROSS_ATTENTION}")
 
     # What else models ask an EncoderDecoderCache for.
     cross_attention_cache = is_updated = self_attention_cache
-
-
-_CROSS_ATTENTION = (
-    "An encoder-decoder model takes transformers.EncoderDecoderCache(Fp8Cache(), DynamicCache()), which holds the "
-    "encoder's keys and values apart"
-)
 
 
 def _no_states(kind: str) -> NotImplementedError:

@@ -1,10 +1,11 @@
 """The layers of an Fp8Cache, and what they hand to attention.
 
 A layer holds data e4m3 [batch, heads_kv, capacity, head_dim] and a scale for each token and head, fp32 [batch,
-heads_kv, capacity]. It hands an attention layer :class:`Fp8Rows` in place of keys and values, which only our attention reads
-(``flashmla_hf.decode_attention`` with descales). The keys and values of the first forward pass are handed on as they came: the
-prompt attends to itself in the precision of the model, and to a cache in fp8 from then on. ``keys`` and ``values`` of a layer,
-which some models read themselves (cross-attention, loops over layers), are Fp8Rows too: bits without their scales mean nothing.
+heads_kv, capacity]. It hands an attention layer :class:`fp8_rows.Fp8Rows` in place of keys and values, which only our
+attention reads (``flashmla_hf.decode_attention`` with descales). The keys and values of the first forward pass are handed on as
+they came: the prompt attends to itself in the precision of the model, and to a cache in fp8 from then on. ``keys`` and
+``values`` of a layer, which some models read themselves (cross-attention, loops over layers), are Fp8Rows too: bits without
+their scales mean nothing.
 
 :class:`Fp8Layer` grows, and Python knows how many rows it has. :class:`StaticFp8Layer` is allocated once and counts its rows on
 the device, so that one compiled graph, at the same addresses, is every decoding step.
@@ -21,65 +22,17 @@ from transformers.cache_utils import CacheLayerMixin
 
 from flashmla_hf.fp8 import cached
 from flashmla_hf.fp8.quantization import DTYPE
+from flashmla_hf.hf.fp8_rows import Fp8Rows
 from flashmla_hf.torch_state import values_are_readable
 
 # Rows by which a full cache grows: one copy of it in so many steps, where DynamicCache makes one in each.
 GROWTH = 128
 
 
-class Fp8Rows:
-    """Keys or values [batch, heads_kv, rows, head_dim] that only our attention can read: every operation raises.
-
-    It has the dtype of the model, and no numbers in it: ``e4m3`` [batch, heads_kv, rows, head_dim] and ``scale`` fp32
-    [batch, heads_kv, rows] are views of the cache. ``lengths``: int32 [batch], how many of the rows are in use; ``None``: all.
-
-    No subclass of torch.Tensor, which a compiled graph cannot make.
-    """
-
-    requires_grad = False
-
-    def __init__(
-        self, e4m3: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype, lengths: torch.Tensor | None = None
-    ) -> None:
-        self.e4m3, self.scale, self.dtype, self.lengths = e4m3, scale, dtype, lengths
-
-    @property
-    def shape(self) -> torch.Size:
-        return self.e4m3.shape
-
-    @property
-    def device(self) -> torch.device:
-        return self.e4m3.device
-
-    def size(self, dim: int | None = None) -> torch.Size | int:
-        return self.shape if dim is None else self.shape[dim]
-
-    def numel(self) -> int:
-        return self.e4m3.numel()
-
-    def __repr__(self) -> str:
-        return f"Fp8Rows({[*self.shape]}, {self.dtype}, {self.device})"
-
-    @classmethod
-    def __torch_function__(cls, func, types, args=(), kwargs=None) -> NoReturn:
-        _refuse_operation(getattr(func, "__name__", func))
-
-    def __getattr__(self, name: str) -> NoReturn:
-        if name.startswith("__"):
-            raise AttributeError(name)  # a protocol that Python asks for: copies, pickles
-        _refuse_operation(name)
-
-    def __getitem__(self, index: Any) -> NoReturn:
-        _refuse_operation("indexing")
-
-
-def _refuse_operation(name: Any) -> NoReturn:
-    raise RuntimeError(
-        f"Fp8Cache: its keys and values are in fp8, and {name} was called on them: expected the attention of flashmla_hf "
-        'alone to read them. Load the model with attn_implementation="flashmla" (or "flashmla_fp8"). If it is, the model '
-        "computes with its cache itself (latent attention, loops over layers): use DynamicCache. flashmla_hf.check(model) "
-        "lists the layers that call our attention"
-    )
+CROSS_ATTENTION = (
+    "An encoder-decoder model takes transformers.EncoderDecoderCache(Fp8Cache(), DynamicCache()), which holds the "
+    "encoder's keys and values apart"
+)
 
 
 class _Layer(CacheLayerMixin):
@@ -100,6 +53,13 @@ class _Layer(CacheLayerMixin):
     def _clear(self) -> None:
         self.key_data = self.value_data = self.key_scales = self.value_scales = None
         self.is_initialized, self._had_gradients = False, False
+
+    def __getattr__(self, name: str) -> NoReturn:
+        # An AttributeError: whoever asks whether there is such an attribute learns that there is none.
+        raise AttributeError(
+            f"Fp8Cache: its layers hold keys and values alone, and {name} was asked of one: expected a model that caches "
+            "nothing else, and reads its cache by the attention of flashmla_hf. Use DynamicCache(config=model.config)"
+        )
 
     @property
     def keys(self) -> Fp8Rows | None:
@@ -299,6 +259,13 @@ class Fp8Layer(_Layer):
         self._length = max(0, self._length - _removed(tokens_to_remove))
 
 
+_OF_COMPILED_STEPS = (
+    "Fp8Cache: max_cache_len: expected room for the tokens of a compiled step, in layers that hold the same tokens, got a "
+    "cache that is full (make it with more, or generate fewer tokens) or one that a pass left uneven which raised (reset() "
+    "empties it)"
+)
+
+
 class StaticFp8Layer(_Layer):
     """One layer of a static Fp8Cache: ``max_cache_len`` rows at addresses that do not change.
 
@@ -339,17 +306,17 @@ class StaticFp8Layer(_Layer):
                 torch._dynamo.mark_static_address(getattr(self, name))
 
     def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, beside: Any = None, **kwargs: Any
     ) -> tuple[Any, Any]:
         """Quantises and appends key_states and value_states [batch, heads_kv, new, head_dim].
 
         Returns them as they are if the cache was empty, else all ``max_cache_len`` rows as :class:`Fp8Rows`, through which no
-        gradient goes. Raises ValueError for more rows than there are; a compiled step raises RuntimeError from the running
-        graph (on a GPU a device assertion).
+        gradient goes. Raises ValueError for more rows than there are. A compiled step raises RuntimeError from the running
+        graph (on a GPU a device assertion), also if ``beside``, the layer before this one, caches other tokens.
         """
         was_empty, new = self._is_empty, key_states.shape[-2]
         self._check(key_states, value_states, is_read=not was_empty)
-        self._count(new)
+        self._count(new, beside)
         cached.write_rows(key_states.transpose(1, 2), value_states.transpose(1, 2), *self._rows(), self.lengths)
         self.lengths.add_(new)
         if was_empty:
@@ -360,8 +327,8 @@ class StaticFp8Layer(_Layer):
     def _read(self, name: str, dtype: torch.dtype) -> Fp8Rows:
         return Fp8Rows(getattr(self, f"{name}_data"), getattr(self, f"{name}_scales"), dtype, self.lengths)
 
-    def _count(self, new: int) -> None:
-        """Raises if ``new`` rows more do not fit."""
+    def _count(self, new: int, beside: StaticFp8Layer | None) -> None:
+        """Raises if ``new`` rows more do not fit, and in a compiled step if the layer ``beside`` this one has not as many."""
         if values_are_readable(self.lengths):
             self._known = self._length_with(new)
             return
@@ -369,12 +336,12 @@ class StaticFp8Layer(_Layer):
         self._known = None
         if not torch.compiler.is_compiling():
             self._is_captured = True  # and may be replayed, of which Python learns nothing
-        torch._assert_async(
-            (self.lengths <= self.max_cache_len - new).all(),
-            # Constants alone: a graph of dynamic shapes formats no length.
-            "Fp8Cache: max_cache_len: expected room for the tokens of a compiled step, got a cache that is full. Make it with "
-            "more, or generate fewer tokens",
-        )
+        is_right = self.lengths <= self.max_cache_len - new
+        if beside is not None:
+            # It is a step ahead, or this layer begins the next one.
+            is_right = is_right & ((beside.lengths == self.lengths + new) | (beside.lengths == self.lengths))
+        # One assertion, since each is a launch; constants alone, since a graph of dynamic shapes formats no length.
+        torch._assert_async(is_right.all(), _OF_COMPILED_STEPS)
 
     def _length_with(self, new: int) -> int:
         """The rows in use after ``new`` ones more; raises ValueError if they do not fit."""

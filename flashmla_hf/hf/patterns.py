@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from flashmla_hf.hf import boundaries, masks, refusals, transformers_private
+from flashmla_hf.torch_state import values_are_readable
 
 
 def without_mask(
@@ -49,6 +50,20 @@ def read_mask(
         padding = boundaries.view_with_memo(mask, mask[:, 0, 0, :].expand(q.shape[0], -1))
         return masks.Pattern(False, None, padding), None
     return None, mask
+
+
+def of_added_mask(mask: torch.Tensor, batch: int) -> masks.Pattern | None:
+    """The pattern of a floating mask [batch or 1, 1, 1, seqlen_kv] of one query that hides keys or leaves them as they are, and
+    hides all of no row; ``None`` for others, and where it has no values to read."""
+    if not mask.is_floating_point() or mask.shape[1] != 1 or mask.shape[2] != 1 or not values_are_readable(mask):
+        return None
+    kept, key = boundaries.memo(mask), ("visible", batch)
+    if key not in kept:
+        row = mask[:, 0, 0, :].expand(batch, -1)
+        visible = row == 0
+        is_plain = (visible | (row <= torch.finfo(mask.dtype).min)).all() & visible.any(-1).all()
+        kept[key] = boundaries.mark_constant(visible) if bool(is_plain) else None
+    return None if kept[key] is None else masks.Pattern(False, None, kept[key])
 
 
 def cut_by_positions(pattern: masks.Pattern, position_ids, q, seqlen_kv: int) -> masks.Pattern:

@@ -7,6 +7,7 @@ from typing import NoReturn
 import torch
 
 from flashmla_hf.hf import check, transformers_private
+from flashmla_hf.hf.fp8_layers import CROSS_ATTENTION
 
 
 def refuse_unknown(module: torch.nn.Module, kwargs: dict) -> None:
@@ -60,8 +61,13 @@ def refuse_parallel(module: torch.nn.Module, query: torch.Tensor, precision: str
         )
 
 
+# The subject of a refusal and the way out.
+FP8 = ("flashmla_fp8", 'attn_implementation="flashmla"')
+FP8_CACHE = ("Fp8Cache", "DynamicCache")
+
+
 def refuse_dense(
-    module: torch.nn.Module, subject: str, way_out: str, dropout, position_bias, wants_weights
+    module: torch.nn.Module, subject: str, way_out: str, dropout, position_bias, wants_weights, is_packed: bool = False
 ) -> NoReturn:
     """Raises for a call in fp8 that only a dense mask, or the weights themselves, would answer."""
     if wants_weights:
@@ -70,12 +76,45 @@ def refuse_dense(
         got = "a position_bias"
     elif dropout > 0.0:
         got = f"a dropout of {dropout}"
+    elif is_packed:
+        got = "cu_seq_lens_q and cu_seq_lens_k of a pass that reads the cache"
     else:
         got = "a mask that is not one of padding, packing, causality and windows (a padded row with holes, a custom 4-D mask)"
     raise NotImplementedError(
         f"{subject} in {type(module).__name__}: expected a call that fp8 covers, got {got}. Use {way_out}, which computes "
         "it exactly"
     )
+
+
+def refuse_beyond_fp8_cache(module: torch.nn.Module, dropout, position_bias, wants_weights, cu_seq_lens) -> None:
+    """Raises for a pass that reads an Fp8Cache and asks for more than its attention. ``cu_seq_lens``: the boundaries of queries
+    and keys, or ``None``."""
+    is_packed = any(x is not None for x in cu_seq_lens)
+    if wants_weights or position_bias is not None or dropout > 0.0 or is_packed:
+        refuse_dense(module, *FP8_CACHE, dropout, position_bias, wants_weights, is_packed)
+
+
+def refuse_cache_of_both_attentions(module: torch.nn.Module) -> None:
+    """Raises for cross-attention that reads its keys behind those of self-attention."""
+    config = getattr(module, "config", None)
+    if any(transformers_private.attribute(config, name) for name in ("is_encoder_decoder", "add_cross_attention")):
+        raise RuntimeError(
+            f"Fp8Cache in {type(module).__name__}: expected a cache of its own for cross-attention, got the keys of "
+            f"self-attention in it. {CROSS_ATTENTION}"
+        )
+
+
+def refuse_window_of_cache(module: torch.nn.Module, num_keys: int) -> None:
+    """Raises if rows are to be hidden by a cache that drops them, and by no mask: the layers of such a configuration slide in
+    Transformers' caches, and an Fp8Cache keeps all rows."""
+    config = getattr(module, "config", None)
+    window, kinds = (transformers_private.attribute(config, name) for name in ("sliding_window", "layer_types"))
+    if kinds is None and isinstance(window, int) and num_keys > window:
+        raise NotImplementedError(
+            f"Fp8Cache in {type(module).__name__}: expected masks with the configuration's sliding window of {window} tokens, "
+            f"got {num_keys} keys without one: this model leaves it to a cache that drops rows. Use "
+            "DynamicCache(config=model.config)"
+        )
 
 
 def refuse_latents_in_fp8(module: torch.nn.Module, precision: str | None) -> None:
