@@ -46,6 +46,11 @@ HUB_KERNELS_TRANSFORMERS := 5.17.0
 DEEPSPEED := deepspeed==0.19.8 einops==0.8.2 hjson==3.1.0 msgpack==1.2.4 ninja==1.13.2 py-cpuinfo==9.0.0
 TESTS_5.23.0 := tests/test_hf_register.py tests/test_hf_masks.py tests/test_hf_features.py tests/test_hf_batching.py
 
+# What Python compiled of this package is kept for the next process, whatever the environment says. Of other packages the files
+# that are imported are compiled, not all: pip would take a minute for them. It reads 0 as yes here.
+unexport PYTHONDONTWRITEBYTECODE
+export PIP_NO_COMPILE := 0
+
 # Asked once, and only by a target that needs the answer: importing torch takes seconds.
 HAS_GPU = $(eval HAS_GPU := $(shell $(PYTHON) -c "import torch; print(int(torch.cuda.is_available()))" 2>/dev/null))$(HAS_GPU)
 on_gpu_or = $(if $(filter 1,$(HAS_GPU)),$(1),$(2))

@@ -36,8 +36,9 @@ ENGINES = {
 
 def finetune(engine: str, arguments: list[str], folder: Path) -> dict | str:
     """A run of finetune: what it logged, or the sentence that ended it."""
-    from flashmla_hf.training import finetune
+    from flashmla_hf.training import engines, finetune
 
+    engines.LOST_PROCESS_WAIT = engines.SAME_MISTAKE_WAIT = 0.2  # no launcher is there to end who waits
     if engine:
         gloo_processes.engine(**ENGINES[engine])
     if "--sp_size" in arguments:
@@ -76,10 +77,8 @@ def launch(engine: str, model: Path, corpus: Path, folder: Path, resumed_at: int
 
 def dying(engine: str, arguments: list[str], folder: Path, when: str) -> dict | str:
     """As :func:`finetune`; process 1 is killed in its third step, or while it writes its second checkpoint, or finds no memory."""
-    from flashmla_hf.training import engines
     from flashmla_hf.training import finetune as module
 
-    engines.LOST_PROCESS_WAIT = engines.SAME_MISTAKE_WAIT = 0.2
     name, last = {"step": ("run_batches", 3), "checkpoint": ("save_checkpoint", 2), "memory": ("run_batches", 3)}[when]
     original, calls = getattr(module, name), []
 

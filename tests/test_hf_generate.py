@@ -367,11 +367,17 @@ def test_compiled_static_decoding_is_one_graph_that_reads_the_cache(name):
 
 # ---- The documentation -------------------------------------------------------------------------------------------------
 
+SMALL = 256 << 20  # bytes
+
 
 @pytest.mark.skipif(DEVICE.type != "cpu", reason="the examples choose a device by themselves")
-def test_the_examples_of_the_documentation_run(tmp_path):
+def test_the_examples_of_the_documentation_run(tmp_path, monkeypatch):
     """All three give the same tokens, those of eager attention."""
     pytest.importorskip("accelerate")
+    # Pages for continuous batching take nine tenths of the machine's memory, all of it written.
+    psutil = pytest.importorskip("psutil")
+    memory = psutil.virtual_memory()._replace(total=psutil.Process().memory_info().rss + SMALL, available=SMALL)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: memory)
     text = (Path(__file__).parent.parent / "docs" / "inference.md").read_text()
     eager = build_causal_lm("eager")
     eager.save_pretrained(tmp_path)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import datetime
+import json
 import os
 import zlib
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -31,8 +33,28 @@ UNSOUND = ("failed", "refused", "not as eager")  # each such class stands in mod
 LIMIT = 120  # seconds a class
 
 
+SWEPT = json.loads((Path(__file__).parent / "model_sweep" / "results.json").read_text())  # by `make sweep`
+
+
+def tried_in_vain() -> set[str]:
+    """Classes of which `make sweep` built no eager model, under this very Transformers, in more than 5 seconds each.
+
+    Nothing of this package runs in that. They take half the time of the sweep; those that fail sooner are tried again.
+    """
+    if SWEPT["transformers"] != transformers.__version__:
+        return set()
+    vain = (c for c in SWEPT["classes"] if c["status"] == "cannot build" and c["seconds"] > 5)
+    return {c["class_name"] for c in vain if c["reason"] != "took too long"}  # which may be a probe
+
+
 def chosen() -> list[Candidate]:
-    return [c for c in candidates() if zlib.crc32(c.class_name.encode()) % SHARDS == SHARD or c.class_name in TRICKY]
+    left_out = tried_in_vain()
+    return [
+        c
+        for c in candidates()
+        if c.class_name in TRICKY
+        or (zlib.crc32(c.class_name.encode()) % SHARDS == SHARD and c.class_name not in left_out)
+    ]
 
 
 @pytest.mark.slow
@@ -52,6 +74,18 @@ def test_every_class_of_the_shard_equals_eager_or_says_why_not():
     assert not gone, f"equal now, and still among model_sweep.known: {sorted(gone)}"
     equal = sum(r["status"] == "equal" for r in results.values())
     assert equal > len(found) / 2, f"{equal} of {len(found)} classes are equal: the sweep builds too few"
+
+
+def test_what_was_tried_in_vain_is_left_out_until_another_release(monkeypatch):
+    monkeypatch.setitem(SWEPT, "transformers", transformers.__version__)
+    left_out = tried_in_vain()
+    of = {c["class_name"]: c for c in SWEPT["classes"]}
+    assert left_out
+    assert not left_out & {*TRICKY, *KNOWN}
+    assert not any(of[name]["plan"] or of[name]["probes"] or of[name]["calls"] for name in left_out)
+    assert not left_out & {c.class_name for c in chosen()}
+    monkeypatch.setitem(SWEPT, "transformers", "0.0")
+    assert not tried_in_vain()
 
 
 def test_the_check_of_the_sweep_agrees_with_the_counted_calls():
