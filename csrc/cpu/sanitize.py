@@ -13,7 +13,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 BUILD = ROOT / "build" / "sanitize"
 SANITIZERS = "-fsanitize=address,undefined"
-FLAGS = ["-O1", "-g", "-std=c++17", "-ffp-contract=fast", SANITIZERS, "-fno-sanitize-recover=undefined",
+FLAGS = ["-O1", "-g1", "-std=c++17", "-ffp-contract=fast", SANITIZERS, "-fno-sanitize-recover=undefined",
          "-fno-omit-frame-pointer", "-Wno-maybe-uninitialized", "-Wno-uninitialized"]  # fmt: skip
 
 
