@@ -56,7 +56,7 @@ class Fp8Cache(Cache):
             super().__init__(layers=_static_layers(config, max_cache_len))
         self._last: Fp8Layer | StaticFp8Layer | None = None  # the layer that was updated last
         self._index = -1  # the layer, of any kind, that was updated last
-        # Whether the cache was asked for its length since: models ask at the beginning of a pass.
+        # Whether it was asked for its length since: models ask at the beginning of a pass.
         self._was_asked = False
         self._new: int | None = 0  # the tokens of the pass; None: unknown
 
@@ -71,7 +71,7 @@ class Fp8Cache(Cache):
         if is_compiling and layer_idx < len(self.layers) and isinstance(self.layers[layer_idx], StaticFp8Layer):
             return self._update_in_a_graph(key_states, value_states, self.layers[layer_idx], *args, **kwargs)
         new = key_states.shape[-2]
-        if self._was_asked or layer_idx < self._index:
+        if self._was_asked or self._index < 0 or layer_idx < self._index:
             self._new = new
         elif layer_idx == self._index:
             # Another pass of the only layer, or after one that raised; or the cross-attention of the layer.
@@ -97,16 +97,17 @@ class Fp8Cache(Cache):
             beside = None
         return layer.update(key_states, value_states, *args, beside=beside, **kwargs)
 
-    def get_seq_length(self, *args: Any, **kwargs: Any) -> Any:
-        self._ask()
-        return super().get_seq_length(*args, **kwargs)
+    def get_seq_length(self, layer_idx: int = 0) -> Any:
+        self._ask(layer_idx)
+        return super().get_seq_length(layer_idx)
 
-    def get_mask_sizes(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
-        self._ask()
-        return super().get_mask_sizes(*args, **kwargs)
+    def get_mask_sizes(self, query_length: Any, layer_idx: int) -> tuple[int, int]:
+        self._ask(layer_idx)
+        return super().get_mask_sizes(query_length, layer_idx)
 
-    def _ask(self) -> None:
-        if not torch.compiler.is_compiling():
+    def _ask(self, layer_idx: int) -> None:
+        # Mllama asks in Transformers 5.17 within a pass, for the layer that comes.
+        if not torch.compiler.is_compiling() and layer_idx <= self._index:
             self._was_asked = True
 
     def reset(self) -> None:

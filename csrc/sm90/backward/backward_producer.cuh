@@ -275,9 +275,9 @@ __device__ int64_t workspace_block_of(BackwardRows const& rows, BackwardWorkTile
 
 // The thread that has the copy engine add the parts of dQ that consumers have staged in shared memory to the sums
 // (kStagesDQ). If dQ must be the same bits every time, it also keeps the order: a semaphore for each q_block admits the
-// parts in the order of falling keys. That is the order of the schedule, so the tile waited for is running or done.
-// Waiting for other CTAs, and the way of a part to memory before the next may go on, take this thread's time and not
-// the consumers'.
+// parts in the order of falling keys. That is the order of the schedule, in which each CTA takes its tiles, and all
+// CTAs run: the first tile that is not done waits for none. Waiting for other CTAs, and the way of a part to memory
+// before the next may go on, take this thread's time and not the consumers'.
 template <class Kernel>
 __device__ void reduce_dq(BackwardArguments const& arguments, typename Kernel::SharedStorage& shared) {
   BackwardRows const& rows = arguments.rows;

@@ -200,9 +200,9 @@ const char* launch_heads(BackwardParams const& params, BackwardPlan const& plan,
   int num_ctas = 0;
   const char* error = nullptr;
   if (rows_kv > 0) {
-    error =
-        make_backward_schedule(problem, Tiles::kBlockKV, static_cast<int>(plan.num_splits), num_sms / Tiles::kNumCtas,
-                               workspace + plan.schedule, stream, arguments.schedule, num_ctas);
+    error = make_backward_schedule(problem, Tiles::kBlockKV, static_cast<int>(plan.num_splits),
+                                   arguments.rows.dq_semaphore != nullptr, num_sms / Tiles::kNumCtas,
+                                   workspace + plan.schedule, stream, arguments.schedule, num_ctas);
   }
   auto make_map = [&](CUtensorMap& map, TensorView const& view, int64_t head_dim, int64_t rows, int64_t heads,
                       int columns, int box_rows) {

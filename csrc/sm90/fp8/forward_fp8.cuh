@@ -416,7 +416,7 @@ struct Fp8Forward {
       init_query_barriers<Fp8Forward>(shared);
     }
     __syncthreads();
-    cutlass::arch::wait_on_dependent_grids();  // the operands, and schedule_kernel's list
+    ptx::wait_on_dependent_grids();  // the operands, and schedule_kernel's list
     if (warpgroup == 0) {
       cutlass::arch::warpgroup_reg_dealloc<Tiles::kProducerRegisters>();
       produce(arguments, shared);

@@ -155,7 +155,7 @@ const char* launch_fp8_rounding_element(Fp8RoundingParams const& params, cudaStr
   int device = 0;
   cudaGetDevice(&device);
   constexpr auto* kernel = round_kernel<kHeadDim, Element>;
-  constexpr int kSharedBytes = sizeof(QuantizeShared<kHeadDim, Element>);
+  constexpr int kSharedBytes = sizeof(RoundShared<kHeadDim, Element>);
   if (cudaError_t const status = allow_shared_memory<kernel>(kSharedBytes, device); status != cudaSuccess) {
     return cudaGetErrorString(status);
   }

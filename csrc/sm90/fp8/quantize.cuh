@@ -1,7 +1,7 @@
 // Q, K and V as e4m3 numbers and scales (operands.h), in one pass over each; those of
-// flashmla_hf/fp8/quantization.py, which says why, bit for bit but for the order of a rotation's sums. Tensors that are
-// e4m3 keep their numbers, and their factors are the scales of all their blocks; a negative factor becomes the sign of
-// the numbers, and one that is not finite makes them NaN, since the kernel's scales are neither.
+// flashmla_hf/fp8/quantization.py, which says why, bit for bit but for the rounding of a rotation's sums. Tensors that
+// are e4m3 keep their numbers, and their factors are the scales of all their blocks; a negative factor becomes the sign
+// of the numbers, and one that is not finite makes them NaN, since the kernel's scales are neither.
 //
 // A scale is the smallest power of two that is at least amax / 448. NaN and infinity become NaN, and do not enter amax.
 // With `rotates`, rows of Q and K are rotated first (rotation.cuh), which leaves Q K^T as it is and spreads what stands
@@ -54,8 +54,7 @@ struct TransposedLayout {  // four rows, whose numbers are one word of V transpo
 // The rows of a block: those of a sequence from first_row on, as far as it goes.
 struct BlockRows {
   int32_t sequence;  // the number of sequences, for rows that are in none
-  int32_t batch, first_row;
-  int32_t begin, count;  // of the sequence's rows
+  int32_t batch, first_row, count;
 };
 
 // Of block `block`, of queries or keys. `count` is not positive if no tile reads it.
@@ -78,7 +77,7 @@ __device__ inline BlockRows rows_of_block(Problem const& problem, Side side, int
   }
   int2 const sequence = sequence_of(low);
   int32_t const begin = (block - first_fp8_block(problem, seqlen, low, sequence.x)) * kRowsOfScale;
-  return {low, is_packed ? 0 : low, sequence.x + begin, begin, min(kRowsOfScale, sequence.y - begin)};
+  return {low, is_packed ? 0 : low, sequence.x + begin, min(kRowsOfScale, sequence.y - begin)};
 }
 
 template <class Element>
@@ -131,6 +130,12 @@ class Staged {
   Word words_[kHeadDim / 16][kQuantizeThreads];
 };
 
+// Eight e4m3 numbers as pairs of fp16.
+__device__ inline void unpack_e4m3(uint2 bytes, uint32_t (&pairs)[4]) {
+  ptx::unpack_e4m3(bytes.x, pairs[0], pairs[1]);
+  ptx::unpack_e4m3(bytes.y, pairs[2], pairs[3]);
+}
+
 // A thread's part of a block of rows, and the scale of the whole block.
 template <class Layout>
 struct QuantizedBlock {
@@ -144,10 +149,8 @@ struct QuantizedBlock {
     bool const is_finite = fabsf(descale) < INFINITY;
     float const sign = is_finite ? copysignf(1.0f, descale) : NAN;
     for_each_chunk([&](int i, int chunk, float* values) {
-      uint2 const bytes = words(i, chunk);
       uint32_t pairs[4];
-      ptx::unpack_e4m3(bytes.x, pairs[0], pairs[1]);
-      ptx::unpack_e4m3(bytes.y, pairs[2], pairs[3]);
+      unpack_e4m3(words(i, chunk), pairs);
       CUTE_UNROLL
       for (int c = 0; c < kColumnsOfLane; ++c) values[c] = sign * part(unpack<cutlass::half_t>(pairs[c / 2]), c);
     });
@@ -183,8 +186,8 @@ struct QuantizedBlock {
   __device__ uint2 quantized(int i, int chunk) const {
     float const* const values = &x[i][chunk * kColumnsOfLane];
     auto word = [&](int first) {
-      return ptx::pack_e4m3(values[first] * scale.inverse, values[first + 1] * scale.inverse,
-                            values[first + 2] * scale.inverse, values[first + 3] * scale.inverse);
+      auto scaled = [&](int c) { return ptx::multiply_denormal(values[first + c], scale.inverse); };
+      return ptx::pack_e4m3(scaled(0), scaled(1), scaled(2), scaled(3));
     };
     return {word(0), word(4)};
   }
@@ -308,11 +311,11 @@ class Quantizer {
     int64_t const places = operands_.blocks * kRowsOfScale;
     uint8_t* const vt = static_cast<uint8_t*>(operands_.vt) + int64_t{task.head} * kHeadDim * places +
                         int64_t{task.block} * kRowsOfScale;
-    constexpr int kQuarters = kRowsOfScale / 16;  // uint4s of a column
+    constexpr int kVectors = kRowsOfScale / 16;  // of a column
     CUTE_UNROLL
-    for (int i = threadIdx.x; i < kHeadDim * kQuarters; i += kQuantizeThreads) {
-      *reinterpret_cast<uint4*>(vt + i / kQuarters * places + i % kQuarters * 16) =
-          *reinterpret_cast<uint4 const*>(shared_.word_of_column(i / kQuarters, i % kQuarters * 4));
+    for (int i = threadIdx.x; i < kHeadDim * kVectors; i += kQuantizeThreads) {
+      *reinterpret_cast<uint4*>(vt + i / kVectors * places + i % kVectors * 16) =
+          *reinterpret_cast<uint4 const*>(shared_.word_of_column(i / kVectors, i % kVectors * 4));
     }
     if constexpr (kIsE4m3) __syncthreads();  // no maximum stands between this block and the next
   }
@@ -334,7 +337,6 @@ class Quantizer {
   // The numbers of a block and its scale, which is written.
   template <class Layout>
   __device__ void take(QuantizedBlock<Layout>& x, QuantizeTask const& task, int stage) {
-    cute::cp_async_wait<1>();  // the next block's may be on their way
     auto const words = [&](int i, int chunk) { return shared_.staged[stage].template word<Layout>(i, chunk); };
     if constexpr (kIsE4m3) {
       ScaleView const& descale = task.of(arguments_.q_descale, arguments_.k_descale, arguments_.v_descale);
@@ -415,6 +417,8 @@ __global__ void __launch_bounds__(kQuantizeThreads, kQuantizeCtas<kHeadDim>)
   for (int64_t index = blockIdx.x; index < count; index += gridDim.x) {
     QuantizeTask const next(problem, operands, index + gridDim.x);
     quantizer.copy(next, stage ^ 1);
+    cute::cp_async_wait<1>();   // the next block's alone may be on their way
+    __syncwarp();               // the compiler leaves the reads behind it
     if (task.rows.count > 0) {  // else no tile reads it
       if (task.is_value) {
         quantizer.quantize_transposed(task, stage);

@@ -25,7 +25,7 @@ int64_t pairs_per_section(int64_t pairs, int64_t pairs_per_kv_head, int64_t want
 // at work at a time: fewer pairs share what they read better, more balance better. Measured (docs/log.md, 2026-11-24).
 constexpr int64_t kForwardSectionBytes = int64_t{128} << 20;
 
-// Q, dO and sums of dQ of the pairs that the backward walks together, unless the mask or determinism needs more.
+// Q, dO and sums of dQ of the pairs that the backward walks together, unless the mask or turns want others.
 // Measured (docs/log.md, 2026-11-24).
 constexpr int64_t kBackwardSectionBytes = int64_t{24} << 20;
 
@@ -45,41 +45,49 @@ constexpr int kNumChunks = 16, kNumCosts = 64;  // buckets of the sort
 static_assert(kNumChunks * kNumCosts == kScheduleThreads, "one bucket a thread");
 using Scan = cub::BlockScan<int32_t, kScheduleThreads>;
 
+// row_blocks of a sequence.
+__device__ int32_t blocks_of(Schedule const& schedule, Sequence const& sequence) {
+  int32_t const rows = schedule.side == Side::kQueries ? sequence.seqlen_q : sequence.seqlen_kv;
+  return (rows + schedule.rows_per_block - 1) / schedule.rows_per_block;
+}
+
+// Makes of how many items each bucket has the place where they begin.
+__device__ void place_buckets(int32_t (&buckets)[kScheduleThreads], Scan::TempStorage& scan_storage) {
+  __syncthreads();
+  int32_t begin;
+  Scan(scan_storage).ExclusiveSum(buckets[threadIdx.x], begin);
+  __syncthreads();
+  buckets[threadIdx.x] = begin;
+  __syncthreads();
+}
+
 // The items of a sequence side by side, from the last row_block to the first; sequences that have many rows of the
-// other side first, so that the walk ends with short ones. A warp writes those of a sequence. `bucket_end` is 0.
-__device__ void write_ordered_items(ScheduleArguments const& arguments, int32_t (&bucket_end)[kScheduleThreads],
+// other side first, so that the walk ends with short ones. A warp writes those of a sequence. What there is no room for
+// are the first row_blocks of a sequence, which no other waits for. `buckets` is 0.
+__device__ void write_ordered_items(ScheduleArguments const& arguments, int32_t (&buckets)[kScheduleThreads],
                                     Scan::TempStorage& scan_storage, int32_t num_sequences, int32_t num_items,
                                     int32_t longest) {
   Schedule const& schedule = arguments.schedule;
-  int32_t const thread = threadIdx.x;
-  auto bucket_of = [&](int32_t number) {
-    Sequence const sequence = sequence_at(arguments.problem, number, schedule.side);
+  auto bucket_of = [&](Sequence const& sequence) {
     int64_t const rows = schedule.side == Side::kQueries ? sequence.seqlen_kv : sequence.seqlen_q;
-    return kScheduleThreads - 1 -
-           static_cast<int32_t>(max(int64_t{0}, rows) * (kScheduleThreads - 1) / max(1, longest));
+    return kScheduleThreads - 1 - static_cast<int32_t>(rows * (kScheduleThreads - 1) / max(1, longest));
   };
-  auto end_of = [&](int32_t number) {
-    return number + 1 < num_sequences ? schedule.first_item[number + 1] : num_items;
+  auto room_of = [&](int32_t number) {
+    int32_t const end = number + 1 < num_sequences ? schedule.first_item[number + 1] : num_items;
+    return end - schedule.first_item[number];
   };
-  auto count_of = [&](int32_t number) { return max(0, end_of(number) - schedule.first_item[number]); };
-  for (int32_t number = thread; number < num_sequences; number += kScheduleThreads) {
-    atomicAdd(&bucket_end[bucket_of(number)], count_of(number));
+  for (int32_t number = threadIdx.x; number < num_sequences; number += kScheduleThreads) {
+    atomicAdd(&buckets[bucket_of(sequence_at(arguments.problem, number, schedule.side))], room_of(number));
   }
-  __syncthreads();
-  int32_t begin;
-  Scan(scan_storage).ExclusiveSum(bucket_end[thread], begin);
-  __syncthreads();
-  bucket_end[thread] = begin;
-  __syncthreads();
-  int32_t const lane = thread % kWarpThreads;
-  for (int32_t number = thread / kWarpThreads; number < num_sequences; number += kScheduleThreads / kWarpThreads) {
-    int32_t const count = count_of(number);
+  place_buckets(buckets, scan_storage);
+  int32_t const lane = threadIdx.x % kWarpThreads;
+  for (int32_t number = threadIdx.x / kWarpThreads; number < num_sequences; number += kScheduleThreads / kWarpThreads) {
+    Sequence const sequence = sequence_at(arguments.problem, number, schedule.side);
+    int32_t const room = room_of(number), last = blocks_of(schedule, sequence) - 1;
     int32_t first = 0;
-    if (lane == 0) first = atomicAdd(&bucket_end[bucket_of(number)], count);
+    if (lane == 0) first = atomicAdd(&buckets[bucket_of(sequence)], room);
     first = __shfl_sync(0xffffffff, first, 0);
-    for (int32_t i = lane; i < count && first + i < num_items; i += kWarpThreads) {
-      schedule.items[first + i] = int2{number, count - 1 - i};
-    }
+    for (int32_t i = lane; i < room; i += kWarpThreads) schedule.items[first + i] = int2{number, last - i};
   }
 }
 
@@ -91,7 +99,7 @@ __global__ void __launch_bounds__(kScheduleThreads)
   Problem const& problem = arguments.problem;
   Window const window = arguments.window;
   __shared__ typename Scan::TempStorage scan_storage;
-  __shared__ int32_t bucket_end[kScheduleThreads];
+  __shared__ int32_t buckets[kScheduleThreads];
   __shared__ int32_t longest;  // of the other side
   cutlass::arch::launch_dependent_grids();
   int32_t const thread = threadIdx.x;
@@ -99,29 +107,29 @@ __global__ void __launch_bounds__(kScheduleThreads)
     *schedule.next_tile = 0;
     longest = 0;
   }
-  bucket_end[thread] = 0;
+  buckets[thread] = 0;
   __syncthreads();
 
   int32_t const num_sequences = static_cast<int32_t>(problem.batch) + 1;  // with the rows past the last one
+  // Boundaries that fall or overlap could ask for more than there is room for, by far.
+  auto within_room = [most = static_cast<uint32_t>(schedule.max_items)](int32_t a, int32_t b) {
+    return static_cast<int32_t>(min(static_cast<uint32_t>(a) + static_cast<uint32_t>(b), most));
+  };
   int32_t num_items = 0;
   for (int32_t base = 0; base < num_sequences; base += kScheduleThreads) {
     int32_t const number = base + thread;
     int32_t blocks = 0;
     if (number < num_sequences) {
       Sequence const sequence = sequence_at(problem, number, schedule.side);
-      bool const is_forward = schedule.side == Side::kQueries;
-      int32_t const rows = is_forward ? sequence.seqlen_q : sequence.seqlen_kv;
-      blocks = (rows + schedule.rows_per_block - 1) / schedule.rows_per_block;
-      atomicMax(&longest, is_forward ? sequence.seqlen_kv : sequence.seqlen_q);
+      blocks = within_room(blocks_of(schedule, sequence), 0);
+      atomicMax(&longest, schedule.side == Side::kQueries ? sequence.seqlen_kv : sequence.seqlen_q);
     }
     int32_t before, sum;
-    Scan(scan_storage).ExclusiveSum(blocks, before, sum);
+    Scan(scan_storage).ExclusiveScan(blocks, before, 0, within_room, sum);
     __syncthreads();
-    if (number < num_sequences) schedule.first_item[number] = num_items + before;
-    num_items += sum;
+    if (number < num_sequences) schedule.first_item[number] = within_room(num_items, before);
+    num_items = within_room(num_items, sum);
   }
-  // Boundaries that fall or overlap could ask for more than there is room for.
-  num_items = min(num_items, schedule.max_items);
   if (thread == 0) *schedule.num_items = num_items;
   __syncthreads();
 
@@ -137,7 +145,7 @@ __global__ void __launch_bounds__(kScheduleThreads)
     return int2{low, index - schedule.first_item[low]};
   };
   if (schedule.is_ordered) {
-    write_ordered_items(arguments, bucket_end, scan_storage, num_sequences, num_items, longest);
+    write_ordered_items(arguments, buckets, scan_storage, num_sequences, num_items, longest);
     return;
   }
   auto bucket_of = [&](int2 item) {
@@ -159,17 +167,12 @@ __global__ void __launch_bounds__(kScheduleThreads)
     return chunk * kNumCosts + kNumCosts - 1 - static_cast<int32_t>(cost * (kNumCosts - 1) / max(1, longest));
   };
   for (int32_t index = thread; index < num_items; index += kScheduleThreads) {
-    atomicAdd(&bucket_end[bucket_of(item_at(index))], 1);
+    atomicAdd(&buckets[bucket_of(item_at(index))], 1);
   }
-  __syncthreads();
-  int32_t begin;
-  Scan(scan_storage).ExclusiveSum(bucket_end[thread], begin);
-  __syncthreads();
-  bucket_end[thread] = begin;
-  __syncthreads();
+  place_buckets(buckets, scan_storage);
   for (int32_t index = thread; index < num_items; index += kScheduleThreads) {
     int2 const item = item_at(index);
-    schedule.items[atomicAdd(&bucket_end[bucket_of(item)], 1)] = item;
+    schedule.items[atomicAdd(&buckets[bucket_of(item)], 1)] = item;
   }
 }
 
@@ -246,7 +249,7 @@ const char* finish_schedule(Problem const& problem, int64_t rows, int64_t pairs_
   bool const has_equal_tiles = problem.window_left < 0 && problem.window_right < 0;
   if (num_tiles > num_sms && (schedule.pairs_per_section < schedule.num_pairs ||
                               (schedule.is_ordered ? has_equal_tiles : num_tiles > 3 * num_sms))) {
-    // Several sections: each begins with long tiles again, and only a counter balances that. Many tiles: some
+    // Several sections: each begins, or ends, with long tiles again, and only a counter balances that. Many tiles: some
     // multiprocessors are faster than others. A few tiles of one section, dealt to and fro, are balanced as they are.
     // If tiles wait for each other, CTAs that run ahead only wait longer; but those of equal length are done in the
     // order in which they began, and so begin the next.
@@ -298,11 +301,11 @@ const char* make_forward_schedule(Problem const& problem, int block_q, int num_s
                          schedule, num_ctas);
 }
 
-const char* make_backward_schedule(Problem const& problem, int block_kv, int num_splits, int num_sms, void* workspace,
-                                   cudaStream_t stream, Schedule& schedule, int& num_ctas) {
+const char* make_backward_schedule(Problem const& problem, int block_kv, int num_splits, bool takes_turns, int num_sms,
+                                   void* workspace, cudaStream_t stream, Schedule& schedule, int& num_ctas) {
   bool const is_packed = problem.cu_seqlens_q != nullptr;
   schedule.side = Side::kKeys;
-  schedule.is_ordered = schedule.is_backwards = problem.deterministic;
+  schedule.is_ordered = schedule.is_backwards = takes_turns;
   schedule.heads_packed = 1;
   schedule.rows_per_block = block_kv;
   schedule.num_heads = static_cast<int32_t>(problem.heads_kv * num_splits);
@@ -314,7 +317,7 @@ const char* make_backward_schedule(Problem const& problem, int block_kv, int num
   int64_t const most = num_sms / 4;  // as in the forward
   int64_t wanted = std::max<int64_t>(1, kBackwardSectionBytes / (rows_q * bytes_row));
   bool const is_equal = !is_packed && problem.window_left < 0 && problem.window_right < 0;
-  if (problem.deterministic) {
+  if (takes_turns) {
     // Tiles of one head wait for each other, those of many share less in L2. But if tiles are few, and the longest come
     // last, one section is balanced better (next_index).
     constexpr int64_t kManyRounds = 8;

@@ -17,7 +17,8 @@
 // `heads_packed` query heads of each of block_q / heads_packed queries, so that a short sequence fills the tile. A work
 // tile of the backward is block_kv key rows of one kv head. Tiles are walked section by section: as many (batch, head)
 // pairs as keep what they read again and again within a part of L2, and inside a section from the tile that sees the
-// most to the one that sees the fewest, so that the last CTAs to finish are short.
+// most to the one that sees the fewest, so that the last CTAs to finish are short. (Tiles that take turns: the other
+// way round.)
 //
 // Dense batches need no list: the order is arithmetic. A packed batch is listed first by a kernel of one CTA: one
 // item per (sequence, row_block), sorted by what it sees, so that ragged batches balance and empty sequences
@@ -92,9 +93,9 @@ Window window_of(Problem const& problem);
 const char* make_forward_schedule(Problem const& problem, int block_q, int num_sms, void* workspace,
                                   cudaStream_t stream, Schedule& schedule, int& num_ctas, int num_parts = 1);
 
-// `num_splits` tiles share the query heads of a group. With problem.deterministic, tiles of a head come in the order of
+// `num_splits` tiles share the query heads of a group. If tiles take turns, those of a head come in the order of
 // falling keys, whatever they cost: each adds its part of dQ after the one before it.
-const char* make_backward_schedule(Problem const& problem, int block_kv, int num_splits, int num_sms, void* workspace,
-                                   cudaStream_t stream, Schedule& schedule, int& num_ctas);
+const char* make_backward_schedule(Problem const& problem, int block_kv, int num_splits, bool takes_turns, int num_sms,
+                                   void* workspace, cudaStream_t stream, Schedule& schedule, int& num_ctas);
 
 }  // namespace flashmla::sm90
