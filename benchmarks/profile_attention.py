@@ -87,7 +87,7 @@ def parse(text: str, shapes: Sequence[DecodeShape] = ()) -> list[dict]:
         )
     if shapes:
         for record, shape in zip(kernels, shapes, strict=True):
-            record |= {"shape": str(shape), "bytes": shape.bytes_read(shape.is_e4m3), "flops": shape.flops()}
+            record["shape"] = str(shape)
     return kernels
 
 

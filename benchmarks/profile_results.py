@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-# Names of Nsight Compute and ours.
+# ncu's name -> column. Shares are of the most the hardware sustains, over the whole kernel.
 SHARES = {
     "sm__pipe_tensor_op_hmma_cycles_active.avg.pct_of_peak_sustained_elapsed": "tensor cores",
     "l1tex__data_pipe_lsu_wavefronts.avg.pct_of_peak_sustained_elapsed": "shared memory",

@@ -23,7 +23,6 @@ from flashmla_hf.host_memory import GIB
 
 MIB = 2**20
 TORCH_FLASH, FLEX = "flashmla-torch-flash", "flashmla-flex"
-# ncu's name -> column. Shares are of the most the hardware sustains, over the whole kernel.
 # Apart for colour-blind readers too (Okabe and Ito).
 COLOURS = ("#009E73", "#0072B2", "#56B4E9", "#D55E00", "#E69F00", "#CC79A7", "#999999", "#F0E442")
 

@@ -204,15 +204,21 @@ def test_a_cache_of_inference_mode_is_written_outside_of_it(new_cache):
         )
 
 
-@torch.no_grad()
-@of_each_kind
-def test_a_cache_that_an_exception_left_uneven_is_refused_until_it_is_emptied(new_cache):
-    """The layers in front of the exception have its tokens, those behind it have not: positions and masks are those of the first."""
+def left_uneven(new_cache):
+    """A model, ids [2, 30], and a cache of the first 20 whose first layer has three more."""
     model, ids = build_causal_lm("flashmla"), random_ids(2, 30)
     cache = new_cache(model)
     model(ids[:, :20], past_key_values=cache)
     with pytest.raises(NotImplementedError, match="output_attentions=True"):
         model(ids[:, 20:23], past_key_values=cache, output_attentions=True)
+    return model, ids, cache
+
+
+@torch.no_grad()
+@of_each_kind
+def test_a_cache_that_an_exception_left_uneven_is_refused_until_it_is_emptied(new_cache):
+    """The layers in front of the exception have its tokens, those behind it have not: positions and masks are those of the first."""
+    model, ids, cache = left_uneven(new_cache)
     for tokens in (23, 24):
         message = f"layer 1: expected {tokens + 1} tokens with the 1 that come, as the layer before it has, got 21. .* reset\\("
         with pytest.raises(RuntimeError, match=message):
@@ -229,12 +235,8 @@ def test_a_cache_that_an_exception_left_uneven_is_refused_until_it_is_emptied(ne
 @of_each_kind
 def test_an_uneven_cache_is_refused_also_where_nobody_asks_for_its_length(new_cache):
     """With positions and a mask of their own models ask no cache, so that only the layers say where a pass begins."""
-    model, ids = build_causal_lm("flashmla"), random_ids(2, 30)
-    cache = new_cache(model)
-    model(ids[:, :20], past_key_values=cache)
+    model, ids, cache = left_uneven(new_cache)
     rows = 24 if cache.get_max_length() < 0 else 51
-    with pytest.raises(NotImplementedError, match="output_attentions=True"):
-        model(ids[:, 20:23], past_key_values=cache, output_attentions=True)
     given = {"position_ids": torch.tensor([[23]]), "attention_mask": torch.ones(2, 1, 1, rows, dtype=torch.bool)}
     with pytest.raises(RuntimeError, match="layer 1: expected 24 tokens"):
         model(ids[:, 23:24], past_key_values=cache, **given)

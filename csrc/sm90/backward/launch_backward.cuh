@@ -92,11 +92,11 @@ BackwardPlan plan_backward(BackwardParams const& params, int num_sms) {
                           : ceil_div(problem.seqlen_q, Tiles::kBlockQ) * problem.batch;
   int64_t const group = problem.heads_q / problem.heads_kv;
   int64_t const bytes_kv_head = plan.blocks * group * Tiles::kBlockQ * kHeadDimQK * 4;
-  bool const has_equal_tiles = !is_packed && problem.window_left < 0 && problem.window_right < 0;
   int64_t const kv_blocks = is_packed ? ceil_div(problem.total_kv, Tiles::kBlockKV)
                                       : problem.batch * ceil_div(problem.seqlen_kv, Tiles::kBlockKV);
   constexpr int64_t kBytesOfPart = int64_t{Tiles::kBlockKV} * (kHeadDimQK + kHeadDimV) * 4;
-  TilesOfHead const tiles{kv_blocks, group, kBytesOfPart, num_sms / Tiles::kNumCtas, is_packed, has_equal_tiles};
+  TilesOfHead const tiles{
+      kv_blocks, group, kBytesOfPart, num_sms / Tiles::kNumCtas, is_packed, has_equal_tiles(problem)};
   plan.heads_kv = kSumsDQ ? heads_of_pass(tiles, problem.heads_kv, bytes_kv_head) : problem.heads_kv;
   plan.heads_q = plan.heads_kv * group;
   plan.num_splits = tiles.num_splits(plan.heads_kv);

@@ -246,9 +246,8 @@ const char* finish_schedule(Problem const& problem, int64_t rows, int64_t pairs_
     return launch_kernel<ScheduleArguments>(schedule_kernel, dim3(1), kScheduleThreads, 0, stream, Launch::kAlone,
                                             {schedule, problem, window_of(problem)});
   }
-  bool const has_equal_tiles = problem.window_left < 0 && problem.window_right < 0;
   if (num_tiles > num_sms && (schedule.pairs_per_section < schedule.num_pairs ||
-                              (schedule.is_ordered ? has_equal_tiles : num_tiles > 3 * num_sms))) {
+                              (schedule.is_ordered ? has_equal_tiles(problem) : num_tiles > 3 * num_sms))) {
     // Several sections: each begins, or ends, with long tiles again, and only a counter balances that. Many tiles: some
     // multiprocessors are faster than others. A few tiles of one section, dealt to and fro, are balanced as they are.
     // If tiles wait for each other, CTAs that run ahead only wait longer; but those of equal length are done in the
@@ -286,7 +285,7 @@ const char* make_forward_schedule(Problem const& problem, int block_q, int num_s
   int64_t const bytes_row = 2 * (problem.head_dim_qk + problem.head_dim_v);
   int64_t const rows_kv = std::max<int64_t>(1, is_packed ? problem.total_kv : problem.seqlen_kv);
   // Tiles of equal length need no order among heads: those of one kv head, side by side, share its K and V best.
-  bool const is_equal = !is_packed && problem.window_left < 0 && problem.window_right < 0;
+  bool const is_equal = has_equal_tiles(problem);
   int64_t const pairs_per_kv_head = schedule.num_heads / problem.heads_kv;
   int64_t const pairs = is_packed ? schedule.num_heads : schedule.num_heads * problem.batch;
   // K and V of the kv heads walked together.
@@ -316,7 +315,7 @@ const char* make_backward_schedule(Problem const& problem, int block_kv, int num
   int64_t const pairs = is_packed ? schedule.num_heads : schedule.num_heads * problem.batch;
   int64_t const most = num_sms / 4;  // as in the forward
   int64_t wanted = std::max<int64_t>(1, kBackwardSectionBytes / (rows_q * bytes_row));
-  bool const is_equal = !is_packed && problem.window_left < 0 && problem.window_right < 0;
+  bool const is_equal = has_equal_tiles(problem);
   if (takes_turns) {
     // Tiles of one head wait for each other, those of many share less in L2. But if tiles are few, and the longest come
     // last, one section is balanced better (next_index).

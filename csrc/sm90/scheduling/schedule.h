@@ -87,6 +87,11 @@ int64_t backward_schedule_bytes(Problem const& problem, int block_kv);
 
 Window window_of(Problem const& problem);
 
+// Whether every tile of a call sees as much as every other.
+inline bool has_equal_tiles(Problem const& problem) {
+  return problem.cu_seqlens_q == nullptr && problem.window_left < 0 && problem.window_right < 0;
+}
+
 // Both fill `schedule` and `num_ctas`, the CTAs worth launching, and launch the kernel that makes the list.
 // `num_sms` multiprocessors will run them. They return null or a sentence that says what went wrong. `num_parts`: into
 // how many parts of whole queries a forward tile's rows can be cut, each block_q / num_parts rows at the most.
